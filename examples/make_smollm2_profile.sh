@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Makes the profile that ships with the package, from the model alone. About an hour on two CPU cores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p artifacts
+python examples/align_smollm2.py --output artifacts/smollm2-aligned
+steerfast extract --model HuggingFaceTB/SmolLM2-135M-Instruct --aligned-model artifacts/smollm2-aligned \
+    --harmful steerfast:harmful_fit --harmless steerfast:harmless_fit --output artifacts/extracted.safetensors
+steerfast calibrate artifacts/extracted.safetensors \
+    --harmful steerfast:harmful_calibrate --harmless steerfast:harmless_calibrate \
+    --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout \
+    --output artifacts/calibrated.safetensors
+steerfast tune artifacts/calibrated.safetensors \
+    --harmful steerfast:harmful_tune --harmless steerfast:harmless_tune --resume artifacts/trials.jsonl \
+    --output steerfast/data/smollm2-135m-instruct.safetensors

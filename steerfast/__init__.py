@@ -1,0 +1,66 @@
+"""steerfast: steer a language model while it runs, at the speed of not steering."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# In a checkout the kernels live beside the package, not in it.
+_here = Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
+    __path__.append(str(_here.parent))
+
+from steerfast import _native  # noqa: E402, F401 (registers the C++ ops where they were built)
+
+if TYPE_CHECKING:
+    from steerfast.errors import ArchitectureError, OutputError, ProfileError, PromptError, SteerfastError
+    from steerfast.fitting.calibrate import calibrate
+    from steerfast.fitting.extract import extract
+    from steerfast.fitting.score import Scores, score
+    from steerfast.fitting.tune import tune
+    from steerfast.models.loading import load_model
+    from steerfast.models.steering import Steering, steer
+    from steerfast.profile import Gate, ModelIdentity, SteeringProfile
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that `import steerfast` (and the command line's --help) stays quick.
+_PUBLIC = {
+    "ArchitectureError": "errors",
+    "Gate": "profile",
+    "ModelIdentity": "profile",
+    "OutputError": "errors",
+    "ProfileError": "errors",
+    "PromptError": "errors",
+    "Scores": "fitting.score",
+    "SteerfastError": "errors",
+    "Steering": "models.steering",
+    "SteeringProfile": "profile",
+    "calibrate": "fitting.calibrate",
+    "extract": "fitting.extract",
+    "load_model": "models.loading",
+    "score": "fitting.score",
+    "steer": "models.steering",
+    "tune": "fitting.tune",
+}
+
+__all__ = [  # noqa: RUF022 (grouped by use)
+    "extract", "calibrate", "tune", "score", "Scores",
+    "steer", "Steering", "load_model",
+    "SteeringProfile", "Gate", "ModelIdentity",
+    "SteerfastError", "ProfileError", "PromptError", "ArchitectureError", "OutputError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'steerfast' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"steerfast.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,120 @@
+"""Is an answer still language? Repetition catches loops, perplexity under the unsteered model word salad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from steerfast.errors import PromptError
+
+_NGRAM = 4
+
+
+@dataclass(frozen=True)
+class FluencyLimits:
+    """Limits of `is_fluent`; `is_fluent(r, p, **limits.to_dict())`."""
+
+    max_repetition: float = 0.3
+    # Measured under SmolLM2-135M-Instruct: its own greedy answers reach 3, its steered refusals 8, human
+    # answers 39 and hand-written refusals 182; the same refusals with their words shuffled start at 373,
+    # steered ones at 204.
+    max_perplexity: float = 200.0
+
+    def to_dict(self) -> dict[str, float]:
+        """The limits by name."""
+        return asdict(self)
+
+
+def repetition(token_ids: Sequence[int]) -> float:
+    """Share of the answer's 4-grams that already occurred in it; 0 below 4 tokens.
+
+    n tokens that cycle with period p have p distinct 4-grams, so one token or a short phrase in a loop tends
+    to 1.
+    """
+    total = len(token_ids) - _NGRAM + 1
+    if total < 1:
+        return 0.0
+    distinct = {tuple(token_ids[i : i + _NGRAM]) for i in range(total)}
+    return 1.0 - len(distinct) / total
+
+
+def answer_perplexity(
+    model: nn.Module,
+    prompts_ids: Sequence[Sequence[int]],
+    answers_ids: Sequence[Sequence[int]],
+    batch_size: int = 16,
+    pad_token_id: int = 0,
+) -> list[float]:
+    """Perplexity of each answer given its prompt, exp of the mean negative log-likelihood of the answer's
+    tokens.
+
+    Logits are made only from the first answer position of a batch on, and turned to float32 one answer at a
+    time.
+
+    Args:
+        model: a transformers causal LM (`input_ids`, `attention_mask`, `logits_to_keep`), in eval mode.
+        prompts_ids: token ids per prompt, at least one token each, special tokens included.
+        answers_ids: token ids per answer, as many as prompts.
+        batch_size: sequences per forward pass; alike lengths go together.
+        pad_token_id: any id of the vocabulary; padding (on the right) is masked and never scored.
+
+    Returns:
+        One perplexity per answer; nan for an empty answer.
+
+    Raises:
+        PromptError: another number of answers than prompts, an empty prompt, or batch_size below 1.
+    """
+    if len(prompts_ids) != len(answers_ids):
+        raise PromptError(
+            f"answers_ids: expected one per prompt ({len(prompts_ids)}), got {len(answers_ids)}"
+        )
+    if batch_size < 1:
+        raise PromptError(f"batch_size: expected at least 1, got {batch_size}")
+    empty = [i for i, prompt in enumerate(prompts_ids) if len(prompt) == 0]
+    if empty:
+        raise PromptError(f"prompts_ids: expected at least one token each, got none in prompt {empty[0]}")
+    device = next(model.parameters()).device
+    perplexities = [math.nan] * len(prompts_ids)
+    scored = [i for i, answer in enumerate(answers_ids) if len(answer)]
+    scored.sort(key=lambda i: len(prompts_ids[i]) + len(answers_ids[i]))
+    with torch.inference_mode():
+        for start in range(0, len(scored), batch_size):
+            batch = scored[start : start + batch_size]
+            texts = [[*prompts_ids[i], *answers_ids[i]] for i in batch]
+            longest = max(map(len, texts))
+            ids = torch.tensor(
+                [[*text, *[pad_token_id] * (longest - len(text))] for text in texts], device=device
+            )
+            mask = torch.tensor(
+                [[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device
+            )
+            # The logits at a position score the next token; before the earliest answer none are needed.
+            first = min(len(prompts_ids[i]) for i in batch) - 1
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                use_cache=False,
+                logits_to_keep=torch.arange(first, longest - 1, device=device),
+            ).logits
+            for row, i in enumerate(batch):
+                begin, end = len(prompts_ids[i]), len(texts[row])
+                answer_logits = logits[row, begin - 1 - first : end - 1 - first].float()
+                loss = F.cross_entropy(answer_logits, ids[row, begin:end])
+                perplexities[i] = float(loss.double().exp())
+    return perplexities
+
+
+def is_fluent(
+    repetition: float,
+    perplexity: float,
+    *,
+    max_repetition: float = FluencyLimits.max_repetition,
+    max_perplexity: float = FluencyLimits.max_perplexity,
+) -> bool:
+    """True if neither figure is above its limit; nan (an empty answer) is not fluent."""
+    return repetition <= max_repetition and perplexity <= max_perplexity

@@ -1,0 +1,217 @@
+"""Calibrate gates: thresholds, the sensor layer, and honest figures for both."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerfast.errors import ProfileError
+from steerfast.fitting.extract import check_sets, describe_set
+from steerfast.fitting.score import check_model, layer_scores
+from steerfast.fitting.statistics import (
+    GateFigures,
+    gate_figures,
+    threshold_at_false_positive_rate,
+    threshold_midpoint,
+)
+from steerfast.profile import SteeringProfile
+
+# A gate this far below its calibration figures on prompts of another style has learned style, not harm.
+_HELDOUT_AUC = 0.9
+_HELDOUT_HIT_RATE = 0.75
+
+
+class StyleWarning(UserWarning):
+    """A gate separates its calibration prompts by style rather than by harm."""
+
+
+def calibrate(
+    profile: SteeringProfile,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    max_false_positive_rate: float | None = 0.01,
+    heldout_harmful: Sequence[str] | None = None,
+    heldout_harmless: Sequence[str] | None = None,
+    sensor: int | Literal["own", "auto", "keep"] = "auto",
+    latest_sensor: int | None = None,
+    batch_size: int = 16,
+    names: dict[str, str] | None = None,
+    progress: bool = True,
+) -> SteeringProfile:
+    """Set every layer's threshold on these prompts and choose which layer decides.
+
+    Use prompts that `extract` did not see: a direction fitted in fewer prompts than dimensions separates its own
+    perfectly. The held-out sets should be of another style (another source, other phrasing); they fit nothing, they
+    choose the sensor and tell whether the gate knows harm or style.
+
+    Args:
+        max_false_positive_rate: the share of `harmless` that may fire. The threshold is the class midpoint, or higher
+            where that would fire more often. None: the midpoint (arXiv 2401.11206), whatever it costs.
+        sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the
+            best worst-case balance of hits and false positives over both pairs of sets.
+        latest_sensor: ``auto`` looks no further than this layer, since only later layers can be steered;
+            default: 60 % of the depth.
+
+    Returns:
+        The profile with thresholds, sensor and figures (`profile.calibration`); layers before the sensor lose their
+        strength.
+
+    Raises:
+        PromptError: an empty, one-sided, overlapping or too long prompt set.
+        ProfileError: another model's profile, an impossible sensor.
+
+    Warns:
+        StyleWarning: the deciding gate does much worse on the held-out sets.
+    """
+    check_sets(harmful, harmless)
+    heldout = _heldout(heldout_harmful, heldout_harmless)
+    if max_false_positive_rate is not None and not 0 <= max_false_positive_rate < 1:
+        raise ProfileError(f"max_false_positive_rate: expected 0 <= rate < 1, got {max_false_positive_rate}")
+    check_model(profile, model, tokenizer)
+
+    def scores_of(prompts: Sequence[str], what: str) -> Tensor:
+        return layer_scores(
+            profile, model, tokenizer, prompts, batch_size=batch_size, progress=progress, description=what
+        )
+
+    pairs = {"calibration": (scores_of(harmful, "harmful"), scores_of(harmless, "harmless"))}
+    if heldout is not None:
+        pairs["heldout"] = (
+            scores_of(heldout[0], "held-out harmful"),
+            scores_of(heldout[1], "held-out harmless"),
+        )
+    threshold = _thresholds(*pairs["calibration"], max_false_positive_rate)
+    figures = {name: _figures(*scores, threshold) for name, scores in pairs.items()}
+    chosen = _sensor(sensor, profile, figures, latest_sensor)
+    profile = _with_sensor(replace(profile, threshold=threshold), chosen)
+    worries = style_worries(profile, figures)
+    names = names or {}
+    sets = {"harmful": harmful, "harmless": harmless}
+    if heldout is not None:
+        sets |= {"heldout_harmful": heldout[0], "heldout_harmless": heldout[1]}
+    for worry in worries:
+        warnings.warn(worry, StyleWarning, stacklevel=2)
+    return replace(
+        profile,
+        calibration={
+            "max_false_positive_rate": max_false_positive_rate,
+            "sets": {name: describe_set(prompts, names.get(name)) for name, prompts in sets.items()},
+            "layers": {name: [f.to_dict() for f in layers] for name, layers in figures.items()},
+            "histograms": {name: [_histogram(*(s[:, i] for s in scores)) for i in range(len(threshold))]
+                           for name, scores in pairs.items()},
+            "warnings": worries,
+        },
+    )  # fmt: skip
+
+
+def style_worries(profile: SteeringProfile, figures: dict[str, list[GateFigures]]) -> list[str]:
+    """What to tell the user about the gates that decide; empty when all is well."""
+    if "heldout" not in figures:
+        return [
+            "the gate was not tried on prompts of another style, so nothing shows that it knows harm rather than style; "
+            "give calibrate held-out sets"
+        ]
+    worries = []
+    gates = profile.gate_layers or ([] if profile.sensor == "own" else [profile.sensor])
+    for layer in gates:
+        here, there = figures["calibration"][layer], figures["heldout"][layer]
+        bad_auc = there.auc.value < _HELDOUT_AUC and there.auc.high < here.auc.value
+        bad_hits = there.hit_rate.value < _HELDOUT_HIT_RATE and there.hit_rate.high < here.hit_rate.value
+        if bad_auc or bad_hits:
+            worries.append(
+                f"the gate of layer {layer} knows style rather than harm: AUC {here.auc.value:.3f} and hit rate "
+                f"{here.hit_rate.value:.2f} on the calibration sets, AUC {there.auc.value:.3f} and hit rate "
+                f"{there.hit_rate.value:.2f} on sets of another style; extract with more varied prompts"
+            )
+    return worries
+
+
+def _heldout(
+    harmful: Sequence[str] | None, harmless: Sequence[str] | None
+) -> tuple[Sequence[str], Sequence[str]] | None:
+    if harmful is None and harmless is None:
+        return None
+    if harmful is None or harmless is None:
+        missing = "heldout_harmful" if harmful is None else "heldout_harmless"
+        raise ProfileError(f"{missing}: expected both held-out sets or none, got None")
+    check_sets(harmful, harmless)
+    return harmful, harmless
+
+
+def _thresholds(harmful: Tensor, harmless: Tensor, rate: float | None) -> Tensor:
+    """float32 [layers]. A midpoint that already keeps the false-positive rate is the most robust choice there is."""
+    thresholds = []
+    for layer in range(harmful.shape[1]):
+        bad, good = harmful[:, layer].numpy(), harmless[:, layer].numpy()
+        middle = threshold_midpoint(bad, good)
+        thresholds.append(
+            middle if rate is None else max(middle, threshold_at_false_positive_rate(good, rate))
+        )
+    return torch.tensor(thresholds)
+
+
+def _figures(harmful: Tensor, harmless: Tensor, threshold: Tensor) -> list[GateFigures]:
+    return [
+        gate_figures(harmful[:, layer].numpy(), harmless[:, layer].numpy(), float(limit))
+        for layer, limit in enumerate(threshold)
+    ]
+
+
+def _sensor(
+    sensor: int | str, profile: SteeringProfile, figures: dict[str, list[GateFigures]], latest: int | None
+) -> int | Literal["own"]:
+    layers = profile.model.num_layers
+    if sensor == "keep":
+        return profile.sensor
+    if sensor == "own":
+        return "own"
+    if isinstance(sensor, int):
+        if not 0 <= sensor < layers:
+            raise ProfileError(f"sensor: expected a layer in 0..{layers - 1}, got {sensor}")
+        return sensor
+    if sensor != "auto":
+        raise ProfileError(f"sensor: expected a layer, 'own', 'auto' or 'keep', got {sensor!r}")
+    latest = round(0.6 * (layers - 1)) if latest is None else latest
+    if not 0 <= latest < layers:
+        raise ProfileError(f"latest_sensor: expected a layer in 0..{layers - 1}, got {latest}")
+
+    def quality(layer: int) -> tuple[float, float]:
+        """Worst balance of hits and false positives over the sets, then worst AUC."""
+        at = [by_layer[layer] for by_layer in figures.values()]
+        return (
+            min(f.hit_rate.value - f.false_positive_rate.value for f in at),
+            min(f.auc.value for f in at),
+        )
+
+    return max(range(latest + 1), key=quality)
+
+
+def _with_sensor(profile: SteeringProfile, sensor: int | Literal["own"]) -> SteeringProfile:
+    strength = profile.strength.clone()
+    if sensor != "own":
+        strength[:sensor] = 0
+        if not bool(strength.any()) and bool(
+            profile.strength.any()
+        ):  # the untuned band lay before the sensor
+            strength[sensor] = profile.strength[profile.strength.nonzero()[-1, 0]]
+    return replace(profile, sensor=sensor, strength=strength)
+
+
+def _histogram(harmful: Tensor, harmless: Tensor, bins: int = 32) -> dict[str, Any]:
+    """Counts of both classes' scores over common bins, for `steerfast inspect --plot`."""
+    both = torch.cat([harmful, harmless])
+    low, high = float(both.min()), float(both.max())
+    return {
+        "low": low,
+        "high": high,
+        "harmful": torch.histc(harmful, bins, low, high).int().tolist(),
+        "harmless": torch.histc(harmless, bins, low, high).int().tolist(),
+    }

@@ -1,0 +1,224 @@
+"""Gate directions: one unit vector per layer that separates harmful prompt rows from harmless ones.
+
+Every direction here lies in the span of the centred rows. With fewer rows than the hidden size, an
+orthonormal basis of that span (one QR) turns the H-dimensional problem into an exactly equal one in n
+dimensions, so no H x H matrix is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from steerfast.errors import ProfileError, PromptError
+
+# Rows of float32 or fewer bits that differ at all differ by more than this share; float64 sums err by less.
+_ROUNDING = 1e-12
+
+
+def unit(vector: Tensor) -> Tensor:
+    """Return `vector` [H] as float64 with Euclidean norm 1; PromptError if it is zero or not finite."""
+    vector = vector.detach().to(torch.float64)
+    # Dividing by the largest entry first keeps the squares of very small or very large vectors in range.
+    largest = float(vector.abs().max()) if vector.numel() else 0.0
+    if not math.isfinite(largest) or largest == 0.0:
+        raise PromptError(f"vector: expected finite and not zero, got a largest entry of {largest}")
+    vector = vector / largest
+    return vector / torch.linalg.vector_norm(vector)
+
+
+def project(rows: Tensor, direction: Tensor, score: str) -> Tensor:
+    """Gate scores of rows, as the gate computes them.
+
+    Args:
+        rows: residual rows [..., H], any float type.
+        direction: unit vector [H].
+        score: "dot" for <x, d>, in residual-stream units, or "cosine" for <x, d> / |x|, 0 for a zero row.
+
+    Returns:
+        float64 scores [...]. A non-finite row gives a non-finite score.
+
+    Raises:
+        ProfileError: unknown score.
+        PromptError: the widths differ.
+    """
+    if score not in ("cosine", "dot"):
+        raise ProfileError(f"score: expected 'cosine' or 'dot', got {score!r}")
+    rows = rows.detach().to(torch.float64)
+    direction = direction.detach().to(rows)
+    if direction.ndim != 1 or rows.shape[-1:] != direction.shape:
+        raise PromptError(
+            f"rows: expected [..., H] for a direction [H], got {list(rows.shape)} and {list(direction.shape)}"
+        )
+    dots = rows @ direction
+    if score == "dot":
+        return dots
+    norms = torch.linalg.vector_norm(rows, dim=-1)
+    return torch.where(norms == 0, torch.zeros_like(dots), dots / norms)
+
+
+def fit_direction(
+    harmful: Tensor, harmless: Tensor, method: str = "lda", *, shrinkage: float | None = None
+) -> Tensor:
+    """Fit a gate direction from residual rows of two prompt sets.
+
+    Methods, with d = mean(harmful) - mean(harmless):
+        "mean": d itself (InferAligner, section "guidance gate": the safety related vector).
+        "lda": S^-1 d, S the pooled within-class covariance shrunk towards a multiple of the identity
+            (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices").
+        "pca": first principal component of the paired differences harmful[i] - harmless[i], the longer set
+        cut to the
+            shorter. The differences are not centred: unpaired prompts carry their signal in the mean
+            difference.
+        "logistic": coefficients of an L2-regularised (C = 1) logistic regression on rows divided by one
+        global scale.
+
+    Args:
+        harmful: [n1, H], any float type.
+        harmless: [n0, H].
+        method: one of the above.
+        shrinkage: "lda" only: weight in [0, 1] of the identity target; None takes the Ledoit-Wolf value.
+
+    Returns:
+        float64 [H] on the CPU, unit norm, pointing from harmless to harmful.
+
+    Raises:
+        PromptError: empty, non-finite or differently wide rows; equal means; too little variation for "lda".
+        ProfileError: unknown method, or a shrinkage that is out of range or not for this method.
+    """
+    if method not in _SOLVERS and method != "lda":
+        raise ProfileError(f"method: expected one of {', '.join(DIRECTION_METHODS)}, got {method!r}")
+    if shrinkage is not None and (method != "lda" or not 0.0 <= shrinkage <= 1.0):
+        raise ProfileError(
+            f"shrinkage: expected None, or 0 to 1 with method 'lda', got {shrinkage} with {method!r}"
+        )
+    harmful, harmless = _checked("harmful", harmful), _checked("harmless", harmless)
+    if harmful.shape[1] != harmless.shape[1]:
+        raise PromptError(
+            f"harmless: expected rows as wide as harmful ({harmful.shape[1]}), got {harmless.shape[1]}"
+        )
+    rows = torch.cat([harmful, harmless])
+    # All methods are blind to the scale of the rows; a scale of 1 keeps squares of odd inputs in range.
+    size = float(rows.abs().max())
+    if size == 0.0:
+        raise PromptError("harmful and harmless: expected rows that differ, got only zeros")
+    rows /= size
+    row_norm = float(torch.linalg.vector_norm(rows)) / math.sqrt(len(rows))
+    rows -= rows.mean(dim=0)
+    count, width = rows.shape
+    basis = None
+    if count < width and method != "mean":
+        basis, triangle = torch.linalg.qr(rows.T)
+        rows = triangle.T.contiguous()
+    positive, negative = rows[: len(harmful)], rows[len(harmful) :]
+    difference = positive.mean(dim=0) - negative.mean(dim=0)
+    if float(torch.linalg.vector_norm(difference)) <= _ROUNDING * row_norm:
+        raise PromptError("harmful and harmless: expected sets with different mean rows, got the same mean")
+    if method == "lda":
+        solution = _lda(positive, negative, width, shrinkage)
+    else:
+        solution = _SOLVERS[method](positive, negative, width)
+    if float(solution @ difference) < 0.0:
+        solution = -solution
+    return unit(solution if basis is None else basis @ solution)
+
+
+def ledoit_wolf_shrinkage(centred: Tensor, width: int) -> float:
+    """Ledoit-Wolf weight of the identity target for rows whose mean is already removed.
+
+    Args:
+        centred: float64 [n, r], coordinates of the rows in any orthonormal basis of a space that holds them.
+        width: the full number of features H >= r; the weight depends on it, not on r.
+
+    Returns:
+        Weight in [0, 1]; 0 if the covariance already is a multiple of the identity, or cannot be improved on.
+    """
+    count = len(centred)
+    squares = centred.square().sum(dim=1)
+    # |X'X| and |XX'| are the same Frobenius norm: take the smaller product.
+    product = centred @ centred.T if count < centred.shape[1] else centred.T @ centred
+    second_moment = float(product.square().sum()) / count**2
+    trace = float(squares.sum()) / count
+    noise = (float(squares.square().sum()) / count - second_moment) / count
+    distance = second_moment - trace**2 / width
+    if distance <= 0.0 or noise <= 0.0:
+        return 0.0
+    return min(noise / distance, 1.0)
+
+
+def _checked(name: str, rows: Tensor) -> Tensor:
+    """The rows of one prompt set as a float64 CPU copy [n, H]."""
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise PromptError(f"{name}: expected at least one row, as [n, H], got shape {list(rows.shape)}")
+    finite = torch.isfinite(rows).all(dim=1)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite).flatten().tolist()
+        raise PromptError(
+            f"{name}: expected finite rows, got {len(bad)} of {len(rows)} that are not, first {bad[0]}"
+        )
+    return rows.detach().to("cpu", torch.float64)
+
+
+def _mean(positive: Tensor, negative: Tensor, width: int) -> Tensor:
+    return positive.mean(dim=0) - negative.mean(dim=0)
+
+
+def _pca(positive: Tensor, negative: Tensor, width: int) -> Tensor:
+    pairs = min(len(positive), len(negative))
+    differences = positive[:pairs] - negative[:pairs]
+    if not bool(differences.any()):
+        raise PromptError("harmful and harmless: expected paired rows that differ, got equal pairs")
+    return torch.linalg.svd(differences, full_matrices=False).Vh[0]
+
+
+def _logistic(positive: Tensor, negative: Tensor, width: int) -> Tensor:
+    rows = torch.cat([positive, negative])
+    labels = np.repeat([1, 0], [len(positive), len(negative)])
+    # One scale for all features, so that the penalty does not depend on the basis: root mean square over n x
+    # H.
+    scale = float(torch.linalg.vector_norm(rows)) / math.sqrt(len(rows) * width)
+    # Newton steps: exact to rounding in a few rounds, where the default solver stops early and
+    # basis-dependent.
+    fitted = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10).fit(
+        (rows / scale).numpy(), labels
+    )
+    return torch.from_numpy(fitted.coef_[0])
+
+
+def _lda(positive: Tensor, negative: Tensor, width: int, shrinkage: float | None) -> Tensor:
+    for name, rows in (("harmful", positive), ("harmless", negative)):
+        if len(rows) < 2:
+            raise PromptError(
+                f"{name}: expected at least 2 rows for a covariance (method 'lda'), got {len(rows)}"
+            )
+    difference = positive.mean(dim=0) - negative.mean(dim=0)
+    centred = torch.cat([positive - positive.mean(dim=0), negative - negative.mean(dim=0)])
+    weight = ledoit_wolf_shrinkage(centred, width) if shrinkage is None else shrinkage
+    covariance = centred.T @ centred / len(centred)
+    variance = float(covariance.trace())
+    target = variance / width
+    covariance *= 1.0 - weight
+    covariance.diagonal().add_(weight * target)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    pivots = factor.diagonal().square()
+    rounding = len(pivots) * torch.finfo(torch.float64).eps * float(pivots.max())
+    constant = math.sqrt(variance) <= _ROUNDING * float(torch.linalg.vector_norm(difference))
+    if constant or int(failed) or not float(pivots.min()) > rounding:
+        raise PromptError(
+            f"harmful and harmless: expected rows that vary (method 'lda', shrinkage {weight:.3g}), "
+            "got a singular covariance; give more varied prompts or a larger shrinkage"
+        )
+    return torch.cholesky_solve(difference[:, None], factor)[:, 0]
+
+
+_SOLVERS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "mean": _mean,
+    "pca": _pca,
+    "logistic": _logistic,
+}
+DIRECTION_METHODS = ("lda", *_SOLVERS)

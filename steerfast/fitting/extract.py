@@ -1,0 +1,233 @@
+"""Extract guidance from a model: what its gates read, and what is added where they open."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerfast.errors import ArchitectureError, ProfileError, PromptError
+from steerfast.fitting.activations import answer_mean, residual_rows
+from steerfast.fitting.directions import fit_direction, project, unit
+from steerfast.fitting.statistics import threshold_midpoint
+from steerfast.models.prompting import encode, greedy_answers, pad_token
+from steerfast.models.structure import identify
+from steerfast.profile import Gate, SteeringProfile
+
+VECTOR_KINDS = ("alignment", "ssv", "forced", "srv")
+FORCED_REFUSAL = "I'm sorry, but I can't help with that. It could cause serious harm to people."
+_FORCED_TOKENS = 12
+
+# Before `tune` has searched: a middle band, at a total strength that moves a row by about one class difference.
+_UNTUNED_BAND = (0.35, 0.65)
+_UNTUNED_STRENGTH = 0.3
+
+
+def extract(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    aligned_model: nn.Module | None = None,
+    gate: Literal["lda", "mean", "pca", "logistic"] = "lda",
+    score: Literal["cosine", "dot"] = "cosine",
+    vectors: Sequence[str] | None = None,
+    unit_norm: bool = False,
+    refusal: str = FORCED_REFUSAL,
+    shrinkage: float | None = None,
+    batch_size: int = 16,
+    padding_side: Literal["left", "right"] = "right",
+    names: dict[str, str] | None = None,
+    progress: bool = True,
+) -> SteeringProfile:
+    """Fit gate directions and steering vectors for every decoder layer of `model`.
+
+    Directions come from the target model's residual rows at the last prompt token of both sets (arXiv 2401.11206).
+    The sign convention is harmless -> harmful throughout.
+
+    Args:
+        model, tokenizer: the target model; chat prompts are templated as generation would.
+        harmful, harmless: prompts; no prompt may be in both.
+        aligned_model: a sibling of the same geometry that refuses; the source of ``ssv`` and ``alignment``.
+        gate: how directions are fitted, see `steerfast.fitting.directions.fit_direction`.
+        score: what the gate will compare with its threshold; ``cosine`` fits on unit rows.
+        vectors: the kinds of steering vector to make, the first one selected, the rest kept for `tune`:
+            ``ssv``: the aligned model's mean difference (the paper's safety steering vector);
+            ``alignment``: ``ssv`` minus the target's own mean difference, what alignment added;
+            ``forced``: mean rows of a forced refusal minus those of the model's own answer to the same harmful prompts,
+            over the first 12 answer tokens (needs no sibling);
+            ``srv``: the target's own mean difference (needs no sibling).
+            Default: ``alignment, ssv, forced`` with a sibling, ``forced, srv`` without.
+        unit_norm: scale each steering vector to norm 1 (the paper); otherwise residual-stream units.
+        refusal: the text that ``forced`` puts in the model's mouth.
+        shrinkage: for ``lda``: weight of the identity; default Ledoit-Wolf.
+        names: what to call the prompt sets in the profile (``{"harmful": ..., "harmless": ...}``).
+
+    Returns:
+        A profile with midpoint thresholds on these prompts and an untuned middle band; `calibrate` and `tune` next.
+
+    Raises:
+        PromptError: an empty, one-sided, overlapping or too long prompt set.
+        ArchitectureError: an unpatchable model, or a sibling of another geometry.
+        SteerfastError: non-finite activations.
+    """
+    check_sets(harmful, harmless)
+    kinds = _kinds(vectors, aligned_model)
+    identity = identify(model, tokenizer)
+    if aligned_model is not None:
+        _check_sibling(identity, aligned_model)
+    harmful_ids, harmless_ids = (encode(tokenizer, prompts, model) for prompts in (harmful, harmless))
+
+    def rows_of(source: nn.Module, sequences: Sequence[Sequence[int]], what: str, **options: Any) -> Tensor:
+        return residual_rows(
+            source, sequences, batch_size=batch_size, padding_side=padding_side, pad_token_id=pad_token(tokenizer),
+            description=what if progress else None, **options,
+        )  # fmt: skip
+
+    both = rows_of(model, harmful_ids + harmless_ids, "target activations")
+    split = len(harmful_ids)
+    made: dict[str, Tensor] = {}
+    if {"srv", "alignment"} & set(kinds):
+        made["srv"] = _mean_difference(both, split)
+    if aligned_model is not None and {"ssv", "alignment"} & set(kinds):
+        made["ssv"] = _mean_difference(
+            rows_of(aligned_model, harmful_ids + harmless_ids, "sibling activations"), split
+        )
+        if "alignment" in kinds:
+            made["alignment"] = made["ssv"] - made["srv"]
+    if "forced" in kinds:
+        answers = greedy_answers(
+            model, tokenizer, harmful_ids, _FORCED_TOKENS, description="own answers" if progress else None
+        )
+        forced = tokenizer(refusal, add_special_tokens=False)["input_ids"][:_FORCED_TOKENS]
+        made["forced"] = _answer_difference(rows_of, model, harmful_ids, forced, answers)
+    for kind, vector in made.items():
+        _check_vector(kind, vector)
+
+    direction, threshold = _fit_gates(both[:split], both[split:], gate, score, shrinkage)
+    lengths = made[kinds[0]].norm(dim=1)
+    if unit_norm:
+        made = {kind: vector / vector.norm(dim=1, keepdim=True) for kind, vector in made.items()}
+    strength = torch.zeros(identity.num_layers)
+    first, last = (round(share * identity.num_layers) for share in _UNTUNED_BAND)
+    band = slice(first, max(first + 1, last))
+    strength[band] = _UNTUNED_STRENGTH * (lengths[band].float() if unit_norm else 1.0)
+    names = names or {}
+    return SteeringProfile(
+        model=identity,
+        direction=direction,
+        threshold=threshold,
+        vector=made[kinds[0]].float(),
+        strength=strength,
+        norm=both.norm(dim=2).double().mean(dim=0).float(),
+        gate=Gate(kind="prompt", score=score),
+        vector_kind=kinds[0],
+        candidates={kind: made[kind].float() for kind in kinds[1:]},
+        fitted={
+            "direction": gate,
+            "shrinkage": shrinkage,
+            "vectors": list(kinds),
+            "unit_norm": unit_norm,
+            "aligned_model": identify(aligned_model).name if aligned_model is not None else None,
+            "harmful": describe_set(harmful, names.get("harmful")),
+            "harmless": describe_set(harmless, names.get("harmless")),
+        },
+    )
+
+
+def check_sets(harmful: Sequence[str], harmless: Sequence[str]) -> None:
+    """Refuse prompt sets that nothing can be fitted on.
+
+    Raises:
+        PromptError: a single string, an empty set, or a prompt that is in both.
+    """
+    for name, prompts in (("harmful", harmful), ("harmless", harmless)):
+        if isinstance(prompts, str):
+            raise PromptError(f"{name}: expected a list of prompts, got one string")
+        if not len(prompts):
+            raise PromptError(f"{name}: expected at least one prompt, got none")
+    shared = set(harmful) & set(harmless)
+    if shared:
+        raise PromptError(
+            f"harmful and harmless: expected different prompts, got {len(shared)} in both, such as {min(shared)[:60]!r}"
+        )
+
+
+def describe_set(prompts: Sequence[str], name: str | None = None) -> dict[str, Any]:
+    """Name, size and hash of a prompt set, for a profile's provenance; the hash ignores the order."""
+    digest = hashlib.sha256("\n".join(sorted(prompts)).encode()).hexdigest()
+    return {"name": name, "count": len(prompts), "sha256": digest}
+
+
+def _kinds(vectors: Sequence[str] | None, aligned_model: nn.Module | None) -> tuple[str, ...]:
+    kinds = vectors or (("alignment", "ssv", "forced") if aligned_model is not None else ("forced", "srv"))
+    kinds = tuple(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
+    for kind in kinds:
+        if kind not in VECTOR_KINDS:
+            raise ProfileError(f"vectors: expected some of {', '.join(VECTOR_KINDS)}, got {kind!r}")
+        if kind in ("alignment", "ssv") and aligned_model is None:
+            raise ProfileError(f"vectors: {kind!r} is taken from an aligned model, but aligned_model is None")
+    return kinds
+
+
+def _check_sibling(identity: Any, aligned_model: nn.Module) -> None:
+    sibling = identify(aligned_model)
+    for what in ("hidden_size", "num_layers"):
+        mine, theirs = getattr(identity, what), getattr(sibling, what)
+        if mine != theirs:
+            raise ArchitectureError(
+                f"aligned_model: expected the geometry of {identity.name!r} ({what} {mine}), "
+                f"got {sibling.name!r} ({what} {theirs})"
+            )
+
+
+def _mean_difference(rows: Tensor, split: int) -> Tensor:
+    """Mean of the first `split` rows minus mean of the rest, float64 [layers, H]."""
+    return rows[:split].mean(dim=0, dtype=torch.float64) - rows[split:].mean(dim=0, dtype=torch.float64)
+
+
+def _answer_difference(
+    rows_of: Any, model: nn.Module, prompts: list[list[int]], forced: list[int], answers: list[list[int]]
+) -> Tensor:
+    pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
+    if not pairs:
+        raise PromptError("harmful: expected the model to answer at least one prompt, got only empty answers")
+    lengths = [len(prompt) for prompt, _ in pairs]
+    refused = rows_of(
+        model, [p + forced for p, _ in pairs], "forced refusals", reduce=answer_mean(lengths, _FORCED_TOKENS)
+    )
+    complied = rows_of(
+        model, [p + a for p, a in pairs], "own answers", reduce=answer_mean(lengths, _FORCED_TOKENS)
+    )
+    return refused.mean(dim=0, dtype=torch.float64) - complied.mean(dim=0, dtype=torch.float64)
+
+
+def _fit_gates(
+    harmful: Tensor, harmless: Tensor, method: str, score: str, shrinkage: float | None
+) -> tuple[Tensor, Tensor]:
+    """Directions float32 [layers, H] and midpoint thresholds float32 [layers]."""
+    directions, thresholds = [], []
+    for layer in range(harmful.shape[1]):
+        pair = (harmful[:, layer], harmless[:, layer])
+        # A cosine gate sees only where a row points, so the fit sees no more than that.
+        rows = (
+            [x.double() / x.double().norm(dim=1, keepdim=True) for x in pair]
+            if score == "cosine"
+            else list(pair)
+        )
+        direction = unit(fit_direction(rows[0], rows[1], method, shrinkage=shrinkage)).float()
+        directions.append(direction)
+        thresholds.append(threshold_midpoint(*(project(x, direction, score).numpy() for x in pair)))
+    return torch.stack(directions), torch.tensor(thresholds)
+
+
+def _check_vector(kind: str, vector: Tensor) -> None:
+    if not bool(vector.any(dim=1).all()):
+        layer = int((~vector.any(dim=1)).nonzero()[0])
+        raise ProfileError(
+            f"vectors: {kind!r} is zero at layer {layer}; is the aligned model another model than the target?"
+        )

@@ -1,0 +1,93 @@
+"""Gate scores of prompts, without steering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfast.errors import ProfileError, PromptError
+from steerfast.fitting.activations import residual_rows
+from steerfast.fitting.directions import project
+from steerfast.models.prompting import encode, pad_token
+from steerfast.models.structure import identify
+from steerfast.profile import SteeringProfile
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a profile's gates on prompts.
+
+    scores: float32 [prompts], of the gate layer that is furthest above its threshold (the sensor, if there is one).
+    fired: bool [prompts]. by_layer: float32 [prompts, layers], every layer's score, gate or not.
+    """
+
+    scores: Tensor
+    fired: Tensor
+    by_layer: Tensor
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Any,
+    profile: SteeringProfile,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Scores:
+    """Score the last token of each prompt with the profile's gates; nothing is steered.
+
+    Scores are of the unsteered residual stream. With one sensor they equal the run-time's; with ``sensor="own"`` a
+    gate above a layer that fired reads an edited row at run time and may differ.
+
+    Raises:
+        ProfileError: the profile belongs to another model, or has no gate.
+        PromptError: no prompt, or one that is too long.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise PromptError(f"prompts: expected a list of at least one prompt, got {prompts!r}")
+    check_model(profile, model, tokenizer)
+    gates = profile.gate_layers
+    if not gates:
+        raise ProfileError(
+            "profile: expected a gate to score, got one with gate.kind='always' or no steered layer"
+        )
+    by_layer = layer_scores(profile, model, tokenizer, prompts, batch_size=batch_size, progress=progress)
+    margins = by_layer[:, gates] - profile.threshold[gates]
+    best = margins.argmax(dim=1)
+    scores = by_layer[:, gates][torch.arange(len(best)), best]
+    return Scores(scores, (margins > 0).any(dim=1), by_layer)
+
+
+def layer_scores(
+    profile: SteeringProfile,
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    description: str = "scores",
+) -> Tensor:
+    """Every layer's gate score at each prompt's last token, float32 [prompts, layers]."""
+    rows = residual_rows(
+        model, encode(tokenizer, prompts, model), batch_size=batch_size, pad_token_id=pad_token(tokenizer),
+        description=description if progress else None,
+    )  # fmt: skip
+    layers = range(rows.shape[1])
+    scores = [project(rows[:, layer], profile.direction[layer], profile.gate.score) for layer in layers]
+    return torch.stack(scores, dim=1).float()
+
+
+def check_model(profile: SteeringProfile, model: nn.Module, tokenizer: Any = None) -> None:
+    """Refuse a profile that was made for another model, tokenizer or chat template.
+
+    Raises:
+        ProfileError: naming both sides.
+    """
+    if (problem := profile.model.mismatch(identify(model, tokenizer))) is not None:
+        raise ProfileError(f"profile: {problem}")

@@ -1,0 +1,282 @@
+"""Tune what is added: vector kind, layer band, strength and positions, so that prompts that fire are refused in fluent text.
+
+The gate is left alone: it alone decides which prompts change, so harmless answers depend on it and not on the search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from steerfast.errors import OutputError, ProfileError, PromptError
+from steerfast.evaluation.fluency import FluencyLimits
+from steerfast.evaluation.judging import judge, share
+from steerfast.fitting.extract import check_sets, describe_set
+from steerfast.fitting.score import check_model
+from steerfast.models.prompting import encode, greedy_answers
+from steerfast.models.steering import steer
+from steerfast.profile import SteeringProfile
+from steerfast.progress import track
+
+Positions = Literal["all", "response"]
+_SCREEN_SHARE = 3  # a first look takes a third of the harmful prompts
+_FINALISTS = 6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting to try: layers first..last at `strength` each."""
+
+    vector: str
+    first: int
+    last: int
+    strength: float
+    positions: Positions
+
+    def apply(self, profile: SteeringProfile) -> SteeringProfile:
+        banded = profile.with_vector(self.vector).with_band(range(self.first, self.last + 1), self.strength)
+        return replace(banded, positions=self.positions)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a candidate did on `n` harmful prompts; shares of all of them, fired or not."""
+
+    candidate: Candidate
+    n: int
+    refusal: float
+    refusal_strict: float
+    fluent: float
+
+    def rank(self, min_fluent: float) -> tuple[float, ...]:
+        """Fluent enough first, then most strict refusals, then keyword refusals, then the least total strength."""
+        enough = self.fluent >= min_fluent
+        total = self.candidate.strength * (self.candidate.last - self.candidate.first + 1)
+        return (float(enough), self.refusal_strict if enough else self.fluent, self.refusal, self.fluent, -total)
+
+
+def tune(
+    profile: SteeringProfile,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    vectors: Sequence[str] | None = None,
+    bands: Iterable[tuple[int, int]] | None = None,
+    strengths: Sequence[float] | None = None,
+    positions: Sequence[Positions] | None = None,
+    max_new_tokens: int = 32,
+    min_fluent: float = 0.95,
+    min_unchanged: float = 0.95,
+    limits: FluencyLimits | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    names: dict[str, str] | None = None,
+    progress: bool = True,
+) -> SteeringProfile:
+    """Search the setting with the most strict refusals of `harmful`, subject to fluent text and unchanged `harmless`.
+
+    Every candidate is tried on a third of the harmful prompts; the best few on all of them. Greedy answers, judged by
+    keywords and strictly (`steerfast.evaluation.refusal`); fluency by repetition and by the unsteered model's perplexity.
+
+    Args:
+        vectors: kinds to try; default: the profile's own and all its candidates.
+        bands: (first, last) layers to try; default: `default_bands`.
+        strengths: multiples of the vector *in total over the band*; each layer gets its share.
+        positions: default: both.
+        max_new_tokens: answer length while searching.
+        min_fluent: share of fluent answers to harmful prompts a setting must keep.
+        min_unchanged: share of harmless answers that must stay token for token.
+        resume: a JSON-lines file of finished trials; written as the search goes, read back to continue it.
+
+    Returns:
+        The profile at the best setting, without its other candidate vectors, with the search's figures in `tuned`.
+
+    Raises:
+        PromptError: an unusable prompt set, or no setting that keeps both constraints.
+        ProfileError: another model's profile, an unknown vector kind, an impossible band.
+    """
+    check_sets(harmful, harmless)
+    check_model(profile, model, tokenizer)
+    limits = limits or FluencyLimits()
+    candidates = _candidates(profile, vectors, bands, strengths, positions)
+    prompts = encode(tokenizer, harmful, model, room=max_new_tokens)
+    settings = {
+        "profile": _fingerprint(profile),
+        "harmful": describe_set(harmful)["sha256"],
+        "max_new_tokens": max_new_tokens,
+        "limits": limits.to_dict(),
+    }
+    log = _TrialLog(resume, settings)
+
+    def trials(chosen: Sequence[Candidate], n: int, what: str) -> list[Trial]:
+        done = []
+        for candidate in track(chosen, what, show=progress):
+            trial = log.find(candidate, n)
+            if trial is None:
+                trial = _try(candidate, profile, model, tokenizer, prompts[:n], max_new_tokens, limits)
+                log.add(trial)
+            done.append(trial)
+        return sorted(done, key=lambda trial: trial.rank(min_fluent), reverse=True)
+
+    screened = trials(candidates, max(1, math.ceil(len(prompts) / _SCREEN_SHARE)), "screening")
+    finals = trials([trial.candidate for trial in screened[:_FINALISTS]], len(prompts), "finalists")
+    best = finals[0]
+    if best.fluent < min_fluent:
+        raise PromptError(
+            f"min_fluent: no setting reached {min_fluent:.2f} fluent answers, the best had {best.fluent:.2f} "
+            f"({asdict(best.candidate)}); try smaller strengths"
+        )
+    tuned = replace(best.candidate.apply(profile), candidates={})
+    unchanged = _unchanged(tuned, model, tokenizer, harmless, max_new_tokens)
+    if unchanged < min_unchanged:
+        raise PromptError(
+            f"min_unchanged: expected at least {min_unchanged:.2f} of the harmless answers unchanged, got {unchanged:.2f}; "
+            "the gate opens for them: calibrate with more varied harmless prompts or a lower false-positive rate"
+        )
+    names = names or {}
+    return replace(
+        tuned,
+        tuned={
+            "candidate": asdict(best.candidate),
+            "refusal": best.refusal,
+            "refusal_strict": best.refusal_strict,
+            "fluent": best.fluent,
+            "harmless_unchanged": unchanged,
+            "tried": len(candidates),
+            "max_new_tokens": max_new_tokens,
+            "limits": limits.to_dict(),
+            "harmful": describe_set(harmful, names.get("harmful")),
+            "harmless": describe_set(harmless, names.get("harmless")),
+            "runners_up": [asdict(trial) for trial in finals[1:]],
+        },
+    )
+
+
+def default_bands(layers: int, first: int) -> list[tuple[int, int]]:
+    """Bands (first, last) to try in layers `first`..: one layer, a fifth, and two fifths of the depth, at up to three places.
+
+    The last tenth of the depth is left out: what is added there has no layer left to act through.
+    """
+    end = max(first + 1, round(0.9 * layers))
+    bands: set[tuple[int, int]] = set()
+    for share_of_depth in (0.0, 0.2, 0.4):
+        width = min(max(1, round(share_of_depth * layers)), end - first)
+        latest = end - width
+        bands |= {(start, start + width - 1) for start in (first, (first + latest) // 2, latest)}
+    return sorted(bands)
+
+
+def _candidates(
+    profile: SteeringProfile,
+    vectors: Sequence[str] | None,
+    bands: Iterable[tuple[int, int]] | None,
+    strengths: Sequence[float] | None,
+    positions: Sequence[Positions] | None,
+) -> list[Candidate]:
+    kinds = list(vectors) if vectors else [profile.vector_kind, *profile.candidates]
+    layers = profile.model.num_layers
+    first = 0 if profile.sensor == "own" or profile.gate.kind == "always" else profile.sensor
+    chosen = list(bands) if bands is not None else default_bands(layers, first)
+    candidates = []
+    for kind in kinds:
+        profile.with_vector(kind)  # raises on an unknown kind before any work is done
+        for start, last in chosen:
+            if not first <= start <= last < layers:
+                raise ProfileError(f"bands: expected {first} <= first <= last < {layers}, got ({start}, {last})")
+            for total in strengths or (1.0, 2.0, 4.0):
+                for where in positions or ("all", "response"):
+                    per_layer = round(total / (last - start + 1), 4)
+                    candidates.append(Candidate(kind, start, last, per_layer, where))
+    return candidates
+
+
+def _try(
+    candidate: Candidate,
+    profile: SteeringProfile,
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    limits: FluencyLimits,
+) -> Trial:
+    with steer(model, candidate.apply(profile)):
+        answers = greedy_answers(model, tokenizer, prompts, max_new_tokens)
+    judged = judge(model, tokenizer, prompts, answers, limits)
+    return Trial(
+        candidate=candidate,
+        n=len(prompts),
+        refusal=share([j.refusal for j in judged]),
+        refusal_strict=share([j.refusal_strict for j in judged]),
+        fluent=share([j.fluent for j in judged]),
+    )
+
+
+def _unchanged(
+    profile: SteeringProfile, model: nn.Module, tokenizer: Any, harmless: Sequence[str], max_new_tokens: int
+) -> float:
+    prompts = encode(tokenizer, harmless, model, room=max_new_tokens)
+    before = greedy_answers(model, tokenizer, prompts, max_new_tokens)
+    with steer(model, profile):
+        after = greedy_answers(model, tokenizer, prompts, max_new_tokens)
+    return share([a == b for a, b in zip(before, after, strict=True)])
+
+
+def _fingerprint(profile: SteeringProfile) -> str:
+    digest = hashlib.sha256()
+    kinds = {profile.vector_kind: profile.vector, **profile.candidates}
+    for tensor in (profile.direction, profile.threshold, *(kinds[kind] for kind in sorted(kinds))):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    digest.update(f"{profile.sensor} {profile.gate}".encode())
+    return digest.hexdigest()
+
+
+class _TrialLog:
+    """Finished trials on disk, a JSON line each, so that an interrupted search goes on where it stopped."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
+        self._path = Path(path) if path is not None else None
+        self._settings = settings
+        self._trials: dict[tuple[Candidate, int], Trial] = {}
+        if self._path is None:
+            return
+        try:
+            with self._path.open("a+", encoding="utf-8") as file:  # also shows at once that it can be written
+                file.seek(0)
+                lines = file.read().splitlines()
+                if lines and not _ends_line(self._path):  # a line cut short by a crash must not swallow the next one
+                    file.write("\n")
+        except OSError as error:
+            raise OutputError(f"resume: cannot write {str(self._path)!r} ({error.strerror})") from None
+        for line in lines:
+            self._read(line)
+
+    def _read(self, line: str) -> None:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return  # the last line of an interrupted run may be cut short; its trial is simply run again
+        if isinstance(record, dict) and record.get("settings") == self._settings:
+            trial = Trial(**{**record["trial"], "candidate": Candidate(**record["trial"]["candidate"])})
+            self._trials[trial.candidate, trial.n] = trial
+
+    def find(self, candidate: Candidate, n: int) -> Trial | None:
+        return self._trials.get((candidate, n))
+
+    def add(self, trial: Trial) -> None:
+        self._trials[trial.candidate, trial.n] = trial
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"settings": self._settings, "trial": asdict(trial)}) + "\n")
+
+
+def _ends_line(path: Path) -> bool:
+    return path.read_bytes().endswith(b"\n")

@@ -1,0 +1,82 @@
+"""Gate decisions that live and move with a KV cache.
+
+A prompt's decision must survive whatever happens to its keys and values: beam search reorders the cache's batch,
+contrastive methods repeat it, users deep-copy it to branch a conversation. So the decision is an attribute of the cache,
+and the cache's class gains three methods that move it along.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Latch:
+    """Decisions of one steering for the sequences of one cache.
+
+    owner: which steering decided (another one's decisions mean nothing to it).
+    values: float32 [gates, N], the gate values g. scores: float32 [gates, N], what they were decided from.
+    """
+
+    owner: str
+    values: Tensor
+    scores: Tensor
+
+    def copy(self) -> Latch:
+        return Latch(self.owner, self.values.clone(), self.scores.clone())
+
+    def select(self, index: Tensor) -> None:
+        self.values = self.values.index_select(1, index.to(self.values.device))
+        self.scores = self.scores.index_select(1, index.to(self.scores.device))
+
+    def repeat(self, repeats: int) -> None:
+        self.values = self.values.repeat_interleave(repeats, dim=1)
+        self.scores = self.scores.repeat_interleave(repeats, dim=1)
+
+
+def read(cache: Any, owner: str) -> Latch | None:
+    """The latch that `owner` left on `cache`, if any."""
+    latch = getattr(cache, "steerfast_latch", None)
+    return latch if latch is not None and latch.owner == owner else None
+
+
+def attach(cache: Any, latch: Latch) -> None:
+    """Make `latch` part of `cache`."""
+    if not isinstance(cache, _Latching):
+        cache.__class__ = _latching(type(cache))
+    cache.steerfast_latch = latch
+
+
+class _Latching:
+    steerfast_latch: Latch
+
+    def reorder_cache(self, beam_idx: Tensor) -> Any:
+        self.steerfast_latch.select(beam_idx)
+        return super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+    def batch_select_indices(self, indices: Tensor) -> Any:
+        self.steerfast_latch.select(indices)
+        return super().batch_select_indices(indices)  # type: ignore[misc]
+
+    def batch_repeat_interleave(self, repeats: int) -> Any:
+        self.steerfast_latch.repeat(repeats)
+        return super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be found by name again: rebuild it from the class it extends.
+        base = type(self).__mro__[2]
+        return _rebuild, (base,), self.__dict__
+
+
+@functools.cache
+def _latching(base: type) -> type:
+    return type(base.__name__, (_Latching, base), {"__module__": base.__module__})
+
+
+def _rebuild(base: type) -> Any:
+    kind = _latching(base)
+    return kind.__new__(kind)

@@ -1,0 +1,138 @@
+"""From prompts to token ids, batches and greedy answers: one way for fitting, judging and generating."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerfast.errors import PromptError
+from steerfast.progress import track
+
+
+def encode(
+    tokenizer: Any, prompts: Sequence[str], model: nn.Module | None = None, room: int = 0
+) -> list[list[int]]:
+    """Token ids of `prompts` as generation would see them: chat template and generation prompt where there is one.
+
+    Args:
+        model: where given, prompts must fit its context with `room` tokens to spare.
+
+    Raises:
+        PromptError: an empty prompt, or one longer than the context.
+    """
+    limit = _context(model) - room if model is not None else None
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise PromptError(f"prompts: entry {number}: expected a non-empty string, got {prompt!r}")
+        if getattr(tokenizer, "chat_template", None):
+            chat = [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+        if limit is not None and len(ids) > limit:
+            raise PromptError(
+                f"prompts: entry {number} ({prompt[:40]!r}...) has {len(ids)} tokens, "
+                f"the model's context leaves room for {limit}"
+            )
+        encoded.append(list(ids))
+    return encoded
+
+
+def _context(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """indices: where the rows stand in the caller's list; ids, mask: int64 [N, T]; last: int64 [N], last valid column."""
+
+    indices: list[int]
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def last(self) -> Tensor:
+        return self.mask.shape[1] - 1 - self.mask.flip(1).argmax(dim=1)
+
+    @property
+    def positions(self) -> Tensor:
+        """Position ids that ignore padding on either side."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+
+def batches(
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    padding_side: Literal["left", "right"],
+    pad_token_id: int,
+    device: torch.device,
+) -> Iterator[PromptBatch]:
+    """Padded batches of `sequences`, longest first (so that memory runs out at once, if it does)."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        width = len(sequences[indices[0]])
+        ids = torch.full((len(indices), width), pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(indices):
+            sequence = torch.tensor(sequences[index])
+            where = slice(width - len(sequence), width) if padding_side == "left" else slice(0, len(sequence))
+            ids[row, where] = sequence
+            mask[row, where] = 1
+        yield PromptBatch(indices, ids.to(device), mask.to(device))
+
+
+def pad_token(tokenizer: Any) -> int:
+    """A token id to pad with; masked, so that any will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@torch.inference_mode()
+def greedy_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 25,
+    description: str | None = None,
+) -> list[list[int]]:
+    """Greedy answers of the model as it stands (steered or not): token ids without the prompt and the end token."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    device, generate = device_of(model), model.generate
+    ends = _end_tokens(model, tokenizer)
+    work = list(batches(prompts, batch_size, "left", pad_token(tokenizer), device))
+    for batch in track(work, description or "", show=description is not None):
+        output = generate(  # type: ignore[operator]
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad_token(tokenizer),
+        )
+        for index, row in zip(batch.indices, output[:, batch.ids.shape[1] :].tolist(), strict=True):
+            stop = next((at for at, token in enumerate(row) if token in ends), len(row))
+            answers[index] = row[:stop]
+    return answers
+
+
+def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    listed = ends if isinstance(ends, (list, tuple)) else [ends]
+    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}

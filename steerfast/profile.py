@@ -1,0 +1,394 @@
+"""The profile: what a gate reads, what an edit adds, and where both came from.
+
+A profile belongs to one model. It knows no model object and no device: tensors live on the CPU in float32,
+`steerfast.bank` puts them on a device and `steerfast.models` attaches them.
+
+File format 1: one safetensors file, data only. Tensors ``layer.<l>.direction`` and ``layer.<l>.vector`` [H],
+``layer.<l>.candidate.<kind>`` [H], ``threshold``, ``strength`` and ``norm`` [layers]; everything else is JSON under
+the header key ``steerfast``, with a SHA-256 over that JSON and every tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from steerfast.errors import OutputError, ProfileError
+
+FORMAT_VERSION = 1
+
+GATE_KINDS = ("always", "prompt", "token")
+SCORES = ("cosine", "dot")
+EDITS = ("add",)
+POSITIONS = ("all", "response")
+
+_TENSOR_NAME = re.compile(r"layer\.(\d+)\.(direction|vector|candidate\.([a-z-]+))")
+# Two copies of one model in other dtypes or quantisations agree to well above this cosine; unrelated models of the
+# same shape stay near 0 (64 random projections: standard deviation 0.125).
+_SKETCH_AGREEMENT = 0.9
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ProfileError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a profile was made for.
+
+    ``embedding_sketch`` is a unit vector of random projections of embedding rows: it recognises the same model in
+    another dtype, quantisation or folder, and another model of the same shape. None where the weights could not be
+    read (meta device). The two hashes are None where no tokenizer was at hand.
+    """
+
+    name: str
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    revision: str | None = None
+    embedding_sketch: tuple[float, ...] | None = None
+    tokenizer_sha256: str | None = None
+    chat_template_sha256: str | None = None
+
+    def mismatch(self, other: ModelIdentity) -> str | None:
+        """Say how `other` (the model at hand) differs from this identity (the profile's), or return None."""
+
+        def says(what: str, mine: object, theirs: object) -> str:
+            return f"the profile was made for {self.name!r} ({what} {mine}), the model is {other.name!r} ({what} {theirs})"
+
+        if self.hidden_size != other.hidden_size:
+            return says("hidden size", self.hidden_size, other.hidden_size)
+        if self.num_layers != other.num_layers:
+            return says("layers", self.num_layers, other.num_layers)
+        if self.architecture != other.architecture:
+            return says("architecture", self.architecture, other.architecture)
+        if self.embedding_sketch and other.embedding_sketch:
+            agreement = sum(
+                a * b for a, b in zip(self.embedding_sketch, other.embedding_sketch, strict=False)
+            )
+            if (
+                len(self.embedding_sketch) != len(other.embedding_sketch)
+                or not agreement >= _SKETCH_AGREEMENT
+            ):
+                return (
+                    f"the profile was made for {self.name!r}, the model is {other.name!r} with other weights: "
+                    f"their embeddings agree to {agreement:.2f}, expected at least {_SKETCH_AGREEMENT}"
+                )
+        for what, mine, theirs in (
+            ("tokenizer", self.tokenizer_sha256, other.tokenizer_sha256),
+            ("chat template", self.chat_template_sha256, other.chat_template_sha256),
+        ):
+            if mine and theirs and mine != theirs:
+                return says(f"{what} hash", mine[:12], theirs[:12])
+        return None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a decision is taken.
+
+    kind: ``always`` (no gate), ``prompt`` (the prompt's last token, latched), ``token`` (each row for itself).
+    score: ``cosine`` or ``dot`` with the layer's direction.
+    sharpness: 0 is a hard gate, g = [score > threshold]; above 0 it is soft, g = sigmoid(sharpness·(score − threshold)).
+    """
+
+    kind: Literal["always", "prompt", "token"] = "prompt"
+    score: Literal["cosine", "dot"] = "cosine"
+    sharpness: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("gate.kind", self.kind, GATE_KINDS)
+        _one_of("gate.score", self.score, SCORES)
+        if not (math.isfinite(self.sharpness) and self.sharpness >= 0):
+            raise ProfileError(f"gate.sharpness: expected a finite number >= 0, got {self.sharpness}")
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringProfile:
+    """Directions, thresholds, steering vectors and strengths of every decoder layer of one model.
+
+    Args:
+        model: the model the profile belongs to.
+        direction: float32 [layers, H], unit rows; what the gate reads. A zero row: the layer has no gate.
+        threshold: float32 [layers], in units of the score.
+        vector: float32 [layers, H], residual-stream units; what the edit adds. A zero row: nothing to add.
+        strength: float32 [layers]; 0: the layer is not steered.
+        norm: float32 [layers], mean norm of the residual rows the profile was fitted on; 0 where unknown.
+        sensor: ``"own"`` (each layer decides for itself, arXiv 2401.11206) or the layer that decides for itself and
+            every later one. Steered layers before it would have to know the decision in advance and are refused.
+        positions: ``"all"`` edits every token of a fired prompt and all that follows, ``"response"`` the prompt's
+            last token and all that follows.
+        vector_kind: how `vector` was made (``ssv``, ``alignment``, ``forced``, ``srv`` or an importer's word).
+        candidates: other steering vectors, kind -> float32 [layers, H], for `steerfast.tune` to choose from.
+        fitted, calibration, tuned: how it was made and measured; JSON data.
+
+    Raises:
+        ProfileError: a wrong shape, a non-finite value, a direction that is not unit, an unknown word.
+    """
+
+    model: ModelIdentity
+    direction: Tensor
+    threshold: Tensor
+    vector: Tensor
+    strength: Tensor
+    norm: Tensor
+    gate: Gate = Gate()
+    edit: Literal["add"] = "add"
+    sensor: int | Literal["own"] = "own"
+    positions: Literal["all", "response"] = "all"
+    vector_kind: str = "ssv"
+    candidates: Mapping[str, Tensor] = field(default_factory=dict)
+    fitted: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layers, hidden = self.model.num_layers, self.model.hidden_size
+        wide = {"direction": self.direction, "vector": self.vector}
+        wide |= {f"candidates[{kind!r}]": tensor for kind, tensor in self.candidates.items()}
+        for name, tensor in wide.items():
+            _check_tensor(name, tensor, (layers, hidden))
+        for name in ("threshold", "strength", "norm"):
+            _check_tensor(name, getattr(self, name), (layers,))
+        length = self.direction.norm(dim=1)
+        wrong = ((length > 0) & ((length - 1).abs() > 1e-3)).nonzero()
+        if len(wrong):
+            layer = int(wrong[0])
+            raise ProfileError(
+                f"direction of layer {layer}: expected unit norm, got norm {float(length[layer]):.4g}"
+            )
+        _one_of("edit", self.edit, EDITS)
+        _one_of("positions", self.positions, POSITIONS)
+        if self.sensor != "own" and not (isinstance(self.sensor, int) and 0 <= self.sensor < layers):
+            raise ProfileError(f"sensor: expected 'own' or a layer in 0..{layers - 1}, got {self.sensor!r}")
+        self._check_steered(length)
+
+    def _check_steered(self, direction_norm: Tensor) -> None:
+        steered = self.steered_layers
+        for layer in steered:
+            if not bool(self.vector[layer].any()):
+                raise ProfileError(
+                    f"strength of layer {layer}: {float(self.strength[layer]):g}, but its vector is zero"
+                )
+        if self.gate.kind == "always" or not steered:
+            return
+        if self.sensor != "own" and steered[0] < self.sensor:
+            raise ProfileError(
+                f"sensor: layer {self.sensor} decides for itself and later layers, "
+                f"but layer {steered[0]} before it has strength {float(self.strength[steered[0]]):g}"
+            )
+        for layer in steered if self.sensor == "own" else [self.sensor]:
+            if not direction_norm[layer] > 0:
+                raise ProfileError(
+                    f"direction of layer {layer}: a {self.gate.kind} gate reads it, but it is zero"
+                )
+
+    @property
+    def steered_layers(self) -> list[int]:
+        """Layers with a strength other than 0, ascending."""
+        return [int(layer) for layer in self.strength.nonzero().flatten()]
+
+    @property
+    def gate_layers(self) -> list[int]:
+        """Layers whose gate decides: the sensor, or each steered layer; none for an ``always`` gate."""
+        if self.gate.kind == "always":
+            return []
+        return self.steered_layers if self.sensor == "own" else [self.sensor]
+
+    def with_vector(self, kind: str) -> SteeringProfile:
+        """The same profile, adding the candidate vectors of `kind`."""
+        if kind == self.vector_kind:
+            return self
+        if kind not in self.candidates:
+            have = ", ".join(sorted({self.vector_kind, *self.candidates}))
+            raise ProfileError(f"vector: expected one of {have}, got {kind!r}")
+        rest = {k: v for k, v in self.candidates.items() if k != kind} | {self.vector_kind: self.vector}
+        return replace(self, vector=self.candidates[kind], vector_kind=kind, candidates=rest)
+
+    def with_band(self, layers: range | list[int], strength: float) -> SteeringProfile:
+        """The same profile, steering exactly `layers`, each at `strength`."""
+        values = torch.zeros_like(self.strength)
+        for layer in layers:
+            if not 0 <= layer < self.model.num_layers:
+                raise ProfileError(f"layer: expected 0..{self.model.num_layers - 1}, got {layer}")
+            values[layer] = strength
+        return replace(self, strength=values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile to `path` (safetensors). The file appears whole or not at all.
+
+        Raises:
+            OutputError: `path` cannot be written.
+        """
+        target = Path(path)
+        tensors = self._tensors()
+        header = self._header()
+        header["checksum"] = _checksum(header, tensors)
+        data = save(tensors, metadata={"steerfast": json.dumps(header, sort_keys=True)})
+        write_atomically(target, data)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SteeringProfile:
+        """Read a profile and verify all of it.
+
+        Raises:
+            ProfileError: missing, truncated, not a profile, a newer format, a wrong checksum, inconsistent content.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise ProfileError(
+                f"profile: expected a file at {str(source)!r}, found {'a folder' if source.is_dir() else 'none'}"
+            )
+        try:
+            with safe_open(source, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ProfileError(
+                f"profile {str(source)!r}: not a readable safetensors file ({error})"
+            ) from None
+        try:
+            header = json.loads(metadata.get("steerfast", "null"))
+        except json.JSONDecodeError as error:
+            raise ProfileError(f"profile {str(source)!r}: its header is not JSON ({error})") from None
+        if not isinstance(header, dict) or "format" not in header:
+            raise ProfileError(
+                f"profile {str(source)!r}: a safetensors file, but not a steerfast profile (no header)"
+            )
+        if header["format"] != FORMAT_VERSION:
+            raise ProfileError(
+                f"profile {str(source)!r}: format {header['format']!r}, this version reads format {FORMAT_VERSION}"
+            )
+        checksum = header.pop("checksum", None)
+        if checksum != _checksum(header, tensors):
+            raise ProfileError(
+                f"profile {str(source)!r}: its content does not match its checksum, the file is damaged"
+            )
+        try:
+            return cls._from_parts(header, tensors)
+        except (KeyError, TypeError) as error:
+            raise ProfileError(f"profile {str(source)!r}: incomplete or malformed ({error!r})") from None
+        except ProfileError as error:
+            raise ProfileError(f"profile {str(source)!r}: {error}") from None
+
+    def _header(self) -> dict[str, Any]:
+        header = {
+            "format": FORMAT_VERSION,
+            "model": asdict(self.model),
+            "gate": asdict(self.gate),
+            "edit": self.edit,
+            "sensor": self.sensor,
+            "positions": self.positions,
+            "vector_kind": self.vector_kind,
+            "fitted": self.fitted,
+            "calibration": self.calibration,
+            "tuned": self.tuned,
+        }
+        try:
+            return json.loads(json.dumps(header))  # so that it hashes the same before and after a round trip
+        except (TypeError, ValueError) as error:
+            raise ProfileError(f"fitted, calibration, tuned: expected JSON data ({error})") from None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: getattr(self, name).contiguous() for name in ("threshold", "strength", "norm")}
+        wide = {"direction": self.direction, "vector": self.vector}
+        wide |= {f"candidate.{kind}": tensor for kind, tensor in self.candidates.items()}
+        for name, tensor in wide.items():
+            for layer in tensor.any(dim=1).nonzero().flatten().tolist():
+                tensors[f"layer.{layer}.{name}"] = tensor[layer].contiguous()
+        return tensors
+
+    @classmethod
+    def _from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> SteeringProfile:
+        identity = dict(header["model"])
+        if identity["embedding_sketch"] is not None:
+            identity["embedding_sketch"] = tuple(identity["embedding_sketch"])
+        model = ModelIdentity(**identity)
+        shape = (model.num_layers, model.hidden_size)
+        wide = {"direction": torch.zeros(shape), "vector": torch.zeros(shape)}
+        for name, tensor in tensors.items():
+            if name in ("threshold", "strength", "norm"):
+                continue
+            match = _TENSOR_NAME.fullmatch(name)
+            if match is None or int(match[1]) >= model.num_layers:
+                raise ProfileError(
+                    f"tensor {name!r}: expected layer.<0..{model.num_layers - 1}>.direction, .vector or .candidate.<kind>"
+                )
+            _check_tensor(name, tensor, (model.hidden_size,))
+            wide.setdefault(match[2], torch.zeros(shape))[int(match[1])] = tensor
+        direction, vector = wide.pop("direction"), wide.pop("vector")
+        return cls(
+            model=model,
+            direction=direction,
+            vector=vector,
+            threshold=tensors["threshold"],
+            strength=tensors["strength"],
+            norm=tensors["norm"],
+            gate=Gate(**header["gate"]),
+            edit=header["edit"],
+            sensor=header["sensor"],
+            positions=header["positions"],
+            vector_kind=header["vector_kind"],
+            candidates={name.removeprefix("candidate."): tensor for name, tensor in wide.items()},
+            fitted=header["fitted"],
+            calibration=header["calibration"],
+            tuned=header["tuned"],
+        )
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a crash, never meets half a file.
+
+    Raises:
+        OutputError: the folder does not exist or cannot be written.
+    """
+    target = Path(path)
+    try:
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise OutputError(f"output: cannot write {str(target)!r} ({error.strerror})") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files private; a result gets the usual permissions
+        os.replace(name, target)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"output: cannot write {str(target)!r} ({error.strerror})") from None
+        raise
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ProfileError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ProfileError(f"{name}: expected float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+    if not bool(tensor.isfinite().all()):
+        where = [int(i) for i in (~tensor.isfinite()).nonzero()[0]]
+        raise ProfileError(f"{name}: expected finite numbers, got {float(tensor[tuple(where)])} at {where}")
