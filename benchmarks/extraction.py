@@ -47,9 +47,7 @@ def main(name: str, prompts: int, batch_size: int, rounds: int, gate: str, outpu
         started = time.perf_counter()
         sequences = encode(tokenizer, harmful + harmless, model)
         for batch in batches(sequences, batch_size, "right", pad_token(tokenizer), device):
-            backbone(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-            )
+            backbone(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
         return finished(started)
 
     def extraction() -> float:

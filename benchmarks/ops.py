@@ -3,13 +3,15 @@
     python benchmarks/ops.py                  CUDA where there is one, otherwise one CPU thread
     python benchmarks/ops.py --json ops.jsonl
 
-One JSON line per op, hidden size, row count and implementation: median and 20th/80th percentile in microseconds,
-bytes that the op must move, GB/s, and the ratio of plain torch's median to this one (higher is faster). The
-implementations take turns, one call each, so that a busy spell hits all of them alike.
+One JSON line per op, hidden size, row count and implementation: median and 20th/80th percentile in
+microseconds, bytes that the op must move, GB/s, and the ratio of plain torch's median to this one (higher is
+faster). "checked" is the public function: the op and its argument checks.
 
-On the CPU every call works on the same rows, warm in cache as a decode step's are. On CUDA a call is timed by
-events behind a queue that the device is still busy with, so the host's launch time does not count; `host_us` is
-that launch time, measured on its own.
+The implementations take turns, so that a busy spell hits all of them alike. A turn is one call to bring the
+rows back into the cache, where a decode step finds them, and one that is timed: without the first, the caches
+that plain torch's temporaries had emptied made the others look up to ten times slower on a CPU. On CUDA a
+call is timed by events behind work that keeps the device busy, so that the host's launch time does not count;
+`host_us` is that launch time, measured on its own.
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ def time_on_cpu(case: Case, seconds: float) -> dict[str, list[float]]:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["torch"]) < 5:
         for name, call in case.calls.items():
+            call()
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e6)
@@ -104,11 +107,10 @@ def time_on_cuda(case: Case, seconds: float) -> dict[str, list[float]]:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["torch"]) < 5:
         events = []
-        torch.cuda._sleep(
-            2_000_000
-        )  # about a millisecond: the queue below is full before the first event passes
+        torch.cuda._sleep(2_000_000)  # about a millisecond: the queue below is full before the first event passes
         for name, call in case.calls.items():
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            call()
             start.record()
             call()
             stop.record()
@@ -162,9 +164,7 @@ def measure(case: Case, device: str, dtype: torch.dtype, seconds: float) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the steering ops, one JSON line per measurement.")
     parser.add_argument("--json", metavar="FILE", help="write the lines to FILE instead of stdout")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[576, 4096])
     parser.add_argument("--rows", type=int, nargs="+", help="default: 1 16 256, and on CUDA 8192")

@@ -1,0 +1,144 @@
+#include "steer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Half.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
+namespace steerfast {
+namespace {
+
+// 32 running sums keep two AVX-512 or four AVX2 additions in flight, which hides most of their latency.
+constexpr int lanes = 32;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+inline float widen(f16 value) { return c10::detail::fp16_ieee_to_fp32_value(value.bits); }
+
+inline f16 narrow(float value) {
+  if (value != value) {  // keep sign and payload and make it quiet, as the F16C instructions do
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return {uint16_t((bits >> 16 & 0x8000) | 0x7e00 | (bits >> 13 & 0x3ff))};
+  }
+  return {c10::detail::fp16_ieee_from_fp32_value(value)};
+}
+
+inline float gate_value(float score, const float* columns) {
+  const float threshold = columns[threshold_column], sharpness = columns[sharpness_column];
+  if (sharpness == 0.0f) return score <= threshold ? 0.0f : 1.0f;  // a NaN opens it
+  const float value = 1.0f / (1.0f + std::exp(-sharpness * (score - threshold)));
+  return value == value ? value : 1.0f;
+}
+
+// b of y = x + b*v: all that ADD needs. An edit that also scales x or adds d returns a and c from here.
+inline float coefficients(Edit /*ADD, the only one*/, float gate, float strength) { return gate * strength; }
+
+}  // namespace
+}  // namespace steerfast
+
+#define STEERFAST_ISA scalar  // whatever the compiler takes for granted: SSE2, NEON
+#define STEERFAST_WIDTH 4
+#define STEERFAST_TARGET
+#include "rows.h"
+
+#if defined(__x86_64__)
+#define STEERFAST_ISA avx2
+#define STEERFAST_WIDTH 8
+#define STEERFAST_TARGET __attribute__((target("avx2,f16c")))
+#include "rows.h"
+
+#define STEERFAST_ISA avx512
+#define STEERFAST_WIDTH 16
+#define STEERFAST_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#include "rows.h"
+#endif
+
+namespace steerfast {
+namespace {
+
+// gate and steer of one instruction set, for each dtype of x and of the bank
+struct Kernels {
+  const char* isa;
+  void (*gate[3][3])(const GateArgs&, int64_t, int64_t);
+  void (*steer[3][3])(const SteerArgs&, int64_t, int64_t);
+};
+
+#define STEERFAST_DTYPES(isa, op)                                                  \
+  {                                                                                \
+    {isa::op<float, float>, isa::op<float, bf16>, isa::op<float, f16>},            \
+        {isa::op<bf16, float>, isa::op<bf16, bf16>, isa::op<bf16, f16>},           \
+        {isa::op<f16, float>, isa::op<f16, bf16>, isa::op<f16, f16>},              \
+  }
+#define STEERFAST_KERNELS(isa) \
+  { #isa, STEERFAST_DTYPES(isa, gate), STEERFAST_DTYPES(isa, steer) }
+
+#if defined(__x86_64__)
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+const Kernels& kernels() {
+  static const Kernels chosen = [] {
+    const char* wanted = std::getenv("STEERFAST_CPU_ISA");
+    std::string available;
+    const auto fits = [&](bool supported, const char* name) {
+      if (!supported) return false;
+      available += (available.empty() ? "" : ", ") + std::string(name);
+      return wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, name) == 0;
+    };
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (fits(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+             "avx512"))
+      return Kernels STEERFAST_KERNELS(avx512);
+    if (fits(__builtin_cpu_supports("avx2") && has_f16c(), "avx2")) return Kernels STEERFAST_KERNELS(avx2);
+#endif
+    if (fits(true, "scalar")) return Kernels STEERFAST_KERNELS(scalar);
+    throw std::runtime_error("STEERFAST_CPU_ISA: expected one of " + available + " on this CPU, got " + wanted);
+  }();
+  return chosen;
+}
+
+int64_t row_bytes(const Operands& args) { return args.hidden_size * (args.x_dtype == DType::f32 ? 4 : 2); }
+
+// Runs a kernel over 0..count, on torch's threads only from 1 MiB on: waking them costs more than a small batch.
+template <class Args>
+void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t count) {
+  constexpr int64_t mebibyte = 1 << 20;
+  if (count * row_bytes(args) < mebibyte) return kernel(args, 0, count);
+  const int64_t grain = std::max<int64_t>(1, mebibyte / 4 / row_bytes(args));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace
+
+const char* isa() { return kernels().isa; }
+
+void gate(const GateArgs& args) {
+  run(kernels().gate[int(args.x_dtype)][int(args.bank_dtype)], args, args.sequences);
+}
+
+void steer(const SteerArgs& args) {
+  run(kernels().steer[int(args.x_dtype)][int(args.bank_dtype)], args, args.rows);
+}
+
+}  // namespace steerfast

@@ -1,0 +1,177 @@
+"""What an installation holds: wheels built from a copy of the sources, and what an import brings along."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+    "csrc",
+    "kernels",
+    "steerfast",
+]
+SOURCES += ["tests"]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the sources, without anything built."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        elif source.exists():
+            shutil.copy(source, folder)
+    return folder
+
+
+def build(checkout: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[Path]]:
+    """Build a wheel with what is installed here; its messages, and the wheel if it came about."""
+    target = checkout.parent / "wheels"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(target),
+        ".",
+    ]
+    result = subprocess.run(
+        command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    return result, sorted(target.glob("*.whl"))
+
+
+def install(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+
+
+def run_installed(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with the unpacked wheel, from a folder without ours in it, past any editable install."""
+    script = f"import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(f)]\n{script}"
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+STEER_ONE_ROW = """
+import torch, steerfast
+from steerfast import _native
+from steerfast.kernels.steer import steer_
+from steerfast.kernels.contract import STRENGTH
+x, table, zero = torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(1, dtype=torch.int32)
+table[0, STRENGTH] = 2
+steer_(x, zero, zero, torch.ones(1), torch.ones(1), torch.ones(1, 8), torch.ones(1, 8), table)
+assert x.tolist() == [[2.0] * 8]
+print(steerfast.__file__, _native.available, _native.isa(), _native.reason)
+"""
+
+
+def test_pure_wheel(checkout: Path, tmp_path: Path) -> None:
+    result, wheels = build(checkout, STEERFAST_BUILD="0")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = wheels
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"steerfast", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
+    kernels = {f"steerfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert kernels == {name for name in names if name.startswith("steerfast/kernels/")}
+    assert "steerfast/kernels/steer.py" in kernels
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "steerfast").rglob("*.py")}
+    assert package <= set(names)
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
+
+    install(wheel, tmp_path / "site")
+    result = run_installed(tmp_path / "site", STEER_ONE_ROW)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "site") in result.stdout
+    assert "False None this installation was built without them" in result.stdout
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_so(checkout: Path) -> None:
+    result, wheels = build(checkout, STEERFAST_BUILD="auto", CXX="/nonexistent/c++")
+    assert result.returncode == 0, result.stderr
+    assert [wheel.name.endswith("-py3-none-any.whl") for wheel in wheels] == [True]
+    said = [line.strip() for line in (result.stdout + result.stderr).splitlines() if "without the C++ ops" in line]
+    assert set(said) == {
+        "steerfast: installing without the C++ ops: the C++ compiler '/nonexistent/c++' does not run "
+        "(No such file or directory)"
+    }
+
+
+def test_a_build_that_was_asked_for_fails_loudly(checkout: Path) -> None:
+    result, wheels = build(checkout, STEERFAST_BUILD="cpu", CXX="/nonexistent/c++")
+    assert result.returncode != 0
+    assert wheels == []
+    assert "STEERFAST_BUILD=cpu: the C++ ops cannot be built" in result.stdout + result.stderr
+
+
+def test_an_unknown_build_is_refused(checkout: Path) -> None:
+    result, wheels = build(checkout, STEERFAST_BUILD="cuda")
+    assert result.returncode != 0
+    assert wheels == []
+    assert "STEERFAST_BUILD: expected auto, cpu or 0, got 'cuda'" in result.stdout + result.stderr
+
+
+def test_native_wheel_serves_every_python(checkout: Path, tmp_path: Path) -> None:
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    result, wheels = build(checkout, STEERFAST_BUILD="cpu")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = wheels
+    assert "-cp310-abi3-" in wheel.name
+    install(wheel, tmp_path / "site")
+    assert (tmp_path / "site/steerfast/_C.abi3.so").exists()
+    result = run_installed(tmp_path / "site", STEER_ONE_ROW)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "site") in result.stdout
+    assert any(f"True {isa} None" in result.stdout for isa in ("avx512", "avx2", "scalar"))
+
+
+def test_checkout_works_from_its_own_folder(checkout: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    script = f"{STEER_ONE_ROW}\nimport sys; assert 'kernels' not in sys.modules"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert str(checkout) in result.stdout
+
+
+def test_import_takes_no_foreign_name() -> None:
+    script = "import steerfast, steerfast.kernels.steer, sys; sys.exit('kernels' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert result.returncode == 0
