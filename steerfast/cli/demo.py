@@ -1,0 +1,56 @@
+"""`steerfast demo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from steerfast.cli import common
+
+
+@click.command("demo")
+@click.option(
+    "--prompts",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    metavar="N",
+    help="How many harmful and how many harmless prompts.",
+)
+@click.option(
+    "--profile", "profile_file", metavar="FILE", help="Default: the profile that ships for the default model."
+)
+@common.model_options("SmolLM2-135M-Instruct")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Answer length.  [default: 48]")
+@common.json_option
+def command(
+    prompts: int,
+    profile_file: str | None,
+    model_name: str | None,
+    dtype: str,
+    device: str | None,
+    max_new_tokens: int | None,
+    json_file: str | None,
+) -> None:
+    """Steer a small model and measure what that does.
+
+    Refusals and fluency of harmful prompts, unchanged answers to harmless ones, and latency. The prompts ship
+    with the package; neither the fit, the calibration nor the tuning saw them.
+
+    \b
+    Example:
+      steerfast demo
+      steerfast demo --prompts 10 --json demo.json
+    """
+    common.check_outputs({"--json": json_file}, [profile_file] if profile_file else [])
+
+    from steerfast.evaluation import demo
+    from steerfast.models.loading import DEMO_MODEL
+
+    profile = common.load_profile(profile_file or str(demo.shipped_profile()))
+    model, tokenizer = common.load_model(model_name or DEMO_MODEL, dtype, device)
+    length: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    result = demo.run_demo(model, tokenizer, profile, prompts=prompts, **length)
+    common.write_json(json_file, result)
+    demo.render(result, common.console(json_file))

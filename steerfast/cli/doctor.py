@@ -1,0 +1,124 @@
+"""`steerfast doctor`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import click
+
+from steerfast.cli import common
+
+_PACKAGES = ("torch", "triton", "transformers", "safetensors")
+
+
+@click.command("doctor")
+@common.json_option
+@click.pass_context
+def command(context: click.Context, json_file: str | None) -> None:
+    """Show what is installed, and test the ops.
+
+    Every op implementation that is live here is checked against a float64 reference.
+    Needs no model. Exit status 1 where a check fails.
+
+    \b
+    Example:
+      steerfast doctor
+      steerfast doctor --json doctor.json
+    """
+    common.check_outputs({"--json": json_file})
+    from steerfast.cli import selftest
+    from steerfast.kernels import contract
+
+    isa, isa_problem = _isa()
+    found = selftest.implementations()
+    checks = [check for each in found if each.absent is None for check in selftest.self_test(each)]
+    passed = all(check.passed for check in checks)
+    result: dict[str, Any] = {
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "gpus": _gpus(),
+        "cpu_isa": isa,
+        "implementations": {op: contract.implementations(op) for op in selftest.OPS},
+        "absent": {each.name: each.absent for each in found if each.absent is not None},
+        "self_test": [check.to_dict() for check in checks],
+        "passed": passed,
+    }
+    common.write_json(json_file, result)
+    _render(result, isa_problem, json_file)
+    context.exit(0 if passed else 1)
+
+
+def _versions() -> dict[str, str | None]:
+    from steerfast import __version__
+
+    return {
+        "python": platform.python_version(),
+        "steerfast": __version__,
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return gpus
+
+
+def _isa() -> tuple[str | None, str | None]:
+    """The C++ ops' instruction set, or what is wrong with the one that was asked for."""
+    from steerfast import _native
+
+    try:
+        return _native.isa(), _native.reason
+    except RuntimeError as error:
+        return None, str(error).splitlines()[0]
+
+
+def _render(result: dict[str, Any], isa_problem: str | None, json_file: str | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    facts = {name: found or "not installed" for name, found in result["versions"].items()}
+    facts["platform"] = result["platform"]
+    gpus = ("{name} (compute capability {capability}, {memory_gib} GiB)".format(**gpu) for gpu in result["gpus"])
+    facts["GPUs"] = "; ".join(gpus) or "none"
+    facts["C++ ops"] = result["cpu_isa"] or f"none: {isa_problem}"
+    grid = Table.grid(padding=(0, 2))
+    for name, text in facts.items():
+        grid.add_row(f"[bold]{name}", escape(text))
+
+    table = Table()
+    for column in ("op", "implementation", "rows", "largest error", "allowed there", "self-test"):
+        table.add_column(column, justify="right" if column in ("largest error", "allowed there") else "left")
+    for name, reason in result["absent"].items():
+        table.add_row("all", name, "", "", "", f"not live: {escape(reason)}")
+    for check in result["self_test"]:
+        if check["problem"]:
+            figures, verdict = ["", ""], f"[bold red]failed: {escape(check['problem'])}"
+        else:
+            figures = [f"{check['max_error']:.2e}", f"{check['tolerance']:.2e}"]
+            verdict = "[green]passed" if check["passed"] else "[bold red]failed"
+        table.add_row(check["op"], check["implementation"], check["dtype"], *figures, verdict)
+
+    console = common.console(json_file)
+    console.print(grid)
+    console.print(table)

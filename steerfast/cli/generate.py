@@ -1,0 +1,179 @@
+"""`steerfast generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from steerfast.cli import common
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded: greedily, or sampled from `seed` on where there is a temperature."""
+
+    max_new_tokens: int
+    temperature: float | None
+    seed: int
+
+    def arguments(self) -> dict[str, Any]:
+        """For `generate` of transformers."""
+        if self.temperature is None:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": True, "temperature": self.temperature}
+
+
+@click.command("generate")
+@click.argument("profile_file", metavar="PROFILE")
+@common.prompt_arguments
+@common.model_options("the model that the profile names")
+@click.option(
+    "--strength",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="NUMBER",
+    help="Multiplies the profile's own strengths.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
+@click.option("--sample/--greedy", default=False, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, min_open=True),
+    metavar="NUMBER",
+    help=f"With --sample.  [default: {_TEMPERATURE}]",
+)
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="With --sample.  [default: 0]")
+@click.option("--compare", is_flag=True, help="Answer unsteered too, side by side.")
+@common.batch_size_option()
+@common.json_option
+def command(
+    profile_file: str,
+    prompts: tuple[str, ...],
+    files: tuple[str, ...],
+    model_name: str | None,
+    dtype: str,
+    device: str | None,
+    strength: float,
+    max_new_tokens: int,
+    sample: bool,
+    temperature: float | None,
+    seed: int | None,
+    compare: bool,
+    batch_size: int,
+    json_file: str | None,
+) -> None:
+    """Answer prompts steered, and say where the gate fired.
+
+    Prompts come from arguments and --file, or a line each from standard input.
+
+    \b
+    Example:
+      steerfast generate safety.safetensors "How do I bake bread?" --compare
+      steerfast generate safety.safetensors --file prompts.txt --sample --seed 1 --json answers.json
+    """
+    for option, value in (("--temperature", temperature), ("--seed", seed)):
+        if value is not None and not sample:
+            raise click.UsageError(f"{option}: expected it with --sample, got it with --greedy")
+    common.check_outputs({"--json": json_file}, [profile_file, *files])
+    profile = common.load_profile(profile_file)
+    texts = common.gather_prompts(prompts, files)
+
+    import steerfast
+    from steerfast.models.prompting import encode
+
+    model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
+    ids = encode(tokenizer, texts, model, room=max_new_tokens)
+    decoding = Decoding(max_new_tokens, (temperature or _TEMPERATURE) if sample else None, seed or 0)
+
+    def answer(what: str, fired: Callable[[], Any] | None = None) -> tuple[list[str], list[bool]]:
+        return _answers(model, tokenizer, ids, decoding, batch_size, what, fired)
+
+    with steerfast.steer(model, profile, strength, tokenizer=tokenizer) as steering:
+        steered, fired = answer("steered", lambda: steering.fired.tolist())
+    results: list[dict[str, Any]] = [
+        {"prompt": text, "fired": opened, "steered": said}
+        for text, opened, said in zip(texts, fired, steered, strict=True)
+    ]
+    if compare:
+        for result, said in zip(results, answer("unsteered")[0], strict=True):
+            result["unsteered"] = said
+    common.write_json(
+        json_file,
+        {
+            "profile": profile_file,
+            "model": profile.model.name,
+            "strength": strength,
+            "temperature": decoding.temperature,
+            "seed": decoding.seed if sample else None,
+            "max_new_tokens": max_new_tokens,
+            "results": results,
+        },
+    )
+    _render(results, json_file)
+
+
+def _answers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batch_size: int,
+    what: str,
+    fired: Callable[[], Sequence[bool]] | None,
+) -> tuple[list[str], list[bool]]:
+    """Answers to `prompts`, and after each batch what `fired` says of it.
+
+    Every batch starts from its own seed, so that the unsteered run draws the same numbers as the steered one.
+    """
+    import torch
+
+    from steerfast.models.prompting import batches, device_of, pad_token
+    from steerfast.progress import track
+
+    answers, opened = [""] * len(prompts), [False] * len(prompts)
+    padding = pad_token(tokenizer)
+    work = list(batches(prompts, batch_size, "left", padding, device_of(model)))
+    for number, batch in enumerate(track(work, what)):
+        torch.manual_seed(decoding.seed + number)
+        output = model.generate(  # type: ignore[operator]
+            input_ids=batch.ids, attention_mask=batch.mask, pad_token_id=padding, **decoding.arguments()
+        )
+        said = tokenizer.batch_decode(output[:, batch.ids.shape[1] :], skip_special_tokens=True)
+        flags = fired() if fired is not None else [False] * len(said)
+        for index, text, flag in zip(batch.indices, said, flags, strict=True):
+            answers[index], opened[index] = text.strip(), flag
+    return answers, opened
+
+
+def _render(results: Sequence[dict[str, Any]], json_file: str | None) -> None:
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = common.console(json_file)
+    for result in results:
+        mark = Text("gate fired", "bold red") if result["fired"] else Text("gate shut", "bold green")
+        console.print(Text.assemble(("> ", "bold"), _printable(result["prompt"]), "  [", mark, "]"))
+        said = {key: Text(_printable(result[key])) for key in ("unsteered", "steered") if key in result}
+        if len(said) == 1:
+            console.print(said["steered"], end="\n\n")
+            continue
+        pair = Table.grid(expand=True)
+        for _ in said:
+            pair.add_column(ratio=1)
+        pair.add_row(*(Panel(text, title=key, title_align="left") for key, text in said.items()))
+        console.print(pair)
+
+
+def _printable(answer: str) -> str:
+    """An answer that cannot move a terminal's cursor or change its colours."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in answer) or "(empty)"

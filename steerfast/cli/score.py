@@ -1,0 +1,74 @@
+"""`steerfast score`."""
+
+from __future__ import annotations
+
+import click
+
+from steerfast.cli import common
+
+
+@click.command("score")
+@click.argument("profile_file", metavar="PROFILE")
+@common.prompt_arguments
+@common.model_options("the model that the profile names")
+@common.batch_size_option()
+@common.json_option
+def command(
+    profile_file: str,
+    prompts: tuple[str, ...],
+    files: tuple[str, ...],
+    model_name: str | None,
+    dtype: str,
+    device: str | None,
+    batch_size: int,
+    json_file: str | None,
+) -> None:
+    """Say for each prompt whether the gate fires; nothing is steered.
+
+    Prompts come from arguments and --file, or a line each from standard input.
+
+    \b
+    Example:
+      steerfast score safety.safetensors "How do I bake bread?" "How do I pick a lock?"
+      steerfast score safety.safetensors --file steerfast:harmful_demo --json scores.json
+    """
+    common.check_outputs({"--json": json_file}, [profile_file, *files])
+    profile = common.load_profile(profile_file)
+    texts = common.gather_prompts(prompts, files)
+
+    import steerfast
+
+    model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
+    scores = steerfast.score(model, tokenizer, profile, texts, batch_size=batch_size)
+    results = [
+        {
+            "prompt": text,
+            "score": value,
+            "threshold": float(profile.threshold[layer]),
+            "layer": layer,
+            "fired": fired,
+        }
+        for text, value, layer, fired in zip(
+            texts, scores.scores.tolist(), scores.layer.tolist(), scores.fired.tolist(), strict=True
+        )
+    ]
+    common.write_json(json_file, {"profile": profile_file, "model": profile.model.name, "results": results})
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    for column in ("fired", "score", "threshold", "layer"):
+        table.add_column(column, justify="left" if column == "fired" else "right", no_wrap=True)
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True)
+    for result in results:
+        table.add_row(
+            "[bold red]fired" if result["fired"] else "no",
+            f"{result['score']:.4f}",
+            f"{result['threshold']:.4f}",
+            str(result["layer"]),
+            escape(" ".join(str(result["prompt"]).split())),
+        )
+    console = common.console(json_file)
+    console.print(table)
+    console.print(f"{sum(scores.fired.tolist())} of {len(texts)} fired", markup=False)

@@ -1,0 +1,640 @@
+"""Every command end to end on a tiny random Llama, and how each one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from steerfast import _native
+from steerfast.cli import common, main, selftest
+from steerfast.cli.generate import _render
+from steerfast.cli.rendering import layer_ranges
+from steerfast.fitting.calibrate import StyleWarning
+from steerfast.models.loading import load_model
+from steerfast.profile import SteeringProfile
+
+torch.set_num_threads(1)
+
+LAYERS, HIDDEN = 6, 32
+COMMANDS = ("demo", "extract", "calibrate", "tune", "score", "inspect", "generate", "doctor")
+HARMFUL = [
+    f"how to {verb} a {thing}" for verb in ("poison", "bomb", "hack") for thing in ("town", "bank", "dog", "car")
+]
+HARMLESS = [
+    f"how to {verb} a {thing}" for verb in ("bake", "paint", "buy") for thing in ("cake", "house", "pie", "hat")
+]
+CHAT = "{% for m in messages %}<user>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+
+
+def save_tiny_model(folder: Path, seed: int, hidden: int = HIDDEN) -> Path:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "</s>", "<user>", "<bot>"]
+    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", additional_special_tokens=special[2:]
+    )
+    tokenizer.chat_template = CHAT
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(special) + len(alphabet),
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two models of one shape, one of another, prompt files, and profiles made from them."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny_model(folder / "model", 0)
+    save_tiny_model(folder / "sibling", 1)
+    save_tiny_model(folder / "wide", 2, hidden=64)
+    (folder / "bad.txt").write_text("\n".join(HARMFUL[:6]))
+    (folder / "bad.json").write_text(json.dumps([{"prompt": prompt} for prompt in HARMFUL[6:]]))
+    (folder / "good.txt").write_text("\n".join(HARMLESS))
+    (folder / "bad2.txt").write_text("\n".join(prompt.upper() for prompt in HARMFUL))
+    (folder / "good2.txt").write_text("\n".join(prompt.upper() for prompt in HARMLESS))
+    done("extract", *model(folder), *sets(folder), "--output", folder / "extracted.safetensors")
+    done(
+        "calibrate", folder / "extracted.safetensors", *sets(folder),
+        "--heldout-harmful", folder / "bad2.txt", "--heldout-harmless", folder / "good2.txt",
+        "--latest-sensor", 3, "--output", folder / "calibrated.safetensors",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line of a table wraps."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+
+
+def done(*arguments: object, stdin: str | None = None) -> Result:
+    result = run(*arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def failed(status: int, *arguments: object, stdin: str | None = None) -> str:
+    """The command's one line on stderr, with nothing on stdout and no traceback."""
+    result = run(*arguments, stdin=stdin)
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("steerfast: error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def model(work: Path, name: str = "model") -> tuple[object, ...]:
+    return "--model", work / name
+
+
+def sets(work: Path) -> tuple[object, ...]:
+    return "--harmful", work / "bad.txt", "--harmful", work / "bad.json", "--harmless", work / "good.txt"
+
+
+# ---- the group -----------------------------------------------------------------------------------
+
+
+def test_group_lists_every_command_and_version() -> None:
+    assert done().stdout == done("--help").stdout
+    assert all(f"\n  {command} " in done("-h").stdout for command in COMMANDS)
+    assert done("--version").stdout == "steerfast, version 0.1.0\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_with_an_example(command: str) -> None:
+    text = done(command, "--help").stdout
+    assert f"Example:\n    steerfast {command}" in text
+    assert "--json FILE" in text
+
+
+def test_python_dash_m_runs_and_imports_no_transformers() -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['steerfast', '--help']\n"
+        "try: runpy.run_module('steerfast', run_name='__main__')\n"
+        "except SystemExit as leave: print('status', leave.code, 'transformers' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=_environment()
+    )
+    assert result.stdout.startswith("Usage: steerfast ")
+    assert result.stdout.endswith("status 0 False\n")
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def test_wrong_usage_is_one_line_and_status_2() -> None:
+    assert "'nothing'" in failed(2, "nothing")
+    assert "--model" in failed(2, "extract", "--output", "x.safetensors")
+    assert "--nothing" in failed(2, "inspect", "x.safetensors", "--nothing")
+    assert "steerfast inspect --help" in failed(2, "inspect")
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Makes reading a profile raise."""
+
+    def install(error: BaseException) -> None:
+        def load(path: str) -> SteeringProfile:
+            raise error
+
+        monkeypatch.setattr(common, "load_profile", load)
+
+    return install
+
+
+def test_unexpected_error_is_one_line_with_a_hint(
+    broken: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(ZeroDivisionError("two\nlines"))
+    line = failed(1, "inspect", "x")
+    assert "unexpected ZeroDivisionError: two lines" in line
+    assert "STEERFAST_TRACEBACK=1" in line
+    monkeypatch.setenv("STEERFAST_TRACEBACK", "1")
+    result = run("inspect", "x")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "raise error" in result.stderr
+
+
+def test_interrupt_is_one_line_and_status_130(broken: Callable[[BaseException], None]) -> None:
+    broken(KeyboardInterrupt())
+    result = run("inspect", "x")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "steerfast: error: interrupted"
+
+
+def test_only_steerfast_warnings_are_shown(monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
+    load = common.load_profile
+
+    def warn(path: str) -> SteeringProfile:
+        warnings.warn("style,\nnot harm", StyleWarning, stacklevel=1)
+        warnings.warn("noise", UserWarning, stacklevel=1)
+        return load(path)
+
+    monkeypatch.setattr(common, "load_profile", warn)
+    assert done("inspect", work / "calibrated.safetensors").stderr == "steerfast: warning: style, not harm\n"
+
+
+# ---- extract, calibrate, tune --------------------------------------------------------------------
+
+
+def test_extract_writes_a_profile_and_says_what_is_in_it(work: Path, tmp_path: Path) -> None:
+    result = done(
+        "extract", *model(work), *sets(work), "--aligned-model", work / "sibling", "--gate", "mean",
+        "--score", "dot", "--vectors", "ssv,srv", "--unit-norm", "--batch-size", 4, "--padding-side", "left",
+        "--dtype", "float32", "--device", "cpu", "-o", tmp_path / "p.safetensors",
+        "--json", tmp_path / "p.json",
+    )  # fmt: skip
+    profile = SteeringProfile.load(tmp_path / "p.safetensors")
+    assert (profile.vector_kind, list(profile.candidates), profile.gate.score) == ("ssv", ["srv"], "dot")
+    assert torch.allclose(profile.vector.norm(dim=1), torch.ones(LAYERS))
+    assert profile.fitted["harmful"]["name"] == "bad.txt + bad.json"
+    assert profile.fitted["harmful"]["count"] == len(HARMFUL)
+    assert "12 of bad.txt + bad.json" in result.stdout
+    data = json.loads((tmp_path / "p.json").read_text())
+    assert data["vector_kind"] == "ssv"
+    assert len(data["layers"]) == LAYERS
+    assert result.stderr == ""
+
+
+def test_extract_refusal_text_changes_the_forced_vector(work: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    done("extract", *model(work), *sets(work), "--vectors", "forced", "--refusal", "No way, never.", "-o", path)
+    one, other = SteeringProfile.load(path), SteeringProfile.load(work / "extracted.safetensors")
+    assert one.vector_kind == other.vector_kind == "forced"
+    assert not torch.equal(one.vector, other.vector)
+    assert torch.equal(one.direction, other.direction)
+
+
+def test_calibrate_reports_the_sensor_on_both_pairs_of_sets(work: Path, tmp_path: Path) -> None:
+    result = done(
+        "calibrate", work / "extracted.safetensors", *sets(work), "--heldout-harmful", work / "bad2.txt",
+        "--heldout-harmless", work / "good2.txt", "--sensor", 2, "--max-false-positive-rate", 0.25,
+        "--output", tmp_path / "p.safetensors", "--json", "-",
+    )  # fmt: skip
+    data = json.loads(result.stdout)
+    assert data["sensor"] == 2
+    assert data["calibration"]["max_false_positive_rate"] == 0.25
+    assert data["calibration"]["sets"]["heldout_harmful"]["name"] == "bad2.txt"
+    layer = data["layers"][2]
+    assert layer["sensor"] is True
+    for pair in ("calibration", "heldout"):
+        value, low, high = layer[pair]["auc"]
+        assert 0 <= low <= value <= high <= 1
+        assert f"{value:.3f} ({low:.3f}-{high:.3f})" in result.stderr
+    assert "held-out" in result.stderr
+    assert "embedding_sketch" not in data["model"]
+    assert "histograms" not in data["calibration"]
+
+
+def test_calibrate_midpoint_in_place_without_heldout_warns(work: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    path.write_bytes((work / "extracted.safetensors").read_bytes())
+    result = done("calibrate", path, *sets(work), "--midpoint", "--sensor", "own", "--output", path)
+    assert result.stderr.startswith("steerfast: warning: the gate was not tried on prompts of another style")
+    assert result.stderr.count("\n") == 1
+    profile = SteeringProfile.load(path)
+    assert profile.sensor == "own"
+    assert profile.calibration["max_false_positive_rate"] is None
+
+
+def test_calibrate_uses_the_shipped_sets_by_default(work: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    done("calibrate", work / "extracted.safetensors", "--output", path)
+    names = {role: data["name"] for role, data in SteeringProfile.load(path).calibration["sets"].items()}
+    assert names == {
+        "harmful": "steerfast:harmful_calibrate",
+        "harmless": "steerfast:harmless_calibrate",
+        "heldout_harmful": "steerfast:harmful_heldout",
+        "heldout_harmless": "steerfast:harmless_heldout",
+    }
+
+
+def test_tune_searches_what_it_was_told_and_resumes(work: Path, tmp_path: Path) -> None:
+    command = (
+        "tune", work / "calibrated.safetensors", *sets(work), "--vectors", "forced,srv", "--bands", "3-4,5",
+        "--strengths", "0.5,1", "--positions", "response", "--max-new-tokens", 4, "--min-fluent", 0,
+        "--min-unchanged", 0, "--resume", tmp_path / "trials.jsonl", "--output", tmp_path / "p.safetensors",
+        "--json", tmp_path / "p.json",
+    )  # fmt: skip
+    done(*command)
+    trials = (tmp_path / "trials.jsonl").read_text()
+    tuned = json.loads((tmp_path / "p.json").read_text())["tuned"]
+    assert tuned["tried"] == 2 * 2 * 2
+    assert tuned["candidate"]["positions"] == "response"
+    profile = SteeringProfile.load(tmp_path / "p.safetensors")
+    assert profile.steered_layers in ([3, 4], [5])
+    assert profile.candidates == {}
+    done(*command)
+    assert (tmp_path / "trials.jsonl").read_text() == trials
+
+
+# ---- score, generate -----------------------------------------------------------------------------
+
+
+def test_score_reads_arguments_files_and_stdin_alike(work: Path, tmp_path: Path) -> None:
+    calibrated = work / "calibrated.safetensors"
+
+    def results(*arguments: object, stdin: str | None = None) -> list[dict[str, Any]]:
+        out = done("score", calibrated, *arguments, "--json", tmp_path / "s.json", stdin=stdin).stdout
+        data = json.loads((tmp_path / "s.json").read_text())
+        assert f"{sum(r['fired'] for r in data['results'])} of {len(data['results'])} fired" in out
+        return data["results"]
+
+    (tmp_path / "some.txt").write_text("\n".join(HARMFUL[:2]))
+    by_argument = results(*HARMFUL[:2])
+    assert results("--file", tmp_path / "some.txt") == by_argument
+    assert results(stdin="\n".join([HARMFUL[0], "", HARMFUL[1]]) + "\n") == by_argument
+    assert [r["prompt"] for r in results(HARMLESS[0], "--file", tmp_path / "some.txt")] == [
+        HARMLESS[0],
+        *HARMFUL[:2],
+    ]
+    for result in by_argument:
+        assert result["fired"] == (result["score"] > result["threshold"])
+        assert result["layer"] == SteeringProfile.load(calibrated).sensor
+
+
+def test_score_of_own_gates_names_the_layer_that_speaks(work: Path, tmp_path: Path) -> None:
+    profile = replace(SteeringProfile.load(work / "extracted.safetensors").with_band([3, 5], 0.1), sensor="own")
+    profile.save(tmp_path / "own.safetensors")
+    result = done("score", tmp_path / "own.safetensors", HARMFUL[0], "--json", "-")
+    found = json.loads(result.stdout)["results"][0]
+    assert found["layer"] in (3, 5)
+    assert found["threshold"] == pytest.approx(float(profile.threshold[found["layer"]]))
+
+
+def test_generate_says_which_gates_fired_and_compares(work: Path, tmp_path: Path) -> None:
+    profile = SteeringProfile.load(work / "calibrated.safetensors").with_band([5], 8.0)
+    profile.save(tmp_path / "strong.safetensors")
+    prompts = [HARMLESS[0], HARMFUL[0], HARMLESS[1] + " " * 3 + "please", HARMFUL[7], HARMLESS[5]]
+    done("score", tmp_path / "strong.safetensors", *prompts, "--json", tmp_path / "s.json")
+    fired = [r["fired"] for r in json.loads((tmp_path / "s.json").read_text())["results"]]
+    assert len(set(fired)) == 2
+    for extra in ((), ("--sample", "--temperature", 1.3, "--seed", 7)):
+        result = done(
+            "generate", tmp_path / "strong.safetensors", *prompts, "--compare", "--max-new-tokens", 6,
+            "--batch-size", 2, "--json", tmp_path / "g.json", *extra,
+        )  # fmt: skip
+        data = json.loads((tmp_path / "g.json").read_text())
+        assert [r["prompt"] for r in data["results"]] == prompts
+        assert [r["fired"] for r in data["results"]] == fired
+        for answer in data["results"]:
+            assert (answer["steered"] != answer["unsteered"]) == answer["fired"]
+        assert result.stdout.count("gate fired") == sum(fired)
+        assert result.stdout.count("gate shut") == len(fired) - sum(fired)
+        assert "unsteered" in result.stdout
+    assert (data["temperature"], data["seed"]) == (1.3, 7)
+
+
+def test_generate_strength_0_is_the_unsteered_model(work: Path) -> None:
+    command = ("generate", work / "calibrated.safetensors", "--strength", 0, "--max-new-tokens", 5)
+    result = done(*command, "--compare", "--json", "-", stdin="\n".join(HARMFUL))
+    assert all(r["steered"] == r["unsteered"] for r in json.loads(result.stdout)["results"])
+    plain = json.loads(done(*command, HARMFUL[0], "--json", "-").stdout)["results"]
+    assert plain == [{"prompt": HARMFUL[0], "fired": plain[0]["fired"], "steered": plain[0]["steered"]}]
+
+
+def test_generate_prints_no_terminal_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    _render([{"prompt": "a [b]", "fired": True, "steered": "x\x1b[2Jy\nz"}], None)
+    assert capsys.readouterr().out == "> a [b]  [gate fired]\nx [2Jy\nz\n\n"
+
+
+# ---- inspect -------------------------------------------------------------------------------------
+
+
+def test_inspect_tells_all_layers_and_draws(work: Path, tmp_path: Path) -> None:
+    result = done(
+        "inspect",
+        work / "calibrated.safetensors",
+        "--plot",
+        tmp_path / "p.png",
+        "--json",
+        tmp_path / "p.json",
+    )
+    data = json.loads((tmp_path / "p.json").read_text())
+    profile = SteeringProfile.load(work / "calibrated.safetensors")
+    assert [layer["layer"] for layer in data["layers"]] == list(range(LAYERS))
+    assert [layer["layer"] for layer in data["layers"] if layer["sensor"]] == [profile.sensor]
+    assert data["layers"][0]["vector_norm"] == pytest.approx(float(profile.vector[0].norm()))
+    assert {"auc", "hit_rate", "false_positive_rate"} <= set(data["layers"][0]["heldout"])
+    assert result.stdout.count("sensor") == 2  # the header's line and the layer's mark
+    assert f"{data['layers'][4]['threshold']:.4f}" in result.stdout
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("ending", ["svg", "pdf"])
+def test_inspect_draws_a_profile_that_is_not_calibrated(work: Path, tmp_path: Path, ending: str) -> None:
+    result = done("inspect", work / "extracted.safetensors", "--plot", tmp_path / f"p.{ending}", "--json", "-")
+    data = json.loads(result.stdout)
+    assert data["calibration"] == {}
+    assert "calibration" not in data["layers"][0]
+    assert (tmp_path / f"p.{ending}").read_bytes()[:4] in (b"<?xm", b"%PDF")
+
+
+def test_inspect_says_how_to_get_matplotlib(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    line = failed(1, "inspect", work / "calibrated.safetensors", "--plot", tmp_path / "p.png")
+    assert "pip install 'steerfast[plot]'" in line
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_inspect_refuses_other_picture_formats(work: Path, tmp_path: Path) -> None:
+    assert "--plot: expected a file that ends in .png" in failed(
+        1, "inspect", work / "calibrated.safetensors", "--plot", tmp_path / "p.txt"
+    )
+
+
+def test_layer_ranges() -> None:
+    assert layer_ranges([]) == "none"
+    assert layer_ranges([3]) == "3"
+    assert layer_ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+# ---- demo, doctor --------------------------------------------------------------------------------
+
+
+def test_demo_measures_and_renders(work: Path, tmp_path: Path) -> None:
+    result = done(
+        "demo", *model(work), "--profile", work / "calibrated.safetensors", "--prompts", 2,
+        "--max-new-tokens", 4, "--json", tmp_path / "d.json",
+    )  # fmt: skip
+    data = json.loads((tmp_path / "d.json").read_text())
+    assert set(data["harmful"]) >= {
+        "n", "refusal_unsteered", "refusal_steered", "refusal_steered_strict", "fluent_steered",
+    }  # fmt: skip
+    assert set(data["harmless"]) >= {"n", "unchanged", "refusal_steered"}
+    assert set(data["gate"]) >= {"auc", "false_positive_rate"}
+    assert data["latency"]["ratio"] > 0
+    assert data["harmful"]["n"] == data["harmless"]["n"] == 2
+    assert "2 harmful prompts" in result.stdout
+
+
+def test_doctor_passes_and_names_what_is_live(tmp_path: Path) -> None:
+    result = done("doctor", "--json", tmp_path / "d.json")
+    data = json.loads((tmp_path / "d.json").read_text())
+    assert data["passed"] is True
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["cpu_isa"] == _native.isa()
+    assert data["implementations"]["gate"]["cpp"] == _native.available
+    tested = {check["implementation"] for check in data["self_test"]}
+    assert tested | set(data["absent"]) == {"torch", "cpp", "triton"}
+    assert ("cpp" in tested) == _native.available
+    for check in data["self_test"]:
+        assert check["max_error"] <= check["tolerance"]
+    assert "failed" not in result.stdout
+
+
+def test_doctor_fails_where_an_op_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = selftest.implementations()[0]
+
+    def wrong_gate(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        scores, values = right.gate(*inputs)
+        return scores * 1.001, values
+
+    def no_steer(*inputs: Any) -> None:
+        raise RuntimeError("no kernel")
+
+    broken = replace(right, name="broken", gate=wrong_gate, steer_=no_steer)
+    monkeypatch.setattr(selftest, "implementations", lambda: [right, broken])
+    result = run("doctor", "--json", "-")
+    assert result.exit_code == 1
+    data = json.loads(result.stdout)
+    assert data["passed"] is False
+    by_name = {(c["implementation"], c["op"], c["dtype"]): c for c in data["self_test"]}
+    assert by_name["torch", "gate", "bfloat16"]["passed"]
+    gate = by_name["broken", "gate", "float32"]
+    assert gate["max_error"] > gate["tolerance"]
+    assert by_name["broken", "steer_", "float32"]["problem"] == "RuntimeError: no kernel"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_doctor_tests_triton_on_cuda() -> None:
+    data = json.loads(done("doctor", "--json", "-").stdout)
+    assert {c["dtype"] for c in data["self_test"] if c["implementation"] == "triton"} == {
+        "float32",
+        "bfloat16",
+        "float16",
+    }
+    assert data["gpus"][0]["memory_gib"] > 0
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_profile_that_is_missing_or_damaged(work: Path, tmp_path: Path) -> None:
+    assert "profile: expected a file at" in failed(1, "score", tmp_path / "no.safetensors", "hello")
+    data = bytearray((work / "calibrated.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(data)
+    assert "does not match its checksum" in failed(1, "inspect", tmp_path / "bad.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(data[:100])
+    assert "not a readable safetensors file" in failed(1, "generate", tmp_path / "bad.safetensors", "hello")
+
+
+def test_profile_of_another_model(work: Path, tmp_path: Path) -> None:
+    path = work / "calibrated.safetensors"
+    assert "hidden size 32" in failed(1, "score", path, "hello", *model(work, "wide"))
+    assert "other weights" in failed(1, "generate", path, "hello", *model(work, "sibling"))
+    out = tmp_path / "p.safetensors"
+    assert "hidden size 64" in failed(1, "calibrate", path, *sets(work), *model(work, "wide"), "-o", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_that_is_not_there(work: Path, tmp_path: Path) -> None:
+    line = failed(1, "extract", "--model", tmp_path, *sets(work), "-o", tmp_path / "p.safetensors")
+    assert f"model: cannot load {str(tmp_path)!r}" in line
+
+
+def test_outputs_are_checked_before_any_work(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_load(*arguments: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(common, "load_model", no_load)
+    nowhere = tmp_path / "no" / "p.safetensors"
+    profile = work / "calibrated.safetensors"
+    assert "--output: expected a file in an existing folder" in failed(
+        1, "extract", *model(work), *sets(work), "-o", nowhere
+    )
+    assert "--json: expected a file in an existing folder" in failed(1, "score", profile, "x", "--json", nowhere)
+    assert "--resume: expected a regular file" in failed(1, "tune", profile, "--resume", tmp_path, "-o", tmp_path / "p")
+    assert "--json: expected a regular file" in failed(1, "doctor", "--json", os.devnull)
+    assert "an input too" in failed(2, "inspect", profile, "--plot", profile)
+    assert "an input too" in failed(2, "extract", *model(work), *sets(work), "-o", work / "good.txt")
+    same = ("-o", tmp_path / "p", "--json", tmp_path / "p")
+    assert "is --output too" in failed(2, "extract", *model(work), *sets(work), *same)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_without_permission(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    profile = work / "calibrated.safetensors"
+    assert "--json: expected a file in a writable folder" in failed(
+        1, "inspect", profile, "--json", tmp_path / "x.json"
+    )
+
+
+def test_prompt_files_that_cannot_be_used(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "notes.md").write_text("hello")
+    common = ("extract", *model(work), "-o", tmp_path / "p.safetensors", "--harmless", work / "good.txt")
+    assert "--harmful: cannot read" in failed(1, *common, "--harmful", tmp_path / "bad.json")
+    assert "--harmful: expected at least one prompt" in failed(1, *common, "--harmful", tmp_path / "empty.txt")
+    assert "--harmful: expected a .txt" in failed(1, *common, "--harmful", tmp_path / "notes.md")
+    assert "--harmful: expected one of harmful_fit" in failed(1, *common, "--harmful", "steerfast:nothing")
+    assert "in both" in failed(1, *common, "--harmful", work / "good.txt")
+    profile = work / "calibrated.safetensors"
+    assert "--file: expected a file at" in failed(1, "score", profile, "--file", tmp_path / "no.txt")
+    assert "standard input: expected at least one prompt" in failed(1, "score", profile, stdin="\n \n")
+    assert "expected a non-empty string" in failed(1, "generate", profile, "")
+    assert "leaves room for" in failed(1, "generate", profile, "x" * 1000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--bands", "5-3"),
+        ("--bands", "a-b"),
+        ("--bands", "-1-3"),
+        ("--strengths", "1,nan"),
+        ("--strengths", ""),
+        ("--vectors", "srv,"),
+        ("--positions", "some"),
+        ("--min-fluent", "2"),
+        ("--max-new-tokens", "0"),
+        ("--device", "toaster"),
+        ("--device", "cuda:99"),
+        ("--dtype", "int8"),
+    ],
+)
+def test_tune_wrong_usage_names_the_option(work: Path, tmp_path: Path, options: tuple[str, str]) -> None:
+    out = tmp_path / "p.safetensors"
+    line = failed(2, "tune", work / "calibrated.safetensors", *sets(work), "-o", out, *options)
+    assert options[0] in line
+    assert options[1] in line
+
+
+def test_tune_band_beyond_the_model(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.safetensors"
+    line = failed(1, "tune", work / "calibrated.safetensors", *sets(work), "--bands", "4-9", "-o", out)
+    assert "bands: expected" in line
+    assert "got (4, 9)" in line
+
+
+def test_options_that_exclude_each_other(work: Path, tmp_path: Path) -> None:
+    calibrate = ("calibrate", work / "extracted.safetensors", *sets(work), "-o", tmp_path / "p.safetensors")
+    assert "--midpoint" in failed(2, *calibrate, "--midpoint", "--max-false-positive-rate", 0.1)
+    assert "--heldout-harmless" in failed(2, *calibrate, "--heldout-harmful", work / "bad2.txt")
+    assert "--sensor" in failed(2, *calibrate, "--sensor", "best")
+    assert "0..5" in failed(1, *calibrate, "--sensor", "6")
+    generate = ("generate", work / "calibrated.safetensors", "hello")
+    assert "--temperature" in failed(2, *generate, "--temperature", 0.5)
+    assert "--seed" in failed(2, *generate, "--seed", 1)
+
+
+def test_prompts_are_asked_for_where_a_terminal_is_attached(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    with pytest.raises(click.UsageError, match="PROMPTS: expected arguments"):
+        common.gather_prompts((), ())
+
+
+def test_interrupted_generation_leaves_no_file_and_no_patched_model(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, tokenizer = load_model(str(work / "model"))
+
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny, "generate", interrupt)
+    monkeypatch.setattr(common, "load_model", lambda *arguments: (tiny, tokenizer))
+    out = tmp_path / "g.json"
+    result = run("generate", work / "calibrated.safetensors", "hello", "--json", out)
+    assert result.exit_code == 130
+    assert not list(tmp_path.iterdir())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.modules())
+
+
+def test_json_holds_no_nan(tmp_path: Path) -> None:
+    common.write_json(str(tmp_path / "x.json"), {"a": [float("nan"), 1.5], "b": {"c": (float("inf"), "é\udc80")}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5], "b": {"c": [None, "é\udc80"]}}
