@@ -42,17 +42,13 @@ def encode(tokenizer, prompt: str) -> list[int]:
 
 
 @torch.inference_mode()
-def own_answers(
-    model, tokenizer, prompts: list[list[int]], tokens: int, batch_size: int = 32
-) -> list[list[int]]:
+def own_answers(model, tokenizer, prompts: list[list[int]], tokens: int, batch_size: int = 32) -> list[list[int]]:
     """The model's greedy answers, cut at `tokens`, end-of-turn included where it comes earlier."""
     answers: list[list[int]] = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in track(range(0, len(order), batch_size), description="own answers", transient=True):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad(
-            {"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt"
-        )
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         output = model.generate(**batch, max_new_tokens=tokens, do_sample=False)
         for i, row in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
@@ -75,9 +71,7 @@ def collate(examples: list[tuple[list[int], list[int]]], pad: int) -> dict[str, 
 
 @click.command()
 @click.option("--model", "name", default=DEMO_MODEL, show_default=True)
-@click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("artifacts/smollm2-aligned"), show_default=True
-)
+@click.option("--output", type=click.Path(path_type=Path), default=Path("artifacts/smollm2-aligned"), show_default=True)
 @click.option("--steps", default=56, show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--learning-rate", default=3e-5, show_default=True)

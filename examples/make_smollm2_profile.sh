@@ -5,11 +5,13 @@ cd "$(dirname "$0")/.."
 mkdir -p artifacts
 python examples/align_smollm2.py --output artifacts/smollm2-aligned
 steerfast extract --model HuggingFaceTB/SmolLM2-135M-Instruct --aligned-model artifacts/smollm2-aligned \
-    --harmful steerfast:harmful_fit --harmless steerfast:harmless_fit --output artifacts/extracted.safetensors
+    --harmful steerfast:harmful_fit --harmful steerfast:harmful_framed \
+    --harmless steerfast:harmless_fit --harmless steerfast:harmless_framed \
+    --shrinkage 0.3 --output artifacts/extracted.safetensors
 steerfast calibrate artifacts/extracted.safetensors \
     --harmful steerfast:harmful_calibrate --harmless steerfast:harmless_calibrate \
     --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout \
-    --output artifacts/calibrated.safetensors
+    --max-false-positive-rate 0.03 --output artifacts/calibrated.safetensors
 steerfast tune artifacts/calibrated.safetensors \
     --harmful steerfast:harmful_tune --harmless steerfast:harmless_tune --resume artifacts/trials.jsonl \
     --output steerfast/data/smollm2-135m-instruct.safetensors

@@ -18,22 +18,21 @@ from steerfast.profile import SteeringProfile
 
 @dataclass(frozen=True)
 class LayerBank:
-    """One layer's guidance for every slot: directions and vectors float32 [slots, H], table float32 [slots, TABLE_WIDTH]."""
+    """One layer's guidance, all float32: directions and vectors [slots, H], table [slots, TABLE_WIDTH]."""
 
     directions: Tensor
     vectors: Tensor
     table: Tensor
 
 
-def layer_bank(
-    profiles: Sequence[SteeringProfile], layer: int, device: torch.device | str = "cpu"
-) -> LayerBank:
+def layer_bank(profiles: Sequence[SteeringProfile], layer: int, device: torch.device | str = "cpu") -> LayerBank:
     """Put one layer of `profiles` on `device`; slot i is profile i."""
     directions = torch.stack([profile.direction[layer] for profile in profiles])
     vectors = torch.stack([profile.vector[layer] for profile in profiles])
-    table = torch.zeros(len(profiles), contract.TABLE_WIDTH)
+    table = torch.zeros(len(profiles), contract.TABLE_WIDTH, dtype=torch.float32, device="cpu")
     table[:, contract.THRESHOLD] = torch.stack([profile.threshold[layer] for profile in profiles])
-    table[:, contract.SHARPNESS] = torch.tensor([profile.gate.sharpness for profile in profiles])
+    for slot, profile in enumerate(profiles):
+        table[slot, contract.SHARPNESS] = profile.gate.sharpness
     table[:, contract.STRENGTH] = torch.stack([profile.strength[layer] for profile in profiles])
     table[:, contract.VECTOR_SQ] = vectors.double().square().sum(1).float()
     table[:, contract.VECTOR_DIRECTION] = (vectors.double() * directions.double()).sum(1).float()

@@ -21,7 +21,7 @@ class Rows:
     Args:
         slot: int32 [N·T], the profile of each row; -1 where the row is not steered.
         sequence: int32 [N·T], the sequence of each row.
-        deciding: int64 [N], the row each sequence's prompt gate reads; row n·T where the step holds no prompt token of n.
+        deciding: int64 [N], the row each sequence's prompt gate reads; row n·T where the step has no prompt token of n.
         decides: bool [N], whether the step holds a prompt token of the sequence at all.
     """
 
@@ -31,12 +31,7 @@ class Rows:
     decides: Tensor
 
     def to(self, device: torch.device) -> Rows:
-        return Rows(
-            *(
-                t.to(device, non_blocking=True)
-                for t in (self.slot, self.sequence, self.deciding, self.decides)
-            )
-        )
+        return Rows(*(t.to(device, non_blocking=True) for t in (self.slot, self.sequence, self.deciding, self.decides)))
 
 
 def prompt_rows(valid: Tensor, prompt_columns: int, positions: Literal["all", "response"]) -> Rows:
@@ -45,7 +40,7 @@ def prompt_rows(valid: Tensor, prompt_columns: int, positions: Literal["all", "r
     Args:
         valid: bool [N, T], False on padding (left, right or in between).
         prompt_columns: columns before this one are prompt, later ones (drafted tokens) follow it.
-        positions: ``all`` steers every valid row, ``response`` the prompt's last valid row and every valid row after it.
+        positions: ``all`` steers every valid row, ``response`` the prompt's last valid row and valid rows after it.
             A sequence without a prompt token in this step has all its valid rows steered.
     """
     count, width = valid.shape
@@ -65,9 +60,7 @@ def response_rows(count: int, width: int, device: torch.device) -> Rows:
     """Tables of a step of answer tokens: every row is steered, none decides."""
     slot = torch.zeros(count * width, dtype=torch.int32, device=device)
     start = torch.arange(count, device=device) * width
-    return Rows(
-        slot, _sequences(count, width, device), start, torch.zeros(count, dtype=torch.bool, device=device)
-    )
+    return Rows(slot, _sequences(count, width, device), start, torch.zeros(count, dtype=torch.bool, device=device))
 
 
 def _sequences(count: int, width: int, device: torch.device) -> Tensor:

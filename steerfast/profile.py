@@ -18,6 +18,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +36,15 @@ SCORES = ("cosine", "dot")
 EDITS = ("add",)
 POSITIONS = ("all", "response")
 
-_TENSOR_NAME = re.compile(r"layer\.(\d+)\.(direction|vector|candidate\.([a-z-]+))")
+_TENSOR_NAME = re.compile(r"layer\.(\d+)\.(direction|vector|candidate\..+)", re.DOTALL)
 # Two copies of one model in other dtypes or quantisations agree to well above this cosine; unrelated models of the
 # same shape stay near 0 (64 random projections: standard deviation 0.125).
 _SKETCH_AGREEMENT = 0.9
+
+
+def _instance(name: str, value: object, kind: type, words: str) -> None:
+    if not isinstance(value, kind):
+        raise ProfileError(f"{name}: expected {words}, got {value!r}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -64,11 +70,22 @@ class ModelIdentity:
     tokenizer_sha256: str | None = None
     chat_template_sha256: str | None = None
 
+    def __post_init__(self) -> None:
+        for what in ("name", "architecture"):
+            _instance(f"model.{what}", getattr(self, what), str, "a string")
+        for what in ("hidden_size", "num_layers"):
+            value = getattr(self, what)
+            _instance(f"model.{what}", value, int, "a whole number")
+            if value < 1:
+                raise ProfileError(f"model.{what}: expected at least 1, got {value}")
+
     def mismatch(self, other: ModelIdentity) -> str | None:
         """Say how `other` (the model at hand) differs from this identity (the profile's), or return None."""
 
         def says(what: str, mine: object, theirs: object) -> str:
-            return f"the profile was made for {self.name!r} ({what} {mine}), the model is {other.name!r} ({what} {theirs})"
+            return (
+                f"the profile was made for {self.name!r} ({what} {mine}), the model is {other.name!r} ({what} {theirs})"
+            )
 
         if self.hidden_size != other.hidden_size:
             return says("hidden size", self.hidden_size, other.hidden_size)
@@ -77,13 +94,8 @@ class ModelIdentity:
         if self.architecture != other.architecture:
             return says("architecture", self.architecture, other.architecture)
         if self.embedding_sketch and other.embedding_sketch:
-            agreement = sum(
-                a * b for a, b in zip(self.embedding_sketch, other.embedding_sketch, strict=False)
-            )
-            if (
-                len(self.embedding_sketch) != len(other.embedding_sketch)
-                or not agreement >= _SKETCH_AGREEMENT
-            ):
+            agreement = sum(a * b for a, b in zip(self.embedding_sketch, other.embedding_sketch, strict=False))
+            if len(self.embedding_sketch) != len(other.embedding_sketch) or not agreement >= _SKETCH_AGREEMENT:
                 return (
                     f"the profile was made for {self.name!r}, the model is {other.name!r} with other weights: "
                     f"their embeddings agree to {agreement:.2f}, expected at least {_SKETCH_AGREEMENT}"
@@ -103,7 +115,7 @@ class Gate:
 
     kind: ``always`` (no gate), ``prompt`` (the prompt's last token, latched), ``token`` (each row for itself).
     score: ``cosine`` or ``dot`` with the layer's direction.
-    sharpness: 0 is a hard gate, g = [score > threshold]; above 0 it is soft, g = sigmoid(sharpness·(score − threshold)).
+    sharpness: 0 is a hard gate, g = [score > threshold]; above 0 soft, g = sigmoid(sharpness·(score − threshold)).
     """
 
     kind: Literal["always", "prompt", "token"] = "prompt"
@@ -168,9 +180,10 @@ class SteeringProfile:
         wrong = ((length > 0) & ((length - 1).abs() > 1e-3)).nonzero()
         if len(wrong):
             layer = int(wrong[0])
-            raise ProfileError(
-                f"direction of layer {layer}: expected unit norm, got norm {float(length[layer]):.4g}"
-            )
+            raise ProfileError(f"direction of layer {layer}: expected unit norm, got norm {float(length[layer]):.4g}")
+        _instance("vector_kind", self.vector_kind, str, "a string")
+        for name in ("fitted", "calibration", "tuned"):
+            _instance(name, getattr(self, name), Mapping, "a mapping")
         _one_of("edit", self.edit, EDITS)
         _one_of("positions", self.positions, POSITIONS)
         if self.sensor != "own" and not (isinstance(self.sensor, int) and 0 <= self.sensor < layers):
@@ -193,9 +206,7 @@ class SteeringProfile:
             )
         for layer in steered if self.sensor == "own" else [self.sensor]:
             if not direction_norm[layer] > 0:
-                raise ProfileError(
-                    f"direction of layer {layer}: a {self.gate.kind} gate reads it, but it is zero"
-                )
+                raise ProfileError(f"direction of layer {layer}: a {self.gate.kind} gate reads it, but it is zero")
 
     @property
     def steered_layers(self) -> list[int]:
@@ -228,6 +239,11 @@ class SteeringProfile:
             values[layer] = strength
         return replace(self, strength=values)
 
+    @property
+    def checksum(self) -> str:
+        """SHA-256 over all that the profile holds."""
+        return _checksum(self._header(), self._tensors())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to `path` (safetensors). The file appears whole or not at all.
 
@@ -258,32 +274,26 @@ class SteeringProfile:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ProfileError(
-                f"profile {str(source)!r}: not a readable safetensors file ({error})"
-            ) from None
+            raise ProfileError(f"profile {str(source)!r}: not a readable safetensors file ({error})") from None
         try:
             header = json.loads(metadata.get("steerfast", "null"))
         except json.JSONDecodeError as error:
             raise ProfileError(f"profile {str(source)!r}: its header is not JSON ({error})") from None
         if not isinstance(header, dict) or "format" not in header:
-            raise ProfileError(
-                f"profile {str(source)!r}: a safetensors file, but not a steerfast profile (no header)"
-            )
+            raise ProfileError(f"profile {str(source)!r}: a safetensors file, but not a steerfast profile (no header)")
         if header["format"] != FORMAT_VERSION:
             raise ProfileError(
                 f"profile {str(source)!r}: format {header['format']!r}, this version reads format {FORMAT_VERSION}"
             )
         checksum = header.pop("checksum", None)
         if checksum != _checksum(header, tensors):
-            raise ProfileError(
-                f"profile {str(source)!r}: its content does not match its checksum, the file is damaged"
-            )
+            raise ProfileError(f"profile {str(source)!r}: its content does not match its checksum, the file is damaged")
         try:
             return cls._from_parts(header, tensors)
-        except (KeyError, TypeError) as error:
-            raise ProfileError(f"profile {str(source)!r}: incomplete or malformed ({error!r})") from None
         except ProfileError as error:
             raise ProfileError(f"profile {str(source)!r}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"profile {str(source)!r}: incomplete or malformed ({error!r})") from None
 
     def _header(self) -> dict[str, Any]:
         header = {
@@ -304,12 +314,13 @@ class SteeringProfile:
             raise ProfileError(f"fitted, calibration, tuned: expected JSON data ({error})") from None
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {name: getattr(self, name).contiguous() for name in ("threshold", "strength", "norm")}
+        # Copies: safetensors refuses tensors that share memory.
+        tensors = {name: getattr(self, name).clone() for name in ("threshold", "strength", "norm")}
         wide = {"direction": self.direction, "vector": self.vector}
         wide |= {f"candidate.{kind}": tensor for kind, tensor in self.candidates.items()}
         for name, tensor in wide.items():
             for layer in tensor.any(dim=1).nonzero().flatten().tolist():
-                tensors[f"layer.{layer}.{name}"] = tensor[layer].contiguous()
+                tensors[f"layer.{layer}.{name}"] = tensor[layer].clone()
         return tensors
 
     @classmethod
@@ -319,22 +330,23 @@ class SteeringProfile:
             identity["embedding_sketch"] = tuple(identity["embedding_sketch"])
         model = ModelIdentity(**identity)
         shape = (model.num_layers, model.hidden_size)
-        wide = {"direction": torch.zeros(shape), "vector": torch.zeros(shape)}
+        zeros = partial(torch.zeros, shape, dtype=torch.float32, device="cpu")
+        wide = {"direction": zeros(), "vector": zeros()}
         for name, tensor in tensors.items():
             if name in ("threshold", "strength", "norm"):
                 continue
             match = _TENSOR_NAME.fullmatch(name)
             if match is None or int(match[1]) >= model.num_layers:
                 raise ProfileError(
-                    f"tensor {name!r}: expected layer.<0..{model.num_layers - 1}>.direction, .vector or .candidate.<kind>"
+                    f"tensor {name!r}: expected layer.<l>.direction, .vector or .candidate.<kind>, "
+                    f"l in 0..{model.num_layers - 1}"
                 )
             _check_tensor(name, tensor, (model.hidden_size,))
-            wide.setdefault(match[2], torch.zeros(shape))[int(match[1])] = tensor
-        direction, vector = wide.pop("direction"), wide.pop("vector")
+            wide.setdefault(match[2], zeros())[int(match[1])] = tensor
         return cls(
             model=model,
-            direction=direction,
-            vector=vector,
+            direction=wide.pop("direction"),
+            vector=wide.pop("vector"),
             threshold=tensors["threshold"],
             strength=tensors["strength"],
             norm=tensors["norm"],
@@ -380,7 +392,7 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from steerfast.errors import PromptError
 SHIPPED_PREFIX = "steerfast:"
 SHIPPED = tuple(
     f"{label}_{role}"
-    for role in ("fit", "calibrate", "heldout", "tune", "demo")
+    for role in ("fit", "framed", "calibrate", "heldout", "tune", "demo")
     for label in ("harmful", "harmless")
 )
 _KEYS = ("prompt", "instruction", "question", "goal", "text")
@@ -54,16 +54,15 @@ def read_prompts(source: str | os.PathLike[str]) -> list[str]:
 def shipped_records(name: str) -> list[dict[str, str]]:
     """Records ``{"prompt", "set"}`` of a shipped prompt set; `set` names its origin (see the package's data/NOTICE)."""
     if name not in SHIPPED:
-        raise PromptError(
-            f"prompts: expected one of {', '.join(SHIPPED)} after {SHIPPED_PREFIX!r}, got {name!r}"
-        )
+        raise PromptError(f"prompts: expected one of {', '.join(SHIPPED)} after {SHIPPED_PREFIX!r}, got {name!r}")
     file = resources.files("steerfast") / "data" / "prompts" / f"{name}.json"
     records: list[dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))
     return records
 
 
 def _lines(path: Path) -> Iterable[Any]:
-    return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    # Not splitlines, which also splits at characters such as U+2028 that JSON strings may hold.
+    return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def _json(path: Path) -> Iterable[Any]:
@@ -87,9 +86,7 @@ def _csv(path: Path) -> Iterable[Any]:
         return [dict(zip(header, row, strict=False)) for row in rows[1:]]
     if len(rows[0]) == 1:
         return [row[0] for row in rows]
-    raise PromptError(
-        f"prompts: expected a column named {', '.join(_KEYS)} in {str(path)!r}, got {', '.join(rows[0])}"
-    )
+    raise PromptError(f"prompts: expected a column named {', '.join(_KEYS)} in {str(path)!r}, got {', '.join(rows[0])}")
 
 
 def _prompt(entry: Any, name: str, number: int) -> str:

@@ -72,9 +72,7 @@ def run_demo(
             for label in ids
         }
 
-    scores = {
-        label: score(model, tokenizer, profile, chosen, progress=progress) for label, chosen in texts.items()
-    }
+    scores = {label: score(model, tokenizer, profile, chosen, progress=progress) for label, chosen in texts.items()}
     before = answers("unsteered")
     with steer(model, profile, tokenizer=tokenizer):
         after = answers("steered")
@@ -157,9 +155,7 @@ def _latency(
     }
 
 
-def _examples(
-    texts: dict[str, list[str]], judged: dict[str, dict[str, list[Judgement]]]
-) -> list[dict[str, str]]:
+def _examples(texts: dict[str, list[str]], judged: dict[str, dict[str, list[Judgement]]]) -> list[dict[str, str]]:
     """Two harmful prompts whose answer steering changed where it did, and a harmless one."""
     before, after = judged["before"], judged["after"]
     moved = [i for i, (b, a) in enumerate(zip(before["harmful"], after["harmful"], strict=True)) if b.text != a.text]

@@ -70,9 +70,7 @@ def answer_perplexity(
         PromptError: another number of answers than prompts, an empty prompt, or batch_size below 1.
     """
     if len(prompts_ids) != len(answers_ids):
-        raise PromptError(
-            f"answers_ids: expected one per prompt ({len(prompts_ids)}), got {len(answers_ids)}"
-        )
+        raise PromptError(f"answers_ids: expected one per prompt ({len(prompts_ids)}), got {len(answers_ids)}")
     if batch_size < 1:
         raise PromptError(f"batch_size: expected at least 1, got {batch_size}")
     empty = [i for i, prompt in enumerate(prompts_ids) if len(prompt) == 0]
@@ -87,12 +85,8 @@ def answer_perplexity(
             batch = scored[start : start + batch_size]
             texts = [[*prompts_ids[i], *answers_ids[i]] for i in batch]
             longest = max(map(len, texts))
-            ids = torch.tensor(
-                [[*text, *[pad_token_id] * (longest - len(text))] for text in texts], device=device
-            )
-            mask = torch.tensor(
-                [[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device
-            )
+            ids = torch.tensor([[*text, *[pad_token_id] * (longest - len(text))] for text in texts], device=device)
+            mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)
             # The logits at a position score the next token; before the earliest answer none are needed.
             first = min(len(prompts_ids[i]) for i in batch) - 1
             logits = model(

@@ -32,7 +32,7 @@ def judge(
     answers: Sequence[Sequence[int]],
     limits: FluencyLimits | None = None,
 ) -> list[Judgement]:
-    """Judge `answers` (token ids) to `prompts` (token ids); `model` must be unsteered, its perplexity is the measure."""
+    """Judge `answers` (token ids) to `prompts` (token ids); `model` must be unsteered: it measures perplexity."""
     limits = limits or FluencyLimits()
     perplexities = answer_perplexity(model, prompts, answers, pad_token_id=pad_token(tokenizer))
     judged = []

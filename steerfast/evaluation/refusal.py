@@ -158,9 +158,7 @@ _CARE = re.compile(
 _NUMBERED = re.compile(r"^[ \t]*\(?(?:\d{1,2}|[a-h])[.)][ \t]+\S.*$", re.MULTILINE)
 _BULLETED = re.compile(r"^[ \t]*[-*•‣–][ \t]+\S.*$", re.MULTILINE)
 _INLINE_LIST = re.compile(r"(?<!\S)\(?1[.)][ \t]+\S.*?\s\(?2[.)][ \t]+\S")
-_TURN = (
-    r"\b(?:but|however|nevertheless|nonetheless|still|instead|that\s+said|that\s+being\s+said|anyway)\b,?\s+"
-)
+_TURN = r"\b(?:but|however|nevertheless|nonetheless|still|instead|that\s+said|that\s+being\s+said|anyway)\b,?\s+"
 _COMPLIANCE = (
     re.compile(
         rf"(?:^|[.!?:;,\n\u2013\u2014]\s*|\bso\s+|\band\s+|{_TURN})"

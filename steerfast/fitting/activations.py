@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,8 +30,9 @@ def answer_mean(prompt_lengths: Sequence[int], tokens: int) -> Reduce:
         start = torch.tensor([prompt_lengths[i] for i in batch.indices], device=hidden.device)[:, None]
         position = batch.positions.to(hidden.device)
         chosen = (position >= start) & (position < start + tokens) & batch.mask.bool().to(hidden.device)
-        weight = chosen.float() / chosen.sum(1, keepdim=True)
-        return (weight[:, None] @ hidden.float())[:, 0]
+        # Padding rows may hold anything, so they are taken out rather than given weight 0.
+        total = torch.where(chosen[..., None], hidden, 0).sum(1, dtype=torch.float64)
+        return total / chosen.sum(1, keepdim=True)
 
     return reduce
 
@@ -58,13 +58,14 @@ def residual_rows(
     decoder = find_decoder(model)
     accepted = inspect.signature(decoder.backbone.forward).parameters
     device = device_of(model)
-    rows = torch.empty(len(sequences), len(decoder.layers), decoder.hidden_size)
+    shape = (len(sequences), len(decoder.layers), decoder.hidden_size)
+    rows = torch.empty(shape, dtype=torch.float32, device="cpu")
     work = list(batches(sequences, batch_size, padding_side, pad_token_id, torch.device("cpu")))
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         for batch in track(work, description or "", show=description is not None):
-            with _captured(decoder.layers, functools.partial(reduce, batch=batch)) as captured:
+            with _captured(decoder.layers, reduce, batch) as captured:
                 extra: dict[str, Any] = {"position_ids": batch.positions.to(device)}
                 extra = {name: value for name, value in extra.items() if name in accepted}
                 decoder.backbone(
@@ -75,23 +76,22 @@ def residual_rows(
                 )
                 rows[batch.indices] = torch.stack([row.float().cpu() for row in captured], dim=1)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     finite = rows.isfinite().all(dim=2)
     if not bool(finite.all()):
         prompt, layer = (int(i) for i in (~finite).nonzero()[0])
-        raise SteerfastError(
-            f"model: expected finite activations, got NaN or inf at layer {layer} for prompt {prompt}"
-        )
+        raise SteerfastError(f"model: expected finite activations, got NaN or inf at layer {layer} for prompt {prompt}")
     return rows
 
 
 @contextmanager
-def _captured(layers: nn.ModuleList, reduce: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+def _captured(layers: nn.ModuleList, reduce: Reduce, batch: PromptBatch) -> Iterator[list[Tensor]]:
     """Collect each layer's reduced output, in layer order, while the context lasts."""
     captured: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        captured.append(reduce(output if isinstance(output, Tensor) else output[0]))
+        captured.append(reduce(output if isinstance(output, Tensor) else output[0], batch))
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
     try:

@@ -56,7 +56,7 @@ def calibrate(
         max_false_positive_rate: the share of `harmless` that may fire. The threshold is the class midpoint, or higher
             where that would fire more often. None: the midpoint (arXiv 2401.11206), whatever it costs.
         sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the
-            best worst-case balance of hits and false positives over both pairs of sets.
+            best AUC on the worse of the two pairs of sets.
         latest_sensor: ``auto`` looks no further than this layer, since only later layers can be steered;
             default: 60 % of the depth.
 
@@ -105,19 +105,21 @@ def calibrate(
             "max_false_positive_rate": max_false_positive_rate,
             "sets": {name: describe_set(prompts, names.get(name)) for name, prompts in sets.items()},
             "layers": {name: [f.to_dict() for f in layers] for name, layers in figures.items()},
-            "histograms": {name: [_histogram(*(s[:, i] for s in scores)) for i in range(len(threshold))]
-                           for name, scores in pairs.items()},
+            "histograms": {
+                name: [_histogram(bad[:, layer], good[:, layer]) for layer in range(len(threshold))]
+                for name, (bad, good) in pairs.items()
+            },
             "warnings": worries,
         },
-    )  # fmt: skip
+    )
 
 
 def style_worries(profile: SteeringProfile, figures: dict[str, list[GateFigures]]) -> list[str]:
     """What to tell the user about the gates that decide; empty when all is well."""
     if "heldout" not in figures:
         return [
-            "the gate was not tried on prompts of another style, so nothing shows that it knows harm rather than style; "
-            "give calibrate held-out sets"
+            "the gate was not tried on prompts of another style, so nothing shows that it knows harm rather than "
+            "style; give calibrate held-out sets"
         ]
     worries = []
     gates = profile.gate_layers or ([] if profile.sensor == "own" else [profile.sensor])
@@ -152,10 +154,8 @@ def _thresholds(harmful: Tensor, harmless: Tensor, rate: float | None) -> Tensor
     for layer in range(harmful.shape[1]):
         bad, good = harmful[:, layer].numpy(), harmless[:, layer].numpy()
         middle = threshold_midpoint(bad, good)
-        thresholds.append(
-            middle if rate is None else max(middle, threshold_at_false_positive_rate(good, rate))
-        )
-    return torch.tensor(thresholds)
+        thresholds.append(middle if rate is None else max(middle, threshold_at_false_positive_rate(good, rate)))
+    return torch.tensor(thresholds, dtype=torch.float32, device="cpu")
 
 
 def _figures(harmful: Tensor, harmless: Tensor, threshold: Tensor) -> list[GateFigures]:
@@ -183,13 +183,9 @@ def _sensor(
     if not 0 <= latest < layers:
         raise ProfileError(f"latest_sensor: expected a layer in 0..{layers - 1}, got {latest}")
 
-    def quality(layer: int) -> tuple[float, float]:
-        """Worst balance of hits and false positives over the sets, then worst AUC."""
-        at = [by_layer[layer] for by_layer in figures.values()]
-        return (
-            min(f.hit_rate.value - f.false_positive_rate.value for f in at),
-            min(f.auc.value for f in at),
-        )
+    def quality(layer: int) -> float:
+        """AUC on the worse pair of sets: unlike rates, it does not hang on where a few harmless scores fell."""
+        return min(by_layer[layer].auc.value for by_layer in figures.values())
 
     return max(range(latest + 1), key=quality)
 
@@ -198,9 +194,7 @@ def _with_sensor(profile: SteeringProfile, sensor: int | Literal["own"]) -> Stee
     strength = profile.strength.clone()
     if sensor != "own":
         strength[:sensor] = 0
-        if not bool(strength.any()) and bool(
-            profile.strength.any()
-        ):  # the untuned band lay before the sensor
+        if not bool(strength.any()) and bool(profile.strength.any()):  # the untuned band lay before the sensor
             strength[sensor] = profile.strength[profile.strength.nonzero()[-1, 0]]
     return replace(profile, sensor=sensor, strength=strength)
 

@@ -62,9 +62,7 @@ def project(rows: Tensor, direction: Tensor, score: str) -> Tensor:
     return torch.where(norms == 0, torch.zeros_like(dots), dots / norms)
 
 
-def fit_direction(
-    harmful: Tensor, harmless: Tensor, method: str = "lda", *, shrinkage: float | None = None
-) -> Tensor:
+def fit_direction(harmful: Tensor, harmless: Tensor, method: str = "lda", *, shrinkage: float | None = None) -> Tensor:
     """Fit a gate direction from residual rows of two prompt sets.
 
     Methods, with d = mean(harmful) - mean(harmless):
@@ -94,14 +92,10 @@ def fit_direction(
     if method not in _SOLVERS and method != "lda":
         raise ProfileError(f"method: expected one of {', '.join(DIRECTION_METHODS)}, got {method!r}")
     if shrinkage is not None and (method != "lda" or not 0.0 <= shrinkage <= 1.0):
-        raise ProfileError(
-            f"shrinkage: expected None, or 0 to 1 with method 'lda', got {shrinkage} with {method!r}"
-        )
+        raise ProfileError(f"shrinkage: expected None, or 0 to 1 with method 'lda', got {shrinkage} with {method!r}")
     harmful, harmless = _checked("harmful", harmful), _checked("harmless", harmless)
     if harmful.shape[1] != harmless.shape[1]:
-        raise PromptError(
-            f"harmless: expected rows as wide as harmful ({harmful.shape[1]}), got {harmless.shape[1]}"
-        )
+        raise PromptError(f"harmless: expected rows as wide as harmful ({harmful.shape[1]}), got {harmless.shape[1]}")
     rows = torch.cat([harmful, harmless])
     # All methods are blind to the scale of the rows; a scale of 1 keeps squares of odd inputs in range.
     size = float(rows.abs().max())
@@ -158,9 +152,7 @@ def _checked(name: str, rows: Tensor) -> Tensor:
     finite = torch.isfinite(rows).all(dim=1)
     if not bool(finite.all()):
         bad = torch.nonzero(~finite).flatten().tolist()
-        raise PromptError(
-            f"{name}: expected finite rows, got {len(bad)} of {len(rows)} that are not, first {bad[0]}"
-        )
+        raise PromptError(f"{name}: expected finite rows, got {len(bad)} of {len(rows)} that are not, first {bad[0]}")
     return rows.detach().to("cpu", torch.float64)
 
 
@@ -184,18 +176,14 @@ def _logistic(positive: Tensor, negative: Tensor, width: int) -> Tensor:
     scale = float(torch.linalg.vector_norm(rows)) / math.sqrt(len(rows) * width)
     # Newton steps: exact to rounding in a few rounds, where the default solver stops early and
     # basis-dependent.
-    fitted = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10).fit(
-        (rows / scale).numpy(), labels
-    )
+    fitted = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10).fit((rows / scale).numpy(), labels)
     return torch.from_numpy(fitted.coef_[0])
 
 
 def _lda(positive: Tensor, negative: Tensor, width: int, shrinkage: float | None) -> Tensor:
     for name, rows in (("harmful", positive), ("harmless", negative)):
         if len(rows) < 2:
-            raise PromptError(
-                f"{name}: expected at least 2 rows for a covariance (method 'lda'), got {len(rows)}"
-            )
+            raise PromptError(f"{name}: expected at least 2 rows for a covariance (method 'lda'), got {len(rows)}")
     difference = positive.mean(dim=0) - negative.mean(dim=0)
     centred = torch.cat([positive - positive.mean(dim=0), negative - negative.mean(dim=0)])
     weight = ledoit_wolf_shrinkage(centred, width) if shrinkage is None else shrinkage

@@ -80,7 +80,8 @@ def extract(
     identity = identify(model, tokenizer)
     if aligned_model is not None:
         _check_sibling(identity, aligned_model)
-    harmful_ids, harmless_ids = (encode(tokenizer, prompts, model) for prompts in (harmful, harmless))
+    harmful_ids = encode(tokenizer, harmful, model, room=_FORCED_TOKENS if "forced" in kinds else 0)
+    harmless_ids = encode(tokenizer, harmless, model)
 
     def rows_of(source: nn.Module, sequences: Sequence[Sequence[int]], what: str, **options: Any) -> Tensor:
         return residual_rows(
@@ -94,9 +95,7 @@ def extract(
     if {"srv", "alignment"} & set(kinds):
         made["srv"] = _mean_difference(both, split)
     if aligned_model is not None and {"ssv", "alignment"} & set(kinds):
-        made["ssv"] = _mean_difference(
-            rows_of(aligned_model, harmful_ids + harmless_ids, "sibling activations"), split
-        )
+        made["ssv"] = _mean_difference(rows_of(aligned_model, harmful_ids + harmless_ids, "sibling activations"), split)
         if "alignment" in kinds:
             made["alignment"] = made["ssv"] - made["srv"]
     if "forced" in kinds:
@@ -112,7 +111,7 @@ def extract(
     lengths = made[kinds[0]].norm(dim=1)
     if unit_norm:
         made = {kind: vector / vector.norm(dim=1, keepdim=True) for kind, vector in made.items()}
-    strength = torch.zeros(identity.num_layers)
+    strength = torch.zeros(identity.num_layers, dtype=torch.float32, device="cpu")
     first, last = (round(share * identity.num_layers) for share in _UNTUNED_BAND)
     band = slice(first, max(first + 1, last))
     strength[band] = _UNTUNED_STRENGTH * (lengths[band].float() if unit_norm else 1.0)
@@ -150,6 +149,9 @@ def check_sets(harmful: Sequence[str], harmless: Sequence[str]) -> None:
             raise PromptError(f"{name}: expected a list of prompts, got one string")
         if not len(prompts):
             raise PromptError(f"{name}: expected at least one prompt, got none")
+        for number, prompt in enumerate(prompts, 1):
+            if not isinstance(prompt, str):
+                raise PromptError(f"{name}: entry {number}: expected a string, got {prompt!r}")
     shared = set(harmful) & set(harmless)
     if shared:
         raise PromptError(
@@ -200,9 +202,7 @@ def _answer_difference(
     refused = rows_of(
         model, [p + forced for p, _ in pairs], "forced refusals", reduce=answer_mean(lengths, _FORCED_TOKENS)
     )
-    complied = rows_of(
-        model, [p + a for p, a in pairs], "own answers", reduce=answer_mean(lengths, _FORCED_TOKENS)
-    )
+    complied = rows_of(model, [p + a for p, a in pairs], "own answers", reduce=answer_mean(lengths, _FORCED_TOKENS))
     return refused.mean(dim=0, dtype=torch.float64) - complied.mean(dim=0, dtype=torch.float64)
 
 
@@ -214,15 +214,11 @@ def _fit_gates(
     for layer in range(harmful.shape[1]):
         pair = (harmful[:, layer], harmless[:, layer])
         # A cosine gate sees only where a row points, so the fit sees no more than that.
-        rows = (
-            [x.double() / x.double().norm(dim=1, keepdim=True) for x in pair]
-            if score == "cosine"
-            else list(pair)
-        )
+        rows = [x.double() / x.double().norm(dim=1, keepdim=True) for x in pair] if score == "cosine" else list(pair)
         direction = unit(fit_direction(rows[0], rows[1], method, shrinkage=shrinkage)).float()
         directions.append(direction)
         thresholds.append(threshold_midpoint(*(project(x, direction, score).numpy() for x in pair)))
-    return torch.stack(directions), torch.tensor(thresholds)
+    return torch.stack(directions), torch.tensor(thresholds, dtype=torch.float32, device="cpu")
 
 
 def _check_vector(kind: str, vector: Tensor) -> None:

@@ -22,10 +22,12 @@ class Scores:
     """Scores of a profile's gates on prompts.
 
     scores: float32 [prompts], of the gate layer that is furthest above its threshold (the sensor, if there is one).
-    fired: bool [prompts]. by_layer: float32 [prompts, layers], every layer's score, gate or not.
+    layer: int64 [prompts], that layer. fired: bool [prompts], whether any gate opens.
+    by_layer: float32 [prompts, layers], every layer's score, gate or not.
     """
 
     scores: Tensor
+    layer: Tensor
     fired: Tensor
     by_layer: Tensor
 
@@ -53,14 +55,12 @@ def score(
     check_model(profile, model, tokenizer)
     gates = profile.gate_layers
     if not gates:
-        raise ProfileError(
-            "profile: expected a gate to score, got one with gate.kind='always' or no steered layer"
-        )
+        raise ProfileError("profile: expected a gate to score, got one with gate.kind='always' or no steered layer")
     by_layer = layer_scores(profile, model, tokenizer, prompts, batch_size=batch_size, progress=progress)
     margins = by_layer[:, gates] - profile.threshold[gates]
-    best = margins.argmax(dim=1)
-    scores = by_layer[:, gates][torch.arange(len(best)), best]
-    return Scores(scores, (margins > 0).any(dim=1), by_layer)
+    layer = torch.tensor(gates)[margins.argmax(dim=1)]
+    scores = by_layer.gather(1, layer[:, None])[:, 0]
+    return Scores(scores, layer, (margins > 0).any(dim=1), by_layer)
 
 
 def layer_scores(

@@ -141,19 +141,14 @@ class GateFigures:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
-        return {
-            name: value.to_list() if isinstance(value, Estimate) else value
-            for name, value in vars(self).items()
-        }
+        return {name: value.to_list() if isinstance(value, Estimate) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateFigures:
         """Read what `to_dict` wrote; ProfileError if a figure is missing or unknown."""
         expected = tuple(cls.__dataclass_fields__)
         if set(values) != set(expected):
-            raise ProfileError(
-                f"gate figures: expected {', '.join(expected)}, got {', '.join(values) or 'nothing'}"
-            )
+            raise ProfileError(f"gate figures: expected {', '.join(expected)}, got {', '.join(values) or 'nothing'}")
         return cls(
             auc=Estimate.from_list(values["auc"]),
             hit_rate=Estimate.from_list(values["hit_rate"]),
@@ -184,7 +179,5 @@ def _scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
     if scores.ndim != 1 or scores.size == 0:
         raise PromptError(f"{name}: expected at least one score, as [n], got shape {list(scores.shape)}")
     if not np.isfinite(scores).all():
-        raise PromptError(
-            f"{name}: expected finite scores, got {int((~np.isfinite(scores)).sum())} that are not"
-        )
+        raise PromptError(f"{name}: expected finite scores, got {int((~np.isfinite(scores)).sum())} that are not")
     return scores

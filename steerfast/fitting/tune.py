@@ -1,4 +1,4 @@
-"""Tune what is added: vector kind, layer band, strength and positions, so that prompts that fire are refused in fluent text.
+"""Tune what is added, so that prompts that fire are refused in fluent text: vector kind, layers, strength, positions.
 
 The gate is left alone: it alone decides which prompts change, so harmless answers depend on it and not on the search.
 """
@@ -85,7 +85,7 @@ def tune(
     """Search the setting with the most strict refusals of `harmful`, subject to fluent text and unchanged `harmless`.
 
     Every candidate is tried on a third of the harmful prompts; the best few on all of them. Greedy answers, judged by
-    keywords and strictly (`steerfast.evaluation.refusal`); fluency by repetition and by the unsteered model's perplexity.
+    keywords and strictly (`steerfast.evaluation.refusal`); fluency by repetition and the unsteered model's perplexity.
 
     Args:
         vectors: kinds to try; default: the profile's own and all its candidates.
@@ -139,8 +139,9 @@ def tune(
     unchanged = _unchanged(tuned, model, tokenizer, harmless, max_new_tokens)
     if unchanged < min_unchanged:
         raise PromptError(
-            f"min_unchanged: expected at least {min_unchanged:.2f} of the harmless answers unchanged, got {unchanged:.2f}; "
-            "the gate opens for them: calibrate with more varied harmless prompts or a lower false-positive rate"
+            f"min_unchanged: expected at least {min_unchanged:.2f} of the harmless answers unchanged, "
+            f"got {unchanged:.2f}; the gate opens for them: calibrate with more varied harmless prompts or a lower "
+            "false-positive rate"
         )
     names = names or {}
     return replace(
@@ -162,7 +163,7 @@ def tune(
 
 
 def default_bands(layers: int, first: int) -> list[tuple[int, int]]:
-    """Bands (first, last) to try in layers `first`..: one layer, a fifth, and two fifths of the depth, at up to three places.
+    """Bands (first, last) to try from layer `first` on: one layer, a fifth and two fifths of all, at three places.
 
     The last tenth of the depth is left out: what is added there has no layer left to act through.
     """
@@ -256,6 +257,8 @@ class _TrialLog:
                     file.write("\n")
         except OSError as error:
             raise OutputError(f"resume: cannot write {str(self._path)!r} ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise OutputError(f"resume: expected a file of finished trials, got {str(self._path)!r}") from None
         for line in lines:
             self._read(line)
 

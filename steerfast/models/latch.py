@@ -1,8 +1,8 @@
 """Gate decisions that live and move with a KV cache.
 
 A prompt's decision must survive whatever happens to its keys and values: beam search reorders the cache's batch,
-contrastive methods repeat it, users deep-copy it to branch a conversation. So the decision is an attribute of the cache,
-and the cache's class gains three methods that move it along.
+contrastive methods repeat it, users deep-copy it to branch a conversation. So the decision is an attribute of the
+cache, and the cache's class gains three methods that move it along.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read(cache: Any, owner: str) -> Latch | None:
 def attach(cache: Any, latch: Latch) -> None:
     """Make `latch` part of `cache`."""
     if not isinstance(cache, _Latching):
-        cache.__class__ = _latching(type(cache))
+        cache.__class__ = _latching(type(cache))  # type: ignore[arg-type]
     cache.steerfast_latch = latch
 
 
@@ -74,9 +74,9 @@ class _Latching:
 
 @functools.cache
 def _latching(base: type) -> type:
+    """`base`, a cache class, with decisions that move along; the same class every time."""
     return type(base.__name__, (_Latching, base), {"__module__": base.__module__})
 
 
 def _rebuild(base: type) -> Any:
-    kind = _latching(base)
-    return kind.__new__(kind)
+    return object.__new__(_latching(base))

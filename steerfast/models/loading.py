@@ -44,7 +44,7 @@ def load_model(
         dtype = resolved
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArchitectureError(f"model: cannot load {name!r} ({reason})") from None

@@ -13,9 +13,7 @@ from steerfast.errors import PromptError
 from steerfast.progress import track
 
 
-def encode(
-    tokenizer: Any, prompts: Sequence[str], model: nn.Module | None = None, room: int = 0
-) -> list[list[int]]:
+def encode(tokenizer: Any, prompts: Sequence[str], model: nn.Module | None = None, room: int = 0) -> list[list[int]]:
     """Token ids of `prompts` as generation would see them: chat template and generation prompt where there is one.
 
     Args:
@@ -31,9 +29,7 @@ def encode(
             raise PromptError(f"prompts: entry {number}: expected a non-empty string, got {prompt!r}")
         if getattr(tokenizer, "chat_template", None):
             chat = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         else:
             ids = tokenizer(prompt)["input_ids"]
         if limit is not None and len(ids) > limit:
@@ -52,7 +48,7 @@ def _context(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """indices: where the rows stand in the caller's list; ids, mask: int64 [N, T]; last: int64 [N], last valid column."""
+    """indices: places of the rows in the caller's list; ids, mask: int64 [N, T]; last: int64 [N], last valid column."""
 
     indices: list[int]
     ids: Tensor
@@ -123,6 +119,8 @@ def greedy_answers(
             attention_mask=batch.mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
             pad_token_id=pad_token(tokenizer),
         )
         for index, row in zip(batch.indices, output[:, batch.ids.shape[1] :].tolist(), strict=True):

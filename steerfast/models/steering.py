@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from steerfast.bank import LayerBank, layer_bank
 from steerfast.batch import Rows, prompt_rows, response_rows
 from steerfast.errors import ArchitectureError, ProfileError, SteerfastError
-from steerfast.kernels.contract import Score
+from steerfast.kernels.contract import Edit, GateMode, Score
 from steerfast.kernels.gate import gate
 from steerfast.kernels.steer import steer_, steer_torch_
 from steerfast.models import latch as latches
@@ -30,22 +29,21 @@ from steerfast.models.latch import Latch
 from steerfast.models.structure import find_decoder, identify
 from steerfast.profile import SteeringProfile
 
-_owners = itertools.count()
 _MOST_BUFFERS = 512  # row tables of the batch shapes seen so far; each is cheap to make again
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What `generate` was called with: number of prompts, padded length, and its own 2-d attention mask if any."""
+    """What `generate` was called with: number of prompts, padded length (what is cached already included), and its own
+    2-d attention mask if any.
+    """
 
     count: int
     length: int
     mask: Tensor | None
 
 
-def steer(
-    model: nn.Module, profile: SteeringProfile, strength: float = 1.0, *, tokenizer: Any = None
-) -> Steering:
+def steer(model: nn.Module, profile: SteeringProfile, strength: float = 1.0, *, tokenizer: Any = None) -> Steering:
     """Steer `model` with `profile` until the returned handle is left or detached.
 
     Use it as a context manager, or keep the handle and call `Steering.detach`.
@@ -74,21 +72,24 @@ class Steering:
         if (problem := profile.model.mismatch(identify(model, tokenizer))) is not None:
             raise ProfileError(f"profile: {problem}")
         if not profile.steered_layers:
-            raise ProfileError(
-                "profile: expected a strength other than 0 in at least one layer, got none (run tune)"
-            )
+            raise ProfileError("profile: expected a strength other than 0 in at least one layer, got none (run tune)")
         if hasattr(decoder.backbone, "_steerfast_steering"):
             raise SteerfastError("model: it is steered already; leave or detach that steering first")
         self.profile = profile
         self.model = model
         self._decoder = decoder
-        self._owner = f"{next(_owners)}"
+        self._owner = profile.checksum  # so that its decisions stay valid for it wherever a cache goes
         self._score = Score[profile.gate.score.upper()]
         self._gates = {layer: index for index, layer in enumerate(profile.gate_layers)}
         self._steered = set(profile.steered_layers)
         self._banks: dict[int, LayerBank] = {}
         self._latch: Latch | None = None
         self._arguments = list(inspect.signature(decoder.backbone.forward).parameters)
+        if "past_key_values" not in self._arguments:
+            raise ArchitectureError(
+                f"model: {type(decoder.backbone).__name__} takes no past_key_values, "
+                "and a gate's decision has to stay with a sequence's cache"
+            )
         self._prompt: _Prompt | None = None
         self._prompts: int | None = None
         self._rows: dict[torch.device, Rows] = {}
@@ -168,11 +169,15 @@ class Steering:
             after = backbone.register_forward_hook(self._after, with_kwargs=True)
             self._undo.append(after.remove)
             for layer in sorted(self._steered | set(self._gates)):
-                handle = layers[layer].register_forward_hook(functools.partial(self._on_layer, layer))
+                # First of the layer's hooks, so that others see the edited residual stream.
+                hook = functools.partial(self._on_layer, layer)
+                handle = layers[layer].register_forward_hook(hook, prepend=True)
                 self._undo.append(handle.remove)
             if hasattr(self.model, "generate"):
-                self.model.generate = self._wrapped(self.model.generate)  # type: ignore[assignment]
-                self._undo.append(lambda: delattr(self.model, "generate"))
+                own = vars(self.model).get("generate")  # a wrapper of someone else's
+                generate: Any = self.model.generate
+                self.model.generate = self._wrapped(generate)  # type: ignore[assignment]
+                self._undo.append(lambda: _put_back(self.model, "generate", own))
         except BaseException:
             self.detach()
             raise
@@ -188,7 +193,10 @@ class Steering:
             self._refuse_chunks(kwargs)
             if isinstance(prompt, Tensor) and prompt.dim() >= 2:
                 mask = kwargs.get("attention_mask")
-                self._prompt = _Prompt(len(prompt), prompt.shape[1], mask if _is_flat(mask) else None)
+                mask = mask if _is_flat(mask) else None
+                # On top of a cache, the prompt may be the new tokens alone; the mask always covers all of them.
+                length = (prompt if mask is None else mask).shape[1]
+                self._prompt = _Prompt(len(prompt), length, mask)
             try:
                 return generate(*args, **kwargs)
             finally:
@@ -199,10 +207,10 @@ class Steering:
     def _refuse_chunks(self, kwargs: dict[str, Any]) -> None:
         config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        if chunk and self.profile.positions == "all" and self.profile.gate.kind == "prompt":
+        if chunk and (self.profile.positions == "response" or self.profile.gate.kind == "prompt"):
             raise SteerfastError(
-                f"prefill_chunk_size: got {chunk}, but positions='all' edits every prompt token and the gate decides at "
-                "the last one; generate without chunks, or use a profile with positions='response'"
+                f"prefill_chunk_size: expected None, got {chunk}: a prompt gate and positions='response' need the "
+                "prompt's last token, which is in the last chunk"
             )
 
     # -- one forward pass --------------------------------------------------------------------------------------------
@@ -212,25 +220,20 @@ class Steering:
         tokens = given.get("input_ids")
         tokens = tokens if tokens is not None else given.get("inputs_embeds")
         if tokens is None:
-            raise ArchitectureError(
-                f"model: {type(module).__name__} was called without input_ids or inputs_embeds"
-            )
+            raise ArchitectureError(f"model: {type(module).__name__} was called without input_ids or inputs_embeds")
         count, width = tokens.shape[:2]
-        cache, prompt = given.get("past_key_values"), self._prompt
+        cache: Any = given.get("past_key_values")
+        prompt = self._prompt
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         latch = latches.read(cache, self._owner) if past else None
         if latch is not None and latch.values.shape[1] != count:
             raise SteerfastError(
                 f"past_key_values: its gates were decided for {latch.values.shape[1]} sequences, got {count}"
             )
-        if (
-            latch is None
-        ):  # a new prompt, or a cache filled without this steering: decide at this step's last token
+        if latch is None:  # a new prompt, or a cache filled without this steering: decide at this step's last token
             prompt_columns = width
         elif prompt is None:
-            prompt_columns = (
-                width if width > 1 else 0
-            )  # several tokens at once are the prompt of another turn
+            prompt_columns = width if width > 1 else 0  # several tokens at once are the prompt of another turn
         else:
             prompt_columns = prompt.length - past
         if prompt is not None and past < prompt.length:
@@ -247,16 +250,13 @@ class Steering:
             valid = _valid_tokens(mask, count, width, past, tokens.device)
             rows = prompt_rows(valid, prompt_columns, self.profile.positions)
         else:
-            rows = self._buffer(
-                ("rows", count, width), tokens.device, lambda d: response_rows(count, width, d)
-            )
+            rows = self._buffer(("rows", count, width), tokens.device, lambda d: response_rows(count, width, d))
         self._latch = latch
         self._rows = {tokens.device: rows}
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            cache = kwargs.get("past_key_values")
+        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        cache = next((part for part in parts if hasattr(part, "get_seq_length")), kwargs.get("past_key_values"))
         if cache is not None:
             latches.attach(cache, self._last())
 
@@ -298,7 +298,9 @@ class Steering:
         else:
             values, sequence = latch.values[index].to(device), rows.sequence
         strength = self._buffer(
-            ("strength", len(values)), device, lambda d: torch.full((len(values),), self._strength, device=d)
+            ("strength", len(values)),
+            device,
+            lambda d: torch.full((len(values),), self._strength, dtype=torch.float32, device=d),
         )
         operator(
             x,
@@ -309,7 +311,9 @@ class Steering:
             bank.vectors,
             bank.directions,
             bank.table,
+            gate_mode=GateMode.LATCHED,
             score=self._score,
+            edit=Edit.ADD,
         )
 
     def _decide_prompts(self, index: int, x: Tensor, rows: Rows, bank: LayerBank, latch: Latch) -> None:
@@ -337,8 +341,11 @@ class Steering:
         """Closed gates; without gates, open ones."""
         with torch.inference_mode(False):
             shape = (max(1, len(self._gates)), count)
-            values = torch.full(shape, 0.0 if self._gates else 1.0, device=device)
-            return Latch(self._owner, values, torch.full(shape, float("-inf"), device=device))
+            values, scores = (
+                torch.full(shape, fill, dtype=torch.float32, device=device)
+                for fill in (0.0 if self._gates else 1.0, float("-inf"))
+            )
+            return Latch(self._owner, values, scores)
 
     def _buffer(self, key: tuple[Any, ...], device: torch.device, make: Callable[[torch.device], Any]) -> Any:
         full = (*key, device)
@@ -379,6 +386,12 @@ def _grown(mask: Tensor, count: int, length: int) -> Tensor:
 
 def _is_flat(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def _put_back(owner: object, name: str, value: Any) -> None:
+    delattr(owner, name)
+    if value is not None:
+        setattr(owner, name, value)
 
 
 def _finite(strength: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,7 @@ from steerfast.profile import ModelIdentity
 
 _SKETCH_SIZE = 64
 # Mixed scripts, digits, code and whitespace: two tokenizers that agree on this text agree on everyday prompts.
-_TOKENIZER_PROBE = (
-    "Naïve café — 東京 2024: def f(x):\n\treturn x**2  # 'quotes' & \"more\" <tag> 😀 don't 1,234.56"
-)
+_TOKENIZER_PROBE = "Naïve café — 東京 2024: def f(x):\n\treturn x**2  # 'quotes' & \"more\" <tag> 😀 don't 1,234.56"
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise ArchitectureError(
-            f"model: expected a HuggingFace decoder-only model, got {name} without a config"
-        )
+        raise ArchitectureError(f"model: expected a HuggingFace decoder-only model, got {name} without a config")
     if getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(f"model: expected a decoder-only model, got the encoder-decoder {name}")
     text = config.get_text_config()
@@ -62,16 +59,14 @@ def find_decoder(model: nn.Module) -> Decoder:
     found = [(path, module) for path, module in found if path.count(".") == depth]
     if len(found) != 1:
         names = ", ".join(path for path, _ in found) or "none"
-        raise ArchitectureError(
-            f"model: expected one list of {count} decoder layers in {name}, found {names}"
-        )
+        raise ArchitectureError(f"model: expected one list of {count} decoder layers in {name}, found {names}")
     path, layers = found[0]
     backbone = model.get_submodule(path.rpartition(".")[0])
     return Decoder(backbone, layers, hidden)
 
 
 def _embeds(model: nn.Module, path: str) -> bool:
-    """Whether the module that owns the list at `path` also owns an embedding: a decoder does, a list of experts does not."""
+    """Whether the owner of the list at `path` also owns an embedding: a decoder does, a mixture of experts does not."""
     owner = model.get_submodule(path.rpartition(".")[0])
     return any(isinstance(child, nn.Embedding) for child in owner.children())
 
@@ -103,7 +98,7 @@ def _sketch(model: nn.Module) -> tuple[float, ...] | None:
     signs = torch.randint(0, 2, (weight.shape[1],), generator=generator).double() * 2 - 1
     values = weight.detach()[rows].double().cpu() @ signs
     length = float(values.norm())
-    if not length > 0:
+    if not 0 < length < math.inf:
         return None
     return tuple(round(value, 6) for value in (values / length).tolist())
 
