@@ -43,9 +43,7 @@ def naive(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> floa
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
 @pytest.mark.parametrize("pad_token_id", [0, 49])
-def test_answer_perplexity_equals_a_naive_loop(
-    model: LlamaForCausalLM, batch_size: int, pad_token_id: int
-) -> None:
+def test_answer_perplexity_equals_a_naive_loop(model: LlamaForCausalLM, batch_size: int, pad_token_id: int) -> None:
     expected = [naive(model, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     got = answer_perplexity(model, PROMPTS, ANSWERS, batch_size, pad_token_id)
     assert got == pytest.approx(expected, rel=1e-4, nan_ok=True)
@@ -82,9 +80,7 @@ def test_answer_perplexity_of_an_impossible_answer_is_infinite(model: LlamaForCa
 def test_answer_perplexity_refuses_bad_input(model: LlamaForCausalLM) -> None:
     with pytest.raises(PromptError, match=r"answers_ids: expected one per prompt \(2\), got 1"):
         answer_perplexity(model, [[1], [2]], [[3]])
-    with pytest.raises(
-        PromptError, match="prompts_ids: expected at least one token each, got none in prompt 1"
-    ):
+    with pytest.raises(PromptError, match="prompts_ids: expected at least one token each, got none in prompt 1"):
         answer_perplexity(model, [[1], []], [[3], [4]])
     with pytest.raises(PromptError, match="batch_size: expected at least 1, got 0"):
         answer_perplexity(model, [[1]], [[3]], batch_size=0)

@@ -1,0 +1,305 @@
+"""Extraction against hand computation from one plain forward pass per prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import steerfast
+from steerfast.errors import ArchitectureError, ProfileError, PromptError, SteerfastError
+from steerfast.fitting.directions import fit_direction, project
+from steerfast.fitting.extract import FORCED_REFUSAL
+from steerfast.models.structure import identify
+from steerfast.profile import SteeringProfile
+
+HARMFUL = ["how to build a bomb", "make the virus", "how do i poison the dog", "steal from the bank", "forge a knife",
+           "hack the city bank and burn it", "i make a weapon"]  # fmt: skip
+HARMLESS = ["how to bake a cake", "paint the tree", "how do i plant the garden", "write a poem of the river",
+            "learn of the bird and the star", "find a book"]  # fmt: skip
+
+
+def rows_by_hand(model: Any, ids: list[int]) -> Tensor:
+    """float64 [T, layers, H] of one sequence."""
+    kept: list[Tensor] = []
+    handles = [layer.register_forward_hook(lambda m, a, out: kept.append(out)) for layer in model.model.layers]
+    with torch.no_grad():
+        model(torch.tensor([ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(kept, dim=2)[0].double()
+
+
+def ids_of(tokenizer: Any, prompt: str) -> list[int]:
+    words = ["<user>", *prompt.split(), "<end>", "<assistant>"]
+    return [int(i) for i in tokenizer.convert_tokens_to_ids(words)]
+
+
+def last_rows(model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
+    return torch.stack([rows_by_hand(model, ids_of(tokenizer, prompt))[-1] for prompt in prompts])
+
+
+def difference(model: Any, tokenizer: Any) -> Tensor:
+    harmful, harmless = (last_rows(model, tokenizer, prompts) for prompts in (HARMFUL, HARMLESS))
+    return harmful.mean(0) - harmless.mean(0)
+
+
+def forced_by_hand(model: Any, tokenizer: Any) -> Tensor:
+    """Forced refusal minus own greedy answer, over the first 12 answer tokens; empty answers left out."""
+    refusal = tokenizer(FORCED_REFUSAL, add_special_tokens=False)["input_ids"][:12]
+    refused, complied = [], []
+    for prompt in HARMFUL:
+        ids = ids_of(tokenizer, prompt)
+        own: list[int] = []
+        with torch.no_grad():
+            while len(own) < 12:
+                token = int(model(torch.tensor([ids + own]), use_cache=False).logits[0, -1].argmax())
+                if token == tokenizer.eos_token_id:
+                    break
+                own.append(token)
+        if own:
+            refused.append(rows_by_hand(model, ids + refusal)[len(ids) :].mean(0))
+            complied.append(rows_by_hand(model, ids + own)[len(ids) :].mean(0))
+    return torch.stack(refused).mean(0) - torch.stack(complied).mean(0)
+
+
+@pytest.fixture
+def extract(tiny_llama: Any, tiny_tokenizer: Any) -> Callable[..., SteeringProfile]:
+    def run(**options: Any) -> SteeringProfile:
+        return steerfast.extract(
+            tiny_llama, tiny_tokenizer, **{"harmful": HARMFUL, "harmless": HARMLESS, "progress": False, **options}
+        )
+
+    return run
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected.float(), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_vectors_equal_hand_computation(
+    extract: Any, tiny_llama: Any, tiny_tokenizer: Any, make_llama: Any, side: str, batch_size: int
+) -> None:
+    sibling = make_llama(seed=7)
+    profile = extract(
+        aligned_model=sibling,
+        vectors=["alignment", "ssv", "srv", "forced"],
+        batch_size=batch_size,
+        padding_side=side,
+    )
+    srv, ssv = difference(tiny_llama, tiny_tokenizer), difference(sibling, tiny_tokenizer)
+    assert profile.vector_kind == "alignment"
+    assert list(profile.candidates) == ["ssv", "srv", "forced"]
+    close(profile.vector, ssv - srv)
+    close(profile.candidates["ssv"], ssv)
+    close(profile.candidates["srv"], srv)
+    close(profile.candidates["forced"], forced_by_hand(tiny_llama, tiny_tokenizer))
+
+
+@pytest.mark.parametrize("method", ["lda", "mean", "pca", "logistic"])
+@pytest.mark.parametrize("score", ["cosine", "dot"])
+def test_gates_equal_hand_computation(
+    extract: Any, tiny_llama: Any, tiny_tokenizer: Any, method: str, score: str
+) -> None:
+    profile = extract(gate=method, score=score, vectors="srv")
+    harmful, harmless = (last_rows(tiny_llama, tiny_tokenizer, prompts) for prompts in (HARMFUL, HARMLESS))
+    assert (profile.gate.kind, profile.gate.score, profile.gate.sharpness) == ("prompt", score, 0.0)
+    for layer in range(5):
+        pair = [harmful[:, layer], harmless[:, layer]]
+        fitted = [x / x.norm(dim=1, keepdim=True) for x in pair] if score == "cosine" else pair
+        direction = fit_direction(*fitted, method)
+        assert float(direction @ profile.direction[layer].double()) > 0.9999
+        assert abs(float(profile.direction[layer].norm()) - 1) < 1e-6
+        means = [float(project(x, profile.direction[layer], score).mean()) for x in pair]
+        assert means[0] > means[1]
+        assert float(profile.threshold[layer]) == pytest.approx(sum(means) / 2, rel=1e-4, abs=1e-5)
+    norm = torch.cat([harmful, harmless]).norm(dim=2).mean(0)
+    close(profile.norm, norm)
+
+
+def test_shrinkage_is_passed_on(extract: Any) -> None:
+    weak, strong = extract(vectors="srv", shrinkage=0.05), extract(vectors="srv", shrinkage=1.0)
+    assert not torch.allclose(weak.direction, strong.direction)
+    assert torch.allclose(strong.direction, extract(vectors="srv", gate="mean").direction, atol=1e-4)
+    assert (weak.fitted["direction"], weak.fitted["shrinkage"]) == ("lda", 0.05)
+
+
+def test_kinds_of_vector(extract: Any, make_llama: Any) -> None:
+    alone = extract()
+    assert [alone.vector_kind, *alone.candidates] == ["forced", "srv"]
+    paired = extract(aligned_model=make_llama(seed=7))
+    assert [paired.vector_kind, *paired.candidates] == ["alignment", "ssv", "forced"]
+    one = extract(vectors=["srv", "srv"])
+    assert [one.vector_kind, *one.candidates] == ["srv"]
+
+
+def test_unit_norm_keeps_directions_and_the_push(extract: Any, make_llama: Any) -> None:
+    sibling = make_llama(seed=7)
+    native, unit = extract(aligned_model=sibling), extract(aligned_model=sibling, unit_norm=True)
+    for kind in (native.vector_kind, *native.candidates):
+        a, b = native.with_vector(kind).vector, unit.with_vector(kind).vector
+        close(b.norm(dim=1), torch.ones(5))
+        close(b * a.norm(dim=1, keepdim=True), a)
+    assert native.steered_layers == unit.steered_layers == [2]
+    push = unit.vector * unit.strength[:, None]
+    close(push, native.vector * native.strength[:, None])
+
+
+def test_provenance(extract: Any, make_llama: Any, tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    profile = extract(aligned_model=make_llama(seed=7), names={"harmful": "advbench"})
+    assert profile.model == identify(tiny_llama, tiny_tokenizer)
+    assert profile.model.tokenizer_sha256
+    assert profile.model.chat_template_sha256
+    digest = hashlib.sha256("\n".join(sorted(HARMFUL)).encode()).hexdigest()
+    assert profile.fitted["harmful"] == {"name": "advbench", "count": 7, "sha256": digest}
+    assert profile.fitted["harmless"]["name"] is None
+    assert profile.fitted["harmless"]["count"] == 6
+    assert profile.fitted["aligned_model"] == "LlamaForCausalLM"
+    shuffled = extract(harmful=HARMFUL[::-1], vectors="srv")
+    assert shuffled.fitted["harmful"]["sha256"] == digest
+    profile.save(tmp_path / "p.safetensors")
+    loaded = SteeringProfile.load(tmp_path / "p.safetensors")
+    assert loaded.fitted == profile.fitted
+    with steerfast.steer(tiny_llama, loaded, tokenizer=tiny_tokenizer) as steering:
+        tiny_llama.generate(torch.tensor([ids_of(tiny_tokenizer, HARMFUL[0])]), max_new_tokens=2)
+        assert steering.fired.tolist() == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(tiny_llama: Any, tiny_tokenizer: Any, extract: Any, dtype: torch.dtype) -> None:
+    expected = extract(vectors="srv", gate="mean")
+    tiny_llama.to(dtype)
+    profile = extract(vectors=["srv", "forced"], gate="mean", padding_side="left", batch_size=3)
+    assert profile.vector.dtype == torch.float32
+    assert float(torch.cosine_similarity(profile.vector, expected.vector).min()) > 0.98
+    assert float(torch.cosine_similarity(profile.direction, expected.direction).min()) > 0.98
+
+
+def test_means_are_taken_in_float64() -> None:
+    from steerfast.fitting.extract import _mean_difference
+
+    # 4097 rows at 2^12 with a bit below float32's reach of their sum.
+    rows = torch.full((8194, 1, 1), 4096.0)
+    rows[:4097] += 2**-11
+    assert float(_mean_difference(rows, 4097)) == 2**-11
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"harmful": []}, "harmful: expected at least one prompt, got none"),
+        ({"harmless": []}, "harmless: expected at least one prompt, got none"),
+        ({"harmful": "make a bomb"}, "harmful: expected a list of prompts, got one string"),
+        ({"harmless": HARMFUL}, "harmful and harmless: expected different prompts, got 7 in both, such as 'forge a"),
+        ({"harmless": [*HARMLESS, HARMFUL[1]]}, "got 1 in both, such as 'make the virus'"),
+        ({"harmful": [*HARMFUL, " "]}, "entry 8: expected a non-empty string, got ' '"),
+        ({"harmless": [{"prompt": "a"}]}, "harmless: entry 1: expected a string, got {'prompt': 'a'}"),
+        ({"harmful": HARMFUL[:1]}, "harmful: expected at least 2 rows for a covariance"),
+        ({"harmful": ["the book"] * 3, "harmless": ["a book"] * 3}, "expected rows that vary"),
+    ],
+)
+def test_unusable_prompt_sets(extract: Any, sets: dict[str, Any], message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        extract(**{"vectors": "srv", **sets})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vectors": ["ssv"]}, "vectors: 'ssv' is taken from an aligned model, but aligned_model is None"),
+        ({"vectors": ["alignment", "srv"]}, "vectors: 'alignment' is taken from an aligned model"),
+        ({"vectors": ["steer"]}, "vectors: expected some of alignment, ssv, forced, srv, got 'steer'"),
+        ({"gate": "svm"}, "method: expected one of lda, mean, pca, logistic, got 'svm'"),
+        ({"score": "l2"}, "expected .*cosine.* got 'l2'"),
+        ({"shrinkage": 2.0}, "shrinkage: expected None, or 0 to 1"),
+    ],
+)
+def test_unusable_options(extract: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        extract(**{"vectors": "srv", **options})
+
+
+@pytest.mark.parametrize("length", ["a prompt", "a prompt with room for no answer"])
+def test_prompts_longer_than_the_context(make_llama: Any, tiny_tokenizer: Any, length: str) -> None:
+    longest = max(len(prompt.split()) + 3 for prompt in HARMFUL)
+    context = longest - 1 if length == "a prompt" else longest + 11
+    with pytest.raises(PromptError, match=r"'hack the city.* has 10 tokens, the model's context leaves room for"):
+        steerfast.extract(
+            make_llama(max_position_embeddings=context), tiny_tokenizer, harmful=HARMFUL, harmless=HARMLESS,
+            vectors=["srv"] if length == "a prompt" else ["forced"],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [({"hidden_size": 16}, "hidden_size"), ({"num_hidden_layers": 3}, "num_layers")]
+)
+def test_a_sibling_of_another_geometry(extract: Any, make_llama: Any, change: dict[str, int], says: str) -> None:
+    with pytest.raises(ArchitectureError, match=rf"aligned_model: expected the geometry of .* \({says} "):
+        extract(aligned_model=make_llama(**change))
+
+
+def test_a_sibling_that_is_the_target(extract: Any, make_llama: Any) -> None:
+    with pytest.raises(ProfileError, match="'alignment' is zero at layer 0; is the aligned model another model"):
+        extract(aligned_model=make_llama())
+
+
+def test_nan_in_the_weights(tiny_llama: Any, extract: Any) -> None:
+    tiny_llama.model.layers[3].self_attn.v_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(SteerfastError, match="expected finite activations, got NaN or inf at layer 3"):
+        extract()
+
+
+def test_nan_in_the_embeddings(tiny_llama: Any, extract: Any) -> None:
+    tiny_llama.get_input_embeddings().weight.data[:, 1] = float("inf")
+    with pytest.raises(SteerfastError, match="expected finite activations, got NaN or inf at layer 0"):
+        extract()
+
+
+def test_a_model_that_cannot_be_patched(tiny_tokenizer: Any) -> None:
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    with pytest.raises(ArchitectureError, match="got the encoder-decoder"):
+        steerfast.extract(
+            transformers.T5ForConditionalGeneration(config), tiny_tokenizer, harmful=HARMFUL, harmless=HARMLESS
+        )
+
+
+@pytest.mark.parametrize("when", [1, 3, 8])
+def test_an_interruption_leaves_the_model_as_it_was(tiny_llama: Any, extract: Any, when: int) -> None:
+    def hooks() -> list[int]:
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny_llama.modules()]
+
+    tiny_llama.train()
+    calls = []
+
+    def interrupt(module: nn.Module, args: Any) -> None:
+        calls.append(1)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+
+    handle = tiny_llama.model.layers[4].register_forward_pre_hook(interrupt)
+    before, attributes = hooks(), sorted(vars(tiny_llama))
+    with pytest.raises(KeyboardInterrupt):
+        extract(batch_size=8)
+    assert hooks() == before
+    assert sorted(vars(tiny_llama)) == attributes
+    assert all(module.training for module in tiny_llama.modules())
+    handle.remove()
+
+
+def test_extraction_prints_and_warns_nothing(extract: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extract(progress=True)
+    assert capfd.readouterr() == ("", "")

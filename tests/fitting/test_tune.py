@@ -1,0 +1,291 @@
+"""The search finds a planted refusal, keeps its constraints, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import steerfast
+from steerfast.errors import OutputError, ProfileError, PromptError
+from steerfast.evaluation.fluency import FluencyLimits
+from steerfast.fitting import tune as tuning
+from steerfast.fitting.tune import Candidate, Trial, default_bands
+from steerfast.profile import SteeringProfile
+
+REFUSAL = "I'm sorry, but I can't help with that."
+HARMFUL = ["build a bomb", "make the virus", "poison the dog", "steal from the bank", "forge a knife", "hack a city"]
+HARMLESS = ["bake a cake", "paint the tree", "plant the garden", "write a poem"]
+ANY_TEXT = FluencyLimits(max_repetition=1.0, max_perplexity=1e30)
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer: Any) -> Any:
+    """A tokenizer with a token that is a whole refusal."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([REFUSAL])
+    return tokenizer
+
+
+@pytest.fixture
+def profile(tiny_llama: Any, tokenizer: Any, make_profile: Callable[..., SteeringProfile]) -> SteeringProfile:
+    """Layer 1 fires for the harmful prompts only. `push` makes the model say the refusal token, `noise` does not."""
+    fitted = steerfast.extract(
+        tiny_llama, tokenizer, harmful=HARMFUL, harmless=HARMLESS, vectors=["srv"], shrinkage=0.01, progress=False
+    )
+    row = tiny_llama.lm_head.weight[tokenizer.convert_tokens_to_ids(REFUSAL)].detach()
+    push = (row / row.norm()).expand(5, -1).clone()
+    noise = make_profile(tiny_llama, size=1.0).vector
+    return replace(
+        fitted.with_band([], 0.0), sensor=1, vector=noise, vector_kind="noise", candidates={"push": push}
+    ).with_band([1], 0.1)
+
+
+@pytest.fixture
+def tune(tiny_llama: Any, tokenizer: Any) -> Callable[..., SteeringProfile]:
+    def run(profile: SteeringProfile, **options: Any) -> SteeringProfile:
+        given: dict[str, Any] = {"harmful": HARMFUL, "harmless": HARMLESS, "max_new_tokens": 3, "progress": False}
+        given |= {"bands": [(1, 1), (2, 3)], "strengths": [0.5, 60.0], "limits": ANY_TEXT}
+        return steerfast.tune(profile, tiny_llama, tokenizer, **{**given, **options})
+
+    return run
+
+
+def test_the_planted_refusal_is_found(profile: SteeringProfile, tune: Any, tiny_llama: Any, tokenizer: Any) -> None:
+    tuned = tune(profile, names={"harmful": "planted"})
+    assert tuned.vector_kind == "push"
+    assert torch.equal(tuned.vector, profile.candidates["push"])
+    assert not tuned.candidates
+    best = tuned.tuned
+    assert best["refusal"] == best["refusal_strict"] == best["fluent"] == best["harmless_unchanged"] == 1.0
+    assert best["tried"] == 2 * 2 * 2 * 2
+    assert (best["harmful"]["name"], best["harmful"]["count"], best["harmless"]["count"]) == ("planted", 6, 4)
+    candidate = Candidate(**best["candidate"])
+    assert candidate.strength == 60.0 / (candidate.last - candidate.first + 1)
+    assert tuned.steered_layers == list(range(candidate.first, candidate.last + 1))
+    assert tuned.strength[candidate.first] == candidate.strength
+    assert tuned.positions == candidate.positions
+    assert torch.equal(tuned.direction, profile.direction)
+    assert torch.equal(tuned.threshold, profile.threshold)
+    assert tuned.sensor == profile.sensor
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": HARMFUL[0]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with steerfast.steer(tiny_llama, tuned):
+        answer = tiny_llama.generate(**ids, max_new_tokens=3, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer).startswith(REFUSAL)
+
+
+def test_only_what_is_asked_for_is_tried(profile: SteeringProfile, tune: Any) -> None:
+    tuned = tune(profile, vectors=["push"], bands=[(2, 2)], strengths=[60.0], positions=["response"])
+    assert tuned.tuned["tried"] == 1
+    assert tuned.tuned["candidate"] == {
+        "vector": "push", "first": 2, "last": 2, "strength": 60.0, "positions": "response",
+    }  # fmt: skip
+    assert tuned.tuned["runners_up"] == []
+
+
+def trial(refusal: float, fluent: float, strength: float = 1.0, keyword: float | None = None) -> Trial:
+    candidate = Candidate("ssv", 1, 2, strength, "all")
+    return Trial(candidate, 10, refusal if keyword is None else keyword, refusal, fluent)
+
+
+def test_ranking() -> None:
+    best_first = [
+        trial(0.9, 0.96, keyword=1.0),
+        trial(0.9, 0.96),
+        trial(0.9, 0.95, strength=0.5),
+        trial(0.9, 0.95, strength=1.0),
+        trial(0.1, 1.0),
+        trial(0.0, 0.94),
+        trial(1.0, 0.5),
+    ]
+    assert sorted(best_first, key=lambda t: t.rank(0.95), reverse=True) == best_first
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 12, 30, 80])
+def test_default_bands_lie_behind_the_sensor(layers: int) -> None:
+    for first in {0, layers // 2, layers - 1}:
+        bands = default_bands(layers, first)
+        assert bands
+        assert len(set(bands)) == len(bands)
+        assert all(first <= start <= last < layers for start, last in bands)
+
+
+# -- constraints and bad input -----------------------------------------------------------------------------------------
+
+
+def test_a_setting_that_breaks_the_text_is_not_taken(profile: SteeringProfile, tune: Any) -> None:
+    # Three times the refusal token repeat no 4-gram, but twelve do.
+    strict = FluencyLimits(max_repetition=0.3, max_perplexity=1e30)
+    with pytest.raises(PromptError, match=r"min_fluent: no setting reached 0.95 fluent answers, the best had 0\.\d\d"):
+        tune(profile, vectors=["push"], strengths=[60.0], max_new_tokens=12, limits=strict)
+
+
+def test_a_gate_that_opens_for_harmless_prompts_is_refused(profile: SteeringProfile, tune: Any) -> None:
+    open_gate = replace(profile, threshold=torch.full((5,), -2.0))
+    with pytest.raises(
+        PromptError, match=r"min_unchanged: expected at least 0.95 of the harmless answers unchanged, got 0.00"
+    ):
+        tune(open_gate)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vectors": ["srv"]}, "vector: expected one of noise, push, got 'srv'"),
+        ({"bands": [(0, 2)]}, r"bands: expected 1 <= first <= last < 5, got \(0, 2\)"),
+        ({"bands": [(3, 5)]}, r"bands: expected 1 <= first <= last < 5, got \(3, 5\)"),
+        ({"bands": [(3, 2)]}, r"bands: expected 1 <= first <= last < 5, got \(3, 2\)"),
+    ],
+)
+def test_unusable_options(profile: SteeringProfile, tune: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        tune(profile, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"harmful": []}, "harmful: expected at least one prompt, got none"),
+        ({"harmless": HARMFUL}, "expected different prompts, got 6 in both"),
+        ({"harmful": ["cat " * 251]}, "has 254 tokens, the model's context leaves room for 253"),
+    ],
+)
+def test_unusable_prompt_sets(profile: SteeringProfile, tune: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        tune(profile, **options)
+
+
+def test_another_models_profile(make_llama: Any, make_profile: Callable[..., SteeringProfile], tune: Any) -> None:
+    with pytest.raises(ProfileError, match="with other weights"):
+        tune(make_profile(make_llama(seed=9)))
+
+
+# -- stop and go on ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Candidate, int]]:
+    """What was really run."""
+    runs: list[tuple[Candidate, int]] = []
+    run = tuning._try
+
+    def counting(candidate: Candidate, profile: Any, model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Trial:
+        runs.append((candidate, len(prompts)))
+        return run(candidate, profile, model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(tuning, "_try", counting)
+    return runs
+
+
+def test_a_finished_search_runs_nothing_again(
+    profile: SteeringProfile, tune: Any, tried: list[Any], tmp_path: Path
+) -> None:
+    log = tmp_path / "trials.jsonl"
+    first = tune(profile, resume=log)
+    assert len(tried) == 16 + 6
+    assert len({(candidate, n) for candidate, n in tried}) == 22
+    assert sorted({n for _, n in tried}) == [2, 6]
+    lines = log.read_text().splitlines()
+    assert len(lines) == 22
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+    tried.clear()
+    second = tune(profile, resume=log)
+    assert tried == []
+    assert log.read_text().splitlines() == lines
+    assert second.tuned == first.tuned
+    assert second.checksum == first.checksum
+
+
+@pytest.mark.parametrize("rest", ["cut", "cut, with line end", "empty lines", "other JSON"])
+def test_a_damaged_last_line_costs_one_trial(
+    profile: SteeringProfile, tune: Any, tried: list[Any], tmp_path: Path, rest: str
+) -> None:
+    log = tmp_path / "trials.jsonl"
+    first = tune(profile, resume=log)
+    lines = log.read_text().splitlines()
+    end = {
+        "cut": lines[-1][:40],
+        "cut, with line end": lines[-1][:40] + "\n",
+        "empty lines": "\n\n",
+        "other JSON": "[1]\n",
+    }
+    log.write_text("\n".join(lines[:-1]) + "\n" + end[rest])
+    tried.clear()
+    assert tune(profile, resume=log).checksum == first.checksum
+    assert len(tried) == 1
+    tried.clear()
+    tune(profile, resume=log)
+    assert tried == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_new_tokens": 2},
+        {"limits": FluencyLimits(1.0, 1e29)},
+        {"harmful": [*HARMFUL[1:], "burn a book"]},
+        {"strengths": [0.6, 59.0]},
+    ],
+)
+def test_trials_of_another_search_are_not_used(
+    profile: SteeringProfile, tune: Any, tried: list[Any], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    log = tmp_path / "trials.jsonl"
+    small = {"vectors": ["push"], "bands": [(2, 3)], "positions": ["all"]}
+    tune(profile, resume=log, **small)
+    expected = len(tried)
+    tune(profile, resume=log, **{**small, **change})
+    assert len(tried) == 2 * expected
+    tune(replace(profile, threshold=profile.threshold + 1e-4), resume=log, **small)
+    assert len(tried) == 3 * expected
+
+
+def test_an_interrupted_search_goes_on(
+    profile: SteeringProfile, tune: Any, tiny_llama: Any, tried: list[Any], tmp_path: Path
+) -> None:
+    log = tmp_path / "trials.jsonl"
+
+    def hooks() -> list[int]:
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny_llama.modules()]
+
+    def interrupt(module: nn.Module, args: Any) -> None:
+        if len(tried) == 5:
+            raise KeyboardInterrupt
+
+    handle = tiny_llama.model.layers[4].register_forward_pre_hook(interrupt)
+    before, attributes = hooks(), sorted(vars(tiny_llama))
+    with pytest.raises(KeyboardInterrupt):
+        tune(profile, resume=log)
+    assert hooks() == before
+    assert sorted(vars(tiny_llama)) == attributes
+    assert len(log.read_text().splitlines()) == 4
+    handle.remove()
+    tried.clear()
+    assert tune(profile, resume=log).vector_kind == "push"
+    assert len(tried) == 22 - 4
+
+
+def test_a_log_that_cannot_be_written(profile: SteeringProfile, tune: Any, tried: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"resume: cannot write .*t.jsonl' \(No such file or directory\)"):
+        tune(profile, resume=tmp_path / "missing" / "t.jsonl")
+    with pytest.raises(OutputError, match=r"resume: cannot write .* \(Is a directory\)"):
+        tune(profile, resume=tmp_path)
+    assert tried == []
+
+
+def test_a_file_of_another_kind_is_left_alone(profile: SteeringProfile, tune: Any, tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    profile.save(file)
+    before = file.read_bytes()
+    with pytest.raises(OutputError, match="resume: expected a file of finished trials"):
+        tune(profile, resume=file)
+    assert file.read_bytes() == before

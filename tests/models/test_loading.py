@@ -1,0 +1,54 @@
+"""Loading a model by name: what loads, and what the errors say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import steerfast
+from steerfast.errors import ArchitectureError
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_llama, tiny_tokenizer):
+    tiny_llama.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_loads_ready_to_generate(folder, tiny_llama):
+    model, tokenizer = steerfast.load_model(str(folder), device="cpu")
+    assert not model.training
+    assert tokenizer.pad_token_id is not None
+    for name, tensor in tiny_llama.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_dtype_may_be_named(folder, dtype):
+    model, _ = steerfast.load_model(str(folder), dtype=dtype, device="cpu")
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float", "nonsense", "nn"])
+def test_an_unknown_dtype_is_refused(folder, dtype):
+    if dtype == "float":  # torch's own alias of float32
+        assert next(steerfast.load_model(str(folder), dtype=dtype, device="cpu")[0].parameters()).dtype == torch.float32
+        return
+    with pytest.raises(ArchitectureError, match=rf"dtype: expected auto, float32, .*got '{dtype}'"):
+        steerfast.load_model(str(folder), dtype=dtype)
+
+
+def test_nothing_there_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(ArchitectureError, match="model: cannot load") as caught:
+        steerfast.load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ArchitectureError, match="expected a GGUF file at .*missing.gguf"):
+        steerfast.load_model(str(tmp_path / "missing.gguf"))
+
+
+def test_a_broken_gguf_file_is_an_error(tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(ArchitectureError, match="model: cannot load"):
+        steerfast.load_model(str(broken))

@@ -1,0 +1,325 @@
+"""Every supported architecture, tiny and random, against an oracle that shares no code with the run-time half.
+
+The oracle runs one sequence at a time, unpadded, without a KV cache; it finds the layers by the names written
+down here, gates in float64 and edits as x + g·strength·v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import steerfast
+from steerfast.errors import ArchitectureError
+from steerfast.models.structure import find_decoder
+from steerfast.profile import SteeringProfile
+
+_BASE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 40, "vocab_size": 96,
+         "initializer_range": 0.25, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+_OPT = {**_BASE, "ffn_dim": 40, "word_embed_proj_dim": 32, "init_std": 0.25}
+_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24}  # fmt: skip
+
+# name of the classes -> (config, where the layers are)
+ARCHITECTURES: dict[str, tuple[dict[str, Any], str]] = {
+    "Llama": (_BASE, "model.layers"),
+    "Mistral": ({**_BASE, "sliding_window": 6}, "model.layers"),
+    "Qwen2": (_BASE, "model.layers"),
+    "Qwen3": (_BASE, "model.layers"),
+    "Gemma": (_BASE, "model.layers"),
+    "Gemma2": ({**_BASE, "sliding_window": 6}, "model.layers"),
+    "Gemma3": ({**_BASE, "sliding_window": 6}, "model.layers"),
+    "Phi": (_BASE, "model.layers"),
+    "Phi3": (_BASE, "model.layers"),
+    "GPTNeoX": (_BASE, "gpt_neox.layers"),
+    "GPT2": (_GPT2, "transformer.h"),
+    "OPT": (_OPT, "model.decoder.layers"),
+    "Olmo": (_BASE, "model.layers"),
+    "Olmo2": (_BASE, "model.layers"),
+    "Mixtral": ({**_BASE, **_MOE}, "model.layers"),
+    "Qwen2Moe": ({**_BASE, **_MOE}, "model.layers"),
+    "Qwen3Moe": ({**_BASE, **_MOE}, "model.layers"),
+    "Falcon": ({key: value for key, value in _BASE.items() if key != "head_dim"}, "transformer.h"),
+    "StableLm": (_BASE, "model.layers"),
+    "Cohere": ({**_BASE, "logit_scale": 1.0}, "model.layers"),
+}
+_NEW_TOKENS = 6
+
+MakeProfile = Callable[..., SteeringProfile]
+
+
+def make_model(name: str) -> Any:
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
+    settings, _ = ARCHITECTURES[name]
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(config(**settings)).eval()
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (9, 5, 7, 3)]
+
+
+def left_padded(sequences: list[list[int]]) -> dict[str, Tensor]:
+    width = max(map(len, sequences))
+    ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences])
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@contextmanager
+def oracle(
+    model: nn.Module, name: str, profile: SteeringProfile, length: int, seen: dict[int, float]
+) -> Iterator[None]:
+    """Steer one unpadded sequence whose prompt has `length` tokens; `seen` gets the sensor's scores."""
+    layers = model.get_submodule(ARCHITECTURES[name][1])
+    assert isinstance(layers, nn.ModuleList)
+    opened: dict[int, bool] = {}
+
+    def hook(index: int) -> Any:
+        def edit(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            assert hidden.shape[0] == 1
+            if index == profile.sensor:
+                row = hidden[0, length - 1].double()
+                seen[index] = float(row @ profile.direction[index].double() / row.norm())
+                opened[index] = seen[index] > float(profile.threshold[index])
+            if float(profile.strength[index]) == 0 or not opened[int(profile.sensor)]:
+                return None
+            edited = hidden + float(profile.strength[index]) * profile.vector[index].to(hidden.dtype)
+            return edited if isinstance(output, Tensor) else (edited, *output[1:])
+
+        return edit
+
+    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def oracle_answer(
+    model: nn.Module, name: str, profile: SteeringProfile, prompt: list[int]
+) -> tuple[list[int], Tensor, float]:
+    """Greedy answer, its logits [new tokens, vocabulary], and the gate's score."""
+    ids, logits, seen = list(prompt), [], {}
+    for _ in range(_NEW_TOKENS):
+        with oracle(model, name, profile, len(prompt), seen):
+            logits.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1])
+        ids.append(int(logits[-1].argmax()))
+    return ids[len(prompt) :], torch.stack(logits), seen[int(profile.sensor)]
+
+
+def hidden_states(model: nn.Module, name: str, ids: list[int]) -> list[Tensor]:
+    """The residual stream [1, T, H] behind each layer."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output if isinstance(output, Tensor) else output[0])
+
+    layers = model.get_submodule(ARCHITECTURES[name][1])
+    handles = [layer.register_forward_hook(keep) for layer in layers.children()]
+    model(input_ids=torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def half_open(make_profile: MakeProfile, model: nn.Module, name: str) -> SteeringProfile:
+    """Layer 1 decides and two of four prompts pass; layers 1 and 2 are steered, strongly, 3 is not."""
+    with torch.no_grad():
+        size = float(hidden_states(model, name, prompts()[0])[1].norm(dim=-1).mean())
+    profile = make_profile(model, layers=[1, 2], sensor=1, threshold=-2.0, size=2 * size)
+    scores = sorted(oracle_answer(model, name, profile, prompt)[2] for prompt in prompts())
+    assert scores[2] - scores[1] > 1e-3
+    return replace(profile, threshold=torch.full((4,), (scores[1] + scores[2]) / 2))
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything that attaching could have left behind, per module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+             "_forward_hooks_always_called", "_backward_hooks")  # fmt: skip
+    return {
+        path: (sorted(vars(module)), type(module), [list(getattr(module, hook)) for hook in hooks])
+        for path, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_generation_equals_the_oracle(make_profile: MakeProfile, name: str) -> None:
+    model = make_model(name)
+    profile = half_open(make_profile, model, name)
+    expected = [oracle_answer(model, name, profile, prompt) for prompt in prompts()]
+    stock = model.generate(**left_padded(prompts()), max_new_tokens=_NEW_TOKENS, do_sample=False)
+    with steerfast.steer(model, profile) as steering:
+        output = model.generate(
+            **left_padded(prompts()),
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        fired = steering.fired
+    scores = torch.tensor([score for *_, score in expected])
+    torch.testing.assert_close(steering.scores[0], scores, rtol=1e-4, atol=1e-5)
+    assert fired.tolist() == (scores > profile.threshold[1]).tolist()
+    assert fired.sum() == 2
+    tokens = output.sequences[:, -_NEW_TOKENS:]
+    assert tokens.tolist() == [answer for answer, *_ in expected]
+    changed = (tokens != stock[:, -_NEW_TOKENS:]).any(dim=1)
+    assert changed.any()
+    assert not changed[~fired].any()
+    torch.testing.assert_close(
+        torch.stack(output.logits, dim=1),
+        torch.stack([logits for _, logits, _ in expected]),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shut_gates_change_no_bit_and_leaving_restores_the_model(make_profile: MakeProfile, name: str) -> None:
+    model = make_model(name)
+    batch = left_padded(prompts())
+    before = state(model)
+    with torch.no_grad():
+        stock = model(**batch).logits
+        assert state(model) == before
+        shut = make_profile(model, threshold=1.5)
+        with steerfast.steer(model, shut) as steering:
+            assert torch.equal(model(**batch).logits, stock)
+            assert not steering.fired.any()
+            assert state(model) != before
+        assert state(model) == before
+        with steerfast.steer(model, replace(shut, threshold=torch.full((4,), -1.5))):
+            assert not torch.equal(model(**batch).logits, stock)
+        assert state(model) == before
+        assert torch.equal(model(**batch).logits, stock)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_exception_inside_restores_the_model(make_profile: MakeProfile, name: str) -> None:
+    model = make_model(name)
+    batch = left_padded(prompts())
+    before = state(model)
+    with torch.no_grad():
+        stock = model(**batch).logits
+
+        def fail(module: nn.Module, args: Any, output: Any) -> None:
+            raise KeyboardInterrupt
+
+        failing = find_decoder(model).layers[2].register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt), steerfast.steer(model, make_profile(model, threshold=-1.5)):
+            model.generate(**batch, max_new_tokens=2, do_sample=False)
+        failing.remove()
+        assert state(model) == before
+        assert torch.equal(model(**batch).logits, stock)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_decoder_is_found(name: str) -> None:
+    model = make_model(name)
+    decoder = find_decoder(model)
+    path = ARCHITECTURES[name][1]
+    assert decoder.layers is model.get_submodule(path)
+    assert decoder.backbone is model.get_submodule(path.rpartition(".")[0])
+    assert decoder.hidden_size == 32
+
+
+def test_the_decoder_of_a_multimodal_model_is_its_text_model() -> None:
+    text = transformers.LlamaConfig(**_BASE)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=95)
+    )
+    assert find_decoder(model).backbone is model.model.language_model
+
+
+def _encoder_decoder() -> nn.Module:
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    )
+
+
+def _encoder() -> nn.Module:
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(4, 4), "expected a HuggingFace decoder-only model, got Linear without a config"),
+        (_encoder_decoder, "got the encoder-decoder T5ForConditionalGeneration"),
+        (_encoder, "expected one list of 2 decoder layers in BertForMaskedLM, found none"),
+    ],
+)
+def test_other_models_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ArchitectureError, match=message):
+        find_decoder(make())
+
+
+def test_two_lists_of_layers_are_refused() -> None:
+    model = make_model("Llama")
+    model.model.more = nn.ModuleList(nn.Identity() for _ in range(4))
+    with pytest.raises(ArchitectureError, match=r"found model\.layers, model\.more"):
+        find_decoder(model)
+
+
+def test_a_model_without_a_kv_cache_is_refused(make_profile: MakeProfile) -> None:
+    config = transformers.MambaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        state_size=4,
+        num_hidden_layers=2,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    before = state(model)
+    with pytest.raises(ArchitectureError, match="takes no past_key_values"):
+        steerfast.steer(model, make_profile(model))
+    assert state(model) == before
+
+
+def test_layers_of_another_shape_are_refused_at_once(make_profile: MakeProfile) -> None:
+    model = make_model("Llama")
+    profile = make_profile(model, threshold=-2.0)
+    model.model.layers[1].forward = lambda hidden, *args, **kwargs: hidden[0]
+    with torch.no_grad(), steerfast.steer(model, profile):  # noqa: SIM117 (only the call may raise)
+        with pytest.raises(ArchitectureError, match=r"layer 1 .* gave \[3, 32\], expected \[sequences, tokens, 32\]"):
+            model(torch.tensor([[5, 6, 7]]))
