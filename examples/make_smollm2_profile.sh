@@ -11,7 +11,9 @@ steerfast extract --model HuggingFaceTB/SmolLM2-135M-Instruct --aligned-model ar
 steerfast calibrate artifacts/extracted.safetensors \
     --harmful steerfast:harmful_calibrate --harmless steerfast:harmless_calibrate \
     --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout \
-    --max-false-positive-rate 0.03 --output artifacts/calibrated.safetensors
+    --max-false-positive-rate 0.04 --latest-sensor 15 --output artifacts/calibrated.safetensors
 steerfast tune artifacts/calibrated.safetensors \
-    --harmful steerfast:harmful_tune --harmless steerfast:harmless_tune --resume artifacts/trials.jsonl \
+    --harmful steerfast:harmful_tune --harmless steerfast:harmless_tune \
+    --bands 15,15-16,15-22 --strengths 0.7,0.75,0.8,0.85,0.9,3 --positions all --max-new-tokens 48 \
+    --resume artifacts/trials.jsonl \
     --output steerfast/data/smollm2-135m-instruct.safetensors

@@ -36,7 +36,11 @@ from steerfast.cli import common
     "the rest are kept for tune.  [default: alignment,ssv,forced with a sibling, else forced,srv]",
 )
 @click.option("--unit-norm", is_flag=True, help="Scale every steering vector to norm 1.")
-@click.option("--refusal", metavar="TEXT", help="What forced vectors put in the model's mouth.")
+@click.option(
+    "--refusal",
+    metavar="TEXT",
+    help="What forced vectors put in the model's mouth.  [default: the sibling's own answers, else a fixed refusal]",
+)
 @click.option(
     "--shrinkage",
     type=click.FloatRange(0, 1),

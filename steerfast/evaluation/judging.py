@@ -11,6 +11,7 @@ from torch import nn
 from steerfast.evaluation.fluency import FluencyLimits, answer_perplexity, is_fluent, repetition
 from steerfast.evaluation.refusal import is_refusal_keyword, is_refusal_strict
 from steerfast.models.prompting import pad_token
+from steerfast.models.structure import find_decoder
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,12 @@ def judge(
     answers: Sequence[Sequence[int]],
     limits: FluencyLimits | None = None,
 ) -> list[Judgement]:
-    """Judge `answers` (token ids) to `prompts` (token ids); `model` must be unsteered: it measures perplexity."""
+    """Judge `answers` (token ids) to `prompts` (token ids). `model` measures perplexity.
+
+    Raises:
+        SteerfastError: the model is steered.
+    """
+    find_decoder(model).refuse_if_steered()
     limits = limits or FluencyLimits()
     perplexities = answer_perplexity(model, prompts, answers, pad_token_id=pad_token(tokenizer))
     judged = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import SteerfastError
-from steerfast.models.prompting import PromptBatch, batches, device_of
+from steerfast.models.prompting import PromptBatch, batches, device_of, evaluating
 from steerfast.models.structure import find_decoder
 from steerfast.progress import track
 
@@ -53,17 +53,16 @@ def residual_rows(
     The language-model head is not run. The model is left as it was, also after an interruption.
 
     Raises:
-        SteerfastError: the model gives non-finite activations.
+        SteerfastError: the model is steered, or gives non-finite activations.
     """
     decoder = find_decoder(model)
+    decoder.refuse_if_steered()
     accepted = inspect.signature(decoder.backbone.forward).parameters
     device = device_of(model)
     shape = (len(sequences), len(decoder.layers), decoder.hidden_size)
     rows = torch.empty(shape, dtype=torch.float32, device="cpu")
     work = list(batches(sequences, batch_size, padding_side, pad_token_id, torch.device("cpu")))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in track(work, description or "", show=description is not None):
             with _captured(decoder.layers, reduce, batch) as captured:
                 extra: dict[str, Any] = {"position_ids": batch.positions.to(device)}
@@ -75,9 +74,6 @@ def residual_rows(
                     **extra,
                 )
                 rows[batch.indices] = torch.stack([row.float().cpu() for row in captured], dim=1)
-    finally:
-        for module in training:
-            module.training = True
     finite = rows.isfinite().all(dim=2)
     if not bool(finite.all()):
         prompt, layer = (int(i) for i in (~finite).nonzero()[0])

@@ -127,11 +127,18 @@ def style_worries(profile: SteeringProfile, figures: dict[str, list[GateFigures]
         here, there = figures["calibration"][layer], figures["heldout"][layer]
         bad_auc = there.auc.value < _HELDOUT_AUC and there.auc.high < here.auc.value
         bad_hits = there.hit_rate.value < _HELDOUT_HIT_RATE and there.hit_rate.high < here.hit_rate.value
-        if bad_auc or bad_hits:
+        said = (
+            f"AUC {here.auc.value:.3f} and hit rate {here.hit_rate.value:.2f} on the calibration sets, "
+            f"AUC {there.auc.value:.3f} and hit rate {there.hit_rate.value:.2f} on sets of another style"
+        )
+        if bad_auc:
             worries.append(
-                f"the gate of layer {layer} knows style rather than harm: AUC {here.auc.value:.3f} and hit rate "
-                f"{here.hit_rate.value:.2f} on the calibration sets, AUC {there.auc.value:.3f} and hit rate "
-                f"{there.hit_rate.value:.2f} on sets of another style; extract with more varied prompts"
+                f"the gate of layer {layer} knows style rather than harm: {said}; extract with more varied prompts"
+            )
+        elif bad_hits:
+            worries.append(
+                f"the threshold of layer {layer} does not carry over to another style, though its gate still tells "
+                f"harm there: {said}; calibrate and extract with prompts of the styles you expect"
             )
     return worries
 

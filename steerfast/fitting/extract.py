@@ -37,7 +37,7 @@ def extract(
     score: Literal["cosine", "dot"] = "cosine",
     vectors: Sequence[str] | None = None,
     unit_norm: bool = False,
-    refusal: str = FORCED_REFUSAL,
+    refusal: str | None = None,
     shrinkage: float | None = None,
     batch_size: int = 16,
     padding_side: Literal["left", "right"] = "right",
@@ -58,12 +58,13 @@ def extract(
         vectors: the kinds of steering vector to make, the first one selected, the rest kept for `tune`:
             ``ssv``: the aligned model's mean difference (the paper's safety steering vector);
             ``alignment``: ``ssv`` minus the target's own mean difference, what alignment added;
-            ``forced``: mean rows of a forced refusal minus those of the model's own answer to the same harmful prompts,
-            over the first 12 answer tokens (needs no sibling);
+            ``forced``: the target's mean rows over a refusal put in its mouth, minus those over its own answer to the
+            same harmful prompts, first 12 answer tokens (needs no sibling);
             ``srv``: the target's own mean difference (needs no sibling).
             Default: ``alignment, ssv, forced`` with a sibling, ``forced, srv`` without.
         unit_norm: scale each steering vector to norm 1 (the paper); otherwise residual-stream units.
-        refusal: the text that ``forced`` puts in the model's mouth.
+        refusal: the text that ``forced`` puts in the model's mouth; default: the aligned model's own answers where
+            there is one, else `FORCED_REFUSAL`.
         shrinkage: for ``lda``: weight of the identity; default Ledoit-Wolf.
         names: what to call the prompt sets in the profile (``{"harmful": ..., "harmless": ...}``).
 
@@ -99,11 +100,18 @@ def extract(
         if "alignment" in kinds:
             made["alignment"] = made["ssv"] - made["srv"]
     if "forced" in kinds:
-        answers = greedy_answers(
-            model, tokenizer, harmful_ids, _FORCED_TOKENS, description="own answers" if progress else None
-        )
-        forced = tokenizer(refusal, add_special_tokens=False)["input_ids"][:_FORCED_TOKENS]
-        made["forced"] = _answer_difference(rows_of, model, harmful_ids, forced, answers)
+
+        def answers_of(source: nn.Module, what: str) -> list[list[int]]:
+            description = what if progress else None
+            return greedy_answers(source, tokenizer, harmful_ids, _FORCED_TOKENS, description=description)
+
+        if refusal is None and aligned_model is not None:
+            refusals = answers_of(aligned_model, "sibling answers")
+        else:
+            text = FORCED_REFUSAL if refusal is None else refusal
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][:_FORCED_TOKENS]
+            refusals = [ids] * len(harmful_ids)
+        made["forced"] = _answer_difference(rows_of, model, harmful_ids, refusals, answers_of(model, "own answers"))
     for kind, vector in made.items():
         _check_vector(kind, vector)
 
@@ -193,16 +201,15 @@ def _mean_difference(rows: Tensor, split: int) -> Tensor:
 
 
 def _answer_difference(
-    rows_of: Any, model: nn.Module, prompts: list[list[int]], forced: list[int], answers: list[list[int]]
+    rows_of: Any, model: nn.Module, prompts: list[list[int]], refusals: list[list[int]], answers: list[list[int]]
 ) -> Tensor:
-    pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
-    if not pairs:
-        raise PromptError("harmful: expected the model to answer at least one prompt, got only empty answers")
-    lengths = [len(prompt) for prompt, _ in pairs]
-    refused = rows_of(
-        model, [p + forced for p, _ in pairs], "forced refusals", reduce=answer_mean(lengths, _FORCED_TOKENS)
-    )
-    complied = rows_of(model, [p + a for p, a in pairs], "own answers", reduce=answer_mean(lengths, _FORCED_TOKENS))
+    """Mean row of `model` over the refusals' tokens minus that over its own answers', float64 [layers, H]."""
+    triples = [(p, r, a) for p, r, a in zip(prompts, refusals, answers, strict=True) if r and a]
+    if not triples:
+        raise PromptError("harmful: expected an answer to at least one prompt, got only empty answers")
+    reduce = answer_mean([len(prompt) for prompt, _, _ in triples], _FORCED_TOKENS)
+    refused = rows_of(model, [p + r for p, r, _ in triples], "refusals", reduce=reduce)
+    complied = rows_of(model, [p + a for p, _, a in triples], "compliance", reduce=reduce)
     return refused.mean(dim=0, dtype=torch.float64) - complied.mean(dim=0, dtype=torch.float64)
 
 

@@ -111,7 +111,7 @@ def tune(
     prompts = encode(tokenizer, harmful, model, room=max_new_tokens)
     settings = {
         "profile": _fingerprint(profile),
-        "harmful": describe_set(harmful)["sha256"],
+        "harmful": hashlib.sha256(repr(prompts).encode()).hexdigest(),  # in order: screening takes the first ones
         "max_new_tokens": max_new_tokens,
         "limits": limits.to_dict(),
     }
@@ -193,7 +193,7 @@ def _candidates(
         for start, last in chosen:
             if not first <= start <= last < layers:
                 raise ProfileError(f"bands: expected {first} <= first <= last < {layers}, got ({start}, {last})")
-            for total in strengths or (1.0, 2.0, 4.0):
+            for total in strengths or (0.75, 1.0, 2.0, 4.0):
                 for where in positions or ("all", "response"):
                     per_layer = round(total / (last - start + 1), 4)
                     candidates.append(Candidate(kind, start, last, per_layer, where))

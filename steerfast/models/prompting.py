@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,6 +99,18 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while the context lasts; then every module has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.inference_mode()
 def greedy_answers(
     model: nn.Module,
@@ -113,19 +126,20 @@ def greedy_answers(
     device, generate = device_of(model), model.generate
     ends = _end_tokens(model, tokenizer)
     work = list(batches(prompts, batch_size, "left", pad_token(tokenizer), device))
-    for batch in track(work, description or "", show=description is not None):
-        output = generate(  # type: ignore[operator]
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            pad_token_id=pad_token(tokenizer),
-        )
-        for index, row in zip(batch.indices, output[:, batch.ids.shape[1] :].tolist(), strict=True):
-            stop = next((at for at, token in enumerate(row) if token in ends), len(row))
-            answers[index] = row[:stop]
+    with evaluating(model):
+        for batch in track(work, description or "", show=description is not None):
+            output = generate(  # type: ignore[operator]
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                num_return_sequences=1,
+                pad_token_id=pad_token(tokenizer),
+            )
+            for index, row in zip(batch.indices, output[:, batch.ids.shape[1] :].tolist(), strict=True):
+                stop = next((at for at, token in enumerate(row) if token in ends), len(row))
+                answers[index] = row[:stop]
     return answers
 
 

@@ -26,7 +26,7 @@ from steerfast.kernels.gate import gate
 from steerfast.kernels.steer import steer_, steer_torch_
 from steerfast.models import latch as latches
 from steerfast.models.latch import Latch
-from steerfast.models.structure import find_decoder, identify
+from steerfast.models.structure import STEERED_MARK, find_decoder, identify
 from steerfast.profile import SteeringProfile
 
 _MOST_BUFFERS = 512  # row tables of the batch shapes seen so far; each is cheap to make again
@@ -73,8 +73,7 @@ class Steering:
             raise ProfileError(f"profile: {problem}")
         if not profile.steered_layers:
             raise ProfileError("profile: expected a strength other than 0 in at least one layer, got none (run tune)")
-        if hasattr(decoder.backbone, "_steerfast_steering"):
-            raise SteerfastError("model: it is steered already; leave or detach that steering first")
+        decoder.refuse_if_steered()
         self.profile = profile
         self.model = model
         self._decoder = decoder
@@ -162,8 +161,8 @@ class Steering:
     def _attach(self) -> None:
         backbone, layers = self._decoder.backbone, self._decoder.layers
         try:
-            backbone._steerfast_steering = True  # type: ignore[assignment]
-            self._undo.append(lambda: delattr(backbone, "_steerfast_steering"))
+            setattr(backbone, STEERED_MARK, True)
+            self._undo.append(lambda: delattr(backbone, STEERED_MARK))
             before = backbone.register_forward_pre_hook(self._before, with_kwargs=True)
             self._undo.append(before.remove)
             after = backbone.register_forward_hook(self._after, with_kwargs=True)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast.errors import ArchitectureError
+from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.profile import ModelIdentity
 
+STEERED_MARK = "_steerfast_steered"
 _SKETCH_SIZE = 64
 # Mixed scripts, digits, code and whitespace: two tokenizers that agree on this text agree on everyday prompts.
 _TOKENIZER_PROBE = "Naïve café — 東京 2024: def f(x):\n\treturn x**2  # 'quotes' & \"more\" <tag> 😀 don't 1,234.56"
@@ -29,6 +30,11 @@ class Decoder:
     backbone: nn.Module
     layers: nn.ModuleList
     hidden_size: int
+
+    def refuse_if_steered(self) -> None:
+        """Raise SteerfastError where a steering is attached: what comes next needs the model as it is."""
+        if hasattr(self.backbone, STEERED_MARK):
+            raise SteerfastError("model: expected an unsteered one, got one that is steered; detach that first")
 
 
 def find_decoder(model: nn.Module) -> Decoder:

@@ -12,7 +12,7 @@ from steerfast.evaluation.judging import judge, share
 
 def test_judgements_carry_what_each_judge_says(tiny_llama, tiny_tokenizer):
     words = tiny_tokenizer.get_vocab()
-    refusal = [words[word] for word in "I'm sorry but I can't help with that .".split()]
+    refusal = [words[word] for word in ("I'm", "sorry", "but", "I", "can't", "help", "with", "that", ".")]
     loop = [words["cake"]] * 12
     prompts = [[words["bake"], words["a"], words["cake"]]] * 3
     limits = FluencyLimits(max_repetition=0.5, max_perplexity=math.inf)

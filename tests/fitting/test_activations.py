@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import steerfast
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.fitting.activations import answer_mean, last_token, residual_rows
 
@@ -170,3 +171,12 @@ def test_the_default_dtype_does_not_matter(make_llama: Callable[..., Any]) -> No
         torch.set_default_dtype(torch.float32)
     assert rows.dtype == torch.float32
     assert torch.equal(rows, expected)
+
+
+def test_a_steered_model_is_refused(tiny_llama: Any, make_profile: Any) -> None:
+    with (
+        steerfast.steer(tiny_llama, make_profile(tiny_llama)),
+        pytest.raises(SteerfastError, match="model: expected an unsteered one, got one that is steered"),
+    ):
+        residual_rows(tiny_llama, [[5, 6, 7]])
+    assert residual_rows(tiny_llama, [[5, 6, 7]]).shape == (1, 5, 32)

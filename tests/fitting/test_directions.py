@@ -28,9 +28,7 @@ METHOD = st.sampled_from(DIRECTION_METHODS)
 SHAPES = [(12, 9, 40), (3, 2, 200), (40, 30, 12), (20, 20, 40), (21, 20, 40)]
 
 
-def sets(
-    seed: int, n1: int, n0: int, width: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
+def sets(seed: int, n1: int, n0: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Two row sets with correlated features, a large common mean and a shift between them."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -100,18 +98,14 @@ def test_mean_pca_and_logistic_equal_their_references(shape: tuple[int, int, int
     pairs = min(shape[:2])
     svd = TruncatedSVD(1, algorithm="arpack", tol=1e-14, random_state=0)
     svd.fit((harmful[:pairs] - harmless[:pairs]).numpy())
-    assert (
-        abs(cosine(fit_direction(harmful, harmless, "pca"), torch.from_numpy(svd.components_[0]))) > 1 - 1e-9
-    )
+    assert abs(cosine(fit_direction(harmful, harmless, "pca"), torch.from_numpy(svd.components_[0]))) > 1 - 1e-9
 
     rows = torch.cat([harmful, harmless])
     rows = rows - rows.mean(0)
     rows = rows / rows.square().mean().sqrt()
     reference = LogisticRegression(C=1.0, solver="lbfgs", tol=1e-12, max_iter=100_000)
     reference.fit(rows.numpy(), np.repeat([1, 0], shape[:2]))
-    assert (
-        cosine(fit_direction(harmful, harmless, "logistic"), torch.from_numpy(reference.coef_[0])) > 1 - 1e-6
-    )
+    assert cosine(fit_direction(harmful, harmless, "logistic"), torch.from_numpy(reference.coef_[0])) > 1 - 1e-6
 
 
 @given(SEED, METHOD, st.sampled_from(SHAPES))
@@ -138,9 +132,7 @@ def test_rotation_turns_the_direction_along(seed: int, method: str, shape: tuple
 
 @given(SEED, METHOD, st.sampled_from(SHAPES), st.floats(1e-6, 1e6))
 @settings(max_examples=40, deadline=None)
-def test_scale_and_shift_change_nothing(
-    seed: int, method: str, shape: tuple[int, int, int], scale: float
-) -> None:
+def test_scale_and_shift_change_nothing(seed: int, method: str, shape: tuple[int, int, int], scale: float) -> None:
     harmful, harmless = sets(seed, *shape)
     direction = fit_direction(harmful, harmless, method)
     assert cosine(fit_direction(harmful * scale, harmless * scale, method), direction) > 1 - 1e-9

@@ -51,20 +51,27 @@ def difference(model: Any, tokenizer: Any) -> Tensor:
     return harmful.mean(0) - harmless.mean(0)
 
 
-def forced_by_hand(model: Any, tokenizer: Any) -> Tensor:
-    """Forced refusal minus own greedy answer, over the first 12 answer tokens; empty answers left out."""
+def answer_by_hand(model: Any, tokenizer: Any, ids: list[int]) -> list[int]:
+    own: list[int] = []
+    with torch.no_grad():
+        while len(own) < 12:
+            token = int(model(torch.tensor([ids + own]), use_cache=False).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            own.append(token)
+    return own
+
+
+def forced_by_hand(model: Any, tokenizer: Any, sibling: Any = None) -> Tensor:
+    """Forced refusal (or the sibling's answer) minus own greedy answer, first 12 answer tokens; empty ones left out."""
     refusal = tokenizer(FORCED_REFUSAL, add_special_tokens=False)["input_ids"][:12]
     refused, complied = [], []
     for prompt in HARMFUL:
         ids = ids_of(tokenizer, prompt)
-        own: list[int] = []
-        with torch.no_grad():
-            while len(own) < 12:
-                token = int(model(torch.tensor([ids + own]), use_cache=False).logits[0, -1].argmax())
-                if token == tokenizer.eos_token_id:
-                    break
-                own.append(token)
-        if own:
+        own = answer_by_hand(model, tokenizer, ids)
+        if sibling is not None:
+            refusal = answer_by_hand(sibling, tokenizer, ids)
+        if own and refusal:
             refused.append(rows_by_hand(model, ids + refusal)[len(ids) :].mean(0))
             complied.append(rows_by_hand(model, ids + own)[len(ids) :].mean(0))
     return torch.stack(refused).mean(0) - torch.stack(complied).mean(0)
@@ -102,7 +109,15 @@ def test_vectors_equal_hand_computation(
     close(profile.vector, ssv - srv)
     close(profile.candidates["ssv"], ssv)
     close(profile.candidates["srv"], srv)
-    close(profile.candidates["forced"], forced_by_hand(tiny_llama, tiny_tokenizer))
+    close(profile.candidates["forced"], forced_by_hand(tiny_llama, tiny_tokenizer, sibling))
+
+
+def test_a_given_refusal_goes_before_the_siblings_answers(
+    extract: Any, tiny_llama: Any, tiny_tokenizer: Any, make_llama: Any
+) -> None:
+    expected = forced_by_hand(tiny_llama, tiny_tokenizer)
+    close(extract(vectors=["forced"]).vector, expected)
+    close(extract(vectors=["forced"], aligned_model=make_llama(seed=7), refusal=FORCED_REFUSAL).vector, expected)
 
 
 @pytest.mark.parametrize("method", ["lda", "mean", "pca", "logistic"])

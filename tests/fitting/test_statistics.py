@@ -50,9 +50,7 @@ def test_auc_interval_is_delong_on_the_logit_scale() -> None:
     positive, negative = generator.normal(1.0, size=40).round(1), generator.normal(size=25).round(1)
     estimate = auc(positive, negative)
     value = estimate.value
-    half = (
-        1.959963984540054 * math.sqrt(delong_variance(list(positive), list(negative))) / (value * (1 - value))
-    )
+    half = 1.959963984540054 * math.sqrt(delong_variance(list(positive), list(negative))) / (value * (1 - value))
     logits = [math.log(x / (1 - x)) for x in (estimate.low, value, estimate.high)]
     assert logits == pytest.approx([logits[1] - half, logits[1], logits[1] + half], abs=1e-9)
 

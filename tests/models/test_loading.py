@@ -43,7 +43,7 @@ def test_nothing_there_is_an_error_of_one_line(tmp_path):
     with pytest.raises(ArchitectureError, match="model: cannot load") as caught:
         steerfast.load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ArchitectureError, match="expected a GGUF file at .*missing.gguf"):
+    with pytest.raises(ArchitectureError, match=r"expected a GGUF file at .*missing\.gguf"):
         steerfast.load_model(str(tmp_path / "missing.gguf"))
 
 

@@ -711,7 +711,7 @@ def test_one_steering_at_a_time(model: Any, make_profile: MakeProfile) -> None:
     with steerfast.steer(model, profile) as steering:
         assert steering.attached
         for target in (model, model.model):
-            with pytest.raises(SteerfastError, match="model: it is steered already"):
+            with pytest.raises(SteerfastError, match="model: expected an unsteered one, got one that is steered"):
                 steerfast.steer(target, profile)
         with pytest.raises(SteerfastError, match="no batch has run through the model yet"):
             _ = steering.fired
