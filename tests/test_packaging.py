@@ -106,6 +106,7 @@ def test_pure_wheel(checkout: Path, tmp_path: Path) -> None:
     assert kernels == {name for name in names if name.startswith("steerfast/kernels/")}
     assert "steerfast/kernels/steer.py" in kernels
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "steerfast").rglob("*.py")}
+    package |= {str(path.relative_to(ROOT)) for path in (ROOT / "steerfast/data").rglob("*") if path.is_file()}
     assert package <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import math
 import os
@@ -279,14 +281,14 @@ def load_model(name: str, dtype: str, device: str | None) -> tuple[nn.Module, An
     """Load a model and its tokenizer without the loader's own bars and notes."""
     if sys.stderr.isatty():
         _say(f"loading {name}")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers imports tqdm; its GGUF bar obeys nothing else
     from transformers.utils import logging
 
     from steerfast.models import loading
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return loading.load_model(name, dtype=dtype, device=device)
+    with contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF conversion obeys no setting; errors are raised
+        return loading.load_model(name, dtype=dtype, device=device)
 
 
 # -- outputs ---------------------------------------------------------------------------------------
