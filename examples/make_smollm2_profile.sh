@@ -14,6 +14,6 @@ steerfast calibrate artifacts/extracted.safetensors \
     --max-false-positive-rate 0.04 --latest-sensor 15 --output artifacts/calibrated.safetensors
 steerfast tune artifacts/calibrated.safetensors \
     --harmful steerfast:harmful_tune --harmless steerfast:harmless_tune \
-    --vectors forced --bands 15,15-16,15-17 --strengths 0.65,0.7,0.75,0.8,0.85 --positions all --max-new-tokens 48 \
+    --vectors forced --bands 15,15-16,15-17 --strengths 0.65,0.7,0.75,0.8,0.85 --positions all --max-new-tokens 48 --min-fluent 0.93 \
     --resume artifacts/trials.jsonl \
     --output steerfast/data/smollm2-135m-instruct.safetensors
