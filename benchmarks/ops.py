@@ -17,16 +17,14 @@ call is timed by events behind work that keeps the device busy, so that the host
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from report import machine, write
 
 from steerfast import _native
 from steerfast.kernels.contract import STRENGTH, TABLE_WIDTH, THRESHOLD, GateMode, Score, implementations
@@ -163,7 +161,7 @@ def measure(case: Case, device: str, dtype: torch.dtype, seconds: float) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the steering ops, one JSON line per measurement.")
-    parser.add_argument("--json", metavar="FILE", help="write the lines to FILE instead of stdout")
+    parser.add_argument("--json", metavar="FILE", help="also append the lines to FILE")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[576, 4096])
@@ -174,18 +172,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     rows = options.rows or [1, 16, 256, *([8192] if options.device == "cuda" else [])]
-    machine = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu",
-        "isa": _native.isa() if options.device == "cpu" else None,
-        "threads": options.threads,
-        "torch": torch.__version__,
-    }
-    with open(options.json, "w") if options.json else sys.stdout as out:
-        for hidden_size in options.hidden_sizes:
-            for count in rows:
-                for case in make_cases(options.device, dtype, hidden_size, count):
-                    for line in measure(case, options.device, dtype, options.seconds):
-                        print(json.dumps({**line, **machine}), file=out, flush=True)
+    facts = {**machine(), "isa": _native.isa() if options.device == "cpu" else None}
+    for hidden_size in options.hidden_sizes:
+        for count in rows:
+            for case in make_cases(options.device, dtype, hidden_size, count):
+                for line in measure(case, options.device, dtype, options.seconds):
+                    write({"benchmark": "ops", **line, **facts}, options.json)
 
 
 if __name__ == "__main__":
