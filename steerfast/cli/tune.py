@@ -39,7 +39,7 @@ def band(entry: str) -> tuple[int, int]:
     "--strengths",
     type=common.Items("NUMBERS", common.finite, "numbers such as 1,2.5"),
     metavar="NUMBERS",
-    help="Comma list of total strengths over a band, in multiples of the vector.  [default: 1,2,4]",
+    help="Comma list of total strengths over a band, in multiples of the vector.  [default: 0.75,1,2,4]",
 )
 @click.option("--positions", type=click.Choice(["all", "response", "both"]), default="both", show_default=True)
 @click.option(

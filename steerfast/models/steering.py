@@ -79,9 +79,9 @@ class Steering:
         self._decoder = decoder
         self._owner = profile.checksum  # so that its decisions stay valid for it wherever a cache goes
         self._score = Score[profile.gate.score.upper()]
+        self._edit_kind = Edit[profile.edit.upper()]
         self._gates = {layer: index for index, layer in enumerate(profile.gate_layers)}
         self._steered = set(profile.steered_layers)
-        self._banks: dict[int, LayerBank] = {}
         self._latch: Latch | None = None
         self._arguments = list(inspect.signature(decoder.backbone.forward).parameters)
         if "past_key_values" not in self._arguments:
@@ -312,7 +312,7 @@ class Steering:
             bank.table,
             gate_mode=GateMode.LATCHED,
             score=self._score,
-            edit=Edit.ADD,
+            edit=self._edit_kind,
         )
 
     def _decide_prompts(self, index: int, x: Tensor, rows: Rows, bank: LayerBank, latch: Latch) -> None:
