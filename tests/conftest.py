@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when the kernels are imported
+
+# The same examples in every run; `pytest --hypothesis-profile=explore` draws new ones.
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("reproducible")
 
 # One user turn, rendered as "<user> text <end>" and "<assistant>" where an answer is to follow.
 _TEMPLATE = (

@@ -122,7 +122,8 @@ def threshold_at_false_positive_rate(harmless: ArrayLike, rate: float) -> float:
     edge = scores[n - 1 - allowed]
     above = scores[np.searchsorted(scores, edge, side="right") :]
     if len(above):
-        return float(0.5 * edge + 0.5 * above[0])
+        middle = 0.5 * edge + 0.5 * above[0]
+        return float(middle if middle < above[0] else edge)  # neighbouring floats have nothing between them
     # Gates compare in float32: the value after the float32 next to `edge` is above `edge` in both formats.
     return float(np.nextafter(np.float32(edge), np.float32(np.inf)))
 

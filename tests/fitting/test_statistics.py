@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -101,6 +101,10 @@ def test_rate_refuses_impossible_counts(k: int, n: int) -> None:
 
 
 @given(SCORES, st.floats(0.0, 0.999))
+@example([0.0, 5e-324], 0.5)  # neighbours: nothing lies between them
+@example([-5e-324, 0.0], 0.5)
+@example([1.0, 1.0 + 2.0**-52], 0.5)
+@example([1.0 + 2.0**-52, 1.0 + 2.0**-51], 0.5)
 @settings(deadline=None)
 def test_threshold_is_the_lowest_that_keeps_the_rate(scores: list[float], limit: float) -> None:
     threshold = threshold_at_false_positive_rate(scores, limit)
@@ -111,12 +115,12 @@ def test_threshold_is_the_lowest_that_keeps_the_rate(scores: list[float], limit:
 
     assert share(threshold) <= limit
     # Any lower set of decisions would break the limit: the scores between are what changes them.
-    below = [s for s in scores if s < threshold]
+    below = [s for s in scores if s <= threshold]
     assert below
     edge = max(below)
     assert share(np.nextafter(edge, -np.inf)) > limit
-    above = [s for s in scores if s >= threshold]
-    if above and min(above) > edge:
+    above = [s for s in scores if s > threshold]
+    if above:
         assert threshold == pytest.approx(0.5 * edge + 0.5 * min(above), rel=1e-12)
 
 
