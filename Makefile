@@ -4,7 +4,7 @@ VENV ?= .venv
 # The torch to install. Any build from 2.10 on works, CUDA builds included: make demo TORCH="torch==2.11.*"
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 export HF_HUB_OFFLINE ?= 1
 

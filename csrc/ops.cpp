@@ -1,104 +1,134 @@
 // The Python module steerfast._C: importing it registers the CPU kernels of the ops that steerfast.kernels defines.
 #include <Python.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
+#include "checks.h"
 #include "cpu/steer.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace steerfast::checks;
 
-steerfast::DType dtype(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return steerfast::DType::f32;
-    case ScalarType::BFloat16: return steerfast::DType::bf16;
-    case ScalarType::Half: return steerfast::DType::f16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-}
-
-// The public Python functions check everything and explain it; here is what keeps memory safe for a direct call.
-template <class T>
-const T* data(const char* name, const Tensor& tensor, ScalarType type, int64_t count) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous() && tensor.numel() == count,
-                  name, ": expected a contiguous CPU tensor of the documented dtype with ", count, " elements, got ",
-                  tensor.numel());
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class Index>
-void check_index(const char* name, const Index* index, const int32_t* slot, int64_t count, int64_t size) {
-  for (int64_t i = 0; i < count; ++i)
-    STD_TORCH_CHECK(slot[i] < 0 || (0 <= index[i] && index[i] < size), name, ": expected an index from 0 to ",
-                    size - 1, ", got ", index[i], " at position ", i);
-}
-
-const void* bank(const char* name, const Tensor& tensor, ScalarType type, int64_t slots, int64_t hidden_size) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected the dtype of the other bank");
-  return data<void>(name, tensor, type, slots * hidden_size);
-}
-
-void fill(steerfast::Operands& args, const Tensor& x, const Tensor* vectors, const Tensor& directions,
-          const Tensor& table, int64_t score) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && (x.size(1) < 2 || x.stride(1) == 1),
-                  "x: expected a CPU tensor [rows, H], contiguous in H");
-  STD_TORCH_CHECK(score == 0 || score == 1, "score: expected 0 (DOT) or 1 (COSINE), got ", score);
+void fill(steerfast::Operands& args, const Tensor& x, const Tensor* residual, const Tensor& directions,
+          const Tensor& table) {
+  STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
+  check_rows("x", x, x);
   args.hidden_size = x.size(1);
-  args.row_stride = x.stride(0);
+  args.x_stride = x.stride(0);
   args.x_dtype = dtype("x", x);
-  args.x = const_cast<void*>(x.const_data_ptr());
+  args.x = x.const_data_ptr();
+  args.residual = nullptr;
+  args.residual_stride = 0;
+  if (residual) {
+    check_rows("residual", *residual, x);
+    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type() && residual->size(0) == x.size(0) &&
+                        residual->size(1) == x.size(1),
+                    "residual: expected the shape and dtype of x");
+    args.residual = residual->const_data_ptr();
+    args.residual_stride = residual->stride(0);
+  }
   const int64_t slots = table.dim() == 2 ? table.size(0) : 0;
-  args.table = data<float>("table", table, ScalarType::Float, slots * steerfast::table_width);
+  args.table = data<const float>("table", table, x, ScalarType::Float, slots * steerfast::table_width);
   args.bank_dtype = dtype("directions", directions);
-  const ScalarType bank_type = directions.scalar_type();
-  args.directions = bank("directions", directions, bank_type, slots, args.hidden_size);
-  args.vectors = vectors ? bank("vectors", *vectors, bank_type, slots, args.hidden_size) : nullptr;
-  args.score = steerfast::Score(score);
+  args.directions = bank("directions", directions, directions, x, slots, args.hidden_size);
 }
 
-std::tuple<Tensor, Tensor> gate(const Tensor& x, const Tensor& row, const Tensor& slot, const Tensor& directions,
-                                const Tensor& table, int64_t score) {
+void fill(steerfast::EditArgs& args, const Tensor& x, const Tensor* residual, const Tensor& rows, const Tensor& values,
+          const Tensor& strength, const Tensor& vectors, const Tensor& directions, const Tensor& table,
+          int64_t kinds) {
+  fill(args, x, residual, directions, table);
+  check_choice("kinds", kinds, 2);
+  args.kinds = steerfast::Kinds(kinds);
+  args.count = x.size(0);
+  args.stack = stack("rows", rows, 1);
+  args.rows = data<const int32_t>("rows", rows, x, ScalarType::Int, args.count * (1 + args.stack));
+  const int64_t sequences = values.dim() == 2 ? values.size(0) : 0;
+  args.values = const_cast<float*>(data<const float>("values", values, x, ScalarType::Float, sequences * args.stack));
+  args.strength = data<const float>("strength", strength, x, ScalarType::Float, sequences * args.stack);
+  args.vectors = bank("vectors", vectors, directions, x, table.size(0), args.hidden_size);
+  args.deciding = nullptr;
+  args.scores = nullptr;
+  for (const int32_t* row = args.rows; row < args.rows + args.count * (1 + args.stack); row += 1 + args.stack)
+    for (int64_t k = 1; k <= args.stack; ++k) {
+      if (row[k] < 0) continue;
+      STD_TORCH_CHECK(row[0] >= 0, "rows: expected a sequence, got ", row[0]);
+      check_index("rows: sequence", row[0], sequences);
+      check_index("rows: slot", row[k], table.size(0));
+    }
+}
+
+const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+
+void gate_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& row, const Tensor& slot,
+           const Tensor& directions, const Tensor& table, const Tensor& scores, const Tensor& values) {
   steerfast::GateArgs args;
-  fill(args, x, nullptr, directions, table, score);
+  fill(args, x, pointer(residual), directions, table);
   args.sequences = row.numel();
-  args.row = data<int64_t>("row", row, ScalarType::Long, args.sequences);
-  args.slot = data<int32_t>("slot", slot, ScalarType::Int, args.sequences);
-  check_index("slot", args.slot, args.slot, args.sequences, table.size(0));
-  check_index("row", args.row, args.slot, args.sequences, x.size(0));
-  Tensor scores = torch::stable::new_empty(row, {args.sequences}, ScalarType::Float);
-  Tensor values = torch::stable::new_empty(row, {args.sequences}, ScalarType::Float);
-  args.scores = static_cast<float*>(scores.mutable_data_ptr());
-  args.values = static_cast<float*>(values.mutable_data_ptr());
+  args.stack = stack("slot", slot, 0);
+  const int64_t count = args.sequences * args.stack;
+  args.row = data<const int32_t>("row", row, x, ScalarType::Int, args.sequences);
+  args.slot = data<const int32_t>("slot", slot, x, ScalarType::Int, count);
+  args.scores = data<float>("scores", scores, x, ScalarType::Float, count);
+  args.values = data<float>("values", values, x, ScalarType::Float, count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (args.row[i / args.stack] < 0 || args.slot[i] < 0) continue;
+    check_index("row", args.row[i / args.stack], x.size(0));
+    check_index("slot", args.slot[i], table.size(0));
+  }
   steerfast::gate(args);
-  return {scores, values};
 }
 
-void steer_(const Tensor& x, const Tensor& slot, const Tensor& sequence, const Tensor& values, const Tensor& strength,
-            const Tensor& vectors, const Tensor& directions, const Tensor& table, int64_t gate_mode, int64_t score,
-            int64_t edit) {
+void steer_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& rows, const Tensor& values,
+            const Tensor& strength, const Tensor& vectors, const Tensor& directions, const Tensor& table,
+            int64_t kinds) {
   steerfast::SteerArgs args;
-  fill(args, x, &vectors, directions, table, score);
-  STD_TORCH_CHECK(gate_mode == 0 || gate_mode == 1, "gate_mode: expected 0 (LATCHED) or 1 (TOKEN), got ", gate_mode);
-  STD_TORCH_CHECK(edit == 0, "edit: expected 0 (ADD), got ", edit);
-  const int64_t sequences = values.numel();
-  args.rows = x.size(0);
-  args.slot = data<int32_t>("slot", slot, ScalarType::Int, args.rows);
-  args.sequence = data<int32_t>("sequence", sequence, ScalarType::Int, args.rows);
-  args.values = data<float>("values", values, ScalarType::Float, sequences);
-  args.strength = data<float>("strength", strength, ScalarType::Float, sequences);
-  args.gate_mode = steerfast::GateMode(gate_mode);
-  args.edit = steerfast::Edit(edit);
-  check_index("slot", args.slot, args.slot, args.rows, table.size(0));
-  check_index("sequence", args.sequence, args.slot, args.rows, sequences);
-  args.x = x.mutable_data_ptr();
+  fill(args, x, pointer(residual), rows, values, strength, vectors, directions, table, kinds);
+  args.out = x.mutable_data_ptr();
   steerfast::steer(args);
+}
+
+std::tuple<Tensor, Tensor> norm(steerfast::NormArgs& args, const Tensor& x, const Tensor& weight, double eps,
+                                int64_t norm) {
+  check_choice("norm", norm, 5);
+  args.norm = steerfast::Norm(norm);
+  args.eps = float(eps);
+  args.weight_dtype = dtype("weight", weight);
+  args.weight = data<const void>("weight", weight, x, weight.scalar_type(), args.hidden_size);
+  Tensor normed = fresh(x);
+  Tensor new_residual = fresh(x);
+  args.normed = normed.mutable_data_ptr();
+  args.new_residual = new_residual.mutable_data_ptr();
+  steerfast::add_steer_rms_norm(args);
+  return {normed, new_residual};
+}
+
+std::tuple<Tensor, Tensor> add_steer_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                              const Tensor& rows, const Tensor& values, const Tensor& strength,
+                                              const Tensor& vectors, const Tensor& directions, const Tensor& table,
+                                              double eps, int64_t norm_kind, int64_t kinds) {
+  steerfast::NormArgs args;
+  fill(args, x, &residual, rows, values, strength, vectors, directions, table, kinds);
+  return norm(args, x, weight, eps, norm_kind);
+}
+
+std::tuple<Tensor, Tensor> add_steer_rms_norm_prompt(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                     const Tensor& rows, const Tensor& deciding, const Tensor& scores,
+                                                     const Tensor& values, const Tensor& strength,
+                                                     const Tensor& vectors, const Tensor& directions,
+                                                     const Tensor& table, double eps, int64_t norm_kind) {
+  steerfast::NormArgs args;
+  fill(args, x, &residual, rows, values, strength, vectors, directions, table, int64_t(steerfast::Kinds::any));
+  const int64_t sequences = values.dim() == 2 ? values.size(0) : 0;
+  args.deciding = data<const int32_t>("deciding", deciding, x, ScalarType::Int, sequences);
+  args.scores = data<float>("scores", scores, x, ScalarType::Float, sequences * args.stack);
+  args.values = data<float>("values", values, x, ScalarType::Float, sequences * args.stack);
+  for (int64_t i = 0; i < sequences; ++i) check_index("deciding", args.deciding[i], args.count);
+  return norm(args, x, weight, eps, norm_kind);
 }
 
 std::string cpu_isa() { return steerfast::isa(); }
@@ -110,8 +140,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(steerfast, m) { m.def("cpu_isa() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(steerfast, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(steerfast, CPU, m) {
-  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("gate_", TORCH_BOX(&gate_));
   m.impl("steer_", TORCH_BOX(&steer_));
+  m.impl("add_steer_rms_norm", TORCH_BOX(&add_steer_rms_norm));
+  m.impl("add_steer_rms_norm.prompt", TORCH_BOX(&add_steer_rms_norm_prompt));
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

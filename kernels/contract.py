@@ -1,6 +1,15 @@
 """What the steering ops agree on: enumerations, table columns, the op library, argument checks.
 
 This module imports torch alone, so that the ops can be used and tested without the rest of the package.
+
+The operands that all ops share, for n sequences of which each may carry up to K = 4 profiles at once:
+
+    rows        int32 [rows, 1 + K]    per row: its sequence, then the slots that may edit it; -1: none
+    strength    float32 [n, K]         multiplies the slots' own strengths
+    values      float32 [n, K]         latched gate values, 0 shut to 1 open
+    vectors     [slots, H]             steering vectors, in units of the residual stream
+    directions  [slots, H]             gate directions, unit norm by convention
+    table       float32 [slots, TABLE_WIDTH]   the numbers of a slot, in the columns below
 """
 
 from __future__ import annotations
@@ -11,7 +20,14 @@ from enum import IntEnum
 import torch
 
 __all__ = [
+    "DIRECTION_SQ",
+    "EDIT",
+    "GATE",
+    "HIGH",
+    "LOW",
     "MAX_HIDDEN_SIZE",
+    "MAX_STACK",
+    "SCORE",
     "SHARPNESS",
     "STRENGTH",
     "TABLE_WIDTH",
@@ -19,7 +35,9 @@ __all__ = [
     "VECTOR_DIRECTION",
     "VECTOR_SQ",
     "Edit",
-    "GateMode",
+    "Gate",
+    "Kinds",
+    "Norm",
     "Score",
     "implementations",
     "library",
@@ -27,34 +45,62 @@ __all__ = [
 
 
 class Score(IntEnum):
-    """How a gate reads a row ``x`` against a unit-norm direction ``d``."""
+    """How a gate reads a row ``x`` against a direction ``d``."""
 
     DOT = 0  # <x, d>
     COSINE = 1  # <x, d> / ||x||
 
 
+class Gate(IntEnum):
+    """Where a slot takes its gate value from."""
+
+    ALWAYS = 0  # it is open
+    PROMPT = 1  # the latched value of the row's sequence
+    TOKEN = 2  # every row scores itself
+
+
 class Edit(IntEnum):
-    """How a row is changed."""
+    """How a slot displaces a row; see :mod:`.edits`."""
 
-    ADD = 0  # x + g * strength * v
-
-
-class GateMode(IntEnum):
-    """Where an edit takes its gate value from."""
-
-    LATCHED = 0  # one stored value per sequence
-    TOKEN = 1  # every row scores itself
+    ADD = 0
+    CLAMP = 1
+    KEEP_NORM = 2
+    ROTATE = 3
 
 
-# Columns of `table`, float32 [slots, TABLE_WIDTH]: what a slot needs besides its two vectors of H numbers.
+class Kinds(IntEnum):
+    """What the slots of a launch may do: the fewer kinds, the less work for every row."""
+
+    LATCHED_ADD = 0  # every slot adds and none has a token gate: no sum over the row is taken
+    ANY = 1  # the table says what each slot does
+
+
+class Norm(IntEnum):
+    """Which RMSNorm follows. They differ in what is rounded before what; see :mod:`.add_steer_rms_norm`."""
+
+    LLAMA = 0
+    GEMMA = 1
+    VLLM = 2
+    FLASHINFER = 3
+    VLLM_IR = 4
+
+
+# Columns of `table`: what a slot needs besides its two vectors of H numbers.
 THRESHOLD = 0
 SHARPNESS = 1  # 0: hard gate, score > threshold; otherwise sigmoid(sharpness * (score - threshold))
 STRENGTH = 2
 VECTOR_SQ = 3  # <v, v>
 VECTOR_DIRECTION = 4  # <v, d>
-TABLE_WIDTH = 8  # padded, so that the rows of the table are 32-byte aligned
+DIRECTION_SQ = 5  # <d, d>
+LOW = 6  # CLAMP: the smallest coefficient along v.  ROTATE: the cosine of the target angle
+HIGH = 7  # CLAMP: the largest coefficient along v.  ROTATE: the sine of the target angle
+GATE = 8  # a Gate
+SCORE = 9  # a Score
+EDIT = 10  # an Edit
+TABLE_WIDTH = 16  # padded: the row of a slot is one 64-byte line
 
-MAX_HIDDEN_SIZE = 32768  # the largest row one GPU program holds in registers without spilling
+MAX_STACK = 4  # slots that may edit one row
+MAX_HIDDEN_SIZE = 32768  # one GPU program holds a row; beyond 16384 (8192 in float32) sums make it spill
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,16 +120,36 @@ def implementations(op: str) -> dict[str, bool]:
     }
 
 
-def check_rows(x: torch.Tensor) -> None:
+# ---- argument checks ---------------------------------------------------------------------------------------
+
+
+def check_rows(x: torch.Tensor, name: str = "x") -> None:
     """``x`` must be [rows, H], of a float dtype, with the H numbers of a row next to each other."""
     if x.dim() != 2:
-        raise ValueError(f"x: expected 2 dimensions [rows, H], got shape {list(x.shape)}")
+        raise ValueError(f"{name}: expected 2 dimensions [rows, H], got shape {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x: expected {_names(FLOAT_DTYPES)}, got {x.dtype}")
+        raise TypeError(f"{name}: expected {_names(FLOAT_DTYPES)}, got {x.dtype}")
     if not 1 <= x.shape[1] <= MAX_HIDDEN_SIZE:
-        raise ValueError(f"x: expected a hidden size from 1 to {MAX_HIDDEN_SIZE}, got {x.shape[1]}")
+        raise ValueError(f"{name}: expected a hidden size from 1 to {MAX_HIDDEN_SIZE}, got {x.shape[1]}")
     if x.stride(1) != 1 and x.shape[1] > 1:
-        raise ValueError(f"x: expected stride 1 in the last dimension, got strides {list(x.stride())}")
+        raise ValueError(f"{name}: expected stride 1 in the last dimension, got strides {list(x.stride())}")
+
+
+def check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
+    """``residual`` must be rows like ``x``: same shape, dtype and device; its row stride is free."""
+    check_rows(residual, "residual")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected shape {list(x.shape)} like x, got {list(residual.shape)}")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: expected {x.dtype} like x, got {residual.dtype}")
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected device {x.device} like x, got {residual.device}")
+
+
+def check_apart(x: torch.Tensor, name: str = "x") -> None:
+    """The rows of ``x``, which is written to, must not overlap."""
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"{name}: expected rows that do not overlap, got strides {list(x.stride())}")
 
 
 def check_like(
@@ -92,7 +158,7 @@ def check_like(
     """``tensor`` must be contiguous, of exactly this shape, of one of these dtypes, and on this device."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {_names(dtypes)}, got {tensor.dtype}")
-    if tensor.shape != shape:
+    if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
@@ -100,14 +166,58 @@ def check_like(
         raise ValueError(f"{name}: expected device {device} like x, got {tensor.device}")
 
 
-def check_table(x: torch.Tensor, table: torch.Tensor, **banks: torch.Tensor) -> None:
-    """``table`` must be float32 [slots >= 1, TABLE_WIDTH], and each bank [slots, H] of a float dtype."""
+def check_stack(name: str, stack: int) -> None:
+    if not 0 <= stack <= MAX_STACK:
+        raise ValueError(f"{name}: expected 0 to {MAX_STACK} slots per row, got {stack}")
+
+
+def check_bank(x: torch.Tensor, table: torch.Tensor, **banks: torch.Tensor) -> None:
+    """``table`` must be float32 [slots >= 1, TABLE_WIDTH], and each bank [slots, H] of one float dtype."""
     slots = table.shape[0] if table.dim() else 0
     if slots < 1:
         raise ValueError(f"table: expected at least one slot, got shape {list(table.shape)}")
     check_like("table", table, (slots, TABLE_WIDTH), (torch.float32,), x.device)
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
     for name, bank in banks.items():
-        check_like(name, bank, (slots, x.shape[1]), FLOAT_DTYPES, x.device)
+        check_like(name, bank, (slots, x.shape[1]), dtypes, x.device)
+        dtypes = (bank.dtype,)
+
+
+def check_operands(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+) -> None:
+    """The operands that :mod:`.steer` and :mod:`.add_steer_rms_norm` share, for rows ``x`` already checked."""
+    if rows.dim() != 2:
+        raise ValueError(f"rows: expected 2 dimensions [rows, 1 + K], got shape {list(rows.shape)}")
+    stack = rows.shape[1] - 1
+    check_stack("rows", stack)
+    check_like("rows", rows, (x.shape[0], 1 + stack), (torch.int32,), x.device)
+    sequences = values.shape[0] if values.dim() else 0
+    check_like("values", values, (sequences, stack), (torch.float32,), x.device)
+    check_like("strength", strength, (sequences, stack), (torch.float32,), x.device)
+    check_bank(x, table, vectors=vectors, directions=directions)
+
+
+def check_separate(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor | None]) -> None:
+    """No tensor that is written may start in the memory of another argument: its readers would race with it."""
+    starts = {name: tensor.data_ptr() for name, tensor in read.items() if tensor is not None and tensor.numel()}
+    for name, tensor in written.items():
+        if not tensor.numel():
+            continue
+        start = tensor.data_ptr()
+        end = (
+            start + (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.itemsize
+        )
+        for other, pointer in starts.items():
+            if start <= pointer < end:
+                raise ValueError(f"{other}: expected memory of its own, got a tensor that shares that of {name}")
+        starts[name] = start
 
 
 def check_choice(name: str, value: int, kind: type[IntEnum]) -> int:

@@ -1,306 +1,270 @@
-"""The prompt gate: one score and one gate value per sequence, from the row that decides for it.
+"""The prompt gate: scores and latched values of a step's sequences, each from the row that decides for it.
 
-Numerics contract, for sequence ``i`` with ``s = slot[i] >= 0``, ``x = x[row[i]]`` and ``d = directions[s]``:
+Sequence ``i`` reads row ``row[i]`` of the residual stream and stores, for each of its slots, the score and the gate
+value that :mod:`.edits` defines. ``row[i] == -1``: nothing of it is written, its latch stays. ``slot[i, k] == -1``:
+score 0 and value 0 are stored, and nothing is read for it. A slot whose gate is ALWAYS is scored too; its value is 1.
 
-    <x, d>, <x, x>   products and sums in float32, whatever the dtypes of x and d; the order of a sum is the
-                     implementation's own
-    score            DOT: <x, d>.  COSINE: <x, d> / sqrt(<x, x>), and 0 where <x, x> is 0
-    value            sharpness == 0: 1 if score > threshold else 0.
-                     Otherwise sigmoid(sharpness * (score - threshold)).
-                     A NaN counts as fired, hard or soft: value 1
-
-Sequences with ``slot[i] == -1`` get score 0 and value 0, and nothing of theirs is read. A row whose <x, x>
-leaves the range of float32 (norms above 1.8e19) has no meaningful cosine.
-
-Same row, same bits, in any batch and at any position of it: in C++, and in Triton where rows start at
-multiples of 16 bytes. Plain torch does not promise it: how it vectorises a sum or a sigmoid depends on the
-batch, so there a last bit may change.
-
-DOT at the prompt's last token: InferAligner (Wang et al., EMNLP 2024, section 3), whose bias is the threshold
-with the other sign. COSINE with a threshold: CAST (Lee et al., ICLR 2025).
+Same row, same bits, in any batch and at any position of it: in C++, and in Triton where rows start at multiples of
+16 bytes. A row whose <s, s> leaves the range of float32 (norms above 1.8e19) has no meaningful cosine.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from .contract import (
-    MAX_HIDDEN_SIZE,
-    SHARPNESS,
+    GATE,
     TABLE_WIDTH,
-    THRESHOLD,
-    Score,
-    check_choice,
+    Gate,
+    check_bank,
     check_like,
+    check_residual,
     check_rows,
-    check_table,
+    check_separate,
+    check_stack,
     library,
 )
+from .edits import reference_gate, reference_stream, torch_gate, torch_stream
+from .launch import Launcher, eager_cuda, launch_shape, nvidia
 
 try:
     import triton
     import triton.language as tl
+
+    from .edits import _ALWAYS, _GATE, gate_score, gate_value, load_row, load_stream, product
 except ImportError:  # a CPU-only install: the ops then run as C++ or torch
     triton = None
 
-__all__ = ["LaunchShape", "gate", "gate_torch", "gate_triton", "launch_shape", "reference"]
+__all__ = ["gate_", "gate_torch_", "gate_triton_", "gate_unchecked_", "reference"]
 
 
 # ---- reference ---------------------------------------------------------------------------------------------
 
 
-def reference_value(score: torch.Tensor, threshold: torch.Tensor, sharpness: torch.Tensor) -> torch.Tensor:
-    """Gate values for float64 scores, thresholds and sharpnesses of one shape."""
-    soft = torch.sigmoid(sharpness * (score - threshold))
-    value = torch.where(sharpness == 0, (score > threshold).double(), soft)
-    return torch.where(torch.isnan(score), 1.0, value)
-
-
-def reference_score(x: torch.Tensor, direction: torch.Tensor, score: int) -> torch.Tensor:
-    """Score of one float64 row [H] against one float64 direction [H]."""
-    dot = x @ direction
-    if score == Score.DOT:
-        return dot
-    norm = x.norm()
-    return dot * 0.0 if norm == 0 else dot / norm
-
-
 def reference(
     x: torch.Tensor,
+    residual: torch.Tensor | None,
     row: torch.Tensor,
     slot: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    score: int,
+    scores: torch.Tensor,
+    values: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`gate` means, one sequence after the other, on the CPU in float64."""
-    scores, values = torch.zeros(2, len(row), dtype=torch.float64).unbind()
-    for i, (r, s) in enumerate(zip(row.tolist(), slot.tolist(), strict=True)):
-        if s < 0:
-            continue
-        columns = table[s].double().cpu()
-        scores[i] = reference_score(x[r].double().cpu(), directions[s].double().cpu(), score)
-        values[i] = reference_value(scores[i], columns[THRESHOLD], columns[SHARPNESS])
+    """What :func:`gate_` leaves in scores and values, float64 [n, K] on the CPU, one sequence after the other."""
+    stream = reference_stream(x, residual)
+    scores, values = scores.double().cpu().clone(), values.double().cpu().clone()
+    for i, (r, slots) in enumerate(zip(row.tolist(), slot.tolist(), strict=True)):
+        for k, s in enumerate(slots if r >= 0 else []):
+            scores[i, k] = values[i, k] = 0.0
+            if s >= 0:
+                numbers = table[s].double().cpu()
+                score, value = reference_gate(stream[r], directions[s].double().cpu(), numbers)
+                scores[i, k], values[i, k] = score, 1.0 if numbers[GATE] == Gate.ALWAYS else value
     return scores, values
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
 
 if triton is not None:
-    _COSINE = tl.constexpr(int(Score.COSINE))
-    _THRESHOLD = tl.constexpr(THRESHOLD)
-    _SHARPNESS = tl.constexpr(SHARPNESS)
     _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
 
-    @triton.jit
-    def row_score(x, d, SCORE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Score of the float32 row x against the float32 direction d; padding must be zero in both."""
-        score = tl.sum(x * d, axis=0)
-        if SCORE == _COSINE:
-            square = tl.sum(x * x, axis=0)
-            score = tl.where(square == 0.0, 0.0, tl.div_rn(score, tl.sqrt_rn(square)))
-        return score
-
-    @triton.jit
-    def gate_value(score, columns):  # type: ignore[no-untyped-def]
-        """Gate value of a score; `columns` points to the slot's row of the table."""
-        threshold = tl.load(columns + _THRESHOLD)
-        sharpness = tl.load(columns + _SHARPNESS)
-        one = tl.full((), 1.0, tl.float32)
-        hard = tl.where(score <= threshold, 0.0, one)
-        soft = one / (one + tl.exp(-sharpness * (score - threshold)))
-        value = tl.where(sharpness == 0.0, hard, soft)
-        return tl.where(value == value, value, one)
-
-    @triton.jit
-    def _gate_kernel(  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize_on_alignment=["row_ptr", "slot_ptr", "table_ptr", "scores_ptr", "values_ptr"])
+    def gate_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
+        residual_ptr,
+        directions_ptr,
         row_ptr,
         slot_ptr,
-        directions_ptr,
         table_ptr,
         scores_ptr,
         values_ptr,
-        row_stride,
+        x_stride,
+        residual_stride,
         H: tl.constexpr,
         BLOCK: tl.constexpr,
+        K: tl.constexpr,
         CONTIGUOUS: tl.constexpr,
-        SCORE: tl.constexpr,
+        PAIR: tl.constexpr,
+        NVIDIA: tl.constexpr,
     ):
         sequence = tl.program_id(0).to(tl.int64)
-        slot = tl.load(slot_ptr + sequence).to(tl.int64)
-        if slot < 0:
-            tl.store(scores_ptr + sequence, 0.0)
-            tl.store(values_ptr + sequence, 0.0)
+        row = tl.load(row_ptr + sequence).to(tl.int64)
+        if row < 0:
             return
-        row = tl.load(row_ptr + sequence)
         columns = tl.arange(0, BLOCK)
-        # A stride known to the compiler keeps 16-byte loads even where H is odd.
-        x_row = x_ptr + row * (H if CONTIGUOUS else row_stride)
-        x = tl.load(x_row + columns, mask=columns < H, other=0.0).to(tl.float32)
-        d = tl.load(directions_ptr + slot * H + columns, mask=columns < H, other=0.0).to(tl.float32)
-        score = row_score(x, d, SCORE)
-        tl.store(scores_ptr + sequence, score)
-        tl.store(values_ptr + sequence, gate_value(score, table_ptr + slot * _TABLE_WIDTH))
+        inside = columns < H
+        s = load_stream(x_ptr, residual_ptr, row, x_stride, residual_stride, inside, columns, H, CONTIGUOUS, PAIR)
+        for k in tl.static_range(K):
+            slot = tl.load(slot_ptr + sequence * K + k).to(tl.int64)
+            score = tl.full((), 0.0, tl.float32)
+            value = tl.full((), 0.0, tl.float32)
+            if slot >= 0:
+                numbers = table_ptr + slot * _TABLE_WIDTH
+                d = load_row(directions_ptr, slot, H, inside, columns, H, True)
+                xd = tl.sum(product(s, d, NVIDIA), axis=0)
+                score = gate_score(xd, tl.sum(product(s, s, NVIDIA), axis=0), numbers)
+                value = tl.where(tl.load(numbers + _GATE) == _ALWAYS, 1.0, gate_value(score, numbers))
+            tl.store(scores_ptr + sequence * K + k, score)
+            tl.store(values_ptr + sequence * K + k, value)
+
+    launch = Launcher(gate_kernel)
 
 
-@dataclass(frozen=True)
-class LaunchShape:
-    """How a GPU program holds a row: `block` columns (a power of two) over `num_warps` warps."""
-
-    block: int
-    num_warps: int
-
-
-def launch_shape(hidden_size: int, dtype: torch.dtype) -> LaunchShape:
-    """The launch shape of a row of ``hidden_size`` numbers, from that and its dtype alone.
-
-    It never depends on the number of rows, so the same row gives the same bits in every batch. A thread takes
-    32 bytes (two 16-byte accesses per tensor); 4 warps at least, so that a short row still hides its latency.
-    """
-    if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
-        raise ValueError(f"hidden_size: expected 1 to {MAX_HIDDEN_SIZE}, got {hidden_size}")
-    block = 1 << (hidden_size - 1).bit_length()
-    return LaunchShape(block, min(max(block * dtype.itemsize // 1024, 4), 32))
-
-
-def on_device(x: torch.Tensor) -> Any:
-    """Context in which a launch goes to the device of ``x`` (Triton takes the current one)."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def gate_triton(
+def gate_triton_(
     x: torch.Tensor,
+    residual: torch.Tensor | None,
     row: torch.Tensor,
     slot: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    score: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`gate` as a Triton kernel, one program per sequence. Arguments are taken as checked."""
-    scores, values = _outputs(row)
-    if len(row):
-        shape = launch_shape(x.shape[1], x.dtype)
-        with on_device(x):
-            _gate_kernel[(len(row),)](
-                x,
-                row,
-                slot,
-                directions,
-                table,
-                scores,
-                values,
-                x.stride(0),
-                H=x.shape[1],
-                BLOCK=shape.block,
-                CONTIGUOUS=x.is_contiguous(),
-                SCORE=score,
-                num_warps=shape.num_warps,
-                enable_fp_fusion=False,
-            )
-    return scores, values
+    scores: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """:func:`gate_` as a Triton kernel, one program per sequence. Arguments are taken as checked."""
+    count, hidden_size = row.shape[0], x.shape[1]
+    if not count:
+        return
+    address = x.data_ptr() | directions.data_ptr()
+    contiguous, strides = x.is_contiguous(), (0, 0)
+    if residual is not None:
+        address |= residual.data_ptr()
+        contiguous = contiguous and residual.is_contiguous()
+    if not contiguous:
+        strides = (x.stride(0), 0 if residual is None else residual.stride(0))
+    shape = launch_shape(hidden_size, x.dtype)
+    launch(
+        x,
+        count,
+        (x.dtype, directions.dtype),
+        (x, residual, directions, row, slot, table, scores, values),
+        strides,
+        (hidden_size, shape.block, slot.shape[1], contiguous, residual is not None, nvidia(x)),
+        shape,
+        address,
+    )
 
 
 # ---- torch -------------------------------------------------------------------------------------------------
 
 
-def torch_gate_value(rows: torch.Tensor, d: torch.Tensor, columns: torch.Tensor, score: int) -> Any:
-    """Scores and gate values [n] of float32 rows and directions [n, H] and table rows [n, TABLE_WIDTH]."""
-    scores = (rows * d).sum(-1)
-    if score == Score.COSINE:
-        square = (rows * rows).sum(-1)
-        scores = torch.where(square == 0, 0.0, scores / square.sqrt())
-    threshold, sharpness = columns[:, THRESHOLD], columns[:, SHARPNESS]
-    hard = torch.where(scores <= threshold, 0.0, 1.0)
-    soft = torch.sigmoid(sharpness * (scores - threshold))
-    values = torch.where(sharpness == 0, hard, soft)
-    return scores, torch.where(values.isnan(), 1.0, values)
-
-
-def gate_torch(
+def gate_torch_(
     x: torch.Tensor,
+    residual: torch.Tensor | None,
     row: torch.Tensor,
     slot: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    score: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`gate` in plain torch, for any device, without a synchronisation; arguments taken as checked."""
-    if not len(row):
-        return _outputs(row)
-    steered = slot >= 0
-    rows = x.index_select(0, torch.where(steered, row, 0)).float()
-    index = torch.where(steered, slot, 0)
-    d = directions.index_select(0, index).float()
-    scores, values = torch_gate_value(rows, d, table.index_select(0, index), score)
-    return torch.where(steered, scores, 0.0), torch.where(steered, values, 0.0)
+    scores: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """:func:`gate_` in plain torch, for any device, without a synchronisation; arguments taken as checked."""
+    if not len(row) or not len(x):
+        return
+    decides = row >= 0
+    at = torch.where(decides, row, 0)
+    s = torch_stream(x.index_select(0, at), None if residual is None else residual.index_select(0, at))
+    for k in range(slot.shape[1]):
+        used = slot[:, k] >= 0
+        index = torch.where(used, slot[:, k], 0)
+        numbers = table.index_select(0, index)
+        score, value = torch_gate(s, directions.index_select(0, index).float(), numbers)
+        value = torch.where(numbers[:, GATE] == Gate.ALWAYS, 1.0, value)
+        for latch, new in ((scores, score), (values, value)):
+            latch[:, k].copy_(torch.where(decides, torch.where(used, new, 0.0), latch[:, k]))
 
 
 # ---- registration ------------------------------------------------------------------------------------------
 
 
-def _outputs(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return row.new_empty(row.shape, dtype=torch.float32), row.new_empty(row.shape, dtype=torch.float32)
-
-
 def _gate_fake(
     x: torch.Tensor,
+    residual: torch.Tensor | None,
     row: torch.Tensor,
     slot: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    score: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(row)
+    scores: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    return None
 
 
 library.define(
-    "gate(Tensor x, Tensor row, Tensor slot, Tensor directions, Tensor table, int score) -> (Tensor, Tensor)"
+    "gate_(Tensor x, Tensor? residual, Tensor row, Tensor slot, Tensor directions, Tensor table, "
+    "Tensor(a!) scores, Tensor(b!) values) -> ()"
 )
-library.impl("gate", gate_torch, "CompositeExplicitAutograd")  # the C++ extension registers itself for CPU
+library.impl("gate_", gate_torch_, "CompositeExplicitAutograd")  # the C++ extension registers itself for CPU
 if triton is not None:
-    library.impl("gate", gate_triton, "CUDA")
-torch.library.register_fake("steerfast::gate", _gate_fake, lib=library)
+    library.impl("gate_", gate_triton_, "CUDA")
+torch.library.register_fake("steerfast::gate_", _gate_fake, lib=library)
 
 
 # ---- public ------------------------------------------------------------------------------------------------
 
 
-def gate(
+def gate_(
     x: torch.Tensor,
+    residual: torch.Tensor | None,
     row: torch.Tensor,
     slot: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    score: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the deciding row of each sequence and say how far its gate opens.
+    scores: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Score the deciding row of each sequence and latch how far its gates open.
 
-    ``torch.ops.steerfast.gate`` is the same op without the checks, for callers that own their buffers.
+    :func:`gate_unchecked_` is the same without the checks, for callers that own their buffers.
 
     Args:
         x: [rows, H] float32, bfloat16 or float16; the last dimension contiguous, the row stride free.
-        row: [n] int64, the deciding row of each sequence; outside x: an error on a CPU, undefined on a GPU.
-        slot: [n] int32, the slot of each sequence; -1: not steered, its row is not read.
+        residual: None, or rows like x: the gate then reads their sum, rounded to their dtype.
+        row: [n] int32, the deciding row of each sequence, -1: none in this step; outside x: an error on a CPU,
+            undefined on a GPU.
+        slot: [n, K] int32, the slots of each sequence; -1: none.
         directions: [slots, H] float32, bfloat16 or float16, unit norm by convention.
         table: [slots, TABLE_WIDTH] float32, see :mod:`.contract`.
-        score: :class:`Score`.
-
-    Returns:
-        Scores [n] and gate values [n] from 0 to 1, float32.
+        scores: [n, K] float32, written.
+        values: [n, K] float32, gate values from 0 to 1, written.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape, stride, device or choice is wrong; the message names the argument.
+        ValueError: a shape, stride, device or choice is wrong, or scores or values share memory with another
+            argument; the message names the argument.
     """
     check_rows(x)
-    check_table(x, table, directions=directions)
-    check_like("row", row, (row.numel(),), (torch.int64,), x.device)
-    check_like("slot", slot, (row.numel(),), (torch.int32,), x.device)
-    if x.shape[0] == 0 and row.numel() > 0:
-        raise ValueError(f"x: expected at least one row for {row.numel()} sequences, got none")
-    return torch.ops.steerfast.gate.default(x, row, slot, directions, table, check_choice("score", score, Score))
+    if residual is not None:
+        check_residual(x, residual)
+    check_bank(x, table, directions=directions)
+    sequences = row.shape[0] if row.dim() else 0
+    check_like("row", row, (sequences,), (torch.int32,), x.device)
+    stack = slot.shape[1] if slot.dim() == 2 else -1
+    check_stack("slot", stack)
+    for name, tensor, dtype in (
+        ("slot", slot, torch.int32),
+        ("scores", scores, torch.float32),
+        ("values", values, torch.float32),
+    ):
+        check_like(name, tensor, (sequences, stack), (dtype,), x.device)
+    if not torch.compiler.is_compiling():
+        read = {"x": x, "residual": residual, "row": row, "slot": slot, "directions": directions, "table": table}
+        check_separate({"scores": scores, "values": values}, read)
+    torch.ops.steerfast.gate_.default(x, residual, row, slot, directions, table, scores, values)
+
+
+def gate_unchecked_(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    row: torch.Tensor,
+    slot: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    scores: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """:func:`gate_` for callers that own their buffers: no checks, and eager CUDA rows go to the kernel without the
+    dispatcher.
+    """
+    run = gate_triton_ if eager_cuda(x) else torch.ops.steerfast.gate_.default
+    run(x, residual, row, slot, directions, table, scores, values)

@@ -1,20 +1,12 @@
-"""The edit: steered rows of the residual stream are changed in place, all other rows are left alone.
+"""The edit in place: steered rows of the residual stream are displaced, all other rows are left alone.
 
-Numerics contract, for a row ``x = x[r]`` with ``s = slot[r] >= 0``, ``q = sequence[r]``, ``v = vectors[s]``:
+Numerics contract, for row ``r``: ``y = x[r]`` in float32, displaced by each of the row's slots as :mod:`.edits`
+defines, then rounded once to the dtype of x. Where the residual stream is kept as a pair (as serving engines keep
+it: what the layer adds, and what it is added to), gates and sums read the sum of both, and the displacement lands on x.
 
-    g       LATCHED: values[q].  TOKEN: the gate value of the row itself, as :mod:`.gate` defines it
-    alpha   table[s, STRENGTH] * strength[q]
-    y       a*x + b*v + c*d, where the edit gives the coefficients.  ADD: a = 1, b = g*alpha, c = 0
-
-All arithmetic is float32; every product and every sum is rounded (no fused multiply-add anywhere), and y is
-rounded once to the dtype of x. LATCHED ADD takes no sum over the row, so its bits are the same in Triton, C++
-and torch, NaN payloads aside. (Triton's interpreter truncates to bfloat16 where the GPU rounds.)
-
-A row with ``slot[r] == -1`` is neither read nor written. Neither is one whose gate is shut (g == 0) or whose
-b is 0, except that TOKEN must read the row to know. Their bits stay, whatever they are, and nothing of
-another row, slot or sequence can leak into them. (Plain torch writes them back as they were.)
-
-ADD with a gate per sequence: InferAligner (Wang et al., EMNLP 2024, section 3).
+A row without a slot that displaces it is not written; without a token gate or an edit that needs sums it is not read
+either. So its bits stay, whatever they are, and nothing of another row, slot or sequence can leak into it. (Plain torch
+writes it back as it was.) No gate is computed from another row here: in place, that row could already be edited.
 """
 
 from __future__ import annotations
@@ -22,30 +14,27 @@ from __future__ import annotations
 import torch
 
 from .contract import (
-    SHARPNESS,
-    STRENGTH,
-    TABLE_WIDTH,
-    THRESHOLD,
-    Edit,
-    GateMode,
-    Score,
+    Kinds,
+    check_apart,
     check_choice,
-    check_like,
+    check_operands,
+    check_residual,
     check_rows,
-    check_table,
+    check_separate,
     library,
 )
-from .gate import launch_shape, on_device, reference_score, reference_value, torch_gate_value
+from .edits import reference_rows, reference_stream, torch_displaced, torch_stream
+from .launch import Launcher, eager_cuda, launch_shape, nvidia
 
 try:
     import triton
     import triton.language as tl
 
-    from .gate import gate_value, row_score
+    from .edits import _LATCHED_ADD, _TOKEN, displace, latched, load_row, scaled
 except ImportError:  # a CPU-only install: the ops then run as C++ or torch
     triton = None
 
-__all__ = ["reference", "steer_", "steer_torch_", "steer_triton_"]
+__all__ = ["reference", "steer_", "steer_torch_", "steer_triton_", "steer_unchecked_"]
 
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -53,181 +42,146 @@ __all__ = ["reference", "steer_", "steer_torch_", "steer_triton_"]
 
 def reference(
     x: torch.Tensor,
-    slot: torch.Tensor,
-    sequence: torch.Tensor,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
     values: torch.Tensor,
     strength: torch.Tensor,
     vectors: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    gate_mode: int = GateMode.LATCHED,
-    score: int = Score.COSINE,
-    edit: int = Edit.ADD,
+    kinds: int = Kinds.ANY,
 ) -> torch.Tensor:
-    """What :func:`steer_` means, one row after the other, on the CPU: the rows edited, float64 [rows, H]."""
-    y = x.double().cpu().clone()
-    for r, (s, q) in enumerate(zip(slot.tolist(), sequence.tolist(), strict=True)):
-        if s < 0:
-            continue
-        columns = table[s].double().cpu()
-        if gate_mode == GateMode.TOKEN:
-            own = reference_score(y[r], directions[s].double().cpu(), score)
-            g = reference_value(own, columns[THRESHOLD], columns[SHARPNESS])
-        else:
-            g = values[q].double().cpu()
-        b = g * columns[STRENGTH] * strength[q].double().cpu()
-        if g != 0 and b != 0:
-            y[r] += b * vectors[s].double().cpu()
-    return y
+    """What :func:`steer_` leaves in x, float64 [rows, H] on the CPU, one row after the other."""
+    s = reference_stream(x, residual)
+    return reference_rows(x.double().cpu(), s, rows, values, strength, vectors, directions, table, kinds)
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
 
 if triton is not None:
-    _TOKEN = tl.constexpr(int(GateMode.TOKEN))
-    _ADD = tl.constexpr(int(Edit.ADD))
-    _STRENGTH = tl.constexpr(STRENGTH)
-    _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
 
-    @triton.jit
-    def coefficients(EDIT: tl.constexpr, gate, strength):  # type: ignore[no-untyped-def]
-        """b of y = x + b*v: all that ADD needs. An edit with another a or c returns them from here."""
-        tl.static_assert(EDIT == _ADD, "unknown edit")
-        return gate * strength
-
-    @triton.jit
-    def _steer_kernel(  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize_on_alignment=["rows_ptr", "values_ptr", "strength_ptr", "table_ptr"])
+    def steer_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
-        slot_ptr,
-        sequence_ptr,
-        values_ptr,
-        strength_ptr,
+        residual_ptr,
         vectors_ptr,
         directions_ptr,
+        rows_ptr,
+        values_ptr,
+        strength_ptr,
         table_ptr,
-        row_stride,
+        x_stride,
+        residual_stride,
         H: tl.constexpr,
         BLOCK: tl.constexpr,
+        K: tl.constexpr,
         CONTIGUOUS: tl.constexpr,
-        GATE_MODE: tl.constexpr,
-        SCORE: tl.constexpr,
-        EDIT: tl.constexpr,
+        PAIR: tl.constexpr,
+        KINDS: tl.constexpr,
         NVIDIA: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
-        slot = tl.load(slot_ptr + row).to(tl.int64)
-        if slot < 0:
-            return
-        sequence = tl.load(sequence_ptr + row).to(tl.int64)
-        slot_columns = table_ptr + slot * _TABLE_WIDTH
-        strength = tl.load(slot_columns + _STRENGTH) * tl.load(strength_ptr + sequence)
-        columns = tl.arange(0, BLOCK)
-        inside = columns < H
-        # A stride known to the compiler keeps 16-byte loads even where H is odd.
-        x_row = x_ptr + row * (H if CONTIGUOUS else row_stride) + columns
-        if GATE_MODE == _TOKEN:
-            x = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
-            d = tl.load(directions_ptr + slot * H + columns, mask=inside, other=0.0).to(tl.float32)
-            gate = gate_value(row_score(x, d, SCORE), slot_columns)
-        else:
-            gate = tl.load(values_ptr + sequence)
-        b = coefficients(EDIT, gate, strength)
-        if (gate != 0.0) & (b != 0.0):
-            if GATE_MODE != _TOKEN:
-                x = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
-            v = tl.load(vectors_ptr + slot * H + columns, mask=inside, other=0.0).to(tl.float32)
-            if NVIDIA:
-                # Triton 3.6 fuses b * v with the sum on sm_100 and sm_120 in spite of enable_fp_fusion=False
-                # (libdevice.mul_rn would prevent it too, but flushes denormals).
-                shift = tl.inline_asm_elementwise(
-                    "mul.rn.f32 $0, $1, $2;", "=f,f,f", [b, v], dtype=tl.float32, is_pure=True, pack=1
-                )
-            else:
-                shift = b * v
-            tl.store(x_row, (x + shift).to(x_ptr.dtype.element_ty), mask=inside)
+        record = rows_ptr + row * (K + 1)
+        sequence = tl.load(record).to(tl.int64)
+        slots, kinds, gates, strengths = latched(record, sequence, True, values_ptr, strength_ptr, table_ptr, K)
+        wanted = tl.full((), 0, tl.int1)
+        for k in tl.static_range(K):
+            wanted |= scaled(gates[k], strengths[k]) != 0.0
+            if KINDS != _LATCHED_ADD:
+                wanted |= kinds[k] == _TOKEN
+        if wanted:
+            columns = tl.arange(0, BLOCK)
+            inside = columns < H
+            y, changed = displace(
+                load_row(x_ptr, row, x_stride, inside, columns, H, CONTIGUOUS),
+                x_ptr,
+                residual_ptr,
+                row,
+                x_stride,
+                residual_stride,
+                slots,
+                kinds,
+                gates,
+                strengths,
+                vectors_ptr,
+                directions_ptr,
+                table_ptr,
+                inside,
+                columns,
+                H,
+                K,
+                CONTIGUOUS,
+                PAIR,
+                KINDS,
+                NVIDIA,
+            )
+            if changed:
+                at = x_ptr + row * (H if CONTIGUOUS else x_stride) + columns
+                tl.store(at, y.to(x_ptr.dtype.element_ty), mask=inside)
+
+    launch = Launcher(steer_kernel)
 
 
 def steer_triton_(
     x: torch.Tensor,
-    slot: torch.Tensor,
-    sequence: torch.Tensor,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
     values: torch.Tensor,
     strength: torch.Tensor,
     vectors: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    gate_mode: int,
-    score: int,
-    edit: int,
+    kinds: int,
 ) -> None:
     """:func:`steer_` as a Triton kernel, one program per row. Arguments are taken as checked."""
-    rows, hidden_size = x.shape
-    if not rows:
+    count, hidden_size = x.shape
+    stack = rows.shape[1] - 1
+    if not count or not stack:
         return
+    address = x.data_ptr() | vectors.data_ptr() | directions.data_ptr()
+    contiguous, strides = x.is_contiguous(), (0, 0)
+    if residual is not None:
+        address |= residual.data_ptr()
+        contiguous = contiguous and residual.is_contiguous()
+    if not contiguous:
+        strides = (x.stride(0), 0 if residual is None else residual.stride(0))
     shape = launch_shape(hidden_size, x.dtype)
-    with on_device(x):
-        _steer_kernel[(rows,)](
-            x,
-            slot,
-            sequence,
-            values,
-            strength,
-            vectors,
-            directions,
-            table,
-            x.stride(0),
-            H=hidden_size,
-            BLOCK=shape.block,
-            CONTIGUOUS=x.is_contiguous(),
-            GATE_MODE=gate_mode,
-            SCORE=score,
-            EDIT=edit,
-            NVIDIA=x.is_cuda and torch.version.hip is None,
-            num_warps=shape.num_warps,
-            enable_fp_fusion=False,
-        )
+    launch(
+        x,
+        count,
+        (x.dtype, vectors.dtype),
+        (x, residual, vectors, directions, rows, values, strength, table),
+        strides,
+        (hidden_size, shape.block, stack, contiguous, residual is not None, kinds, nvidia(x)),
+        shape,
+        address,
+    )
 
 
 # ---- torch -------------------------------------------------------------------------------------------------
 
 
-def torch_coefficients(edit: int, gate: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """b [rows] of y = x + b*v: all that ADD needs. An edit with another a or c returns them from here."""
-    if edit != Edit.ADD:
-        raise ValueError(f"edit: expected ADD (0), got {edit}")
-    return gate * strength
-
-
 def steer_torch_(
     x: torch.Tensor,
-    slot: torch.Tensor,
-    sequence: torch.Tensor,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
     values: torch.Tensor,
     strength: torch.Tensor,
     vectors: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    gate_mode: int,
-    score: int,
-    edit: int,
+    kinds: int,
 ) -> None:
-    """:func:`steer_` in plain torch, on any device, without a synchronisation; arguments taken as checked."""
-    if not len(x) or not len(values):  # without a sequence every slot is -1
+    """:func:`steer_` in plain torch, on any device, without a synchronisation; arguments taken as checked.
+
+    Differentiable in x and residual; gates carry no gradient.
+    """
+    if not len(x):
         return
-    steered = slot >= 0
-    index = torch.where(steered, slot, 0)
-    owner = torch.where(steered, sequence, 0)
-    columns = table.index_select(0, index)
-    rows = x.float()
-    if gate_mode == GateMode.TOKEN:
-        d = directions.index_select(0, index).float()
-        gate = torch_gate_value(rows, d, columns, score)[1]
-    else:
-        gate = values.index_select(0, owner)
-    b = torch_coefficients(edit, gate, columns[:, STRENGTH] * strength.index_select(0, owner))
-    y = rows + b[:, None] * vectors.index_select(0, index).float()
-    # Rows that stay are copied bit by bit: finding the others first would make the CPU wait for the device.
-    x.copy_(torch.where((steered & (gate != 0) & (b != 0))[:, None], y.to(x.dtype), x))
+    before = x.clone() if torch.is_grad_enabled() and x.requires_grad else x  # sums keep it for the backward pass
+    s = torch_stream(before, residual)
+    y, changed = torch_displaced(before.float(), s, rows, values, strength, vectors, directions, table, kinds)
+    x.copy_(torch.where(changed[:, None], y.to(x.dtype), before))
 
 
 # ---- registration ------------------------------------------------------------------------------------------
@@ -235,23 +189,21 @@ def steer_torch_(
 
 def _steer_fake(
     x: torch.Tensor,
-    slot: torch.Tensor,
-    sequence: torch.Tensor,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
     values: torch.Tensor,
     strength: torch.Tensor,
     vectors: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    gate_mode: int,
-    score: int,
-    edit: int,
+    kinds: int,
 ) -> None:
     return None
 
 
 library.define(
-    "steer_(Tensor(a!) x, Tensor slot, Tensor sequence, Tensor values, Tensor strength, Tensor vectors, "
-    "Tensor directions, Tensor table, int gate_mode, int score, int edit) -> ()"
+    "steer_(Tensor(a!) x, Tensor? residual, Tensor rows, Tensor values, Tensor strength, Tensor vectors, "
+    "Tensor directions, Tensor table, int kinds) -> ()"
 )
 library.impl("steer_", steer_torch_, "CompositeExplicitAutograd")  # the C++ extension registers itself for CPU
 if triton is not None:
@@ -264,64 +216,65 @@ torch.library.register_fake("steerfast::steer_", _steer_fake, lib=library)
 
 def steer_(
     x: torch.Tensor,
-    slot: torch.Tensor,
-    sequence: torch.Tensor,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
     values: torch.Tensor,
     strength: torch.Tensor,
     vectors: torch.Tensor,
     directions: torch.Tensor,
     table: torch.Tensor,
-    gate_mode: int = GateMode.LATCHED,
-    score: int = Score.COSINE,
-    edit: int = Edit.ADD,
+    kinds: int = Kinds.ANY,
 ) -> None:
     """Steer the rows of ``x`` in place.
 
-    The op has no backward pass: gradients pass through it unchanged, and none flows through a gate.
-    ``torch.ops.steerfast.steer_`` is the same op without the checks, for callers that own their buffers.
+    The op has no backward pass: gradients pass through it unchanged, and none flows through a gate; see
+    :func:`steer_torch_` for one that is differentiable. :func:`steer_unchecked_` is the same without the checks, for
+    callers that own their buffers.
 
     Args:
         x: [rows, H] float32, bfloat16 or float16; the last dimension contiguous, rows apart from each other.
-            No other argument may share its memory.
-        slot: [rows] int32, the slot of each row; -1: not steered.
-        sequence: [rows] int32, each row's index in ``values`` and ``strength``; not read where slot
-            is -1. A slot or sequence out of range is an error on a CPU and undefined on a GPU.
-        values: [n] float32, latched gate values from 0 to 1; not read with TOKEN.
-        strength: [n] float32, multiplier per sequence.
+        residual: None, or rows like x that x is going to be added to; only read.
+        rows: [rows, 1 + K] int32, K from 0 to 4: each row's index in ``values`` and ``strength``, then its slots; -1:
+            none. A slot, or a used sequence, out of range is an error on a CPU and undefined on a GPU.
+        values: [n, K] float32, latched gate values from 0 to 1.
+        strength: [n, K] float32, multiplies the strengths of the slots.
         vectors: [slots, H] float32, bfloat16 or float16, in units of the residual stream.
-        directions: [slots, H], dtype of ``vectors``, unit norm by convention; read with TOKEN alone.
+        directions: [slots, H], dtype of ``vectors``, unit norm by convention; read by token gates and by ROTATE.
         table: [slots, TABLE_WIDTH] float32, see :mod:`.contract`.
-        gate_mode: :class:`GateMode`.
-        score: :class:`Score`, read with TOKEN alone.
-        edit: :class:`Edit`.
+        kinds: :class:`Kinds`. LATCHED_ADD treats every slot as one that adds by its latched value.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape, stride, device or choice is wrong; the message names the argument.
+        ValueError: a shape, stride, device or choice is wrong, or x shares memory with another argument; the
+            message names the argument.
     """
     check_rows(x)
-    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
-        raise ValueError(f"x: expected rows that do not overlap, got strides {list(x.stride())}")
-    check_table(x, table, vectors=vectors, directions=directions)
-    if directions.dtype != vectors.dtype:
-        raise TypeError(f"directions: expected the dtype of vectors, {vectors.dtype}, got {directions.dtype}")
-    device, rows, sequences = x.device, x.shape[:1], (values.numel(),)
-    check_like("slot", slot, rows, (torch.int32,), device)
-    check_like("sequence", sequence, rows, (torch.int32,), device)
-    check_like("values", values, sequences, (torch.float32,), device)
-    check_like("strength", strength, sequences, (torch.float32,), device)
-    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(x)  # so that a backward pass that saved the old x says so
-    torch.ops.steerfast.steer_.default(
-        x,
-        slot,
-        sequence,
-        values,
-        strength,
-        vectors,
-        directions,
-        table,
-        check_choice("gate_mode", gate_mode, GateMode),
-        check_choice("score", score, Score),
-        check_choice("edit", edit, Edit),
-    )
+    check_apart(x)
+    if residual is not None:
+        check_residual(x, residual)
+    check_operands(x, rows, values, strength, vectors, directions, table)
+    check_choice("kinds", kinds, Kinds)
+    if not torch.compiler.is_compiling():
+        read = {"residual": residual, "rows": rows, "values": values, "strength": strength}
+        check_separate({"x": x}, {**read, "vectors": vectors, "directions": directions, "table": table})
+        if x.requires_grad and torch.is_grad_enabled():
+            torch.autograd.graph.increment_version(x)  # so that a backward pass that saved the old x says so
+    torch.ops.steerfast.steer_.default(x, residual, rows, values, strength, vectors, directions, table, int(kinds))
+
+
+def steer_unchecked_(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    kinds: int,
+) -> None:
+    """:func:`steer_` for callers that own their buffers: no checks, and eager CUDA rows go to the kernel without the
+    dispatcher.
+    """
+    run = steer_triton_ if eager_cuda(x) else torch.ops.steerfast.steer_.default
+    run(x, residual, rows, values, strength, vectors, directions, table, kinds)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from steerfast.fitting.extract import extract
     from steerfast.fitting.score import Scores, score
     from steerfast.fitting.tune import tune
+    from steerfast.kernels.warmup import warmup
     from steerfast.models.loading import load_model
     from steerfast.models.steering import Steering, steer
     from steerfast.profile import Gate, ModelIdentity, SteeringProfile
@@ -42,11 +43,12 @@ _PUBLIC = {
     "score": "fitting.score",
     "steer": "models.steering",
     "tune": "fitting.tune",
+    "warmup": "kernels.warmup",
 }
 
 __all__ = [  # noqa: RUF022 (grouped by use)
     "extract", "calibrate", "tune", "score", "Scores",
-    "steer", "Steering", "load_model",
+    "steer", "Steering", "load_model", "warmup",
     "SteeringProfile", "Gate", "ModelIdentity",
     "SteerfastError", "ProfileError", "PromptError", "ArchitectureError", "OutputError",
 ]  # fmt: skip

@@ -1,39 +1,232 @@
-"""The bank: profiles on a device, in the layout the ops read.
+"""The bank: profiles on a device, in the layout the ops read, at addresses that never change.
 
-Slots number the profiles. Per layer the bank holds directions and vectors [slots, H] and the ops' scalar table
-[slots, TABLE_WIDTH]; all float32, so that what a gate reads is exactly what the profile's file holds.
+A profile takes one slot in every layer. Adding, replacing and removing one writes into the same memory, so that a
+captured CUDA graph or a compiled model sees the change without a capture or a compilation of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import deque
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from steerfast.errors import ProfileError
 from steerfast.kernels import contract
+from steerfast.kernels.contract import Edit, Gate, Kinds, Score
 from steerfast.profile import SteeringProfile
+
+__all__ = ["Bank", "LayerBank", "kinds_of"]
+
+_EDITS = {
+    "add": Edit.ADD,
+    "ablate": Edit.CLAMP,
+    "clamp": Edit.CLAMP,
+    "keep_norm": Edit.KEEP_NORM,
+    "rotate": Edit.ROTATE,
+}
 
 
 @dataclass(frozen=True)
 class LayerBank:
-    """One layer's guidance, all float32: directions and vectors [slots, H], table [slots, TABLE_WIDTH]."""
+    """One layer's slots: views of the bank's memory, in the order in which the ops take them.
 
-    directions: Tensor
+    vectors, directions: [slots, H], of the bank's dtype. table: float32 [slots, TABLE_WIDTH]. kinds: the bank's.
+    """
+
     vectors: Tensor
+    directions: Tensor
     table: Tensor
+    kinds: Kinds
 
 
-def layer_bank(profiles: Sequence[SteeringProfile], layer: int, device: torch.device | str = "cpu") -> LayerBank:
-    """Put one layer of `profiles` on `device`; slot i is profile i."""
-    directions = torch.stack([profile.direction[layer] for profile in profiles])
-    vectors = torch.stack([profile.vector[layer] for profile in profiles])
-    table = torch.zeros(len(profiles), contract.TABLE_WIDTH, dtype=torch.float32, device="cpu")
-    table[:, contract.THRESHOLD] = torch.stack([profile.threshold[layer] for profile in profiles])
-    for slot, profile in enumerate(profiles):
-        table[slot, contract.SHARPNESS] = profile.gate.sharpness
-    table[:, contract.STRENGTH] = torch.stack([profile.strength[layer] for profile in profiles])
-    table[:, contract.VECTOR_SQ] = vectors.double().square().sum(1).float()
-    table[:, contract.VECTOR_DIRECTION] = (vectors.double() * directions.double()).sum(1).float()
-    return LayerBank(directions.to(device), vectors.to(device), table.to(device))
+def kinds_of(profile: SteeringProfile) -> Kinds:
+    """The fewest kinds of slots that hold `profile`: a token gate and any edit but ``add`` need `Kinds.ANY`."""
+    simple = profile.edit == "add" and profile.gate.kind != "token"
+    return Kinds.LATCHED_ADD if simple else Kinds.ANY
+
+
+class Bank:
+    """Profiles of one model on a device, by name.
+
+    A row or sequence names its profile by slot. A slot that holds no profile leaves rows as they are; one that a
+    removed profile left is taken again last, but whoever numbers rows must not name it for that profile any more.
+    Changes go to the device's current stream: what was launched before reads the old profile, what is launched
+    later the new one. A change that is refused changes nothing.
+
+    Args:
+        num_layers: decoder layers of the model.
+        hidden_size: H, width of its residual stream.
+        slots: how many profiles there is room for.
+        device: where they live.
+        dtype: of vectors and directions. Gates and sums are exact for the values as stored.
+        kinds: what profiles may do. `Kinds.LATCHED_ADD` spares every row its sums, and takes only profiles that add,
+            with an ``always`` or ``prompt`` gate.
+
+    Attributes:
+        vectors: [layers, slots, H].
+        directions: [layers, slots, H].
+        table: float32 [layers, slots, TABLE_WIDTH], see `steerfast.kernels.contract`.
+
+    Raises:
+        ValueError: a size below 1, or another dtype.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        slots: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        kinds: Kinds = Kinds.ANY,
+    ) -> None:
+        for name, size in (("num_layers", num_layers), ("hidden_size", hidden_size), ("slots", slots)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if dtype not in contract.FLOAT_DTYPES:
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        with torch.inference_mode(False):  # so that it also serves a caller outside inference mode
+            shape = (num_layers, slots, hidden_size)
+            self.vectors = torch.zeros(shape, dtype=dtype, device=device)
+            self.directions = torch.zeros(shape, dtype=dtype, device=device)
+            self.table = _shut(num_layers)[:, None].repeat(1, slots, 1).to(device)
+            self._layers = [
+                LayerBank(self.vectors[layer], self.directions[layer], self.table[layer], kinds)
+                for layer in range(num_layers)
+            ]
+        self.kinds = kinds
+        self._profiles: dict[str, SteeringProfile] = {}
+        self._slots: dict[str, int] = {}
+        self._free = deque(range(slots))
+
+    # -- what it holds -------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The profiles' names, in the order of their slots."""
+        return sorted(self._slots, key=self._slots.__getitem__)
+
+    def slot(self, name: str) -> int:
+        """The slot of the profile `name`.
+
+        Raises:
+            ProfileError: there is none of this name.
+        """
+        if name not in self._slots:
+            raise ProfileError(f"name: expected one of {', '.join(self.names) or 'none'}, got {name!r}")
+        return self._slots[name]
+
+    def profile(self, name: str) -> SteeringProfile:
+        """The profile `name`, as it was given."""
+        self.slot(name)
+        return self._profiles[name]
+
+    def layer(self, layer: int) -> LayerBank:
+        """What the ops read at `layer`."""
+        return self._layers[layer]
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, profile: SteeringProfile) -> int:
+        """Put `profile` into a free slot and return that.
+
+        Raises:
+            ProfileError: the name is taken, the bank is full, or the profile does not fit the bank or the model of
+                the other profiles.
+        """
+        if name in self._slots:
+            raise ProfileError(f"name: expected a new one, got {name!r}, which slot {self._slots[name]} holds")
+        if not self._free:
+            count = len(self._slots)
+            raise ProfileError(f"profile {name!r}: expected a free slot, got a full bank ({count} slots)")
+        staged = self._staged(name, profile)
+        slot = self._free.popleft()
+        self._write(slot, *staged)
+        self._slots[name], self._profiles[name] = slot, profile
+        return slot
+
+    def replace(self, name: str, profile: SteeringProfile) -> None:
+        """Put `profile` into the slot of `name`.
+
+        Raises:
+            ProfileError: there is no such name, or the profile does not fit.
+        """
+        slot = self.slot(name)
+        self._write(slot, *self._staged(name, profile))
+        self._profiles[name] = profile
+
+    def remove(self, name: str) -> None:
+        """Empty the slot of `name`: a row that still names it is left as it is.
+
+        Raises:
+            ProfileError: there is no such name.
+        """
+        slot = self.slot(name)
+        layers, _, hidden = self.vectors.shape
+        zeros = torch.zeros(layers, hidden, dtype=self.vectors.dtype, device="cpu")
+        self._write(slot, zeros, zeros, _shut(layers))
+        del self._slots[name], self._profiles[name]
+        self._free.append(slot)
+
+    def _staged(self, name: str, profile: SteeringProfile) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors and directions [layers, H] and table [layers, TABLE_WIDTH] of `profile` on the CPU, verified."""
+        for what, have, want in (
+            ("layers", profile.model.num_layers, self.vectors.shape[0]),
+            ("hidden size", profile.model.hidden_size, self.vectors.shape[2]),
+        ):
+            if have != want:
+                raise ProfileError(f"profile {name!r}: expected {what} {want} like the bank, got {have}")
+        for other, held in self._profiles.items():
+            if other != name and (problem := held.model.mismatch(profile.model)) is not None:
+                raise ProfileError(f"profile {name!r}: expected the model of profile {other!r}; {problem}")
+        if self.kinds == Kinds.LATCHED_ADD and kinds_of(profile) != Kinds.LATCHED_ADD:
+            raise ProfileError(
+                f"profile {name!r}: expected an 'add' edit with an always or prompt gate, as the bank was made for, "
+                f"got {profile.edit!r} with a {profile.gate.kind} gate"
+            )
+        vectors, directions = profile.vector.to(self.vectors.dtype), profile.direction.to(self.vectors.dtype)
+        for what, stored in (("vector", vectors), ("direction", directions)):
+            if not bool(stored.isfinite().all()):
+                raise ProfileError(f"profile {name!r}: expected a {what} within the range of {stored.dtype}, got inf")
+        return vectors, directions, _table(name, profile, vectors.double(), directions.double())
+
+    def _write(self, slot: int, vectors: Tensor, directions: Tensor, table: Tensor) -> None:
+        self.vectors[:, slot].copy_(vectors)
+        self.directions[:, slot].copy_(directions)
+        self.table[:, slot].copy_(table)
+
+
+def _shut(layers: int) -> Tensor:
+    """Table rows [layers, TABLE_WIDTH] of a slot that holds no profile."""
+    table = torch.zeros(layers, contract.TABLE_WIDTH, dtype=torch.float32, device="cpu")
+    table[:, contract.THRESHOLD] = math.inf
+    table[:, contract.GATE] = Gate.PROMPT
+    return table
+
+
+def _table(name: str, profile: SteeringProfile, vectors: Tensor, directions: Tensor) -> Tensor:
+    """Table rows [layers, TABLE_WIDTH] of `profile`; vectors and directions float64 [layers, H], as stored."""
+    table = torch.zeros(len(vectors), contract.TABLE_WIDTH, dtype=torch.float32, device="cpu")
+    table[:, contract.THRESHOLD] = profile.threshold
+    table[:, contract.SHARPNESS] = profile.gate.sharpness
+    table[:, contract.STRENGTH] = profile.strength
+    table[:, contract.VECTOR_SQ] = vectors.square().sum(1).float()
+    table[:, contract.VECTOR_DIRECTION] = (vectors * directions).sum(1).float()
+    table[:, contract.DIRECTION_SQ] = directions.square().sum(1).float()
+    if not bool(table.isfinite().all()):
+        raise ProfileError(f"profile {name!r}: expected vectors whose squared norm float32 can hold, got inf")
+    table[:, contract.GATE] = Gate[profile.gate.kind.upper()]
+    if profile.gate.kind == "token" and profile.sensor != "own":
+        table[profile.sensor + 1 :, contract.GATE] = Gate.PROMPT  # these read what the sensor decided
+    table[:, contract.SCORE] = Score[profile.gate.score.upper()]
+    table[:, contract.EDIT] = _EDITS[profile.edit]
+    if profile.edit == "clamp":
+        table[:, contract.LOW], table[:, contract.HIGH] = profile.low, profile.high
+    if profile.angle is not None:
+        radians = math.radians(profile.angle)
+        table[:, contract.LOW], table[:, contract.HIGH] = math.cos(radians), math.sin(radians)
+    return table

@@ -1,41 +1,57 @@
-"""Which row of a step belongs to which sequence, which rows are steered, and which row decides.
+"""Which row of a step belongs to which sequence, which slots may edit it, and which row decides.
 
-A step is one forward pass over N sequences × T tokens, its residual stream seen as rows [N·T, H], row = n·T + t.
+A step is one forward pass; its residual stream is seen as rows [rows, H]. In a padded batch of N sequences × T tokens
+row = n·T + t (`prompt_rows`, `response_rows`); a serving engine packs sequences of any lengths (`StepTables`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from steerfast.kernels.contract import MAX_STACK
+
+__all__ = ["UNSTEERED", "Rows", "StepTables", "prompt_rows", "response_rows"]
+
 UNSTEERED = -1
+_INT32_MAX = 2**31 - 1
+_ALIGNMENT = 4  # numbers: regions start at multiples of 16 bytes, as fresh tensors do
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A step's row tables.
+    """A step's row tables, for n sequences of K slots each.
 
     Args:
-        slot: int32 [N·T], the profile of each row; -1 where the row is not steered.
-        sequence: int32 [N·T], the sequence of each row.
-        deciding: int64 [N], the row each sequence's prompt gate reads; row n·T where the step has no prompt token of n.
-        decides: bool [N], whether the step holds a prompt token of the sequence at all.
+        rows: int32 [rows, 1 + K], the sequence of each row, then its slots; -1 where none edits it.
+        deciding: int32 [n], the row each sequence's prompt gate reads; -1 where the step holds no prompt token of it.
+        slot: int32 [n, K], the slots whose gates the sequence decides.
     """
 
-    slot: Tensor
-    sequence: Tensor
+    rows: Tensor
     deciding: Tensor
-    decides: Tensor
+    slot: Tensor
 
     def to(self, device: torch.device) -> Rows:
-        return Rows(*(t.to(device, non_blocking=True) for t in (self.slot, self.sequence, self.deciding, self.decides)))
+        return Rows(*(t.to(device, non_blocking=True) for t in (self.rows, self.deciding, self.slot)))
+
+    def each_for_itself(self) -> Rows:
+        """The same step with every row a sequence of its own that decides if it is steered, for token gates."""
+        index = torch.arange(len(self.rows), dtype=torch.int32, device=self.rows.device)
+        slot = self.rows[:, 1:].contiguous()
+        steered = (slot >= 0).any(dim=1)
+        return Rows(torch.cat([index[:, None], slot], dim=1), torch.where(steered, index, UNSTEERED), slot)
 
 
 def prompt_rows(valid: Tensor, prompt_columns: int, positions: Literal["all", "response"]) -> Rows:
-    """Tables of a step that holds prompt tokens.
+    """Tables of a step that holds prompt tokens, all sequences with slot 0.
 
     Args:
         valid: bool [N, T], False on padding (left, right or in between).
@@ -44,24 +60,192 @@ def prompt_rows(valid: Tensor, prompt_columns: int, positions: Literal["all", "r
             A sequence without a prompt token in this step has all its valid rows steered.
     """
     count, width = valid.shape
-    column = torch.arange(width, device=valid.device)
+    column = torch.arange(width, dtype=torch.int32, device=valid.device)
     prompt = valid & (column < prompt_columns)
-    decides = prompt.any(dim=1)
-    last = torch.where(prompt, column, 0).amax(dim=1)
+    last = torch.where(prompt, column, -1).amax(dim=1)
     steered = valid
     if positions == "response":
-        steered = valid & ((column >= last[:, None]) | ~decides[:, None])
-    slot = torch.where(steered, 0, UNSTEERED).to(torch.int32).flatten()
-    start = torch.arange(count, device=valid.device) * width
-    return Rows(slot, _sequences(count, width, valid.device), start + last, decides)
+        steered = valid & (column >= last[:, None])
+    start = torch.arange(count, dtype=torch.int32, device=valid.device) * width
+    deciding = torch.where(last >= 0, start + last, -1)
+    return _rows(torch.where(steered, 0, UNSTEERED).to(torch.int32), deciding)
 
 
 def response_rows(count: int, width: int, device: torch.device) -> Rows:
-    """Tables of a step of answer tokens: every row is steered, none decides."""
-    slot = torch.zeros(count * width, dtype=torch.int32, device=device)
-    start = torch.arange(count, device=device) * width
-    return Rows(slot, _sequences(count, width, device), start, torch.zeros(count, dtype=torch.bool, device=device))
+    """Tables of a step of answer tokens: every row is steered by slot 0, none decides."""
+    slot = torch.zeros(count, width, dtype=torch.int32, device=device)
+    return _rows(slot, torch.full((count,), -1, dtype=torch.int32, device=device))
 
 
-def _sequences(count: int, width: int, device: torch.device) -> Tensor:
-    return torch.arange(count, dtype=torch.int32, device=device).repeat_interleave(width)
+def _rows(slot: Tensor, deciding: Tensor) -> Rows:
+    """Rows of slots int32 [N, T]."""
+    sequence = torch.arange(len(slot), dtype=torch.int32, device=slot.device)[:, None].expand_as(slot)
+    return Rows(torch.stack([sequence, slot], dim=2).view(-1, 2), deciding, torch.zeros_like(deciding)[:, None])
+
+
+class StepTables:
+    """A step's tables on a device, at addresses that never change, for serving engines and captured graphs.
+
+    Everything lies in one buffer: first what belongs to sequences, at the capacity's size, then the rows. So a step
+    is one copy of the part it uses, however many requests it serves. Launch the ops on ``rows[:n]``, where n is the
+    step's number of rows or the padded one of a graph.
+
+    Args:
+        max_rows: the most rows of a step.
+        max_sequences: the most sequences of a step.
+        stack: K, the slots of a sequence.
+        device: where the tables live.
+
+    Attributes:
+        rows: int32 [max_rows, 1 + K], deciding: int32 [max_sequences], slot: int32 [max_sequences, K]: as in `Rows`.
+        strength: float32 [max_sequences, K].
+
+    Raises:
+        ValueError: a size that cannot be.
+    """
+
+    def __init__(self, max_rows: int, max_sequences: int, stack: int, device: torch.device | str) -> None:
+        for name, size in (("max_rows", max_rows), ("max_sequences", max_sequences)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if not 1 <= stack <= MAX_STACK:
+            raise ValueError(f"stack: expected 1 to {MAX_STACK} slots of a sequence, got {stack}")
+        self._shapes = {
+            "deciding": (max_sequences,),
+            "slot": (max_sequences, stack),
+            "strength": (max_sequences, stack),
+            "rows": (max_rows, 1 + stack),
+        }
+        device = torch.device(device)
+        self._start: dict[str, int] = {}
+        size = 0
+        for name, shape in self._shapes.items():
+            self._start[name] = size
+            size += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+        pinned = device.type == "cuda"
+        with torch.inference_mode(False):  # so that they also serve a caller outside inference mode
+            self._device = torch.full((size,), -1, dtype=torch.int32, device=device)
+            # Two, because the host may fill the next step's while the device still reads this one's.
+            self._hosts = [
+                _Host(torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=pinned)) for _ in range(1 + pinned)
+            ]
+            on_device = self._regions(self._device)
+        self.rows, self.deciding, self.slot = (on_device[name] for name in ("rows", "deciding", "slot"))
+        self.strength = on_device["strength"].view(torch.float32)
+        self.strength.zero_()
+        self.rows[:, 0] = 0
+        for host in self._hosts:
+            host.regions = {name: region.numpy() for name, region in self._regions(host.buffer).items()}
+            host.copied = torch.cuda.Event() if pinned else None
+
+    def _regions(self, buffer: Tensor) -> dict[str, Tensor]:
+        return {
+            name: buffer[self._start[name] :][: math.prod(shape)].view(shape) for name, shape in self._shapes.items()
+        }
+
+    def write(
+        self,
+        lengths: Sequence[int] | NDArray[np.integer],
+        slots: Sequence[Sequence[int]] | NDArray[np.integer],
+        strengths: Sequence[Sequence[float]] | NDArray[np.floating],
+        deciding: Sequence[int] | NDArray[np.integer],
+        steered_from: Sequence[Sequence[int]] | NDArray[np.integer] | None = None,
+        *,
+        padded_rows: int | None = None,
+    ) -> None:
+        """Send the tables of the next step, whose sequences lie one after the other, on the current stream.
+
+        Args:
+            lengths: [n], rows of each sequence.
+            slots: [n, K], slots of each sequence as `Bank.slot` gives them; -1: none.
+            strengths: [n, K], finite; multiply the slots' own.
+            deciding: [n], which of its rows a sequence's prompt gates read, from 0; -1: none in this step.
+            steered_from: [n, K], the first of its rows that a slot edits, from 0; the length or more: none. Default:
+                all of them.
+            padded_rows: rows of the launch, at least the sum of the lengths; those beyond it are not steered.
+
+        Raises:
+            ValueError: a shape or number out of bounds; the tables are as they were.
+        """
+        stack = self.slot.shape[1]
+        length = _whole("lengths", lengths, (None,), 0, len(self.rows))
+        count, used = len(length), int(length.sum())
+        if count > len(self.slot):
+            raise ValueError(f"lengths: expected at most {len(self.slot)} sequences, got {count}")
+        if used > len(self.rows):
+            raise ValueError(f"lengths: expected at most {len(self.rows)} rows in all, got {used}")
+        padded = used if padded_rows is None else padded_rows
+        if not used <= padded <= len(self.rows):
+            raise ValueError(f"padded_rows: expected {used} to {len(self.rows)}, got {padded}")
+        slot = _whole("slots", slots, (count, stack), UNSTEERED, _INT32_MAX)
+        decides = _whole("deciding", deciding, (count,), -1, _INT32_MAX)
+        if (beyond := decides >= length).any():
+            at = int(beyond.argmax())
+            raise ValueError(f"deciding: expected a row of sequence {at}, below {length[at]}, got {decides[at]}")
+        first = None
+        if steered_from is not None:
+            first = _whole("steered_from", steered_from, (count, stack), 0, _INT32_MAX)
+        with np.errstate(over="ignore"):
+            strength = _shaped("strengths", strengths, (count, stack)).astype(np.float32)
+        if not np.isfinite(strength).all():
+            raise ValueError(f"strengths: expected finite numbers, got {strength[~np.isfinite(strength)][0]}")
+
+        host = self._hosts[0]
+        if host.copied is not None:
+            host.copied.synchronize()
+        start = np.cumsum(length) - length
+        for name, content, unused in (
+            ("deciding", np.where(decides < 0, -1, start + decides), -1),
+            ("slot", slot, UNSTEERED),
+            ("strength", strength.view(np.int32), 0),
+        ):
+            host.regions[name][:count] = content
+            host.regions[name][count:] = unused
+        rows = host.regions["rows"]
+        sequence = np.repeat(np.arange(count), length)
+        rows[:used, 0] = sequence
+        rows[:used, 1:] = slot[sequence]
+        if first is not None:
+            place = np.arange(used) - start[sequence]
+            rows[:used, 1:][place[:, None] < first[sequence]] = UNSTEERED
+        rows[used:padded, 0] = 0
+        rows[used:padded, 1:] = UNSTEERED
+        end = self._start["rows"] + padded * (1 + stack)
+        self._device[:end].copy_(host.buffer[:end], non_blocking=True)
+        if host.copied is not None:
+            host.copied.record(torch.cuda.current_stream(self._device.device))
+        self._hosts.append(self._hosts.pop(0))
+
+
+@dataclass
+class _Host:
+    """A buffer of the host, its regions as arrays, and the event after which it may be written again."""
+
+    buffer: Tensor
+    regions: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+    copied: torch.cuda.Event | None = None
+
+
+def _shaped(name: str, given: object, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    """An array of this shape; None: any size."""
+    try:
+        array = np.asarray(given)
+    except ValueError:
+        raise ValueError(f"{name}: expected rows of one length, got {given!r}") from None
+    if array.size == 0 and not shape[0]:
+        array = np.zeros([size or 0 for size in shape], dtype=np.int64)  # an empty list has one dimension alone
+    if array.ndim != len(shape) or any(w is not None and w != n for w, n in zip(shape, array.shape, strict=True)):
+        expected = ", ".join("n" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(array.shape)}")
+    return array
+
+
+def _whole(name: str, given: object, shape: tuple[int | None, ...], low: int, high: int) -> NDArray[np.int64]:
+    """Whole numbers of this shape in low..high."""
+    numbers = _shaped(name, given, shape)
+    if numbers.dtype.kind not in "iu":
+        raise ValueError(f"{name}: expected whole numbers, got {numbers.dtype}")
+    outside = (numbers < low) | (numbers > high)
+    if outside.any():
+        raise ValueError(f"{name}: expected {low} to {high}, got {numbers[outside][0]}")
+    return numbers.astype(np.int64)

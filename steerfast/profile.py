@@ -1,11 +1,12 @@
-"""The profile: what a gate reads, what an edit adds, and where both came from.
+"""The profile: what a gate reads, what an edit does, and where both came from.
 
 A profile belongs to one model. It knows no model object and no device: tensors live on the CPU in float32,
 `steerfast.bank` puts them on a device and `steerfast.models` attaches them.
 
 File format 1: one safetensors file, data only. Tensors ``layer.<l>.direction`` and ``layer.<l>.vector`` [H],
 ``layer.<l>.candidate.<kind>`` [H], ``threshold``, ``strength`` and ``norm`` [layers]; everything else is JSON under
-the header key ``steerfast``, with a SHA-256 over that JSON and every tensor.
+the header key ``steerfast``, with a SHA-256 over that JSON and every tensor. The parameters of an edit stand there
+where the edit has some: ``low`` and ``high`` (null: no limit), ``angle``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,10 +34,12 @@ FORMAT_VERSION = 1
 
 GATE_KINDS = ("always", "prompt", "token")
 SCORES = ("cosine", "dot")
-EDITS = ("add",)
+EDITS = ("add", "ablate", "clamp", "keep_norm", "rotate")
 POSITIONS = ("all", "response")
 
 _TENSOR_NAME = re.compile(r"layer\.(\d+)\.(direction|vector|candidate\..+)", re.DOTALL)
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_LEAST_PLANE = 1.0  # degrees between a vector and a direction that are to span a plane
 # Two copies of one model in other dtypes or quantisations agree to well above this cosine; unrelated models of the
 # same shape stay near 0 (64 random projections: standard deviation 0.125).
 _SKETCH_AGREEMENT = 0.9
@@ -50,6 +53,13 @@ def _instance(name: str, value: object, kind: type, words: str) -> None:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ProfileError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """A real number, infinite or of float32's range: the ops hold it as one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= _FLOAT32_MAX or abs(value) == math.inf
 
 
 @dataclass(frozen=True)
@@ -125,8 +135,8 @@ class Gate:
     def __post_init__(self) -> None:
         _one_of("gate.kind", self.kind, GATE_KINDS)
         _one_of("gate.score", self.score, SCORES)
-        if not (math.isfinite(self.sharpness) and self.sharpness >= 0):
-            raise ProfileError(f"gate.sharpness: expected a finite number >= 0, got {self.sharpness}")
+        if not (_is_number(self.sharpness) and 0 <= self.sharpness < math.inf):
+            raise ProfileError(f"gate.sharpness: expected a finite number >= 0, got {self.sharpness!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +147,17 @@ class SteeringProfile:
         model: the model the profile belongs to.
         direction: float32 [layers, H], unit rows; what the gate reads. A zero row: the layer has no gate.
         threshold: float32 [layers], in units of the score.
-        vector: float32 [layers, H], residual-stream units; what the edit adds. A zero row: nothing to add.
+        vector: float32 [layers, H], residual-stream units; what the edit works with. A zero row: no edit.
         strength: float32 [layers]; 0: the layer is not steered.
         norm: float32 [layers], mean norm of the residual rows the profile was fitted on; 0 where unknown.
+        edit: what an open gate does to a row x, with b = strength · gate value.
+            ``add``: x + b·v. ``keep_norm``: x + b·v, scaled back to the norm of x.
+            ``ablate``: takes the component along v out. ``clamp``: moves the coefficient along v, ⟨x,v⟩/⟨v,v⟩, into
+            ``low``..``high``; ``low == high`` sets it. ``rotate``: turns the part of x in the plane of v and the
+            direction to ``angle`` and keeps its length (angular steering, Vu & Nguyen). These three go the share b of
+            the way: at b = 1 they are done.
+        low, high: the limits of ``clamp``, in units of v; one of them may be infinite.
+        angle: the target of ``rotate`` in degrees: 0 is along v, 90 is orthogonal to it on the direction's side.
         sensor: ``"own"`` (each layer decides for itself, arXiv 2401.11206) or the layer that decides for itself and
             every later one. Steered layers before it would have to know the decision in advance and are refused.
         positions: ``"all"`` edits every token of a fired prompt and all that follows, ``"response"`` the prompt's
@@ -159,7 +177,10 @@ class SteeringProfile:
     strength: Tensor
     norm: Tensor
     gate: Gate = Gate()
-    edit: Literal["add"] = "add"
+    edit: Literal["add", "ablate", "clamp", "keep_norm", "rotate"] = "add"
+    low: float = -math.inf
+    high: float = math.inf
+    angle: float | None = None
     sensor: int | Literal["own"] = "own"
     positions: Literal["all", "response"] = "all"
     vector_kind: str = "ssv"
@@ -184,11 +205,31 @@ class SteeringProfile:
         _instance("vector_kind", self.vector_kind, str, "a string")
         for name in ("fitted", "calibration", "tuned"):
             _instance(name, getattr(self, name), Mapping, "a mapping")
-        _one_of("edit", self.edit, EDITS)
+        self._check_edit()
         _one_of("positions", self.positions, POSITIONS)
         if self.sensor != "own" and not (isinstance(self.sensor, int) and 0 <= self.sensor < layers):
             raise ProfileError(f"sensor: expected 'own' or a layer in 0..{layers - 1}, got {self.sensor!r}")
         self._check_steered(length)
+
+    def _check_edit(self) -> None:
+        _one_of("edit", self.edit, EDITS)
+        for name, wrong in (("low", math.inf), ("high", -math.inf)):
+            value = getattr(self, name)
+            if not _is_number(value) or value == wrong:
+                raise ProfileError(f"{name}: expected a number or {-wrong}, got {value!r}")
+        limited = (self.low, self.high) != (-math.inf, math.inf)
+        if self.edit == "clamp":
+            if not limited:
+                raise ProfileError("low, high: a clamp expects at least one limit, got none")
+            if self.low > self.high:
+                raise ProfileError(f"low: expected at most high, {self.high:g}, got {self.low:g}")
+        elif limited:
+            raise ProfileError(f"low, high: only a clamp has limits, got {self.low:g}..{self.high:g} for {self.edit!r}")
+        if self.edit == "rotate":
+            if not _is_number(self.angle) or math.isinf(self.angle):
+                raise ProfileError(f"angle: a rotation expects a finite number of degrees, got {self.angle!r}")
+        elif self.angle is not None:
+            raise ProfileError(f"angle: only a rotation has one, got {self.angle!r} for {self.edit!r}")
 
     def _check_steered(self, direction_norm: Tensor) -> None:
         steered = self.steered_layers
@@ -197,6 +238,8 @@ class SteeringProfile:
                 raise ProfileError(
                     f"strength of layer {layer}: {float(self.strength[layer]):g}, but its vector is zero"
                 )
+            if self.edit == "rotate":
+                self._check_plane(layer)
         if self.gate.kind == "always" or not steered:
             return
         if self.sensor != "own" and steered[0] < self.sensor:
@@ -207,6 +250,15 @@ class SteeringProfile:
         for layer in steered if self.sensor == "own" else [self.sensor]:
             if not direction_norm[layer] > 0:
                 raise ProfileError(f"direction of layer {layer}: a {self.gate.kind} gate reads it, but it is zero")
+
+    def _check_plane(self, layer: int) -> None:
+        v, d = self.vector[layer].double(), self.direction[layer].double()
+        rest = (d - v * (v @ d) / (v @ v)).norm()  # of the direction, beside the vector
+        if not rest >= d.norm() * math.sin(math.radians(_LEAST_PLANE)) > 0:
+            raise ProfileError(
+                f"direction of layer {layer}: a rotation turns in the plane of the direction and the vector, expected "
+                f"them at least {_LEAST_PLANE:g} degree from parallel"
+            )
 
     @property
     def steered_layers(self) -> list[int]:
@@ -296,7 +348,7 @@ class SteeringProfile:
             raise ProfileError(f"profile {str(source)!r}: incomplete or malformed ({error!r})") from None
 
     def _header(self) -> dict[str, Any]:
-        header = {
+        header: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "model": asdict(self.model),
             "gate": asdict(self.gate),
@@ -308,6 +360,10 @@ class SteeringProfile:
             "calibration": self.calibration,
             "tuned": self.tuned,
         }
+        if self.edit == "clamp":
+            header |= {name: _finite_or_none(getattr(self, name)) for name in ("low", "high")}
+        if self.edit == "rotate":
+            header["angle"] = self.angle
         try:
             return json.loads(json.dumps(header))  # so that it hashes the same before and after a round trip
         except (TypeError, ValueError) as error:
@@ -352,6 +408,9 @@ class SteeringProfile:
             norm=tensors["norm"],
             gate=Gate(**header["gate"]),
             edit=header["edit"],
+            low=-math.inf if header.get("low") is None else header["low"],
+            high=math.inf if header.get("high") is None else header["high"],
+            angle=header.get("angle"),
             sensor=header["sensor"],
             positions=header["positions"],
             vector_kind=header["vector_kind"],
@@ -385,6 +444,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError):
             raise OutputError(f"output: cannot write {str(target)!r} ({error.strerror})") from None
         raise
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -1,15 +1,18 @@
-"""Row tables against loops that say what they mean."""
+"""Row tables against loops that say what they mean, and the one copy that a step's tables cost."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from steerfast.batch import UNSTEERED, prompt_rows, response_rows
+from steerfast.batch import UNSTEERED, Rows, StepTables, prompt_rows, response_rows
 
 Positions = Literal["all", "response"]
 MASKS = st.integers(1, 5).flatmap(
@@ -17,40 +20,216 @@ MASKS = st.integers(1, 5).flatmap(
 )
 
 
+def tensors(rows: Rows) -> tuple[Tensor, ...]:
+    return rows.rows, rows.deciding, rows.slot
+
+
+# -- padded batches ----------------------------------------------------------------------------------------------------
+
+
 @given(mask=MASKS, prompt_columns=st.integers(1, 7), positions=st.sampled_from(["all", "response"]))
 def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, positions: Positions) -> None:
     rows = prompt_rows(torch.tensor(mask), prompt_columns, positions)
     width = len(mask[0])
-    slot, sequence, deciding, decides = [], [], [], []
+    expected, deciding = [], []
     for n, valid in enumerate(mask):
         prompt = [t for t in range(width) if valid[t] and t < prompt_columns]
-        decides.append(bool(prompt))
-        deciding.append(n * width + (prompt[-1] if prompt else 0))
+        deciding.append(n * width + prompt[-1] if prompt else -1)
         for t in range(width):
             in_answer = not prompt or t >= prompt[-1]
-            slot.append(0 if valid[t] and (positions == "all" or in_answer) else UNSTEERED)
-            sequence.append(n)
-    assert rows.slot.tolist() == slot
-    assert rows.sequence.tolist() == sequence
-    assert rows.decides.tolist() == decides
+            expected.append([n, 0 if valid[t] and (positions == "all" or in_answer) else UNSTEERED])
+    assert rows.rows.tolist() == expected
     assert rows.deciding.tolist() == deciding
-    assert [t.dtype for t in (rows.slot, rows.sequence, rows.deciding, rows.decides)] == [
-        torch.int32,
-        torch.int32,
-        torch.int64,
-        torch.bool,
-    ]
+    assert rows.slot.tolist() == [[0]] * len(mask)
+    assert [t.dtype for t in tensors(rows)] == [torch.int32] * 3
+    assert all(t.is_contiguous() for t in tensors(rows))
 
 
 @pytest.mark.parametrize(("count", "width"), [(1, 1), (3, 1), (2, 4)])
 def test_response_rows_steer_everything_and_decide_nothing(count: int, width: int) -> None:
     rows = response_rows(count, width, torch.device("cpu"))
-    assert rows.slot.tolist() == [0] * (count * width)
-    assert rows.sequence.tolist() == [n for n in range(count) for _ in range(width)]
-    assert not rows.decides.any()
-    assert rows.deciding.tolist() == [n * width for n in range(count)]
+    assert rows.rows.tolist() == [[n, 0] for n in range(count) for _ in range(width)]
+    assert rows.deciding.tolist() == [-1] * count
+    assert rows.slot.tolist() == [[0]] * count
+    assert [t.dtype for t in tensors(rows)] == [torch.int32] * 3
+
+
+def test_each_row_for_itself() -> None:
+    rows = prompt_rows(torch.tensor([[False, True], [True, True]]), 2, "response").each_for_itself()
+    assert rows.rows.tolist() == [[0, -1], [1, 0], [2, -1], [3, 0]]
+    assert rows.deciding.tolist() == [-1, 1, -1, 3]
+    assert rows.slot.tolist() == [[-1], [0], [-1], [0]]
+    assert [t.dtype for t in tensors(rows)] == [torch.int32] * 3
+    assert all(t.is_contiguous() for t in tensors(rows))
 
 
 def test_rows_move_as_one() -> None:
     rows = response_rows(2, 2, torch.device("cpu")).to(torch.device("meta"))
-    assert {t.device.type for t in (rows.slot, rows.sequence, rows.deciding, rows.decides)} == {"meta"}
+    assert {t.device.type for t in tensors(rows)} == {"meta"}
+
+
+# -- a serving engine's steps ------------------------------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket not in (torch.ops.aten.slice, torch.ops.aten.view):
+            self.calls.append((func.overloadpacket.__name__, args[0].numel()))
+        return func(*args, **kwargs or {})
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> dict[str, Any]:
+    stack, count = draw(st.integers(1, 4)), draw(st.integers(0, 5))
+    lengths = draw(st.lists(st.integers(0, 4), min_size=count, max_size=count))
+
+    def table(elements: st.SearchStrategy[Any]) -> list[list[Any]]:
+        return [draw(st.lists(elements, min_size=stack, max_size=stack)) for _ in range(count)]
+
+    return {
+        "stack": stack,
+        "lengths": lengths,
+        "slots": table(st.integers(-1, 9)),
+        "strengths": table(st.floats(-4, 4, width=32)),
+        "deciding": [draw(st.integers(-1, length - 1)) for length in lengths],
+        "steered_from": draw(st.none() | st.just(table(st.integers(0, 5)))),
+        "padded_rows": draw(st.none() | st.integers(sum(lengths), 20)),
+    }
+
+
+def as_loop(step: dict[str, Any]) -> tuple[list[list[int]], list[int]]:
+    rows: list[list[int]] = []
+    deciding = []
+    for n, length in enumerate(step["lengths"]):
+        deciding.append(len(rows) + step["deciding"][n] if step["deciding"][n] >= 0 else -1)
+        for t in range(length):
+            first = step["steered_from"][n] if step["steered_from"] is not None else [0] * step["stack"]
+            rows.append([n, *(s if t >= f else -1 for s, f in zip(step["slots"][n], first, strict=True))])
+    padding = (step["padded_rows"] or len(rows)) - len(rows)
+    return rows + [[0] + [-1] * step["stack"]] * padding, deciding
+
+
+@given(first=steps(), second=steps())
+def test_written_tables_equal_a_loop_and_cost_one_copy(first: dict[str, Any], second: dict[str, Any]) -> None:
+    stack = first["stack"]
+    tables = StepTables(20, 5, stack, "cpu")
+    addresses = [t.data_ptr() for t in (tables.rows, tables.deciding, tables.slot, tables.strength)]
+    for step in (first, second) if second["stack"] == stack else (first,):
+        arguments = {key: value for key, value in step.items() if key != "stack"}
+        with Copies() as copies:
+            tables.write(**arguments)
+        assert [name for name, _ in copies.calls] == ["copy_"]
+        rows, deciding = as_loop(step)
+        count = len(deciding)
+        assert tables.rows[: len(rows)].tolist() == rows
+        assert tables.deciding.tolist() == deciding + [-1] * (5 - count)
+        assert tables.slot.tolist() == step["slots"] + [[-1] * stack] * (5 - count)
+        assert tables.strength.tolist() == step["strengths"] + [[0.0] * stack] * (5 - count)
+    assert [t.data_ptr() for t in (tables.rows, tables.deciding, tables.slot, tables.strength)] == addresses
+
+
+def test_the_copy_is_as_long_as_the_step() -> None:
+    sizes = []
+    tables = StepTables(1000, 8, 2, "cpu")
+    for lengths in ([1], [1] * 8, [100, 200]):
+        n = len(lengths)
+        with Copies() as copies:
+            tables.write(lengths, [[0, -1]] * n, [[1.0, 1.0]] * n, [-1] * n)
+        sizes += [size for _, size in copies.calls]
+    before_rows = 8 * (1 + 2 + 2)
+    assert sizes == [before_rows + 3 * rows for rows in (1, 8, 300)]
+
+
+def test_new_tables_steer_nothing() -> None:
+    tables = StepTables(6, 3, 2, "cpu")
+    assert tables.rows.tolist() == [[0, -1, -1]] * 6
+    assert tables.deciding.tolist() == [-1] * 3
+    assert tables.slot.tolist() == [[-1, -1]] * 3
+    assert tables.strength.tolist() == [[0.0, 0.0]] * 3
+    assert [t.dtype for t in (tables.rows, tables.deciding, tables.slot)] == [torch.int32] * 3
+    assert tables.strength.dtype == torch.float32
+    for tensor in (tables.rows, tables.deciding, tables.slot, tables.strength):
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 16 == 0
+
+
+def test_arrays_are_taken_as_they_are() -> None:
+    tables = StepTables(6, 3, 1, "cpu")
+    two = np.array([2, 1], dtype=np.int32)
+    tables.write(two, np.array([[4], [5]]), np.array([[0.5], [2.0]]), np.array([1, -1]))
+    assert tables.rows[:3].tolist() == [[0, 4], [0, 4], [1, 5]]
+    assert tables.deciding.tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": [1, 1, 1, 1]}, "lengths: expected at most 3 sequences, got 4"),
+        ({"lengths": [4, 3]}, "lengths: expected at most 6 rows in all, got 7"),
+        ({"lengths": [1, -1]}, "lengths: expected 0 to 6, got -1"),
+        ({"lengths": [1.5, 1]}, "lengths: expected whole numbers, got float64"),
+        ({"lengths": [[1, 1]]}, r"lengths: expected shape \[n\], got \[1, 2\]"),
+        ({"slots": [[0, 1]]}, r"slots: expected shape \[2, 2\], got \[1, 2\]"),
+        ({"slots": [[0, 1], [2]]}, r"slots: expected rows of one length, got \[\[0, 1\], \[2\]\]"),
+        ({"slots": [[0], [1]]}, r"slots: expected shape \[2, 2\], got \[2, 1\]"),
+        ({"slots": [[0, -2], [0, 0]]}, "slots: expected -1 to 2147483647, got -2"),
+        ({"slots": [[0, 2**31], [0, 0]]}, "slots: expected -1 to 2147483647, got 2147483648"),
+        ({"strengths": [[1.0, 1.0]]}, r"strengths: expected shape \[2, 2\], got \[1, 2\]"),
+        ({"strengths": [[1.0, float("nan")], [1.0, 1.0]]}, "strengths: expected finite numbers, got nan"),
+        ({"strengths": [[1.0, 1e300], [1.0, 1.0]]}, "strengths: expected finite numbers, got inf"),
+        ({"deciding": [2, 0]}, "deciding: expected a row of sequence 0, below 2, got 2"),
+        ({"deciding": [-2, 0]}, "deciding: expected -1 to 2147483647, got -2"),
+        ({"deciding": [0]}, r"deciding: expected shape \[2\], got \[1\]"),
+        ({"steered_from": [[0, 0], [0, -1]]}, "steered_from: expected 0 to 2147483647, got -1"),
+        ({"padded_rows": 2}, "padded_rows: expected 3 to 6, got 2"),
+        ({"padded_rows": 7}, "padded_rows: expected 3 to 6, got 7"),
+    ],
+)
+def test_steps_out_of_bounds_write_nothing(change: dict[str, Any], message: str) -> None:
+    tables = StepTables(6, 3, 2, "cpu")
+    step: dict[str, Any] = {
+        "lengths": [2, 1],
+        "slots": [[0, 1], [2, -1]],
+        "strengths": [[1.0, 1.0], [0.5, 1.0]],
+        "deciding": [1, -1],
+    }
+    tables.write(**step)
+    before = [t.clone() for t in (tables.rows, tables.deciding, tables.slot, tables.strength)]
+    with pytest.raises(ValueError, match=message):
+        tables.write(**{**step, **change})
+    for tensor, old in zip((tables.rows, tables.deciding, tables.slot, tables.strength), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 1, 1), "max_rows: expected at least 1, got 0"),
+        ((1, 0, 1), "max_sequences: expected at least 1, got 0"),
+        ((1, 1, 0), "stack: expected 1 to 4 slots of a sequence, got 0"),
+        ((1, 1, 5), "stack: expected 1 to 4 slots of a sequence, got 5"),
+    ],
+)
+def test_tables_that_cannot_be(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StepTables(*sizes, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_is_not_overwritten_while_the_device_still_reads_it() -> None:
+    tables = StepTables(512, 512, 1, "cuda")
+    seen = []
+    torch.cuda._sleep(200_000_000)  # the host runs ahead
+    for step in range(6):
+        tables.write([1] * 512, [[step]] * 512, [[float(step)]] * 512, [-1] * 512)
+        seen.append((tables.rows[:, 1].clone(), tables.strength[:, 0].clone()))
+    for step, (slot, strength) in enumerate(seen):
+        assert (slot == step).all()
+        assert (strength == step).all()

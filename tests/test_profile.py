@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from dataclasses import asdict, fields, replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def profiles(draw: st.DrawFn) -> SteeringProfile:
     strength = torch.tensor([0.5 + i if s else 0.0 for i, s in enumerate(steered)])
     first = steered.index(True) if any(steered) else layers - 1
     kinds = draw(st.lists(st.text(min_size=1, max_size=6), max_size=2, unique=True))
+    edit: dict[str, Any] = draw(
+        st.sampled_from(
+            [
+                {"edit": "add"},
+                {"edit": "ablate"},
+                {"edit": "keep_norm"},
+                {"edit": "clamp", "low": 0.1},
+                {"edit": "clamp", "high": -0.3},
+                {"edit": "clamp", "low": 0.1, "high": 0.1},
+                {"edit": "rotate", "angle": 33.3},
+            ]
+        )
+    )
+    if hidden == 1 and edit["edit"] == "rotate":  # no two vectors span a plane there
+        edit = {}
     sketch = draw(st.none() | st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(tuple))
     return make(
         layers,
@@ -91,6 +107,7 @@ def profiles(draw: st.DrawFn) -> SteeringProfile:
             draw(st.sampled_from(["cosine", "dot"])),
             draw(st.floats(0, 100)),
         ),
+        **edit,
         sensor=draw(st.sampled_from(["own", *range(first + 1)])),
         positions=draw(st.sampled_from(["all", "response"])),
         vector_kind=draw(st.text(min_size=1, max_size=6)),
@@ -228,6 +245,9 @@ def forge(file: Path, profile: SteeringProfile, header: dict[str, Any], tensors:
         ({"model": "tiny"}, {}, "incomplete or malformed"),
         ({"model": {}}, {}, "incomplete or malformed"),
         ({"fitted": 3}, {}, "fitted: expected a mapping, got 3"),
+        ({"edit": "clamp", "low": "0"}, {}, "low: expected a number or -inf, got '0'"),
+        ({"edit": "rotate"}, {}, "angle: a rotation expects a finite number of degrees, got None"),
+        ({"angle": 3}, {}, "angle: only a rotation has one, got 3 for 'add'"),
         ({"sensor": 9}, {}, r"sensor: expected 'own' or a layer in 0..3, got 9"),
     ],
 )  # fmt: skip
@@ -349,7 +369,29 @@ def spoiled(tensor: Tensor, where: tuple[int, ...], value: float) -> Tensor:
         (lambda p: {"vector": spoiled(p.vector, (2, 3), math.nan)}, r"vector: expected finite .*, got nan at \[2, 3\]"),
         (lambda p: {"threshold": spoiled(p.threshold, (1,), math.inf)}, r"threshold: .*, got inf at \[1\]"),
         (lambda p: {"direction": 2 * p.direction}, "direction of layer 0: expected unit norm, got norm 2"),
-        (lambda p: {"edit": "ablate"}, "edit: expected one of add, got 'ablate'"),
+        (lambda p: {"edit": "erase"}, "edit: expected one of add, ablate, clamp, keep_norm, rotate, got 'erase'"),
+        (lambda p: {"edit": "clamp"}, "low, high: a clamp expects at least one limit, got none"),
+        (lambda p: {"edit": "clamp", "low": 2.0, "high": 1.5}, "low: expected at most high, 1.5, got 2"),
+        (lambda p: {"edit": "clamp", "low": math.inf}, "low: expected a number or -inf, got inf"),
+        (lambda p: {"edit": "clamp", "high": -math.inf}, "high: expected a number or inf, got -inf"),
+        (lambda p: {"edit": "clamp", "low": math.nan}, "low: expected a number or -inf, got nan"),
+        (lambda p: {"edit": "clamp", "high": 1e39}, r"high: expected a number or inf, got 1e\+39"),
+        (lambda p: {"edit": "clamp", "low": 10**400}, "low: expected a number or -inf, got 1000"),
+        (lambda p: {"edit": "clamp", "high": None}, "high: expected a number or inf, got None"),
+        (lambda p: {"edit": "clamp", "low": "0"}, "low: expected a number or -inf, got '0'"),
+        (lambda p: {"edit": "clamp", "low": 0.0, "angle": 3.0}, "angle: only a rotation has one, got 3.0 for 'clamp'"),
+        (lambda p: {"low": 0.0, "high": 1.0}, r"low, high: only a clamp has limits, got 0\.\.1 for 'add'"),
+        (lambda p: {"edit": "rotate"}, "angle: a rotation expects a finite number of degrees, got None"),
+        (lambda p: {"edit": "rotate", "angle": math.inf}, "angle: a rotation expects a finite number .*, got inf"),
+        (lambda p: {"edit": "rotate", "angle": 9.0, "low": 0.0}, "low, high: only a clamp has limits"),
+        (
+            lambda p: {"edit": "rotate", "angle": 9.0, "vector": -3 * p.direction},
+            "direction of layer 0: a rotation turns in the plane .* at least 1 degree from parallel",
+        ),
+        (
+            lambda p: {"edit": "rotate", "angle": 9.0, "direction": 0 * p.direction, "gate": Gate("always")},
+            "direction of layer 0: a rotation turns in the plane",
+        ),
         (lambda p: {"positions": "prompt"}, "positions: expected one of all, response, got 'prompt'"),
         (lambda p: {"sensor": 4}, r"sensor: expected 'own' or a layer in 0..3, got 4"),
         (lambda p: {"sensor": "first"}, "sensor: expected 'own' or a layer in 0..3, got 'first'"),
@@ -367,8 +409,8 @@ def test_what_a_profile_refuses(change: Any, message: str) -> None:
         replace(profile, **change(profile))
 
 
-@pytest.mark.parametrize("sharpness", [-1.0, math.nan, math.inf])
-def test_what_a_gate_refuses(sharpness: float) -> None:
+@pytest.mark.parametrize("sharpness", [-1.0, math.nan, math.inf, 1e39, "1"])
+def test_what_a_gate_refuses(sharpness: Any) -> None:
     with pytest.raises(ProfileError, match=r"gate\.sharpness: expected a finite number >= 0"):
         Gate(sharpness=sharpness)
     with pytest.raises(ProfileError, match=r"gate\.score: expected one of cosine, dot, got 'l2'"):
@@ -392,6 +434,47 @@ def test_layers_of_gates_and_edits() -> None:
     assert replace(profile, sensor=0).gate_layers == [0]
     assert replace(profile, gate=Gate("token")).gate_layers == [1, 3]
     assert replace(profile, gate=Gate("always")).gate_layers == []
+
+
+@pytest.mark.parametrize("degrees", [0.9, 1.1, 179.1, 178.9])
+def test_a_rotation_needs_a_plane_where_it_steers(degrees: float) -> None:
+    v, d = torch.zeros(LAYERS, HIDDEN), torch.zeros(LAYERS, HIDDEN)
+    v[:, 0], d[:, 0], d[:, 1] = 2.0, math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    d[3] = v[3] / 2
+    strength = torch.tensor([0.5, 0.5, 0.5, 0.0])
+    if 1 < degrees < 179:
+        make(vector=v, direction=d, strength=strength, edit="rotate", angle=30)
+    else:
+        with pytest.raises(ProfileError, match="direction of layer 0: a rotation turns in the plane"):
+            make(vector=v, direction=d, strength=strength, edit="rotate", angle=30)
+
+
+def test_files_name_the_parameters_an_edit_has_and_no_others(tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    for edit, says in (
+        ({}, {}),
+        ({"edit": "ablate"}, {}),
+        ({"edit": "clamp", "low": -1.5}, {"low": -1.5, "high": None}),
+        ({"edit": "clamp", "low": 2, "high": 2}, {"low": 2, "high": 2}),
+        ({"edit": "rotate", "angle": 30.0}, {"angle": 30.0}),
+    ):
+        profile = make(**edit)
+        profile.save(file)
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads(opened.metadata()["steerfast"])
+        assert {name: header[name] for name in ("low", "high", "angle") if name in header} == says
+        assert header["edit"] == profile.edit
+        assert same(SteeringProfile.load(file), profile)
+
+
+def test_the_shipped_profile_adds_and_keeps_its_checksum() -> None:
+    shipped = files("steerfast") / "data" / "smollm2-135m-instruct.safetensors"
+    with as_file(shipped) as file:
+        profile = SteeringProfile.load(file)
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads(opened.metadata()["steerfast"])
+    assert (profile.edit, profile.low, profile.high, profile.angle) == ("add", -math.inf, math.inf, None)
+    assert profile.checksum == header["checksum"]
 
 
 def test_with_vector_swaps_and_forgets_nothing(tmp_path: Path) -> None:
@@ -425,8 +508,11 @@ def test_the_checksum_tells_profiles_apart() -> None:
     profile = make()
     assert profile.checksum == make().checksum
     others = [make(seed=1), profile.with_band([1], 0.5), replace(profile, positions="response"),
-              replace(profile, fitted={"a": 1}), replace(profile, candidates={"srv": profile.vector})]  # fmt: skip
-    assert len({other.checksum for other in [profile, *others]}) == 6
+              replace(profile, fitted={"a": 1}), replace(profile, candidates={"srv": profile.vector}),
+              replace(profile, edit="ablate"), replace(profile, edit="clamp", low=0.0),
+              replace(profile, edit="clamp", low=0.5), replace(profile, edit="clamp", high=0.5),
+              replace(profile, edit="rotate", angle=3.0), replace(profile, edit="rotate", angle=4.0)]  # fmt: skip
+    assert len({other.checksum for other in [profile, *others]}) == 1 + len(others)
 
 
 # -- whose profile it is -----------------------------------------------------------------------------------------------

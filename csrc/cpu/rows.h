@@ -6,8 +6,10 @@
 // A row is taken in blocks of 32 floats, whatever the width, and a sum is 32 running sums folded in one order at the
 // end: so every instruction set gives the same bits. (Compiled with -ffp-contract=off: no product fuses with a sum.)
 // The last, incomplete block goes through a zero-padded copy and the same code.
+// vcvtneps2bf16 of AVX-512-BF16 is not used: it takes denormal numbers for 0, and the bits would differ.
 
 #define STEERFAST_INLINE STEERFAST_TARGET inline __attribute__((always_inline))
+#define STEERFAST_EACH_PART _Pragma("GCC unroll 8") for (int k = 0; k < parts; ++k)
 
 namespace steerfast {
 namespace STEERFAST_ISA {
@@ -16,14 +18,16 @@ constexpr int width = STEERFAST_WIDTH;
 constexpr int parts = lanes / width;
 
 typedef float Floats __attribute__((vector_size(4 * width)));
+// Not memcpy: GCC 12 then keeps whole blocks on the stack, which made the float32 ops three times slower.
+typedef Floats Unaligned __attribute__((aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * width)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * width)));
 
 // ---- one machine vector in and out of memory, always float32 in registers ----
 
-STEERFAST_INLINE void load(Floats& out, const float* p) { __builtin_memcpy(&out, p, sizeof out); }
+STEERFAST_INLINE void load(Floats& out, const float* p) { out = *(const Unaligned*)p; }
 
-STEERFAST_INLINE void store(float* p, const Floats& value) { __builtin_memcpy(p, &value, sizeof value); }
+STEERFAST_INLINE void store(float* p, const Floats& value) { *(Unaligned*)p = value; }
 
 // GCC 12 takes convertvector apart into twice the instructions, hence the intrinsics; their plain AVX-512 forms make it
 // warn about its own header, hence the zero-masked ones.
@@ -42,6 +46,9 @@ STEERFAST_INLINE void load(Words& out, const uint16_t* p) {
 STEERFAST_INLINE void store(uint16_t* p, const Words& value) {
 #if STEERFAST_WIDTH == 16
   _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)value));
+#elif STEERFAST_WIDTH == 8
+  const __m256i words = (__m256i)value;  // none above 0xffff, so nothing saturates
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 #else
   const Shorts shorts = __builtin_convertvector(value, Shorts);
   __builtin_memcpy(p, &shorts, sizeof shorts);
@@ -54,12 +61,13 @@ STEERFAST_INLINE void load(Floats& out, const bf16* p) {
   out = (Floats)(bits << 16);
 }
 
-STEERFAST_INLINE void store(bf16* p, const Floats& value) {
+// The bfloat16 stands in the upper half. A NaN becomes all ones, which costs less than keeping its payload.
+STEERFAST_INLINE Words bf16_bits(const Floats& value) {
   const Words bits = (Words)value;
-  const Words nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words quiet_nan = (bits >> 16) | 0x40;
-  store(&p->bits, value != value ? quiet_nan : nearest_even);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) | (Words)(value != value);
 }
+
+STEERFAST_INLINE void store(bf16* p, const Floats& value) { store(&p->bits, bf16_bits(value) >> 16); }
 
 STEERFAST_INLINE void load(Floats& out, const f16* p) {
 #if STEERFAST_WIDTH == 16
@@ -67,7 +75,9 @@ STEERFAST_INLINE void load(Floats& out, const f16* p) {
 #elif STEERFAST_WIDTH == 8
   out = (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  for (int i = 0; i < width; ++i) out[i] = widen(p[i]);
+  float wide[width];
+  for (int i = 0; i < width; ++i) wide[i] = widen(p[i]);
+  load(out, wide);
 #endif
 }
 
@@ -81,25 +91,56 @@ STEERFAST_INLINE void store(f16* p, const Floats& value) {
 #endif
 }
 
-// ---- one row ----
+// ---- rounding to a dtype, the value staying in float32 ----
 
-struct Sums {
-  Floats dot[parts] = {};
-  Floats square[parts] = {};
-};
+STEERFAST_INLINE void round_to(float, Floats&) {}
 
-template <class X, class D>
-STEERFAST_INLINE void add_block(Sums& sums, const X* x, const D* d) {
-  for (int k = 0; k < parts; ++k) {
-    Floats a, b;
-    load(a, x + k * width);
-    load(b, d + k * width);
-    sums.dot[k] += a * b;
-    sums.square[k] += a * a;
+template <class X>
+STEERFAST_INLINE void round_to(X, Floats& value) {
+  X rounded[width];
+  store(rounded, value);
+  load(value, rounded);
+}
+
+STEERFAST_INLINE void round_to(bf16, Floats& value) { value = (Floats)(bf16_bits(value) & 0xffff0000); }
+
+// ---- one block of 32, of which the last of a row has only `rest` ----
+
+typedef Floats Block[parts];
+
+template <bool full, class T>
+STEERFAST_INLINE void get(Block& out, const T* p, int64_t rest) {
+  if (full) {
+    STEERFAST_EACH_PART load(out[k], p + k * width);
+  } else {
+    T padded[lanes] = {};
+    std::copy(p, p + rest, padded);
+    STEERFAST_EACH_PART load(out[k], padded + k * width);
   }
 }
 
-STEERFAST_INLINE float fold(const Floats* running) {
+template <bool full, class T>
+STEERFAST_INLINE void put(T* p, const Block& value, int64_t rest) {
+  if (full) {
+    STEERFAST_EACH_PART store(p + k * width, value[k]);
+  } else {
+    T padded[lanes];
+    STEERFAST_EACH_PART store(padded + k * width, value[k]);
+    std::copy(padded, padded + rest, p);
+  }
+}
+
+// A padded product is not 0 where a coefficient is infinite, and no sum may see that.
+template <bool full>
+STEERFAST_INLINE void clear_padding(Block& value, int64_t rest) {
+  if (full) return;
+  float padded[lanes];
+  STEERFAST_EACH_PART store(padded + k * width, value[k]);
+  std::fill(padded + rest, padded + lanes, 0.0f);
+  STEERFAST_EACH_PART load(value[k], padded + k * width);
+}
+
+STEERFAST_INLINE float fold(const Block& running) {
   float sum[lanes];
   __builtin_memcpy(sum, running, sizeof sum);
   for (int half = lanes / 2; half > 0; half /= 2)
@@ -107,46 +148,273 @@ STEERFAST_INLINE float fold(const Floats* running) {
   return sum[0];
 }
 
-template <class X, class D>
-STEERFAST_TARGET float row_score(const X* x, const D* d, int64_t size, Score score) {
-  Sums sums;
-  int64_t i = 0;
-  for (; i + lanes <= size; i += lanes) add_block(sums, x + i, d + i);
-  if (i < size) {
-    X x_rest[lanes] = {};
-    D d_rest[lanes] = {};
-    std::copy(x + i, x + size, x_rest);
-    std::copy(d + i, d + size, d_rest);
-    add_block(sums, x_rest, d_rest);
+// ---- sums over a row s, which lies widened and zero-padded to whole blocks in scratch memory ----
+
+template <bool full, class X>
+STEERFAST_INLINE void read_block(float* s, const X* x, const X* residual, int64_t rest) {
+  Block y, other;
+  get<full>(y, x, rest);
+  if (residual) {
+    get<full>(other, residual, rest);
+    STEERFAST_EACH_PART {
+      y[k] += other[k];
+      round_to(X(), y[k]);
+    }
   }
-  const float dot = fold(sums.dot);
-  if (score == Score::dot) return dot;
-  const float square = fold(sums.square);
-  return square == 0.0f ? 0.0f : dot / std::sqrt(square);
+  put<true>(s, y, lanes);
 }
 
-template <class X, class V>
-STEERFAST_INLINE void add_block(X* x, const V* v, float b) {
-  for (int k = 0; k < parts; ++k) {
-    Floats y, shift;
-    load(y, x + k * width);
-    load(shift, v + k * width);
-    y += b * shift;
-    store(x + k * width, y);
+template <class X>
+STEERFAST_TARGET void read_row(float* s, const X* x, const X* residual, int64_t size) {
+  int64_t i = 0;
+  for (; i + lanes <= size; i += lanes) read_block<true>(s + i, x + i, residual ? residual + i : nullptr, lanes);
+  if (i < size) read_block<false>(s + i, x + i, residual ? residual + i : nullptr, size - i);
+}
+
+template <bool full, class D>
+STEERFAST_INLINE void dot_block(Block& sums, const float* s, const D* d, int64_t rest) {
+  Block a, b;
+  get<true>(a, s, lanes);
+  get<full>(b, d, rest);
+  STEERFAST_EACH_PART sums[k] += a[k] * b[k];
+}
+
+template <class D>
+STEERFAST_TARGET float dot(const float* s, const D* d, int64_t size) {
+  Block sums = {};
+  int64_t i = 0;
+  for (; i + lanes <= size; i += lanes) dot_block<true>(sums, s + i, d + i, lanes);
+  if (i < size) dot_block<false>(sums, s + i, d + i, size - i);
+  return fold(sums);
+}
+
+// The rows s of a launch, read when a gate or an edit asks for a sum. The last one read stays.
+template <class X, class B>
+class Reader {
+ public:
+  STEERFAST_TARGET Reader(const Operands& args, float* s) : args_(args), s_(s) {}
+
+  STEERFAST_TARGET const float* row(int64_t row) {
+    if (row_ != row) {
+      const X* x = (const X*)args_.x + row * args_.x_stride;
+      const X* residual = args_.residual ? (const X*)args_.residual + row * args_.residual_stride : nullptr;
+      read_row(s_, x, residual, args_.hidden_size);
+      row_ = row;
+      has_square_ = false;
+    }
+    return s_;
+  }
+
+  STEERFAST_TARGET float dot(int64_t row, const void* bank, int64_t slot) {
+    return STEERFAST_ISA::dot(this->row(row), (const B*)bank + slot * args_.hidden_size, args_.hidden_size);
+  }
+
+  STEERFAST_TARGET float square(int64_t row) {
+    const float* s = this->row(row);
+    if (!has_square_) square_ = STEERFAST_ISA::dot(s, s, args_.hidden_size);
+    has_square_ = true;
+    return square_;
+  }
+
+  STEERFAST_TARGET float score(int64_t row, int64_t slot) {
+    const float sum = dot(row, args_.directions, slot);
+    if (args_.table[slot * table_width + score_column] != float(Score::cosine)) return sum;
+    const float square = this->square(row);
+    return square == 0.0f ? 0.0f : sum / std::sqrt(square);
+  }
+
+ private:
+  const Operands& args_;
+  float* s_;
+  int64_t row_ = -1;
+  bool has_square_ = false;
+  float square_ = 0.0f;
+};
+
+// ---- what the slots of a row do to it ----
+
+template <class B>
+struct Displacement {
+  Coefficients by;
+  const B* v;
+  const B* d;
+};
+
+// The displacements of a row; `s` is the row that those which scale it read.
+template <class B>
+struct Displacements {
+  int count = 0;
+  Displacement<B> each[max_stack];
+  const float* s = nullptr;
+};
+
+template <class X, class B>
+class Editor {
+ public:
+  STEERFAST_TARGET Editor(const EditArgs& args, float* scratch) : args_(args), reader_(args, scratch) {}
+
+  STEERFAST_TARGET void collect(Displacements<B>& out, int64_t r) {
+    const int32_t* row = args_.rows + r * (1 + args_.stack);
+    const int64_t sequence = row[0];
+    out.count = 0;
+    bool scales = false;
+    for (int64_t k = 0; k < args_.stack; ++k) {
+      const int64_t slot = row[1 + k];
+      if (slot < 0) continue;
+      const float* t = args_.table + slot * table_width;
+      const int64_t own = sequence * args_.stack + k;
+      const float g = gate(r, sequence, k, slot);
+      const float beta = g == 0.0f ? 0.0f : g * (t[strength_column] * args_.strength[own]);
+      if (beta == 0.0f) continue;
+      Coefficients by = {Edit::add, 0.0f, beta, 0.0f};
+      if (args_.kinds == Kinds::any && t[edit_column] != float(Edit::add)) {
+        Sums sums = {};
+        sums.xv = reader_.dot(r, args_.vectors, slot);
+        if (t[edit_column] == float(Edit::keep_norm)) sums.xx = reader_.square(r);
+        if (t[edit_column] == float(Edit::rotate)) sums.xd = reader_.dot(r, args_.directions, slot);
+        by = coefficients(t, beta, sums);
+        if (by.a == 0.0f && by.b == 0.0f && by.c == 0.0f) continue;
+      }
+      scales |= by.edit == Edit::keep_norm;
+      const int64_t offset = slot * args_.hidden_size;
+      out.each[out.count++] = {by, (const B*)args_.vectors + offset, (const B*)args_.directions + offset};
+    }
+    out.s = scales ? reader_.row(r) : nullptr;
+  }
+
+ private:
+  STEERFAST_TARGET float gate(int64_t r, int64_t sequence, int64_t k, int64_t slot) {
+    const float* t = args_.table + slot * table_width;
+    const int64_t own = sequence * args_.stack + k;
+    if (t[gate_column] == float(Gate::always)) return 1.0f;
+    if (args_.kinds == Kinds::latched_add) return args_.values[own];
+    if (t[gate_column] == float(Gate::token)) return gate_value(reader_.score(r, slot), t);
+    const int64_t deciding = args_.deciding ? args_.deciding[sequence] : -1;
+    if (deciding < 0) return args_.values[own];
+    // Rows of one sequence follow each other as a rule, and then the first one's decision serves all.
+    Decision& last = decisions_[k];
+    if (last.sequence != sequence || last.slot != slot) {
+      const float score = reader_.score(deciding, slot);
+      last = {sequence, slot, score, gate_value(score, t)};
+    }
+    if (r == deciding) {
+      args_.scores[own] = last.score;
+      args_.values[own] = last.value;
+    }
+    return last.value;
+  }
+
+  struct Decision {
+    int64_t sequence = -1, slot = -1;
+    float score, value;
+  };
+
+  const EditArgs& args_;
+  Reader<X, B> reader_;
+  Decision decisions_[max_stack];
+};
+
+// y of the block at i, displaced
+template <bool full, class B>
+STEERFAST_INLINE void displace(Block& y, const Displacements<B>& moves, int64_t i, int64_t rest) {
+  Block term;
+#pragma GCC unroll 1
+  for (int m = 0; m < moves.count; ++m) {
+    const Displacement<B>& move = moves.each[m];
+    if (move.by.edit == Edit::keep_norm) {
+      get<true>(term, moves.s + i, lanes);
+      STEERFAST_EACH_PART y[k] += move.by.a * term[k];
+    }
+    get<full>(term, move.v + i, rest);
+    STEERFAST_EACH_PART y[k] += move.by.b * term[k];
+    if (move.by.edit == Edit::rotate) {
+      get<full>(term, move.d + i, rest);
+      STEERFAST_EACH_PART y[k] += move.by.c * term[k];
+    }
   }
 }
 
-template <class X, class V>
-STEERFAST_TARGET void add_row(X* x, const V* v, float b, int64_t size) {
+template <bool full, class X, class B>
+STEERFAST_INLINE void steer_block(X* x, const Displacements<B>& moves, int64_t i, int64_t rest) {
+  Block y;
+  get<full>(y, x + i, rest);
+  displace<full>(y, moves, i, rest);
+  put<full>(x + i, y, rest);
+}
+
+template <class X, class B>
+STEERFAST_TARGET void steer_row(X* x, const Displacements<B>& moves, int64_t size) {
   int64_t i = 0;
-  for (; i + lanes <= size; i += lanes) add_block(x + i, v + i, b);
-  if (i < size) {
-    X x_rest[lanes] = {};
-    V v_rest[lanes] = {};
-    std::copy(x + i, x + size, x_rest);
-    std::copy(v + i, v + size, v_rest);
-    add_block(x_rest, v_rest, b);
-    std::copy(x_rest, x_rest + (size - i), x + i);
+  for (; i + lanes <= size; i += lanes) steer_block<true>(x, moves, i, lanes);
+  if (i < size) steer_block<false>(x, moves, i, size - i);
+}
+
+// ---- add, steer, and the sum of squares; then the norm, from what the first pass left in the cache ----
+
+// With `unrounded` the norm is that of y itself, which stays there; else that of the new residual.
+template <bool full, class X, class B>
+STEERFAST_INLINE void add_steer_block(Block& squares, X* out, float* unrounded, const X* x, const X* residual,
+                                      const Displacements<B>& moves, int64_t i, int64_t rest) {
+  Block y, other;
+  get<full>(y, x + i, rest);
+  get<full>(other, residual + i, rest);
+  STEERFAST_EACH_PART y[k] += other[k];
+  displace<full>(y, moves, i, rest);
+  clear_padding<full>(y, rest);
+  put<full>(out + i, y, rest);
+  if (unrounded)
+    put<true>(unrounded + i, y, lanes);
+  else
+    STEERFAST_EACH_PART round_to(X(), y[k]);
+  STEERFAST_EACH_PART squares[k] += y[k] * y[k];
+}
+
+template <class X, class B>
+STEERFAST_TARGET float add_steer_row(X* out, float* unrounded, const X* x, const X* residual,
+                                     const Displacements<B>& moves, int64_t size) {
+  Block squares = {};
+  int64_t i = 0;
+  for (; i + lanes <= size; i += lanes)
+    add_steer_block<true>(squares, out, unrounded, x, residual, moves, i, lanes);
+  if (i < size) add_steer_block<false>(squares, out, unrounded, x, residual, moves, i, size - i);
+  return fold(squares);
+}
+
+template <Norm norm, bool full, class X, class N, class W>
+STEERFAST_INLINE void norm_block(X* out, const N* n, const W* weight, float rstd, int64_t rest) {
+  Block y, w;
+  get<full>(y, n, rest);
+  get<full>(w, weight, rest);
+  STEERFAST_EACH_PART {
+    y[k] *= rstd;
+    if (norm == Norm::llama || norm == Norm::vllm_ir) round_to(X(), y[k]);
+    if (norm == Norm::gemma) w[k] = 1.0f + w[k];
+    y[k] *= w[k];
+  }
+  put<full>(out, y, rest);
+}
+
+template <Norm norm, class X, class W>
+STEERFAST_TARGET void norm_row(void* out_, const void* n_, const void* weight_, float rstd, int64_t size) {
+  typedef std::conditional_t<norms_unrounded(norm), float, X> N;
+  X* out = (X*)out_;
+  const N* n = (const N*)n_;
+  const W* weight = (const W*)weight_;
+  int64_t i = 0;
+  for (; i + lanes <= size; i += lanes) norm_block<norm, true>(out + i, n + i, weight + i, rstd, lanes);
+  if (i < size) norm_block<norm, false>(out + i, n + i, weight + i, rstd, size - i);
+}
+
+typedef void (*NormRow)(void*, const void*, const void*, float, int64_t);
+
+template <class X, class W>
+STEERFAST_TARGET NormRow choose_norm(Norm norm) {
+  switch (norm) {
+    case Norm::llama: return norm_row<Norm::llama, X, W>;
+    case Norm::gemma: return norm_row<Norm::gemma, X, W>;
+    case Norm::vllm: return norm_row<Norm::vllm, X, W>;
+    case Norm::flashinfer: return norm_row<Norm::flashinfer, X, W>;
+    default: return norm_row<Norm::vllm_ir, X, W>;
   }
 }
 
@@ -154,34 +422,46 @@ STEERFAST_TARGET void add_row(X* x, const V* v, float b, int64_t size) {
 
 template <class X, class B>
 STEERFAST_TARGET void gate(const GateArgs& args, int64_t begin, int64_t end) {
+  Reader<X, B> reader(args, scratch(0, args.hidden_size));
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t slot = args.slot[i];
-    if (slot < 0) {
-      args.scores[i] = args.values[i] = 0.0f;
-      continue;
+    const int64_t row = args.row[i];
+    if (row < 0) continue;
+    for (int64_t k = i * args.stack; k < (i + 1) * args.stack; ++k) {
+      const int64_t slot = args.slot[k];
+      const float* t = args.table + slot * table_width;
+      args.scores[k] = slot < 0 ? 0.0f : reader.score(row, slot);
+      args.values[k] = slot < 0 ? 0.0f : t[gate_column] == float(Gate::always) ? 1.0f : gate_value(args.scores[k], t);
     }
-    const X* x = (const X*)args.x + args.row[i] * args.row_stride;
-    const B* d = (const B*)args.directions + slot * args.hidden_size;
-    args.scores[i] = row_score(x, d, args.hidden_size, args.score);
-    args.values[i] = gate_value(args.scores[i], args.table + slot * table_width);
   }
 }
 
 template <class X, class B>
 STEERFAST_TARGET void steer(const SteerArgs& args, int64_t begin, int64_t end) {
+  Editor<X, B> editor(args, scratch(0, args.hidden_size));
+  Displacements<B> moves;
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t slot = args.slot[r];
-    if (slot < 0) continue;
-    X* x = (X*)args.x + r * args.row_stride;
-    const float* columns = args.table + slot * table_width;
-    const int64_t offset = slot * args.hidden_size;
-    const int64_t sequence = args.sequence[r];
-    const float value =
-        args.gate_mode == GateMode::token
-            ? gate_value(row_score(x, (const B*)args.directions + offset, args.hidden_size, args.score), columns)
-            : args.values[sequence];
-    const float b = coefficients(args.edit, value, columns[strength_column] * args.strength[sequence]);
-    if (value != 0.0f && b != 0.0f) add_row(x, (const B*)args.vectors + offset, b, args.hidden_size);
+    editor.collect(moves, r);
+    if (moves.count) steer_row((X*)args.out + r * args.x_stride, moves, args.hidden_size);
+  }
+}
+
+template <class X, class B>
+STEERFAST_TARGET void add_steer_rms_norm(const NormArgs& args, int64_t begin, int64_t end) {
+  const int64_t size = args.hidden_size;
+  Editor<X, B> editor(args, scratch(0, size));
+  Displacements<B> moves;
+  float* unrounded = norms_unrounded(args.norm) ? scratch(1, size) : nullptr;
+  const NormRow norm = args.weight_dtype == DType::f32    ? choose_norm<X, float>(args.norm)
+                       : args.weight_dtype == DType::bf16 ? choose_norm<X, bf16>(args.norm)
+                                                          : choose_norm<X, f16>(args.norm);
+  for (int64_t r = begin; r < end; ++r) {
+    editor.collect(moves, r);
+    const X* x = (const X*)args.x + r * args.x_stride;
+    const X* residual = (const X*)args.residual + r * args.residual_stride;
+    X* out = (X*)args.new_residual + r * size;
+    const float squares = add_steer_row(out, unrounded, x, residual, moves, size);
+    const float rstd = 1.0f / std::sqrt(squares / float(size) + args.eps);
+    norm((X*)args.normed + r * size, unrounded ? (const void*)unrounded : out, args.weight, rstd, size);
   }
 }
 
@@ -189,6 +469,7 @@ STEERFAST_TARGET void steer(const SteerArgs& args, int64_t begin, int64_t end) {
 }  // namespace steerfast
 
 #undef STEERFAST_INLINE
+#undef STEERFAST_EACH_PART
 #undef STEERFAST_ISA
 #undef STEERFAST_WIDTH
 #undef STEERFAST_TARGET

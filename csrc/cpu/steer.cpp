@@ -6,6 +6,8 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Half.h>
@@ -28,9 +30,12 @@ struct f16 {
   uint16_t bits;
 };
 
-inline float widen(f16 value) { return c10::detail::fp16_ieee_to_fp32_value(value.bits); }
+// Out of line: without instructions for it, a conversion is too much code to unroll.
+[[maybe_unused]] __attribute__((noinline)) float widen(f16 value) {
+  return c10::detail::fp16_ieee_to_fp32_value(value.bits);
+}
 
-inline f16 narrow(float value) {
+[[maybe_unused]] __attribute__((noinline)) f16 narrow(float value) {
   if (value != value) {  // keep sign and payload and make it quiet, as the F16C instructions do
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -46,8 +51,56 @@ inline float gate_value(float score, const float* columns) {
   return value == value ? value : 1.0f;
 }
 
-// b of y = x + b*v: all that ADD needs. An edit that also scales x or adds d returns a and c from here.
-inline float coefficients(Edit /*ADD, the only one*/, float gate, float strength) { return gate * strength; }
+// Sums over the row s that an edit reads.
+struct Sums {
+  float xx, xv, xd;
+};
+
+// The displacement a*s + b*v + c*d of a row. Only KEEP_NORM has an a, and only ROTATE a c.
+struct Coefficients {
+  Edit edit;
+  float a, b, c;
+};
+
+inline Coefficients coefficients(const float* t, float beta, const Sums& sums) {
+  constexpr float negligible = 1.0f / 65536;
+  const float vv = t[vector_sq_column], vd = t[vector_direction_column], dd = t[direction_sq_column];
+  const Edit edit = Edit(int(t[edit_column]));
+  Coefficients by = {edit, 0.0f, 0.0f, 0.0f};
+  if (edit == Edit::clamp) {
+    if (vv <= 0.0f) return by;
+    const float along = sums.xv / vv;
+    by.b = beta * (std::min(std::max(along, t[low_column]), t[high_column]) - along);
+  } else if (edit == Edit::keep_norm) {
+    const float full = sums.xx + beta * (2.0f * sums.xv + beta * vv);
+    if (full <= negligible * (sums.xx + beta * beta * vv)) return by;  // they cancel: no direction is left
+    const float ratio = std::sqrt(sums.xx / full);
+    by.a = ratio - 1.0f;
+    by.b = ratio * beta;
+  } else {
+    const float rest_sq = dd - vd * vd / vv;
+    if (vv <= 0.0f || rest_sq <= negligible * dd) return by;  // v and d span no plane
+    const float root = std::sqrt(vv), rest = std::sqrt(rest_sq);
+    const float p1 = sums.xv / root, p2 = (sums.xd - sums.xv * vd / vv) / rest;
+    const float radius = std::sqrt(p1 * p1 + p2 * p2);
+    const float q1 = p1 + beta * (radius * t[low_column] - p1), q2 = p2 + beta * (radius * t[high_column] - p2);
+    const float length = std::sqrt(q1 * q1 + q2 * q2);
+    if (length == 0.0f) return by;
+    by.c = (q2 * radius / length - p2) / rest;
+    by.b = (q1 * radius / length - p1) / root - by.c * vd / vv;
+  }
+  return by;
+}
+
+// This thread's memory for a row in float32, whole blocks of it; a row of its own for each `which`.
+inline float* scratch(int which, int64_t size) {
+  constexpr int64_t line = 64 / sizeof(float);
+  thread_local std::vector<float> rows[2];
+  std::vector<float>& row = rows[which];
+  const size_t needed = (size + lanes - 1) / lanes * lanes + line;
+  if (row.size() < needed) row.resize(needed);
+  return (float*)((uintptr_t(row.data()) + 63) / 64 * 64);
+}
 
 }  // namespace
 }  // namespace steerfast
@@ -72,11 +125,12 @@ inline float coefficients(Edit /*ADD, the only one*/, float gate, float strength
 namespace steerfast {
 namespace {
 
-// gate and steer of one instruction set, for each dtype of x and of the bank
+// the ops of one instruction set, for each dtype of x and of the bank
 struct Kernels {
   const char* isa;
   void (*gate[3][3])(const GateArgs&, int64_t, int64_t);
   void (*steer[3][3])(const SteerArgs&, int64_t, int64_t);
+  void (*add_steer_rms_norm[3][3])(const NormArgs&, int64_t, int64_t);
 };
 
 #define STEERFAST_DTYPES(isa, op)                                                  \
@@ -86,7 +140,7 @@ struct Kernels {
         {isa::op<f16, float>, isa::op<f16, bf16>, isa::op<f16, f16>},              \
   }
 #define STEERFAST_KERNELS(isa) \
-  { #isa, STEERFAST_DTYPES(isa, gate), STEERFAST_DTYPES(isa, steer) }
+  { #isa, STEERFAST_DTYPES(isa, gate), STEERFAST_DTYPES(isa, steer), STEERFAST_DTYPES(isa, add_steer_rms_norm) }
 
 #if defined(__x86_64__)
 bool has_f16c() {
@@ -138,7 +192,11 @@ void gate(const GateArgs& args) {
 }
 
 void steer(const SteerArgs& args) {
-  run(kernels().steer[int(args.x_dtype)][int(args.bank_dtype)], args, args.rows);
+  run(kernels().steer[int(args.x_dtype)][int(args.bank_dtype)], args, args.count);
+}
+
+void add_steer_rms_norm(const NormArgs& args) {
+  run(kernels().add_steer_rms_norm[int(args.x_dtype)][int(args.bank_dtype)], args, args.count);
 }
 
 }  // namespace steerfast

@@ -1,47 +1,54 @@
-// The steering ops on the CPU. What they compute is written down in kernels/gate.py and kernels/steer.py.
+// The steering ops on the CPU. What they compute is written down in kernels/.
 #pragma once
 
 #include <cstdint>
 
+#include "../contract.h"
+
 namespace steerfast {
 
-enum class DType { f32, bf16, f16 };
-enum class Score : int64_t { dot = 0, cosine = 1 };
-enum class GateMode : int64_t { latched = 0, token = 1 };
-enum class Edit : int64_t { add = 0 };
-
-// Columns of the table, as in kernels/contract.py.
-constexpr int64_t threshold_column = 0, sharpness_column = 1, strength_column = 2, table_width = 8;
-
-// The residual stream and the bank, both rows of `hidden_size` numbers.
+// What the ops share: rows of the residual stream, the bank, and what each sequence latched.
 struct Operands {
-  void* x;
-  int64_t row_stride;
+  const void* x;
+  int64_t x_stride;
+  const void* residual;  // null: x alone is the row
+  int64_t residual_stride;
   DType x_dtype;
-  const void* vectors;  // null for a gate
+  int64_t hidden_size;
   const void* directions;
   DType bank_dtype;
   const float* table;
-  int64_t hidden_size;
-  Score score;
+  int64_t stack;  // slots per sequence and per row
+  float* scores;  // null where the op decides nothing
+  float* values;  // written only where it decides
 };
 
 struct GateArgs : Operands {
   int64_t sequences;
-  const int64_t* row;
+  const int32_t* row;
   const int32_t* slot;
-  float* scores;
-  float* values;
 };
 
-struct SteerArgs : Operands {
-  int64_t rows;
-  const int32_t* slot;
-  const int32_t* sequence;
-  const float* values;
+struct EditArgs : Operands {
+  int64_t count;
+  const int32_t* rows;
+  const int32_t* deciding;  // null: every gate is latched or the row's own
   const float* strength;
-  GateMode gate_mode;
-  Edit edit;
+  const void* vectors;
+  Kinds kinds;
+};
+
+struct SteerArgs : EditArgs {
+  void* out;  // x itself
+};
+
+struct NormArgs : EditArgs {
+  const void* weight;
+  DType weight_dtype;
+  float eps;
+  Norm norm;
+  void* normed;
+  void* new_residual;
 };
 
 // The instruction set in use: the best one of this CPU, or the one STEERFAST_CPU_ISA names. Chosen at the first call.
@@ -51,5 +58,6 @@ const char* isa();
 // Indices must be in range.
 void gate(const GateArgs& args);
 void steer(const SteerArgs& args);
+void add_steer_rms_norm(const NormArgs& args);
 
 }  // namespace steerfast

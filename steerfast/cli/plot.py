@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerfast.cli.rendering import SETS, layer_ranges, layers
+from steerfast.cli.rendering import SETS, edit, layer_ranges, layers
 from steerfast.errors import OutputError, SteerfastError
 from steerfast.profile import write_atomically
 
@@ -117,16 +117,22 @@ def _draw_layers(figure: Any, profile: SteeringProfile) -> None:
 
 
 def _draw_edits(axes: Any, profile: SteeringProfile) -> None:
-    """strength · |v| of each layer, as a share of the mean row where that is known."""
+    """What is added, strength · |v| of each layer, as a share of the mean row where that is known; of an edit that
+    takes its size from the row, the strength.
+    """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     rows = layers(profile)
-    known = all(row["residual_norm"] > 0 for row in rows)
-    sizes = [row["strength"] * row["vector_norm"] / (row["residual_norm"] if known else 1.0) for row in rows]
+    adds = profile.edit in ("add", "keep_norm")
+    known = adds and all(row["residual_norm"] > 0 for row in rows)
+    unit = "share of the row's norm" if known else "residual-stream units" if adds else "strength"
+    sizes = [row["strength"] * (row["vector_norm"] if adds else 1.0) for row in rows]
+    if known:
+        sizes = [size / row["residual_norm"] for size, row in zip(sizes, rows, strict=True)]
     axes.bar([row["layer"] for row in rows], sizes, color="#6b46c1", width=0.8)
     axes.axhline(0, color="#4a5568", linewidth=0.8)
-    axes.set_title("What an open gate adds", fontsize=11, loc="left")
-    axes.set_ylabel("share of the row's norm" if known else "residual-stream units")
+    axes.set_title(f"What an open gate {'adds' if adds else f'does: {edit(profile)}'}", fontsize=11, loc="left")
+    axes.set_ylabel(unit)
     axes.set_xlabel("decoder layer")
     axes.set_xlim(-0.8, len(rows) - 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))

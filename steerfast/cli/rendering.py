@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def header(profile: SteeringProfile) -> Table:
         "model": f"{model.name} ({model.architecture}, {model.num_layers} layers of {model.hidden_size})",
         "gate": "always open" if gate.kind == "always" else f"{gate.kind}, {gate.score}, {shape}",
         "sensor": "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}",
-        "edit": f"{profile.edit}, layers {steered}, positions {profile.positions}",
+        "edit": f"{edit(profile)}, layers {steered}, positions {profile.positions}",
         "vector": profile.vector_kind + _also(profile.candidates),
         "fitted": _fitted(profile.fitted),
         "calibrated": _calibrated(profile.calibration),
@@ -48,6 +49,14 @@ def header(profile: SteeringProfile) -> Table:
     for warning in worries(profile):
         table.add_row("[bold yellow]warning", escape(warning))
     return table
+
+
+def edit(profile: SteeringProfile) -> str:
+    """``clamp to -1..2``: the kind of edit and its parameters."""
+    if profile.edit == "clamp":
+        limits = [f"{limit:g}" if math.isfinite(limit) else "" for limit in (profile.low, profile.high)]
+        return f"clamp to {limits[0]}" if profile.low == profile.high else f"clamp to {'..'.join(limits)}"
+    return profile.edit if profile.angle is None else f"{profile.edit} to {profile.angle:g} degrees"
 
 
 def layer_table(profile: SteeringProfile) -> Table:
@@ -122,6 +131,9 @@ def summary(profile: SteeringProfile) -> dict[str, Any]:
         "model": model,
         "gate": asdict(profile.gate),
         "edit": profile.edit,
+        "low": profile.low if math.isfinite(profile.low) else None,
+        "high": profile.high if math.isfinite(profile.high) else None,
+        "angle": profile.angle,
         "sensor": profile.sensor,
         "positions": profile.positions,
         "vector_kind": profile.vector_kind,

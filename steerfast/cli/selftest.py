@@ -1,8 +1,8 @@
-"""Every op implementation that runs here, against the float64 reference beside it."""
+"""Are the ops right here? Every live implementation is checked against the float64 reference beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,34 +11,37 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from steerfast import _native
+from steerfast.kernels import add_steer_rms_norm as norms
 from steerfast.kernels import gate as gates
 from steerfast.kernels import steer as edits
-from steerfast.kernels.contract import (
-    FLOAT_DTYPES,
-    SHARPNESS,
-    STRENGTH,
-    TABLE_WIDTH,
-    THRESHOLD,
-    Edit,
-    GateMode,
-    Score,
-)
+from steerfast.kernels.contract import FLOAT_DTYPES, SHARPNESS, TABLE_WIDTH, Edit, Gate, Kinds, Norm, Score
+from steerfast.kernels.edits import reference_stream
 
-OPS = ("gate", "steer_")
-_ROWS, _HIDDEN, _SLOTS, _SEQUENCES = 8, 576, 2, 4
+_ROWS, _HIDDEN, _SEQUENCES, _EPS = 8, 576, 4, 1e-5
 # Float32 may lose this share of the sum of a row's terms: 64 roundings of 2^-24.
 _SUM = 64 * 2.0**-24
+_ROW = 2.0**-17  # ... and an edit, which takes several sums, this share of the row's largest number
+# Gate, score, edit, threshold, sharpness, strength, low, high: every gate and every edit.
+_SLOTS = (
+    (Gate.PROMPT, Score.COSINE, Edit.ADD, 0.0, 0.0, 0.75, 0.0, 0.0),
+    (Gate.TOKEN, Score.DOT, Edit.ADD, 0.1, 4.0, -1.5, 0.0, 0.0),
+    (Gate.ALWAYS, Score.COSINE, Edit.CLAMP, 0.0, 0.0, 1.0, -0.1, 0.2),
+    (Gate.PROMPT, Score.DOT, Edit.KEEP_NORM, 0.0, 2.0, 1.0, 0.0, 0.0),
+    (Gate.TOKEN, Score.COSINE, Edit.ROTATE, 0.0, 3.0, 1.0, 0.6, 0.8),
+)
+
+# What an op gave, what it should have given, and how far the two may be apart.
+_Outcome = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run both ops; `absent` says why it cannot run here, None where it can."""
+    """One way to run the ops, by name; `absent` says why it cannot run here, None where it can."""
 
     name: str
     absent: str | None
     device: str
-    gate: Callable[..., tuple[Tensor, Tensor]]
-    steer_: Callable[..., None]
+    ops: Mapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -61,31 +64,47 @@ class Check:
 def implementations() -> list[Implementation]:
     """All implementations of the ops, live or not."""
     cuda = None if torch.cuda.is_available() else "no CUDA device"
-    triton: Any = (None, None)
     if gates.triton is None:
         cuda = "triton is not installed"
-    else:
-        triton = (gates.gate_triton, edits.steer_triton_)
-    cpp = (torch.ops.steerfast.gate.default, torch.ops.steerfast.steer_.default)
+    ops = torch.ops.steerfast
+    plain = (
+        gates.gate_torch_,
+        edits.steer_torch_,
+        norms.add_steer_rms_norm_torch,
+        norms.add_steer_rms_norm_prompt_torch,
+    )
+    cpp = (
+        ops.gate_.default,
+        ops.steer_.default,
+        ops.add_steer_rms_norm.default,
+        ops.add_steer_rms_norm.prompt,
+    )
+    triton = (
+        gates.gate_triton_,
+        edits.steer_triton_,
+        norms.add_steer_rms_norm_triton,
+        norms.add_steer_rms_norm_prompt_triton,
+    )
     return [
-        Implementation("torch", None, "cpu", gates.gate_torch, edits.steer_torch_),
-        Implementation("cpp", _native.reason, "cpu", *cpp),
-        Implementation("triton", cuda, "cuda", *triton),
+        Implementation("torch", None, "cpu", dict(zip(OPS, plain, strict=True))),
+        Implementation("cpp", _native.reason, "cpu", dict(zip(OPS, cpp, strict=True))),
+        Implementation("triton", cuda, "cuda", dict(zip(OPS, triton, strict=True))),
     ]
 
 
 def self_test(implementation: Implementation) -> Iterator[Check]:
-    """Check both ops of a live implementation on rows of every dtype; an exception is a failed check."""
+    """Check every op of a live implementation on rows of every dtype; an exception is a failed check."""
     for dtype in FLOAT_DTYPES:
-        case = _Case.make(dtype)
-        for op, measure in (("gate", _gate_errors), ("steer_", _steer_errors)):
-            name = str(dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
+        for op, measure in _MEASURES.items():
             try:
-                error, allowed = measure(implementation, case)
+                outcomes = list(measure(implementation.ops[op], dtype, implementation.device))
             except Exception as problem:
                 says = f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
                 yield Check(op, implementation.name, name, False, problem=says)
                 continue
+            error = torch.cat([(got.double().cpu() - want).abs().flatten() for got, want, _ in outcomes])
+            allowed = torch.cat([limit.expand(want.shape).flatten() for _, want, limit in outcomes])
             worst = int((error / allowed).nan_to_num(nan=torch.inf).argmax())
             passed = bool((error <= allowed).all())  # False where the error is NaN
             yield Check(op, implementation.name, name, passed, float(error[worst]), float(allowed[worst]))
@@ -93,13 +112,14 @@ def self_test(implementation: Implementation) -> Iterator[Check]:
 
 @dataclass(frozen=True)
 class _Case:
-    """Arguments of both ops: hard and soft gates, open and shut ones, rows that are not steered."""
+    """Arguments of the ops: gates of all kinds, open and shut, every edit, rows that are not steered."""
 
     x: Tensor
-    row: Tensor
-    gate_slot: Tensor
+    residual: Tensor
+    weight: Tensor
+    deciding: Tensor
     slot: Tensor
-    sequence: Tensor
+    rows: Tensor
     values: Tensor
     strength: Tensor
     vectors: Tensor
@@ -107,73 +127,112 @@ class _Case:
     table: Tensor
 
     @classmethod
-    def make(cls, dtype: torch.dtype) -> _Case:
-        generator = torch.Generator().manual_seed(0)
+    def make(cls, dtype: torch.dtype, device: str, stack: int) -> _Case:
+        generator = torch.Generator().manual_seed(stack)
 
         def numbers(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        table = torch.zeros(_SLOTS, TABLE_WIDTH)
-        table[:, SHARPNESS] = torch.tensor([0.0, 4.0])
-        table[:, STRENGTH] = torch.tensor([0.75, -1.5])
-        table[:, THRESHOLD] = torch.tensor([0.0, 0.1])
-        directions = normalize(numbers(_SLOTS, _HIDDEN), dim=1)
-        slot = torch.tensor([0, 1, -1, 0, 1, 0, -1, 1], dtype=torch.int32)
+        vectors, directions = numbers(len(_SLOTS), _HIDDEN), normalize(numbers(len(_SLOTS), _HIDDEN), dim=1)
+        squares = (vectors.square().sum(1), (vectors * directions).sum(1), directions.square().sum(1))
+        table = torch.zeros(len(_SLOTS), TABLE_WIDTH)
+        gate, score, edit, threshold, sharpness, strength, low, high = torch.tensor(_SLOTS).T
+        columns = (threshold, sharpness, strength, *squares, low, high, gate, score, edit)
+        table[:, : len(columns)] = torch.stack(columns, dim=1)
+
+        sequence = torch.arange(_ROWS) % _SEQUENCES
+        slot = (torch.arange(_SEQUENCES)[:, None] + 3 * torch.arange(stack)) % len(_SLOTS)
+        slot[-1, -1] = -1
+        slots = slot[sequence]
+        slots[_ROWS // 2, 0] = -1
         # Towards and away from the direction in turn, so that no score lies near the hard gate's threshold.
         sides = torch.tensor([1.0, -1.0]).repeat(_ROWS // 2)[:, None]
-        x = (numbers(_ROWS, _HIDDEN) + 6 * sides * directions[slot.clamp(min=0).long()]).to(dtype)
-        return cls(
-            x=x,
-            row=torch.tensor([0, 3, 4, 6]),
-            gate_slot=torch.tensor([0, 0, 1, -1], dtype=torch.int32),
-            slot=slot,
-            sequence=torch.arange(_ROWS, dtype=torch.int32) % _SEQUENCES,
-            values=torch.tensor([1.0, 0.0, 0.5, 1.0]),
-            strength=torch.tensor([1.0, 1.0, 0.5, 2.0]),
-            vectors=numbers(_SLOTS, _HIDDEN),
+        case = cls(
+            x=(numbers(_ROWS, _HIDDEN) + 6 * sides * directions[0]).to(dtype),
+            residual=numbers(_ROWS, _HIDDEN).to(dtype),
+            weight=1 + 0.1 * numbers(_HIDDEN),
+            deciding=torch.tensor([0, 5, -1, 3], dtype=torch.int32),
+            slot=slot.to(torch.int32),
+            rows=torch.cat([sequence[:, None], slots], dim=1).to(torch.int32),
+            values=torch.tensor([1.0, 0.0, 0.5, 1.0])[:, None].repeat(1, stack),
+            strength=torch.tensor([1.0, 1.0, 0.5, 2.0])[:, None].repeat(1, stack),
+            vectors=vectors,
             directions=directions,
             table=table,
         )
+        return cls(**{name: tensor.to(device) for name, tensor in vars(case).items()})
 
-    def score_error(self, rows: Tensor, slot: Tensor, score: int) -> Tensor:
-        """How far a float32 score may end from the exact one; rows float64 [n, H]."""
-        bound = _SUM * (rows * self.directions[slot.clamp(min=0).long()].double()).abs().sum(1)
-        return bound if score == Score.DOT else bound / rows.norm(dim=1) + 2.0**-22
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        return self.rows, self.values, self.strength, self.vectors, self.directions, self.table
 
+    def latch(self) -> tuple[Tensor, Tensor]:
+        """Scores and values [n, K] that an op may write."""
+        return torch.full_like(self.values, 0.25), self.values.clone()
 
-def _gate_errors(implementation: Implementation, case: _Case) -> tuple[Tensor, Tensor]:
-    """Errors and tolerances of scores and values, float64 [n]."""
-    inputs = (case.x, case.row, case.gate_slot, case.directions, case.table)
-    errors, allowed = [], []
-    for score in Score:
-        got = implementation.gate(*(tensor.to(implementation.device) for tensor in inputs), int(score))
-        want = gates.reference(*inputs, int(score))
-        bound = case.score_error(case.x[case.row].double(), case.gate_slot, score)
-        steepest = case.table[:, SHARPNESS].max() / 4  # of a sigmoid; hard gates are far from their threshold
-        for result, exact, limit in zip(got, want, (bound, steepest * bound + 1e-6), strict=True):
-            errors.append((result.double().cpu() - exact).abs())
-            allowed.append(limit.clamp(min=1e-12))
-    return torch.cat(errors), torch.cat(allowed)
+    def gate_limits(self, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """How far float32 scores and values may end from the exact ones, float64 [n, K]."""
+        s = reference_stream(self.x, residual)[self.deciding.cpu().clamp(min=0).long()]
+        chosen = self.slot.cpu().long()
+        bound = _SUM * (s[:, None] * self.directions.cpu()[chosen]).abs().sum(2)
+        steepest = self.table[:, SHARPNESS].max().cpu() / 4  # of a sigmoid; hard gates are far from their threshold
+        return bound, steepest * bound + 1e-6
 
 
-def _steer_errors(implementation: Implementation, case: _Case) -> tuple[Tensor, Tensor]:
-    """Errors and tolerances of every number of the edited rows, float64 [n]."""
-    inputs = (case.slot, case.sequence, case.values, case.strength, case.vectors, case.directions, case.table)
-    x, slot = case.x.double(), case.slot.clamp(min=0).long()
-    errors, allowed = [], []
-    for mode in GateMode:
-        for score in Score:
-            y = case.x.to(implementation.device, copy=True)
-            choices = (int(mode), int(score), int(Edit.ADD))
-            implementation.steer_(y, *(tensor.to(implementation.device) for tensor in inputs), *choices)
-            want = edits.reference(case.x, *inputs, *choices)
-            # One rounding to the dtype, and float32 before it.
-            limit = 0.501 * torch.finfo(y.dtype).eps * want.abs() + 2.0**-25
-            limit += 2.0**-22 * ((want - x).abs() + x.abs())
-            if mode == GateMode.TOKEN:
-                moved = case.table[slot, SHARPNESS] / 4 * case.score_error(x, case.slot, score) + 1e-6
-                pull = (case.table[slot, STRENGTH] * case.strength[case.sequence.long()]).abs()
-                limit += (moved * pull)[:, None] * case.vectors[slot].double().abs()
-            errors.append((y.double().cpu() - want).abs().flatten())
-            allowed.append(limit.flatten())
-    return torch.cat(errors), torch.cat(allowed)
+def _gate(run: Callable[..., None], dtype: torch.dtype, device: str) -> Iterator[_Outcome]:
+    for stack in (1, 2):
+        case = _Case.make(dtype, device, stack)
+        for residual in (None, case.residual):
+            scores, values = case.latch()
+            inputs = (case.x, residual, case.deciding, case.slot, case.directions, case.table)
+            want = gates.reference(*inputs, scores, values)
+            run(*inputs, scores, values)
+            yield from zip((scores, values), want, case.gate_limits(residual), strict=True)
+
+
+def _steer(run: Callable[..., None], dtype: torch.dtype, device: str) -> Iterator[_Outcome]:
+    for stack, kinds in ((1, Kinds.LATCHED_ADD), (1, Kinds.ANY), (2, Kinds.ANY)):
+        case = _Case.make(dtype, device, stack)
+        for residual in (None, case.residual):
+            y = case.x.clone()
+            want = edits.reference(y, residual, *case.operands, kinds)
+            run(y, residual, *case.operands, int(kinds))
+            yield y, want, _limit(want, case, 0.501)
+
+
+def _norm(run: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, device: str) -> Iterator[_Outcome]:
+    for stack, kinds, kind in ((1, Kinds.LATCHED_ADD, Norm.LLAMA), *((2, Kinds.ANY, kind) for kind in Norm)):
+        case = _Case.make(dtype, device, stack)
+        inputs = (case.x, case.residual, case.weight, *case.operands, _EPS, int(kind), int(kinds))
+        yield from _normed(run(*inputs), norms.reference(*inputs), case)
+
+
+def _norm_prompt(run: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, device: str) -> Iterator[_Outcome]:
+    for stack in (1, 2):
+        case = _Case.make(dtype, device, stack)
+        scores, values = case.latch()
+        operands = (case.strength, case.vectors, case.directions, case.table, _EPS, int(Norm.LLAMA))
+        inputs = (case.x, case.residual, case.weight, case.rows, case.deciding, scores, values, *operands)
+        *want, want_scores, want_values = norms.reference_prompt(*inputs)
+        yield from _normed(run(*inputs), want, case)
+        yield from zip((scores, values), (want_scores, want_values), case.gate_limits(case.residual), strict=True)
+
+
+def _normed(got: Any, want: Any, case: _Case) -> Iterator[_Outcome]:
+    """Of normed rows, which the reference does not round on the way, and of the new residual."""
+    for result, exact, roundings in zip(got, want, (1.51, 0.501), strict=True):
+        yield result, exact, _limit(exact, case, roundings)
+
+
+def _limit(want: Tensor, case: _Case, roundings: float) -> Tensor:
+    largest = torch.maximum(want.abs().amax(1, keepdim=True), case.x.double().cpu().abs().amax(1, keepdim=True))
+    return roundings * torch.finfo(case.x.dtype).eps * want.abs() + _ROW * largest
+
+
+_MEASURES: dict[str, Callable[[Callable[..., Any], torch.dtype, str], Iterator[_Outcome]]] = {
+    "gate_": _gate,
+    "steer_": _steer,
+    "add_steer_rms_norm": _norm,
+    "add_steer_rms_norm.prompt": _norm_prompt,
+}
+OPS = tuple(_MEASURES)

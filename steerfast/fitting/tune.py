@@ -236,7 +236,8 @@ def _fingerprint(profile: SteeringProfile) -> str:
     kinds = {profile.vector_kind: profile.vector, **profile.candidates}
     for tensor in (profile.direction, profile.threshold, *(kinds[kind] for kind in sorted(kinds))):
         digest.update(tensor.contiguous().numpy().tobytes())
-    digest.update(f"{profile.sensor} {profile.gate}".encode())
+    edit = (profile.edit, profile.low, profile.high, profile.angle)
+    digest.update(f"{profile.sensor} {profile.gate} {edit}".encode())
     return digest.hexdigest()
 
 

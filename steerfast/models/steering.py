@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast.bank import LayerBank, layer_bank
+from steerfast.bank import Bank, LayerBank, kinds_of
 from steerfast.batch import Rows, prompt_rows, response_rows
 from steerfast.errors import ArchitectureError, ProfileError, SteerfastError
-from steerfast.kernels.contract import Edit, GateMode, Score
-from steerfast.kernels.gate import gate
-from steerfast.kernels.steer import steer_, steer_torch_
+from steerfast.kernels.gate import gate_unchecked_
+from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.models import latch as latches
 from steerfast.models.latch import Latch
 from steerfast.models.structure import STEERED_MARK, find_decoder, identify
@@ -78,8 +77,6 @@ class Steering:
         self.model = model
         self._decoder = decoder
         self._owner = profile.checksum  # so that its decisions stay valid for it wherever a cache goes
-        self._score = Score[profile.gate.score.upper()]
-        self._edit_kind = Edit[profile.edit.upper()]
         self._gates = {layer: index for index, layer in enumerate(profile.gate_layers)}
         self._steered = set(profile.steered_layers)
         self._latch: Latch | None = None
@@ -93,7 +90,8 @@ class Steering:
         self._prompts: int | None = None
         self._rows: dict[torch.device, Rows] = {}
         self._deciding = False
-        self._open_rows: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._banks: dict[torch.device, Bank] = {}
         self._buffers: dict[tuple[Any, ...], Any] = {}
         self._strength = _finite(strength)
         self._undo: list[Callable[[], None]] = []
@@ -238,11 +236,12 @@ class Steering:
         if prompt is not None and past < prompt.length:
             prompt_columns = min(width, prompt.length - past)
         self._prompts = prompt.count if prompt is not None else None
-        self._deciding = prompt_columns > 0
-        self._open_rows.clear()
-        if self._deciding or self.profile.gate.kind == "token":
-            latch = self._new_latch(count, tokens.device) if latch is None else latch.copy()
+        token_gate = self.profile.gate.kind == "token"
+        self._deciding = prompt_columns > 0 or token_gate
+        self._values.clear()
         if self._deciding:
+            latch = self._new_latch(count, tokens.device) if latch is None else latch.copy()
+        if prompt_columns > 0:
             mask = given.get("attention_mask")
             if prompt is not None and prompt.mask is not None and not _is_flat(mask):
                 mask = _grown(prompt.mask, count, past + width)
@@ -251,7 +250,7 @@ class Steering:
         else:
             rows = self._buffer(("rows", count, width), tokens.device, lambda d: response_rows(count, width, d))
         self._latch = latch
-        self._rows = {tokens.device: rows}
+        self._rows = {tokens.device: rows.each_for_itself() if token_gate else rows}
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
@@ -269,7 +268,7 @@ class Steering:
         # Autograd may need the layer's own output unchanged, and only the torch implementation has a gradient.
         differentiable = torch.is_grad_enabled() and hidden.requires_grad
         edited = hidden.clone() if differentiable or not hidden.is_contiguous() else hidden
-        self._edit(layer, edited.view(-1, hidden.shape[-1]), steer_torch_ if differentiable else steer_)
+        self._edit(layer, edited.view(-1, hidden.shape[-1]), steer_torch_ if differentiable else steer_unchecked_)
         if edited is hidden:
             return None
         return edited if isinstance(output, Tensor) else (edited, *output[1:])
@@ -280,61 +279,58 @@ class Steering:
         if device not in self._rows:
             self._rows[device] = next(iter(self._rows.values())).to(device)
         rows = self._rows[device]
-        bank = self._buffer(("bank", layer), device, lambda d: layer_bank([self.profile], layer, d))
-        token_gate = self.profile.gate.kind == "token"
-        if layer in self._gates and token_gate:
-            self._decide_rows(self._gates[layer], x, rows, bank, latch)
-        elif layer in self._gates and self._deciding:
-            self._decide_prompts(self._gates[layer], x, rows, bank, latch)
+        bank = self._bank(device).layer(layer)
+        index = self._gates.get(layer, 0)
+        if layer in self._gates and self._deciding:
+            self._values[index] = self._decide(index, x.detach(), rows, bank, latch)
         if layer not in self._steered:
             return
-        index = self._gates.get(layer, 0)
-        if token_gate:  # every row carries its own decision: it is its own sequence
-            values = self._open_rows[index].to(device)
-            sequence = self._buffer(
-                ("sequence", len(x)), device, lambda d: torch.arange(len(x), dtype=torch.int32, device=d)
-            )
-        else:
-            values, sequence = latch.values[index].to(device), rows.sequence
+        values = self._values[index] if index in self._values else latch.values[index, :, None]
         strength = self._buffer(
             ("strength", len(values)),
             device,
-            lambda d: torch.full((len(values),), self._strength, dtype=torch.float32, device=d),
+            lambda d: torch.full((len(values), 1), self._strength, dtype=torch.float32, device=d),
         )
         operator(
             x,
-            rows.slot,
-            sequence,
-            values,
+            None,
+            rows.rows,
+            values.to(device),
             strength,
             bank.vectors,
             bank.directions,
             bank.table,
-            gate_mode=GateMode.LATCHED,
-            score=self._score,
-            edit=self._edit_kind,
+            bank.kinds,
         )
 
-    def _decide_prompts(self, index: int, x: Tensor, rows: Rows, bank: LayerBank, latch: Latch) -> None:
-        """Each sequence's deciding row sets its latched value; sequences without a prompt token keep theirs."""
-        slot = torch.zeros(len(rows.deciding), dtype=torch.int32, device=x.device)
-        scores, values = gate(x.detach(), rows.deciding, slot, bank.directions, bank.table, self._score)
-        device = latch.values.device
-        decides = rows.decides.to(device)
-        latch.values[index] = torch.where(decides, values.to(device), latch.values[index])
-        latch.scores[index] = torch.where(decides, scores.to(device), latch.scores[index])
-
-    def _decide_rows(self, index: int, x: Tensor, rows: Rows, bank: LayerBank, latch: Latch) -> None:
-        """Each row decides for itself, in this step only; the latch keeps the highest of its sequence for `fired`."""
-        every = self._buffer(("every", len(x)), x.device, lambda d: torch.arange(len(x), device=d))
-        scores, values = gate(x.detach(), every, rows.slot, bank.directions, bank.table, self._score)
-        self._open_rows[index] = values
-        scores = torch.where(rows.slot >= 0, scores, float("-inf"))
-        sequence, device = rows.sequence.long().to(latch.values.device), latch.values.device
-        latch.values[index] = latch.values[index].scatter_reduce(0, sequence, values.to(device), "amax")
-        latch.scores[index] = latch.scores[index].scatter_reduce(0, sequence, scores.to(device), "amax")
+    def _decide(self, index: int, x: Tensor, rows: Rows, bank: LayerBank, latch: Latch) -> Tensor:
+        """Gate values [n, 1] of this step: a prompt gate's are the latch's own, which sequences without a prompt token
+        keep; a token gate's are of this step alone, and the latch keeps the highest of each sequence for `fired`.
+        """
+        token_gate = self.profile.gate.kind == "token"
+        latched = latch.scores[index, :, None], latch.values[index, :, None]
+        if token_gate:
+            scores, values = (x.new_full((len(x), 1), fill, dtype=torch.float32) for fill in (float("-inf"), 0.0))
+        else:
+            scores, values = (tensor.to(x.device) for tensor in latched)
+        gate_unchecked_(x, None, rows.deciding, rows.slot, bank.directions, bank.table, scores, values)
+        for old, new in zip(latched, (scores, values), strict=True):
+            if token_gate:
+                old.copy_(torch.maximum(old, new.view(len(old), -1).amax(dim=1, keepdim=True).to(old.device)))
+            elif new.device != old.device:
+                old.copy_(new)
+        return values
 
     # -- small things ------------------------------------------------------------------------------------------------
+
+    def _bank(self, device: torch.device) -> Bank:
+        """The profile on `device`, in slot 0; a model may lie on several."""
+        if device not in self._banks:
+            model = self.profile.model
+            bank = Bank(model.num_layers, model.hidden_size, 1, device, kinds=kinds_of(self.profile))
+            bank.add("profile", self.profile)
+            self._banks[device] = bank
+        return self._banks[device]
 
     def _new_latch(self, count: int, device: torch.device) -> Latch:
         """Closed gates; without gates, open ones."""

@@ -24,6 +24,7 @@ from steerfast.cli import common, main, selftest
 from steerfast.cli.generate import _render
 from steerfast.cli.rendering import layer_ranges
 from steerfast.fitting.calibrate import StyleWarning
+from steerfast.kernels.contract import Kinds
 from steerfast.models.loading import load_model
 from steerfast.profile import SteeringProfile
 
@@ -397,6 +398,30 @@ def test_inspect_tells_all_layers_and_draws(work: Path, tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("fields", "says", "data"),
+    [
+        ({"edit": "clamp", "low": -0.5, "high": 2.0}, "clamp to -0.5..2", (-0.5, 2.0, None)),
+        ({"edit": "clamp", "high": 2.0}, "clamp to ..2", (None, 2.0, None)),
+        ({"edit": "clamp", "low": 1.0, "high": 1.0}, "clamp to 1", (1.0, 1.0, None)),
+        ({"edit": "rotate", "angle": 150.0}, "rotate to 150 degrees", (None, None, 150.0)),
+        ({"edit": "ablate"}, "ablate", (None, None, None)),
+    ],
+)
+def test_inspect_tells_what_an_edit_does(
+    work: Path, tmp_path: Path, fields: dict[str, Any], says: str, data: tuple[float | None, ...]
+) -> None:
+    profile = replace(SteeringProfile.load(work / "extracted.safetensors"), **fields)
+    profile.save(tmp_path / "p.safetensors")
+    result = done(
+        "inspect", tmp_path / "p.safetensors", "--plot", tmp_path / "p.svg", "--json", tmp_path / "p.json"
+    )  # fmt: skip
+    assert f"{says}, layers " in result.stdout
+    read = json.loads((tmp_path / "p.json").read_text())
+    assert (read["edit"], read["low"], read["high"], read["angle"]) == (fields["edit"], *data)
+    assert (tmp_path / "p.svg").exists()
+
+
 @pytest.mark.parametrize("ending", ["svg", "pdf"])
 def test_inspect_draws_a_profile_that_is_not_calibrated(work: Path, tmp_path: Path, ending: str) -> None:
     result = done("inspect", work / "extracted.safetensors", "--plot", tmp_path / f"p.{ending}", "--json", "-")
@@ -450,7 +475,7 @@ def test_doctor_passes_and_names_what_is_live(tmp_path: Path) -> None:
     assert data["passed"] is True
     assert data["versions"]["torch"] == torch.__version__
     assert data["cpu_isa"] == _native.isa()
-    assert data["implementations"]["gate"]["cpp"] == _native.available
+    assert data["implementations"]["gate_"]["cpp"] == _native.available
     tested = {check["implementation"] for check in data["self_test"]}
     assert tested | set(data["absent"]) == {"torch", "cpp", "triton"}
     assert ("cpp" in tested) == _native.available
@@ -462,23 +487,30 @@ def test_doctor_passes_and_names_what_is_live(tmp_path: Path) -> None:
 def test_doctor_fails_where_an_op_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     right = selftest.implementations()[0]
 
-    def wrong_gate(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        scores, values = right.gate(*inputs)
-        return scores * 1.001, values
+    def wrong_gate(*inputs: Any) -> None:
+        right.ops["gate_"](*inputs)
+        inputs[-2].mul_(1.001)
 
     def no_steer(*inputs: Any) -> None:
         raise RuntimeError("no kernel")
 
-    broken = replace(right, name="broken", gate=wrong_gate, steer_=no_steer)
+    def wrong_norm(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, stream = right.ops["add_steer_rms_norm"](*inputs)
+        return normed, stream * 1.001 if inputs[-1] == Kinds.ANY else stream
+
+    wrong = {"gate_": wrong_gate, "steer_": no_steer, "add_steer_rms_norm": wrong_norm}
+    broken = replace(right, name="broken", ops={**right.ops, **wrong})
     monkeypatch.setattr(selftest, "implementations", lambda: [right, broken])
     result = run("doctor", "--json", "-")
     assert result.exit_code == 1
     data = json.loads(result.stdout)
     assert data["passed"] is False
     by_name = {(c["implementation"], c["op"], c["dtype"]): c for c in data["self_test"]}
-    assert by_name["torch", "gate", "bfloat16"]["passed"]
-    gate = by_name["broken", "gate", "float32"]
-    assert gate["max_error"] > gate["tolerance"]
+    assert by_name["torch", "gate_", "bfloat16"]["passed"]
+    assert by_name["broken", "add_steer_rms_norm.prompt", "float32"]["passed"]
+    for op in ("gate_", "add_steer_rms_norm"):
+        check = by_name["broken", op, "float32"]
+        assert check["max_error"] > check["tolerance"]
     assert by_name["broken", "steer_", "float32"]["problem"] == "RuntimeError: no kernel"
 
 

@@ -1,0 +1,36 @@
+// What the ops agree on, as in kernels/contract.py.
+#pragma once
+
+namespace steerfast {
+
+enum class DType { f32, bf16, f16 };
+
+enum class Score { dot, cosine };
+enum class Gate { always, prompt, token };
+enum class Edit { add, clamp, keep_norm, rotate };
+enum class Kinds { latched_add, any };
+enum class Norm { llama, gemma, vllm, flashinfer, vllm_ir };
+
+// the columns of the table
+enum Column : int {
+  threshold_column,
+  sharpness_column,
+  strength_column,
+  vector_sq_column,
+  vector_direction_column,
+  direction_sq_column,
+  low_column,
+  high_column,
+  gate_column,
+  score_column,
+  edit_column,
+  table_width = 16,
+};
+
+constexpr int max_stack = 4;  // slots that may edit one row
+constexpr int max_hidden_size = 32768;
+
+// These norm the row before it is rounded to its dtype, the others after.
+constexpr bool norms_unrounded(Norm norm) { return norm == Norm::flashinfer || norm == Norm::vllm_ir; }
+
+}  // namespace steerfast

@@ -1,0 +1,637 @@
+"""Residual add, gate, edit and RMSNorm in one pass: what stands between two blocks of a pre-norm decoder.
+
+Numerics contract, for row ``r``: ``y = x[r] + residual[r]`` in float32, not rounded; ``s`` is y rounded to the dtype of
+x (the row the unsteered model has); y is displaced by each of the row's slots as :mod:`.edits` defines; the new
+residual is y rounded once. Then, with ``w`` the norm's weight and all of it float32,
+
+    n       the new residual, or y itself
+    rstd    1 / sqrt(sum(n*n) / H + eps)
+    normed  n * rstd * w, rounded once or twice
+
+                  n              n * rstd              weight
+    LLAMA         new residual   rounded to dtype      w          transformers' Llama, Mistral, Qwen2, Phi3
+    GEMMA         new residual   float32               1 + w      transformers' Gemma
+    VLLM          new residual   float32               w          vLLM's CUDA kernel
+    FLASHINFER    y              float32               w          FlashInfer
+    VLLM_IR       y              rounded to dtype      w          the native form of vLLM's norm
+
+A row without a displacement has the bits of the same op without slots (K = 0): the new residual of such a row is
+x + residual rounded once.
+
+The overload ``prompt`` decides prompt gates in the same launch: every row of a sequence reads the row that decides for
+it again, from x and residual, and the program of that row stores the score and the value. (So the rows of a sequence
+must name the same slots in the same places, or none.) Nothing that one program writes is read by another: the outputs
+are fresh tensors, and the latch of a sequence that decides is not read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .contract import (
+    FLOAT_DTYPES,
+    GATE,
+    TABLE_WIDTH,
+    Gate,
+    Kinds,
+    Norm,
+    check_choice,
+    check_like,
+    check_operands,
+    check_residual,
+    check_rows,
+    check_separate,
+    library,
+)
+from .edits import reference_gate, reference_rows, reference_stream, torch_displaced, torch_gate
+from .launch import Launcher, eager_cuda, launch_shape, nvidia
+
+try:
+    import triton
+    import triton.language as tl
+
+    from .edits import _PROMPT, displace, gate_score, gate_value, latched, load_row, load_stream, product
+except ImportError:  # a CPU-only install: the ops then run as C++ or torch
+    triton = None
+
+__all__ = [
+    "add_steer_rms_norm",
+    "add_steer_rms_norm_prompt",
+    "add_steer_rms_norm_prompt_torch",
+    "add_steer_rms_norm_prompt_triton",
+    "add_steer_rms_norm_torch",
+    "add_steer_rms_norm_triton",
+    "add_steer_rms_norm_unchecked",
+    "reference",
+    "reference_prompt",
+]
+
+NORM_OF_ROUNDED = (Norm.LLAMA, Norm.GEMMA, Norm.VLLM)
+ROUND_BEFORE_WEIGHT = (Norm.LLAMA, Norm.VLLM_IR)
+
+
+# ---- reference ---------------------------------------------------------------------------------------------
+
+
+def reference(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int = Norm.LLAMA,
+    kinds: int = Kinds.ANY,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`add_steer_rms_norm` means, without a rounding: normed and new residual, float64 [rows, H] on the CPU.
+
+    The roundings that tell the norms apart are left out, so all but GEMMA agree here.
+    """
+    y = x.double().cpu() + residual.double().cpu()
+    s = reference_stream(x, residual)
+    y = reference_rows(y, s, rows, values, strength, vectors, directions, table, kinds)
+    w = weight.double().cpu() + (1 if norm == Norm.GEMMA else 0)
+    return y * torch.rsqrt(y.square().mean(1, keepdim=True) + eps) * w, y
+
+
+def reference_prompt(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    deciding: torch.Tensor,
+    scores: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int = Norm.LLAMA,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the overload ``prompt`` means: normed, new residual, and what it leaves in scores and values, float64."""
+    s = reference_stream(x, residual)
+    scores, values = scores.double().cpu().clone(), values.double().cpu().clone()
+    for q, p in enumerate(deciding.tolist()):
+        for k, slot in enumerate(rows[p, 1:].tolist() if p >= 0 else []):
+            numbers = table[slot].double().cpu()
+            if slot >= 0 and numbers[GATE] == Gate.PROMPT:
+                scores[q, k], values[q, k] = reference_gate(s[p], directions[slot].double().cpu(), numbers)
+    operands = (rows, values, strength, vectors, directions, table)
+    normed, stream = reference(x, residual, weight, *operands, eps, norm, Kinds.ANY)
+    return normed, stream, scores, values
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------
+
+if triton is not None:
+    _GEMMA = tl.constexpr(int(Norm.GEMMA))
+    _FLASHINFER = tl.constexpr(int(Norm.FLASHINFER))
+    _VLLM_IR = tl.constexpr(int(Norm.VLLM_IR))
+    _LLAMA = tl.constexpr(int(Norm.LLAMA))
+    _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
+    _ANY = tl.constexpr(int(Kinds.ANY))
+
+    @triton.jit
+    def decided(  # type: ignore[no-untyped-def]
+        stream,
+        is_deciding_row,
+        at,
+        slots,
+        kinds,
+        gates,
+        scores_ptr,
+        values_ptr,
+        directions_ptr,
+        table_ptr,
+        inside,
+        columns,
+        H: tl.constexpr,
+        K: tl.constexpr,
+        NVIDIA: tl.constexpr,
+    ):
+        """The gates of a row's slots, prompt gates taken from the deciding row `stream`, which stores them."""
+        result = ()
+        for k in tl.static_range(K):
+            gate = gates[k]
+            if (slots[k] >= 0) & (kinds[k] == _PROMPT):
+                numbers = table_ptr + slots[k] * _TABLE_WIDTH
+                d = load_row(directions_ptr, slots[k], H, inside, columns, H, True)
+                xd = tl.sum(product(stream, d, NVIDIA), axis=0)
+                score = gate_score(xd, tl.sum(product(stream, stream, NVIDIA), axis=0), numbers)
+                gate = gate_value(score, numbers)
+                tl.store(scores_ptr + at + k, score, mask=is_deciding_row)
+                tl.store(values_ptr + at + k, gate, mask=is_deciding_row)
+            result = result + (gate,)  # type: ignore[assignment]
+        return result
+
+    @triton.jit(
+        do_not_specialize_on_alignment=[
+            "rows_ptr",
+            "values_ptr",
+            "strength_ptr",
+            "table_ptr",
+            "deciding_ptr",
+            "scores_ptr",
+        ]
+    )
+    def add_steer_rms_norm_kernel(  # type: ignore[no-untyped-def]
+        x_ptr,
+        residual_ptr,
+        normed_ptr,
+        new_residual_ptr,
+        weight_ptr,
+        vectors_ptr,
+        directions_ptr,
+        rows_ptr,
+        values_ptr,
+        strength_ptr,
+        table_ptr,
+        deciding_ptr,
+        scores_ptr,
+        x_stride,
+        residual_stride,
+        eps,
+        H: tl.constexpr,
+        BLOCK: tl.constexpr,
+        K: tl.constexpr,
+        CONTIGUOUS: tl.constexpr,
+        NORM: tl.constexpr,
+        KINDS: tl.constexpr,
+        DECIDE: tl.constexpr,
+        NVIDIA: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < H
+        record = rows_ptr + row * (K + 1)
+        # The slots first: the addresses of their vectors hang on them.
+        sequence = tl.load(record).to(tl.int64)
+        if DECIDE:
+            steered = tl.full((), 0, tl.int1)
+            for k in tl.static_range(K):
+                steered |= tl.load(record + 1 + k) >= 0
+            deciding = tl.load(deciding_ptr + sequence, mask=steered, other=-1).to(tl.int64)
+        else:
+            deciding = tl.full((), -1, tl.int64)
+        slots, kinds, gates, strengths = latched(record, sequence, deciding < 0, values_ptr, strength_ptr, table_ptr, K)
+        dtype = x_ptr.dtype.element_ty
+        if DECIDE:
+            if deciding >= 0:
+                gates = decided(
+                    load_stream(
+                        x_ptr, residual_ptr, deciding, x_stride, residual_stride, inside, columns, H, CONTIGUOUS, True
+                    ),
+                    deciding == row,
+                    sequence * K,
+                    slots,
+                    kinds,
+                    gates,
+                    scores_ptr,
+                    values_ptr,
+                    directions_ptr,
+                    table_ptr,
+                    inside,
+                    columns,
+                    H,
+                    K,
+                    NVIDIA,
+                )
+        y = load_row(x_ptr, row, x_stride, inside, columns, H, CONTIGUOUS)
+        y += load_row(residual_ptr, row, residual_stride, inside, columns, H, CONTIGUOUS)
+        # Early, so that its latency hides behind the row's; late, where its registers would spill meanwhile.
+        if (KINDS != _ANY) & (K <= 1):
+            weight = load_row(weight_ptr, 0, 0, inside, columns, H, True)
+        y, _ = displace(
+            y,
+            x_ptr,
+            residual_ptr,
+            row,
+            x_stride,
+            residual_stride,
+            slots,
+            kinds,
+            gates,
+            strengths,
+            vectors_ptr,
+            directions_ptr,
+            table_ptr,
+            inside,
+            columns,
+            H,
+            K,
+            CONTIGUOUS,
+            True,
+            KINDS,
+            NVIDIA,
+        )
+        new_residual = y.to(dtype)
+        tl.store(new_residual_ptr + row * H + columns, new_residual, mask=inside)
+        n = y
+        if (NORM != _FLASHINFER) & (NORM != _VLLM_IR):
+            n = new_residual.to(tl.float32)
+        mean = tl.div_rn(tl.sum(product(n, n, NVIDIA), axis=0), tl.full((), H, tl.float32))
+        rstd = tl.div_rn(tl.full((), 1.0, tl.float32), tl.sqrt_rn(mean + tl.full((), eps, tl.float32)))
+        normed = n * rstd
+        if (KINDS == _ANY) | (K > 1):
+            weight = load_row(weight_ptr, 0, 0, inside, columns, H, True)
+        if (NORM == _LLAMA) | (NORM == _VLLM_IR):
+            normed = normed.to(dtype).to(tl.float32)
+        if NORM == _GEMMA:
+            weight = 1.0 + weight
+        tl.store(normed_ptr + row * H + columns, (normed * weight).to(dtype), mask=inside)
+
+    launch = Launcher(add_steer_rms_norm_kernel)
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int,
+    kinds: int,
+    deciding: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    count, hidden_size = x.shape
+    contiguous, strides = x.is_contiguous() and residual.is_contiguous(), (0, 0)
+    if contiguous:
+        normed, new_residual = torch.empty_like(x), torch.empty_like(x)
+    else:
+        normed, new_residual = x.new_empty(x.shape), x.new_empty(x.shape)
+        strides = (x.stride(0), residual.stride(0))
+    if not count:
+        return normed, new_residual
+    # What torch allocates starts at multiples of 16 bytes.
+    address = x.data_ptr() | residual.data_ptr() | weight.data_ptr() | vectors.data_ptr() | directions.data_ptr()
+    shape = launch_shape(hidden_size, x.dtype)
+    stack = rows.shape[1] - 1
+    launch(
+        x,
+        count,
+        (x.dtype, weight.dtype, vectors.dtype),
+        (
+            x,
+            residual,
+            normed,
+            new_residual,
+            weight,
+            vectors,
+            directions,
+            rows,
+            values,
+            strength,
+            table,
+            deciding,
+            scores,
+        ),
+        (*strides, eps),
+        (hidden_size, shape.block, stack, contiguous, norm, kinds, deciding is not None, nvidia(x)),
+        shape,
+        address,
+    )
+    return normed, new_residual
+
+
+def add_steer_rms_norm_triton(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int,
+    kinds: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_steer_rms_norm` as a Triton kernel, one program per row. Arguments are taken as checked."""
+    return _launch(x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm, kinds)
+
+
+def add_steer_rms_norm_prompt_triton(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    deciding: torch.Tensor,
+    scores: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_steer_rms_norm_prompt` as a Triton kernel. Arguments are taken as checked."""
+    operands = (rows, values, strength, vectors, directions, table)
+    return _launch(x, residual, weight, *operands, eps, norm, int(Kinds.ANY), deciding, scores)
+
+
+# ---- torch -------------------------------------------------------------------------------------------------
+
+
+def add_steer_rms_norm_torch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int,
+    kinds: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_steer_rms_norm` in plain torch, on any device, without a synchronisation.
+
+    Differentiable in x, residual and weight; gates carry no gradient. Arguments are taken as checked.
+    """
+    y = x.float() + residual.float()
+    s = y.to(x.dtype).float()
+    y, _ = torch_displaced(y, s, rows, values, strength, vectors, directions, table, kinds)
+    new_residual = y.to(x.dtype)
+    n = new_residual.float() if norm in NORM_OF_ROUNDED else y
+    normed = n * (1.0 / ((n * n).mean(1, keepdim=True) + eps).sqrt())
+    if norm in ROUND_BEFORE_WEIGHT:
+        normed = normed.to(x.dtype).float()
+    w = weight.float() + 1.0 if norm == Norm.GEMMA else weight.float()
+    return (normed * w).to(x.dtype), new_residual
+
+
+def add_steer_rms_norm_prompt_torch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    deciding: torch.Tensor,
+    scores: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_steer_rms_norm_prompt` in plain torch. Arguments are taken as checked."""
+    if len(x) and len(deciding):
+        at = torch.where(deciding >= 0, deciding, 0)
+        s = (x.index_select(0, at).float() + residual.index_select(0, at).float()).to(x.dtype).float()
+        slots = rows.index_select(0, at)[:, 1:]
+        for k in range(slots.shape[1]):
+            slot = torch.where(slots[:, k] >= 0, slots[:, k], 0)
+            numbers = table.index_select(0, slot)
+            decides = (deciding >= 0) & (slots[:, k] >= 0) & (numbers[:, GATE] == Gate.PROMPT)
+            score, value = torch_gate(s.detach(), directions.index_select(0, slot).float(), numbers)
+            for latch, new in ((scores, score), (values, value)):
+                latch[:, k].copy_(torch.where(decides, new, latch[:, k]))
+    operands = (rows, values, strength, vectors, directions, table)
+    return add_steer_rms_norm_torch(x, residual, weight, *operands, eps, norm, Kinds.ANY)
+
+
+# ---- registration ------------------------------------------------------------------------------------------
+
+
+def _fake(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int,
+    kinds: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _prompt_fake(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    deciding: torch.Tensor,
+    scores: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+library.define(
+    "add_steer_rms_norm(Tensor x, Tensor residual, Tensor weight, Tensor rows, Tensor values, Tensor strength, "
+    "Tensor vectors, Tensor directions, Tensor table, float eps, int norm, int kinds) -> (Tensor, Tensor)"
+)
+library.define(
+    "add_steer_rms_norm.prompt(Tensor x, Tensor residual, Tensor weight, Tensor rows, Tensor deciding, "
+    "Tensor(a!) scores, Tensor(b!) values, Tensor strength, Tensor vectors, Tensor directions, Tensor table, "
+    "float eps, int norm) -> (Tensor, Tensor)"
+)
+library.impl("add_steer_rms_norm", add_steer_rms_norm_torch, "CompositeExplicitAutograd")
+library.impl("add_steer_rms_norm.prompt", add_steer_rms_norm_prompt_torch, "CompositeExplicitAutograd")
+if triton is not None:
+    library.impl("add_steer_rms_norm", add_steer_rms_norm_triton, "CUDA")
+    library.impl("add_steer_rms_norm.prompt", add_steer_rms_norm_prompt_triton, "CUDA")
+torch.library.register_fake("steerfast::add_steer_rms_norm", _fake, lib=library)
+torch.library.register_fake("steerfast::add_steer_rms_norm.prompt", _prompt_fake, lib=library)
+
+
+# ---- public ------------------------------------------------------------------------------------------------
+
+
+def add_steer_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int = Norm.LLAMA,
+    kinds: int = Kinds.ANY,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the residual, steer, and normalise for the next block.
+
+    Where a gradient is wanted the op runs as :func:`add_steer_rms_norm_torch`.
+    :func:`add_steer_rms_norm_unchecked` is the same without the checks, for callers that own their buffers.
+
+    Args:
+        x: [rows, H] float32, bfloat16 or float16, what the block adds; the last dimension contiguous, the row stride
+            free.
+        residual: [rows, H] like x, what it is added to.
+        weight: [H] float32, bfloat16 or float16, of the norm.
+        rows: [rows, 1 + K] int32, K from 0 to 4: each row's index in ``values`` and ``strength``, then its slots; -1:
+            none. A slot, or a used sequence, out of range is an error on a CPU and undefined on a GPU.
+        values: [n, K] float32, latched gate values from 0 to 1.
+        strength: [n, K] float32, multiplies the strengths of the slots.
+        vectors: [slots, H] float32, bfloat16 or float16, in units of the residual stream.
+        directions: [slots, H], dtype of ``vectors``, unit norm by convention; read by token gates and by ROTATE.
+        table: [slots, TABLE_WIDTH] float32, see :mod:`.contract`.
+        eps: added to the mean square, >= 0.
+        norm: :class:`Norm`.
+        kinds: :class:`Kinds`. LATCHED_ADD treats every slot as one that adds by its latched value.
+
+    Returns:
+        The normalised rows and the new residual, [rows, H] in the dtype of x, contiguous.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, stride, device or choice is wrong; the message names the argument.
+    """
+    _check(x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm)
+    arguments = (x, residual, weight, rows, values, strength, vectors, directions, table, float(eps), int(norm))
+    check_choice("kinds", kinds, Kinds)
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
+        return add_steer_rms_norm_torch(*arguments, int(kinds))
+    return torch.ops.steerfast.add_steer_rms_norm.default(*arguments, int(kinds))
+
+
+def add_steer_rms_norm_prompt(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    deciding: torch.Tensor,
+    scores: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int = Norm.LLAMA,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_steer_rms_norm` of a step that holds the rows its prompt gates read: decided in the same launch.
+
+    Args:
+        deciding: [n] int32, the row of x that decides for each sequence; -1: the latched values hold.
+        scores: [n, K] float32; written for PROMPT slots of the deciding rows.
+        values: [n, K] float32; written likewise, read for sequences that do not decide.
+
+    The other arguments, the result and the errors are those of :func:`add_steer_rms_norm`; ``kinds`` is ANY.
+    """
+    _check(x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm)
+    check_like("deciding", deciding, values.shape[:1], (torch.int32,), x.device)
+    check_like("scores", scores, values.shape, (torch.float32,), x.device)
+    if not torch.compiler.is_compiling():
+        read: dict[str, torch.Tensor | None] = {"x": x, "residual": residual, "weight": weight, "rows": rows}
+        read |= {"deciding": deciding, "strength": strength, "vectors": vectors, "directions": directions}
+        check_separate({"scores": scores, "values": values}, {**read, "table": table})
+    arguments = (x, residual, weight, rows, deciding, scores, values, strength, vectors, directions, table)
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
+        return add_steer_rms_norm_prompt_torch(*arguments, float(eps), int(norm))
+    return torch.ops.steerfast.add_steer_rms_norm.prompt(*arguments, float(eps), int(norm))
+
+
+def add_steer_rms_norm_unchecked(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int,
+    kinds: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_steer_rms_norm` for callers that own their buffers: no checks, no gradient, and eager CUDA rows go to
+    the kernel without the dispatcher.
+    """
+    operands = (x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm, kinds)
+    if eager_cuda(x):
+        return add_steer_rms_norm_triton(*operands)
+    return torch.ops.steerfast.add_steer_rms_norm.default(*operands)
+
+
+def _check(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    eps: float,
+    norm: int,
+) -> None:
+    check_rows(x)
+    check_residual(x, residual)
+    check_like("weight", weight, (x.shape[1],), FLOAT_DTYPES, x.device)
+    check_operands(x, rows, values, strength, vectors, directions, table)
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    check_choice("norm", norm, Norm)

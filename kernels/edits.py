@@ -1,0 +1,483 @@
+"""The arithmetic of one row: what a gate reads from it and how a slot displaces it. All ops share this.
+
+Numerics contract. ``s`` is the row as the unsteered model has it: ``x``, or where the residual stream is kept as a
+pair, ``x + residual`` rounded to their dtype. ``d``, ``v`` and ``t`` are a slot's direction, vector and table row.
+All arithmetic is float32, and every product and every sum is rounded: no fused multiply-add anywhere.
+
+    score   DOT: <s, d>.  COSINE: <s, d> / sqrt(<s, s>), and 0 where <s, s> is 0
+    value   SHARPNESS == 0: 1 if score > THRESHOLD else 0.  Otherwise sigmoid(SHARPNESS * (score - THRESHOLD)).
+            A NaN counts as fired: 1
+    g       ALWAYS: 1.  PROMPT: the sequence's latched value.  TOKEN: the value of the row itself
+    beta    0 if g == 0, else g * (STRENGTH * strength of the sequence)
+
+A slot whose beta is 0 does nothing. Otherwise it displaces the row by ``(a - 1)*s + b*v + c*d``, where the sums
+xx = <s, s>, xd = <s, d>, xv = <s, v> and the constants vv, vd, dd of the table give
+
+    ADD         b = beta
+    CLAMP       b = beta * (clip(xv/vv, LOW, HIGH) - xv/vv): the coefficient along v is brought into a range.
+                LOW = HIGH = 0 ablates v
+    KEEP_NORM   the row after ADD, scaled back to the norm of s: a = sqrt(xx / |s + beta*v|^2), b = a*beta
+    ROTATE      the part of s in the plane of v and d turns towards the angle whose cosine and sine (measured
+                from v) are LOW and HIGH; beta = 1 arrives there. The norm stays
+
+No displacement where it is undefined: CLAMP by a zero vector, KEEP_NORM where s and beta*v cancel to less than
+2^-8 of their norms, ROTATE where v and d span no plane. The slots of a row all read the same s, and their
+displacements add up in the order of the slots, so that no slot's gate can see another slot's edit.
+
+A single slot that adds takes no sum over the row: its bits are the same in Triton, C++ and torch. Sums are taken in
+an order of the implementation's own, the same for a row in every batch (in Triton: where rows start at multiples of
+16 bytes; plain torch does not promise it).
+
+DOT at the prompt's last token: InferAligner (Wang et al., EMNLP 2024, section 3), whose bias is the threshold with
+the other sign. COSINE with a threshold: CAST (Lee et al., ICLR 2025). Ablation: Arditi et al., NeurIPS 2024.
+ROTATE: angular steering (Vu & Nguyen, 2025).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .contract import (
+    DIRECTION_SQ,
+    EDIT,
+    GATE,
+    HIGH,
+    LOW,
+    SCORE,
+    SHARPNESS,
+    STRENGTH,
+    TABLE_WIDTH,
+    THRESHOLD,
+    VECTOR_DIRECTION,
+    VECTOR_SQ,
+    Edit,
+    Gate,
+    Kinds,
+    Score,
+)
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU-only install: the ops then run as C++ or torch
+    triton = None
+
+__all__ = [
+    "reference_displacement",
+    "reference_gate",
+    "reference_rows",
+    "reference_stream",
+    "torch_displaced",
+    "torch_gate",
+    "torch_stream",
+]
+
+CANCELLED = 2.0**-16  # share of a squared norm below which float32 sums leave no direction
+
+
+# ---- reference ---------------------------------------------------------------------------------------------
+
+
+def reference_stream(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """The rows that gates and sums read, float64 [rows, H] on the CPU."""
+    if residual is None:
+        return x.double().cpu()
+    return (x.cpu().float() + residual.cpu().float()).to(x.dtype).double()
+
+
+def reference_gate(s: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor) -> tuple[float, float]:
+    """Score and value of one float64 row [H] by its own gate; `numbers` is the table row of the slot."""
+    score = float(s @ direction)
+    if numbers[SCORE] == Score.COSINE:
+        norm = float(s.norm())
+        score = score * 0.0 if norm == 0 else score / norm
+    if score != score:
+        return score, 1.0
+    sharpness, distance = float(numbers[SHARPNESS]), score - float(numbers[THRESHOLD])
+    value = torch.tensor(sharpness * distance, dtype=torch.float64).sigmoid().item() if sharpness else distance > 0
+    return score, 1.0 if value != value else float(value)
+
+
+def reference_displacement(
+    s: torch.Tensor, vector: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """How far one slot moves the float64 row s [H]: float64 [H]."""
+    edit = int(numbers[EDIT])
+    still = torch.zeros_like(s)
+    if edit == Edit.ADD:
+        return beta * vector
+    vv, low, high = float(vector @ vector), float(numbers[LOW]), float(numbers[HIGH])
+    if edit == Edit.CLAMP:
+        along = float(s @ vector) / vv if vv else 0.0
+        return beta * (min(max(along, low), high) - along) * vector
+    if edit == Edit.KEEP_NORM:
+        moved = s + beta * vector
+        if float(moved @ moved) <= CANCELLED * (float(s @ s) + beta * beta * vv):
+            return still
+        return moved * (s.norm() / moved.norm()) - s
+    across = direction - (float(direction @ vector) / vv if vv else 0.0) * vector
+    if vv == 0 or float(across @ across) <= CANCELLED * float(direction @ direction):
+        return still
+    e1, e2 = vector / vector.norm(), across / across.norm()
+    here = torch.stack([s @ e1, s @ e2])
+    there = here + beta * (here.norm() * torch.tensor([low, high], dtype=torch.float64) - here)
+    if float(there.norm()) == 0:
+        return still
+    turn = there * (here.norm() / there.norm()) - here
+    return turn[0] * e1 + turn[1] * e2
+
+
+def reference_rows(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    kinds: int,
+) -> torch.Tensor:
+    """The float64 rows y [rows, H], displaced by every slot of theirs, one after the other."""
+    y = y.clone()
+    for r, (sequence, *slots) in enumerate(rows.tolist()):
+        for k, slot in enumerate(slots):
+            if slot < 0:
+                continue
+            vector, direction, numbers = (t[slot].double().cpu() for t in (vectors, directions, table))
+            kind = int(numbers[GATE])
+            if kind == Gate.ALWAYS:
+                gate = 1.0
+            elif kind == Gate.TOKEN and kinds == Kinds.ANY:
+                gate = reference_gate(s[r], direction, numbers)[1]
+            else:
+                gate = float(values[sequence, k])
+            beta = gate * float(numbers[STRENGTH]) * float(strength[sequence, k]) if gate else 0.0
+            if beta:
+                if kinds == Kinds.LATCHED_ADD:
+                    numbers[EDIT] = Edit.ADD
+                y[r] += reference_displacement(s[r], vector, direction, numbers, beta)
+    return y
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------
+
+if triton is not None:
+    _COSINE = tl.constexpr(float(Score.COSINE))
+    _ALWAYS = tl.constexpr(float(Gate.ALWAYS))
+    _PROMPT = tl.constexpr(float(Gate.PROMPT))
+    _TOKEN = tl.constexpr(float(Gate.TOKEN))
+    _ADD = tl.constexpr(float(Edit.ADD))
+    _CLAMP = tl.constexpr(float(Edit.CLAMP))
+    _KEEP_NORM = tl.constexpr(float(Edit.KEEP_NORM))
+    _LATCHED_ADD = tl.constexpr(int(Kinds.LATCHED_ADD))
+    _THRESHOLD = tl.constexpr(THRESHOLD)
+    _SHARPNESS = tl.constexpr(SHARPNESS)
+    _STRENGTH = tl.constexpr(STRENGTH)
+    _VECTOR_SQ = tl.constexpr(VECTOR_SQ)
+    _VECTOR_DIRECTION = tl.constexpr(VECTOR_DIRECTION)
+    _DIRECTION_SQ = tl.constexpr(DIRECTION_SQ)
+    _LOW = tl.constexpr(LOW)
+    _HIGH = tl.constexpr(HIGH)
+    _GATE = tl.constexpr(GATE)
+    _SCORE = tl.constexpr(SCORE)
+    _EDIT = tl.constexpr(EDIT)
+    _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
+    _CANCELLED = tl.constexpr(CANCELLED)
+
+    @triton.jit
+    def product(a, b, NVIDIA: tl.constexpr):  # type: ignore[no-untyped-def]
+        """a * b, rounded: never part of a fused multiply-add."""
+        if NVIDIA:
+            # Triton 3.6 fuses products with sums on sm_100 and sm_120 in spite of enable_fp_fusion=False
+            # (libdevice.mul_rn would prevent it too, but flushes denormals).
+            return tl.inline_asm_elementwise(
+                "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            return a * b
+
+    @triton.jit
+    def gate_score(xd, xx, numbers):  # type: ignore[no-untyped-def]
+        """Score from the sums <s, d> and <s, s>; `numbers` points to the slot's row of the table."""
+        cosine = tl.where(xx == 0.0, 0.0, tl.div_rn(xd, tl.sqrt_rn(xx)))
+        return tl.where(tl.load(numbers + _SCORE) == _COSINE, cosine, xd)
+
+    @triton.jit
+    def gate_value(score, numbers):  # type: ignore[no-untyped-def]
+        """Gate value of a score."""
+        threshold = tl.load(numbers + _THRESHOLD)
+        sharpness = tl.load(numbers + _SHARPNESS)
+        one = tl.full((), 1.0, tl.float32)
+        hard = tl.where(score <= threshold, 0.0, one)
+        soft = one / (one + tl.exp(-sharpness * (score - threshold)))
+        value = tl.where(sharpness == 0.0, hard, soft)
+        return tl.where(value == value, value, one)
+
+    @triton.jit
+    def load_row(ptr, row, stride, inside, columns, H: tl.constexpr, CONTIGUOUS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """A row in float32, zeros outside."""
+        # A stride known to the compiler keeps 16-byte loads even where H is odd.
+        at = ptr + row * (H if CONTIGUOUS else stride) + columns
+        return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def load_stream(  # type: ignore[no-untyped-def]
+        x_ptr,
+        residual_ptr,
+        row,
+        x_stride,
+        residual_stride,
+        inside,
+        columns,
+        H: tl.constexpr,
+        CONTIGUOUS: tl.constexpr,
+        PAIR: tl.constexpr,
+    ):
+        """s: the row that gates and sums read, in float32."""
+        s = load_row(x_ptr, row, x_stride, inside, columns, H, CONTIGUOUS)
+        if PAIR:
+            s += load_row(residual_ptr, row, residual_stride, inside, columns, H, CONTIGUOUS)
+            s = s.to(x_ptr.dtype.element_ty).to(tl.float32)
+        return s
+
+    @triton.jit
+    def latched(  # type: ignore[no-untyped-def]
+        record, sequence, is_latched, values_ptr, strength_ptr, table_ptr, K: tl.constexpr
+    ):
+        """Of the K slots in a row's record: their numbers, gate kinds, gate values, and strengths; zeros for slot -1.
+
+        Everything is loaded before anything is decided, so that K slots cost one latency and not K.
+        """
+        slots, kinds, gates, strengths = (), (), (), ()
+        for k in tl.static_range(K):
+            slot = tl.load(record + 1 + k).to(tl.int64)
+            used = slot >= 0
+            numbers = table_ptr + slot * _TABLE_WIDTH
+            kind = tl.load(numbers + _GATE, mask=used, other=0.0)
+            value = tl.load(values_ptr + sequence * K + k, mask=used & is_latched, other=0.0)
+            alpha = tl.load(numbers + _STRENGTH, mask=used, other=0.0)
+            alpha = alpha * tl.load(strength_ptr + sequence * K + k, mask=used, other=0.0)
+            slots = slots + (slot,)  # type: ignore[assignment]
+            kinds = kinds + (kind,)  # type: ignore[assignment]
+            gates = gates + (tl.where(kind == _ALWAYS, 1.0, value),)  # type: ignore[assignment]
+            strengths = strengths + (alpha,)  # type: ignore[assignment]
+        return slots, kinds, gates, strengths
+
+    @triton.jit
+    def scaled(gate, strength):  # type: ignore[no-untyped-def]
+        """beta: a shut gate wins over a strength that is not finite."""
+        return tl.where(gate == 0.0, 0.0, gate * strength)
+
+    @triton.jit
+    def coefficients(edit, xx, xd, xv, beta, numbers):  # type: ignore[no-untyped-def]
+        """a - 1, b and c of the displacement (a - 1)*s + b*v + c*d of an edit that is not ADD."""
+        vv = tl.load(numbers + _VECTOR_SQ)
+        vd = tl.load(numbers + _VECTOR_DIRECTION)
+        dd = tl.load(numbers + _DIRECTION_SQ)
+        low = tl.load(numbers + _LOW)
+        high = tl.load(numbers + _HIGH)
+        scale = tl.full((), 0.0, tl.float32)
+        c = tl.full((), 0.0, tl.float32)
+        if edit == _CLAMP:
+            along = tl.div_rn(xv, vv)
+            b = tl.where(
+                vv <= 0.0, 0.0, beta * (tl.where(along < low, low, tl.where(along > high, high, along)) - along)
+            )
+        elif edit == _KEEP_NORM:
+            full = xx + beta * (2.0 * xv + beta * vv)
+            lost = full <= _CANCELLED * (xx + beta * beta * vv)
+            ratio = tl.sqrt_rn(tl.div_rn(xx, full))
+            scale = tl.where(lost, 0.0, ratio - 1.0)
+            b = tl.where(lost, 0.0, ratio * beta)
+        else:
+            across = dd - tl.div_rn(vd * vd, vv)
+            root, rest = tl.sqrt_rn(vv), tl.sqrt_rn(across)
+            p1, p2 = tl.div_rn(xv, root), tl.div_rn(xd - tl.div_rn(xv * vd, vv), rest)
+            rho = tl.sqrt_rn(p1 * p1 + p2 * p2)
+            q1, q2 = p1 + beta * (rho * low - p1), p2 + beta * (rho * high - p2)
+            length = tl.sqrt_rn(q1 * q1 + q2 * q2)
+            lost = (vv <= 0.0) | (across <= _CANCELLED * dd) | (length == 0.0)
+            c = tl.div_rn(tl.div_rn(q2 * rho, length) - p2, rest)
+            b = tl.div_rn(tl.div_rn(q1 * rho, length) - p1, root) - tl.div_rn(c * vd, vv)
+            b, c = tl.where(lost, 0.0, b), tl.where(lost, 0.0, c)
+        return scale, b, c
+
+    @triton.jit
+    def displace(  # type: ignore[no-untyped-def]
+        y,
+        x_ptr,
+        residual_ptr,
+        row,
+        x_stride,
+        residual_stride,
+        slots,
+        kinds,
+        gates,
+        strengths,
+        vectors_ptr,
+        directions_ptr,
+        table_ptr,
+        inside,
+        columns,
+        H: tl.constexpr,
+        K: tl.constexpr,
+        CONTIGUOUS: tl.constexpr,
+        PAIR: tl.constexpr,
+        KINDS: tl.constexpr,
+        NVIDIA: tl.constexpr,
+    ):
+        """y after all displacements of its slots, and whether there was one.
+
+        Sums read s, d and v again where they need them: kept beside y, four rows of 16384 numbers would be more than
+        the registers of a program.
+        """
+        changed = tl.full((), 0, tl.int1)
+        for k in tl.static_range(K):
+            slot = slots[k]
+            beta = scaled(gates[k], strengths[k])
+            if KINDS == _LATCHED_ADD:
+                if beta != 0.0:
+                    v = load_row(vectors_ptr, slot, H, inside, columns, H, True)
+                    y += product(beta, v, NVIDIA)
+                    changed = tl.full((), 1, tl.int1)
+            elif (slot >= 0) & ((beta != 0.0) | (kinds[k] == _TOKEN)):
+                numbers = table_ptr + slot * _TABLE_WIDTH
+                edit = tl.load(numbers + _EDIT)
+                scale = tl.full((), 0.0, tl.float32)
+                b = beta
+                c = tl.full((), 0.0, tl.float32)
+                if (kinds[k] == _TOKEN) | (edit != _ADD):
+                    s = load_stream(
+                        x_ptr, residual_ptr, row, x_stride, residual_stride, inside, columns, H, CONTIGUOUS, PAIR
+                    )
+                    xx = tl.sum(product(s, s, NVIDIA), axis=0)
+                    xd = tl.sum(product(s, load_row(directions_ptr, slot, H, inside, columns, H, True), NVIDIA), axis=0)
+                    if kinds[k] == _TOKEN:
+                        beta = scaled(gate_value(gate_score(xd, xx, numbers), numbers), strengths[k])
+                        b = beta
+                    if edit != _ADD:
+                        xv = tl.sum(
+                            product(s, load_row(vectors_ptr, slot, H, inside, columns, H, True), NVIDIA), axis=0
+                        )
+                        scale, b, c = coefficients(edit, xx, xd, xv, beta, numbers)
+                if (beta != 0.0) & ((scale != 0.0) | (b != 0.0) | (c != 0.0)):
+                    if scale != 0.0:
+                        s = load_stream(
+                            x_ptr, residual_ptr, row, x_stride, residual_stride, inside, columns, H, CONTIGUOUS, PAIR
+                        )
+                        y += product(scale, s, NVIDIA)
+                    y += product(b, load_row(vectors_ptr, slot, H, inside, columns, H, True), NVIDIA)
+                    if c != 0.0:
+                        y += product(c, load_row(directions_ptr, slot, H, inside, columns, H, True), NVIDIA)
+                    changed = tl.full((), 1, tl.int1)
+        return y, changed
+
+
+# ---- torch -------------------------------------------------------------------------------------------------
+
+
+def torch_stream(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """The rows that gates and sums read, float32 [rows, H]."""
+    return x.float() if residual is None else (x.float() + residual.float()).to(x.dtype).float()
+
+
+def torch_gate(s: torch.Tensor, d: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and gate values [n] of float32 rows s and directions d [n, H] by table rows [n, TABLE_WIDTH]."""
+    scores = (s * d).sum(-1)
+    square = (s * s).sum(-1)
+    cosine = torch.where(square == 0, 0.0, scores / square.sqrt())
+    scores = torch.where(numbers[:, SCORE] == Score.COSINE, cosine, scores)
+    threshold, sharpness = numbers[:, THRESHOLD], numbers[:, SHARPNESS]
+    hard = torch.where(scores <= threshold, 0.0, 1.0)
+    soft = torch.sigmoid(sharpness * (scores - threshold))
+    values = torch.where(sharpness == 0, hard, soft)
+    return scores, torch.where(values.isnan(), 1.0, values)
+
+
+def torch_scaled(gate: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """beta [rows]."""
+    return torch.where(gate == 0, 0.0, gate * strength)
+
+
+def torch_coefficients(
+    s: torch.Tensor, v: torch.Tensor, d: torch.Tensor, beta: torch.Tensor, numbers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a - 1, b and c [rows] of the displacement (a - 1)*s + b*v + c*d of float32 rows s [rows, H]."""
+    xx, xd, xv = (s * s).sum(-1), (s * d).sum(-1), (s * v).sum(-1)
+    vv, vd, dd = numbers[:, VECTOR_SQ], numbers[:, VECTOR_DIRECTION], numbers[:, DIRECTION_SQ]
+    low, high, edit = numbers[:, LOW], numbers[:, HIGH], numbers[:, EDIT]
+
+    def only(where: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """1 where a formula is not wanted, so that neither its value nor its gradient can be undefined there."""
+        return torch.where(where, tensor, 1.0)
+
+    clamps = (edit == Edit.CLAMP) & (vv > 0)
+    along = xv / only(clamps, vv)
+    clamped = beta * (torch.minimum(torch.maximum(along, low), high) - along)
+
+    full = xx + beta * (2 * xv + beta * vv)
+    keeps = (edit == Edit.KEEP_NORM) & ~(full <= CANCELLED * (xx + beta * beta * vv))
+    ratio = torch.where(xx == 0, 0.0, (only(keeps & (xx != 0), xx) / only(keeps, full)).sqrt())
+
+    across = dd - vd * vd / only(vv > 0, vv)
+    plane = (edit == Edit.ROTATE) & (vv > 0) & ~(across <= CANCELLED * dd)
+    vv, low, high = only(plane, vv), only(plane, low), only(plane, high)  # the limits of a CLAMP may be infinite
+    root, rest = vv.sqrt(), only(plane, across).sqrt()
+    p1, p2 = xv / root, (xd - xv * vd / vv) / rest
+    inner = p1 * p1 + p2 * p2
+    rho = torch.where(inner == 0, 0.0, only(inner != 0, inner).sqrt())
+    q1, q2 = p1 + beta * (rho * low - p1), p2 + beta * (rho * high - p2)
+    square = q1 * q1 + q2 * q2
+    turns = plane & (square != 0)
+    length = only(turns, square).sqrt()
+    turn = (q2 * rho / length - p2) / rest
+    back = (q1 * rho / length - p1) / root - turn * vd / vv
+
+    b = torch.where(edit == Edit.ADD, beta, 0.0)
+    b = torch.where(clamps, clamped, b)
+    b = torch.where(keeps, ratio * beta, b)
+    b = torch.where(turns, back, b)
+    return torch.where(keeps, ratio - 1, 0.0), b, torch.where(turns, turn, 0.0)
+
+
+def torch_displaced(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    kinds: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 rows y [rows, H] after all displacements, and which rows were displaced, bool [rows].
+
+    Without a synchronisation, on any device, and differentiable in y and s; gates carry no gradient.
+    """
+    changed = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    if not len(values):  # without a sequence there is no slot
+        return y, changed
+    for k in range(rows.shape[1] - 1):
+        used = rows[:, 1 + k] >= 0
+        slot, sequence = torch.where(used, rows[:, 1 + k], 0), torch.where(used, rows[:, 0], 0)
+        numbers = table.index_select(0, slot)
+        v, d = vectors.index_select(0, slot).float(), directions.index_select(0, slot).float()
+        gate = torch.where(numbers[:, GATE] == Gate.ALWAYS, 1.0, values[:, k].index_select(0, sequence))
+        alpha = numbers[:, STRENGTH] * strength[:, k].index_select(0, sequence)
+        if kinds == Kinds.LATCHED_ADD:
+            b = torch_scaled(gate, alpha)
+            moves = used & (b != 0)
+            moved = y + b[:, None] * v
+        else:
+            own = torch_gate(s.detach(), d, numbers)[1]
+            beta = torch_scaled(torch.where(numbers[:, GATE] == Gate.TOKEN, own, gate), alpha)
+            scale, b, c = torch_coefficients(s, v, d, beta, numbers)
+            moves = used & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))
+            moved = torch.where((scale != 0)[:, None], y + scale[:, None] * s, y) + b[:, None] * v
+            moved = torch.where((c != 0)[:, None], moved + c[:, None] * d, moved)
+        # Rows that stay are copied bit by bit: finding the others first would make the CPU wait for the device.
+        y = torch.where(moves[:, None], moved, y)
+        changed = changed | moves
+    return y, changed

@@ -1,0 +1,245 @@
+"""The eager launch path and warmup, with Triton's real compiler and a driver that only writes down what it is given.
+
+Triton compiles for an sm_90 that need not be there; loading and launching are stubbed. So the tests see each
+compilation and each argument, and no GPU has to run anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+STUB = """
+import json, time
+from types import SimpleNamespace
+import torch, triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+launches, compilations = [], []
+
+class Launch:
+    def __init__(self, src, metadata):
+        self.name = src.name
+    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        launches.append((self.name, (x, y, z), stream, function, metadata, arguments))
+
+class Stub:
+    launcher_cls = Launch
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: dict(max_shared_mem=232448, multiprocessor_count=132),
+        load_binary=lambda name, kernel, shared, device: (object(), hash(name), 32, 0, 1024),
+        unload_module=lambda module: None)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 7
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_active_torch_device(self): return torch.device("cpu")
+
+driver.set_active(Stub())
+knobs.runtime.jit_post_compile_hook = lambda **event: compilations.append(event["fn"].name)
+torch.cuda.current_device = lambda: 0
+torch.cuda.synchronize = lambda device=None: None
+torch._C._cuda_getCurrentRawStream = lambda device: 7
+
+class OnDevice:
+    '''A CPU tensor that says it is on device 0: all that a launcher asks of one.'''
+    def __init__(self, tensor):
+        self.tensor = tensor
+    is_cuda, device = True, SimpleNamespace(index=0, type="cuda")
+    dtype = property(lambda self: self.tensor.dtype)
+    shape = property(lambda self: self.tensor.shape)
+    def data_ptr(self): return self.tensor.data_ptr()
+    def stride(self, dim=None): return self.tensor.stride() if dim is None else self.tensor.stride(dim)
+    def is_contiguous(self): return self.tensor.is_contiguous()
+    def new_empty(self, shape): return OnDevice(self.tensor.new_empty(shape))
+    def unbind(self): return tuple(map(OnDevice, self.tensor.unbind()))
+    @classmethod
+    def __torch_function__(cls, function, types, arguments, keywords=None):
+        return OnDevice(function(*(a.tensor for a in arguments), **(keywords or {})))
+
+from steerfast.kernels import add_steer_rms_norm as fused, gate, launch, steer, warmup
+from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Norm
+
+plain = launch.Launcher.plain
+slow = []
+launch.Launcher.plain = lambda self, *a: slow.append(1) or plain(self, *a)
+
+def on_device(make):
+    return lambda *a, device=None, **k: OnDevice(make(*a, **k))
+
+def operands(rows, hidden=512, stack=1, dtype=torch.bfloat16, bank=torch.float32, sequences=3, slots=5, wide=None):
+    int32 = torch.int32
+    x, residual = (OnDevice(torch.zeros(rows, wide or hidden, dtype=dtype)[:, :hidden]) for _ in range(2))
+    weight = OnDevice(torch.zeros(hidden, dtype=dtype))
+    table = OnDevice(torch.zeros(slots, TABLE_WIDTH))
+    vectors, directions = (OnDevice(torch.zeros(slots, hidden, dtype=bank)) for _ in range(2))
+    values, strength, scores = (OnDevice(torch.zeros(sequences, stack)) for _ in range(3))
+    record = OnDevice(torch.zeros(rows, 1 + stack, dtype=int32))
+    row = OnDevice(torch.zeros(sequences, dtype=int32))
+    slot = OnDevice(torch.zeros(sequences, stack, dtype=int32))
+    return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, OnDevice)})
+
+def run_all(o, kinds=tuple(Kinds), norms=(Norm.LLAMA,), pairs=(False, True)):
+    rest = (o.values, o.strength, o.vectors, o.directions, o.table)
+    for kind in kinds:
+        for norm in norms:
+            fused.add_steer_rms_norm_triton(o.x, o.residual, o.weight, o.record, *rest, 1e-5, int(norm), int(kind))
+        for pair in pairs:
+            steer.steer_triton_(o.x, o.residual if pair else None, o.record, *rest, int(kind))
+    for norm in norms:
+        fused.add_steer_rms_norm_prompt_triton(
+            o.x, o.residual, o.weight, o.record, o.row, o.scores, *rest, 1e-5, int(norm))
+    for pair in pairs:
+        gate.gate_triton_(
+            o.x, o.residual if pair else None, o.row, o.slot, o.directions, o.table, o.scores, o.values)
+"""
+
+WARMUP = """
+real = torch.zeros, torch.ones, torch.full
+torch.zeros, torch.ones, torch.full = map(on_device, real)
+count = warmup.warmup(512, stacks=(1, 2), device="cuda")
+torch.zeros, torch.ones, torch.full = real
+compiled = len(compilations)
+compilations.clear()
+for rows in (*range(1, 64), *range(64, 4097, 61), 1024, 2048, 4096):
+    for stack in (1, 2):
+        run_all(operands(rows, stack=stack, sequences=1 + rows % 7, slots=1 + rows % 5))
+print(json.dumps([count, compiled, compilations]))
+"""
+
+FAST = """
+def described(launch):
+    name, grid, stream, function, metadata, arguments = launch
+    return [name, grid, stream, [a.data_ptr() if isinstance(a, OnDevice) else repr(a) for a in arguments]]
+
+def step():
+    '''What a step launches, and how many of these launches were Triton's own.'''
+    launches.clear(), slow.clear()
+    run_all(o)
+    return [described(l) for l in launches], len(slow)
+
+o = operands(6)
+cold = step()
+compiled = len(compilations)
+warm = step()
+seen = []
+knobs.runtime.launch_enter_hook.add(seen.append)
+hooked = step()
+knobs.runtime.launch_enter_hook.remove(seen.append)
+everything = [fused.launch, steer.launch, gate.launch]
+kept = [len(l.compiled) for l in everything]
+for launcher in everything:
+    launcher.compiled.clear()
+    launcher.reusable = False
+off = step()
+unkept = [len(l.compiled) for l in everything]
+print(json.dumps([cold, warm, hooked, off, kept, unkept, compiled, len(compilations)]))
+"""
+
+KEYS = """
+def kernel_of(o):
+    launches.clear()
+    steer.steer_triton_(o.x, None, o.record, o.values, o.strength, o.vectors, o.directions, o.table, 0)
+    return launches[0]
+
+base = operands(6)
+kernel_of(base)
+kernel_of(base)
+seen = len(compilations)
+found = {}
+for name, o in {
+    "again": operands(900, sequences=9, slots=7),
+    "dtype": operands(6, dtype=torch.float16),
+    "bank": operands(6, bank=torch.bfloat16),
+    "hidden": operands(6, hidden=576),
+    "stack": operands(6, stack=2),
+    "strided by 16": operands(6, wide=528),
+    "strided by 32": operands(6, wide=544),
+    "strided by 3": operands(6, wide=515),
+}.items():
+    before = len(compilations)
+    kernel_of(o)
+    first = len(compilations) - before
+    kernel_of(o)
+    found[name] = [first, len(compilations) - before - first]
+# A row that starts between multiples of 16 bytes never meets a kernel compiled for aligned ones.
+shifted = operands(6)
+shifted.x = OnDevice(torch.zeros(6 * 512 + 1, dtype=torch.bfloat16)[1:].view(6, 512))
+before = len(compilations)
+kernel_of(shifted)
+kernel_of(shifted)
+found["misaligned"] = [len(compilations) - before, len(steer.launch.compiled)]
+kernel_of(base)
+found["kept"] = [len(compilations) - before - 1, len(steer.launch.compiled)]
+print(json.dumps(found))
+"""
+
+
+def run(script: str, **environment: str) -> Any:
+    """What a script prints as JSON, run beside the stub and without Triton's interpreter."""
+    settings = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", STUB + script],
+        env={**settings, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_nothing_compiles_after_warmup() -> None:
+    count, compiled, later = run(WARMUP)
+    # Per stack: 2 kinds and the prompt overload of the fused op; with and without a pair 2 kinds of steer_ and a gate.
+    assert count == compiled == 2 * (2 + 1 + 2 * (2 + 1))
+    assert later == []
+
+
+def test_fast_path_launches_what_triton_would() -> None:
+    *steps, kept, unkept, compiled, all_compiled = run(FAST)
+    (cold, _), (warm, _), (hooked, _), (off, _) = steps
+    assert len(cold) == 2 * (1 + 2) + 1 + 2
+    assert {name for name, *_ in cold} == {"add_steer_rms_norm_kernel", "steer_kernel", "gate_kernel"}
+    # Triton's own launch compiles, tells a profiler's hook, and serves who turned the fast path off.
+    assert [slow for _, slow in steps] == [9, 0, 9, 9]
+
+    def without_outputs(launches: list[Any]) -> list[Any]:
+        """The fused op allocates its two outputs anew: arguments 2 and 3."""
+        return [[n, g, s, a[:2] + a[4:] if n.startswith("add") else a] for n, g, s, a in launches]
+
+    assert without_outputs(warm) == without_outputs(cold) == without_outputs(hooked) == without_outputs(off)
+    assert kept == [3, 4, 2]
+    assert unkept == [0, 0, 0]
+    assert compiled == all_compiled == sum(kept)
+
+
+def test_fast_path_is_off_where_triton_is_untested_or_the_user_says_so() -> None:
+    off = "print(json.dumps([l.reusable for l in (fused.launch, steer.launch, gate.launch)]))"
+    assert run(off) == [True] * 3
+    assert run(off, STEERFAST_FAST_LAUNCH="0") == [False] * 3
+    script = (
+        "from steerfast.kernels import launch\ntriton.__version__ = '99.0.0'\nprint(json.dumps(launch._reusable()))"
+    )
+    assert run(script) is False
+
+
+def test_a_kernel_is_reused_only_for_what_it_was_compiled_for() -> None:
+    found = run(KEYS)
+    assert found.pop("again") == [0, 0]
+    # The next multiple of 16 is the same to Triton's compiler, and a key of its own here.
+    assert found.pop("strided by 32") == [0, 0]
+    # Compiled, not kept for the fast path (7 keys: the base and those below; two strides that compile alike).
+    assert found.pop("misaligned") == [1, 8]
+    assert found.pop("kept") == [0, 8]
+    assert set(found) == {"dtype", "bank", "hidden", "stack", "strided by 16", "strided by 3"}
+    assert all(pair == [1, 0] for pair in found.values()), found
