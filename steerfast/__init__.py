@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from steerfast.fitting.score import Scores, score
     from steerfast.fitting.tune import tune
     from steerfast.kernels.warmup import warmup
+    from steerfast.models.auto import AutoSteeredModelForCausalLM
+    from steerfast.models.fused import patch, unpatch
     from steerfast.models.loading import load_model
     from steerfast.models.steering import Steering, steer
     from steerfast.profile import Gate, ModelIdentity, SteeringProfile
@@ -28,6 +31,7 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import steerfast` (and the command line's --help) stays quick.
 _PUBLIC = {
     "ArchitectureError": "errors",
+    "AutoSteeredModelForCausalLM": "models.auto",
     "Gate": "profile",
     "ModelIdentity": "profile",
     "OutputError": "errors",
@@ -40,25 +44,28 @@ _PUBLIC = {
     "calibrate": "fitting.calibrate",
     "extract": "fitting.extract",
     "load_model": "models.loading",
+    "patch": "models.fused",
     "score": "fitting.score",
     "steer": "models.steering",
     "tune": "fitting.tune",
+    "unpatch": "models.fused",
     "warmup": "kernels.warmup",
 }
 
 __all__ = [  # noqa: RUF022 (grouped by use)
     "extract", "calibrate", "tune", "score", "Scores",
     "steer", "Steering", "load_model", "warmup",
+    "AutoSteeredModelForCausalLM", "patch", "unpatch",
     "SteeringProfile", "Gate", "ModelIdentity",
     "SteerfastError", "ProfileError", "PromptError", "ArchitectureError", "OutputError",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name.startswith("Steered") and name.endswith("ForCausalLM"):
+        return getattr(importlib.import_module("steerfast.models.auto"), name)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'steerfast' has no attribute {name!r}")
-    import importlib
-
     value = getattr(importlib.import_module(f"steerfast.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,37 +50,35 @@ class Rows:
         return Rows(torch.cat([index[:, None], slot], dim=1), torch.where(steered, index, UNSTEERED), slot)
 
 
-def prompt_rows(valid: Tensor, prompt_columns: int, positions: Literal["all", "response"]) -> Rows:
-    """Tables of a step that holds prompt tokens, all sequences with slot 0.
+def prompt_rows(valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor) -> Rows:
+    """Tables of a step that holds prompt tokens.
 
     Args:
         valid: bool [N, T], False on padding (left, right or in between).
         prompt_columns: columns before this one are prompt, later ones (drafted tokens) follow it.
-        positions: ``all`` steers every valid row, ``response`` the prompt's last valid row and valid rows after it.
-            A sequence without a prompt token in this step has all its valid rows steered.
+        slot: int32 [N], the slot of each sequence; -1: none.
+        late: bool [N], whether a sequence is steered from the prompt's last valid row on (positions ``response``), and
+            not in every valid row. One without a prompt token in this step has all its valid rows steered.
     """
     count, width = valid.shape
     column = torch.arange(width, dtype=torch.int32, device=valid.device)
     prompt = valid & (column < prompt_columns)
     last = torch.where(prompt, column, -1).amax(dim=1)
-    steered = valid
-    if positions == "response":
-        steered = valid & (column >= last[:, None])
+    steered = valid & ((column >= last[:, None]) | ~late[:, None])
     start = torch.arange(count, dtype=torch.int32, device=valid.device) * width
-    deciding = torch.where(last >= 0, start + last, -1)
-    return _rows(torch.where(steered, 0, UNSTEERED).to(torch.int32), deciding)
+    deciding = torch.where((last >= 0) & (slot >= 0), start + last, UNSTEERED)
+    return _rows(torch.where(steered, slot[:, None], UNSTEERED), deciding, slot)
 
 
-def response_rows(count: int, width: int, device: torch.device) -> Rows:
-    """Tables of a step of answer tokens: every row is steered by slot 0, none decides."""
-    slot = torch.zeros(count, width, dtype=torch.int32, device=device)
-    return _rows(slot, torch.full((count,), -1, dtype=torch.int32, device=device))
+def response_rows(slot: Tensor, width: int) -> Rows:
+    """Tables of a step of `width` answer tokens of each sequence, by its slot int32 [N]: none decides."""
+    return _rows(slot[:, None].expand(-1, width), torch.full_like(slot, UNSTEERED), slot)
 
 
-def _rows(slot: Tensor, deciding: Tensor) -> Rows:
+def _rows(row_slot: Tensor, deciding: Tensor, slot: Tensor) -> Rows:
     """Rows of slots int32 [N, T]."""
-    sequence = torch.arange(len(slot), dtype=torch.int32, device=slot.device)[:, None].expand_as(slot)
-    return Rows(torch.stack([sequence, slot], dim=2).view(-1, 2), deciding, torch.zeros_like(deciding)[:, None])
+    sequence = torch.arange(len(row_slot), dtype=torch.int32, device=slot.device)[:, None].expand_as(row_slot)
+    return Rows(torch.stack([sequence, row_slot], dim=2).view(-1, 2), deciding, slot[:, None])
 
 
 class StepTables:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerfast.batch import UNSTEERED, Rows, StepTables, prompt_rows, response_rows
 
-Positions = Literal["all", "response"]
 MASKS = st.integers(1, 5).flatmap(
     lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4)
 )
@@ -27,35 +26,44 @@ def tensors(rows: Rows) -> tuple[Tensor, ...]:
 # -- padded batches ----------------------------------------------------------------------------------------------------
 
 
-@given(mask=MASKS, prompt_columns=st.integers(1, 7), positions=st.sampled_from(["all", "response"]))
-def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, positions: Positions) -> None:
-    rows = prompt_rows(torch.tensor(mask), prompt_columns, positions)
-    width = len(mask[0])
+def int32(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@given(mask=MASKS, prompt_columns=st.integers(1, 7), data=st.data())
+def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, data: st.DataObject) -> None:
+    count, width = len(mask), len(mask[0])
+    slots = data.draw(st.lists(st.integers(-1, 3), min_size=count, max_size=count))
+    late = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    rows = prompt_rows(torch.tensor(mask), prompt_columns, int32(*slots), torch.tensor(late))
     expected, deciding = [], []
     for n, valid in enumerate(mask):
         prompt = [t for t in range(width) if valid[t] and t < prompt_columns]
-        deciding.append(n * width + prompt[-1] if prompt else -1)
+        deciding.append(n * width + prompt[-1] if prompt and slots[n] >= 0 else -1)
         for t in range(width):
             in_answer = not prompt or t >= prompt[-1]
-            expected.append([n, 0 if valid[t] and (positions == "all" or in_answer) else UNSTEERED])
+            expected.append([n, slots[n] if valid[t] and (in_answer or not late[n]) else UNSTEERED])
     assert rows.rows.tolist() == expected
     assert rows.deciding.tolist() == deciding
-    assert rows.slot.tolist() == [[0]] * len(mask)
+    assert rows.slot.tolist() == [[slot] for slot in slots]
     assert [t.dtype for t in tensors(rows)] == [torch.int32] * 3
     assert all(t.is_contiguous() for t in tensors(rows))
 
 
-@pytest.mark.parametrize(("count", "width"), [(1, 1), (3, 1), (2, 4)])
-def test_response_rows_steer_everything_and_decide_nothing(count: int, width: int) -> None:
-    rows = response_rows(count, width, torch.device("cpu"))
-    assert rows.rows.tolist() == [[n, 0] for n in range(count) for _ in range(width)]
-    assert rows.deciding.tolist() == [-1] * count
-    assert rows.slot.tolist() == [[0]] * count
+@pytest.mark.parametrize(("slots", "width"), [((0,), 1), ((2, -1, 0), 1), ((0, 3), 4)])
+def test_response_rows_steer_everything_and_decide_nothing(slots: tuple[int, ...], width: int) -> None:
+    rows = response_rows(int32(*slots), width)
+    assert rows.rows.tolist() == [[n, slot] for n, slot in enumerate(slots) for _ in range(width)]
+    assert rows.deciding.tolist() == [-1] * len(slots)
+    assert rows.slot.tolist() == [[slot] for slot in slots]
     assert [t.dtype for t in tensors(rows)] == [torch.int32] * 3
+    assert all(t.is_contiguous() for t in tensors(rows))
 
 
 def test_each_row_for_itself() -> None:
-    rows = prompt_rows(torch.tensor([[False, True], [True, True]]), 2, "response").each_for_itself()
+    rows = prompt_rows(
+        torch.tensor([[False, True], [True, True]]), 2, int32(0, 0), torch.tensor([True, True])
+    ).each_for_itself()
     assert rows.rows.tolist() == [[0, -1], [1, 0], [2, -1], [3, 0]]
     assert rows.deciding.tolist() == [-1, 1, -1, 3]
     assert rows.slot.tolist() == [[-1], [0], [-1], [0]]
@@ -64,7 +72,7 @@ def test_each_row_for_itself() -> None:
 
 
 def test_rows_move_as_one() -> None:
-    rows = response_rows(2, 2, torch.device("cpu")).to(torch.device("meta"))
+    rows = response_rows(int32(0, 0), 2).to(torch.device("meta"))
     assert {t.device.type for t in tensors(rows)} == {"meta"}
 
 

@@ -1,0 +1,118 @@
+"""What is particular to each architecture whose decoder layers can be fused. A new family is one line here and a test.
+
+A block adds to the residual stream twice, each time as ``stream + after(module(before(stream)))``; a family says which
+of its attributes are ``before`` and ``after`` of the attention and of the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from steerfast.errors import ArchitectureError
+from steerfast.kernels.contract import Norm
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names in one architecture's modules. None: the block has no such module.
+
+    before_attention, before_mlp: the RMSNorm that reads the residual stream.
+    after_attention, after_mlp: a norm or dropout between the module and the residual add.
+    norm: how its RMSNorm rounds; eps: the attribute that holds its epsilon.
+    text: whether its plain name stands for the multimodal model, and the language model's config is a part of that.
+    """
+
+    folder: str
+    prefix: str
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+    norm: Norm = Norm.LLAMA
+    eps: str = "variance_epsilon"
+    text: bool = False
+
+    @property
+    def model_type(self) -> str:
+        """What the config of its causal language models calls them."""
+        return f"{self.folder}_text" if self.text else self.folder
+
+    @property
+    def layer(self) -> type[nn.Module]:
+        return getattr(self._module, f"{self.prefix}DecoderLayer")
+
+    @property
+    def causal_lm(self) -> type[Any]:
+        return getattr(self._module, f"{self.prefix}ForCausalLM")
+
+    @property
+    def _module(self) -> Any:
+        return import_module(f"transformers.models.{self.folder}.modeling_{self.folder}")
+
+    @property
+    def attributes(self) -> set[str]:
+        """The modules that a layer of this family has, all of them."""
+        optional = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return {"self_attn", "mlp"} | {name for name in optional if name is not None}
+
+    def check(self, index: int, layer: nn.Module) -> None:
+        """Raise ArchitectureError where a layer is not built as declared, naming the layer and the attribute."""
+        built = {name for name, _ in layer.named_children()}
+        for name in sorted(self.attributes ^ built):
+            what = "has no" if name in self.attributes else "has an undeclared"
+            raise ArchitectureError(f"model: layer {index} ({type(layer).__name__}) {what} module {name!r}")
+        for reader in (self.before_attention, self.before_mlp):
+            if reader is not None:
+                self.check_norm(f"layer {index}.{reader}", layer.get_submodule(reader))
+
+    def check_norm(self, place: str, norm: nn.Module) -> None:
+        for attribute in ("weight", self.eps):
+            if not hasattr(norm, attribute):
+                raise ArchitectureError(f"model: {place} ({type(norm).__name__}) has no {attribute!r}")
+
+
+_SANDWICH = Family(
+    "gemma2",
+    "Gemma2",
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+    norm=Norm.GEMMA,
+    eps="eps",
+)
+
+FAMILIES = (
+    Family("llama", "Llama"),
+    Family("mistral", "Mistral"),
+    Family("qwen2", "Qwen2"),
+    Family("qwen3", "Qwen3"),
+    Family("phi3", "Phi3", after_attention="resid_attn_dropout", after_mlp="resid_mlp_dropout"),
+    Family("mixtral", "Mixtral"),
+    Family("qwen3_moe", "Qwen3Moe"),
+    _SANDWICH,
+    replace(_SANDWICH, folder="gemma3", prefix="Gemma3", text=True),
+    Family(
+        "olmo2",
+        "Olmo2",
+        before_attention=None,
+        after_attention="post_attention_layernorm",
+        before_mlp=None,
+        after_mlp="post_feedforward_layernorm",
+        norm=Norm.VLLM,
+    ),
+)
+
+
+def family_of(layer: nn.Module) -> Family | None:
+    """The family a decoder layer belongs to, found by its class; None: none that can be fused."""
+    for parent in type(layer).__mro__:
+        for family in FAMILIES:
+            if parent.__name__ == f"{family.prefix}DecoderLayer" and parent.__module__.startswith(
+                f"transformers.models.{family.folder}."
+            ):
+                return family
+    return None

@@ -1,0 +1,263 @@
+"""Decoder layers whose residual adds, edits and norms are one op.
+
+A block's second add is read by the norm of the *next* block. So each place where an add meets the norm after it is a
+:class:`Seam`: it does both at once, hands the new residual stream on, and keeps the normalised rows for the norm that
+will ask for them. Whoever changes the residual stream in between (a hook, a move to another device) is noticed: the
+norm is then taken of what came. Only modules' classes change, and back; weights and their names stay.
+
+Fused are passes without gradients of models in eval mode. In others the same layers add, steer and normalise one after
+the other, differentiably.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfast.errors import ArchitectureError, SteerfastError
+from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked
+from steerfast.kernels.contract import TABLE_WIDTH, Kinds
+from steerfast.kernels.steer import steer_torch_, steer_unchecked_
+from steerfast.models.families import FAMILIES, Family, family_of
+from steerfast.models.structure import Decoder, find_decoder
+
+__all__ = ["Operands", "Seam", "is_patched", "patch", "seams", "unpatch"]
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]
+"""rows, values, strength, vectors, directions, table and kinds, as the ops take them."""
+
+
+class Seam:
+    """Where something is added to the residual stream, and the norm that reads the sum, if one does.
+
+    Attributes:
+        steer: None, or a function (x, residual) -> operands, which decides the step's gates and says what is edited;
+            x and residual are [rows, H], and the residual stream is their sum. None as its answer: nothing is.
+    """
+
+    def __init__(self, norm: nn.Module | None, family: Family) -> None:
+        self.norm = norm
+        self.family = family
+        self.steer: Callable[[Tensor, Tensor], Operands | None] | None = None
+        self._stream: Tensor | None = None
+        self._normed: Tensor | None = None
+
+    def add(self, x: Tensor, residual: Tensor, fuse: bool) -> Tensor:
+        """The residual stream x + residual, steered: [N, T, H]."""
+        hidden_size = residual.shape[-1]
+        operands = None
+        if self.steer is not None:
+            with torch.no_grad():
+                operands = self.steer(x.reshape(-1, hidden_size), residual.reshape(-1, hidden_size))
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
+        if fuse and not differentiable and (weight := self._weight(x, residual)) is not None:
+            *tensors, kinds = _idle(x.device, x[..., 0].numel(), hidden_size) if operands is None else operands
+            normed, stream = add_steer_rms_norm_unchecked(
+                x.reshape(-1, hidden_size),
+                residual.reshape(-1, hidden_size),
+                weight,
+                *tensors,
+                getattr(self.norm, self.family.eps),
+                int(self.family.norm),
+                int(kinds),
+            )
+            self._stream, self._normed = stream.view(residual.shape), normed.view(residual.shape)
+            return self._stream
+        stream = residual + x
+        if operands is not None:
+            *tensors, kinds = operands
+            steer = steer_torch_ if differentiable else steer_unchecked_
+            steer(stream.view(-1, hidden_size), None, *tensors, int(kinds))
+        return stream
+
+    def take(self, stream: Tensor) -> Tensor | None:
+        """The normalised rows of this very residual stream, once; None where there are none of it."""
+        waiting, normed = self._stream, self._normed
+        self._stream = self._normed = None
+        return normed if waiting is stream and not (torch.is_grad_enabled() and stream.requires_grad) else None
+
+    def _weight(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """The norm's weight where the op may read it: it may lie on another device, or be offloaded."""
+        if self.norm is None or x.dtype != residual.dtype or x.device != residual.device:
+            return None
+        weight: Any = self.norm.weight
+        trained = torch.is_grad_enabled() and weight.requires_grad
+        return weight.detach() if weight.device == x.device and not trained else None
+
+
+def patch(model: nn.Module) -> nn.Module:
+    """Turn the decoder layers of a loaded HuggingFace model into fused ones, in place.
+
+    Returns:
+        The model. `unpatch` turns it back; `isinstance`, parameters and their names stay what they are.
+
+    Raises:
+        ArchitectureError: the layers belong to no known family, or are not built as it declares; nothing is changed.
+        SteerfastError: the model is patched, or steered: detach first.
+    """
+    decoder = find_decoder(model)
+    decoder.refuse_if_steered()
+    if is_patched(model):
+        raise SteerfastError("model: expected one that is not patched, got one that is")
+    family = _family(decoder)
+    final = _final_norm(decoder, family)
+    for index, layer in enumerate(decoder.layers):
+        family.check(index, layer)
+    for layer in decoder.layers:
+        reader = getattr(layer, family.before_mlp) if family.before_mlp else None
+        inner, outer = Seam(reader, family), Seam(None, family)
+        _swap(layer, _FusedLayer, steerfast_inner=inner, steerfast_outer=outer, steerfast_family=family)
+        if reader is not None:
+            _swap(reader, _FusedNorm, steerfast_seam=inner)
+    followers = [
+        getattr(layer, family.before_attention) if family.before_attention else None for layer in decoder.layers
+    ]
+    for seam, reader in zip(seams(decoder), [*followers[1:], final], strict=True):
+        if seam is not None and reader is not None:
+            seam.norm = reader
+            _swap(reader, _FusedNorm, steerfast_seam=seam)
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Turn a patched model back into the stock one, in place; it is returned.
+
+    Raises:
+        SteerfastError: the model is not patched, or steered: detach first.
+    """
+    find_decoder(model).refuse_if_steered()
+    if not is_patched(model):
+        raise SteerfastError("model: expected a patched one, got one that is not")
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            _swap_back(module)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the decoder layers of the model are fused."""
+    return any(isinstance(module, _Fused) for module in model.modules())
+
+
+def seams(decoder: Decoder) -> list[Seam | None]:
+    """Per layer, the seam at which its output is added up; None where the layer is not fused."""
+    return [getattr(layer, "steerfast_outer", None) for layer in decoder.layers]
+
+
+# ---- modules that change their class -------------------------------------------------------------------------------
+
+
+class _Fused:
+    """What the classes of patched modules have in common; they extend the class that the module had."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be found by name again: rebuild it from the class it extends.
+        kind, base = type(self).__bases__
+        return _rebuild, (kind, base), self.__dict__
+
+
+class _FusedLayer(_Fused):
+    steerfast_inner: Seam
+    steerfast_outer: Seam
+    steerfast_family: Family
+    training: bool
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        module: Any = self
+        family = self.steerfast_family
+        if args:
+            kwargs |= dict(zip(_arguments(type(self))[1:], args, strict=False))  # type: ignore[arg-type]
+
+        def through(name: str | None, x: Tensor) -> Tensor:
+            return x if name is None else getattr(module, name)(x)
+
+        fuse = not self.training
+        x = through(family.before_attention, hidden_states)
+        x = module.self_attn(hidden_states=x, **kwargs)[0]
+        stream = self.steerfast_inner.add(through(family.after_attention, x), hidden_states, fuse)
+        x = module.mlp(through(family.before_mlp, stream))
+        x = x[0] if isinstance(x, tuple) else x  # some mixtures of experts also return what their router said
+        return self.steerfast_outer.add(through(family.after_mlp, x), stream, fuse)
+
+
+class _FusedNorm(_Fused):
+    steerfast_seam: Seam
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.steerfast_seam.take(x)
+        return super().forward(x) if normed is None else normed  # type: ignore[misc]
+
+
+@functools.cache
+def _class(kind: type, base: type) -> type:
+    """`base`, a module's class, with the forward of `kind`; the same class every time.
+
+    It keeps its name: transformers and accelerate choose modules by the name of their class.
+    """
+    return type(base.__name__, (kind, base), {"__module__": base.__module__})
+
+
+def _rebuild(kind: type, base: type) -> Any:
+    return object.__new__(_class(kind, base))
+
+
+def _swap(module: Any, kind: type, **attributes: Any) -> None:
+    module.__class__ = _class(kind, type(module))  # type: ignore[arg-type]
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    _rewire(module)
+
+
+def _swap_back(module: nn.Module) -> None:
+    module.__class__ = type(module).__bases__[1]
+    for name in [name for name in vars(module) if name.startswith("steerfast_")]:
+        delattr(module, name)
+    _rewire(module)
+
+
+def _rewire(module: Any) -> None:
+    """Where accelerate has put a function of its own before the module's forward, let it call the new one."""
+    if "_old_forward" in vars(module):
+        module._old_forward = type(module).forward.__get__(module)
+
+
+@functools.cache
+def _arguments(layer: Hashable) -> list[str]:
+    """Names of the arguments of the stock forward that a fused layer's class extends."""
+    base: Any = layer.__bases__[1]  # type: ignore[attr-defined]
+    return list(inspect.signature(base.forward).parameters)[1:]
+
+
+@functools.lru_cache(maxsize=64)
+def _idle(device: torch.device, rows: int, hidden_size: int) -> Operands:
+    """Operands of rows that nobody steers."""
+    with torch.inference_mode(False):
+        record = torch.zeros(rows, 1, dtype=torch.int32, device=device)
+        empty = torch.zeros(0, 0, device=device)
+        bank = torch.zeros(1, hidden_size, device=device)
+        return record, empty, empty, bank, bank, torch.zeros(1, TABLE_WIDTH, device=device), Kinds.LATCHED_ADD
+
+
+def _family(decoder: Decoder) -> Family:
+    kinds = {family_of(layer) for layer in decoder.layers}
+    family = kinds.pop()
+    if kinds or family is None:
+        names = ", ".join(sorted({type(layer).__name__ for layer in decoder.layers}))
+        known = ", ".join(family.prefix for family in FAMILIES)
+        raise ArchitectureError(
+            f"model: expected decoder layers of one of {known}, got {names}; steer() needs no patch"
+        )
+    return family
+
+
+def _final_norm(decoder: Decoder, family: Family) -> nn.Module:
+    norm = getattr(decoder.backbone, "norm", None)
+    if norm is None:
+        raise ArchitectureError(f"model: {type(decoder.backbone).__name__} has no module 'norm'")
+    family.check_norm("norm", norm)
+    return norm
