@@ -8,7 +8,11 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint clean
+# Where `make gpu` writes its results.
+OUT ?= benchmarks/results
+SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
+
+.PHONY: demo test lint gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/steerfast demo
@@ -19,6 +23,32 @@ test: $(VENV)/.installed-dev lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Tests and measurements on a GPU, with $(PYTHON) and the packages it has: nothing is made, installed or downloaded.
+# A step that fails, or that takes longer than its seconds, does not stop the others; the exit status says that one did.
+gpu: export PYTHONPATH := .
+gpu:
+	@mkdir -p "$(OUT)"; failed=; \
+	step() { \
+	  name=$$1 seconds=$$2; shift 2; echo "== $$name"; start=$$(date +%s); \
+	  timeout -s INT -k 10 "$$seconds" "$$@"; status=$$?; \
+	  echo "== $$name: status $$status, $$(($$(date +%s) - start)) s"; \
+	  [ $$status = 0 ] || failed="$$failed $$name"; \
+	}; \
+	step gpu-tests 60 $(PYTHON) -m pytest -q -m gpu tests; \
+	step kernel-tests 110 $(PYTHON) -m pytest -q -m "not gpu" --ignore tests/kernels/test_machine_code.py tests/kernels; \
+	if [ -n "$(SANITIZER)" ]; then \
+	  step memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	    "$(SANITIZER)" --tool memcheck --error-exitcode 3 $(PYTHON) benchmarks/sanitize.py; \
+	else \
+	  echo "== memcheck: no compute-sanitizer here, the same launches without it"; \
+	  step launches 50 $(PYTHON) benchmarks/sanitize.py; \
+	fi; \
+	step launch 20 $(PYTHON) benchmarks/launch.py --device cuda --json "$(OUT)"; \
+	step ops 150 $(PYTHON) benchmarks/ops.py --device cuda --limit 120 --json "$(OUT)"; \
+	step compiled 80 $(PYTHON) benchmarks/compiled.py --device cuda --rows 1 64 --json "$(OUT)"; \
+	$(PYTHON) benchmarks/bars.py --results "$(OUT)"; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 $(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steerfast needs Python 3.10 or newer")'

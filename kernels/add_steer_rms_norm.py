@@ -19,9 +19,9 @@ A row without a displacement has the bits of the same op without slots (K = 0): 
 x + residual rounded once.
 
 The overload ``prompt`` decides prompt gates in the same launch: every row of a sequence reads the row that decides for
-it again, from x and residual, and the program of that row stores the score and the value. (So the rows of a sequence
-must name the same slots in the same places, or none.) Nothing that one program writes is read by another: the outputs
-are fresh tensors, and the latch of a sequence that decides is not read.
+it again, from x and residual, and the program of that row stores the score and the value. (So the deciding row must
+name the sequence's slots, and its other rows the same ones in the same places, or none.) Nothing that one program
+writes is read by another: the outputs are fresh tensors, and the latch of a sequence that decides is not read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .contract import (
     library,
 )
 from .edits import reference_gate, reference_rows, reference_stream, torch_displaced, torch_gate
-from .launch import Launcher, eager_cuda, launch_shape, nvidia
+from .launch import Launcher, eager_cuda, inductor_fuses, launch_shape, nvidia
 
 try:
     import triton
@@ -66,8 +66,8 @@ __all__ = [
     "reference_prompt",
 ]
 
-NORM_OF_ROUNDED = (Norm.LLAMA, Norm.GEMMA, Norm.VLLM)
-ROUND_BEFORE_WEIGHT = (Norm.LLAMA, Norm.VLLM_IR)
+NORM_OF_ROUNDED = tuple(map(int, (Norm.LLAMA, Norm.GEMMA, Norm.VLLM)))
+ROUND_BEFORE_WEIGHT = tuple(map(int, (Norm.LLAMA, Norm.VLLM_IR)))
 
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def add_steer_rms_norm_torch(
     normed = n * (1.0 / ((n * n).mean(1, keepdim=True) + eps).sqrt())
     if norm in ROUND_BEFORE_WEIGHT:
         normed = normed.to(x.dtype).float()
-    w = weight.float() + 1.0 if norm == Norm.GEMMA else weight.float()
+    w = weight.float() + 1.0 if norm == int(Norm.GEMMA) else weight.float()
     return (normed * w).to(x.dtype), new_residual
 
 
@@ -438,12 +438,12 @@ def add_steer_rms_norm_prompt_torch(
         for k in range(slots.shape[1]):
             slot = torch.where(slots[:, k] >= 0, slots[:, k], 0)
             numbers = table.index_select(0, slot)
-            decides = (deciding >= 0) & (slots[:, k] >= 0) & (numbers[:, GATE] == Gate.PROMPT)
+            decides = (deciding >= 0) & (slots[:, k] >= 0) & (numbers[:, GATE] == int(Gate.PROMPT))
             score, value = torch_gate(s.detach(), directions.index_select(0, slot).float(), numbers)
             for latch, new in ((scores, score), (values, value)):
                 latch[:, k].copy_(torch.where(decides, new, latch[:, k]))
     operands = (rows, values, strength, vectors, directions, table)
-    return add_steer_rms_norm_torch(x, residual, weight, *operands, eps, norm, Kinds.ANY)
+    return add_steer_rms_norm_torch(x, residual, weight, *operands, eps, norm, int(Kinds.ANY))
 
 
 # ---- registration ------------------------------------------------------------------------------------------
@@ -550,7 +550,8 @@ def add_steer_rms_norm(
     _check(x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm)
     arguments = (x, residual, weight, rows, values, strength, vectors, directions, table, float(eps), int(norm))
     check_choice("kinds", kinds, Kinds)
-    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad)
+    if wants_gradient or inductor_fuses(x, kinds):
         return add_steer_rms_norm_torch(*arguments, int(kinds))
     return torch.ops.steerfast.add_steer_rms_norm.default(*arguments, int(kinds))
 
@@ -612,6 +613,8 @@ def add_steer_rms_norm_unchecked(
     operands = (x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm, kinds)
     if eager_cuda(x):
         return add_steer_rms_norm_triton(*operands)
+    if inductor_fuses(x, kinds):
+        return add_steer_rms_norm_torch(*operands)
     return torch.ops.steerfast.add_steer_rms_norm.default(*operands)
 
 

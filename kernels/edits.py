@@ -2,7 +2,7 @@
 
 Numerics contract. ``s`` is the row as the unsteered model has it: ``x``, or where the residual stream is kept as a
 pair, ``x + residual`` rounded to their dtype. ``d``, ``v`` and ``t`` are a slot's direction, vector and table row.
-All arithmetic is float32, and every product and every sum is rounded: no fused multiply-add anywhere.
+All arithmetic is float32, and every product and every sum over a row's numbers is rounded: no fused multiply-add there.
 
     score   DOT: <s, d>.  COSINE: <s, d> / sqrt(<s, s>), and 0 where <s, s> is 0
     value   SHARPNESS == 0: 1 if score > THRESHOLD else 0.  Otherwise sigmoid(SHARPNESS * (score - THRESHOLD)).
@@ -383,11 +383,14 @@ def torch_stream(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor
 
 
 def torch_gate(s: torch.Tensor, d: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and gate values [n] of float32 rows s and directions d [n, H] by table rows [n, TABLE_WIDTH]."""
+    """Scores and gate values [n] of float32 rows s and directions d [n, H] by table rows [n, TABLE_WIDTH].
+
+    Here and below enumerations are compared as ints: Dynamo (torch 2.13) folds `tensor == IntEnum` to False.
+    """
     scores = (s * d).sum(-1)
     square = (s * s).sum(-1)
     cosine = torch.where(square == 0, 0.0, scores / square.sqrt())
-    scores = torch.where(numbers[:, SCORE] == Score.COSINE, cosine, scores)
+    scores = torch.where(numbers[:, SCORE] == int(Score.COSINE), cosine, scores)
     threshold, sharpness = numbers[:, THRESHOLD], numbers[:, SHARPNESS]
     hard = torch.where(scores <= threshold, 0.0, 1.0)
     soft = torch.sigmoid(sharpness * (scores - threshold))
@@ -412,16 +415,16 @@ def torch_coefficients(
         """1 where a formula is not wanted, so that neither its value nor its gradient can be undefined there."""
         return torch.where(where, tensor, 1.0)
 
-    clamps = (edit == Edit.CLAMP) & (vv > 0)
+    clamps = (edit == int(Edit.CLAMP)) & (vv > 0)
     along = xv / only(clamps, vv)
     clamped = beta * (torch.minimum(torch.maximum(along, low), high) - along)
 
     full = xx + beta * (2 * xv + beta * vv)
-    keeps = (edit == Edit.KEEP_NORM) & ~(full <= CANCELLED * (xx + beta * beta * vv))
+    keeps = (edit == int(Edit.KEEP_NORM)) & ~(full <= CANCELLED * (xx + beta * beta * vv))
     ratio = torch.where(xx == 0, 0.0, (only(keeps & (xx != 0), xx) / only(keeps, full)).sqrt())
 
     across = dd - vd * vd / only(vv > 0, vv)
-    plane = (edit == Edit.ROTATE) & (vv > 0) & ~(across <= CANCELLED * dd)
+    plane = (edit == int(Edit.ROTATE)) & (vv > 0) & ~(across <= CANCELLED * dd)
     vv, low, high = only(plane, vv), only(plane, low), only(plane, high)  # the limits of a CLAMP may be infinite
     root, rest = vv.sqrt(), only(plane, across).sqrt()
     p1, p2 = xv / root, (xd - xv * vd / vv) / rest
@@ -434,7 +437,7 @@ def torch_coefficients(
     turn = (q2 * rho / length - p2) / rest
     back = (q1 * rho / length - p1) / root - turn * vd / vv
 
-    b = torch.where(edit == Edit.ADD, beta, 0.0)
+    b = torch.where(edit == int(Edit.ADD), beta, 0.0)
     b = torch.where(clamps, clamped, b)
     b = torch.where(keeps, ratio * beta, b)
     b = torch.where(turns, back, b)
@@ -464,15 +467,15 @@ def torch_displaced(
         slot, sequence = torch.where(used, rows[:, 1 + k], 0), torch.where(used, rows[:, 0], 0)
         numbers = table.index_select(0, slot)
         v, d = vectors.index_select(0, slot).float(), directions.index_select(0, slot).float()
-        gate = torch.where(numbers[:, GATE] == Gate.ALWAYS, 1.0, values[:, k].index_select(0, sequence))
+        gate = torch.where(numbers[:, GATE] == int(Gate.ALWAYS), 1.0, values[:, k].index_select(0, sequence))
         alpha = numbers[:, STRENGTH] * strength[:, k].index_select(0, sequence)
-        if kinds == Kinds.LATCHED_ADD:
+        if kinds == int(Kinds.LATCHED_ADD):
             b = torch_scaled(gate, alpha)
             moves = used & (b != 0)
             moved = y + b[:, None] * v
         else:
             own = torch_gate(s.detach(), d, numbers)[1]
-            beta = torch_scaled(torch.where(numbers[:, GATE] == Gate.TOKEN, own, gate), alpha)
+            beta = torch_scaled(torch.where(numbers[:, GATE] == int(Gate.TOKEN), own, gate), alpha)
             scale, b, c = torch_coefficients(s, v, d, beta, numbers)
             moves = used & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))
             moved = torch.where((scale != 0)[:, None], y + scale[:, None] * s, y) + b[:, None] * v

@@ -169,7 +169,7 @@ def gate_torch_(
         index = torch.where(used, slot[:, k], 0)
         numbers = table.index_select(0, index)
         score, value = torch_gate(s, directions.index_select(0, index).float(), numbers)
-        value = torch.where(numbers[:, GATE] == Gate.ALWAYS, 1.0, value)
+        value = torch.where(numbers[:, GATE] == int(Gate.ALWAYS), 1.0, value)
         for latch, new in ((scores, score), (values, value)):
             latch[:, k].copy_(torch.where(decides, torch.where(used, new, 0.0), latch[:, k]))
 

@@ -159,7 +159,8 @@ class SteeringProfile:
         low, high: the limits of ``clamp``, in units of v; one of them may be infinite.
         angle: the target of ``rotate`` in degrees: 0 is along v, 90 is orthogonal to it on the direction's side.
         sensor: ``"own"`` (each layer decides for itself, arXiv 2401.11206) or the layer that decides for itself and
-            every later one. Steered layers before it would have to know the decision in advance and are refused.
+            every other one. Steered layers before it know the decision in a second pass over the prompt, which only
+            sequences whose gate fired take (`second_pass`); a token gate has none and refuses them.
         positions: ``"all"`` edits every token of a fired prompt and all that follows, ``"response"`` the prompt's
             last token and all that follows.
         vector_kind: how `vector` was made (``ssv``, ``alignment``, ``forced``, ``srv`` or an importer's word).
@@ -242,9 +243,9 @@ class SteeringProfile:
                 self._check_plane(layer)
         if self.gate.kind == "always" or not steered:
             return
-        if self.sensor != "own" and steered[0] < self.sensor:
+        if self.sensor != "own" and steered[0] < self.sensor and self.gate.kind == "token":
             raise ProfileError(
-                f"sensor: layer {self.sensor} decides for itself and later layers, "
+                f"sensor: with a token gate layer {self.sensor} decides for itself and later layers, "
                 f"but layer {steered[0]} before it has strength {float(self.strength[steered[0]]):g}"
             )
         for layer in steered if self.sensor == "own" else [self.sensor]:
@@ -264,6 +265,12 @@ class SteeringProfile:
     def steered_layers(self) -> list[int]:
         """Layers with a strength other than 0, ascending."""
         return [int(layer) for layer in self.strength.nonzero().flatten()]
+
+    @property
+    def second_pass(self) -> bool:
+        """Whether a layer before the sensor is steered: a prompt that fires is then read a second time."""
+        gated = self.sensor != "own" and self.gate.kind == "prompt"
+        return gated and any(layer < self.sensor for layer in self.steered_layers)  # type: ignore[operator]
 
     @property
     def gate_layers(self) -> list[int]:

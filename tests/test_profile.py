@@ -395,7 +395,10 @@ def spoiled(tensor: Tensor, where: tuple[int, ...], value: float) -> Tensor:
         (lambda p: {"positions": "prompt"}, "positions: expected one of all, response, got 'prompt'"),
         (lambda p: {"sensor": 4}, r"sensor: expected 'own' or a layer in 0..3, got 4"),
         (lambda p: {"sensor": "first"}, "sensor: expected 'own' or a layer in 0..3, got 'first'"),
-        (lambda p: {"sensor": 2}, "sensor: layer 2 decides for itself and later layers, but layer 0 before it"),
+        (
+            lambda p: {"sensor": 2, "gate": Gate("token")},
+            "sensor: with a token gate layer 2 decides for itself and later layers, but layer 0 before it",
+        ),
         (lambda p: {"vector": spoiled(p.vector, (1,), 0.0)}, "strength of layer 1: .*, but its vector is zero"),
         (lambda p: {"direction": spoiled(p.direction, (3,), 0.0)}, "direction of layer 3: a prompt gate reads it"),
         (lambda p: {"vector_kind": None}, "vector_kind: expected a string, got None"),
@@ -500,8 +503,15 @@ def test_with_band_steers_exactly_its_layers() -> None:
     for layer in (-1, 4):
         with pytest.raises(ProfileError, match=rf"layer: expected 0..3, got {layer}"):
             profile.with_band([layer], 1.0)
-    with pytest.raises(ProfileError, match="sensor: layer 2 decides"):
-        replace(profile, strength=torch.zeros(LAYERS), sensor=2).with_band([1], 1.0)
+    with pytest.raises(ProfileError, match="sensor: with a token gate layer 2 decides"):
+        replace(profile, strength=torch.zeros(LAYERS), sensor=2, gate=Gate("token")).with_band([1], 1.0)
+
+
+def test_second_pass_is_for_layers_before_a_sensor_of_prompts() -> None:
+    profile = make().with_band([1, 2], 1.0)
+    assert not profile.second_pass
+    assert [replace(profile, sensor=sensor).second_pass for sensor in range(LAYERS)] == [False, False, True, True]
+    assert not replace(profile, sensor=3, gate=Gate("always")).second_pass
 
 
 def test_the_checksum_tells_profiles_apart() -> None:

@@ -191,8 +191,9 @@ def _candidates(
     for kind in kinds:
         profile.with_vector(kind)  # raises on an unknown kind before any work is done
         for start, last in chosen:
-            if not first <= start <= last < layers:
-                raise ProfileError(f"bands: expected {first} <= first <= last < {layers}, got ({start}, {last})")
+            least = first if profile.gate.kind == "token" else 0
+            if not least <= start <= last < layers:
+                raise ProfileError(f"bands: expected {least} <= first <= last < {layers}, got ({start}, {last})")
             for total in strengths or (0.75, 1.0, 2.0, 4.0):
                 for where in positions or ("all", "response"):
                     per_layer = round(total / (last - start + 1), 4)

@@ -134,7 +134,8 @@ class AutoSteeredModelForCausalLM:
         """Load a checkpoint with fused layers where its family is known, and attach a profile.
 
         Models of other families, and those that bring their own code (trust_remote_code), keep their layers and are
-        steered by hooks on them. Arguments and errors: `SteeredModel.from_pretrained`.
+        steered by hooks on them; their `steering` is a `Steering` even without a profile. Arguments and errors:
+        `SteeredModel.from_pretrained`.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -149,10 +150,10 @@ class AutoSteeredModelForCausalLM:
             options = {"steering": steering, "strength": strength, "tokenizer": tokenizer}
             return _class_of(family).from_pretrained(source, *args, **options, **kwargs)
         profile = _profile(steering, source, kwargs)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, *args, **kwargs)
-        if profile is not None:
-            model.steering = steer(model, profile, strength, tokenizer=tokenizer)
-        return model
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model.steering = steer(model, profile, strength, tokenizer=tokenizer)
+        return loaded
 
     @classmethod
     def from_config(
@@ -162,13 +163,13 @@ class AutoSteeredModelForCausalLM:
         from transformers import AutoModelForCausalLM
 
         family = _family_of(config)
-        model: Any = AutoModelForCausalLM.from_config(config, **kwargs) if family is None else None
-        if family is not None:
-            model = _class_of(family)._from_config(config, **kwargs)
-        if steering is not None and family is not None:
-            model.steer(steering, strength)
-        elif steering is not None:
+        if family is None:
+            model: Any = AutoModelForCausalLM.from_config(config, **kwargs)
             model.steering = steer(model, steering, strength)
+            return model
+        model = _class_of(family)._from_config(config, **kwargs)
+        if steering is not None:
+            model.steer(steering, strength)
         return model
 
 

@@ -46,6 +46,7 @@ class Seam:
         self.steer: Callable[[Tensor, Tensor], Operands | None] | None = None
         self._stream: Tensor | None = None
         self._normed: Tensor | None = None
+        self._version: int | None = None
 
     def add(self, x: Tensor, residual: Tensor, fuse: bool) -> Tensor:
         """The residual stream x + residual, steered: [N, T, H]."""
@@ -67,6 +68,7 @@ class Seam:
                 int(kinds),
             )
             self._stream, self._normed = stream.view(residual.shape), normed.view(residual.shape)
+            self._version = _version(self._stream)
             return self._stream
         stream = residual + x
         if operands is not None:
@@ -79,7 +81,9 @@ class Seam:
         """The normalised rows of this very residual stream, once; None where there are none of it."""
         waiting, normed = self._stream, self._normed
         self._stream = self._normed = None
-        return normed if waiting is stream and not (torch.is_grad_enabled() and stream.requires_grad) else None
+        if waiting is not stream or _version(stream) != self._version:
+            return None
+        return None if torch.is_grad_enabled() and stream.requires_grad else normed
 
     def _weight(self, x: Tensor, residual: Tensor) -> Tensor | None:
         """The norm's weight where the op may read it: it may lie on another device, or be offloaded."""
@@ -108,6 +112,11 @@ def patch(model: nn.Module) -> nn.Module:
     final = _final_norm(decoder, family)
     for index, layer in enumerate(decoder.layers):
         family.check(index, layer)
+    for name, module in _swapped(decoder, family, final):
+        if _is_replaced(module):
+            raise ArchitectureError(
+                f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first"
+            )
     for layer in decoder.layers:
         reader = getattr(layer, family.before_mlp) if family.before_mlp else None
         inner, outer = Seam(reader, family), Seam(None, family)
@@ -133,6 +142,11 @@ def unpatch(model: nn.Module) -> nn.Module:
     find_decoder(model).refuse_if_steered()
     if not is_patched(model):
         raise SteerfastError("model: expected a patched one, got one that is not")
+    for name, module in model.named_modules():
+        if isinstance(module, _Fused) and _is_replaced(module):
+            raise SteerfastError(
+                f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first"
+            )
     for module in model.modules():
         if isinstance(module, _Fused):
             _swap_back(module)
@@ -177,20 +191,26 @@ class _FusedLayer(_Fused):
             return x if name is None else getattr(module, name)(x)
 
         fuse = not self.training
+        if _change_unseen(module._forward_pre_hooks):
+            hidden_states = hidden_states.view_as(hidden_states)  # not the stream whose norm was taken
         x = through(family.before_attention, hidden_states)
         x = module.self_attn(hidden_states=x, **kwargs)[0]
         stream = self.steerfast_inner.add(through(family.after_attention, x), hidden_states, fuse)
         x = module.mlp(through(family.before_mlp, stream))
         x = x[0] if isinstance(x, tuple) else x  # some mixtures of experts also return what their router said
+        fuse = fuse and not _change_unseen(module._forward_hooks)
         return self.steerfast_outer.add(through(family.after_mlp, x), stream, fuse)
 
 
 class _FusedNorm(_Fused):
     steerfast_seam: Seam
+    _forward_pre_hooks: dict[int, Any]
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.steerfast_seam.take(x)
-        return super().forward(x) if normed is None else normed  # type: ignore[misc]
+        if normed is None or _change_unseen(self._forward_pre_hooks):
+            return super().forward(x)  # type: ignore[misc]
+        return normed
 
 
 @functools.cache
@@ -221,9 +241,36 @@ def _swap_back(module: nn.Module) -> None:
 
 
 def _rewire(module: Any) -> None:
-    """Where accelerate has put a function of its own before the module's forward, let it call the new one."""
+    """Where accelerate has put a function of its own before the module's forward, let it call the new one; where it
+    took that off, it left the class's forward on the module, which would hide the new one.
+    """
     if "_old_forward" in vars(module):
         module._old_forward = type(module).forward.__get__(module)
+    elif "forward" in vars(module):
+        del module.forward
+
+
+def _is_replaced(module: Any) -> bool:
+    """Whether someone put another forward on the module than its class's: whichever class it had would not matter."""
+    own = vars(module).get("_old_forward", vars(module).get("forward"))
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def _swapped(decoder: Decoder, family: Family, final: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that a patch turns into fused ones, by name."""
+    readers = [name for name in (family.before_attention, family.before_mlp) if name is not None]
+    norms = [(f"layer {i}.{name}", getattr(layer, name)) for i, layer in enumerate(decoder.layers) for name in readers]
+    return [*((f"layer {i}", layer) for i, layer in enumerate(decoder.layers)), *norms, ("norm", final)]
+
+
+def _version(stream: Tensor) -> int | None:
+    """How often it was changed in place; None where nobody counts, see `_change_unseen`."""
+    return None if torch.compiler.is_compiling() or stream.is_inference() else stream._version
+
+
+def _change_unseen(hooks: Any) -> bool:
+    """Whether a module's hooks may change the residual stream in place and no version would tell."""
+    return bool(hooks) and (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
 
 
 @functools.cache

@@ -7,12 +7,13 @@ decide at the prompt's last valid token and are latched with the KV cache; rows 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -46,6 +47,20 @@ class _Prompt:
     count: int
     length: int
     mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """A step that holds prompt tokens of sequences whose gate decides after layers that it steers.
+
+    given: the arguments of the backbone, the cache as it was before the step. valid, prompt_columns: as `prompt_rows`
+    takes them. ahead: which sequences are such.
+    """
+
+    given: dict[str, Any]
+    valid: Tensor
+    prompt_columns: int
+    ahead: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -98,21 +113,25 @@ class Steering:
         self._identity = identify(model, tokenizer)
         self._decoder = decoder
         self._profiles: list[SteeringProfile | None] = [None] * _SLOTS
+        self._names: list[str] = [""] * _SLOTS  # their checksums, which take a hash over all they hold
         self._used: list[int] = list(range(_SLOTS))  # slots, longest unused first
         self._banks: dict[torch.device, Bank] = {}
         self._buffers: dict[tuple[Any, ...], Any] = {}
         self._undo: list[Callable[[], Any]] = []
         self._layers: set[int] = set()
         self._plan: _Plan | None = None
-        self._assigned: tuple[tuple[int, ...], tuple[float, ...]] | None = None
+        self._contexts: list[tuple[tuple[int, ...], tuple[float, ...]]] = []
         self._latch: Latch | None = None
         self._prompt: _Prompt | None = None
         self._prompts: int | None = None
         self._rows: dict[torch.device, Rows] = {}
         self._deciding = False
+        self._prefill: _Prefill | None = None
+        self._again: tuple[int, ...] | None = None  # the sequences of a second pass, while it runs
         self._row_values: dict[torch.device, Tensor] = {}
         self._arguments = list(inspect.signature(decoder.backbone.forward).parameters)
-        self.profile = profile
+        self._profile = profile
+        self._slot_of_own = UNSTEERED
         self.model = model
         self._strength = _finite("strength", strength)
         if profile is not None:
@@ -126,6 +145,11 @@ class Steering:
         self._attach()
 
     # -- what users read and set -------------------------------------------------------------------------------------
+
+    @property
+    def profile(self) -> SteeringProfile | None:
+        """The profile of calls that name none."""
+        return self._profile
 
     @property
     def strength(self) -> float:
@@ -202,12 +226,11 @@ class Steering:
             SteerfastError: lists of different lengths, more than 16 profiles, a strength that is not finite, or token
                 gates together with others.
         """
-        before = self._assigned
-        self._assigned = self._assign(steering, strength)
+        self._contexts.append(self._assign(steering, strength))
         try:
             yield
         finally:
-            self._assigned = before
+            self._contexts.pop()
 
     # -- profiles and slots ------------------------------------------------------------------------------------------
 
@@ -229,6 +252,9 @@ class Steering:
             _finite(f"steering_strength[{i}]", self._strength if one is None else one)
             for i, one in enumerate(strengths)
         ]
+        for name, given in (("steering", profiles), ("steering_strength", numbers)):
+            if not given:
+                raise SteerfastError(f"{name}: expected one entry per sequence, got an empty list")
         if len(profiles) != len(numbers) and 1 not in (len(profiles), len(numbers)):
             raise SteerfastError(
                 f"steering_strength: expected {len(profiles)} numbers, one per profile, got {len(numbers)}"
@@ -238,27 +264,34 @@ class Steering:
                 if not isinstance(profile, SteeringProfile):
                     raise SteerfastError(f"steering[{i}]: expected a profile or None, got {type(profile).__name__}")
                 self._check(f"steering[{i}]", profile)
-        distinct = {profile.checksum: profile for profile in profiles if profile is not None}
-        if len(distinct) > _SLOTS - 1:
-            raise SteerfastError(f"steering: expected at most {_SLOTS - 1} profiles in a batch, got {len(distinct)}")
+        checksums = ["" if profile is None else profile.checksum for profile in profiles]
+        distinct = {name: profile for name, profile in zip(checksums, profiles, strict=True) if profile is not None}
+        held = {self._slot_of_own, *(slot for slots, _ in self._contexts for slot in slots)} - {UNSTEERED}
+        most = min(_SLOTS - 1, _SLOTS - sum(self._names[slot] not in distinct for slot in held))
+        if len(distinct) > most:
+            raise SteerfastError(f"steering: expected at most {most} profiles in a batch, got {len(distinct)}")
         if len({profile.gate.kind == "token" for profile in distinct.values()}) > 1:
             raise SteerfastError("steering: expected token gates for all sequences of a batch or for none, got both")
-        slots = {checksum: self._slot(profile, distinct) for checksum, profile in distinct.items()}
+        held |= {slot for slot, name in enumerate(self._names) if name in distinct}
+        slots = {"": UNSTEERED}
+        for checksum, profile in distinct.items():
+            slots[checksum] = self._slot(checksum, profile, held)
+            held.add(slots[checksum])
         length = max(len(profiles), len(numbers))
-        each = [UNSTEERED if profile is None else slots[profile.checksum] for profile in profiles]
+        each = [slots[checksum] for checksum in checksums]
         return tuple(each * (length // len(each))), tuple(numbers * (length // len(numbers)))
 
-    def _slot(self, profile: SteeringProfile, needed: dict[str, SteeringProfile]) -> int:
-        """The slot of a profile; where it has none, the one that was not used for longest becomes its own."""
-        known = {other.checksum: slot for slot, other in enumerate(self._profiles) if other is not None}
-        slot = known.get(profile.checksum, UNSTEERED)
-        if slot < 0:
-            kept = {*needed, *([self.profile.checksum] if self.profile is not None else [])}
-            free = [s for s in self._used if (other := self._profiles[s]) is None or other.checksum not in kept]
-            slot = free[0]
-            self._profiles[slot] = profile
+    def _slot(self, checksum: str, profile: SteeringProfile, held: set[int]) -> int:
+        """The slot of a profile; where it has none, the one not used for longest becomes its own, `held` ones aside."""
+        if checksum in self._names:
+            slot = self._names.index(checksum)
+        else:
+            slot = next(slot for slot in self._used if slot not in held)
+            if not self._banks:
+                self._bank(torch.device("cpu"))  # so that a profile which no bank can hold is refused here
             for bank in self._banks.values():
                 bank.replace(str(slot), profile) if str(slot) in bank.names else bank.add(str(slot), profile)
+            self._profiles[slot], self._names[slot] = profile, checksum
             for layer in sorted({*profile.steered_layers, *profile.gate_layers} - self._layers):
                 self._attach_layer(layer)
         self._used.remove(slot)
@@ -272,16 +305,12 @@ class Steering:
 
     def _plan_for(self, count: int) -> _Plan:
         """The plan of a step of `count` sequences; prompts that became several sequences lie one after the other."""
-        if self._assigned is not None:
-            slots, strengths = self._assigned
-        else:
-            slot = UNSTEERED if self.profile is None else self._slot(self.profile, {})
-            slots, strengths = (slot,), (self._strength,)
+        slots, strengths = self._contexts[-1] if self._contexts else ((self._slot_of_own,), (self._strength,))
         if len(slots) > 1 and (count % len(slots) or (self._prompts or len(slots)) != len(slots)):
             raise SteerfastError(
                 f"steering: expected {self._prompts or count} entries, one per sequence, got {len(slots)}"
             )
-        key = ("plan", slots, strengths, count, *(self._at(slot).checksum for slot in slots if slot >= 0))
+        key = ("plan", slots, strengths, count, *(self._names[slot] for slot in slots if slot >= 0))
         return self._buffer(key, torch.device("cpu"), lambda _: self._make_plan(slots, strengths, count))
 
     def _make_plan(self, slots: tuple[int, ...], strengths: tuple[float, ...], count: int) -> _Plan:
@@ -290,7 +319,7 @@ class Steering:
         for slot, profile in profiles.items():
             for layer in profile.gate_layers:
                 gates[layer] = gates.get(layer, frozenset()) | {slot}
-        names = [profiles[slot].checksum if slot >= 0 else "-" for slot in slots]
+        names = [self._names[slot] if slot >= 0 else "-" for slot in slots]
         repeats = count // len(slots)
         return _Plan(
             slots=tuple(slot for slot in slots for _ in range(repeats)),
@@ -319,11 +348,14 @@ class Steering:
             after = backbone.register_forward_hook(self._after, with_kwargs=True)
             self._undo.append(after.remove)
             if self.profile is not None:
-                self._slot(self.profile, {})
+                self._slot_of_own = self._slot(self.profile.checksum, self.profile, set())
             if hasattr(self.model, "generate") and not hasattr(type(self.model), "steerfast_generates"):
                 own = vars(self.model).get("generate")  # a wrapper of someone else's
                 generate: Any = self.model.generate
-                self.model.generate = self._wrapped(generate)  # type: ignore[assignment]
+                # No closure: deep copies and pickles of the model take this along and it becomes theirs.
+                wrapped = functools.partial(self._generate, generate)
+                functools.update_wrapper(wrapped, generate, ("__module__", "__name__", "__qualname__", "__doc__"), ())
+                self.model.generate = wrapped  # type: ignore[assignment]
                 self._undo.append(functools.partial(_put_back, self.model, "generate", own))
         except BaseException:
             self.detach()
@@ -341,12 +373,8 @@ class Steering:
         handle = self._decoder.layers[layer].register_forward_hook(hook, prepend=True)
         self._undo.append(handle.remove)
 
-    def _wrapped(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(generate)
-        def steered_generate(*args: Any, **kwargs: Any) -> Any:
-            return self.generate(generate, args, kwargs)
-
-        return steered_generate
+    def _generate(self, generate: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return self.generate(generate, args, kwargs)
 
     def generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model's own `generate`, knowing where the prompt ends and who steers it."""
@@ -361,9 +389,9 @@ class Steering:
         self._refuse_chunks(kwargs)
         if isinstance(prompt, Tensor) and prompt.dim() >= 2:
             count = len(prompt)
-            if self._assigned is not None and len(self._assigned[0]) not in (1, count):
+            if self._contexts and len(self._contexts[-1][0]) not in (1, count):
                 raise SteerfastError(
-                    f"steering: expected {count} entries, one per prompt, got {len(self._assigned[0])}"
+                    f"steering: expected {count} entries, one per prompt, got {len(self._contexts[-1][0])}"
                 )
             mask = kwargs.get("attention_mask")
             mask = mask if _is_flat(mask) else None
@@ -380,9 +408,9 @@ class Steering:
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if not chunk:
             return
-        slots = self._assigned[0] if self._assigned is not None else ()
-        profiles = [self._at(slot) for slot in slots if slot >= 0] if slots else [self.profile]
-        if any(p is not None and (p.positions == "response" or p.gate.kind == "prompt") for p in profiles):
+        slots = self._contexts[-1][0] if self._contexts else (self._slot_of_own,)
+        profiles = [self._at(slot) for slot in slots if slot >= 0]
+        if any(profile.positions == "response" or profile.gate.kind == "prompt" for profile in profiles):
             raise SteerfastError(
                 f"prefill_chunk_size: expected None, got {chunk}: a prompt gate and positions='response' need the "
                 "prompt's last token, which is in the last chunk"
@@ -390,7 +418,10 @@ class Steering:
 
     # -- one forward pass --------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._again is not None:
+            return
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
         tokens = tokens if tokens is not None else given.get("inputs_embeds")
@@ -425,19 +456,74 @@ class Steering:
             if prompt is not None and prompt.mask is not None and not _is_flat(mask):
                 mask = _grown(prompt.mask, count, past + width)
             valid = _valid_tokens(mask, count, width, past, device)
-            late = tuple(s >= 0 and self._at(s).positions == "response" for s in plan.slots)
-            rows = prompt_rows(valid, prompt_columns, slot, self._per_sequence("late", late, torch.bool, device))
+            rows = self._prompt_rows(plan, valid, prompt_columns)
+            self._prefill = self._second_pass(plan, given, valid, prompt_columns)
+            if self._prefill is not None:  # these are not steered before they have decided
+                waits = self._per_sequence("ahead", self._prefill.ahead, torch.bool, device).repeat_interleave(width)
+                rows.rows[:, 1] = torch.where(waits, UNSTEERED, rows.rows[:, 1])
         else:
+            self._prefill = None
             rows = self._buffer(("rows", plan.slots, width), device, lambda _: response_rows(slot, width))
         self._latch = latch
         self._rows = {device: rows.each_for_itself() if plan.by_token else rows}
         self._row_values.clear()
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _prompt_rows(self, plan: _Plan, valid: Tensor, prompt_columns: int) -> Rows:
+        late = tuple(slot >= 0 and self._at(slot).positions == "response" for slot in plan.slots)
+        slot = self._per_sequence("slot", plan.slots, torch.int32, valid.device)
+        return prompt_rows(valid, prompt_columns, slot, self._per_sequence("late", late, torch.bool, valid.device))
+
+    def _second_pass(self, plan: _Plan, given: dict[str, Any], valid: Tensor, prompt_columns: int) -> _Prefill | None:
+        """What a second pass over this step would need, None where no sequence can ask for one."""
+        ahead = tuple(slot >= 0 and self._at(slot).second_pass for slot in plan.slots)
+        if not any(ahead):
+            return None
+        cache = given.get("past_key_values")
+        if cache is not None:
+            if not _is_dynamic(cache):
+                raise SteerfastError(
+                    f"past_key_values: layers before the sensor are steered in a second pass over the prompt, which "
+                    f"needs a DynamicCache, got {type(cache).__name__}"
+                )
+            given = {**given, "past_key_values": copy.deepcopy(cache)}
+        return _Prefill(given, valid, prompt_columns, ahead)
+
+    def _read_again(self, module: nn.Module, output: Any) -> Any:
+        """Pass the prompts that fired through the model once more, every layer knowing the decision from the start."""
+        prefill, plan, latch, first_rows = self._prefill, self._planned(), self._last(), self._rows
+        self._prefill = None
+        if prefill is None:
+            return output
+        fired = (latch.values != 0).any(dim=0).tolist()
+        chosen = tuple(n for n, waits in enumerate(prefill.ahead) if waits and fired[n])
+        if not chosen:
+            return output
+        index = torch.tensor(chosen, device=prefill.valid.device)
+        count = len(plan.slots)
+        given = {name: _select(name, value, index, count) for name, value in prefill.given.items()}
+        self._again, self._deciding = chosen, False
+        self._plan = replace(
+            plan, slots=tuple(plan.slots[n] for n in chosen), strengths=tuple(plan.strengths[n] for n in chosen)
+        )
+        self._latch = latch.copy()
+        self._latch.select(index)
+        self._rows = {index.device: self._prompt_rows(self._plan, prefill.valid[index], prefill.prompt_columns)}
+        try:
+            second = module(**given)
+        finally:
+            self._again, self._plan, self._latch, self._rows = None, plan, latch, first_rows
+        return _merged(output, second, index, count)
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._again is not None:
+            return output
+        output = self._read_again(module, output)
         parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         cache = next((part for part in parts if hasattr(part, "get_seq_length")), kwargs.get("past_key_values"))
         if cache is not None:
             latches.attach(cache, self._last())
+        return output
 
     def _on_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -485,7 +571,7 @@ class Steering:
     def _decide_prompts(
         self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank, plan: _Plan, latch: Latch
     ) -> None:
-        """Each sequence's deciding row sets its latched value, here and, for a sensor, in all later layers;
+        """Each sequence's deciding row sets its latched value, here and, for a sensor, in all other layers;
         sequences without a prompt token in this step keep theirs.
         """
         here = tuple(slot in plan.gates[layer] for slot in plan.slots)
@@ -500,7 +586,7 @@ class Steering:
         senses = tuple(slot >= 0 and self._at(slot).sensor == layer for slot in plan.slots)
         if any(senses):
             mask = self._per_sequence("senses", senses, torch.bool, home)
-            latch.values[layer + 1 :] = torch.where(mask, latch.values[layer], latch.values[layer + 1 :])
+            latch.values.copy_(torch.where(mask, latch.values[layer], latch.values))
 
     def _decide_rows(
         self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank, plan: _Plan, latch: Latch
@@ -563,6 +649,49 @@ class Steering:
         if self._latch is None:
             raise SteerfastError("steering: no batch has run through the model yet")
         return self._latch
+
+
+def _is_dynamic(cache: Any) -> bool:
+    """Whether sequences can be taken from a cache and put back: plain keys and values that grow."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = getattr(cache, "layers", None)
+    return layers is not None and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _select(name: str, value: Any, index: Tensor, count: int) -> Any:
+    """The argument `name` of a backbone for some of its `count` sequences."""
+    if isinstance(value, dict):
+        return {key: _select(name, one, index, count) for key, one in value.items()}
+    if hasattr(value, "batch_select_indices"):
+        if value.get_seq_length() > 0:
+            value.batch_select_indices(index)
+        return value
+    if not isinstance(value, Tensor) or name == "cache_position":
+        return value
+    dimension = 1 if name == "position_ids" and value.dim() == 3 else 0  # [3, N, T] where positions have three axes
+    if value.dim() <= dimension or value.shape[dimension] != count:
+        return value
+    return value.index_select(dimension, index.to(value.device))
+
+
+def _merged(first: Any, second: Any, index: Tensor, count: int) -> Any:
+    """The outputs, or caches, of all sequences with some of them taken from a second pass."""
+    if isinstance(first, Tensor):
+        if first.dim() == 0 or first.shape[0] != count:
+            return first
+        return first.index_copy(0, index.to(first.device), second)
+    if hasattr(first, "batch_select_indices"):
+        for old, new in zip(first.layers, second.layers, strict=True):
+            old.keys = old.keys.index_copy(0, index.to(old.keys.device), new.keys)
+            old.values = old.values.index_copy(0, index.to(old.values.device), new.values)
+        return first
+    if isinstance(first, dict):  # transformers' outputs, too
+        merged = {key: _merged(value, second[key], index, count) for key, value in first.items()}
+        return type(first)(**merged)
+    if isinstance(first, (tuple, list)):
+        return type(first)(_merged(a, b, index, count) for a, b in zip(first, second, strict=True))
+    return first
 
 
 def _valid_tokens(mask: Any, count: int, width: int, past: int, device: torch.device) -> Tensor:

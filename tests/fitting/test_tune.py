@@ -141,9 +141,9 @@ def test_a_gate_that_opens_for_harmless_prompts_is_refused(profile: SteeringProf
     ("options", "message"),
     [
         ({"vectors": ["srv"]}, "vector: expected one of noise, push, got 'srv'"),
-        ({"bands": [(0, 2)]}, r"bands: expected 1 <= first <= last < 5, got \(0, 2\)"),
-        ({"bands": [(3, 5)]}, r"bands: expected 1 <= first <= last < 5, got \(3, 5\)"),
-        ({"bands": [(3, 2)]}, r"bands: expected 1 <= first <= last < 5, got \(3, 2\)"),
+        ({"bands": [(-1, 2)]}, r"bands: expected 0 <= first <= last < 5, got \(-1, 2\)"),
+        ({"bands": [(3, 5)]}, r"bands: expected 0 <= first <= last < 5, got \(3, 5\)"),
+        ({"bands": [(3, 2)]}, r"bands: expected 0 <= first <= last < 5, got \(3, 2\)"),
     ],
 )
 def test_unusable_options(profile: SteeringProfile, tune: Any, options: dict[str, Any], message: str) -> None:

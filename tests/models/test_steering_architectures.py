@@ -1,12 +1,12 @@
 """Every supported architecture, tiny and random, against an oracle that shares no code with the run-time half.
 
-The oracle runs one sequence at a time, unpadded, without a KV cache; it finds the layers by the names written
-down here, gates in float64 and edits as x + g·strength·v.
+The oracle runs one sequence at a time, unpadded, without a KV cache; it finds the layers by the names written down
+in model_cases, gates in float64 and edits as x + g·strength·v.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from model_cases import ARCHITECTURES, BASE, MakeProfile, make_model, padded
 from torch import Tensor, nn
 
 import steerfast
@@ -21,71 +22,12 @@ from steerfast.errors import ArchitectureError
 from steerfast.models.structure import find_decoder
 from steerfast.profile import SteeringProfile
 
-_BASE = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.25,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 40, "vocab_size": 96,
-         "initializer_range": 0.25, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
-_OPT = {**_BASE, "ffn_dim": 40, "word_embed_proj_dim": 32, "init_std": 0.25}
-_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24}  # fmt: skip
-
-# name of the classes -> (config, where the layers are)
-ARCHITECTURES: dict[str, tuple[dict[str, Any], str]] = {
-    "Llama": (_BASE, "model.layers"),
-    "Mistral": ({**_BASE, "sliding_window": 6}, "model.layers"),
-    "Qwen2": (_BASE, "model.layers"),
-    "Qwen3": (_BASE, "model.layers"),
-    "Gemma": (_BASE, "model.layers"),
-    "Gemma2": ({**_BASE, "sliding_window": 6}, "model.layers"),
-    "Gemma3": ({**_BASE, "sliding_window": 6}, "model.layers"),
-    "Phi": (_BASE, "model.layers"),
-    "Phi3": (_BASE, "model.layers"),
-    "GPTNeoX": (_BASE, "gpt_neox.layers"),
-    "GPT2": (_GPT2, "transformer.h"),
-    "OPT": (_OPT, "model.decoder.layers"),
-    "Olmo": (_BASE, "model.layers"),
-    "Olmo2": (_BASE, "model.layers"),
-    "Mixtral": ({**_BASE, **_MOE}, "model.layers"),
-    "Qwen2Moe": ({**_BASE, **_MOE}, "model.layers"),
-    "Qwen3Moe": ({**_BASE, **_MOE}, "model.layers"),
-    "Falcon": ({key: value for key, value in _BASE.items() if key != "head_dim"}, "transformer.h"),
-    "StableLm": (_BASE, "model.layers"),
-    "Cohere": ({**_BASE, "logit_scale": 1.0}, "model.layers"),
-}
 _NEW_TOKENS = 6
-
-MakeProfile = Callable[..., SteeringProfile]
-
-
-def make_model(name: str) -> Any:
-    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
-    settings, _ = ARCHITECTURES[name]
-    torch.manual_seed(1)
-    return transformers.AutoModelForCausalLM.from_config(config(**settings)).eval()
 
 
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (9, 5, 7, 3)]
-
-
-def left_padded(sequences: list[list[int]]) -> dict[str, Tensor]:
-    width = max(map(len, sequences))
-    ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences])
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @contextmanager
@@ -173,10 +115,10 @@ def test_generation_equals_the_oracle(make_profile: MakeProfile, name: str) -> N
     model = make_model(name)
     profile = half_open(make_profile, model, name)
     expected = [oracle_answer(model, name, profile, prompt) for prompt in prompts()]
-    stock = model.generate(**left_padded(prompts()), max_new_tokens=_NEW_TOKENS, do_sample=False)
+    stock = model.generate(**padded(prompts()), max_new_tokens=_NEW_TOKENS, do_sample=False)
     with steerfast.steer(model, profile) as steering:
         output = model.generate(
-            **left_padded(prompts()),
+            **padded(prompts()),
             max_new_tokens=_NEW_TOKENS,
             do_sample=False,
             output_logits=True,
@@ -203,7 +145,7 @@ def test_generation_equals_the_oracle(make_profile: MakeProfile, name: str) -> N
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_shut_gates_change_no_bit_and_leaving_restores_the_model(make_profile: MakeProfile, name: str) -> None:
     model = make_model(name)
-    batch = left_padded(prompts())
+    batch = padded(prompts())
     before = state(model)
     with torch.no_grad():
         stock = model(**batch).logits
@@ -223,7 +165,7 @@ def test_shut_gates_change_no_bit_and_leaving_restores_the_model(make_profile: M
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_exception_inside_restores_the_model(make_profile: MakeProfile, name: str) -> None:
     model = make_model(name)
-    batch = left_padded(prompts())
+    batch = padded(prompts())
     before = state(model)
     with torch.no_grad():
         stock = model(**batch).logits
@@ -250,7 +192,7 @@ def test_the_decoder_is_found(name: str) -> None:
 
 
 def test_the_decoder_of_a_multimodal_model_is_its_text_model() -> None:
-    text = transformers.LlamaConfig(**_BASE)
+    text = transformers.LlamaConfig(**BASE)
     vision = transformers.CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=16,

@@ -1,8 +1,4 @@
-"""Steering a tiny Llama under everything that `generate` and callers do, against an oracle that shares no code with it.
-
-The oracle knows which rows are prompts, decides in float64 at each turn's last prompt row, edits as x + g·strength·v,
-and runs every sequence in full, without a KV cache.
-"""
+"""Steering a tiny Llama under everything that `generate` and callers do, against the oracle of model_cases."""
 
 from __future__ import annotations
 
@@ -10,13 +6,13 @@ import copy
 import io
 import itertools
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from model_cases import CLOSE, MakeProfile, Oracle, greedy, padded
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -24,8 +20,6 @@ import steerfast
 from steerfast.errors import ProfileError, SteerfastError
 from steerfast.profile import SteeringProfile
 
-MakeProfile = Callable[..., SteeringProfile]
-_CLOSE = {"rtol": 1e-3, "atol": 3e-4}
 _LAYERS = 5
 
 
@@ -39,103 +33,6 @@ def model(make_llama: Callable[..., Any]) -> Any:
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (8, 5, 11, 3, 6, 2)]
-
-
-def padded(sequences: list[list[int]], side: str = "left") -> dict[str, Tensor]:
-    width = max(map(len, sequences))
-
-    def row(values: list[int]) -> list[int]:
-        padding = [0] * (width - len(values))
-        return padding + values if side == "left" else values + padding
-
-    return {
-        "input_ids": torch.tensor([row(s) for s in sequences]),
-        "attention_mask": torch.tensor([row([1] * len(s)) for s in sequences]),
-    }
-
-
-class Oracle:
-    """Steers by hooks of its own. `scores[layer]` [sequences] are those of the last turn."""
-
-    def __init__(self, model: Any, profile: SteeringProfile, strength: float = 1.0) -> None:
-        self.model, self.profile, self.strength = model, profile, strength
-        self.scores: dict[int, Tensor] = {}
-        self.margin = float("inf")
-
-    @contextmanager
-    def attached(self, padding: list[int], turns: list[tuple[int, int]]) -> Iterator[None]:
-        """Hooks for full sequences of [padding, turns]; beams repeat each prompt.
-
-        padding: how many columns to skip on the left, per prompt. turns: first column and end of the prompt, per turn.
-        """
-        gates: dict[int, Tensor] = {}
-
-        def gate_of(x: Tensor, layer: int) -> Tensor:
-            dot = x.double() @ self.profile.direction[layer].double()
-            score = dot / x.double().norm(dim=-1) if self.profile.gate.score == "cosine" else dot
-            limit, sharpness = float(self.profile.threshold[layer]), self.profile.gate.sharpness
-            self.margin = min(self.margin, float((score - limit).abs().min()))
-            self.scores[layer] = score
-            return torch.sigmoid(sharpness * (score - limit)) if sharpness else (score > limit).double()
-
-        def hook(module: nn.Module, args: Any, x: Tensor, layer: int) -> Tensor:
-            count, width, _ = x.shape
-            valid = torch.zeros(count, width, dtype=torch.bool)
-            repeats = count // len(padding)
-            for row in range(count):
-                valid[row, padding[row // repeats] :] = True
-            steered, gate = torch.zeros_like(valid), torch.zeros(count, width, dtype=torch.float64)
-            decides = self.profile.sensor in ("own", layer)
-            starts = [start for start, _ in turns] + [width]
-            for number, (start, end) in enumerate(turns):
-                stop = starts[number + 1]
-                first = start if self.profile.positions == "all" else end - 1
-                steered[:, first:stop] = valid[:, first:stop]
-                if self.profile.gate.kind == "always":
-                    gate[:, start:stop] = 1.0
-                elif self.profile.gate.kind == "prompt" and decides:
-                    gate[:, start:stop] = gate_of(x.detach()[:, end - 1], layer)[:, None]
-                elif self.profile.gate.kind == "token" and decides:
-                    gate[:, start:stop] = gate_of(x.detach()[:, start:stop], layer)
-            if decides or self.profile.gate.kind == "always":
-                gates[layer] = gate
-            strength = float(self.profile.strength[layer]) * self.strength
-            if strength == 0:
-                return x
-            g = gates[layer if self.profile.sensor == "own" else int(self.profile.sensor)]
-            edit = ((g * strength)[..., None] * self.profile.vector[layer].double()).float()
-            return torch.where((steered & (g != 0))[..., None], (x.float() + edit).to(x.dtype), x)
-
-        handles = [
-            layer.register_forward_hook(lambda m, a, x, index=index: hook(m, a, x, index))
-            for index, layer in enumerate(self.model.model.layers)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @torch.no_grad()
-    def logits(self, ids: list[int], turns: list[tuple[int, int]]) -> Tensor:
-        """[T, vocabulary] of one unpadded sequence."""
-        with self.attached([0], turns):
-            return self.model(torch.tensor([ids]), use_cache=False).logits[0]
-
-    def answer(self, prompt: list[int], tokens: int) -> list[int]:
-        ids = list(prompt)
-        for _ in range(tokens):
-            ids.append(int(self.logits(ids, [(0, len(prompt))])[-1].argmax()))
-        return ids[len(prompt) :]
-
-
-def greedy(model: Any, batch: dict[str, Tensor], tokens: int = 5, **options: Any) -> tuple[Tensor, Tensor]:
-    """New tokens [N, tokens] and their logits [N, tokens, vocabulary]."""
-    output = model.generate(
-        **batch, max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True,
-        **{"do_sample": False, **options},
-    )  # fmt: skip
-    return output.sequences[:, -tokens:], torch.stack(output.logits, dim=1)
 
 
 def half_open(model: Any, make_profile: MakeProfile, prompts: list[list[int]], **options: Any) -> SteeringProfile:
@@ -174,7 +71,7 @@ def test_greedy_equals_the_oracle(
     for row, prompt in enumerate(prompts):
         assert tokens[row].tolist() == oracle.answer(prompt, 4)
         expected = oracle.logits([*prompt, *tokens[row].tolist()], [(0, len(prompt))])[len(prompt) - 1 : -1]
-        torch.testing.assert_close(logits[row], expected, **_CLOSE)
+        torch.testing.assert_close(logits[row], expected, **CLOSE)
         if kind == "prompt":
             gates = torch.cat([oracle.scores[layer] for layer in profile.gate_layers]).float()
             torch.testing.assert_close(scores[:, row], gates, rtol=1e-4, atol=1e-4)
@@ -242,7 +139,7 @@ def test_sampled_answers_follow_the_oracles_logits(
     oracle = Oracle(model, profile)
     for row, prompt in enumerate(prompts):
         expected = oracle.logits([*prompt, *tokens[row].tolist()], [(0, len(prompt))])[len(prompt) - 1 : -1]
-        torch.testing.assert_close(logits[row], expected, **_CLOSE)
+        torch.testing.assert_close(logits[row], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -291,7 +188,7 @@ def test_left_and_right_padding_decide_alike(
         ends = [logits.shape[1] - 1 if side == "left" else len(prompt) - 1 for prompt in prompts]
         last[side] = logits[torch.arange(len(prompts)), ends]
     torch.testing.assert_close(scores["left"], scores["right"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(last["left"], last["right"], **_CLOSE)
+    torch.testing.assert_close(last["left"], last["right"], **CLOSE)
 
 
 def four_d(mask: Tensor, kind: str) -> Tensor:
@@ -317,7 +214,7 @@ def test_four_d_masks_say_the_same_as_two_d_ones(
         scores = steering.scores
         full = model(batch["input_ids"], attention_mask=four_d(mask, kind), position_ids=position_ids).logits
         torch.testing.assert_close(steering.scores, scores, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(full[mask.bool()], flat[mask.bool()], **_CLOSE)
+    torch.testing.assert_close(full[mask.bool()], flat[mask.bool()], **CLOSE)
     assert 0 < steering.fired.sum() < len(prompts)
 
 
@@ -361,7 +258,7 @@ def test_ways_to_generate_agree(
         torch.testing.assert_close(steering.scores, scores, rtol=1e-3, atol=1e-4)
         assert torch.equal(steering.fired, fired)
     assert torch.equal(tokens, expected)
-    torch.testing.assert_close(again, logits, **_CLOSE)
+    torch.testing.assert_close(again, logits, **CLOSE)
 
 
 def test_padding_is_what_generate_was_told(model: Any, make_profile: MakeProfile, prompts: list[list[int]]) -> None:
@@ -419,7 +316,7 @@ def test_beam_search_equals_the_oracles(
         assert steering.fired.sum() == len(prompts) // 2
         assert steering.scores.shape == (1, 3 * len(prompts))
     assert torch.equal(output.sequences, expected.sequences)
-    torch.testing.assert_close(output.sequences_scores, expected.sequences_scores, **_CLOSE)
+    torch.testing.assert_close(output.sequences_scores, expected.sequences_scores, **CLOSE)
     shut = (~steering.fired).repeat_interleave(2)
     assert torch.equal(output.sequences[shut], stock.sequences[shut])
     assert torch.equal(output.sequences_scores[shut], stock.sequences_scores[shut])
@@ -500,7 +397,7 @@ def test_a_hand_written_loop(model: Any, make_profile: MakeProfile, prompts: lis
                 parts.append(model(torch.tensor([question]), past_key_values=cache).logits[0])
             parts.append(continued(model, cache, torch.tensor([[8]]))[0])
         expected = oracle.logits(sequence, [(0, len(prompt)), (len(prompt) + 4, end)])
-        torch.testing.assert_close(torch.cat(parts), expected, **_CLOSE)
+        torch.testing.assert_close(torch.cat(parts), expected, **CLOSE)
 
 
 def prefilled(model: Any, prompts: list[list[int]]) -> tuple[Any, Tensor]:
@@ -567,7 +464,7 @@ def test_the_decision_moves_with_the_rows_of_a_cache(
         assert torch.equal(steering.scores, scores[:, index])
         other, mask = prefilled(model, prompts)
         expected = continued(model, other, torch.full((len(prompts), 2), 17), mask)
-    torch.testing.assert_close(logits, expected[index], **_CLOSE)
+    torch.testing.assert_close(logits, expected[index], **CLOSE)
 
 
 def test_a_cache_of_another_batch_is_refused(model: Any, make_profile: MakeProfile, prompts: list[list[int]]) -> None:
@@ -660,7 +557,7 @@ def test_a_prompt_in_chunks_is_steered_where_every_token_is(
         expected, logits = greedy(model, padded(prompts))
         tokens, again = greedy(model, padded(prompts), prefill_chunk_size=3)
     assert torch.equal(tokens, expected)
-    torch.testing.assert_close(again, logits, **_CLOSE)
+    torch.testing.assert_close(again, logits, **CLOSE)
 
 
 # -- strength, failures, gradients, dtypes -----------------------------------------------------------------------------

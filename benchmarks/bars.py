@@ -1,0 +1,122 @@
+"""Which of the project's bars hold, from the lines of ops.py and launch.py.
+
+    python benchmarks/bars.py                             the results in benchmarks/results
+    python benchmarks/bars.py --results DIR
+
+For each device: the bar, the worst value against it, and where. Times are `graph_us` where both sides have it (short
+calls on CUDA), else `us`. A bar without a measurement is said to have none. Exit status 1 if a bar does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cases import FUSED, STEER
+
+Line = dict[str, Any]
+Value = tuple[float, str]
+
+
+def where(line: Line) -> str:
+    return f"{line['rows']} rows, H {line['hidden']}, {line.get('cache', '')}"
+
+
+def ratio(line: Line, other: Line) -> float:
+    clock = "graph_us" if line.get("graph_us") and other.get("graph_us") else "us"
+    return line[clock] / other[clock]
+
+
+class Results:
+    """The timed lines of one device."""
+
+    def __init__(self, ops: list[Line], launches: list[Line]) -> None:
+        self.ops, self.launches = ops, launches
+        self.by_case = {(self.case(line), line["provider"]): line for line in ops}
+
+    @staticmethod
+    def case(line: Line, **other: Any) -> tuple[Any, ...]:
+        changed = {**line, **other}
+        return tuple(changed[key] for key in ("op", "rows", "hidden", "dtype", "active", "profiles", "cache"))
+
+    def of(self, op: str, provider: str, **wanted: Any) -> Iterator[Line]:
+        for line in self.ops:
+            if (line["op"], line["provider"]) == (op, provider) and all(line[k] == v for k, v in wanted.items()):
+                yield line
+
+    def against(self, lines: Iterator[Line], provider: str, **other: Any) -> Iterator[Value]:
+        """Each line's time over that of `provider` in the same case, or in the case changed by `other`."""
+        for line in lines:
+            base = self.by_case.get((self.case(line, **other), provider))
+            if base is not None:
+                yield ratio(line, base), where(line)
+
+    def bandwidth(self) -> Iterator[Value]:
+        for line in self.of(FUSED, "steerfast", active=1.0, profiles=1, hidden=4096):
+            if line["rows"] >= 8192:
+                yield line["pct_copy"] / 100, where(line)
+
+    def inactive(self) -> Iterator[Value]:
+        for active, profiles in ((0.0, 1), (1.0, 0)):
+            lines = (ln for ln in self.of(STEER, "steerfast", active=active, profiles=profiles) if ln["rows"] <= 256)
+            yield from self.against(lines, "empty")
+
+    def few(self) -> Iterator[Value]:
+        """How many times faster than separate passes."""
+        lines = (ln for ln in self.of(FUSED, "steerfast", active=1.0, profiles=1) if ln["rows"] <= 64)
+        yield from ((1 / value, at) for value, at in self.against(lines, "separate"))
+
+    def launch(self) -> Iterator[Value]:
+        for line in self.launches:
+            if (line["op"], line["provider"]) == (FUSED, "unchecked"):
+                yield line["us"], where(line)
+
+
+def bars(results: Results, cuda: bool) -> Iterator[tuple[str, str, list[Value], float]]:
+    """Name, comparison, measured values and limit of each bar of a device."""
+    steered = results.of(FUSED, "steerfast", active=1.0, profiles=1)
+    many = results.of(FUSED, "steerfast", profiles=256)
+    if not cuda:
+        yield "fused op over separate passes, 1 to 64 rows, times faster", ">=", list(results.few()), 1.5
+        return
+    yield "share of the copy bandwidth, 8192 rows and more, H 4096", ">=", list(results.bandwidth()), 0.9
+    unsteered = results.against(steered, "steerfast-unsteered")
+    yield "fused op over itself without slots, every row count", "<=", list(unsteered), 1.05
+    yield "256 profiles over one", "<=", list(results.against(many, "steerfast", profiles=1)), 1.05
+    yield "steer_ without an active row over an empty kernel, to 256 rows", "<=", list(results.inactive()), 1.2
+    yield "host time of an eager launch, us", "<=", list(results.launch()), 6.0
+
+
+def read(path: Path) -> list[Line]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for line in map(json.loads, lines) if "us" in line]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Which of the project's bars hold.")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    directory = parser.parse_args().results
+    missed = 0
+    for path in sorted(directory.glob("ops-*.jsonl")):
+        device = path.stem.removeprefix("ops-")
+        results = Results(read(path), read(directory / f"launch-{device}.jsonl"))
+        print(device)
+        for name, comparison, values, limit in bars(results, device != "cpu"):
+            if not values:
+                print(f"  not measured  {name}: {comparison} {limit}")
+                continue
+            worst, at = (max if comparison == "<=" else min)(values)
+            holds = worst <= limit if comparison == "<=" else worst >= limit
+            passed = sum(v <= limit if comparison == "<=" else v >= limit for v, _ in values)
+            missed += not holds
+            verdict, where_worst = "holds" if holds else "MISSED", f"worst {worst:.2f} ({at})"
+            share = f"{passed} of {len(values)} cases"
+            print(f"  {verdict:12}  {name}: {comparison} {limit}; {where_worst}, {share}")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,139 @@
+"""What a call costs the host: the dispatcher, the argument checks, Triton's own launch.
+
+    python benchmarks/launch.py               CUDA where there is one, otherwise one CPU thread
+    python benchmarks/launch.py --json        also writes benchmarks/results/launch-<device>.jsonl
+
+One JSON line per op and provider, microseconds of host time per call:
+
+    op           torch.ops.steerfast.<op>, through torch's dispatcher
+    unchecked    the function for callers that own their buffers; on CUDA it goes past the dispatcher
+    checked      the public function, which checks every argument
+    fn[grid]     the same Triton kernel launched as Triton does it (CUDA, fused op)
+    cuda         the fused op's CUDA C++ form, through torch's dispatcher, where it was built
+    torch        the op in plain torch
+    empty        an empty Triton kernel with as many arguments, launched as Triton does it (CUDA)
+
+On CUDA calls are asynchronous and the device is idle when a call begins; on a CPU the time holds the work itself, so it
+is measured on rows of 64 numbers as well, where there is hardly any.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import EPS, FUSED, GATES, STEER, Buffers, Case, Operands
+from report import Report, parser, spread
+
+from steerfast import _native
+from steerfast.kernels import add_steer_rms_norm as fused
+from steerfast.kernels import gate, steer
+from steerfast.kernels.contract import Kinds, Norm
+from steerfast.kernels.launch import launch_shape, nvidia
+
+BATCH = 10  # calls between two looks at the clock: few enough that a GPU's launch queue never fills up
+
+
+def providers(o: Operands, b: Buffers) -> dict[str, Callable[[], Any]]:
+    """Calls of the case's op, by name."""
+    ops = torch.ops.steerfast
+    tables = (o.rows, o.values, o.strength, o.vectors, o.directions, o.table)
+    kinds, norm = int(Kinds.LATCHED_ADD), int(Norm.LLAMA)
+    arguments: tuple[Any, ...]
+    if o.case.op == FUSED:
+        arguments = (b.x, b.residual, o.weight, *tables, EPS, norm, kinds)
+        ways = {
+            "op": ops.add_steer_rms_norm.default,
+            "unchecked": fused.add_steer_rms_norm_unchecked,
+            "checked": fused.add_steer_rms_norm,
+            "torch": fused.add_steer_rms_norm_torch,
+        }
+        if o.device == "cuda":
+            from baselines import empty
+
+            ways["fn[grid]"] = lambda *_: launch_as_triton_does(o, b)
+            if _native.cuda_available:
+                ways["cuda"] = lambda *arguments: ops.add_steer_rms_norm_cuda.default(*arguments[:-1])
+            ways["empty"] = lambda *_: empty(b.x, b.residual, (o.weight, *tables), EPS)
+    elif o.case.op == STEER:
+        arguments = (b.x, None, *tables, kinds)
+        ways = {
+            "op": ops.steer_.default,
+            "unchecked": steer.steer_unchecked_,
+            "checked": steer.steer_,
+            "torch": steer.steer_torch_,
+        }
+    else:
+        arguments = (b.x, None, o.gate_row, o.gate_slot, o.directions, o.table, o.gate_scores, o.gate_values)
+        ways = {
+            "op": ops.gate_.default,
+            "unchecked": gate.gate_unchecked_,
+            "checked": gate.gate_,
+            "torch": gate.gate_torch_,
+        }
+    return {name: lambda way=way: way(*arguments) for name, way in ways.items()}  # type: ignore[misc]
+
+
+def launch_as_triton_does(o: Operands, b: Buffers) -> None:
+    """The fused op's kernel with the arguments the op gives it, bound and inspected by Triton."""
+    shape = launch_shape(o.case.hidden, o.case.dtype)
+    normed, new_residual = b.x.new_empty(b.x.shape), b.x.new_empty(b.x.shape)
+    tensors = (b.x, b.residual, normed, new_residual, o.weight, o.vectors, o.directions, o.rows, o.values, o.strength)
+    constants = (o.case.hidden, shape.block, 1, True, int(Norm.LLAMA), int(Kinds.LATCHED_ADD), False, nvidia(b.x))
+    fused.add_steer_rms_norm_kernel[(len(b.x),)](
+        *tensors, o.table, None, None, 0, 0, EPS, *constants, num_warps=shape.num_warps, enable_fp_fusion=False
+    )
+
+
+def time_on_host(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, list[float]]:
+    """Microseconds per call, the providers taking turns of a few calls in an order drawn anew each round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, draw = list(calls), random.Random(0)
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 50 or time.perf_counter() < end:
+        rounds += 1
+        draw.shuffle(order)
+        for name in order:
+            call = calls[name]
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter_ns()
+            for _ in range(BATCH):
+                call()
+            times[name].append((time.perf_counter_ns() - start) / BATCH / 1e3)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return times
+
+
+@torch.inference_mode()
+def main() -> int:
+    options = parser("Time what a call of an op costs the host, one JSON line per measurement.")
+    options.add_argument("--rows", type=int, nargs="+", default=[1])
+    options.add_argument("--hidden-sizes", type=int, nargs="+", help="default: 4096, on a CPU also 64")
+    options.add_argument("--seconds", type=float, default=1.0, help="for each op and shape (default 1)")
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    report = Report("launch", given.device, given.json)
+    for hidden in given.hidden_sizes or ([4096] if given.device == "cuda" else [64, 4096]):
+        for rows in given.rows:
+            for op in (FUSED, STEER, GATES):
+                case = Case(op, rows, hidden)
+                record = {"rows": rows, "hidden": hidden, "dtype": "bfloat16"}
+                operands = Operands(case, given.device)
+                calls = {
+                    name: call
+                    for name, call in providers(operands, operands.buffers(1)[0]).items()
+                    if report.works({"op": op, "provider": name, **record}, call)
+                }
+                for name, times in time_on_host(calls, given.device, given.seconds).items():
+                    report.line({"op": op, "provider": name, **record, **spread(times)})
+    return int(report.failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,205 @@
+"""The ways to do an op's work that are compared: ours, and what one would do without them.
+
+    steerfast            our op
+    steerfast-unsteered  the fused op without slots (K = 0)
+    steerfast-any        the fused op compiled for every kind of edit and gate (Kinds.ANY)
+    steerfast-cuda       the fused op's CUDA C++ form, where it was built
+    norm                 residual add and RMSNorm without steering: a fused Triton kernel, in place as serving engines
+                         have it; on a CPU torch's add and rms_norm
+    norm+add             the same after a separate elementwise steering add to the block's output
+    separate             our ops as separate passes: torch's add, steer_, torch's rms_norm (prompt: gate_, fused op)
+    torch                plain torch, as one would write it: gathers, a float32 sum, the norm
+    torch.compile        the same, compiled by Inductor with a dynamic number of rows
+    add                  for steer_: an unconditional add of a vector to every row, as a forward hook does
+    empty                an empty Triton kernel with as many arguments (CUDA)
+    copy                 a copy of the bytes that the op moves
+
+The baselines are spared work in their favour: the elementwise add knows its coefficients beforehand and, where all rows
+share an open gate, adds one vector without a gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import EPS, FUSED, GATES, PROMPT, STEER, Buffers, Operands
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from steerfast import _native
+from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked
+from steerfast.kernels.contract import STRENGTH, THRESHOLD, Kinds, Norm
+from steerfast.kernels.gate import gate_unchecked_
+from steerfast.kernels.steer import steer_unchecked_
+
+Call = Callable[[Buffers], Any]
+
+OPS = (FUSED, PROMPT, STEER, GATES)
+LATCHED_ADD, ANY, LLAMA = int(Kinds.LATCHED_ADD), int(Kinds.ANY), int(Norm.LLAMA)
+
+
+def providers(o: Operands) -> dict[str, Call]:
+    """The providers of the case's op, by name; each takes the rows of one call."""
+    return {FUSED: _fused, PROMPT: _prompt, STEER: _steer, GATES: _gate}[o.case.op](o)
+
+
+def _fused(o: Operands) -> dict[str, Call]:
+    slots = (o.rows, o.values, o.strength, o.vectors, o.directions, o.table, EPS, LLAMA)
+    no_slots = (o.no_slots, o.none, o.none, o.vectors, o.directions, o.table, EPS, LLAMA, LATCHED_ADD)
+    plain = (o.weight, o.rows, o.values, o.strength, o.vectors, o.table)
+    add, norm = _elementwise_add(o), _norm(o)
+
+    def norm_add(b: Buffers) -> Any:
+        add(b)
+        return norm(b)
+
+    def separate(b: Buffers) -> Any:
+        y = b.x + b.residual
+        steer_unchecked_(y, None, *slots[:-2], LATCHED_ADD)
+        return rms_norm(y, o.weight.shape, o.weight, EPS), y
+
+    found: dict[str, Call] = {}
+    if o.device == "cuda" and _native.cuda_available:
+        in_cuda = torch.ops.steerfast.add_steer_rms_norm_cuda.default
+        found["steerfast-cuda"] = lambda b: in_cuda(b.x, b.residual, o.weight, *slots)
+    return {
+        "steerfast": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, *slots, LATCHED_ADD),
+        **found,
+        "steerfast-unsteered": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, *no_slots),
+        "steerfast-any": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, *slots, ANY),
+        "norm": norm,
+        "norm+add": norm_add,
+        "separate": separate,
+        "torch": lambda b: torch_add_steer_rms_norm(b.x, b.residual, *plain),
+        "torch.compile": lambda b: compiled(torch_add_steer_rms_norm)(b.x, b.residual, *plain),
+        **_empty(o),
+        "copy": lambda b: b.pair.clone(),
+    }
+
+
+def _prompt(o: Operands) -> dict[str, Call]:
+    tables = (o.strength, o.vectors, o.directions, o.table, EPS, LLAMA)
+    fused = torch.ops.steerfast.add_steer_rms_norm.prompt
+    slot = o.gate_slot.new_full((len(o.deciding), 1), -1)
+    used = o.deciding >= 0
+    slot[used] = o.gate_slot[o.deciding[used].long()]
+
+    def separate(b: Buffers) -> Any:
+        gate_unchecked_(b.x, b.residual, o.deciding, slot, o.directions, o.table, o.scores, o.latch)
+        return add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, o.rows, o.latch, *tables, ANY)
+
+    return {
+        "steerfast": lambda b: fused(b.x, b.residual, o.weight, o.rows, o.deciding, o.scores, o.latch, *tables),
+        "separate": separate,
+        "norm": _norm(o),
+        "copy": lambda b: b.pair.clone(),
+    }
+
+
+def _steer(o: Operands) -> dict[str, Call]:
+    tables = (o.rows, o.values, o.strength, o.vectors, o.directions, o.table)
+    plain = (o.rows, o.values, o.strength, o.vectors, o.table)
+    found: dict[str, Call] = {
+        "steerfast": lambda b: steer_unchecked_(b.x, None, *tables, LATCHED_ADD),
+        "add": _elementwise_add(o),
+        "torch": lambda b: torch_steer_(b.x, *plain),
+        "torch.compile": lambda b: compiled(torch_steer_)(b.x, *plain),
+        **_empty(o),
+    }
+    if o.moved_rows == o.case.rows:
+        found["copy"] = lambda b: b.residual.copy_(b.x)
+    return found
+
+
+def _gate(o: Operands) -> dict[str, Call]:
+    written = (o.gate_scores, o.gate_values)
+    plain = (o.gate_slot[:, 0], o.directions, o.table)
+    return {
+        "steerfast": lambda b: gate_unchecked_(
+            b.x, None, o.gate_row, o.gate_slot, o.directions, o.table, o.gate_scores, o.gate_values
+        ),
+        "torch": lambda b: torch_gate_(b.x, *plain, *written),
+        "torch.compile": lambda b: compiled(torch_gate_)(b.x, *plain, *written),
+        **_empty(o),
+    }
+
+
+def _norm(o: Operands) -> Call:
+    if o.device == "cuda":
+        from baselines import add_rms_norm_
+
+        return lambda b: add_rms_norm_(b.x, b.residual, o.weight, EPS)
+
+    def norm(b: Buffers) -> tuple[Tensor, Tensor]:
+        y = b.x + b.residual
+        return rms_norm(y, o.weight.shape, o.weight, EPS), y
+
+    return norm
+
+
+def _elementwise_add(o: Operands) -> Call:
+    if o.moved_rows == o.case.rows and o.moving_profiles == 1:
+        vector = o.vectors[0]
+        return lambda b: b.x.add_(vector)
+    return lambda b: b.x.addcmul_(o.vectors.index_select(0, o.slot), o.beta)
+
+
+def _empty(o: Operands) -> dict[str, Call]:
+    if o.device != "cuda":
+        return {}
+    from baselines import empty
+
+    others = (o.weight, o.vectors, o.directions, o.rows, o.values, o.strength, o.table)
+    return {"empty": lambda b: empty(b.x, b.residual, others, EPS)}
+
+
+# ---- plain torch -------------------------------------------------------------------------------------------
+
+
+def torch_add_steer_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, rows: Tensor, values: Tensor, strength: Tensor, vectors: Tensor,
+    table: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = x.float() + residual.float() + _displacement(rows, values, strength, vectors, table)
+    new_residual = y.to(x.dtype)
+    n = new_residual.float()
+    normed = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * normed.to(x.dtype), new_residual
+
+
+def torch_steer_(x: Tensor, rows: Tensor, values: Tensor, strength: Tensor, vectors: Tensor, table: Tensor) -> None:
+    x.add_(_displacement(rows, values, strength, vectors, table))
+
+
+def torch_gate_(
+    x: Tensor, slot: Tensor, directions: Tensor, table: Tensor, scores: Tensor, values: Tensor
+) -> None:  # fmt: skip
+    index = slot.clamp(min=0)
+    score = (x.float() * directions[index].float()).sum(-1)
+    scores[:, 0] = score
+    values[:, 0] = torch.where(slot >= 0, (score > table[index, THRESHOLD]).float(), 0.0)
+
+
+def _displacement(rows: Tensor, values: Tensor, strength: Tensor, vectors: Tensor, table: Tensor) -> Tensor:
+    sequence, slot = rows[:, 0], rows[:, 1]
+    index = slot.clamp(min=0)
+    beta = values[sequence, 0] * strength[sequence, 0] * table[index, STRENGTH]
+    return torch.where(slot >= 0, beta, 0.0)[:, None] * vectors[index].float()
+
+
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled once per hidden size (see :func:`forget_compiled`); a second row count makes it dynamic."""
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function, fullgraph=True)
+    return _compiled[function]
+
+
+def forget_compiled() -> None:
+    """Start over, so that another hidden size is a constant again and not a dynamic dimension."""
+    torch._dynamo.reset()
+    _compiled.clear()

@@ -1,0 +1,289 @@
+"""What the GPU kernels turn into, found out without a GPU: launch shapes, and the machine code of each variant.
+
+machine_code.json holds registers, shared memory and 128-bit accesses of every kernel below, as the Triton release
+named in it compiles them; `python tests/kernels/test_machine_code.py --write` measures them again. With another Triton
+only what holds for any is checked: no spill, no float64, no denormals flushed, no access narrower than 16 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steerfast.kernels.contract import MAX_HIDDEN_SIZE, Kinds, Norm
+from steerfast.kernels.launch import LaunchShape, launch_shape
+
+TABLE = Path(__file__).with_name("machine_code.json")
+SLACK = 8  # registers: the step in which a GPU hands them out
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel. `prompt` is the overload of add_steer_rms_norm that decides prompt gates."""
+
+    op: str
+    arch: int = 90
+    size: int = 4096
+    dtype: str = "bfloat16"
+    stack: int = 1
+    kinds: Kinds = Kinds.LATCHED_ADD
+    pair: bool = False
+    norm: Norm = Norm.LLAMA
+    contiguous: bool = True
+
+    def __str__(self) -> str:
+        extras = [f"K={self.stack}", self.kinds.name] if self.op != "gate_" else [f"K={self.stack}"]
+        extras += ["pair"] * self.pair + [self.norm.name] * (self.norm != Norm.LLAMA)
+        extras += ["strided"] * (not self.contiguous)
+        return " ".join([f"sm_{self.arch}", self.op, *extras, self.dtype, str(self.size)])
+
+    @property
+    def shape(self) -> LaunchShape:
+        return launch_shape(self.size, getattr(torch, self.dtype))
+
+    @property
+    def accesses(self) -> int:
+        """16-byte accesses of a thread per row that it reads or writes."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return self.shape.block * itemsize // (16 * 32 * self.shape.num_warps)
+
+    @property
+    def least_loads(self) -> int:
+        """128-bit loads of a thread if it reads every row once: x, residual, weight, and the slots' vectors."""
+        pair = self.pair or "norm" in self.op or self.op == "prompt"
+        norm = "norm" in self.op or self.op == "prompt"
+        return self.accesses * (1 + pair + norm + self.stack)
+
+    @property
+    def stores(self) -> int:
+        return self.accesses * {"gate_": 0, "steer_": 1}.get(self.op, 2)
+
+
+ANY, LATCHED_ADD = Kinds.ANY, Kinds.LATCHED_ADD
+KERNELS = [
+    *(
+        kernel
+        for arch in (80, 90, 100, 120)
+        for kernel in (
+            Kernel("gate_", arch),
+            Kernel("gate_", arch, pair=True),
+            Kernel("steer_", arch),
+            Kernel("steer_", arch, kinds=ANY),
+            Kernel("steer_", arch, kinds=ANY, pair=True),
+            Kernel("add_steer_rms_norm", arch, stack=0),
+            Kernel("add_steer_rms_norm", arch),
+            Kernel("add_steer_rms_norm", arch, kinds=ANY),
+            Kernel("prompt", arch, kinds=ANY),
+        )
+    ),
+    Kernel("gate_", stack=4, contiguous=False),
+    Kernel("steer_", stack=4, contiguous=False),
+    Kernel("add_steer_rms_norm", stack=4, norm=Norm.FLASHINFER),
+    Kernel("add_steer_rms_norm", stack=4, kinds=ANY, norm=Norm.VLLM),
+    Kernel("prompt", stack=4, kinds=ANY, norm=Norm.GEMMA),
+    *(Kernel("add_steer_rms_norm", size=size) for size in (576, 2048, 5120, 8192, 16384)),
+    *(Kernel("prompt", size=size, kinds=ANY) for size in (576, 16384)),
+    Kernel("steer_", size=16384, kinds=ANY, pair=True),
+    Kernel("prompt", dtype="float16", kinds=ANY, norm=Norm.VLLM_IR),
+    Kernel("steer_", dtype="float16"),
+    Kernel("add_steer_rms_norm", dtype="float32", size=576),
+    Kernel("add_steer_rms_norm", dtype="float32", size=8192),
+    Kernel("prompt", dtype="float32", size=8192, kinds=ANY),
+]
+
+
+# ---- compiling, in a process of its own: where kernels are interpreted they cannot be compiled -------------------
+
+
+def build(kernel: Kernel) -> Any:
+    """What Triton's launch would compile for contiguous, aligned tensors, all of the kernel's dtype."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from steerfast.kernels import add_steer_rms_norm, gate, steer
+
+    rows = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[kernel.dtype]
+    constants: dict[str, Any] = {"H": kernel.size, "BLOCK": kernel.shape.block, "K": kernel.stack, "NVIDIA": True}
+    constants |= {"CONTIGUOUS": kernel.contiguous}
+    if kernel.op == "gate_":
+        function = gate.gate_kernel
+        constants |= {"PAIR": kernel.pair} | ({} if kernel.pair else {"residual_ptr": None})
+    elif kernel.op == "steer_":
+        function = steer.steer_kernel
+        constants |= {"PAIR": kernel.pair, "KINDS": int(kernel.kinds)}
+        constants |= {} if kernel.pair else {"residual_ptr": None}
+    else:
+        function = add_steer_rms_norm.add_steer_rms_norm_kernel
+        decide = kernel.op == "prompt"
+        constants |= {"NORM": int(kernel.norm), "KINDS": int(kernel.kinds), "DECIDE": decide}
+        constants |= {} if decide else {"deciding_ptr": None, "scores_ptr": None}
+    tensors = {"x_ptr", "residual_ptr", "normed_ptr", "new_residual_ptr", "weight_ptr", "vectors_ptr", "directions_ptr"}
+    ints = {"rows_ptr", "row_ptr", "slot_ptr", "deciding_ptr"}
+    signature, hints = {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in tensors:
+            signature[name] = rows
+        elif name.endswith("_ptr"):
+            signature[name] = "*i32" if name in ints else "*fp32"
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if name in tensors - set(constants) or name.endswith("_stride"):
+            hints[(i,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(function, signature, constants, hints),
+        target=GPUTarget("cuda", kernel.arch, 32),
+        options={"num_warps": kernel.shape.num_warps, "enable_fp_fusion": False},
+    )
+
+
+def measure(kernel: Kernel) -> dict[str, int]:
+    from triton import knobs
+
+    compiled = build(kernel)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [knobs.nvidia.cuobjdump.path, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    # An instruction stands after its address and predicate: "/*0090*/ @P0 LDG.E.128 R4, ..."
+    count = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
+
+    def total(pattern: str) -> int:
+        return sum(n for name, n in count.items() if re.fullmatch(pattern, name))
+
+    resources = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": resources["REG"],
+        "shared": compiled.metadata.shared,
+        "loads_128": total(r"LDG\.E.*128.*"),
+        "stores_128": total(r"STG\.E.*128.*"),
+        "narrow": total(r"(LDG|STG)\.E.*\.[US](8|16)(\..*)?"),
+        "stack": resources["STACK"] + resources["LOCAL"] + total(r"(LDL|STL).*"),
+        "doubles": total(r"D(ADD|MUL|FMA|SETP|MNMX).*|.*F64.*"),
+        "flushes": compiled.asm["ptx"].count(".ftz"),
+        "fused": total(r"FFMA.*"),
+        "sums": total(r"(BAR|SHFL|REDUX).*"),
+        "instructions": sum(count.values()),
+    }
+
+
+def measure_all(kernels: list[Kernel]) -> dict[str, dict[str, int]]:
+    """The measurements of kernels by name, made in a process that compiles kernels and does not interpret them."""
+    command = [sys.executable, __file__, "--measure", *map(str, kernels)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    measured: dict[str, dict[str, int]] = json.loads(result.stdout)
+    return measured
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--measure"]:
+        wanted = set(arguments[1:])
+        print(json.dumps({str(kernel): measure(kernel) for kernel in KERNELS if str(kernel) in wanted}))
+    elif arguments == ["--write"]:
+        measured = measure_all(KERNELS)
+        kept = ("registers", "shared", "loads_128", "stores_128")
+        lines = [
+            f"  {json.dumps(name)}: {json.dumps({key: numbers[key] for key in kept})}"
+            for name, numbers in measured.items()
+        ]
+        table = ",\n".join([f'  "triton": "{triton_release()}"', *lines])
+        TABLE.write_text("{\n" + table + "\n}\n")
+    else:
+        sys.exit("usage: test_machine_code.py --write")
+
+
+def triton_release() -> str | None:
+    """Major and minor version."""
+    try:
+        return ".".join(version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return None
+
+
+# ---- tests -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, int]]:
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return measure_all(KERNELS)
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, Any]:
+    numbers: dict[str, Any] = json.loads(TABLE.read_text())
+    return numbers
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_machine_code(kernel: Kernel, measured: dict[str, dict[str, int]], table: dict[str, Any]) -> None:
+    found = measured[str(kernel)]
+    assert found["instructions"] > 100  # the code was found and read
+    assert found["stack"] == 0, "spills"
+    assert found["doubles"] == 0, "float64 arithmetic"
+    assert found["flushes"] == 0, "denormals flushed"
+    assert found["narrow"] == 0, "an access of one number at a time"
+    assert found["stores_128"] == kernel.stores
+    assert found["loads_128"] >= kernel.least_loads
+    if kernel.op == "steer_" and kernel.kinds == LATCHED_ADD:
+        assert found["fused"] == 0, "a product fused with a sum"
+        assert found["sums"] == 0, "a sum where none is needed"
+    if table["triton"] == triton_release():
+        known = table[str(kernel)]
+        assert found["registers"] <= known["registers"] + SLACK
+        assert found["shared"] <= known["shared"]
+        assert found["loads_128"] >= known["loads_128"]
+
+
+def test_table_names_these_kernels(table: dict[str, Any]) -> None:
+    assert list(table) == ["triton", *map(str, KERNELS)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_launch_shape_covers_every_hidden_size(dtype: torch.dtype) -> None:
+    for size in range(1, MAX_HIDDEN_SIZE + 1):
+        shape = launch_shape(size, dtype)
+        assert size <= shape.block < 2 * size
+        assert shape.block & (shape.block - 1) == 0
+        assert shape.num_warps in (4, 8, 16)
+
+
+def test_launch_shape_of_known_models() -> None:
+    assert launch_shape(576, torch.bfloat16) == LaunchShape(1024, 4)
+    assert launch_shape(4096, torch.bfloat16) == launch_shape(4096, torch.float16) == LaunchShape(4096, 8)
+    assert launch_shape(4096, torch.float32) == LaunchShape(4096, 16)
+    assert launch_shape(16384, torch.bfloat16) == LaunchShape(16384, 16)
+
+
+@pytest.mark.parametrize("size", [0, MAX_HIDDEN_SIZE + 1])
+def test_launch_shape_refuses_other_sizes(size: int) -> None:
+    with pytest.raises(ValueError, match=f"hidden_size: expected 1 to {MAX_HIDDEN_SIZE}, got {size}"):
+        launch_shape(size, torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
