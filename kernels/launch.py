@@ -63,8 +63,8 @@ def eager_cuda(x: torch.Tensor) -> bool:
 def inductor_fuses(x: torch.Tensor, kinds: int) -> bool:
     """Whether a compiled model should see plain torch here, which Inductor fuses, and not an op it calls as it is.
 
-    On a CPU, where no slot takes sums: the op costs such a model 1.19 x the unsteered form at one row, plain torch
-    1.04 x (benchmarks/FACTS.md). Not measured on a GPU yet.
+    On a CPU, where no slot takes sums: the op costs such a model 1.17 x the unsteered form at one row, plain torch
+    1.03 x (benchmarks/FACTS.md). Not measured on a GPU yet.
     """
     return torch.compiler.is_compiling() and x.device.type == "cpu" and int(kinds) == int(Kinds.LATCHED_ADD)
 
