@@ -51,16 +51,23 @@ class Seam:
     def add(self, x: Tensor, residual: Tensor, fuse: bool) -> Tensor:
         """The residual stream x + residual, steered: [N, T, H]."""
         hidden_size = residual.shape[-1]
+        x_rows, residual_rows = x.reshape(-1, hidden_size), residual.reshape(-1, hidden_size)
         operands = None
         if self.steer is not None:
-            with torch.no_grad():
-                operands = self.steer(x.reshape(-1, hidden_size), residual.reshape(-1, hidden_size))
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    operands = self.steer(x_rows, residual_rows)
+            else:  # entering the context takes longer than the decision
+                operands = self.steer(x_rows, residual_rows)
         differentiable = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
         if fuse and not differentiable and (weight := self._weight(x, residual)) is not None:
-            *tensors, kinds = _idle(x.device, x[..., 0].numel(), hidden_size) if operands is None else operands
+            if operands is None:  # a compiler puts them into its graph
+                idle = _make_idle if torch.compiler.is_compiling() else _idle
+                operands = idle(x.device, residual_rows.shape[0], hidden_size)
+            *tensors, kinds = operands
             normed, stream = add_steer_rms_norm_unchecked(
-                x.reshape(-1, hidden_size),
-                residual.reshape(-1, hidden_size),
+                x_rows,
+                residual_rows,
                 weight,
                 *tensors,
                 getattr(self.norm, self.family.eps),
@@ -91,7 +98,7 @@ class Seam:
             return None
         weight: Any = self.norm.weight
         trained = torch.is_grad_enabled() and weight.requires_grad
-        return weight.detach() if weight.device == x.device and not trained else None
+        return weight if weight.device == x.device and not trained else None
 
 
 def patch(model: nn.Module) -> nn.Module:
@@ -280,14 +287,16 @@ def _arguments(layer: Hashable) -> list[str]:
     return list(inspect.signature(base.forward).parameters)[1:]
 
 
-@functools.lru_cache(maxsize=64)
-def _idle(device: torch.device, rows: int, hidden_size: int) -> Operands:
+def _make_idle(device: torch.device, rows: int, hidden_size: int) -> Operands:
     """Operands of rows that nobody steers."""
     with torch.inference_mode(False):
         record = torch.zeros(rows, 1, dtype=torch.int32, device=device)
         empty = torch.zeros(0, 0, device=device)
         bank = torch.zeros(1, hidden_size, device=device)
         return record, empty, empty, bank, bank, torch.zeros(1, TABLE_WIDTH, device=device), Kinds.LATCHED_ADD
+
+
+_idle = functools.lru_cache(maxsize=64)(_make_idle)
 
 
 def _family(decoder: Decoder) -> Family:

@@ -129,6 +129,8 @@ class Steering:
         self._prefill: _Prefill | None = None
         self._again: tuple[int, ...] | None = None  # the sequences of a second pass, while it runs
         self._row_values: dict[torch.device, Tensor] = {}
+        # Per device, the plan, decisions and rows that the layers' operands were made from, and those.
+        self._known: dict[torch.device, tuple[tuple[Any, ...], dict[int, Operands]]] = {}
         self._arguments = list(inspect.signature(decoder.backbone.forward).parameters)
         self._profile = profile
         self._slot_of_own = UNSTEERED
@@ -418,7 +420,7 @@ class Steering:
 
     # -- one forward pass --------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # so that a compiled model's layers become one graph, whatever is decided here
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._again is not None:
             return
@@ -560,13 +562,26 @@ class Steering:
             self._decide_prompts(layer, x, residual, rows, bank, plan, latch)
         if layer not in plan.steered:
             return None
+        # What answer tokens read does not change from step to step, and making it takes longer than the edit.
+        known = None
+        if not plan.by_token and not torch.compiler.is_compiling():  # a graph must not leave its tensors here
+            source = (plan, latch.values, rows.rows)
+            before, known = self._known.get(device, (None, {}))
+            if before is None or any(new is not old for new, old in zip(source, before, strict=True)):
+                known = {}
+                self._known[device] = (source, known)
+            if layer in known:
+                return known[layer]
         strength = self._per_sequence("strength", plan.strengths, torch.float32, device)
         if plan.by_token:
             values = self._values_of_rows(rows)
             strength = strength.repeat_interleave(len(x) // len(strength))
         else:
             values = latch.values[layer, :, None].to(device)
-        return rows.rows, values, strength[:, None], bank.vectors, bank.directions, bank.table, plan.kinds
+        operands = (rows.rows, values, strength[:, None], bank.vectors, bank.directions, bank.table, plan.kinds)
+        if known is not None:
+            known[layer] = operands
+        return operands
 
     def _decide_prompts(
         self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank, plan: _Plan, latch: Latch

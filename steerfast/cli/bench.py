@@ -1,0 +1,88 @@
+"""`steerfast bench`."""
+
+from __future__ import annotations
+
+import click
+
+from steerfast.cli import common
+
+
+def _count(entry: str) -> int:
+    number = int(entry)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+_COUNTS = common.Items("counts", _count, "whole numbers of at least 1 like 1,4,16")
+
+
+@click.command("bench")
+@click.argument("model_name", metavar="MODEL")
+@click.option("--profile", "profile_file", metavar="FILE", help="Measure this profile.  [default: made-up ones]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto is the checkpoint's own.",
+)
+@click.option("--device", type=common.Device(), metavar="DEVICE", help="Default: cuda if there is one, else cpu.")
+@click.option(
+    "--batch-sizes", type=_COUNTS, default="1,4", show_default=True, metavar="N,...", help="Sequences per batch."
+)
+@click.option(
+    "--prompt-lengths", type=_COUNTS, default="32,128", show_default=True, metavar="N,...", help="Tokens per sequence."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=20.0,
+    show_default=True,
+    help="For each batch size and prompt length; there is a least number of rounds.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["eager", "compile"]),
+    default="eager",
+    show_default=True,
+    help="compile: decode steps by torch.compile with a static cache, on CUDA as CUDA graphs.",
+)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: torch's.")
+@common.json_option
+def command(
+    model_name: str,
+    profile_file: str | None,
+    dtype: str,
+    device: str | None,
+    batch_sizes: list[int],
+    prompt_lengths: list[int],
+    seconds: float,
+    mode: str,
+    threads: int | None,
+    json_file: str | None,
+) -> None:
+    """Measure what steering costs MODEL, a hub id, folder or .gguf file.
+
+    Time to the first token and per output token, unsteered and steered in several ways, taking turns step by step.
+
+    \b
+    Example:
+      steerfast bench HuggingFaceTB/SmolLM2-135M-Instruct
+      steerfast bench your/model --profile safety.safetensors --batch-sizes 1,16 --json bench.json
+    """
+    common.check_outputs({"--json": json_file}, [profile_file] if profile_file else [])
+    profile = common.load_profile(profile_file) if profile_file else None
+
+    import torch
+
+    from steerfast.evaluation import latency
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, _ = common.load_model(model_name, dtype, device)
+    result = latency.run_bench(
+        model, profile, batch_sizes=batch_sizes, prompt_lengths=prompt_lengths, seconds=seconds, mode=mode
+    )
+    common.write_json(json_file, result)
+    latency.render(result, common.console(json_file))

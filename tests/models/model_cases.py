@@ -1,0 +1,178 @@
+"""Tiny random models of every architecture, batches of prompts, and an oracle of steering that shares no code with it.
+
+The oracle knows which rows are prompts, decides in float64 at each turn's last prompt row, edits as x + g·strength·v,
+and runs every sequence in full, without a KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from steerfast.profile import SteeringProfile
+
+MakeProfile = Callable[..., SteeringProfile]
+CLOSE = {"rtol": 1e-3, "atol": 3e-4}
+BASE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 40, "vocab_size": 96,
+         "initializer_range": 0.25, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+_OPT = {**BASE, "ffn_dim": 40, "word_embed_proj_dim": 32, "init_std": 0.25}
+_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24}  # fmt: skip
+
+# name of the classes -> (config, where the layers are)
+ARCHITECTURES: dict[str, tuple[dict[str, Any], str]] = {
+    "Llama": (BASE, "model.layers"),
+    "Mistral": ({**BASE, "sliding_window": 6}, "model.layers"),
+    "Qwen2": (BASE, "model.layers"),
+    "Qwen3": (BASE, "model.layers"),
+    "Gemma": (BASE, "model.layers"),
+    "Gemma2": ({**BASE, "sliding_window": 6}, "model.layers"),
+    "Gemma3": ({**BASE, "sliding_window": 6}, "model.layers"),
+    "Phi": (BASE, "model.layers"),
+    "Phi3": (BASE, "model.layers"),
+    "GPTNeoX": (BASE, "gpt_neox.layers"),
+    "GPT2": (_GPT2, "transformer.h"),
+    "OPT": (_OPT, "model.decoder.layers"),
+    "Olmo": (BASE, "model.layers"),
+    "Olmo2": (BASE, "model.layers"),
+    "Mixtral": ({**BASE, **_MOE}, "model.layers"),
+    "Qwen2Moe": ({**BASE, **_MOE}, "model.layers"),
+    "Qwen3Moe": ({**BASE, **_MOE}, "model.layers"),
+    "Falcon": ({key: value for key, value in BASE.items() if key != "head_dim"}, "transformer.h"),
+    "StableLm": (BASE, "model.layers"),
+    "Cohere": ({**BASE, "logit_scale": 1.0}, "model.layers"),
+}
+
+
+def make_model(name: str, **config: Any) -> Any:
+    """The same weights every time; `config` changes settings of ARCHITECTURES."""
+    kind = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
+    settings, _ = ARCHITECTURES[name]
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(kind(**{**settings, **config})).eval()
+
+
+def make_family_model(name: str, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A model whose norms have weights that tell them apart, attending eagerly."""
+    model = make_model(name, attn_implementation="eager", **config)
+    generator = torch.Generator().manual_seed(2)
+    for path, weight in model.named_parameters():
+        if "norm" in path:
+            weight.data.copy_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
+    return model.to(dtype)
+
+
+def padded(sequences: list[list[int]], side: str = "left") -> dict[str, Tensor]:
+    width = max(map(len, sequences))
+
+    def row(values: list[int]) -> list[int]:
+        padding = [0] * (width - len(values))
+        return padding + values if side == "left" else values + padding
+
+    return {
+        "input_ids": torch.tensor([row(s) for s in sequences]),
+        "attention_mask": torch.tensor([row([1] * len(s)) for s in sequences]),
+    }
+
+
+class Oracle:
+    """Steers by hooks of its own. `scores[layer]` [sequences] are those of the last turn."""
+
+    def __init__(self, model: Any, profile: SteeringProfile, strength: float = 1.0) -> None:
+        self.model, self.profile, self.strength = model, profile, strength
+        self.scores: dict[int, Tensor] = {}
+        self.margin = float("inf")
+
+    @contextmanager
+    def attached(self, padding: list[int], turns: list[tuple[int, int]]) -> Iterator[None]:
+        """Hooks for full sequences of [padding, turns]; beams repeat each prompt.
+
+        padding: how many columns to skip on the left, per prompt. turns: first column and end of the prompt, per turn.
+        """
+        gates: dict[int, Tensor] = {}
+
+        def gate_of(x: Tensor, layer: int) -> Tensor:
+            dot = x.double() @ self.profile.direction[layer].double()
+            score = dot / x.double().norm(dim=-1) if self.profile.gate.score == "cosine" else dot
+            limit, sharpness = float(self.profile.threshold[layer]), self.profile.gate.sharpness
+            self.margin = min(self.margin, float((score - limit).abs().min()))
+            self.scores[layer] = score
+            return torch.sigmoid(sharpness * (score - limit)) if sharpness else (score > limit).double()
+
+        def hook(module: nn.Module, args: Any, x: Tensor, layer: int) -> Tensor:
+            count, width, _ = x.shape
+            valid = torch.zeros(count, width, dtype=torch.bool)
+            repeats = count // len(padding)
+            for row in range(count):
+                valid[row, padding[row // repeats] :] = True
+            steered, gate = torch.zeros_like(valid), torch.zeros(count, width, dtype=torch.float64)
+            decides = self.profile.sensor in ("own", layer)
+            starts = [start for start, _ in turns] + [width]
+            for number, (start, end) in enumerate(turns):
+                stop = starts[number + 1]
+                first = start if self.profile.positions == "all" else end - 1
+                steered[:, first:stop] = valid[:, first:stop]
+                if self.profile.gate.kind == "always":
+                    gate[:, start:stop] = 1.0
+                elif self.profile.gate.kind == "prompt" and decides:
+                    gate[:, start:stop] = gate_of(x.detach()[:, end - 1], layer)[:, None]
+                elif self.profile.gate.kind == "token" and decides:
+                    gate[:, start:stop] = gate_of(x.detach()[:, start:stop], layer)
+            if decides or self.profile.gate.kind == "always":
+                gates[layer] = gate
+            strength = float(self.profile.strength[layer]) * self.strength
+            if strength == 0:
+                return x
+            g = gates[layer if self.profile.sensor == "own" else int(self.profile.sensor)]
+            edit = ((g * strength)[..., None] * self.profile.vector[layer].double()).float()
+            return torch.where((steered & (g != 0))[..., None], (x.float() + edit).to(x.dtype), x)
+
+        handles = [
+            layer.register_forward_hook(lambda m, a, x, index=index: hook(m, a, x, index))
+            for index, layer in enumerate(self.model.model.layers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def logits(self, ids: list[int], turns: list[tuple[int, int]]) -> Tensor:
+        """[T, vocabulary] of one unpadded sequence."""
+        with self.attached([0], turns):
+            return self.model(torch.tensor([ids]), use_cache=False).logits[0]
+
+    def answer(self, prompt: list[int], tokens: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(tokens):
+            ids.append(int(self.logits(ids, [(0, len(prompt))])[-1].argmax()))
+        return ids[len(prompt) :]
+
+
+def greedy(model: Any, batch: dict[str, Tensor], tokens: int = 5, **options: Any) -> tuple[Tensor, Tensor]:
+    """New tokens [N, tokens] and their logits [N, tokens, vocabulary]."""
+    output = model.generate(
+        **batch, max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True,
+        **{"do_sample": False, **options},
+    )  # fmt: skip
+    return output.sequences[:, -tokens:], torch.stack(output.logits, dim=1)
