@@ -431,10 +431,15 @@ class SteeringProfile:
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a crash, never meets half a file.
 
+    A device or a pipe (``/dev/stdout``) is written to as it is, never replaced by a file.
+
     Raises:
         OutputError: the folder does not exist or cannot be written.
     """
     target = Path(path)
+    if target.exists() and not target.is_file() and not target.is_dir():
+        target.write_bytes(data)
+        return
     try:
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:

@@ -129,6 +129,11 @@ class Steering:
         self._prefill: _Prefill | None = None
         self._again: tuple[int, ...] | None = None  # the sequences of a second pass, while it runs
         self._row_values: dict[torch.device, Tensor] = {}
+        self._strengths: dict[torch.device, Tensor] = {}
+        self._decides: tuple[Tensor, Tensor] | None = None  # [gate layers, N]: deciding rows, and who senses there
+        self._gate_index: dict[int, int] = {}  # of all profiles that are loaded
+        self._sensors: set[int] = set()
+        self._kinds = Kinds.LATCHED_ADD
         # Per device, the plan, decisions and rows that the layers' operands were made from, and those.
         self._known: dict[torch.device, tuple[tuple[Any, ...], dict[int, Operands]]] = {}
         self._arguments = list(inspect.signature(decoder.backbone.forward).parameters)
@@ -294,6 +299,11 @@ class Steering:
             for bank in self._banks.values():
                 bank.replace(str(slot), profile) if str(slot) in bank.names else bank.add(str(slot), profile)
             self._profiles[slot], self._names[slot] = profile, checksum
+            self._kinds = max(self._kinds, kinds_of(profile))
+            for layer in profile.gate_layers:
+                self._gate_index.setdefault(layer, len(self._gate_index))
+            if isinstance(profile.sensor, int) and profile.gate.kind == "prompt":
+                self._sensors.add(profile.sensor)
             for layer in sorted({*profile.steered_layers, *profile.gate_layers} - self._layers):
                 self._attach_layer(layer)
         self._used.remove(slot)
@@ -467,8 +477,27 @@ class Steering:
             self._prefill = None
             rows = self._buffer(("rows", plan.slots, width), device, lambda _: response_rows(slot, width))
         self._latch = latch
-        self._rows = {device: rows.each_for_itself() if plan.by_token else rows}
+        self._set_rows(plan, rows.each_for_itself() if plan.by_token else rows)
+        if self._deciding and not plan.by_token:
+            key = ("gates", plan.owner, plan.slots, len(self._gate_index))
+            here, senses = self._buffer(key, device, lambda d: self._matrices(plan, d))
+            self._decides = torch.where(here, rows.deciding, UNSTEERED), senses
         self._row_values.clear()
+
+    def _set_rows(self, plan: _Plan, rows: Rows) -> None:
+        """What the layers of this step read, on the device of its tokens."""
+        device = rows.rows.device
+        self._rows = {device: rows}
+        self._strengths = {device: self._per_sequence("strength", plan.strengths, torch.float32, device).view(-1, 1)}
+
+    def _matrices(self, plan: _Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+        """bool [gate layers, N] twice: whose gates decide there, and for whom that layer is the sensor of all."""
+        layers = list(self._gate_index)
+        sensors = [self._at(slot).sensor if slot >= 0 else None for slot in plan.slots]
+        here = [[slot in plan.gates.get(layer, ()) for slot in plan.slots] for layer in layers]
+        senses = [[sensor == layer for sensor in sensors] for layer in layers]
+        shape = len(layers), len(plan.slots)
+        return tuple(torch.tensor(m, dtype=torch.bool, device=device).view(shape) for m in (here, senses))  # type: ignore[return-value]
 
     def _prompt_rows(self, plan: _Plan, valid: Tensor, prompt_columns: int) -> Rows:
         late = tuple(slot >= 0 and self._at(slot).positions == "response" for slot in plan.slots)
@@ -492,7 +521,7 @@ class Steering:
 
     def _read_again(self, module: nn.Module, output: Any) -> Any:
         """Pass the prompts that fired through the model once more, every layer knowing the decision from the start."""
-        prefill, plan, latch, first_rows = self._prefill, self._planned(), self._last(), self._rows
+        prefill, plan, latch, first_rows = self._prefill, self._planned(), self._last(), next(iter(self._rows.values()))
         self._prefill = None
         if prefill is None:
             return output
@@ -509,11 +538,12 @@ class Steering:
         )
         self._latch = latch.copy()
         self._latch.select(index)
-        self._rows = {index.device: self._prompt_rows(self._plan, prefill.valid[index], prefill.prompt_columns)}
+        self._set_rows(self._plan, self._prompt_rows(self._plan, prefill.valid[index], prefill.prompt_columns))
         try:
             second = module(**given)
         finally:
-            self._again, self._plan, self._latch, self._rows = None, plan, latch, first_rows
+            self._again, self._plan, self._latch = None, plan, latch
+            self._set_rows(plan, first_rows)
         return _merged(output, second, index, count)
 
     @torch.compiler.disable
@@ -549,8 +579,12 @@ class Steering:
     def _operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
         """Decide this layer's gates from the rows x (+ residual) [N·T, H]; how they are edited, None: not at all."""
         plan, latch, device = self._planned(), self._last(), x.device
-        decides = self._deciding and layer in plan.gates
-        if not decides and layer not in plan.steered:
+        # A compiled model asks about the layers of all profiles that are loaded, so that it need not be compiled again
+        # for another batch of them; slots without a part in a layer do nothing there.
+        compiling = torch.compiler.is_compiling()
+        decides = self._deciding and layer in (self._gate_index if compiling else plan.gates)
+        steered = layer in (self._layers if compiling else plan.steered)
+        if not decides and not steered:
             return None
         if device not in self._rows:
             self._rows[device] = next(iter(self._rows.values())).to(device)
@@ -559,12 +593,12 @@ class Steering:
         if decides and plan.by_token:
             self._decide_rows(layer, x, residual, rows, bank, plan, latch)
         elif decides:
-            self._decide_prompts(layer, x, residual, rows, bank, plan, latch)
-        if layer not in plan.steered:
+            self._decide_prompts(layer, x, residual, rows, bank, latch)
+        if not steered:
             return None
         # What answer tokens read does not change from step to step, and making it takes longer than the edit.
         known = None
-        if not plan.by_token and not torch.compiler.is_compiling():  # a graph must not leave its tensors here
+        if not plan.by_token and not compiling:  # a graph must not leave its tensors here
             source = (plan, latch.values, rows.rows)
             before, known = self._known.get(device, (None, {}))
             if before is None or any(new is not old for new, old in zip(source, before, strict=True)):
@@ -572,36 +606,33 @@ class Steering:
                 self._known[device] = (source, known)
             if layer in known:
                 return known[layer]
-        strength = self._per_sequence("strength", plan.strengths, torch.float32, device)
+        strength = next(iter(self._strengths.values())).to(device)
         if plan.by_token:
             values = self._values_of_rows(rows)
-            strength = strength.repeat_interleave(len(x) // len(strength))
+            strength = strength.repeat_interleave(len(x) // len(strength), dim=0)
         else:
             values = latch.values[layer, :, None].to(device)
-        operands = (rows.rows, values, strength[:, None], bank.vectors, bank.directions, bank.table, plan.kinds)
+        kinds = self._kinds if compiling else plan.kinds
+        operands = (rows.rows, values, strength, bank.vectors, bank.directions, bank.table, kinds)
         if known is not None:
             known[layer] = operands
         return operands
 
     def _decide_prompts(
-        self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank, plan: _Plan, latch: Latch
+        self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank, latch: Latch
     ) -> None:
         """Each sequence's deciding row sets its latched value, here and, for a sensor, in all other layers;
         sequences without a prompt token in this step keep theirs.
         """
-        here = tuple(slot in plan.gates[layer] for slot in plan.slots)
-        deciding = rows.deciding
-        if not all(here):
-            deciding = torch.where(self._per_sequence("here", here, torch.bool, x.device), deciding, UNSTEERED)
+        assert self._decides is not None
+        deciding, senses = (tensor[self._gate_index[layer]] for tensor in self._decides)
         home = latch.values.device
         scores, values = (t[layer, :, None].to(x.device) for t in (latch.scores, latch.values))
-        gate_unchecked_(x, residual, deciding, rows.slot, bank.directions, bank.table, scores, values)
+        gate_unchecked_(x, residual, deciding.to(x.device), rows.slot, bank.directions, bank.table, scores, values)
         if home != x.device:
             latch.scores[layer], latch.values[layer] = scores[:, 0].to(home), values[:, 0].to(home)
-        senses = tuple(slot >= 0 and self._at(slot).sensor == layer for slot in plan.slots)
-        if any(senses):
-            mask = self._per_sequence("senses", senses, torch.bool, home)
-            latch.values.copy_(torch.where(mask, latch.values[layer], latch.values))
+        if layer in self._sensors:
+            latch.values.copy_(torch.where(senses, latch.values[layer], latch.values))
 
     def _decide_rows(
         self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank, plan: _Plan, latch: Latch

@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_cases import CLOSE, MakeProfile, Oracle, greedy, make_family_model, make_model, padded
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import steerfast
@@ -650,6 +651,41 @@ def test_compiled_layers_follow_what_is_steered(small: Any, make_profile: MakePr
             assert torch.equal(steering.fired, fired)
     assert [True, True] in graphs  # all layers in one graph, or none of them: the head is a graph of its own
     assert not any(any(layers) and not all(layers) for layers in graphs)
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "hooks"])
+def test_other_batches_need_no_other_graph(fuse: bool, small: Any, make_profile: MakeProfile) -> None:
+    plain = copy.deepcopy(small)
+    if fuse:
+        steerfast.patch(small)
+    first = make_profile(small, threshold=0.0, sensor=0, layers=[0, 1])
+    second = make_profile(small, seed=3, threshold=-2.0)
+    third = make_profile(small, seed=5, positions="response", layers=[1], sensor=1, threshold=-2.0)
+    ids = torch.randint(3, 128, (3, 7), generator=torch.Generator().manual_seed(0))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(small, backend=counter, dynamic=True)
+
+    def run(model: Any, steering: Any, assigned: Any, strength: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.inference_mode(), steering.assigned(assigned, strength):
+            prompt = model(ids, use_cache=True)
+            return prompt.logits, model(ids[:, :1], past_key_values=prompt.past_key_values).logits
+
+    frames = []
+    with steerfast.steer(small, None) as steering, steerfast.steer(plain, None) as expected:
+        run(small, steering, [first, second, third], 1.0)  # loads the three
+        for assigned, strength in (
+            ([first] * 3, 1.0),
+            ([second, None, third], [1.0, 1.0, 0.5]),
+            ([None] * 3, 1.0),
+            ([third, first, second], 0.3),
+            (first, 0.7),
+        ):
+            got, want = run(compiled, steering, assigned, strength), run(plain, expected, assigned, strength)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, **CLOSE)
+            frames.append(counter.frame_count)
+    assert frames[0] > 0
+    assert len(set(frames)) == 1
 
 
 def test_generate_with_a_compile_config(small: Any, make_profile: MakeProfile) -> None:
