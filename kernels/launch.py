@@ -24,7 +24,7 @@ except ImportError:  # a CPU-only install: the ops then run as C++ or torch
 
 __all__ = ["TESTED_TRITON", "LaunchShape", "Launcher", "eager_cuda", "inductor_fuses", "launch_shape", "nvidia"]
 
-TESTED_TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
+TESTED_TRITON = ((3, 6), (3, 9))
 """Triton releases whose compiled kernels take their arguments as :class:`Launcher` passes them."""
 
 
