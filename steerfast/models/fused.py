@@ -97,8 +97,9 @@ class Seam:
         if self.norm is None or x.dtype != residual.dtype or x.device != residual.device:
             return None
         weight: Any = self.norm.weight
-        trained = torch.is_grad_enabled() and weight.requires_grad
-        return weight if weight.device == x.device and not trained else None
+        if weight.device != x.device or weight.dtype != x.dtype:  # of another dtype, some stock norms change that of x
+            return None
+        return None if torch.is_grad_enabled() and weight.requires_grad else weight
 
 
 def patch(model: nn.Module) -> nn.Module:

@@ -608,6 +608,22 @@ def test_a_loop_in_inference_mode(make_profile: MakeProfile, cache: Any) -> None
     assert answer == Oracle(stock, profile).answer(prompt, 5)
 
 
+def test_norm_weights_of_another_dtype_run_alone(tiny_llama: Any) -> None:
+    model = tiny_llama.to(torch.bfloat16)
+    norm = model.model.layers[2].post_attention_layernorm
+    norm.float()
+    x = torch.randn(1, 3, 32).bfloat16()
+    plain = norm(x)
+    steerfast.patch(model)
+    seam = norm.steerfast_seam
+    with torch.no_grad():
+        stream = seam.add(x, torch.zeros_like(x), fuse=True)
+        assert seam.take(stream) is None
+        got = norm(stream)
+    assert got.dtype == plain.dtype == torch.float32
+    assert torch.equal(got, plain)
+
+
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
 
