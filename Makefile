@@ -36,17 +36,18 @@ gpu:
 	  [ $$status = 0 ] || failed="$$failed $$name"; \
 	}; \
 	step gpu-tests 60 $(PYTHON) -m pytest -q -m gpu tests; \
-	step kernel-tests 110 $(PYTHON) -m pytest -q -m "not gpu" --ignore tests/kernels/test_machine_code.py tests/kernels; \
+	step kernel-tests 90 $(PYTHON) -m pytest -q -m "not gpu" --ignore tests/kernels/test_machine_code.py tests/kernels; \
 	if [ -n "$(SANITIZER)" ]; then \
-	  step memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  step memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	    "$(SANITIZER)" --tool memcheck --error-exitcode 3 $(PYTHON) benchmarks/sanitize.py; \
 	else \
 	  echo "== memcheck: no compute-sanitizer here, the same launches without it"; \
-	  step launches 50 $(PYTHON) benchmarks/sanitize.py; \
+	  step launches 40 $(PYTHON) benchmarks/sanitize.py; \
 	fi; \
 	step launch 20 $(PYTHON) benchmarks/launch.py --device cuda --json "$(OUT)"; \
-	step ops 150 $(PYTHON) benchmarks/ops.py --device cuda --limit 120 --json "$(OUT)"; \
-	step compiled 80 $(PYTHON) benchmarks/compiled.py --device cuda --rows 1 64 --json "$(OUT)"; \
+	step ops 100 $(PYTHON) benchmarks/ops.py --device cuda --limit 80 --json "$(OUT)"; \
+	step compiled 45 $(PYTHON) benchmarks/compiled.py --device cuda --rows 1 64 --seconds 1 --json "$(OUT)"; \
+	step models 120 $(PYTHON) benchmarks/models.py --device cuda --limit 90 --json "$(OUT)"; \
 	$(PYTHON) benchmarks/bars.py --results "$(OUT)"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 

@@ -41,7 +41,7 @@ from steerfast.progress import track
 STOCK = "stock"
 MODES = ("eager", "compile")
 
-_PROFILES = 15  # the most that a batch takes
+_PROFILES = 16  # the most that a batch takes
 _OPEN, _SHUT = -2.0, 2.0  # thresholds below and above every cosine
 _FAR = 1e30  # the same for a dot product
 _LEAST_PREFILLS, _LEAST_STEPS = 3, 20  # rounds, however long they take
@@ -121,7 +121,7 @@ def systems(model: nn.Module, profile: SteeringProfile | None = None) -> tuple[l
 
     ``stock``, ``control`` (stock again), ``idle`` (patched, not steered). Without a profile also: ``shut`` (every layer
     has a gate, none opens), ``open-one`` (one layer, in the middle), ``open-all``, ``profiles`` (open-one with up to
-    15 distinct profiles in the batch), ``hooks`` (open-one on the layers as they are), ``plain-hook`` (a forward hook
+    16 distinct profiles in the batch), ``hooks`` (open-one on the layers as they are), ``plain-hook`` (a forward hook
     that adds a vector to one layer's output). With one: ``profile-shut`` and ``profile-open``, the profile with a
     threshold that no score, or every score, exceeds.
 
@@ -294,9 +294,10 @@ def measure(
             run.rewind()
             peaks[name], first = peak[0], first or run
         steps = _turns({n: (run.rewind, run.step) for n, run in runs.items()}, device, seconds / 2, _LEAST_STEPS)
-        cached = 0 if first is None else first.cached_bytes()
         for run in runs.values():
             run.rewind()
+        cached = 0 if first is None else first.cached_bytes()
+        for run in runs.values():
             run.cache, run._memory = None, []
         prefills = _turns(
             {n: (run.new_cache, run.prefill) for n, run in runs.items()}, device, seconds / 2, _LEAST_PREFILLS

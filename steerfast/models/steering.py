@@ -35,7 +35,7 @@ from steerfast.profile import SteeringProfile
 __all__ = ["Steering", "steer"]
 
 _MOST_BUFFERS = 512  # row tables of the batch shapes seen so far; each is cheap to make again
-_SLOTS = 16  # profiles kept on the device; the ones not used for longest make room for others
+_SLOTS = 17  # profiles kept on the device, 16 beside the model's own; those not used for longest make room for others
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,10 @@ class Steering:
         self._gate_index: dict[int, int] = {}  # of all profiles that are loaded
         self._sensors: set[int] = set()
         self._kinds = Kinds.LATCHED_ADD
-        # Per device, the plan, decisions and rows that the layers' operands were made from, and those.
-        self._known: dict[torch.device, tuple[tuple[Any, ...], dict[int, Operands]]] = {}
+        # Operands of steps that decide nothing, by layer and device, and the plan, decisions and rows they stand for:
+        # these stay the same from one answer token to the next, and making operands takes longer than the edit.
+        self._known: dict[tuple[int, torch.device], Operands] = {}
+        self._known_of: tuple[Any, Any, Any] = (None, None, None)
         self._arguments = list(inspect.signature(decoder.backbone.forward).parameters)
         self._profile = profile
         self._slot_of_own = UNSTEERED
@@ -489,6 +491,9 @@ class Steering:
         device = rows.rows.device
         self._rows = {device: rows}
         self._strengths = {device: self._per_sequence("strength", plan.strengths, torch.float32, device).view(-1, 1)}
+        known_of = (plan, self._last().values, rows.rows)
+        if any(new is not old for new, old in zip(known_of, self._known_of, strict=True)):
+            self._known, self._known_of = {}, known_of
 
     def _matrices(self, plan: _Plan, device: torch.device) -> tuple[Tensor, Tensor]:
         """bool [gate layers, N] twice: whose gates decide there, and for whom that layer is the sensor of all."""
@@ -578,10 +583,12 @@ class Steering:
 
     def _operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
         """Decide this layer's gates from the rows x (+ residual) [N·T, H]; how they are edited, None: not at all."""
-        plan, latch, device = self._planned(), self._last(), x.device
+        device, compiling = x.device, torch.compiler.is_compiling()
+        if not compiling and (known := self._known.get((layer, device))) is not None:
+            return known
+        plan, latch = self._planned(), self._last()
         # A compiled model asks about the layers of all profiles that are loaded, so that it need not be compiled again
         # for another batch of them; slots without a part in a layer do nothing there.
-        compiling = torch.compiler.is_compiling()
         decides = self._deciding and layer in (self._gate_index if compiling else plan.gates)
         steered = layer in (self._layers if compiling else plan.steered)
         if not decides and not steered:
@@ -596,16 +603,6 @@ class Steering:
             self._decide_prompts(layer, x, residual, rows, bank, latch)
         if not steered:
             return None
-        # What answer tokens read does not change from step to step, and making it takes longer than the edit.
-        known = None
-        if not plan.by_token and not compiling:  # a graph must not leave its tensors here
-            source = (plan, latch.values, rows.rows)
-            before, known = self._known.get(device, (None, {}))
-            if before is None or any(new is not old for new, old in zip(source, before, strict=True)):
-                known = {}
-                self._known[device] = (source, known)
-            if layer in known:
-                return known[layer]
         strength = next(iter(self._strengths.values())).to(device)
         if plan.by_token:
             values = self._values_of_rows(rows)
@@ -614,8 +611,8 @@ class Steering:
             values = latch.values[layer, :, None].to(device)
         kinds = self._kinds if compiling else plan.kinds
         operands = (rows.rows, values, strength, bank.vectors, bank.directions, bank.table, kinds)
-        if known is not None:
-            known[layer] = operands
+        if not self._deciding and not compiling:  # a graph must not leave its tensors here
+            self._known[layer, device] = operands
         return operands
 
     def _decide_prompts(

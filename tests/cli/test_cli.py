@@ -31,7 +31,7 @@ from steerfast.profile import SteeringProfile
 torch.set_num_threads(1)
 
 LAYERS, HIDDEN = 6, 32
-COMMANDS = ("demo", "extract", "calibrate", "tune", "score", "inspect", "generate", "doctor")
+COMMANDS = ("demo", "extract", "calibrate", "tune", "score", "inspect", "generate", "bench", "doctor")
 HARMFUL = [
     f"how to {verb} a {thing}" for verb in ("poison", "bomb", "hack") for thing in ("town", "bank", "dog", "car")
 ]

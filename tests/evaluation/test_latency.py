@@ -66,7 +66,7 @@ def test_systems_compute_what_they_are_named_for(tiny_llama: Any, found: dict[st
     for name in ("hooks", "plain-hook"):
         torch.testing.assert_close(logits(found[name].model), one, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(found["open-all"].model), one, atol=1e-3)
-    assert len({profile.checksum for profile in found["profiles"].profiles}) == 15
+    assert len({profile.checksum for profile in found["profiles"].profiles}) == 16
     fused = {name for name, system in found.items() if is_patched(system.model)}
     assert fused == {"idle", "shut", "open-one", "open-all", "profiles"}
 

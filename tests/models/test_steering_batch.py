@@ -187,8 +187,8 @@ def test_contexts_nest(llama: Any, make_profile: MakeProfile) -> None:
             with pytest.raises(KeyError), steering.assigned(second):
                 raise KeyError
             assert torch.equal(logits(), expected["first"])
-            with pytest.raises(SteerfastError, match="expected at most 15 profiles in a batch, got 16"):
-                steering.assigned(crowd[:16]).__enter__()
+            with pytest.raises(SteerfastError, match="expected at most 16 profiles in a batch, got 17"):
+                steering.assigned(crowd[:17]).__enter__()
         assert not torch.equal(logits(), expected["first"])
 
 
@@ -210,10 +210,10 @@ def test_slots_are_recycled(llama: Any, make_profile: MakeProfile) -> None:
         torch.testing.assert_close(greedy(llama, batch, tokens=2)[1], expected[0], **CLOSE)
 
 
-def test_fifteen_profiles_in_a_batch(llama: Any, make_profile: MakeProfile) -> None:
+def test_sixteen_profiles_in_a_batch(llama: Any, make_profile: MakeProfile) -> None:
     own = make_profile(llama, seed=100, threshold=-1.5)
-    profiles = [make_profile(llama, seed=seed, threshold=-1.5) for seed in range(15)]
-    sequences = [[3 + row, 40, 50 + row] for row in range(15)]
+    profiles = [make_profile(llama, seed=seed, threshold=-1.5) for seed in range(16)]
+    sequences = [[3 + row, 40, 50 + row] for row in range(16)]
     with steerfast.steer(llama, own):
         logits = greedy(llama, padded(sequences), tokens=2, steering=profiles)[1]
         of_own = greedy(llama, padded(sequences), tokens=2)[1]
@@ -296,7 +296,7 @@ def test_wrong_assignments_are_refused_before_anything_runs(llama: Any, make_pro
         ({"steering_strength": float("nan")}, r"steering_strength\[0\]: expected a finite number, got nan"),
         ({"steering_strength": [1, 1, float("inf"), 1, 1, 1]}, r"steering_strength\[2\]: expected a finite number"),
         ({"steering": [one, by_token, None, None, None, None]}, "token gates for all sequences of a batch or for none"),
-        ({"steering": [make_profile(llama, seed=s) for s in range(16)]}, "at most 15 profiles in a batch, got 16"),
+        ({"steering": [make_profile(llama, seed=s) for s in range(17)]}, "at most 16 profiles in a batch, got 17"),
         ({"steering": [None, foreign, None, None, None, None]}, r"steering\[1\]: .*hidden size 16"),
         ({"steering": [one, idle] * 3}, r"steering\[1\]: expected a strength other than 0"),
         ({"steering": "profile.safetensors"}, r"steering\[0\]: expected a profile or None, got str"),
