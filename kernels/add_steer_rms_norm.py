@@ -31,7 +31,6 @@ import torch
 from .contract import (
     FLOAT_DTYPES,
     GATE,
-    TABLE_WIDTH,
     Gate,
     Kinds,
     Norm,
@@ -43,14 +42,14 @@ from .contract import (
     check_separate,
     library,
 )
-from .edits import reference_gate, reference_rows, reference_stream, torch_displaced, torch_gate
-from .launch import Launcher, eager_cuda, inductor_fuses, launch_shape, nvidia
+from .edits import reference_gate, reference_rows, reference_stream, torch_displaced, torch_gate, torch_stream
+from .launch import Launcher, eager_cuda, inductor_fuses, launch_shape, layout, nvidia
 
 try:
     import triton
     import triton.language as tl
 
-    from .edits import _PROMPT, displace, gate_score, gate_value, latched, load_row, load_stream, product
+    from .edits import _PROMPT, displace, latched, load_row, load_stream, product, read_gate
 except ImportError:  # a CPU-only install: the ops then run as C++ or torch
     triton = None
 
@@ -133,7 +132,6 @@ if triton is not None:
     _FLASHINFER = tl.constexpr(int(Norm.FLASHINFER))
     _VLLM_IR = tl.constexpr(int(Norm.VLLM_IR))
     _LLAMA = tl.constexpr(int(Norm.LLAMA))
-    _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
     _ANY = tl.constexpr(int(Kinds.ANY))
 
     @triton.jit
@@ -159,11 +157,7 @@ if triton is not None:
         for k in tl.static_range(K):
             gate = gates[k]
             if (slots[k] >= 0) & (kinds[k] == _PROMPT):
-                numbers = table_ptr + slots[k] * _TABLE_WIDTH
-                d = load_row(directions_ptr, slots[k], H, inside, columns, H, True)
-                xd = tl.sum(product(stream, d, NVIDIA), axis=0)
-                score = gate_score(xd, tl.sum(product(stream, stream, NVIDIA), axis=0), numbers)
-                gate = gate_value(score, numbers)
+                score, gate = read_gate(stream, slots[k], directions_ptr, table_ptr, inside, columns, H, NVIDIA)
                 tl.store(scores_ptr + at + k, score, mask=is_deciding_row)
                 tl.store(values_ptr + at + k, gate, mask=is_deciding_row)
             result = result + (gate,)  # type: ignore[assignment]
@@ -288,7 +282,7 @@ if triton is not None:
     launch = Launcher(add_steer_rms_norm_kernel)
 
 
-def _launch(
+def add_steer_rms_norm_triton(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
@@ -304,17 +298,19 @@ def _launch(
     deciding: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_steer_rms_norm` as a Triton kernel, one program per row; where deciding and scores are given,
+    :func:`add_steer_rms_norm_prompt`. Arguments are taken as checked.
+    """
     count, hidden_size = x.shape
-    contiguous, strides = x.is_contiguous() and residual.is_contiguous(), (0, 0)
+    address, contiguous, strides = layout(x, residual)
     if contiguous:
         normed, new_residual = torch.empty_like(x), torch.empty_like(x)
     else:
         normed, new_residual = x.new_empty(x.shape), x.new_empty(x.shape)
-        strides = (x.stride(0), residual.stride(0))
     if not count:
         return normed, new_residual
-    # What torch allocates starts at multiples of 16 bytes.
-    address = x.data_ptr() | residual.data_ptr() | weight.data_ptr() | vectors.data_ptr() | directions.data_ptr()
+    # Not those of the outputs: what torch allocates starts at multiples of 16 bytes.
+    address |= weight.data_ptr() | vectors.data_ptr() | directions.data_ptr()
     shape = launch_shape(hidden_size, x.dtype)
     stack = rows.shape[1] - 1
     launch(
@@ -344,24 +340,6 @@ def _launch(
     return normed, new_residual
 
 
-def add_steer_rms_norm_triton(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    eps: float,
-    norm: int,
-    kinds: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`add_steer_rms_norm` as a Triton kernel, one program per row. Arguments are taken as checked."""
-    return _launch(x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm, kinds)
-
-
 def add_steer_rms_norm_prompt_triton(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -379,7 +357,7 @@ def add_steer_rms_norm_prompt_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`add_steer_rms_norm_prompt` as a Triton kernel. Arguments are taken as checked."""
     operands = (rows, values, strength, vectors, directions, table)
-    return _launch(x, residual, weight, *operands, eps, norm, int(Kinds.ANY), deciding, scores)
+    return add_steer_rms_norm_triton(x, residual, weight, *operands, eps, norm, int(Kinds.ANY), deciding, scores)
 
 
 # ---- torch -------------------------------------------------------------------------------------------------
@@ -433,7 +411,7 @@ def add_steer_rms_norm_prompt_torch(
     """:func:`add_steer_rms_norm_prompt` in plain torch. Arguments are taken as checked."""
     if len(x) and len(deciding):
         at = torch.where(deciding >= 0, deciding, 0)
-        s = (x.index_select(0, at).float() + residual.index_select(0, at).float()).to(x.dtype).float()
+        s = torch_stream(x.index_select(0, at), residual.index_select(0, at))
         slots = rows.index_select(0, at)[:, 1:]
         for k in range(slots.shape[1]):
             slot = torch.where(slots[:, k] >= 0, slots[:, k], 0)
@@ -449,38 +427,7 @@ def add_steer_rms_norm_prompt_torch(
 # ---- registration ------------------------------------------------------------------------------------------
 
 
-def _fake(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    eps: float,
-    norm: int,
-    kinds: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def _prompt_fake(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    rows: torch.Tensor,
-    deciding: torch.Tensor,
-    scores: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    eps: float,
-    norm: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(x: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -499,7 +446,7 @@ if triton is not None:
     library.impl("add_steer_rms_norm", add_steer_rms_norm_triton, "CUDA")
     library.impl("add_steer_rms_norm.prompt", add_steer_rms_norm_prompt_triton, "CUDA")
 torch.library.register_fake("steerfast::add_steer_rms_norm", _fake, lib=library)
-torch.library.register_fake("steerfast::add_steer_rms_norm.prompt", _prompt_fake, lib=library)
+torch.library.register_fake("steerfast::add_steer_rms_norm.prompt", _fake, lib=library)
 
 
 # ---- public ------------------------------------------------------------------------------------------------

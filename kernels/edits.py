@@ -242,6 +242,17 @@ if triton is not None:
         return s
 
     @triton.jit
+    def read_gate(  # type: ignore[no-untyped-def]
+        s, slot, directions_ptr, table_ptr, inside, columns, H: tl.constexpr, NVIDIA: tl.constexpr
+    ):
+        """Score and gate value of the row s by the slot's own gate."""
+        numbers = table_ptr + slot * _TABLE_WIDTH
+        d = load_row(directions_ptr, slot, H, inside, columns, H, True)
+        xd = tl.sum(product(s, d, NVIDIA), axis=0)
+        score = gate_score(xd, tl.sum(product(s, s, NVIDIA), axis=0), numbers)
+        return score, gate_value(score, numbers)
+
+    @triton.jit
     def latched(  # type: ignore[no-untyped-def]
         record, sequence, is_latched, values_ptr, strength_ptr, table_ptr, K: tl.constexpr
     ):

@@ -14,7 +14,6 @@ import torch
 
 from .contract import (
     GATE,
-    TABLE_WIDTH,
     Gate,
     check_bank,
     check_like,
@@ -25,13 +24,13 @@ from .contract import (
     library,
 )
 from .edits import reference_gate, reference_stream, torch_gate, torch_stream
-from .launch import Launcher, eager_cuda, launch_shape, nvidia
+from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia
 
 try:
     import triton
     import triton.language as tl
 
-    from .edits import _ALWAYS, _GATE, gate_score, gate_value, load_row, load_stream, product
+    from .edits import _ALWAYS, _GATE, _TABLE_WIDTH, load_stream, read_gate
 except ImportError:  # a CPU-only install: the ops then run as C++ or torch
     triton = None
 
@@ -67,7 +66,6 @@ def reference(
 # ---- Triton ------------------------------------------------------------------------------------------------
 
 if triton is not None:
-    _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
 
     @triton.jit(do_not_specialize_on_alignment=["row_ptr", "slot_ptr", "table_ptr", "scores_ptr", "values_ptr"])
     def gate_kernel(  # type: ignore[no-untyped-def]
@@ -100,11 +98,8 @@ if triton is not None:
             score = tl.full((), 0.0, tl.float32)
             value = tl.full((), 0.0, tl.float32)
             if slot >= 0:
-                numbers = table_ptr + slot * _TABLE_WIDTH
-                d = load_row(directions_ptr, slot, H, inside, columns, H, True)
-                xd = tl.sum(product(s, d, NVIDIA), axis=0)
-                score = gate_score(xd, tl.sum(product(s, s, NVIDIA), axis=0), numbers)
-                value = tl.where(tl.load(numbers + _GATE) == _ALWAYS, 1.0, gate_value(score, numbers))
+                score, value = read_gate(s, slot, directions_ptr, table_ptr, inside, columns, H, NVIDIA)
+                value = tl.where(tl.load(table_ptr + slot * _TABLE_WIDTH + _GATE) == _ALWAYS, 1.0, value)
             tl.store(scores_ptr + sequence * K + k, score)
             tl.store(values_ptr + sequence * K + k, value)
 
@@ -125,13 +120,7 @@ def gate_triton_(
     count, hidden_size = row.shape[0], x.shape[1]
     if not count:
         return
-    address = x.data_ptr() | directions.data_ptr()
-    contiguous, strides = x.is_contiguous(), (0, 0)
-    if residual is not None:
-        address |= residual.data_ptr()
-        contiguous = contiguous and residual.is_contiguous()
-    if not contiguous:
-        strides = (x.stride(0), 0 if residual is None else residual.stride(0))
+    address, contiguous, strides = layout(x, residual)
     shape = launch_shape(hidden_size, x.dtype)
     launch(
         x,
@@ -141,7 +130,7 @@ def gate_triton_(
         strides,
         (hidden_size, shape.block, slot.shape[1], contiguous, residual is not None, nvidia(x)),
         shape,
-        address,
+        address | directions.data_ptr(),
     )
 
 
@@ -177,16 +166,7 @@ def gate_torch_(
 # ---- registration ------------------------------------------------------------------------------------------
 
 
-def _gate_fake(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    row: torch.Tensor,
-    slot: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    scores: torch.Tensor,
-    values: torch.Tensor,
-) -> None:
+def _fake(*arguments: object) -> None:
     return None
 
 
@@ -197,7 +177,7 @@ library.define(
 library.impl("gate_", gate_torch_, "CompositeExplicitAutograd")  # the C++ extension registers itself for CPU
 if triton is not None:
     library.impl("gate_", gate_triton_, "CUDA")
-torch.library.register_fake("steerfast::gate_", _gate_fake, lib=library)
+torch.library.register_fake("steerfast::gate_", _fake, lib=library)
 
 
 # ---- public ------------------------------------------------------------------------------------------------

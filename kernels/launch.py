@@ -22,7 +22,16 @@ try:
 except ImportError:  # a CPU-only install: the ops then run as C++ or torch
     triton = None
 
-__all__ = ["TESTED_TRITON", "LaunchShape", "Launcher", "eager_cuda", "inductor_fuses", "launch_shape", "nvidia"]
+__all__ = [
+    "TESTED_TRITON",
+    "LaunchShape",
+    "Launcher",
+    "eager_cuda",
+    "inductor_fuses",
+    "launch_shape",
+    "layout",
+    "nvidia",
+]
 
 TESTED_TRITON = ((3, 6), (3, 9))
 """Triton releases whose compiled kernels take their arguments as :class:`Launcher` passes them."""
@@ -53,6 +62,17 @@ def launch_shape(hidden_size: int, dtype: torch.dtype) -> LaunchShape:
 def nvidia(x: torch.Tensor) -> bool:
     """Whether a kernel on ``x`` runs on an NVIDIA GPU, and not in Triton's interpreter or on another GPU."""
     return x.is_cuda and torch.version.hip is None
+
+
+def layout(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, bool, tuple[int, int]]:
+    """Addresses of the rows or-ed together, whether they lie without gaps, and where not their row strides."""
+    address, contiguous = x.data_ptr(), x.is_contiguous()
+    if residual is not None:
+        address |= residual.data_ptr()
+        contiguous = contiguous and residual.is_contiguous()
+    if contiguous:
+        return address, True, (0, 0)
+    return address, False, (x.stride(0), 0 if residual is None else residual.stride(0))
 
 
 def eager_cuda(x: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from .contract import (
     library,
 )
 from .edits import reference_rows, reference_stream, torch_displaced, torch_stream
-from .launch import Launcher, eager_cuda, launch_shape, nvidia
+from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia
 
 try:
     import triton
@@ -138,13 +138,7 @@ def steer_triton_(
     stack = rows.shape[1] - 1
     if not count or not stack:
         return
-    address = x.data_ptr() | vectors.data_ptr() | directions.data_ptr()
-    contiguous, strides = x.is_contiguous(), (0, 0)
-    if residual is not None:
-        address |= residual.data_ptr()
-        contiguous = contiguous and residual.is_contiguous()
-    if not contiguous:
-        strides = (x.stride(0), 0 if residual is None else residual.stride(0))
+    address, contiguous, strides = layout(x, residual)
     shape = launch_shape(hidden_size, x.dtype)
     launch(
         x,
@@ -154,7 +148,7 @@ def steer_triton_(
         strides,
         (hidden_size, shape.block, stack, contiguous, residual is not None, kinds, nvidia(x)),
         shape,
-        address,
+        address | vectors.data_ptr() | directions.data_ptr(),
     )
 
 
@@ -187,17 +181,7 @@ def steer_torch_(
 # ---- registration ------------------------------------------------------------------------------------------
 
 
-def _steer_fake(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    kinds: int,
-) -> None:
+def _fake(*arguments: object) -> None:
     return None
 
 
@@ -208,7 +192,7 @@ library.define(
 library.impl("steer_", steer_torch_, "CompositeExplicitAutograd")  # the C++ extension registers itself for CPU
 if triton is not None:
     library.impl("steer_", steer_triton_, "CUDA")
-torch.library.register_fake("steerfast::steer_", _steer_fake, lib=library)
+torch.library.register_fake("steerfast::steer_", _fake, lib=library)
 
 
 # ---- public ------------------------------------------------------------------------------------------------

@@ -77,8 +77,8 @@ MUTANTS = {
     "slot 0 not scored": (GATE, "            if slot >= 0:", "            if slot > 0:", "zero row"),
     "always scored like others": (
         GATE,
-        "tl.where(tl.load(numbers + _GATE) == _ALWAYS, 1.0, gate_value(score, numbers))",
-        "gate_value(score, numbers)",
+        "tl.where(tl.load(table_ptr + slot * _TABLE_WIDTH + _GATE) == _ALWAYS, 1.0, value)",
+        "value",
         "gate_",
     ),
     "value stored as score": (
