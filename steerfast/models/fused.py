@@ -128,7 +128,7 @@ def patch(model: nn.Module) -> nn.Module:
     for layer in decoder.layers:
         reader = getattr(layer, family.before_mlp) if family.before_mlp else None
         inner, outer = Seam(reader, family), Seam(None, family)
-        _swap(layer, _FusedLayer, steerfast_inner=inner, steerfast_outer=outer, steerfast_family=family)
+        _swap(layer, _FusedLayer, steerfast_inner=inner, steerfast_outer=outer)
         if reader is not None:
             _swap(reader, _FusedNorm, steerfast_seam=inner)
     followers = [
@@ -186,12 +186,11 @@ class _Fused:
 class _FusedLayer(_Fused):
     steerfast_inner: Seam
     steerfast_outer: Seam
-    steerfast_family: Family
     training: bool
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module: Any = self
-        family = self.steerfast_family
+        family = self.steerfast_outer.family
         if args:
             kwargs |= dict(zip(_arguments(type(self))[1:], args, strict=False))  # type: ignore[arg-type]
 

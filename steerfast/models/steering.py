@@ -127,7 +127,7 @@ class Steering:
         self._rows: dict[torch.device, Rows] = {}
         self._deciding = False
         self._prefill: _Prefill | None = None
-        self._again: tuple[int, ...] | None = None  # the sequences of a second pass, while it runs
+        self._again = False  # while a second pass runs
         self._row_values: dict[torch.device, Tensor] = {}
         self._strengths: dict[torch.device, Tensor] = {}
         self._decides: tuple[Tensor, Tensor] | None = None  # [gate layers, N]: deciding rows, and who senses there
@@ -297,7 +297,8 @@ class Steering:
         else:
             slot = next(slot for slot in self._used if slot not in held)
             if not self._banks:
-                self._bank(torch.device("cpu"))  # so that a profile which no bank can hold is refused here
+                # So that a profile which no bank can hold is refused here: where the first layers are going to read it.
+                self._bank(next(self._decoder.backbone.parameters()).device)
             for bank in self._banks.values():
                 bank.replace(str(slot), profile) if str(slot) in bank.names else bank.add(str(slot), profile)
             self._profiles[slot], self._names[slot] = profile, checksum
@@ -393,8 +394,7 @@ class Steering:
     def generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model's own `generate`, knowing where the prompt ends and who steers it."""
         if "steering" in kwargs or "steering_strength" in kwargs:
-            default = self.profile
-            steering = kwargs.pop("steering", default)
+            steering = kwargs.pop("steering", self.profile)
             with self.assigned(steering, kwargs.pop("steering_strength", None)):
                 return self.generate(generate, args, kwargs)
         prompt = args[0] if args else None
@@ -434,7 +434,7 @@ class Steering:
 
     @torch.compiler.disable  # so that a compiled model's layers become one graph, whatever is decided here
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._again is not None:
+        if self._again:
             return
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
@@ -537,7 +537,7 @@ class Steering:
         index = torch.tensor(chosen, device=prefill.valid.device)
         count = len(plan.slots)
         given = {name: _select(name, value, index, count) for name, value in prefill.given.items()}
-        self._again, self._deciding = chosen, False
+        self._again, self._deciding = True, False
         self._plan = replace(
             plan, slots=tuple(plan.slots[n] for n in chosen), strengths=tuple(plan.strengths[n] for n in chosen)
         )
@@ -547,13 +547,13 @@ class Steering:
         try:
             second = module(**given)
         finally:
-            self._again, self._plan, self._latch = None, plan, latch
+            self._again, self._plan, self._latch = False, plan, latch
             self._set_rows(plan, first_rows)
         return _merged(output, second, index, count)
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._again is not None:
+        if self._again:
             return output
         output = self._read_again(module, output)
         parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
