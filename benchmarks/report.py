@@ -9,13 +9,13 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from steerfast import _native
+from steerfast.versions import installed_version
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,8 +28,8 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": installed_version("triton"),
+        "transformers": installed_version("transformers"),
         "commit": _commit(),
     }
 
@@ -61,7 +61,7 @@ class Report:
         self._facts = {
             "device": device_name(device),
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": installed_version("triton"),
             "commit": _commit(),
         }
 
@@ -119,13 +119,6 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{_processor()}, {torch.get_num_threads()} thread(s), {_native.isa() or 'no C++ ops'}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
 
 from steerfast.cli import common
+from steerfast.versions import installed_version
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
@@ -56,15 +56,8 @@ def _versions() -> dict[str, str | None]:
     return {
         "python": platform.python_version(),
         "steerfast": __version__,
-        **{package: _version(package) for package in _PACKAGES},
+        **{package: installed_version(package) for package in _PACKAGES},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _gpus() -> list[dict[str, Any]]:

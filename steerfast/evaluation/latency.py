@@ -20,7 +20,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from steerfast.models.steering import Steering, steer
 from steerfast.models.structure import find_decoder, identify
 from steerfast.profile import Gate, SteeringProfile
 from steerfast.progress import track
+from steerfast.versions import installed_version
 
 STOCK = "stock"
 MODES = ("eager", "compile")
@@ -448,17 +448,10 @@ def run_bench(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "copy_gbps": round(bandwidth, 2),
-        **{package: _version(package) for package in ("steerfast", "torch", "triton", "transformers")},
+        **{package: installed_version(package) for package in ("steerfast", "torch", "triton", "transformers")},
         "left_out": reasons,
         "results": results,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def render(result: dict[str, Any], console: Console) -> None:
