@@ -51,9 +51,18 @@ inline void check_choice(const char* name, int64_t value, int64_t count) {
   STD_TORCH_CHECK(0 <= value && value < count, name, ": expected a choice from 0 to ", count - 1, ", got ", value);
 }
 
-inline void check_rows(const char* name, const Tensor& rows, const Tensor& x) {
-  STD_TORCH_CHECK(same_device(rows, x) && rows.dim() == 2 && (rows.size(1) < 2 || rows.stride(1) == 1), name,
-                  ": expected a tensor [rows, H] on the device of x, contiguous in H");
+struct Rows {
+  int64_t count, size, stride;
+};
+
+// [rows, H] with any row stride, or [..., H] without gaps.
+inline Rows check_rows(const char* name, const Tensor& rows, const Tensor& x) {
+  const int64_t dims = rows.dim();
+  const int64_t size = dims < 2 ? 0 : rows.size(dims - 1);
+  STD_TORCH_CHECK(same_device(rows, x) && (dims == 2 ? size < 2 || rows.stride(1) == 1 : size && rows.is_contiguous()),
+                  name, ": expected a tensor [rows, H] on the device of x, contiguous in H");
+  if (dims == 2) return {rows.size(0), size, rows.stride(0)};
+  return {rows.numel() / size, size, size};
 }
 
 // The slots per row of an index tensor [count, offset + K].
@@ -70,15 +79,23 @@ inline const void* bank(const char* name, const Tensor& tensor, const Tensor& di
   return data<const void>(name, tensor, x, directions.scalar_type(), slots * size);
 }
 
-// A contiguous [rows, H] like x, uninitialised. (torch::stable::new_empty goes through the dispatcher once more.)
+// A contiguous tensor like x, uninitialised. (torch::stable::new_empty goes through the dispatcher once more.)
 inline Tensor fresh(const Tensor& x) {
-  const int64_t sizes[2] = {x.size(0), x.size(1)}, strides[2] = {std::max<int64_t>(1, x.size(1)), 1};
+  constexpr int64_t most = 8;
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims <= most, "x: expected at most ", most, " dimensions, got ", dims);
+  int64_t sizes[most], strides[most], step = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    sizes[i] = x.size(i);
+    strides[i] = step;
+    step *= std::max<int64_t>(1, sizes[i]);
+  }
   int32_t dtype, device;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, dtype, device, x.get_device_index(), &handle));
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device, x.get_device_index(), &handle));
   return Tensor(handle);
 }
 

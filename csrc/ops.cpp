@@ -14,37 +14,37 @@ namespace {
 
 using namespace steerfast::checks;
 
-void fill(steerfast::Operands& args, const Tensor& x, const Tensor* residual, const Tensor& directions,
-          const Tensor& table) {
+int64_t fill(steerfast::Operands& args, const Tensor& x, const Tensor* residual, const Tensor& directions,
+             const Tensor& table) {
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
-  check_rows("x", x, x);
-  args.hidden_size = x.size(1);
-  args.x_stride = x.stride(0);
+  const Rows rows = check_rows("x", x, x);
+  args.hidden_size = rows.size;
+  args.x_stride = rows.stride;
   args.x_dtype = dtype("x", x);
   args.x = x.const_data_ptr();
   args.residual = nullptr;
   args.residual_stride = 0;
   if (residual) {
-    check_rows("residual", *residual, x);
-    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type() && residual->size(0) == x.size(0) &&
-                        residual->size(1) == x.size(1),
-                    "residual: expected the shape and dtype of x");
+    const Rows added = check_rows("residual", *residual, x);
+    STD_TORCH_CHECK(
+        residual->scalar_type() == x.scalar_type() && added.count == rows.count && added.size == rows.size,
+        "residual: expected the shape and dtype of x");
     args.residual = residual->const_data_ptr();
-    args.residual_stride = residual->stride(0);
+    args.residual_stride = added.stride;
   }
   const int64_t slots = table.dim() == 2 ? table.size(0) : 0;
   args.table = data<const float>("table", table, x, ScalarType::Float, slots * steerfast::table_width);
   args.bank_dtype = dtype("directions", directions);
   args.directions = bank("directions", directions, directions, x, slots, args.hidden_size);
+  return rows.count;
 }
 
 void fill(steerfast::EditArgs& args, const Tensor& x, const Tensor* residual, const Tensor& rows, const Tensor& values,
           const Tensor& strength, const Tensor& vectors, const Tensor& directions, const Tensor& table,
           int64_t kinds) {
-  fill(args, x, residual, directions, table);
+  args.count = fill(args, x, residual, directions, table);
   check_choice("kinds", kinds, 2);
   args.kinds = steerfast::Kinds(kinds);
-  args.count = x.size(0);
   args.stack = stack("rows", rows, 1);
   args.rows = data<const int32_t>("rows", rows, x, ScalarType::Int, args.count * (1 + args.stack));
   const int64_t sequences = values.dim() == 2 ? values.size(0) : 0;
@@ -67,7 +67,7 @@ const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*t
 void gate_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& row, const Tensor& slot,
            const Tensor& directions, const Tensor& table, const Tensor& scores, const Tensor& values) {
   steerfast::GateArgs args;
-  fill(args, x, pointer(residual), directions, table);
+  const int64_t rows = fill(args, x, pointer(residual), directions, table);
   args.sequences = row.numel();
   args.stack = stack("slot", slot, 0);
   const int64_t count = args.sequences * args.stack;
@@ -77,7 +77,7 @@ void gate_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor&
   args.values = data<float>("values", values, x, ScalarType::Float, count);
   for (int64_t i = 0; i < count; ++i) {
     if (args.row[i / args.stack] < 0 || args.slot[i] < 0) continue;
-    check_index("row", args.row[i / args.stack], x.size(0));
+    check_index("row", args.row[i / args.stack], rows);
     check_index("slot", args.slot[i], table.size(0));
   }
   steerfast::gate(args);

@@ -26,6 +26,8 @@ writes is read by another: the outputs are fresh tensors, and the latch of a seq
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from .contract import (
@@ -301,7 +303,8 @@ def add_steer_rms_norm_triton(
     """:func:`add_steer_rms_norm` as a Triton kernel, one program per row; where deciding and scores are given,
     :func:`add_steer_rms_norm_prompt`. Arguments are taken as checked.
     """
-    count, hidden_size = x.shape
+    *leading, hidden_size = x.shape
+    count = prod(leading)
     address, contiguous, strides = layout(x, residual)
     if contiguous:
         normed, new_residual = torch.empty_like(x), torch.empty_like(x)
@@ -381,7 +384,7 @@ def add_steer_rms_norm_torch(
 
     Differentiable in x, residual and weight; gates carry no gradient. Arguments are taken as checked.
     """
-    y = x.float() + residual.float()
+    y = (x.float() + residual.float()).view(-1, x.shape[-1])
     s = y.to(x.dtype).float()
     y, _ = torch_displaced(y, s, rows, values, strength, vectors, directions, table, kinds)
     new_residual = y.to(x.dtype)
@@ -390,7 +393,7 @@ def add_steer_rms_norm_torch(
     if norm in ROUND_BEFORE_WEIGHT:
         normed = normed.to(x.dtype).float()
     w = weight.float() + 1.0 if norm == int(Norm.GEMMA) else weight.float()
-    return (normed * w).to(x.dtype), new_residual
+    return (normed * w).to(x.dtype).view(x.shape), new_residual.view(x.shape)
 
 
 def add_steer_rms_norm_prompt_torch(
@@ -447,6 +450,7 @@ if triton is not None:
     library.impl("add_steer_rms_norm.prompt", add_steer_rms_norm_prompt_triton, "CUDA")
 torch.library.register_fake("steerfast::add_steer_rms_norm", _fake, lib=library)
 torch.library.register_fake("steerfast::add_steer_rms_norm.prompt", _fake, lib=library)
+_op = torch.ops.steerfast.add_steer_rms_norm.default
 
 
 # ---- public ------------------------------------------------------------------------------------------------
@@ -555,14 +559,14 @@ def add_steer_rms_norm_unchecked(
     kinds: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`add_steer_rms_norm` for callers that own their buffers: no checks, no gradient, and eager CUDA rows go to
-    the kernel without the dispatcher.
+    the kernel without the dispatcher. x and residual may also be contiguous [..., H]; the results have their shape.
     """
     operands = (x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm, kinds)
     if eager_cuda(x):
         return add_steer_rms_norm_triton(*operands)
     if inductor_fuses(x, kinds):
         return add_steer_rms_norm_torch(*operands)
-    return torch.ops.steerfast.add_steer_rms_norm.default(*operands)
+    return _op(*operands)
 
 
 def _check(

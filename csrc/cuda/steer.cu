@@ -21,20 +21,19 @@ std::tuple<Tensor, Tensor> add_steer_rms_norm(const Tensor& x, const Tensor& res
                                               double eps, int64_t norm) {
   steerfast::cuda::Arguments args;
   STD_TORCH_CHECK(x.is_cuda(), "x: expected a CUDA tensor");
-  check_rows("x", x, x);
-  check_rows("residual", residual, x);
+  const Rows here = check_rows("x", x, x), added = check_rows("residual", residual, x);
   check_choice("norm", norm, 5);
-  const int64_t count = x.size(0), size = x.size(1);
-  STD_TORCH_CHECK(residual.scalar_type() == x.scalar_type() && residual.size(0) == count && residual.size(1) == size,
+  const int64_t count = here.count, size = here.size;
+  STD_TORCH_CHECK(residual.scalar_type() == x.scalar_type() && added.count == count && added.size == size,
                   "residual: expected the shape and dtype of x");
   STD_TORCH_CHECK(1 <= size && size <= steerfast::max_hidden_size && count <= INT32_MAX,
                   "x: expected a hidden size from 1 to ", steerfast::max_hidden_size, ", got ", size);
   args.hidden_size = int(size);
   args.stack = int(stack("rows", rows, 1));
   args.x = x.const_data_ptr();
-  args.x_stride = x.stride(0);
+  args.x_stride = here.stride;
   args.residual = residual.const_data_ptr();
-  args.residual_stride = residual.stride(0);
+  args.residual_stride = added.stride;
   args.rows = data<const int32_t>("rows", rows, x, ScalarType::Int, count * (1 + args.stack));
   const int64_t sequences = values.dim() == 2 ? values.size(0) : 0;
   args.values = data<const float>("values", values, x, ScalarType::Float, sequences * args.stack);

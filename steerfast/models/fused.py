@@ -37,12 +37,13 @@ class Seam:
 
     Attributes:
         steer: None, or a function (x, residual) -> operands, which decides the step's gates and says what is edited;
-            x and residual are [rows, H], and the residual stream is their sum. None as its answer: nothing is.
+            x and residual are [N, T, H], and the residual stream is their sum. None as its answer: nothing is.
     """
 
     def __init__(self, norm: nn.Module | None, family: Family) -> None:
         self.norm = norm
         self.family = family
+        self._kind = int(family.norm)
         self.steer: Callable[[Tensor, Tensor], Operands | None] | None = None
         self._stream: Tensor | None = None
         self._normed: Tensor | None = None
@@ -50,38 +51,30 @@ class Seam:
 
     def add(self, x: Tensor, residual: Tensor, fuse: bool) -> Tensor:
         """The residual stream x + residual, steered: [N, T, H]."""
-        hidden_size = residual.shape[-1]
-        x_rows, residual_rows = x.reshape(-1, hidden_size), residual.reshape(-1, hidden_size)
+        x, residual = x.contiguous(), residual.contiguous()
+        grad = torch.is_grad_enabled()
         operands = None
         if self.steer is not None:
-            if torch.is_grad_enabled():
+            if grad:
                 with torch.no_grad():
-                    operands = self.steer(x_rows, residual_rows)
+                    operands = self.steer(x, residual)
             else:  # entering the context takes longer than the decision
-                operands = self.steer(x_rows, residual_rows)
-        differentiable = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
-        if fuse and not differentiable and (weight := self._weight(x, residual)) is not None:
+                operands = self.steer(x, residual)
+        differentiable = grad and (x.requires_grad or residual.requires_grad)
+        if fuse and not differentiable and (weight := self._weight(x, residual, grad)) is not None:
             if operands is None:  # a compiler puts them into its graph
                 idle = _make_idle if torch.compiler.is_compiling() else _idle
-                operands = idle(x.device, residual_rows.shape[0], hidden_size)
+                operands = idle(x.device, *x.shape)
             *tensors, kinds = operands
-            normed, stream = add_steer_rms_norm_unchecked(
-                x_rows,
-                residual_rows,
-                weight,
-                *tensors,
-                getattr(self.norm, self.family.eps),
-                int(self.family.norm),
-                int(kinds),
-            )
-            self._stream, self._normed = stream.view_as(residual), normed.view_as(residual)  # faster than by a shape
-            self._version = _version(self._stream)
-            return self._stream
+            eps = getattr(self.norm, self.family.eps)
+            normed, stream = add_steer_rms_norm_unchecked(x, residual, weight, *tensors, eps, self._kind, kinds)
+            self._stream, self._normed, self._version = stream, normed, _version(stream)
+            return stream
         stream = residual + x
         if operands is not None:
             *tensors, kinds = operands
             steer = steer_torch_ if differentiable else steer_unchecked_
-            steer(stream.view(-1, hidden_size), None, *tensors, int(kinds))
+            steer(stream.view(-1, stream.shape[-1]), None, *tensors, int(kinds))
         return stream
 
     def take(self, stream: Tensor) -> Tensor | None:
@@ -92,14 +85,16 @@ class Seam:
             return None
         return None if torch.is_grad_enabled() and stream.requires_grad else normed
 
-    def _weight(self, x: Tensor, residual: Tensor) -> Tensor | None:
+    def _weight(self, x: Tensor, residual: Tensor, grad: bool) -> Tensor | None:
         """The norm's weight where the op may read it: it may lie on other devices, or be offloaded."""
-        if self.norm is None or x.dtype != residual.dtype or x.device != residual.device:
+        if self.norm is None:
             return None
-        weight: Any = self.norm.weight
-        if weight.device != x.device or weight.dtype != x.dtype:  # of another dtype, some stock norms change that of x
+        weight = self.norm._parameters.get("weight")  # the module's own look-up takes as long as the rest of this
+        if weight is None or is_distributed(weight) or (grad and weight.requires_grad):
             return None
-        return None if is_distributed(weight) or (torch.is_grad_enabled() and weight.requires_grad) else weight
+        # Of another dtype than x, some stock norms change that of x.
+        alike = x.dtype == residual.dtype == weight.dtype and x.device == residual.device == weight.device
+        return weight if alike else None
 
 
 def patch(model: nn.Module) -> nn.Module:
@@ -194,19 +189,26 @@ class _FusedLayer(_Fused):
         if args:
             kwargs |= dict(zip(_arguments(type(self))[1:], args, strict=False))  # type: ignore[arg-type]
 
-        def through(name: str | None, x: Tensor) -> Tensor:
-            return x if name is None else getattr(module, name)(x)
-
         fuse = not self.training
-        if _change_unseen(module._forward_pre_hooks):
+        if module._forward_pre_hooks and _change_unseen():
             hidden_states = hidden_states.view_as(hidden_states)  # not the stream whose norm was taken
-        x = through(family.before_attention, hidden_states)
+        x = hidden_states
+        if family.before_attention is not None:
+            x = getattr(module, family.before_attention)(x)
         x = module.self_attn(hidden_states=x, **kwargs)[0]
-        stream = self.steerfast_inner.add(through(family.after_attention, x), hidden_states, fuse)
-        x = module.mlp(through(family.before_mlp, stream))
-        x = x[0] if isinstance(x, tuple) else x  # some mixtures of experts also return what their router said
-        fuse = fuse and not _change_unseen(module._forward_hooks)
-        return self.steerfast_outer.add(through(family.after_mlp, x), stream, fuse)
+        if family.after_attention is not None:
+            x = getattr(module, family.after_attention)(x)
+        stream = x = self.steerfast_inner.add(x, hidden_states, fuse)
+        if family.before_mlp is not None:
+            x = getattr(module, family.before_mlp)(x)
+        x = module.mlp(x)
+        if isinstance(x, tuple):  # some mixtures of experts also return what their router said
+            x = x[0]
+        if family.after_mlp is not None:
+            x = getattr(module, family.after_mlp)(x)
+        if module._forward_hooks and _change_unseen():
+            fuse = False
+        return self.steerfast_outer.add(x, stream, fuse)
 
 
 class _FusedNorm(_Fused):
@@ -215,7 +217,7 @@ class _FusedNorm(_Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.steerfast_seam.take(x)
-        if normed is None or _change_unseen(self._forward_pre_hooks):
+        if normed is None or (self._forward_pre_hooks and _change_unseen()):
             return super().forward(x)  # type: ignore[misc]
         return normed
 
@@ -275,9 +277,9 @@ def _version(stream: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() or stream.is_inference() else stream._version
 
 
-def _change_unseen(hooks: Any) -> bool:
-    """Whether a module's hooks may change the residual stream in place and no version would tell."""
-    return bool(hooks) and (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
+def _change_unseen() -> bool:
+    """Whether hooks may change the residual stream in place and no version would tell."""
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
 
 
 @functools.cache
@@ -287,10 +289,10 @@ def _arguments(layer: Hashable) -> list[str]:
     return list(inspect.signature(base.forward).parameters)[1:]
 
 
-def _make_idle(device: torch.device, rows: int, hidden_size: int) -> Operands:
+def _make_idle(device: torch.device, sequences: int, tokens: int, hidden_size: int) -> Operands:
     """Operands of rows that nobody steers."""
     with torch.inference_mode(False):
-        record = torch.zeros(rows, 1, dtype=torch.int32, device=device)
+        record = torch.zeros(sequences * tokens, 1, dtype=torch.int32, device=device)
         empty = torch.zeros(0, 0, device=device)
         bank = torch.zeros(1, hidden_size, device=device)
         return record, empty, empty, bank, bank, torch.zeros(1, TABLE_WIDTH, device=device), Kinds.LATCHED_ADD

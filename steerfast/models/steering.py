@@ -145,6 +145,7 @@ class Steering:
         # these stay the same from one answer token to the next, and making operands takes longer than the edit.
         self._known: dict[tuple[int, torch.device], Operands] = {}
         self._known_of: tuple[Any, Any, Any] = (None, None, None)
+        self._columns: list[tuple[Tensor, Tensor]] | None = None  # the latch, layer by layer
         self._arguments = list(inspect.signature(decoder.backbone.forward).parameters)
         self._profile = profile
         self._slot_of_own = UNSTEERED
@@ -559,7 +560,7 @@ class Steering:
         self._strengths = {device: strengths}
         known_of = (plan, self._last().values, rows.rows)
         if any(new is not old for new, old in zip(known_of, self._known_of, strict=True)):
-            self._known, self._known_of = {}, known_of
+            self._known, self._known_of, self._columns = {}, known_of, None
 
     def _prompt_rows(self, plan: _Plan, valid: Tensor, prompt_columns: int) -> Rows:
         late = tuple(slot >= 0 and self._slots.at(slot).positions == "response" for slot in plan.slots)
@@ -646,7 +647,7 @@ class Steering:
         return edited if isinstance(output, Tensor) else (edited, *output[1:])
 
     def _operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
-        """Decide this layer's gates from the rows x (+ residual) [N·T, H]; how they are edited, None: not at all."""
+        """Decide this layer's gates from x (+ residual) [..., H]; how the N·T rows are edited, None: not at all."""
         device, compiling = x.device, torch.compiler.is_compiling()
         knowable = not self._deciding and not compiling  # a graph must not leave its tensors here
         if knowable and (known := self._known.get((layer, device))) is not None:
@@ -658,6 +659,8 @@ class Steering:
         steered = layer in (self._layers if compiling else plan.steered)
         if not decides and not steered:
             return None
+        x = x.flatten(0, -2)
+        residual = None if residual is None else residual.flatten(0, -2)
         if device not in self._rows:
             self._rows[device] = next(iter(self._rows.values())).to(device)
         rows = self._rows[device]
@@ -673,7 +676,7 @@ class Steering:
             values = self._values_of_rows(rows)
             strength = strength.repeat_interleave(len(x) // len(strength), dim=0)
         else:
-            values = latch.values[layer, :, None].to(device)
+            values = self._latched(layer)[0].to(device)
         kinds = self._slots.kinds if compiling else plan.kinds
         operands = (rows.rows, values, strength, bank.vectors, bank.directions, bank.table, kinds)
         if knowable:
@@ -687,14 +690,25 @@ class Steering:
         sequences without a prompt token in this step keep theirs.
         """
         assert self._decides is not None
-        deciding, senses = (tensor[layer] for tensor in self._decides)
+        deciding, senses = self._decides
         home = latch.values.device
-        scores, values = (t[layer, :, None].to(x.device) for t in (latch.scores, latch.values))
-        gate_unchecked_(x, residual, deciding.to(x.device), rows.slot, bank.directions, bank.table, scores, values)
+        values, scores = (column.to(x.device) for column in self._latched(layer))
+        row = deciding[layer].to(x.device)
+        gate_unchecked_(x, residual, row, rows.slot, bank.directions, bank.table, scores, values)
         if home != x.device:
             latch.scores[layer], latch.values[layer] = scores[:, 0].to(home), values[:, 0].to(home)
         if layer in self._slots.sensors:
-            latch.values.copy_(torch.where(senses.to(home), latch.values[layer], latch.values))
+            latch.values.copy_(torch.where(senses[layer].to(home), latch.values[layer], latch.values))
+
+    def _latched(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Values and scores [N, 1] of a layer, views of the latch, all made at once: 35 us for 30 layers, not 129."""
+        latch = self._last()
+        if torch.compiler.is_compiling():
+            return latch.values[layer, :, None], latch.scores[layer, :, None]
+        if self._columns is None:
+            both = (latch.values, latch.scores)
+            self._columns = list(zip(*(tensor.unsqueeze(2).unbind() for tensor in both), strict=True))
+        return self._columns[layer]
 
     def _decide_rows(
         self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank, plan: _Plan, latch: Latch

@@ -72,7 +72,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor: its shards or copies lie on several ranks, and no kernel can read it."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
 
 
 def identify(model: nn.Module, tokenizer: Any = None) -> ModelIdentity:

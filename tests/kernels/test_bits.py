@@ -213,6 +213,25 @@ def test_prompt_does_not_depend_on_its_batch(implementation: Implementation) -> 
             equal(got, want)
 
 
+@pytest.mark.parametrize("shape", [(6, 1), (1, 6), (2, 3), (0, 3)], ids=str)
+def test_rows_of_sequences_are_the_same_rows(implementation: Implementation, shape: tuple[int, int]) -> None:
+    case = make_case(shape[0] * shape[1], 321, torch.bfloat16, stack=2, slots=6, pair=True, seed=7)
+    x, residual = (t.view(*shape, 321) for t in (case.x, case.residual))
+    together = replace(case, x=x, residual=residual).run_norm(implementation)
+    for got, want in zip(together, case.run_norm(implementation), strict=True):
+        assert got.shape == x.shape
+        assert got.is_contiguous()
+        assert_same_bits(got.flatten(0, 1), want)
+
+
+@needs_cpp
+def test_rows_of_sequences_with_gaps_are_refused() -> None:
+    case = make_case(6, 64, pair=True)
+    x = torch.zeros(3, 4, 64)[:, :2]
+    with pytest.raises(RuntimeError, match="contiguous"):
+        CPP.add_steer_rms_norm(*replace(case, x=x, residual=x).norm_arguments())
+
+
 def test_runs_have_the_same_bits(implementation: Implementation) -> None:
     case = soft(make_case(5, 321, torch.float16, stack=2, slots=6, pair=True, shared=True, seed=6))
     first, first_prompt = run_all(implementation, case), case.run_prompt(implementation)
