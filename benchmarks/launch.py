@@ -13,6 +13,12 @@ One JSON line per op and provider, microseconds of host time per call:
     torch        the op in plain torch
     empty        an empty Triton kernel with as many arguments, launched as Triton does it (CUDA)
 
+And per half of a decoder layer (op ``seam``, one token, hidden size 576), where the residual add meets the norm:
+
+    stock        torch's add, and the norm of transformers' Llama
+    idle         the same in a patched model
+    steered      with a profile whose gate is open
+
 On CUDA calls are asynchronous and the device is idle when a call begins; on a CPU the time holds the work itself, so it
 is measured on rows of 64 numbers as well, where there is hardly any.
 """
@@ -34,6 +40,7 @@ from steerfast.kernels import gate, steer
 from steerfast.kernels.contract import Kinds, Norm
 from steerfast.kernels.launch import launch_shape, nvidia
 
+SEAM = 576
 BATCH = 10  # calls between two looks at the clock: few enough that a GPU's launch queue never fills up
 
 
@@ -75,6 +82,34 @@ def providers(o: Operands, b: Buffers) -> dict[str, Callable[[], Any]]:
             "torch": gate.gate_torch_,
         }
     return {name: lambda way=way: way(*arguments) for name, way in ways.items()}  # type: ignore[misc]
+
+
+def seams(device: str) -> dict[str, Callable[[], Any]]:
+    """What stands between two blocks of a Llama, by name."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from steerfast.evaluation.latency import random_profile
+    from steerfast.models.fused import patch
+    from steerfast.models.steering import steer
+
+    shape = {"hidden_size": SEAM, "num_attention_heads": 9, "intermediate_size": 64, "vocab_size": 64}
+    config = LlamaConfig(num_hidden_layers=2, **shape)
+    models = [LlamaForCausalLM(config).to(device).eval() for _ in range(3)]
+    token = torch.ones(1, 1, dtype=torch.long, device=device)
+    steering = steer(patch(models[2]), random_profile(models[2], [0]))
+    with torch.no_grad():
+        models[2].generate(token, max_new_tokens=2, min_new_tokens=2, pad_token_id=0)  # what it decided is kept
+    x, residual = torch.randn(2, 1, 1, SEAM, device=device)
+    stock = models[0].model.norm
+    assert steering.fired.all()
+
+    def fused(model: LlamaForCausalLM) -> Callable[[], Any]:
+        layers: Any = model.model.layers
+        seam, norm = layers[0].steerfast_outer, layers[1].input_layernorm
+        return lambda: norm(seam.add(x, residual, True))
+
+    patch(models[1])
+    return {"stock": lambda: stock(residual + x), "idle": fused(models[1]), "steered": fused(models[2])}
 
 
 def launch_as_triton_does(o: Operands, b: Buffers) -> None:
@@ -132,6 +167,8 @@ def main() -> int:
                 }
                 for name, times in time_on_host(calls, given.device, given.seconds).items():
                     report.line({"op": op, "provider": name, **record, **spread(times)})
+    for name, times in time_on_host(seams(given.device), given.device, given.seconds).items():
+        report.line({"op": "seam", "provider": name, "rows": 1, "hidden": SEAM, "dtype": "float32", **spread(times)})
     return int(report.failed)
 
 

@@ -19,7 +19,7 @@ def warmup(
     hidden_size: int,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    device: torch.device | str = "cuda",
+    device: torch.device | str | None = None,
     weight_dtype: torch.dtype | None = None,
     bank_dtype: torch.dtype = torch.float32,
     stacks: Iterable[int] = (1,),
@@ -35,7 +35,7 @@ def warmup(
     Args:
         hidden_size: H of the model.
         dtype: of the residual stream.
-        device: where; on a device without Triton kernels there is nothing to compile.
+        device: where, default CUDA where there is one; elsewhere there is nothing to compile.
         weight_dtype: of the norm's weight, default `dtype`.
         bank_dtype: of vectors and directions; the default is that of a bank.
         stacks: numbers K of slots per row, from 0 (no steering) to 4.
@@ -48,7 +48,7 @@ def warmup(
     Raises:
         ValueError: a stack is out of range.
     """
-    device = torch.device(device)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     stacks, kinds, norms, pairs = tuple(stacks), tuple(kinds), tuple(norms), tuple(pairs)
     for stack in stacks:
         if not 0 <= stack <= MAX_STACK:
