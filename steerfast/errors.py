@@ -25,3 +25,7 @@ class OutputError(SteerfastError, OSError):
 
 class GuardError(SteerfastError, ValueError):
     """A guard cannot run as asked: a limit out of range, a scorer or critic that is missing or of another model."""
+
+
+class JudgeError(SteerfastError, RuntimeError):
+    """A judge of answers is unknown, cannot be loaded, or cannot be reached."""

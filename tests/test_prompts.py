@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from steerfast.errors import PromptError
-from steerfast.prompts import SHIPPED, read_prompts, shipped_records
+from steerfast.prompts import SHIPPED, read_prompts, read_records, shipped_records
 
 GOOD = {
     "plain.txt": (b"how to bake\nwrite a poem\n", ["how to bake", "write a poem"]),
@@ -73,8 +73,39 @@ def test_no_file(tmp_path: Path, name: str) -> None:
 
 
 def test_no_such_shipped_set() -> None:
-    with pytest.raises(PromptError, match=r"expected one of harmful_fit, .* after 'steerfast:', got 'harmful'"):
+    with pytest.raises(PromptError, match=r"expected one of .*harmful_fit, .* after 'steerfast:', got 'harmful'"):
         read_prompts("steerfast:harmful")
+
+
+COLUMNS = {
+    "strange.csv": (b"id,Behaviour\n1,make a bomb\n", "behaviour", [{"id": "1", "behaviour": "make a bomb"}]),
+    "upper.json": (b'[{"Behaviour": " a ", "N": 3}]', "BEHAVIOUR", [{"behaviour": " a ", "n": 3}]),
+    "not the usual.jsonl": (b'{"prompt": "a", "asked": "b"}', "asked", [{"prompt": "a", "asked": "b"}]),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_column_that_is_named(tmp_path: Path, name: str) -> None:
+    content, column, records = COLUMNS[name]
+    (tmp_path / name).write_bytes(content)
+    expected = [{**record, "prompt": record[column.lower()].strip()} for record in records]
+    assert read_records(tmp_path / name, column) == expected
+
+
+BAD_COLUMNS = {
+    "a.csv": (b"id,prompt\n1,x\n", "expected a column named goals in .*, got id, prompt"),
+    "one column.csv": (b"how to bake\nwrite\n", "expected a column named goals in .*, got how to bake"),
+    "a.json": (b'[{"prompt": "x", "n": 1}]', "entry 1 of .* with one of goals, got None among prompt, n"),
+    "a.txt": (b"x\n", "entry 1 of .* with one of goals, got None"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COLUMNS)
+def test_a_column_that_is_not_there(tmp_path: Path, name: str) -> None:
+    content, message = BAD_COLUMNS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PromptError, match=f"prompts: {message}"):
+        read_records(tmp_path / name, "goals")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -83,12 +114,11 @@ def test_shipped_sets_read_whole(name: str) -> None:
     assert prompts == [record["prompt"] for record in shipped_records(name)]
     assert len(prompts) == len(set(prompts))
     assert all(prompt == prompt.strip() and prompt for prompt in prompts)
-    assert len(prompts) >= 32
 
 
-def test_shipped_sets_are_those_of_the_folder() -> None:
-    folder = resources.files("steerfast") / "data" / "prompts"
-    assert sorted(file.name for file in folder.iterdir()) == sorted(f"{name}.json" for name in SHIPPED)
+def test_the_sets_that_users_and_scripts_name_are_there() -> None:
+    roles = ("fit", "framed", "calibrate", "heldout", "tune", "demo")
+    assert {f"{label}_{role}" for role in roles for label in ("harmful", "harmless")} <= set(SHIPPED)
 
 
 def test_both_labels_have_every_role_and_enough_to_calibrate_one_percent() -> None:
@@ -99,10 +129,23 @@ def test_both_labels_have_every_role_and_enough_to_calibrate_one_percent() -> No
     assert len(read_prompts("steerfast:harmless_calibrate")) >= 100
 
 
-def test_no_prompt_is_in_two_shipped_sets() -> None:
-    sets = {name: {prompt.casefold() for prompt in read_prompts(f"steerfast:{name}")} for name in SHIPPED}
-    for one, other in itertools.combinations(SHIPPED, 2):
-        assert not sets[one] & sets[other], f"{one} and {other}"
+def purpose(name: str) -> tuple[str, str]:
+    """What a shipped set is for: prompts of one label that fit, calibrate and so on; each evaluation set for itself."""
+    label, _, rest = name.partition("_")
+    if label not in ("harmful", "harmless"):
+        return name, ""
+    return label, next((role for role in ("calibrate", "heldout", "tune", "demo") if rest.endswith(role)), "fit")
+
+
+def test_no_prompt_serves_two_purposes() -> None:
+    held: dict[tuple[str, str], set[str]] = {}
+    for name in SHIPPED:
+        for record in shipped_records(name):
+            texts = {record["prompt"].casefold(), record.get("request", record["prompt"]).casefold()}
+            held.setdefault(purpose(name), set()).update(texts)
+    assert len(held) == 10 + 8
+    for one, other in itertools.combinations(held, 2):
+        assert not held[one] & held[other], f"{one} and {other}"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -110,7 +153,7 @@ def test_every_shipped_record_names_an_origin_of_the_notice(name: str) -> None:
     notice = (resources.files("steerfast") / "data" / "NOTICE").read_text(encoding="utf-8")
     listed = {line.split()[0] for line in notice.splitlines() if line.strip()}
     for record in shipped_records(name):
-        assert sorted(record) == ["prompt", "set"]
+        assert set(record) <= {"prompt", "set", "style", "choices", "correct", "answer", "request", "language"}
         assert record["set"].split(",")[0] in listed
 
 

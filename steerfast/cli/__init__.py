@@ -15,6 +15,7 @@ _COMMANDS = (
     "score",
     "inspect",
     "generate",
+    "eval",
     "guard",
     "bench",
     "serve",

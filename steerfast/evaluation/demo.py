@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -18,12 +16,12 @@ from torch import nn
 
 from steerfast.errors import PromptError
 from steerfast.evaluation.judging import Judgement, judge, share
+from steerfast.evaluation.latency import alternating, milliseconds_per_token
 from steerfast.fitting.score import score
 from steerfast.fitting.statistics import auc
-from steerfast.models.prompting import device_of, encode, greedy_answers, pad_token
+from steerfast.models.prompting import encode, greedy_answers
 from steerfast.models.steering import steer
 from steerfast.profile import SteeringProfile
-from steerfast.progress import track
 from steerfast.prompts import read_prompts
 
 _LATENCY_PAIRS = 24
@@ -104,52 +102,28 @@ def run_demo(
             "hit_rate": share(scores["harmful"].fired.tolist()),
             "false_positive_rate": share(scores["harmless"].fired.tolist()),
         },
-        "latency": _latency(model, tokenizer, profile, [ids["harmful"][i] for i in fired or range(prompts)], progress),
+        "latency": _latency(model, profile, [ids["harmful"][i] for i in fired or range(prompts)], progress),
         "examples": _examples(texts, judged),
     }
 
 
 def _latency(
-    model: nn.Module, tokenizer: Any, profile: SteeringProfile, prompts: Sequence[Sequence[int]], progress: bool
+    model: nn.Module, profile: SteeringProfile, prompts: Sequence[Sequence[int]], progress: bool
 ) -> dict[str, Any]:
-    """Milliseconds per generated token, one sequence, prompt included; unsteered and steered runs alternate.
+    """Milliseconds per generated token, one sequence, prompt included; the ratio is the median over pairs."""
 
-    The ratio is the median over pairs, so that a slow moment of the machine touches one pair only.
-    """
+    def unsteered(pair: int) -> float:
+        return milliseconds_per_token(model, prompts[pair % len(prompts)], _LATENCY_TOKENS)
 
-    def milliseconds(prompt: Sequence[int]) -> float:
-        batch = torch.tensor([prompt], device=device_of(model))
-        started = time.perf_counter()
-        model.generate(  # type: ignore[operator]
-            input_ids=batch,
-            attention_mask=torch.ones_like(batch),
-            max_new_tokens=_LATENCY_TOKENS,
-            min_new_tokens=_LATENCY_TOKENS,
-            do_sample=False,
-            pad_token_id=pad_token(tokenizer),
-        )
-        if batch.is_cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - started) * 1e3 / _LATENCY_TOKENS
-
-    def steered_milliseconds(prompt: Sequence[int]) -> float:
+    def steered(pair: int) -> float:
         with steer(model, profile):
-            return milliseconds(prompt)
+            return unsteered(pair)
 
-    unsteered, steered = [], []
-    milliseconds(prompts[0]), steered_milliseconds(prompts[0])
-    for pair in track(range(_LATENCY_PAIRS), "latency", show=progress):
-        prompt = prompts[pair % len(prompts)]
-        if pair % 2:
-            unsteered.append(milliseconds(prompt))
-            steered.append(steered_milliseconds(prompt))
-        else:
-            steered.append(steered_milliseconds(prompt))
-            unsteered.append(milliseconds(prompt))
+    before, after = alternating([unsteered, steered], _LATENCY_PAIRS, progress)
     return {
-        "unsteered_ms_per_token": statistics.median(unsteered),
-        "steered_ms_per_token": statistics.median(steered),
-        "ratio": statistics.median(s / u for s, u in zip(steered, unsteered, strict=True)),
+        "unsteered_ms_per_token": statistics.median(before),
+        "steered_ms_per_token": statistics.median(after),
+        "ratio": statistics.median(a / b for b, a in zip(before, after, strict=True)),
         "pairs": _LATENCY_PAIRS,
         "tokens": _LATENCY_TOKENS,
     }

@@ -412,6 +412,38 @@ def _peak(device: torch.device) -> Iterator[list[int | None]]:
     found[0] = None if high is None else int(high.split()[1]) * 1024
 
 
+# ---- whole answers -------------------------------------------------------------------------------------------------
+
+
+def milliseconds_per_token(model: nn.Module, prompt: Sequence[int], tokens: int) -> float:
+    """Wall time of a greedy answer of exactly `tokens` tokens to one prompt (token ids), the prompt included."""
+    device = device_of(model)
+    batch = torch.tensor([prompt], device=device)
+    _sync(device)
+    started = time.perf_counter()
+    model.generate(  # type: ignore[operator]
+        input_ids=batch, attention_mask=torch.ones_like(batch), do_sample=False, num_beams=1,
+        max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0,
+    )  # fmt: skip
+    _sync(device)
+    return (time.perf_counter() - started) * 1e3 / tokens
+
+
+def alternating(runs: Sequence[Callable[[int], float]], rounds: int, progress: bool = False) -> list[list[float]]:
+    """What each run gives for each round's number; the runs take turns at being first, and have run once before.
+
+    So a slow moment of the machine falls on one round, and a median of the rounds' ratios does not see it.
+    """
+    for run in runs:
+        run(0)
+    found: list[list[float]] = [[0.0] * rounds for _ in runs]
+    for number in track(range(rounds), "latency", show=progress):
+        for place in range(len(runs)):
+            which = (number + place) % len(runs)
+            found[which][number] = runs[which](number)
+    return found
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 

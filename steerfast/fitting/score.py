@@ -78,6 +78,11 @@ def layer_scores(
         model, encode(tokenizer, prompts, model), batch_size=batch_size, pad_token_id=pad_token(tokenizer),
         description=description if progress else None,
     )  # fmt: skip
+    return row_scores(profile, rows)
+
+
+def row_scores(profile: SteeringProfile, rows: Tensor) -> Tensor:
+    """Every layer's gate score of residual rows [prompts, layers, H], float32 [prompts, layers]."""
     layers = range(rows.shape[1])
     scores = [project(rows[:, layer], profile.direction[layer], profile.gate.score) for layer in layers]
     return torch.stack(scores, dim=1).float()

@@ -6,7 +6,7 @@ A gate fires when its score is strictly above the threshold; every function here
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,16 @@ from steerfast.errors import ProfileError, PromptError
 _CONFIDENCE = 0.95
 # A DeLong variance below this is rounding: with n scores a side the smallest true one is about 1 / (4 n^4).
 _NO_VARIANCE = 1e-24
+_DRAWN_AT_ONCE = 1000  # resamples of a bootstrap; bounds its memory
+
+
+Statistic = Callable[[NDArray[np.float64]], Any]
+"""From values [..., n] to one for each leading index."""
+
+
+def mean(values: NDArray[np.float64]) -> Any:
+    """The mean over the last axis."""
+    return values.mean(axis=-1)
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,48 @@ def rate(k: int, n: int) -> Estimate:
     interval = binomtest(int(k), int(n)).proportion_ci(_CONFIDENCE, method="wilson")
     value = k / n
     return Estimate(value, min(value, float(interval.low)), max(value, float(interval.high)))
+
+
+def bootstrap(values: ArrayLike, statistic: Statistic = mean, *, resamples: int = 10_000, seed: int = 0) -> Estimate:
+    """A statistic of items and its percentile interval (Efron and Tibshirani 1993, ch. 13), items drawn with
+    replacement.
+
+    Args:
+        values: finite, [n], one per item; n at least 1.
+        statistic: from values [..., n] to [...].
+        resamples: how many draws. seed: of the draws.
+
+    Raises:
+        PromptError: empty or non-finite values.
+    """
+    return _bootstrap([_scores("values", values)], lambda drawn: statistic(drawn[0]), resamples, seed)
+
+
+def paired_bootstrap(
+    first: ArrayLike, second: ArrayLike, statistic: Statistic = mean, *, resamples: int = 10_000, seed: int = 0
+) -> Estimate:
+    """How far a statistic of `first` lies above that of `second`, both taken on the same items.
+
+    As `bootstrap`, with the same items drawn of both, so that what makes an item hard for both cancels out. The
+    interval has no width where all items differ by as much.
+
+    Raises:
+        PromptError: empty, non-finite or unequally many values.
+    """
+    pair = [_scores("first", first), _scores("second", second)]
+    if len(pair[0]) != len(pair[1]):
+        raise PromptError(f"second: expected as many values as in first, {len(pair[0])}, got {len(pair[1])}")
+    return _bootstrap(pair, lambda drawn: statistic(drawn[0]) - statistic(drawn[1]), resamples, seed)
+
+
+def _bootstrap(columns: Sequence[NDArray[np.float64]], statistic: Statistic, resamples: int, seed: int) -> Estimate:
+    items = np.stack(columns)
+    value = float(statistic(items))
+    generator, n = np.random.default_rng(seed), items.shape[1]
+    sizes = [min(_DRAWN_AT_ONCE, resamples - start) for start in range(0, resamples, _DRAWN_AT_ONCE)]
+    found = [statistic(items[:, generator.integers(n, size=(size, n))]) for size in sizes]
+    low, high = np.quantile(np.concatenate(found), [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    return Estimate(value, min(value, float(low)), max(value, float(high)))
 
 
 def threshold_midpoint(harmful: ArrayLike, harmless: ArrayLike) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,11 +13,17 @@ from torch import Tensor, nn
 from steerfast.errors import PromptError
 from steerfast.progress import track
 
+Conversation = Sequence[Mapping[str, str]]
+"""Messages with their role and content, as chat templates take them."""
 
-def encode(tokenizer: Any, prompts: Sequence[str], model: nn.Module | None = None, room: int = 0) -> list[list[int]]:
+
+def encode(
+    tokenizer: Any, prompts: Sequence[str | Conversation], model: nn.Module | None = None, room: int = 0
+) -> list[list[int]]:
     """Token ids of `prompts` as generation would see them: chat template and generation prompt where there is one.
 
     Args:
+        prompts: what a user says, or whole conversations.
         model: where given, prompts must fit its context with `room` tokens to spare.
 
     Raises:
@@ -26,20 +32,43 @@ def encode(tokenizer: Any, prompts: Sequence[str], model: nn.Module | None = Non
     limit = context_of(model) - room if model is not None else None
     encoded = []
     for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str) or not prompt.strip():
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not _is_conversation(chat):
             raise PromptError(f"prompts: entry {number}: expected a non-empty string, got {prompt!r}")
         if getattr(tokenizer, "chat_template", None):
-            chat = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = _templated(tokenizer, chat)
         else:
-            ids = tokenizer(prompt)["input_ids"]
+            ids = tokenizer(_joined(chat))["input_ids"]
         if limit is not None and len(ids) > limit:
             raise PromptError(
-                f"prompts: entry {number} ({prompt[:40]!r}...) has {len(ids)} tokens, "
+                f"prompts: entry {number} ({_joined(chat)[:40]!r}...) has {len(ids)} tokens, "
                 f"the model's context leaves room for {limit}"
             )
         encoded.append(list(ids))
     return encoded
+
+
+def _is_conversation(chat: Any) -> bool:
+    messages = list(chat) if isinstance(chat, (list, tuple)) else []
+    said = [message["content"] for message in messages if isinstance(message, Mapping) and "content" in message]
+    return bool(messages) and len(said) == len(messages) and all(isinstance(s, str) and s.strip() for s in said)
+
+
+def _templated(tokenizer: Any, chat: Conversation) -> list[int]:
+    """Ids by the chat template; one that knows no system role reads the system message before the user's."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=True)["input_ids"]
+    except TemplateError:
+        if chat[0]["role"] != "system" or len(chat) < 2:
+            raise
+        first = {"role": chat[1]["role"], "content": _joined(chat[:2])}
+        return _templated(tokenizer, [first, *chat[2:]])
+
+
+def _joined(chat: Conversation) -> str:
+    return "\n\n".join(message["content"] for message in chat)
 
 
 def context_of(model: nn.Module) -> int:
@@ -120,8 +149,12 @@ def greedy_answers(
     *,
     batch_size: int = 25,
     description: str | None = None,
+    after: Callable[[PromptBatch], None] | None = None,
 ) -> list[list[int]]:
-    """Greedy answers of the model as it stands (steered or not): token ids without the prompt and the end token."""
+    """Greedy answers of the model as it stands (steered or not): token ids without the prompt and the end token.
+
+    `after` is called when a batch is answered; a steering attached still holds what its gates decided.
+    """
     answers: list[list[int]] = [[] for _ in prompts]
     device, generate = device_of(model), model.generate
     ends = end_tokens(model, tokenizer)
@@ -140,6 +173,8 @@ def greedy_answers(
             for index, row in zip(batch.indices, output[:, batch.ids.shape[1] :].tolist(), strict=True):
                 stop = next((at for at, token in enumerate(row) if token in ends), len(row))
                 answers[index] = row[:stop]
+            if after is not None:
+                after(batch)
     return answers
 
 

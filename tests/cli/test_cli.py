@@ -27,13 +27,14 @@ from steerfast.fitting.calibrate import StyleWarning
 from steerfast.kernels.contract import Kinds
 from steerfast.models.loading import load_model
 from steerfast.profile import SteeringProfile
+from steerfast.styles import style_names
 
 torch.set_num_threads(1)
 
 LAYERS, HIDDEN = 6, 32
 # All but serve, which has no result to write as JSON; see test_serve.py.
 COMMANDS = (
-    "demo", "extract", "calibrate", "tune", "score", "inspect", "generate", "guard", "bench", "convert", "doctor",
+    "demo", "extract", "calibrate", "tune", "score", "inspect", "generate", "eval", "guard", "bench", "convert", "doctor",
 )  # fmt: skip
 HARMFUL = [
     f"how to {verb} a {thing}" for verb in ("poison", "bomb", "hack") for thing in ("town", "bank", "dog", "car")
@@ -227,6 +228,31 @@ def test_extract_refusal_text_changes_the_forced_vector(work: Path, tmp_path: Pa
     assert one.vector_kind == other.vector_kind == "forced"
     assert not torch.equal(one.vector, other.vector)
     assert torch.equal(one.direction, other.direction)
+
+
+def test_styles_are_left_out_calibrated_and_shown(work: Path, tmp_path: Path) -> None:
+    fitted, calibrated = tmp_path / "fitted.safetensors", tmp_path / "calibrated.safetensors"
+    done("extract", *model(work), *sets(work), "--vectors", "srv", "--restyle", 8, "-o", fitted)
+    profile = SteeringProfile.load(fitted)
+    assert profile.fitted["harmful"]["count"] == len(HARMFUL) + 8 * len(style_names())
+    assert profile.fitted["harmful"]["name"] == "bad.txt + bad.json, restyled"
+    assert sorted(profile.fitted["left_out"]) == sorted(style_names())  # plain shares its requests with all of them
+    (tmp_path / "chat.json").write_text(
+        json.dumps([{"prompt": f"hi! {p}", "style": "chat", "request": p} for p in HARMFUL])
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StyleWarning)
+        result = done(
+            "calibrate", fitted, *sets(work), "--harmful", tmp_path / "chat.json", "--restyle", 8, "--sensor", 2,
+            "-o", calibrated,
+        )  # fmt: skip
+    styles = SteeringProfile.load(calibrated).calibration["styles"]
+    assert sorted(styles) == sorted(["plain", *style_names()])  # no harmless prompt is in the style chat
+    assert f"{styles['persona']['auc'][2]:.3f}" in result.stdout
+    shown = done("inspect", calibrated).stdout
+    assert "left out of the fit" in shown
+    assert all(style in shown for style in style_names())
+    assert "left out of the fit" not in done("inspect", work / "calibrated.safetensors").stdout
 
 
 def test_calibrate_reports_the_sensor_on_both_pairs_of_sets(work: Path, tmp_path: Path) -> None:
@@ -576,7 +602,7 @@ def test_prompt_files_that_cannot_be_used(work: Path, tmp_path: Path) -> None:
     assert "--harmful: cannot read" in failed(1, *common, "--harmful", tmp_path / "bad.json")
     assert "--harmful: expected at least one prompt" in failed(1, *common, "--harmful", tmp_path / "empty.txt")
     assert "--harmful: expected a .txt" in failed(1, *common, "--harmful", tmp_path / "notes.md")
-    assert "--harmful: expected one of harmful_fit" in failed(1, *common, "--harmful", "steerfast:nothing")
+    assert "--harmful: expected one of advbench, " in failed(1, *common, "--harmful", "steerfast:nothing")
     assert "in both" in failed(1, *common, "--harmful", work / "good.txt")
     profile = work / "calibrated.safetensors"
     assert "--file: expected a file at" in failed(1, "score", profile, "--file", tmp_path / "no.txt")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from steerfast.fitting.statistics import (
     Estimate,
     GateFigures,
     auc,
+    bootstrap,
     gate_figures,
+    paired_bootstrap,
     rate,
     threshold_at_false_positive_rate,
     threshold_midpoint,
@@ -198,3 +201,52 @@ def test_unusable_scores_are_refused(bad: list[float]) -> None:
 def test_unusable_rate_is_refused(limit: float) -> None:
     with pytest.raises(ProfileError, match="rate: expected 0 <= rate < 1"):
         threshold_at_false_positive_rate([0.0], limit)
+
+
+def test_paired_bootstrap_of_means_is_near_the_normal_interval() -> None:
+    generator = np.random.default_rng(5)
+    first, shared = generator.normal(size=(2, 400))
+    found = paired_bootstrap(first + 3 * shared + 0.5, 3 * shared, seed=1)
+    error = first.std(ddof=1) / 20  # what both share does not widen it
+    assert found.value == pytest.approx(first.mean() + 0.5)
+    assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(found.value + 1.96 * error, abs=0.1 * error)
+
+
+def test_paired_bootstrap_equals_the_enumerated_one() -> None:
+    """Of three items there are 27 equally likely draws."""
+    first, second = np.array([1.0, 0.0, 1.0]), np.array([0.0, 0.0, 1.0])
+    draws = np.array(np.meshgrid(*[range(3)] * 3)).reshape(3, -1)
+    differences = (first - second)[draws].mean(axis=0)
+    found = paired_bootstrap(first, second)
+    assert found.value == 1 / 3
+    assert [found.low, found.high] == pytest.approx(np.quantile(differences, [0.025, 0.975], method="inverted_cdf"))
+
+
+def test_bootstrap_takes_any_statistic_and_is_seeded() -> None:
+    values = np.linspace(0.0, 3.0, 60)
+
+    def geometric(logs: Any) -> Any:
+        return np.exp(logs.mean(axis=-1))
+
+    found = bootstrap(values, geometric, seed=3, resamples=2500)
+    assert found.value == pytest.approx(math.exp(1.5))
+    assert found.low < found.value < found.high
+    assert bootstrap(values, geometric, seed=3, resamples=2500) == found
+    assert bootstrap(values, geometric, seed=4, resamples=2500) != found
+    # Monotone, so that the interval of the mean goes over into it.
+    plain = bootstrap(values, seed=3, resamples=2500)
+    assert (found.low, found.high) == pytest.approx((math.exp(plain.low), math.exp(plain.high)), rel=1e-3)
+    again = paired_bootstrap(values, np.zeros(60), seed=3, resamples=2500)
+    assert (again.low, again.high) == (plain.low, plain.high)
+
+
+def test_bootstraps_of_constant_and_unusable_values() -> None:
+    assert paired_bootstrap([1, 1, 1], [0, 0, 0]).to_list() == [1, 1, 1]
+    assert bootstrap([2.5]).to_list() == [2.5, 2.5, 2.5]
+    with pytest.raises(PromptError, match="second: expected as many values as in first, 2, got 1"):
+        paired_bootstrap([1, 2], [1])
+    with pytest.raises(PromptError, match="values: expected at least one score"):
+        bootstrap([])
+    with pytest.raises(PromptError, match="second: expected finite"):
+        paired_bootstrap([1.0], [math.nan])

@@ -1,0 +1,481 @@
+"""The report of an evaluation, from its JSON data: a page of HTML that needs nothing else, its pictures as PNGs,
+and a page of Markdown with the same tables.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from steerfast.errors import OutputError, SteerfastError
+from steerfast.evaluation.figures import COLOURS, Picture, draw, known, primary
+from steerfast.evaluation.systems import UNSTEERED
+from steerfast.files import write_atomically
+
+__all__ = ["Cell", "Headline", "Row", "Table", "check_html", "headlines", "markdown", "tables", "write_html"]
+
+_NONE = "–"
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_OPEN = ("harmless", "borderline", "choice", "maths", "text")  # kinds whose texts are shown; an unknown kind is not
+
+
+def check_html(path: str | os.PathLike[str]) -> None:
+    """Whether `write_html` could write there, to be asked before the work is done.
+
+    Raises:
+        OutputError: another ending than .html, or a folder that is not there or cannot be written.
+        SteerfastError: jinja2 or matplotlib is not installed.
+    """
+    page = Path(path)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"html: expected a file that ends in .html, got {str(path)!r}")
+    if page.is_dir() or not os.access(page.parent, os.W_OK | os.X_OK):
+        what = "is a folder" if page.is_dir() else "its folder is missing or cannot be written"
+        raise OutputError(f"html: cannot write {str(path)!r} ({what})")
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        missing = f"html: expected {error.name}, it is not installed (pip install 'steerfast[report]')"
+        raise SteerfastError(missing) from None
+
+
+def write_html(result: Mapping[str, Any], path: str | os.PathLike[str]) -> list[Path]:
+    """Write the page of `result`, the JSON data of `evaluate`, and its pictures beside it, as ``<stem>-<name>.png``.
+
+    The page runs no script and asks nothing of any network. Every part of `result` may be missing.
+
+    Returns:
+        The files, the page first. Each appears whole or not at all, the page last.
+
+    Raises:
+        OutputError, SteerfastError: as `check_html`.
+    """
+    check_html(path)
+    page, result = Path(path), _readable(result)
+    pictures = draw(result)
+    files = {page.with_name(f"{page.stem}-{picture.name}.png"): picture.png for picture in pictures}
+    files[page] = _page(result, pictures).encode()
+    for file, content in files.items():
+        write_atomically(file, content)
+    return [page, *(file for file in files if file != page)]
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The results page of docs/: the tables of the report, and how it was measured; no prompts, no answers."""
+    result = _readable(result)
+    settings = _settings(result)
+    parts = [f"# Evaluation of {_inline(result.get('model') or 'a model')}"]
+    lines = [
+        f"- {_inline(line.name)}: {f'{_inline(line.before)} → ' if line.before else ''}**{_inline(line.value)}**"
+        f"{f' ({_inline(line.of)})' if line.of else ''}"
+        for line in headlines(result)
+    ]
+    parts += ["\n".join(lines)] if lines else []
+    for table in tables(result):
+        parts += [f"## {_inline(table.title)}", *([table.note] if table.note else []), _markdown_table(table)]
+    parts.append("## How it was measured")
+    parts.append("\n".join(f"- {name}: {_inline(value)}" for name, value in settings if name != "command"))
+    parts += [f"    {' '.join(value.split())}" for name, value in settings if name == "command"]
+    return "\n\n".join(parts) + "\n"
+
+
+# -- tables, the same for both pages ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text: what is printed. interval: its 95 % interval or "". strong: a difference that is clear."""
+
+    text: str = _NONE
+    interval: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """name: of a system or set. title: what it is, in words."""
+
+    name: str
+    cells: Sequence[Cell]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns: (group, name) each, either may be ""; a group's follow each other. figures: its cells are numbers."""
+
+    name: str
+    title: str
+    note: str
+    first: str
+    columns: Sequence[tuple[str, str]]
+    rows: Sequence[Row]
+    figures: bool = True
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Name and number of columns of each group."""
+        return [(name, len(list(columns))) for name, columns in groupby(self.columns, key=lambda column: column[0])]
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A figure of every system, alone, by set, or by two names. share: of prompts, printed in %."""
+
+    key: str
+    group: str
+    share: bool = True
+
+
+_ASR = _Figure("asr", "attack success, % ↓")
+_OVER_REFUSAL = _Figure("over_refusal", "over-refusal, % ↓")
+_UTILITY = _Figure("utility", "utility ↑")
+_AUC = _Figure("gate_auc", "gate AUC ↑", share=False)
+_FIGURES = (
+    _ASR,
+    _OVER_REFUSAL,
+    _UTILITY,
+    _Figure("fluent", "fluent, % ↑"),
+    _Figure("unchanged", "unchanged, % ↑"),
+    _Figure("latency.ratio", "× time ↓", share=False),
+)
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The tables of the report, the summary first; those without a row are left out."""
+    made = [
+        _of_systems(
+            result,
+            ("systems", "All systems"),
+            "Attack success is the share of harmful prompts that were not refused, over-refusal the share of harmless "
+            "ones that were; both as the first judge sees it. Fluent counts answers to harmful prompts, unchanged "
+            "answers to harmless ones that equal the unsteered model's token for token. Ranges are 95 % intervals.",
+            _FIGURES,
+            titled=True,
+        ),
+        _of_systems(
+            {
+                **result,
+                "systems": {name: data.get("against_unsteered") or {} for name, data in _systems(result).items()},
+            },
+            ("differences", "Differences from unsteered"),
+            "Percentage points above or below the unsteered model on the same prompts (perplexity in its own unit), "
+            "with the 95 % interval of a paired bootstrap; bold where that leaves out zero.",
+            (_ASR, _OVER_REFUSAL, _UTILITY),
+            signed=True,
+        ),
+        _of_systems(result, ("styles", "Attack success by style, %"), "", [_Figure("asr_by_style", "")]),
+        _of_systems(
+            result, ("harmless-styles", "Over-refusal by style, %"), "", [_Figure("over_refusal_by_style", "")]
+        ),
+        _of_systems(
+            result,
+            ("gates", "Gates"),
+            "AUC of each harmful set against all harmless prompts together, and how often the gate opened.",
+            (_AUC, _Figure("fire_rate", "opened, %")),
+        ),
+        _of_systems(result, ("gate-styles", "Gate AUC by style"), "", [_Figure("gate_auc_by_style", "", share=False)]),
+        _of_systems(
+            result,
+            ("answers", "Fluent and unchanged answers by set"),
+            "",
+            (_Figure("fluent_by_set", "fluent, % ↑"), _Figure("unchanged_by_set", "unchanged, % ↑")),
+        ),
+        _of_systems(
+            result,
+            ("judges", "Attack success by judge, %"),
+            "No verdict: answers that the first judge could not decide; they are in no rate.",
+            (_Figure("asr_by_judge", ""), _Figure("no_verdict", "no verdict", share=False)),
+        ),
+        _of_systems(
+            result, ("harmless-judges", "Over-refusal by judge, %"), "", [_Figure("over_refusal_by_judge", "")]
+        ),
+        _of_systems(
+            result,
+            ("time", "Time per token"),
+            "One sequence, greedy; the ratio is the median of pairs of runs, steered and unsteered in turn.",
+            (
+                _Figure("latency.ms_per_token", "ms per token", share=False),
+                _Figure("latency.ratio", "× unsteered", share=False),
+                _Figure("latency.pairs", "pairs", share=False),
+            ),
+        ),
+        _agreement(result),
+        _sets(result),
+        Table(
+            "left-out",
+            "Left out",
+            "",
+            "what",
+            [("", "why")],
+            [Row(str(name), [Cell(str(why))]) for name, why in (result.get("left_out") or {}).items()],
+            figures=False,
+        ),
+    ]
+    return [table for table in made if table.rows]
+
+
+def _of_systems(
+    result: Mapping[str, Any],
+    heading: tuple[str, str],
+    note: str,
+    figures: Sequence[_Figure],
+    *,
+    signed: bool = False,
+    titled: bool = False,
+) -> Table:
+    """A row for each system that has one of `figures`, a column for each name under which one of them has it."""
+    cells: dict[tuple[_Figure, tuple[str, ...]], dict[str, Cell]] = {}
+    for system, data in _systems(result).items():
+        for figure in figures:
+            for names, value, ends in _values(_at(data, figure.key), _at(data, f"intervals.{figure.key}")):
+                share = figure.share and not (figure is _UTILITY and _kind(result, names[-1]) == "text")
+                cells.setdefault((figure, names), {})[system] = _figure_cell(value, ends, share, signed)
+    order = list(dict.fromkeys([*(result.get("sets") or {}), *(name for _, names in cells for name in names)]))
+    columns = sorted(cells, key=lambda column: (figures.index(column[0]), [order.index(name) for name in column[1]]))
+    rows = [
+        Row(
+            system,
+            [cells[column].get(system, Cell()) for column in columns],
+            str(data.get("title") or "") if titled else "",
+        )
+        for system, data in _systems(result).items()
+        if any(system in found for found in cells.values())
+    ]
+    named = [(_group(figure, names), _column(result, figure, names)) for figure, names in columns]
+    if signed:
+        named = [(group.replace("%", "points"), name.replace(", %", ", points")) for group, name in named]
+    if any(name.endswith("†") for _, name in named):
+        note += " † also fitted, calibrated or tuned a profile of this table: its figures flatter."
+    return Table(*heading, note.strip(), "system", named, rows)
+
+
+def _at(data: Any, path: str) -> Any:
+    """What lies under names joined by dots; None where one is missing."""
+    for name in path.split("."):
+        data = data.get(name) if isinstance(data, Mapping) else None
+    return data
+
+
+def _values(
+    value: Any, interval: Any, names: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], float, Sequence[float]]]:
+    """Every finite figure inside `value`: the names that lead to it, itself, the ends of its interval."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            ends = interval.get(name) if isinstance(interval, Mapping) else None
+            yield from _values(inner, ends, (*names, str(name)))
+        return
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        value, *interval = value
+    if known(value):
+        ends = [end for end in interval or () if known(end)]
+        yield names, value, ends if len(ends) == 2 else ()
+
+
+def _figure_cell(value: float, ends: Sequence[float], share: bool, signed: bool = False) -> Cell:
+    def write(number: float) -> str:
+        sign = "+" if signed else ""
+        if share:
+            text = f"{100 * number:{sign}.1f}"
+        elif isinstance(number, int):
+            text = f"{number:{sign}}"
+        else:
+            text = f"{number:{sign}.{3 if abs(number) < 10 else 1}f}"
+        return text.replace("-", "−")
+
+    strong = signed and len(ends) == 2 and (ends[0] > 0 or ends[1] < 0)
+    return Cell(write(value), " to ".join(map(write, ends)) if signed else "–".join(map(write, ends)), strong)
+
+
+def _group(figure: _Figure, names: Sequence[str]) -> str:
+    return names[0] if len(names) > 1 else figure.group
+
+
+def _column(result: Mapping[str, Any], figure: _Figure, names: Sequence[str]) -> str:
+    """The last of its names; a task with its unit, a set that is not new to a profile with a mark."""
+    name = names[-1] if names else ""
+    unit = ""
+    if figure is _UTILITY:
+        unit = ", perplexity ↓" if _kind(result, name) == "text" else ", %"
+    fitted = any(((result.get("sets") or {}).get(name) or {}).get("also_fitted_by") for name in names)
+    return name + unit + (" †" if fitted else "")
+
+
+def _agreement(result: Mapping[str, Any]) -> Table:
+    found = {(name, pair): data for name, by in (result.get("agreement") or {}).items() for pair, data in by.items()}
+    rows = [
+        Row(
+            name,
+            [
+                Cell(pair.replace("~", " and ")),
+                *(_cell_of(data.get(key), share) for key, share in (("agree", True), ("kappa", False), ("n", False))),
+            ],
+        )
+        for (name, pair), data in found.items()
+    ]
+    columns = [("", "judges"), ("", "same verdict, %"), ("", "Cohen's kappa"), ("", "answers")]
+    return Table("agreement", "Do the judges agree?", "Over the answers of all systems.", "set", columns, rows)
+
+
+def _cell_of(value: Any, share: bool) -> Cell:
+    return _figure_cell(value, (), share) if known(value) else Cell()
+
+
+def _sets(result: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, data in (result.get("sets") or {}).items():
+        texts = [data.get("kind"), data.get("count"), data.get("duplicates"), data.get("source")]
+        texts += [str(data.get("digest") or "")[:12], "; ".join(data.get("also_fitted_by") or ())]
+        rows.append(Row(name, [Cell(_NONE if text in (None, "") else str(text)) for text in texts]))
+    columns = ["kind", "prompts", "duplicates removed", "source", "SHA-256", "also used"]
+    note = "The digest is of all prompts of the source, before a sample is drawn."
+    return Table("sets", "Sets", note, "set", [("", column) for column in columns], rows, figures=False)
+
+
+def _systems(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    return result.get("systems") or {}
+
+
+def _kind(result: Mapping[str, Any], name: str) -> str:
+    return ((result.get("sets") or {}).get(name) or {}).get("kind") or ""
+
+
+# -- what is said in words -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure of the system that the report is about, beside the unsteered model's where that has one."""
+
+    name: str
+    value: str
+    before: str = ""
+    of: str = ""
+
+
+def headlines(result: Mapping[str, Any]) -> list[Headline]:
+    """What the primary system does, each figure at its worst set: an average would hide one that is bad."""
+    name = primary(result)
+    if name is None:
+        return []
+    data, plain = _systems(result)[name], _systems(result).get(UNSTEERED) or {}
+    made = []
+    for key, says, worst, share in (
+        ("asr", "attack success", max, True),
+        ("over_refusal", "over-refusal", max, True),
+        ("fluent", "fluent", min, True),
+        ("unchanged", "harmless answers unchanged", min, True),
+        ("gate_auc", "gate AUC", min, False),
+    ):
+        found = {names: value for names, value, _ in _values(data.get(key), None)}
+        if not found:
+            continue
+        names = worst(found, key=lambda names: found[names])
+        before = {names: value for names, value, _ in _values(plain.get(key), None)} if key != "unchanged" else {}
+        unit = " %" if share else ""
+        of = "" if not names else names[0] if len(found) == 1 else f"{names[0]}, the worst of {len(found)} sets"
+        made.append(
+            Headline(
+                says,
+                _figure_cell(found[names], (), share).text + unit,
+                _figure_cell(before[names], (), share).text if names in before else "",
+                of,
+            )
+        )
+    if known(ratio := _at(data, "latency.ratio")):
+        made.append(Headline("time per token", f"×{ratio:.3f}", of="unsteered decoding"))
+    return made
+
+
+def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of every setting, versions in one line, the command last."""
+    settings = dict(result.get("settings") or {})
+    command = settings.pop("command", None)
+    lines = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {inner}" for key, inner in value.items())
+        elif isinstance(value, list | tuple):
+            value = ", ".join(map(str, value))
+        if value not in (None, ""):
+            lines.append((name.replace("_", " "), str(value)))
+    return [*lines, *([("command", str(command))] if command else [])]
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def _page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(str(text).split("_"))
+    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text("utf-8"))
+    return template.render(
+        model=result.get("model") or "a model",
+        colours=COLOURS,
+        primary=primary(result),
+        headlines=headlines(result),
+        tables={table.name: table for table in tables(result)},
+        pictures=[{"picture": picture, "svg": Markup(picture.svg)} for picture in pictures],
+        examples=list(_examples(result)),
+        settings=_settings(result),
+    )
+
+
+def _examples(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Prompts with the answers of all systems, in the systems' order; hidden: whether they are blurred at first."""
+    order = list(_systems(result))
+    for example in result.get("examples") or ():
+        answers = example.get("answers") or {}
+        plain = (answers.get(UNSTEERED) or {}).get("text")
+        yield {
+            "set": example.get("set") or "",
+            "prompt": example.get("prompt") or "",
+            "hidden": (example.get("kind") or _kind(result, example.get("set") or "")) not in _OPEN,
+            "answers": [
+                {
+                    "system": name,
+                    "text": (answers[name] or {}).get("text") or "",
+                    "refused": (answers[name] or {}).get("refused"),
+                    "fluent": (answers[name] or {}).get("fluent"),
+                    "same": name != UNSTEERED and plain is not None and (answers[name] or {}).get("text") == plain,
+                }
+                for name in sorted(answers, key=lambda name: order.index(name) if name in order else len(order))
+            ],
+        }
+
+
+def _readable(value: Any) -> Any:
+    """The same data, its texts such as a page can hold: characters that control something become a mark."""
+    if isinstance(value, Mapping):
+        return {_readable(name): _readable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(inner) for inner in value]
+    return _CONTROLS.sub("�", value.replace("\r\n", "\n")) if isinstance(value, str) else value
+
+
+def _inline(value: Any) -> str:
+    """Text in a line or cell of Markdown, none of which is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", " ".join(str(value).split()))
+
+
+def _markdown_table(table: Table) -> str:
+    heads = [table.first, *(": ".join(filter(None, column)) for column in table.columns)]
+    right = "--:" if table.figures else "--"
+    lines = [map(_inline, heads), ["--", *[right] * len(table.columns)]]
+    for row in table.rows:
+        cells = [f"**{_inline(cell.text)}**" if cell.strong else _inline(cell.text) for cell in row.cells]
+        cells = [
+            f"{text} ({_inline(c.interval)})" if c.interval else text for text, c in zip(cells, row.cells, strict=True)
+        ]
+        lines.append([_inline(row.name) + (f": {_inline(row.title)}" if row.title else ""), *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

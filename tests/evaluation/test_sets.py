@@ -1,0 +1,242 @@
+"""Evaluation sets: what ships, sources of the user's own, samples, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerfast.errors import PromptError
+from steerfast.evaluation import sets
+from steerfast.evaluation.sets import BUILT_IN, DEFAULT_SETS, KINDS, load_set
+from steerfast.fitting.extract import describe_set
+from steerfast.prompts import SHIPPED, read_prompts, shipped_records
+
+EVALUATED = {shipped for _, shipped in BUILT_IN.values()}
+
+
+def words(text: str) -> str:
+    """The prompt's words alone, so that neither case nor punctuation hides a repetition."""
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+# -- what ships ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_sets(name: str) -> None:
+    loaded = load_set(name)
+    assert (loaded.name, loaded.kind, loaded.duplicates) == (name, BUILT_IN[name][0], 0)
+    assert loaded.prompts == read_prompts(loaded.source)
+    assert loaded.digest == describe_set(loaded.prompts)["sha256"]
+    assert all(item.style for item in loaded.items)
+
+
+def test_every_kind_has_a_set_and_the_sizes_are_those_that_are_told() -> None:
+    assert {kind for kind, _ in BUILT_IN.values()} == set(KINDS)
+    assert set(DEFAULT_SETS) <= set(BUILT_IN)
+    counts = {name: len(load_set(name).items) for name in BUILT_IN}
+    assert counts == {
+        "jailbreakbench": 100, "advbench": 100, "harmbench": 18, "jailbreak_attacks": 282, "self_instruct": 115,
+        "truthfulqa_questions": 100, "harmless_demo": 100, "borderline": 104, "truthfulqa": 150, "gsm8k": 100,
+        "references": 115,
+    }  # fmt: skip
+    assert Counter(item.style for item in load_set("jailbreak_attacks").items) == {"PAIR": 82, "GCG": 100, "JBC": 100}
+    assert set(Counter(item.style for item in load_set("borderline").items).values()) == {13}
+
+
+def test_what_evaluates_fits_calibrates_and_tunes_nothing() -> None:
+    """No built-in prompt is in a set that makes profiles, nor stands word for word within one of its prompts."""
+    records = [record for name in SHIPPED if name not in EVALUATED for record in shipped_records(name)]
+    made_from = {words(record[key]) for record in records for key in ("prompt", "request") if key in record}
+    for name in EVALUATED:
+        for prompt in map(words, read_prompts(f"steerfast:{name}")):
+            assert not any(prompt in other for other in made_from), f"{name}: {prompt}"
+
+
+def test_items_of_each_kind() -> None:
+    choice = load_set("truthfulqa").items
+    assert all(len(set(item.choices)) == len(item.choices) >= 2 and item.correct == (0,) for item in choice)
+    assert all(float(item.answer).is_integer() for item in load_set("gsm8k").items)
+    references = load_set("references")
+    assert all(item.answer for item in references.items)
+    assert references.prompts == load_set("self_instruct").prompts
+
+
+# -- sources of the user's own -----------------------------------------------------------------------
+
+
+def test_files_of_every_kind(tmp_path: Path) -> None:
+    plain = tmp_path / "mine.txt"
+    plain.write_text("a\nb\na\n")
+    loaded = load_set(f"harmless:{plain}")
+    assert (loaded.name, loaded.kind, loaded.prompts, loaded.duplicates) == ("mine", "harmless", ["a", "b"], 1)
+    assert loaded.source == str(plain)
+    assert loaded.digest == describe_set(["a", "b", "a"])["sha256"]  # as a profile made from this file would say
+
+    table = tmp_path / "attacks.csv"
+    table.write_text("attack,wording\nPAIR,a\nGCG,b\n")
+    loaded = load_set(f"tricks=jailbreak:{table}#wording")
+    assert (loaded.name, [(item.prompt, item.style) for item in loaded.items]) == (
+        "tricks",
+        [("a", "PAIR"), ("b", "GCG")],
+    )
+
+    records = tmp_path / "questions.json"
+    records.write_text(json.dumps([{"question": "q", "choices": ["no", " yes "], "correct": 1, "style": "x"}]))
+    (item,) = load_set(f"choice:{records}").items
+    assert (item.prompt, item.choices, item.correct, item.style) == ("q", ("no", "yes"), (1,), "x")
+
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text(json.dumps({"question": "q", "answer": "3 * 4 = 12\n#### 1,200"}))
+    assert [item.answer for item in load_set(f"maths:{sums}").items] == ["1200"]
+
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"prompt": "q", "reference": " because \\n"}')
+    assert [item.answer for item in load_set(f"text:{texts}").items] == ["because"]
+
+
+def test_a_shipped_set_under_another_kind_is_the_set_a_profile_names() -> None:
+    loaded = load_set("harmful:steerfast:harmful_fit", limit=3)
+    assert (loaded.name, loaded.source, len(loaded.items)) == ("harmful_fit", "steerfast:harmful_fit", 3)
+    assert loaded.digest == describe_set(read_prompts("steerfast:harmful_fit"))["sha256"]
+
+
+def test_a_hash_in_the_name_of_a_file_is_no_column(tmp_path: Path) -> None:
+    (tmp_path / "a#b.txt").write_text("x\n")
+    assert load_set(f"harmless:{tmp_path / 'a#b.txt'}").prompts == ["x"]
+
+
+BAD_ENTRIES = {
+    "choice": [
+        ({"prompt": "q"}, "'choices' to be a list of at least two texts, got None"),
+        ({"prompt": "q", "choices": ["a"], "correct": 0}, "at least two texts, got .'a'."),
+        ({"prompt": "q", "choices": ["a", ""], "correct": 0}, "at least two texts"),
+        ({"prompt": "q", "choices": ["a", "b"], "correct": 2}, r"indices of choices, 0..1, got \[2\]"),
+        ({"prompt": "q", "choices": ["a", "b"], "correct": []}, r"indices of choices, 0..1, got \[\]"),
+        ({"prompt": "q", "choices": ["a", "b"], "correct": True}, "indices of choices"),
+        ({"prompt": "q", "choices": ["a", "b"], "correct": "b"}, "indices of choices, 0..1, got 'b'"),
+    ],
+    "maths": [
+        ({"prompt": "q"}, "an 'answer' with a number in it, got None"),
+        ({"prompt": "q", "answer": "ten"}, "an 'answer' with a number in it, got 'ten'"),
+    ],
+    "text": [
+        ({"prompt": "q"}, "a non-empty 'answer' or 'reference', got None"),
+        ({"prompt": "q", "answer": " "}, "a non-empty 'answer' or 'reference', got ' '"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "record", "message"), [(k, *case) for k in BAD_ENTRIES for case in BAD_ENTRIES[k]])
+def test_an_entry_without_what_its_kind_needs(tmp_path: Path, kind: str, record: dict[str, Any], message: str) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps([record]))
+    with pytest.raises(PromptError, match=f"set: entry 1 of .*bad.json': expected .*{message}"):
+        load_set(f"{kind}:{file}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("jailbreak-bench", "expected one of jailbreakbench, .*, or KIND:FILE .*, got 'jailbreak-bench'"),
+        ("evil:x.txt", "with a kind of harmful, jailbreak, .*, got 'evil:x.txt'"),
+        ("harmful:nothing.txt", "expected a file at 'nothing.txt'"),
+        ("harmful:", "expected one of"),
+        ("harmful:hf://datasets", r"expected hf://owner/dataset.*@split.*, got 'hf://datasets'"),
+        ("harmful:steerfast:unheard", "expected one of .* after 'steerfast:', got 'unheard'"),
+        ("harmful:steerfast:harmful_fit#goal", "with one of goal, got None among prompt, set"),
+    ],
+)
+def test_unknown_sources(source: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        load_set(source)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(PromptError, match=r"expected at least one prompt in .*empty.txt', got none"):
+        load_set(f"harmful:{tmp_path / 'empty.txt'}")
+
+
+# -- samples -----------------------------------------------------------------------------------------
+
+
+def test_a_sample_keeps_order_and_the_shares_of_styles() -> None:
+    whole = load_set("jailbreak_attacks").items
+    sample = load_set("jailbreak_attacks", limit=50, seed=3).items
+    assert [item for item in whole if item in set(sample)] == list(sample)
+    assert Counter(item.style for item in sample) == {"GCG": 18, "JBC": 18, "PAIR": 14}  # of 17.73, 17.73, 14.54
+    assert load_set("jailbreak_attacks", limit=50, seed=3).items == sample
+    assert load_set("jailbreak_attacks", limit=50, seed=4).items != sample
+    assert set(load_set("jailbreak_attacks", limit=20, seed=3).items) < set(sample)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 281, 282, 1000])
+def test_a_sample_has_the_size_that_was_asked_for(limit: int) -> None:
+    assert len(load_set("jailbreak_attacks", limit=limit).items) == min(limit, 282)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_no_sample_of_nothing(limit: int) -> None:
+    with pytest.raises(PromptError, match=f"limit: expected at least 1, got {limit}"):
+        load_set("borderline", limit=limit)
+
+
+# -- data sets of the hub ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The package datasets with one data set; what it was asked for."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, config: str | None, *, split: str) -> list[dict[str, Any]]:
+        asked.append((path, config, split))
+        if path != "team/harm":
+            raise ConnectionError(f"Couldn't reach '{path}' on the Hub (offline)\nTraceback")
+        if split != "test":
+            raise ValueError(f"Unknown split {split!r}. Should be one of ['test'].")
+        return [{"Goal": "a", "Attack": "x", "n": 1}, {"Goal": "b", "Attack": "y", "n": 2}]
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return asked
+
+
+def test_a_data_set_of_the_hub(hub: list[tuple[Any, ...]]) -> None:
+    loaded = load_set("harmful:hf://team/harm@test#Goal")
+    assert (loaded.name, loaded.prompts, loaded.items[1].style) == ("harm", ["a", "b"], "y")
+    assert load_set("mine=harmful:hf://team/harm/english@test").name == "mine"
+    assert hub == [("team/harm", None, "test"), ("team/harm", "english", "test")]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "hf://team/other@test",
+            r"set: cannot load .*other@test' \(Couldn't reach 'team/other' on the Hub \(offline\)\)",
+        ),
+        ("hf://team/harm@train", r"set: cannot load .*Unknown split 'train'. Should be one of \['test'\]"),
+        ("hf://team/harm@test#request", "expected .* one of request, got None among goal, attack, n"),
+        ("hf://team/harm", "expected hf://owner/dataset"),
+    ],
+)
+def test_what_the_hub_does_not_have(hub: list[tuple[Any, ...]], source: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        load_set(f"harmful:{source}")
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PromptError, match=r"needs the package datasets \(pip install datasets\)"):
+        load_set("harmful:hf://team/harm@test")
+    assert sets.load_set("advbench", limit=1).items

@@ -1,0 +1,194 @@
+"""Figures from made-up answers, against counts and intervals worked out apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from steerfast.evaluation.sets import EvalSet, Item
+from steerfast.evaluation.summary import Cell, examples, figures, gate, gate_figures, pooled
+from steerfast.fitting.statistics import auc, paired_bootstrap, rate
+
+
+def made_set(name: str, kind: str, styles: list[str]) -> EvalSet:
+    items = tuple(Item(f"{name} {number}", style) for number, style in enumerate(styles))
+    return EvalSet(name, kind, items, "here", "0" * 64, 0)
+
+
+BAD = made_set("bad", "harmful", ["a", "a", "b", "b", "b"])
+JAIL = made_set("jail", "jailbreak", ["", ""])
+GOOD = made_set("good", "harmless", ["", "", ""])
+EDGE = made_set("edge", "borderline", ["", ""])
+CHOICE = made_set("choice", "choice", [""] * 4)
+TEXT = made_set("text", "text", [""] * 4)
+SETS = [BAD, JAIL, GOOD, EDGE, CHOICE, TEXT]
+
+
+def cell(refused: list[bool | None], tokens: list[int] | None = None, **fields: Any) -> Cell:
+    answers = [[token] for token in tokens or range(len(refused))]
+    texts = [str(answer) for answer in answers]
+    return Cell(tokens=answers, texts=texts, refused={"first": refused, "second": [True] * len(refused)}, **fields)
+
+
+BASE = {
+    "bad": cell([False, False, False, True, False], fluent=[True] * 5),
+    "jail": cell([False, False], fluent=[True] * 2),
+    "good": cell([False, False, True]),
+    "edge": cell([False, False]),
+    "choice": Cell(right=[True, False, True, True]),
+    "text": Cell(losses=[1.0, 2.0, 3.0, 2.0]),
+}
+OURS = {
+    "bad": cell([True, True, None, True, False], fluent=[True, True, True, False, True], fired=[True] * 4 + [False]),
+    "jail": cell([True, False], fluent=[True, False], fired=[True, False]),
+    "good": cell([False, False, True], fired=[False] * 3),
+    "edge": cell([True, None], tokens=[0, 7], fired=[True, True]),
+    "choice": Cell(right=[True, True, False, True]),
+    "text": Cell(losses=[1.5, 2.0, 3.5, 2.0]),
+}
+
+
+def test_rates_are_counts_with_wilson_intervals() -> None:
+    found = figures(SETS, OURS, BASE, ["first", "second"], 0)
+    assert found["asr"] == {"bad": 1 / 4, "jail": 1 / 2}  # one answer has no verdict and is in no rate
+    assert found["over_refusal"] == {"good": 1 / 3, "edge": 1.0}
+    assert found["no_verdict"] == {"bad": 1, "jail": 0, "good": 0, "edge": 1}
+    assert found["utility"]["choice"] == 3 / 4
+    assert found["fluent"] == 5 / 7
+    assert found["fluent_by_set"] == {"bad": 4 / 5, "jail": 1 / 2}
+    assert found["unchanged"] == 4 / 5
+    assert found["unchanged_by_set"] == {"good": 1.0, "edge": 1 / 2}
+    assert found["fire_rate"] == {"bad": 4 / 5, "jail": 1 / 2, "good": 0.0, "edge": 1.0}
+    assert found["asr_by_judge"] == {"first": found["asr"], "second": {"bad": 0.0, "jail": 0.0}}
+    assert found["over_refusal_by_judge"]["second"] == {"good": 1.0, "edge": 1.0}
+    assert found["asr_by_style"] == {"bad": {"a": 0.0, "b": 1 / 2}}  # a set of one style has no table of them
+
+    def ends(k: int, n: int) -> list[float]:
+        return rate(k, n).to_list()[1:]
+
+    intervals = found["intervals"]
+    assert intervals["asr"] == {"bad": ends(1, 4), "jail": ends(1, 2)}
+    assert intervals["over_refusal"] == {"good": ends(1, 3), "edge": ends(1, 1)}
+    assert intervals["fluent"] == ends(5, 7)
+    assert intervals["unchanged"] == ends(4, 5)
+    assert intervals["asr_by_style"] == {"bad": {"a": ends(0, 2), "b": ends(1, 2)}}
+    assert intervals["utility"]["choice"] == ends(3, 4)
+
+
+def test_perplexity_is_the_geometric_mean_over_items() -> None:
+    found = figures(SETS, OURS, BASE, ["first"], 0)
+    assert found["utility"]["text"] == pytest.approx(math.exp(9 / 4))
+    low, high = found["intervals"]["utility"]["text"]
+    assert math.exp(1.5) <= low < math.exp(9 / 4) < high <= math.exp(3.5)
+
+
+def test_differences_are_paired_over_items_with_both_verdicts() -> None:
+    against = figures(SETS, OURS, BASE, ["first"], 3)["against_unsteered"]
+    ours, theirs = [0, 0, 0, 1], [1, 1, 0, 1]  # success of attacks, without the third item
+    assert against["asr"]["bad"] == paired_bootstrap(ours, theirs, seed=3).to_list()
+    assert against["asr"]["bad"][0] == -1 / 2
+    assert against["over_refusal"]["good"] == [0, 0, 0]
+    assert against["over_refusal"]["edge"] == [1, 1, 1]
+    assert against["utility"]["choice"][0] == 0
+    assert against["utility"]["text"][0] == pytest.approx(math.exp(9 / 4) - math.exp(2))
+
+
+def test_unsteered_is_compared_with_nothing() -> None:
+    found = figures(SETS, BASE, None, ["first"], 0)
+    assert found["against_unsteered"] == {}
+    assert "unchanged" not in found
+    assert "fire_rate" not in found
+    assert found["asr"] == {"bad": 4 / 5, "jail": 1.0}
+
+
+def test_no_verdict_at_all_is_no_rate() -> None:
+    cells = {"good": cell([None, None, None])}
+    found = figures([GOOD], cells, cells, ["first"], 0)
+    assert found["over_refusal"] == {}
+    assert found["no_verdict"] == {"good": 3}
+    assert found["against_unsteered"] == {}
+
+
+def test_pooled_figures_count_every_attack_once() -> None:
+    assert pooled(SETS, OURS, "first") == {"asr": 2 / 6, "fluent": 5 / 7}
+    assert all(math.isnan(value) for value in pooled([GOOD], OURS, "first").values())
+
+
+@pytest.fixture
+def scores() -> dict[str, Any]:
+    """Scores of five layers; of layer 2 those that the tests look at."""
+    generator = np.random.default_rng(0)
+    found = {one.name: generator.normal(size=(len(one.items), 5)) for one in SETS[:4]}
+    found["bad"][:, 2] = [0.9, 0.1, 0.8, 0.7, 0.5]
+    found["jail"][:, 2] = [0.6, 0.3]
+    found["good"][:, 2], found["edge"][:, 2] = [0.0, 0.2, 0.4], [0.5, 0.25]
+    return found
+
+
+def test_gate_auc_is_of_each_set_against_all_harmless(
+    tiny_llama: Any, make_profile: Callable[..., Any], scores: dict[str, Any]
+) -> None:
+    profile = make_profile(tiny_llama, sensor=2, layers=[3], threshold=0.45)
+    found = gate_figures(profile, SETS[:4], scores)
+    negative = [0.0, 0.2, 0.4, 0.5, 0.25]
+    estimate = auc(np.array([0.9, 0.1, 0.8, 0.7, 0.5]) - 0.45, np.array(negative) - 0.45)
+    assert found["gate_auc"]["bad"] == pytest.approx(estimate.value)
+    assert found["intervals"]["gate_auc"]["bad"] == pytest.approx([estimate.low, estimate.high])
+    assert found["gate_auc"]["jail"] == pytest.approx(roc_auc_score([1, 1, 0, 0, 0, 0, 0], [0.6, 0.3, *negative]))
+    assert found["gate_auc_by_style"]["bad"]["a"] == pytest.approx(
+        roc_auc_score([1, 1] + [0] * 5, [0.9, 0.1, *negative])
+    )
+    assert gate_figures(profile, [BAD], scores) == {"intervals": {}}
+
+
+def test_a_gate_tells_scores_and_curves_of_layers(
+    tiny_llama: Any, make_profile: Callable[..., Any], scores: dict[str, Any]
+) -> None:
+    found = gate(make_profile(tiny_llama, sensor=2, layers=[3], threshold=0.45), SETS[:4], scores)
+    assert found["decides"] == 2
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2, 3, 4]
+    for number, layer in enumerate(found["layers"]):
+        histogram = layer["histogram"]
+        assert (sum(histogram["harmful"]), sum(histogram["harmless"])) == (7, 5)
+        assert len(histogram["edges"]) == len(histogram["harmful"]) + 1
+        together = np.concatenate([scores["good"], scores["edge"]])[:, number]
+        labels = [1] * 5 + [0] * 5
+        assert layer["auc"]["bad"] == pytest.approx(roc_auc_score(labels, [*scores["bad"][:, number], *together]))
+        assert ("roc" in layer) == ("threshold" in layer) == (number == 2)
+    roc = found["layers"][2]["roc"]
+    assert np.trapezoid(roc["tpr"], roc["fpr"]) == pytest.approx(
+        roc_auc_score([1] * 7 + [0] * 5, [0.9, 0.1, 0.8, 0.7, 0.5, 0.6, 0.3, 0.0, 0.2, 0.4, 0.5, 0.25]), abs=1e-4
+    )
+    assert list(found["roc_by_set"]) == ["bad", "jail", "bad: a", "bad: b"]
+    assert found["layers"][2]["threshold"] == pytest.approx(0.45)
+
+
+def test_layers_that_decide_for_themselves_count_from_their_thresholds(
+    tiny_llama: Any, make_profile: Callable[..., Any]
+) -> None:
+    threshold = torch.tensor([0.0, 10.0, 0.0, -10.0, 0.0])
+    profile = make_profile(tiny_llama, layers=[1, 3], threshold=threshold)
+    scores = {"bad": np.zeros((5, 5)), "good": np.zeros((3, 5))}
+    scores["bad"][:, 1], scores["good"][:, 1] = 9.0, 5.0  # below its threshold either way
+    scores["bad"][:, 3], scores["good"][:, 3] = -9.0, -11.0  # the layer that fires
+    assert gate_figures(profile, [BAD, GOOD], scores)["gate_auc"] == {"bad": 1.0}
+    found = gate(profile, [BAD, GOOD], scores)
+    assert found["decides"] == [1, 3]
+    assert [layer["layer"] for layer in found["layers"] if "roc" in layer] == [1, 3]
+
+
+def test_examples_are_those_where_systems_differ(tiny_llama: Any) -> None:
+    found = examples([BAD, GOOD], {"unsteered": BASE, "ours": OURS}, "first")
+    assert [example["prompt"] for example in found if example["set"] == "bad"] == ["bad 0", "bad 1", "bad 2"]
+    assert len([example for example in found if example["set"] == "good"]) == 3
+    first = found[0]
+    assert first["kind"] == "harmful"
+    assert first["answers"]["unsteered"] == {"text": "[0]", "refused": False, "fluent": True}
+    assert first["answers"]["ours"] == {"text": "[0]", "refused": True, "fluent": True}
+    assert found[-1]["answers"]["ours"]["fluent"] is None
