@@ -255,7 +255,7 @@ class EndpointJudge:
 
     def _judge(self, key: str, prompt: str, answer: str, stop: threading.Event) -> None:
         try:
-            reply = self._ask(_TEMPLATE.format(prompt=prompt, answer=answer), stop)
+            reply = self._ask(_TEMPLATE.format(prompt=_enclosed(prompt), answer=_enclosed(answer)), stop)
         except JudgeError:
             stop.set()
             raise
@@ -307,6 +307,11 @@ class EndpointJudge:
             mine = max(now, self._turn)
             self._turn = mine + self._pause
         return mine - now
+
+
+def _enclosed(text: str) -> str:
+    """The text without an end tag, so that it cannot end its own quotation."""
+    return text.replace("</", "<\u200b/")
 
 
 def _seconds(header: str | None) -> float | None:
