@@ -28,9 +28,10 @@ def real():
     return steerfast.load_model(DEMO_MODEL, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def profile():
-    return steerfast.SteeringProfile.load(shipped_profile())
+@pytest.fixture(scope="module", params=["", "-late"], ids=["one pass", "late"])
+def profile(request):
+    file = shipped_profile()
+    return steerfast.SteeringProfile.load(file.with_stem(file.stem + request.param))
 
 
 def test_the_shipped_profile_belongs_to_the_model(real, profile):
@@ -48,9 +49,10 @@ def test_no_prompt_that_made_the_profile_is_shown_in_the_demo(profile):
             p for role in roles for label in ("harmful", "harmless") for p in read_prompts(f"steerfast:{label}_{role}")
         }
 
-    assert not seen("fit", "framed", "calibrate", "heldout", "tune") & seen("demo")
-    fit = profile.fitted["harmful"]
-    assert fit["count"] == sum(len(read_prompts(f"steerfast:harmful_{role}")) for role in ("fit", "framed"))
+    fit = ("fit", "framed", "styles", "languages")
+    made_with = seen(*fit, "calibrate", "styles_calibrate", "languages_calibrate", "heldout", "tune")
+    assert not made_with & seen("demo")
+    assert profile.fitted["harmful"]["count"] == sum(len(read_prompts(f"steerfast:harmful_{role}")) for role in fit)
 
 
 def test_fired_prompts_are_refused_and_the_others_are_answered_bit_for_bit(real, profile):

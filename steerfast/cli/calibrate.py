@@ -55,6 +55,7 @@ class Sensor(click.ParamType):
     help="auto looks no further.  [default: 60 % of the depth]",
 )
 @common.batch_size_option()
+@common.restyle_option
 @common.output_option
 @common.json_option
 def command(
@@ -68,6 +69,7 @@ def command(
     heldout_harmless: tuple[str, ...],
     max_false_positive_rate: float | None,
     midpoint: bool,
+    restyle: int,
     output: str,
     json_file: str | None,
     **options: Any,
@@ -95,10 +97,15 @@ def command(
     common.check_outputs({"--output": output}, inputs)
     common.check_outputs({"--json": json_file}, [profile_file, output, *inputs])
     profile = common.load_profile(profile_file)
-    sets = {role: common.read_set("--" + role.replace("_", "-"), given) for role, given in sources.items()}
+    sets = {
+        role: common.read_set(
+            "--" + role.replace("_", "-"), given, restyle if role in ("harmful", "harmless") else 0, "calibrate"
+        )
+        for role, given in sources.items()
+    }
 
     import steerfast
-    from steerfast.cli.rendering import gate_table, header, summary
+    from steerfast.cli.rendering import gate_table, header, style_table, summary
 
     if max_false_positive_rate is not None or midpoint:
         options["max_false_positive_rate"] = max_false_positive_rate
@@ -116,4 +123,6 @@ def command(
     console = common.console(json_file)
     console.print(header(profile))
     console.print(gate_table(profile))
+    if (styles := style_table(profile)) is not None:
+        console.print(styles)
     console.print(f"wrote {output}; next: steerfast tune", markup=False)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from steerfast.profile import SteeringProfile
+    from steerfast.styles import Part, Prompts
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -211,6 +212,18 @@ def set_option(name: str, default: str | None = None, note: str = "") -> Callabl
     )
 
 
+def restyle_option(command: F) -> F:
+    """`--restyle N`, see `steerfast.styles.restyle`."""
+    return click.option(
+        "--restyle",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Add N prompts of each set in each of the shipped styles (personas, fiction, random suffixes, ...).",
+    )(command)
+
+
 def output_option(command: F) -> F:
     """`--output FILE`, where the profile goes."""
     return click.option(
@@ -237,22 +250,26 @@ def prompt_arguments(command: F) -> F:
 class PromptSet:
     """Prompts of one or several sources, and what a profile shall call them."""
 
-    prompts: list[str]
+    prompts: Prompts
     name: str
 
 
-def read_set(option: str, sources: Iterable[str]) -> PromptSet:
-    """Read and join the sources given for `option`."""
-    from steerfast.prompts import SHIPPED_PREFIX, read_prompts
+def read_set(option: str, sources: Iterable[str], restyled: int = 0, part: Part = "fit") -> PromptSet:
+    """Read and join the sources given for `option`, with `restyled` of them in each shipped style."""
+    from steerfast.prompts import SHIPPED_PREFIX, read_records
+    from steerfast.styles import PLAIN, Prompts, restyle
 
-    prompts, names = [], []
+    records, names = [], []
     for source in sources:
         try:
-            prompts += read_prompts(source)
+            records += read_records(source)
         except PromptError as error:
             raise PromptError(f"{option}: {str(error).removeprefix('prompts: ')}") from None
         names.append(source if source.startswith(SHIPPED_PREFIX) else Path(source).name)
-    return PromptSet(prompts, " + ".join(names))
+    styles = [str(record.get("style") or PLAIN) for record in records]
+    requests = [str(record.get("request") or record["prompt"]) for record in records]
+    prompts = Prompts([record["prompt"] for record in records], styles, requests)
+    return PromptSet(restyle(prompts, restyled, part=part), " + ".join(names) + (", restyled" if restyled else ""))
 
 
 def gather_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[str]:

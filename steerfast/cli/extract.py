@@ -47,6 +47,7 @@ from steerfast.cli import common
     metavar="SHARE",
     help="Weight of the identity in the covariance, for lda.  [default: Ledoit-Wolf]",
 )
+@common.restyle_option
 @common.batch_size_option()
 @click.option("--padding-side", type=click.Choice(["left", "right"]), default="right", show_default=True)
 @common.output_option
@@ -59,6 +60,7 @@ def command(
     harmless: tuple[str, ...],
     aligned_model: str | None,
     refusal: str | None,
+    restyle: int,
     output: str,
     json_file: str | None,
     **options: Any,
@@ -72,8 +74,8 @@ def command(
     """
     common.check_outputs({"--output": output, "--json": json_file}, [*harmful, *harmless])
     sets = {
-        "harmful": common.read_set("--harmful", harmful),
-        "harmless": common.read_set("--harmless", harmless),
+        "harmful": common.read_set("--harmful", harmful, restyle),
+        "harmless": common.read_set("--harmless", harmless, restyle),
     }
 
     import steerfast

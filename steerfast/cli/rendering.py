@@ -110,6 +110,32 @@ def gate_table(profile: SteeringProfile) -> Table:
     return table
 
 
+def style_table(profile: SteeringProfile) -> Table | None:
+    """What the deciding gate makes of each style, left out of the fit and as calibrated; None without such figures."""
+    gates = profile.gate_layers or ([] if profile.sensor == "own" else [profile.sensor])
+    known = {
+        "left out of the fit": profile.fitted.get("left_out", {}),
+        "calibrated": profile.calibration.get("styles", {}),
+    }
+    if not gates or not any(known.values()):
+        return None
+    layer = gates[0]
+    table = Table(title=f"styles, at layer {layer}", title_justify="left")
+    table.add_column("style")
+    for what in known:
+        table.add_column(f"{what}\nAUC", justify="right")
+        for word in _RATES.values():
+            table.add_column(f"\n{word} %", justify="right")
+    for style in dict.fromkeys(style for figures in known.values() for style in figures):
+        cells = []
+        for figures in known.values():
+            found = figures.get(style)
+            cells += ["", "", ""] if found is None else [f"{found['auc'][layer]:.3f}"]
+            cells += [] if found is None else [f"{100 * found[key][layer]:.1f}" for key in _RATES]
+        table.add_row(escape(style), *cells)
+    return table
+
+
 def layers(profile: SteeringProfile) -> list[dict[str, Any]]:
     """JSON data of every layer; figures as `GateFigures.to_dict` where calibrated."""
     lengths = profile.vector.norm(dim=1)

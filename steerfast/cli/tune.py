@@ -67,6 +67,7 @@ def band(entry: str) -> tuple[int, int]:
     help="Share of harmless answers that must stay token for token.",
 )
 @click.option("--resume", metavar="FILE", help="Keep finished trials here (JSON lines), and continue from them.")
+@common.restyle_option
 @common.output_option
 @common.json_option
 def command(
@@ -78,6 +79,7 @@ def command(
     harmless: tuple[str, ...],
     positions: str,
     resume: str | None,
+    restyle: int,
     output: str,
     json_file: str | None,
     **options: Any,
@@ -95,8 +97,8 @@ def command(
     common.check_outputs({"--resume": resume, "--json": json_file}, [profile_file, output, *harmful, *harmless])
     profile = common.load_profile(profile_file)
     sets = {
-        "harmful": common.read_set("--harmful", harmful),
-        "harmless": common.read_set("--harmless", harmless),
+        "harmful": common.read_set("--harmful", harmful, restyle, part="calibrate"),
+        "harmless": common.read_set("--harmless", harmless, restyle, part="calibrate"),
     }
 
     import steerfast

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from steerfast.errors import ProfileError
 from steerfast.fitting.extract import check_sets, describe_set
+from steerfast.fitting.left_out import common_styles, rates_by_layer
 from steerfast.fitting.score import check_model, layer_scores
 from steerfast.fitting.statistics import (
     GateFigures,
@@ -20,6 +23,7 @@ from steerfast.fitting.statistics import (
     threshold_midpoint,
 )
 from steerfast.profile import SteeringProfile
+from steerfast.styles import Prompts
 
 # A gate this far below its calibration figures on prompts of another style has learned style, not harm.
 _HELDOUT_AUC = 0.9
@@ -53,10 +57,11 @@ def calibrate(
     choose the sensor and tell whether the gate knows harm or style.
 
     Args:
+        harmful, harmless: with styles (`steerfast.styles.Prompts`), the figures of each are kept as well.
         max_false_positive_rate: the share of `harmless` that may fire. The threshold is the class midpoint, or higher
             where that would fire more often. None: the midpoint (arXiv 2401.11206), whatever it costs.
         sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the
-            best AUC on the worse of the two pairs of sets.
+            best AUC on the worst of the pairs of sets, or the worst quarter of the styles that `extract` left out.
         latest_sensor: ``auto`` looks no further than this layer, since only later layers can be steered;
             default: 60 % of the depth.
 
@@ -91,6 +96,7 @@ def calibrate(
     threshold = _thresholds(*pairs["calibration"], max_false_positive_rate)
     figures = {name: _figures(*scores, threshold) for name, scores in pairs.items()}
     chosen = _sensor(sensor, profile, figures, latest_sensor)
+    styles = _by_style(Prompts(harmful), Prompts(harmless), *pairs["calibration"], threshold)
     profile = _with_sensor(replace(profile, threshold=threshold), chosen)
     worries = style_worries(profile, figures)
     names = names or {}
@@ -105,6 +111,7 @@ def calibrate(
             "max_false_positive_rate": max_false_positive_rate,
             "sets": {name: describe_set(prompts, names.get(name)) for name, prompts in sets.items()},
             "layers": {name: [f.to_dict() for f in layers] for name, layers in figures.items()},
+            "styles": styles,
             "histograms": {
                 name: [_histogram(bad[:, layer], good[:, layer]) for layer in range(len(threshold))]
                 for name, (bad, good) in pairs.items()
@@ -172,6 +179,21 @@ def _figures(harmful: Tensor, harmless: Tensor, threshold: Tensor) -> list[GateF
     ]
 
 
+def _by_style(
+    harmful: Prompts, harmless: Prompts, bad: Tensor, good: Tensor, threshold: Tensor
+) -> dict[str, dict[str, Any]]:
+    """Figures of each style that both sets have, where there are several."""
+    styles = common_styles(harmful, harmless)
+    if len(styles) < 2:
+        return {}
+    return {
+        style: rates_by_layer(
+            _figures(bad[[s == style for s in harmful.styles]], good[[s == style for s in harmless.styles]], threshold)
+        )
+        for style in styles
+    }
+
+
 def _sensor(
     sensor: int | str, profile: SteeringProfile, figures: dict[str, list[GateFigures]], latest: int | None
 ) -> int | Literal["own"]:
@@ -190,9 +212,15 @@ def _sensor(
     if not 0 <= latest < layers:
         raise ProfileError(f"latest_sensor: expected a layer in 0..{layers - 1}, got {latest}")
 
+    left_out = [by_layer["auc"] for by_layer in profile.fitted.get("left_out", {}).values()]
+
     def quality(layer: int) -> float:
-        """AUC on the worse pair of sets: unlike rates, it does not hang on where a few harmless scores fell."""
-        return min(by_layer[layer].auc.value for by_layer in figures.values())
+        """AUC on the worst pair, or on the worst quarter of the styles: unlike rates, it does not hang on where a few
+        harmless scores fell, and unlike the worst style of all, not on the luck of a few dozen prompts.
+        """
+        pairs = [by_layer[layer].auc.value for by_layer in figures.values()]
+        worst = sorted(aucs[layer] for aucs in left_out)[: math.ceil(len(left_out) / 4)]
+        return min([*pairs, *([statistics.fmean(worst)] if worst else [])])
 
     return max(range(latest + 1), key=quality)
 

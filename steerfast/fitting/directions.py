@@ -62,7 +62,14 @@ def project(rows: Tensor, direction: Tensor, score: str) -> Tensor:
     return torch.where(norms == 0, torch.zeros_like(dots), dots / norms)
 
 
-def fit_direction(harmful: Tensor, harmless: Tensor, method: str = "lda", *, shrinkage: float | None = None) -> Tensor:
+def fit_direction(
+    harmful: Tensor,
+    harmless: Tensor,
+    method: str = "lda",
+    *,
+    shrinkage: float | None = None,
+    means_of: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Fit a gate direction from residual rows of two prompt sets.
 
     Methods, with d = mean(harmful) - mean(harmless):
@@ -81,6 +88,9 @@ def fit_direction(harmful: Tensor, harmless: Tensor, method: str = "lda", *, shr
         harmless: [n0, H].
         method: one of the above.
         shrinkage: "lda" only: weight in [0, 1] of the identity target; None takes the Ledoit-Wolf value.
+        means_of: "lda" only: masks bool [n1] and [n0] of the rows that d is taken from, S still from all; a mask
+            without a row stands for all. Where some rows are the same requests in other styles, their scatter says what
+            to ignore, and the plain ones say best where harm lies.
 
     Returns:
         float64 [H] on the CPU, unit norm, pointing from harmless to harmful.
@@ -114,7 +124,10 @@ def fit_direction(harmful: Tensor, harmless: Tensor, method: str = "lda", *, shr
     if float(torch.linalg.vector_norm(difference)) <= _ROUNDING * row_norm:
         raise PromptError("harmful and harmless: expected sets with different mean rows, got the same mean")
     if method == "lda":
-        solution = _lda(positive, negative, width, shrinkage)
+        if means_of is not None:
+            chosen = [x[mask] if mask.any() else x for x, mask in zip((positive, negative), means_of, strict=True)]
+            difference = chosen[0].mean(dim=0) - chosen[1].mean(dim=0)
+        solution = _lda(positive, negative, difference, width, shrinkage)
     else:
         solution = _SOLVERS[method](positive, negative, width)
     if float(solution @ difference) < 0.0:
@@ -180,11 +193,10 @@ def _logistic(positive: Tensor, negative: Tensor, width: int) -> Tensor:
     return torch.from_numpy(fitted.coef_[0])
 
 
-def _lda(positive: Tensor, negative: Tensor, width: int, shrinkage: float | None) -> Tensor:
+def _lda(positive: Tensor, negative: Tensor, difference: Tensor, width: int, shrinkage: float | None) -> Tensor:
     for name, rows in (("harmful", positive), ("harmless", negative)):
         if len(rows) < 2:
             raise PromptError(f"{name}: expected at least 2 rows for a covariance (method 'lda'), got {len(rows)}")
-    difference = positive.mean(dim=0) - negative.mean(dim=0)
     centred = torch.cat([positive - positive.mean(dim=0), negative - negative.mean(dim=0)])
     weight = ledoit_wolf_shrinkage(centred, width) if shrinkage is None else shrinkage
     covariance = centred.T @ centred / len(centred)

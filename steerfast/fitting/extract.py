@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from steerfast.errors import ArchitectureError, ProfileError, PromptError
 from steerfast.fitting.activations import answer_mean, residual_rows
 from steerfast.fitting.directions import fit_direction, project, unit
+from steerfast.fitting.left_out import FitGate, in_plain_style, leave_one_style_out, rates_by_layer
 from steerfast.fitting.statistics import threshold_midpoint
 from steerfast.models.prompting import encode, greedy_answers, pad_token
 from steerfast.models.structure import identify
 from steerfast.profile import Gate, SteeringProfile
+from steerfast.styles import Prompts
 
 VECTOR_KINDS = ("alignment", "ssv", "forced", "srv")
 FORCED_REFUSAL = "I'm sorry, but I can't help with that. It could cause serious harm to people."
@@ -51,7 +54,9 @@ def extract(
 
     Args:
         model, tokenizer: the target model; chat prompts are templated as generation would.
-        harmful, harmless: prompts; no prompt may be in both.
+        harmful, harmless: prompts; no prompt may be in both. `Prompts` of several styles (`restyle` makes them) are
+            also fitted with each style left out in turn; ``fitted["left_out"]`` tells how its gates did on that style.
+            Steering vectors come from those in plain style alone, where there are any.
         aligned_model: a sibling of the same geometry that refuses; the source of ``ssv`` and ``alignment``.
         gate: how directions are fitted, see `steerfast.fitting.directions.fit_direction`.
         score: what the gate will compare with its threshold; ``cosine`` fits on unit rows.
@@ -77,6 +82,7 @@ def extract(
         SteerfastError: non-finite activations.
     """
     check_sets(harmful, harmless)
+    harmful, harmless = Prompts(harmful), Prompts(harmless)
     kinds = _kinds(vectors, aligned_model)
     identity = identify(model, tokenizer)
     if aligned_model is not None:
@@ -91,31 +97,43 @@ def extract(
         )  # fmt: skip
 
     both = rows_of(model, harmful_ids + harmless_ids, "target activations")
-    split = len(harmful_ids)
+    rows = both[: len(harmful_ids)], both[len(harmful_ids) :]
+    plain = in_plain_style(harmful), in_plain_style(harmless)
+    bad_ids, good_ids = (
+        list(compress(ids, mask)) for ids, mask in zip((harmful_ids, harmless_ids), plain, strict=True)
+    )
     made: dict[str, Tensor] = {}
     if {"srv", "alignment"} & set(kinds):
-        made["srv"] = _mean_difference(both, split)
+        made["srv"] = _mean_difference(rows[0][plain[0]], rows[1][plain[1]])
     if aligned_model is not None and {"ssv", "alignment"} & set(kinds):
-        made["ssv"] = _mean_difference(rows_of(aligned_model, harmful_ids + harmless_ids, "sibling activations"), split)
+        sibling = rows_of(aligned_model, bad_ids + good_ids, "sibling activations")
+        made["ssv"] = _mean_difference(sibling[: len(bad_ids)], sibling[len(bad_ids) :])
         if "alignment" in kinds:
             made["alignment"] = made["ssv"] - made["srv"]
     if "forced" in kinds:
 
         def answers_of(source: nn.Module, what: str) -> list[list[int]]:
             description = what if progress else None
-            return greedy_answers(source, tokenizer, harmful_ids, _FORCED_TOKENS, description=description)
+            return greedy_answers(source, tokenizer, bad_ids, _FORCED_TOKENS, description=description)
 
         if refusal is None and aligned_model is not None:
             refusals = answers_of(aligned_model, "sibling answers")
         else:
             text = FORCED_REFUSAL if refusal is None else refusal
             ids = tokenizer(text, add_special_tokens=False)["input_ids"][:_FORCED_TOKENS]
-            refusals = [ids] * len(harmful_ids)
-        made["forced"] = _answer_difference(rows_of, model, harmful_ids, refusals, answers_of(model, "own answers"))
+            refusals = [ids] * len(bad_ids)
+        made["forced"] = _answer_difference(rows_of, model, bad_ids, refusals, answers_of(model, "own answers"))
     for kind, vector in made.items():
         _check_vector(kind, vector)
 
-    direction, threshold = _fit_gates(both[:split], both[split:], gate, score, shrinkage)
+    def fit_gate(bad: Tensor, good: Tensor, plain: tuple[Tensor, Tensor]) -> Tensor:
+        # A cosine gate sees only where a row points, so the fit sees no more than that.
+        pair = [x.double() / x.double().norm(dim=1, keepdim=True) if score == "cosine" else x for x in (bad, good)]
+        means_of = plain if gate == "lda" else None
+        return unit(fit_direction(pair[0], pair[1], gate, shrinkage=shrinkage, means_of=means_of))
+
+    direction, threshold = _fit_gates(rows, plain, fit_gate, score)
+    left_out = leave_one_style_out(harmful, harmless, rows, fit_gate, score=score, progress=progress)
     lengths = made[kinds[0]].norm(dim=1)
     if unit_norm:
         made = {kind: vector / vector.norm(dim=1, keepdim=True) for kind, vector in made.items()}
@@ -142,6 +160,7 @@ def extract(
             "aligned_model": identify(aligned_model).name if aligned_model is not None else None,
             "harmful": describe_set(harmful, names.get("harmful")),
             "harmless": describe_set(harmless, names.get("harmless")),
+            "left_out": {style: rates_by_layer(figures) for style, figures in left_out.items()},
         },
     )
 
@@ -195,9 +214,9 @@ def _check_sibling(identity: Any, aligned_model: nn.Module) -> None:
             )
 
 
-def _mean_difference(rows: Tensor, split: int) -> Tensor:
-    """Mean of the first `split` rows minus mean of the rest, float64 [layers, H]."""
-    return rows[:split].mean(dim=0, dtype=torch.float64) - rows[split:].mean(dim=0, dtype=torch.float64)
+def _mean_difference(harmful: Tensor, harmless: Tensor) -> Tensor:
+    """Difference of the mean rows, float64 [layers, H]."""
+    return harmful.mean(dim=0, dtype=torch.float64) - harmless.mean(dim=0, dtype=torch.float64)
 
 
 def _answer_difference(
@@ -214,15 +233,13 @@ def _answer_difference(
 
 
 def _fit_gates(
-    harmful: Tensor, harmless: Tensor, method: str, score: str, shrinkage: float | None
+    rows: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor], fit: FitGate, score: str
 ) -> tuple[Tensor, Tensor]:
     """Directions float32 [layers, H] and midpoint thresholds float32 [layers]."""
     directions, thresholds = [], []
-    for layer in range(harmful.shape[1]):
-        pair = (harmful[:, layer], harmless[:, layer])
-        # A cosine gate sees only where a row points, so the fit sees no more than that.
-        rows = [x.double() / x.double().norm(dim=1, keepdim=True) for x in pair] if score == "cosine" else list(pair)
-        direction = unit(fit_direction(rows[0], rows[1], method, shrinkage=shrinkage)).float()
+    for layer in range(rows[0].shape[1]):
+        pair = rows[0][:, layer], rows[1][:, layer]
+        direction = fit(*pair, plain).float()
         directions.append(direction)
         thresholds.append(threshold_midpoint(*(project(x, direction, score).numpy() for x in pair)))
     return torch.stack(directions), torch.tensor(thresholds, dtype=torch.float32, device="cpu")

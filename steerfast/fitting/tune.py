@@ -6,7 +6,6 @@ The gate is left alone: it alone decides which prompts change, so harmless answe
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -110,24 +109,24 @@ def tune(
     prompts = encode(tokenizer, harmful, model, room=max_new_tokens)
     settings = {
         "profile": _fingerprint(profile),
-        "harmful": hashlib.sha256(repr(prompts).encode()).hexdigest(),  # in order: screening takes the first ones
+        "harmful": hashlib.sha256(repr(prompts).encode()).hexdigest(),  # in order: screening takes every third
         "max_new_tokens": max_new_tokens,
         "limits": limits.to_dict(),
     }
     log = _TrialLog(resume, settings)
 
-    def trials(chosen: Sequence[Candidate], n: int, what: str) -> list[Trial]:
+    def trials(chosen: Sequence[Candidate], tried: Sequence[Sequence[int]], what: str) -> list[Trial]:
         done = []
         for candidate in track(chosen, what, show=progress):
-            trial = log.find(candidate, n)
+            trial = log.find(candidate, len(tried))
             if trial is None:
-                trial = _try(candidate, profile, model, tokenizer, prompts[:n], max_new_tokens, limits)
+                trial = _try(candidate, profile, model, tokenizer, tried, max_new_tokens, limits)
                 log.add(trial)
             done.append(trial)
         return sorted(done, key=lambda trial: trial.rank(min_fluent), reverse=True)
 
-    screened = trials(candidates, max(1, math.ceil(len(prompts) / _SCREEN_SHARE)), "screening")
-    finals = trials([trial.candidate for trial in screened[:_FINALISTS]], len(prompts), "finalists")
+    screened = trials(candidates, prompts[::_SCREEN_SHARE], "screening")  # some of every style, if they come by style
+    finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
     best = finals[0]
     if best.fluent < min_fluent:
         raise PromptError(

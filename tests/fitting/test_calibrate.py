@@ -21,6 +21,7 @@ from steerfast.fitting.calibrate import StyleWarning
 from steerfast.fitting.score import layer_scores
 from steerfast.fitting.statistics import gate_figures
 from steerfast.profile import SteeringProfile
+from steerfast.styles import Prompts
 
 # Random models separate little; whether a warning comes is what the last tests are for.
 pytestmark = pytest.mark.filterwarnings("ignore::steerfast.fitting.calibrate.StyleWarning")
@@ -160,6 +161,32 @@ def test_the_automatic_sensor_has_the_best_worst_case(
     assert isinstance(result.sensor, int)
     assert result.sensor <= last
     assert quality(result.sensor) == max(map(quality, range(last + 1)))
+
+
+def test_the_automatic_sensor_minds_the_styles_that_extract_left_out(profile: SteeringProfile, calibrate: Any) -> None:
+    best = calibrate(profile).sensor
+    aucs = [0.5 if layer == best else 0.9 for layer in range(5)]
+    told = replace(profile, fitted={**profile.fitted, "left_out": {"chat": {"auc": aucs}, "code": {"auc": [1.0] * 5}}})
+    assert calibrate(told, latest_sensor=4).sensor != best
+
+
+def test_figures_of_each_style_are_kept(
+    profile: SteeringProfile, calibrate: Any, model: Any, tiny_tokenizer: Any, sets: dict[str, list[str]]
+) -> None:
+    styled = {
+        label: Prompts(sets[label]).joined(Prompts(chatty(sets[label]), ["chat"] * len(sets[label])))
+        for label in ("harmful", "harmless")
+    }
+    result = calibrate(profile, **styled, sensor=2)
+    assert list(result.calibration["styles"]) == ["plain", "chat"]
+    bad, good = (scores(profile, model, tiny_tokenizer, chatty(sets[label])) for label in ("harmful", "harmless"))
+    for layer, threshold in enumerate(result.threshold.tolist()):
+        expected = gate_figures(bad[:, layer].numpy(), good[:, layer].numpy(), threshold)
+        found = result.calibration["styles"]["chat"]
+        assert found["auc"][layer] == pytest.approx(expected.auc.value, abs=1e-4)
+        assert found["hit_rate"][layer] == pytest.approx(expected.hit_rate.value, abs=1e-4)
+        assert found["false_positive_rate"][layer] == pytest.approx(expected.false_positive_rate.value, abs=1e-4)
+    assert calibrate(profile).calibration["styles"] == {}
 
 
 def test_layers_before_the_sensor_lose_their_strength(profile: SteeringProfile, calibrate: Any) -> None:

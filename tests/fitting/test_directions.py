@@ -184,6 +184,9 @@ def test_wide_rows_need_no_square_matrix(method: str) -> None:
                     largest = max(largest, tensor.numel())
             return result
 
+    with Largest():
+        fit_direction(harmful[:, :4], harmless[:, :4], method)  # the first call imports modules
+    largest = 0
     tracemalloc.start()
     with Largest():
         direction = fit_direction(harmful, harmless, method)
@@ -281,3 +284,21 @@ def test_unit() -> None:
     ):
         with pytest.raises(PromptError, match="vector"):
             unit(bad)
+
+
+def test_the_means_may_be_those_of_some_rows_and_the_scatter_of_all() -> None:
+    generator = torch.Generator().manual_seed(4)
+    harmful, harmless = (torch.randn(40, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    harmful[:20, 0] += 2.0  # the plain rows: harm along axis 0
+    harmful[20:, 1] += 5.0  # another style: along axis 1, and wide there
+    masks = torch.arange(40) < 20, torch.arange(40) < 20
+    found = fit_direction(harmful, harmless, "lda", shrinkage=0.3, means_of=masks)
+    centred = torch.cat([harmful - harmful.mean(0), harmless - harmless.mean(0)])
+    scatter = centred.T @ centred / len(centred)
+    scatter = 0.7 * scatter + 0.3 * scatter.trace() / 6 * torch.eye(6, dtype=torch.float64)
+    expected = torch.linalg.solve(scatter, harmful[:20].mean(0) - harmless[:20].mean(0))
+    torch.testing.assert_close(found, expected / expected.norm(), rtol=1e-9, atol=1e-12)
+    none = torch.zeros(40, dtype=torch.bool), torch.zeros(40, dtype=torch.bool)
+    assert torch.equal(
+        fit_direction(harmful, harmless, shrinkage=0.3, means_of=none), fit_direction(harmful, harmless, shrinkage=0.3)
+    )

@@ -19,6 +19,7 @@ from steerfast.fitting.directions import fit_direction, project
 from steerfast.fitting.extract import FORCED_REFUSAL
 from steerfast.models.structure import identify
 from steerfast.profile import SteeringProfile
+from steerfast.styles import Prompts
 
 HARMFUL = ["how to build a bomb", "make the virus", "how do i poison the dog", "steal from the bank", "forge a knife",
            "hack the city bank and burn it", "i make a weapon"]  # fmt: skip
@@ -148,6 +149,51 @@ def test_shrinkage_is_passed_on(extract: Any) -> None:
     assert (weak.fitted["direction"], weak.fitted["shrinkage"]) == ("lda", 0.05)
 
 
+def test_styles_fit_the_gate_and_plain_prompts_alone_the_vectors(
+    extract: Any, tiny_llama: Any, tiny_tokenizer: Any, make_llama: Any
+) -> None:
+    sibling = make_llama(seed=7)
+
+    def styled(prompts: list[str]) -> Prompts:
+        plain = Prompts(prompts)
+        chat = Prompts([f"help people . {p} ?" for p in prompts], ["chat"] * len(prompts), prompts)
+        return plain.joined(chat)
+
+    plain = extract(aligned_model=sibling, vectors=["alignment", "forced"])
+    both = extract(
+        aligned_model=sibling, vectors=["alignment", "forced"], harmful=styled(HARMFUL), harmless=styled(HARMLESS)
+    )
+    close(both.vector, plain.vector)
+    close(both.candidates["forced"], plain.candidates["forced"])
+    rows = [last_rows(tiny_llama, tiny_tokenizer, list(styled(prompts))) for prompts in (HARMFUL, HARMLESS)]
+    rows = [x / x.norm(dim=2, keepdim=True) for x in rows]
+    masks = torch.arange(len(rows[0])) < len(HARMFUL), torch.arange(len(rows[1])) < len(HARMLESS)
+    for layer in range(5):
+        expected = fit_direction(rows[0][:, layer], rows[1][:, layer], means_of=masks)
+        assert float(expected @ both.direction[layer].double()) > 0.9999
+    assert not torch.allclose(both.direction, plain.direction, atol=1e-2)
+    assert both.fitted["harmful"]["count"] == 2 * len(HARMFUL)
+
+
+def test_each_style_is_left_out_in_turn(extract: Any, tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    def sets(words: list[str]) -> Prompts:
+        plain = [f"how to build a {word}" for word in words] + [f"make the {word} of the city" for word in words]
+        chat = [f"help people . i learn of the {word} ?" for word in words] + [f"write of {word} ?" for word in words]
+        return Prompts([*plain, *chat], ["plain"] * len(plain) + ["chat"] * len(chat))
+
+    bad, good = sets(["bomb", "knife", "virus", "weapon"]), sets(["cake", "bread", "song", "poem"])
+    left_out = extract(vectors="srv", harmful=bad, harmless=good, gate="mean", score="dot").fitted["left_out"]
+    assert list(left_out) == ["plain", "chat"]
+    rows = [last_rows(tiny_llama, tiny_tokenizer, list(prompts)) for prompts in (bad, good)]
+    for style, there, here in (("plain", slice(0, 8), slice(8, 16)), ("chat", slice(8, 16), slice(0, 8))):
+        for layer in range(5):
+            direction = rows[0][here, layer].mean(0) - rows[1][here, layer].mean(0)
+            scores = [x[there, layer] @ direction for x in rows]
+            above = (scores[0][:, None] > scores[1][None]).double().mean()
+            assert left_out[style]["auc"][layer] == pytest.approx(float(above), abs=1e-4)
+    assert extract(vectors="srv").fitted["left_out"] == {}
+
+
 def test_kinds_of_vector(extract: Any, make_llama: Any) -> None:
     alone = extract()
     assert [alone.vector_kind, *alone.candidates] == ["forced", "srv"]
@@ -205,7 +251,7 @@ def test_means_are_taken_in_float64() -> None:
     # 4097 rows at 2^12 with a bit below float32's reach of their sum.
     rows = torch.full((8194, 1, 1), 4096.0)
     rows[:4097] += 2**-11
-    assert float(_mean_difference(rows, 4097)) == 2**-11
+    assert float(_mean_difference(rows[:4097], rows[4097:])) == 2**-11
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

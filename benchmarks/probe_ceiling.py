@@ -1,0 +1,109 @@
+"""What a model's residual stream allows a gate at best: probes of several kinds at every layer, by cross-validation.
+
+A gate is fitted on some styles and judged on others. Here the probes are given every style, those of the evaluation
+sets too, and only the prompts are new to them: no gate that reads one row of one layer should be expected to do better.
+Writes a JSON line per layer and probe.
+
+    python benchmarks/probe_ceiling.py --output benchmarks/results/probe-ceiling-cpu.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from report import machine, write
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import steerfast
+from steerfast.fitting.activations import residual_rows
+from steerfast.fitting.statistics import auc, rate, threshold_at_false_positive_rate
+from steerfast.models.loading import DEMO_MODEL
+from steerfast.models.prompting import encode, pad_token
+from steerfast.prompts import read_records
+
+HARMFUL = ("harmful_demo", "advbench", "harmbench", "jailbreak_attacks")
+HARMLESS = ("harmless_demo", "self_instruct", "truthfulqa_questions", "gsm8k")
+FALSE_POSITIVES = 0.02
+
+
+def probes() -> dict[str, Any]:
+    """Name -> an unfitted classifier."""
+    return {
+        "lda": LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.3),
+        "logistic": make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200)),
+        "mlp": make_pipeline(StandardScaler(), MLPClassifier((32,), alpha=1.0, max_iter=40, random_state=0)),
+    }
+
+
+def out_of_fold(
+    probe: Any, rows: NDArray[Any], harmful: NDArray[Any], groups: NDArray[Any], folds: int = 5
+) -> NDArray[Any]:
+    """Each prompt's score by a probe that was fitted without it."""
+    scores = np.empty(len(rows))
+    for train, test in StratifiedKFold(folds, shuffle=True, random_state=0).split(rows, groups):
+        probe.fit(rows[train], harmful[train])
+        if hasattr(probe, "decision_function"):
+            scores[test] = probe.decision_function(rows[test])
+        else:
+            scores[test] = probe.predict_proba(rows[test])[:, 1]
+    return scores
+
+
+@click.command()
+@click.option("--model", "name", default=DEMO_MODEL, show_default=True)
+@click.option("--limit", default=100, show_default=True, help="prompts per set")
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--seed", default=0, show_default=True)
+def main(name: str, limit: int, output: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    draw = np.random.default_rng(seed)
+    model, tokenizer = steerfast.load_model(name, dtype="float32", device="cpu")
+    prompts, sets = [], []
+    for chosen in (*HARMFUL, *HARMLESS):
+        records = read_records(f"steerfast:{chosen}")
+        for i in sorted(draw.permutation(len(records))[:limit]):
+            prompts.append(records[i]["prompt"])
+            style = records[i].get("style")
+            sets.append(f"{chosen}, {style}" if chosen == "jailbreak_attacks" and style else chosen)
+    names = np.array(sets)
+    harmful = np.array([name.split(",")[0] in HARMFUL for name in sets])
+    rows = residual_rows(model, encode(tokenizer, prompts, model), pad_token_id=pad_token(tokenizer))
+    rows = (rows / rows.norm(dim=2, keepdim=True)).numpy()  # a cosine gate sees no more
+    counts = {chosen: sets.count(chosen) for chosen in dict.fromkeys(sets)}
+    output.unlink(missing_ok=True)
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}"
+    write({"model": name, "sets": counts, "seed": seed, "command": command, **machine()}, output)
+    for layer in range(rows.shape[1]):
+        for kind, probe in probes().items():
+            scores = out_of_fold(probe, rows[:, layer], harmful, names)
+            limit_at = threshold_at_false_positive_rate(scores[~harmful], FALSE_POSITIVES)
+            line = {
+                "layer": layer,
+                "probe": kind,
+                "auc": auc(scores[harmful], scores[~harmful]).to_list(),
+                "hit_rate": rate(int((scores[harmful] > limit_at).sum()), int(harmful.sum())).to_list(),
+                "by_set": {
+                    chosen: {
+                        "auc": round(auc(scores[names == chosen], scores[~harmful]).value, 4),
+                        "hit_rate": round(float((scores[names == chosen] > limit_at).mean()), 4),
+                    }
+                    for chosen in dict.fromkeys(sets)
+                    if chosen.split(",")[0] in HARMFUL
+                },
+            }
+            write(line, output)
+
+
+if __name__ == "__main__":
+    main()

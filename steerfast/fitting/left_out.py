@@ -1,0 +1,94 @@
+"""How gates do on styles of prompt that they were not fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfast.fitting.directions import project
+from steerfast.fitting.statistics import GateFigures, gate_figures, threshold_at_false_positive_rate
+from steerfast.progress import track
+from steerfast.styles import PLAIN, Prompts
+
+RATES = ("auc", "hit_rate", "false_positive_rate")
+FitGate = Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
+"""From one layer's rows of both sets, [n1, H] and [n0, H], and masks of the plain ones, to a direction [H]."""
+
+_LEAST = 8  # prompts a side; figures on fewer say nothing
+
+
+def leave_one_style_out(
+    harmful: Prompts,
+    harmless: Prompts,
+    rows: tuple[Tensor, Tensor],
+    fit: FitGate,
+    *,
+    score: str = "cosine",
+    max_false_positive_rate: float = 0.02,
+    progress: bool = False,
+) -> dict[str, list[GateFigures]]:
+    """Figures of gates on styles they never saw: style -> one per layer.
+
+    For each style that both sets have enough of, directions are fitted without its prompts and without any other
+    prompt of the same requests. Its threshold fires on `max_false_positive_rate` of the harmless prompts of the other
+    styles, each scored when it was left out itself. So neither direction nor threshold saw the style.
+
+    Args:
+        rows: residual rows of both sets, [prompts, layers, H].
+
+    Returns:
+        Nothing for a style that shares its requests with all that would be left to fit on.
+    """
+    scores: dict[str, tuple[Tensor, Tensor]] = {}
+    for style in track(common_styles(harmful, harmless), "styles left out", show=progress):
+        out = [torch.tensor([s == style for s in prompts.styles]) for prompts in (harmful, harmless)]
+        kept = [~_shares(prompts, mask) for prompts, mask in zip((harmful, harmless), out, strict=True)]
+        if min(int(mask.sum()) for mask in kept) < _LEAST:
+            continue
+        plain = in_plain_style(harmful)[kept[0]], in_plain_style(harmless)[kept[1]]
+        layers = range(rows[0].shape[1])
+        directions = [fit(rows[0][kept[0], layer], rows[1][kept[1], layer], plain) for layer in layers]
+        scores[style] = tuple(  # type: ignore[assignment]
+            torch.stack([project(x[mask, layer], d, score) for layer, d in enumerate(directions)])
+            for x, mask in zip(rows, out, strict=True)
+        )
+    figures: dict[str, list[GateFigures]] = {}
+    for style, (bad, good) in scores.items():
+        others = [those for name, (_, those) in scores.items() if name != style]
+        if not others:
+            continue
+        limits = [
+            threshold_at_false_positive_rate(layer.numpy(), max_false_positive_rate) for layer in torch.cat(others, 1)
+        ]
+        figures[style] = [gate_figures(b.numpy(), g.numpy(), t) for b, g, t in zip(bad, good, limits, strict=True)]
+    return figures
+
+
+def in_plain_style(prompts: Prompts) -> Tensor:
+    """bool [n]; all of them, where none is in plain style."""
+    mask = torch.tensor([style == PLAIN for style in prompts.styles])
+    return mask if bool(mask.any()) else ~mask
+
+
+def common_styles(harmful: Prompts, harmless: Prompts) -> list[str]:
+    """Styles that both sets have enough prompts of for figures."""
+    here, there = harmful.counts(), harmless.counts()
+    return [style for style, count in here.items() if min(count, there.get(style, 0)) >= _LEAST]
+
+
+def rates_by_layer(figures: Sequence[GateFigures]) -> dict[str, Any]:
+    """A style's figures in few bytes: a list over the layers of AUC, hit rate and false-positive rate; counts."""
+    return {
+        **{name: [round(getattr(f, name).value, 4) for f in figures] for name in RATES},
+        "n_harmful": figures[0].n_harmful,
+        "n_harmless": figures[0].n_harmless,
+    }
+
+
+def _shares(prompts: Prompts, out: Tensor) -> Tensor:
+    """bool [n]: prompts that put a request of those in `out`."""
+    requests = {request for request, left in zip(prompts.requests, out.tolist(), strict=True) if left}
+    return torch.tensor([request in requests for request in prompts.requests])
