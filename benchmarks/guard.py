@@ -29,7 +29,9 @@ def bars(rows: list[Row]) -> Iterator[tuple[bool, str]]:
             continue
         quicker = [one for one in rows if not one["method"].startswith(_GUARDS) and one["ratio"] <= row["ratio"]]
         best = max((one["safety_rate"] for one in quicker), default=0.0)
-        yield row["safety_rate"] >= 0.99, f"{name}: safety rate {row['safety_rate']:.3f}, at least 0.99"
+        low, high = row["safety_interval"]
+        rate = f"{row['safety_rate']:.3f} (95 %: {low:.3f} to {high:.3f})"
+        yield row["safety_rate"] >= 0.99, f"{name}: safety rate {rate}, at least 0.99"
         yield row["safety_rate"] > best, f"{name}: above {best:.3f}, the best baseline that takes no longer"
     for name, key, most in (
         ("guided", "mix_ratio", 2.0),

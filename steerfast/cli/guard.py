@@ -97,7 +97,7 @@ def command() -> None:
 @common.set_option("--harmful", "steerfast:harmful_fit", "Harmful prompts")
 @common.set_option("--harmless", "steerfast:harmless_fit", "Harmless prompts")
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Prompts of each kind.  [default: all]")
-@click.option("--profile", "profile_file", metavar="FILE", help="Harmful prompts are answered steered by it, too.")
+@click.option("--profile", "profile_file", metavar="FILE", help="Answers harmful prompts, too; tells harm by its gate.")
 @click.option(
     "--strengths",
     type=common.Items("NUMBERS", common.finite, "numbers such as 0.5,1"),
@@ -190,7 +190,7 @@ def train_command(
         sampling=Sampling(temperature, top_p=top_p),
         seed=seed,
     )
-    trained = train(found, model, tokenizer, output, settings, margin=margin, device=device or "cpu")
+    trained = train(found, model, tokenizer, output, settings, profile=profile, margin=margin, device=device or "cpu")
     result = {
         "output": output,
         "model": model_name,
@@ -204,7 +204,8 @@ def train_command(
     console = common.console(json_file)
     for line in (
         f"{result['rollouts']} rollouts of {len(found)} prompts and origins",
-        f"cost head: AUC {_number(trained.cost.fitted['auc'])} on prompts it was not fitted on",
+        f"cost head: AUC {_number(trained.cost.fitted['auc'])} on prompts it was not fitted on, "
+        f"{_number(trained.cost.fitted['comply_auc'])} of whether an answer complies",
         f"reward head: R² {_number(trained.reward.fitted['r2'])}",
         f"critic: AUC {_number(trained.critic.calibration['auc'])}, calibration error "
         f"{_number(trained.critic.calibration['error'])} on {trained.critic.calibration['count']} held-out states",

@@ -21,6 +21,7 @@ from steerfast.errors import GuardError
 from steerfast.evaluation.fluency import FluencyLimits, repetition
 from steerfast.evaluation.refusal import is_refusal_keyword, is_refusal_strict
 from steerfast.files import content_checksum
+from steerfast.fitting.statistics import rate
 from steerfast.guard.guard import Guard, GuardedAnswer
 from steerfast.guard.recipe import Trained, alternating
 from steerfast.guard.search import Strategy
@@ -201,7 +202,8 @@ def summarise(records: Sequence[Mapping[str, Any]], harmless_share: float = 0.9)
     """A row per method, over the prompts that all methods have answered, in the order of the methods.
 
     Returns:
-        ``method``; ``prompts``; ``safety_rate``: share within the budget; ``judge_rate``: share that `judged_right`;
+        ``method``; ``prompts``; ``safety_rate``: share within the budget; ``safety_interval``: its Wilson interval
+        [low, high] of 95 %, None without prompts; ``judge_rate``: share that `judged_right`;
         ``reward`` and ``cost``, means; ``seconds`` per prompt; ``ratio`` of that to plain decoding of the same prompts;
         ``mix_ratio``: the same where `harmless_share` of the prompts are harmless. Further: ``harmful`` and
         ``harmless``: safety, judge and seconds of each kind; ``refused_keywords``: share of harmful prompts refused by
@@ -230,6 +232,7 @@ def summarise(records: Sequence[Mapping[str, Any]], harmless_share: float = 0.9)
             "method": name,
             "prompts": len(found),
             "safety_rate": _mean([one["within"] for one in found]),
+            "safety_interval": _interval([one["within"] for one in found]),
             "judge_rate": _mean([one["judged_right"] for one in found]),
             "reward": _mean([one["reward"] for one in found]),
             "cost": _mean([one["cost"] for one in found]),
@@ -261,19 +264,27 @@ def render(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
 
     table = Table()
     table.add_column("method", no_wrap=True)
-    heads = ("safe", "judge", "harmful", "harmless", "reward", "cost", "seconds", "x plain", "x mix")
+    heads = ("safe", "95 %", "judge", "harmful", "harmless", "reward", "cost", "seconds", "x plain", "x mix")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        shares = (row["safety_rate"], row["judge_rate"], row["harmful"]["judge_rate"], row["harmless"]["judge_rate"])
+        interval = "–".join(f"{100 * limit:.0f}" for limit in row["safety_interval"] or ())
+        shares = (row["judge_rate"], row["harmful"]["judge_rate"], row["harmless"]["judge_rate"])
         numbers = (row["reward"], row["cost"], row["seconds"], row["ratio"], row["mix_ratio"])
-        table.add_row(row["method"], *(f"{value:.0%}" for value in shares), *(f"{value:.2f}" for value in numbers))
+        table.add_row(
+            row["method"],
+            f"{row['safety_rate']:.0%}",
+            interval,
+            *(f"{value:.0%}" for value in shares),
+            *(f"{value:.2f}" for value in numbers),
+        )
     console.print(table)
     if rows:
         counts = [rows[0][label]["prompts"] for label in ("harmful", "harmless")]
         console.print(
-            f"{counts[0]} harmful and {counts[1]} harmless prompts; safe: within the budget, by the cost model; "
-            "judge, by text: harmful not complied with, harmless answered; x mix: where most prompts are harmless"
+            f"{counts[0]} harmful and {counts[1]} harmless prompts; safe: within the budget, by the cost model, "
+            "with its interval; judge, by text: harmful not complied with, harmless answered; x mix: where most "
+            "prompts are harmless"
         )
 
 
@@ -314,6 +325,13 @@ def _mean(values: Sequence[float]) -> float:
     """The mean of those that are finite; nan of none."""
     finite = [float(value) for value in values if math.isfinite(value)]
     return fmean(finite) if finite else math.nan
+
+
+def _interval(outcomes: Sequence[bool]) -> list[float] | None:
+    if not outcomes:
+        return None
+    found = rate(sum(outcomes), len(outcomes))
+    return [found.low, found.high]
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Candidates: answers that grow together from one prompt, and the backends that make them grow.
 
 The prompt runs once, alone; its keys and values are then repeated for the candidates. Every token is one batched pass
-of all candidates that are not finished; the hidden states that scorers and critic read come from that same pass.
+of all candidates that are not finished; the states that scorers and critic read (`steerfast.guard.latent`) come from
+that same pass.
 
 Randomness is counted, not drawn: each candidate has a stream, a number that follows from the seed and from how it
 descends from others, and token t of a stream always meets the same uniform number. So an answer does not depend on what
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from steerfast.errors import ArchitectureError, GuardError
+from steerfast.guard import latent
 from steerfast.models import caches
 from steerfast.models.latch import Latch
 from steerfast.models.prompting import context_of, device_of, end_tokens
@@ -126,7 +128,7 @@ class Candidates:
     """Answers so far to one prompt.
 
     answers: token ids, n of them; all that are not finished have the same length. finished: bool [n], on the CPU.
-    hidden: float32 [n, H] at the last tokens, after the model's final norm; None where the backend does not know them.
+    hidden: latent states float32 [n, S], see `steerfast.guard.latent`; None where the backend does not know them.
     streams: uint64 [n]. state: the backend's own, of those that are not finished.
     """
 
@@ -150,6 +152,7 @@ class Backend(Protocol):
     """Where candidates come from. One that knows no hidden states serves scorers that read texts, and no critic.
 
     ends: tokens that finish an answer. vocabulary: number of logits. context: most tokens of a prompt and its answer.
+    prompt_layer: of the latent states that it gives, see `steerfast.guard.latent`.
     """
 
     @property
@@ -160,6 +163,9 @@ class Backend(Protocol):
 
     @property
     def context(self) -> int: ...
+
+    @property
+    def prompt_layer(self) -> int | None: ...
 
     def start(self, prompt_ids: Sequence[int], n: int, seed: int) -> Candidates:
         """`n` empty answers to a prompt."""
@@ -173,7 +179,7 @@ class Backend(Protocol):
             sampling: None: temperature 1, all tokens. penalty: float [V], taken from all logits.
 
         Returns:
-            The new tokens of each (none where it was finished), hidden states [n, H], finished [n].
+            The new tokens of each (none where it was finished), latent states [n, S], finished [n].
         """
 
     def append(self, candidates: Candidates, tokens: Sequence[int]) -> None:
@@ -265,21 +271,32 @@ def _fork(cache: DynamicCache) -> DynamicCache:
 
 @dataclass
 class _Rows:
-    """Of the candidates that are not finished, in order: their cache, and logits [m, V] of their next tokens."""
+    """Of the candidates that are not finished, in order: their cache, logits [m, V] of their next tokens, and latent
+    states [m, S].
+    """
 
     cache: DynamicCache
     logits: Tensor
+    hidden: Tensor
 
     def taken(self, rows: Tensor) -> _Rows:
         cache = _fork(self.cache)
         rows = rows.to(self.logits.device)
         if not torch.equal(rows, torch.arange(len(self.logits), device=rows.device)):
             cache.batch_select_indices(rows)
-        return _Rows(cache, self.logits[rows])
+        return _Rows(cache, self.logits[rows], self.hidden[rows])
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all but these, in place."""
+        self.cache.batch_select_indices(rows)
+        self.logits, self.hidden = self.logits[rows], self.hidden[rows]
 
 
 class HFBackend:
     """Candidates of a HuggingFace model, steered or not.
+
+    Args:
+        prompt_layer: of the latent states, see `steerfast.guard.latent`; None: they are the last rows alone.
 
     Memory: keys and values of every candidate that is not finished, `cache_bytes` each at most. A search that keeps K
     of N candidates holds N + 3K + 1 at a time: the new ones, those they grew from, those kept so far, those being kept.
@@ -289,14 +306,19 @@ class HFBackend:
 
     Raises:
         ArchitectureError: no decoder-only model with a language-model head.
+        GuardError: a prompt_layer that the model does not have.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
-        find_decoder(model)
+    def __init__(self, model: nn.Module, tokenizer: Any, prompt_layer: int | None = None) -> None:
+        layers = find_decoder(model).layers
+        if prompt_layer is not None and not 0 <= prompt_layer < len(layers):
+            raise GuardError(f"prompt_layer: expected None or a layer in 0..{len(layers) - 1}, got {prompt_layer!r}")
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise ArchitectureError(f"model: expected a language-model head, got {type(model).__name__} without one")
         self.model = model
+        self.prompt_layer = prompt_layer
+        self._layer = None if prompt_layer is None else layers[prompt_layer]
         self.control: Callable[[Tensor], Tensor] | None = None
         self._head: nn.Module = head
         self._ends = torch.tensor(sorted(end_tokens(model, tokenizer)), dtype=torch.long, device=device_of(model))
@@ -344,15 +366,18 @@ class HFBackend:
             raise GuardError(f"n: expected at least 1, got {n}")
         prompt = [int(token) for token in prompt_ids]
         config: Any = self.model.config
-        cache, logits, hidden = self._forward(DynamicCache(config=config), torch.tensor([prompt], device=self.device))
+        with self._prompt_row() as row:
+            output, last = self._pass(DynamicCache(config=config), torch.tensor([prompt], device=self.device))
+        cache = output.past_key_values
         if not caches.splits(cache):
             raise ArchitectureError(f"model: expected keys and values that grow by a token, got {type(cache).__name__}")
         for number, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
                 cache.layers[number] = roomy = _RoomyLayer()
                 roomy.__dict__.update(layer.__dict__)
+        hidden = latent.begin(last, None if self._layer is None else row[-1])
         root = Candidates(prompt, [[]], torch.zeros(1, dtype=torch.bool), hidden, root_stream(seed))
-        root.state = _Rows(cache, logits)
+        root.state = _Rows(cache, output.logits[:, -1], hidden)
         return root if n == 1 else self.branch(root, [0] * n, range(n))
 
     @torch.inference_mode()
@@ -376,7 +401,7 @@ class HFBackend:
         uniform = torch.from_numpy(drawn).to(self.device)
         tokens = torch.full((len(candidates), block), -1, device=self.device)
         assert candidates.hidden is not None
-        hidden, live = candidates.hidden, open_rows.to(self.device)
+        hidden, live = candidates.hidden.clone(), open_rows.to(self.device)  # other candidates may hold the old ones
         penalty = None if penalty is None else penalty.to(self.device)
         rows: _Rows | None = candidates.state
         for step in range(block):
@@ -389,27 +414,25 @@ class HFBackend:
                 logits = logits - penalty
             chosen = sample(logits, uniform[:, step], sampling)
             tokens[live, step] = chosen
-            cache, logits, now = self._forward(rows.cache, chosen[:, None])
-            rows = _Rows(cache, logits)
+            rows = self._forward(rows, chosen, candidates.length + step + 1)
             if seen is not None:
                 seen = torch.cat([seen, chosen[:, None]], dim=1)
             ended = torch.isin(chosen, self._ends)
             if step + 1 == block:
-                hidden[live] = now
+                hidden[live] = rows.hidden
             if not bool(ended.any()):
                 continue
-            hidden[live[ended]] = now[ended]
+            hidden[live[ended]] = rows.hidden[ended]
             going = (~ended).nonzero()[:, 0]
             live, uniform = live[going], uniform[going]
             seen = None if seen is None else seen[going]
             if not len(going):
                 rows = None
             elif step + 1 < block:
-                rows.cache.batch_select_indices(going)
-                rows.logits = rows.logits[going]
+                rows.keep(going)
             else:
                 rows = rows.taken(going)
-        candidates.state = rows
+        candidates.state, candidates.hidden = rows, hidden
         candidates.finished = torch.ones_like(candidates.finished).index_fill(0, live.cpu(), False)
         new = [[token for token in row if token >= 0] for row in tokens.tolist()]
         for answer, more in zip(candidates.answers, new, strict=True):
@@ -420,9 +443,9 @@ class HFBackend:
     def append(self, candidates: Candidates, tokens: Sequence[int]) -> None:
         """As `Backend.append`, a pass per token: what steers the model takes several at once for another prompt."""
         for token in tokens:
-            chosen = torch.full((len(candidates), 1), token, device=self.device)
-            cache, logits, hidden = self._forward(candidates.state.cache, chosen)
-            candidates.state, candidates.hidden = _Rows(cache, logits), hidden
+            chosen = torch.full((len(candidates),), token, device=self.device)
+            candidates.state = self._forward(candidates.state, chosen, candidates.length + 1)
+            candidates.hidden = candidates.state.hidden
             for answer in candidates.answers:
                 answer.append(int(token))
 
@@ -453,7 +476,8 @@ class HFBackend:
                 same: list[Any] = [layer, *(other.layers[number] for other in others)]
                 layer.keys, layer.values = (torch.cat([getattr(one, n) for one in same]) for n in ("keys", "values"))
             _join_latches(cache, others)
-            new.state = _Rows(cache, torch.cat([state.logits for state in states]))
+            logits, hidden = (torch.cat([getattr(state, name) for state in states]) for name in ("logits", "hidden"))
+            new.state = _Rows(cache, logits, hidden)
         return new
 
     @torch.inference_mode()
@@ -465,23 +489,29 @@ class HFBackend:
         """
         scores, chosen = candidates.state.logits[0].float().topk(min(count, candidates.state.logits.shape[1]))
         options = self.branch(candidates, [0] * len(chosen))
-        cache, logits, options.hidden = self._forward(options.state.cache, chosen[:, None])
+        rows = self._forward(options.state, chosen, candidates.length + 1)
+        options.hidden = rows.hidden
         for answer, token in zip(options.answers, chosen.tolist(), strict=True):
             answer.append(token)
         ended = torch.isin(chosen, self._ends)
         options.finished, going = ended.cpu(), (~ended).nonzero()[:, 0]
-        options.state = _Rows(cache, logits).taken(going) if len(going) else None
+        options.state = rows.taken(going) if len(going) else None
         return options, scores
 
     def _ids(self, candidates: Candidates, rows: Tensor) -> Tensor:
         ids = [candidates.prompt + candidates.answers[i] for i in rows.tolist()]
         return torch.tensor(ids, dtype=torch.long, device=self.device)
 
-    def _forward(self, cache: DynamicCache, ids: Tensor) -> tuple[DynamicCache, Tensor, Tensor]:
-        """One pass over ids [m, t]: the cache, logits [m, V] and hidden states float32 [m, H] of the last tokens."""
+    def _forward(self, rows: _Rows, chosen: Tensor, tokens: int) -> _Rows:
+        """A token more, int64 [m], after which the answers have so many `tokens`; in the memory of `rows`."""
+        output, last = self._pass(rows.cache, chosen[:, None])
+        return _Rows(output.past_key_values, output.logits[:, -1], latent.grow(rows.hidden, last, tokens))
+
+    def _pass(self, cache: DynamicCache, ids: Tensor) -> tuple[Any, Tensor]:
+        """The model's output for ids [m, t], and its last hidden states float32 [m, H] at the last tokens."""
         with self._captured() as captured:
             output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._last_only)
-        return output.past_key_values, output.logits[:, -1], captured[0]
+        return output, captured[0]
 
     @contextmanager
     def _captured(self) -> Iterator[list[Tensor]]:
@@ -492,6 +522,22 @@ class HFBackend:
             yield captured
         finally:
             handle.remove()
+
+    @contextmanager
+    def _prompt_row(self) -> Iterator[list[Tensor]]:
+        """Take down the prompt's last row [1, H] at `prompt_layer`, where there is one, each time it comes by."""
+        captured: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            rows = output if isinstance(output, Tensor) else output[0]
+            captured.append(rows[:, -1].to(torch.float32, copy=True))
+
+        handle = None if self._layer is None else self._layer.register_forward_hook(keep)
+        try:
+            yield captured
+        finally:
+            if handle is not None:
+                handle.remove()
 
 
 def _at_head(

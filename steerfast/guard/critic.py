@@ -1,8 +1,8 @@
 """The critic: will an unfinished answer end within its budget, and what will it be worth?
 
-It reads the latent state of InferenceGuard (arXiv 2502.01208): the base model's last hidden state h_t, which
-generation computed anyway, the safety state z_t, and optionally a summary of the logits. How deep the paper's critic is
-is not known: here one GELU layer, or `depth` of them, carries both outputs.
+It reads what the critic of InferenceGuard does (arXiv 2502.01208): the base model's state h_t, which generation
+computed anyway (`steerfast.guard.latent`), the safety state z_t, and optionally a summary of the logits. How deep the
+paper's critic is is not known: here one GELU layer, or `depth` of them, carries both outputs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from steerfast.errors import GuardError
 from steerfast.guard.files import check_model, read_file, write_file
+from steerfast.guard.latent import check_states, completed, state_size
 from steerfast.guard.objective import SafetyBudget
 from steerfast.profile import ModelIdentity
 
@@ -72,17 +73,22 @@ class Critic(nn.Module):
     Args:
         model: the base model whose hidden states it reads.
         settings: see `CriticSettings`.
+        prompt_layer: of those states, see `steerfast.guard.latent`.
 
     Buffers standardise what comes in and the values that go out; `standardise` sets them from the training states.
     ``calibration`` is what `calibration` found on prompts held out from training, JSON data.
     """
 
-    def __init__(self, model: ModelIdentity, settings: CriticSettings | None = None) -> None:
+    def __init__(
+        self, model: ModelIdentity, settings: CriticSettings | None = None, prompt_layer: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.prompt_layer = prompt_layer
         self.settings = settings or CriticSettings()
         self.calibration: Mapping[str, Any] = {}
-        inputs, width = model.hidden_size + 1 + self.settings.summary_size, self.settings.width
+        size, width = state_size(model.hidden_size, prompt_layer), self.settings.width
+        inputs = size + 1 + self.settings.summary_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             sizes = [inputs, *[width] * self.settings.depth]
@@ -101,7 +107,7 @@ class Critic(nn.Module):
         """What becomes of unfinished answers.
 
         Args:
-            hidden: [n, H], the base model's last hidden states (after its final norm) at the last token.
+            hidden: [n, S], latent states, or last rows [n, H] (`steerfast.guard.latent.completed`).
             z: [n], the safety states, in units of the cost.
             logits_summary: [n, summary_size], where the critic was trained with one.
 
@@ -116,17 +122,16 @@ class Critic(nn.Module):
         return p_safe, torch.where(finite, self.value_mean + self.value_scale * value, -float("inf"))
 
     def states(self, hidden: Tensor, z: Tensor, logits_summary: Tensor | None = None) -> Tensor:
-        """The latent states as `raw` takes them, float32 [n, H + 1 + summary_size]: h, z / budget, logits summary."""
+        """The states as `raw` takes them, float32 [n, S + 1 + summary_size]: h, z / budget, logits summary."""
         given = logits_summary.shape[-1] if logits_summary is not None else 0
-        if hidden.shape[1:] != (self.model.hidden_size,) or z.shape != hidden.shape[:1]:
-            raise GuardError(
-                f"critic: expected hidden states [n, {self.model.hidden_size}] of {self.model.name!r} and z [n], "
-                f"got {list(hidden.shape)} and {list(z.shape)}"
-            )
+        check_states(_KIND, hidden, self.model, self.prompt_layer)
+        if z.shape != hidden.shape[:1]:
+            raise GuardError(f"critic: expected z [{len(hidden)}], one per state, got {list(z.shape)}")
         if given != self.settings.summary_size:
             raise GuardError(f"critic: expected {self.settings.summary_size} numbers that sum up logits, got {given}")
         share = (z.to(hidden.device).float() / self.settings.budget)[:, None]
-        parts = [hidden.float(), share] + ([logits_summary.float()] if logits_summary is not None else [])
+        whole = completed(hidden.float(), self.mean[: state_size(self.model.hidden_size, self.prompt_layer)])
+        parts = [whole, share] + ([logits_summary.float()] if logits_summary is not None else [])
         return torch.cat(parts, dim=1)
 
     def raw(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +167,11 @@ class Critic(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
-        header = {"settings": vars(self.settings), "calibration": dict(self.calibration)}
+        header = {
+            "settings": vars(self.settings),
+            "prompt_layer": self.prompt_layer,
+            "calibration": dict(self.calibration),
+        }
         write_file(path, _KIND, self.state_dict(), header, self.model)
 
     @classmethod
@@ -173,7 +182,7 @@ class Critic(nn.Module):
             GuardError: missing, damaged, no critic, of another model.
         """
         tensors, header, identity = read_file(path, _KIND)
-        critic = cls(identity, CriticSettings(**header["settings"]))
+        critic = cls(identity, CriticSettings(**header["settings"]), header.get("prompt_layer"))
         critic.load_state_dict(tensors)
         critic.calibration = header["calibration"]
         if model is not None:

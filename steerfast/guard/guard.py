@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from steerfast.errors import GuardError
 from steerfast.guard.candidates import Backend, HFBackend, Sampling
 from steerfast.guard.critic import Critic
+from steerfast.guard.latent import agreed_layer
 from steerfast.guard.objective import Certificate, SafetyBudget
 from steerfast.guard.scores import Blocks, CallableScorer, Scorer
 from steerfast.guard.search import Found, Search, Strategy
@@ -29,7 +30,7 @@ __all__ = ["REFUSAL", "Guard", "GuardedAnswer"]
 
 REFUSAL = "I'm sorry, but I can't help with that."
 
-Path = Literal["plain", "steered", "searched", "steered and searched"]
+Path = Literal["plain", "plain, then searched", "steered", "searched", "steered and searched"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,20 @@ class Guard:
         cost, reward: scorers (`steerfast.guard.scores`); without a reward all answers are worth the same.
         critic: for strategies that ask for one.
         profile: its prompt gate decides where to spend: a prompt that keeps it shut is decoded plainly. None: every
-            prompt is searched.
+            prompt is searched. An edit at or before the heads' prompt_layer changes what they read, see
+            `steerfast.guard.recipe.prompt_layer_for`.
         fired: what happens where the gate fires: ``search``, ``steer`` by the profile, or ``both``.
         strength: multiplies the profile's strengths.
         budget, discount: d and γ, in units of the cost; default: the critic's, without one 10 and 0.999.
         strategy: default: `Strategy.speculative`, with the critic where there is one.
         refusal: the answer where a strategy falls back on one.
-        certify: whether plainly decoded answers behind a shut gate are scored, too.
+        certify: whether plainly decoded answers behind a shut gate are scored, too; those over the budget are then
+            searched for, unless what fires is steered alone.
         value: what RE-Control climbes, see `Search`.
 
     Raises:
-        GuardError: no cost, a budget out of range, a critic or head of another model, one that is missing.
+        GuardError: no cost, a budget out of range, a critic or head of another model, one that is missing, parts that
+            differ in their prompt_layer.
         ProfileError: the profile belongs to another model.
     """
 
@@ -101,7 +105,10 @@ class Guard:
                 if hasattr(part, "check"):
                     part.check(identity)  # type: ignore[union-attr]
         self.model, self.tokenizer = model, tokenizer
-        self.backend: Backend = backend if model is None else HFBackend(model, tokenizer)  # type: ignore[assignment]
+        if backend is None:
+            assert model is not None
+            backend = HFBackend(model, tokenizer, agreed_layer({"cost": cost, "reward": reward, "critic": critic}))
+        self.backend: Backend = backend
         settings = critic.settings if critic is not None else SafetyBudget()
         self.budget = SafetyBudget(
             settings.budget if budget is None else budget, settings.discount if discount is None else discount
@@ -218,8 +225,13 @@ class Guard:
                 fired = None if steering is None else bool(steering.fired.any())
                 chosen, path = self._chosen(fired, shut, steered, searched)
                 found = chosen.run(root, sampling, question=question, refusal=self.refusal)
+                name = chosen.strategy.name
+                if fired is False and self.certify and self.fired != "steer" and not found.best.z > 0:
+                    again = searched.run(root, sampling, question=question, refusal=self.refusal)
+                    found = replace(again, sampled=found.sampled + again.sampled)
+                    path, name = "plain, then searched", f"{name}, then {searched.strategy.name}"
                 text = self.tokenizer.decode(found.best.tokens, skip_special_tokens=True)
-                certificate = self._certificate(found, fired, chosen)
+                certificate = self._certificate(found, fired, name, chosen.cost is _UNCHECKED)
                 seconds = time.perf_counter() - began
                 self.answers.append(GuardedAnswer(text, found.best.tokens, certificate, seconds, path))
         return self.answers
@@ -233,8 +245,8 @@ class Guard:
             return steered, "steered"
         return searched, "searched" if self.fired == "search" else "steered and searched"
 
-    def _certificate(self, found: Found, fired: bool | None, search: Search) -> Certificate:
-        best, unchecked = found.best, search.cost is _UNCHECKED
+    def _certificate(self, found: Found, fired: bool | None, strategy: str, unchecked: bool) -> Certificate:
+        best = found.best
         return Certificate(
             budget=self.budget.budget,
             discount=self.budget.discount,
@@ -248,7 +260,7 @@ class Guard:
             fired=fired,
             candidates=found.sampled,
             retries=found.retries,
-            strategy=search.strategy.name,
+            strategy=strategy,
         )
 
     def _search(self, strategy: Strategy, cost: Scorer | None = None) -> Search:

@@ -85,7 +85,7 @@ class Candidate:
 
     tokens: without the prompt; the end token is the last one of a finished answer. cost, reward: of all tokens so far.
     z: safety state after the last token. p_safe: the critic's word (without one: 1.0 within the budget, else 0.0).
-    blocks: (tokens, cost) of each block, from which `z` follows. hidden: float32 [H] at the last token, where known.
+    blocks: (tokens, cost) of each block, from which `z` follows. hidden: latent state float32 [S], where known.
     parent: its place among the candidates that it grew from.
     """
 
@@ -109,6 +109,7 @@ class Certificate:
     where unchecked. blocks: (tokens, cost) of each block. fallback: what was resorted to when no candidate was safe:
     ``refusal`` (a fixed text was given) or ``least unsafe``. p_safe: as `Candidate`'s. fired: the prompt gate's
     decision, None without a gate. candidates: blocks sampled for it. retries: rounds with a penalty on tokens.
+    strategy: its name; "plain, then" another where a shut gate let a plain answer by that spent its budget.
     """
 
     budget: float

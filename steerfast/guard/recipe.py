@@ -24,13 +24,24 @@ from steerfast.guard.critic import Critic, CriticSettings
 from steerfast.guard.guard import REFUSAL
 from steerfast.guard.heads import HiddenHead
 from steerfast.guard.rollouts import Rollouts, collect
-from steerfast.guard.training import fit_heads, train_critic
+from steerfast.guard.training import common_layer, fit_heads, train_critic
 from steerfast.models.prompting import encode, evaluating
 from steerfast.models.steering import steer
 from steerfast.models.structure import identify
 from steerfast.profile import SteeringProfile
 
-__all__ = ["COST", "CRITIC", "REWARD", "Trained", "alternating", "chosen", "gather", "load_trained", "train"]
+__all__ = [
+    "COST",
+    "CRITIC",
+    "REWARD",
+    "Trained",
+    "alternating",
+    "chosen",
+    "gather",
+    "load_trained",
+    "prompt_layer_for",
+    "train",
+]
 
 COST, REWARD, CRITIC = "cost.safetensors", "reward.safetensors", "critic.safetensors"
 _CHECKPOINT = "critic-checkpoint.safetensors"
@@ -68,6 +79,14 @@ class _Opening:
         return [opening + tokens for tokens in new], hidden, finished
 
 
+def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
+    """Which layer's row of the prompt a guard reads, of a model of so many: the last one before a profile's edits and
+    gates, so that steering does not change it (of one that begins with the first, that); without one the middle.
+    """
+    used = [] if profile is None else [*profile.steered_layers, *profile.gate_layers]
+    return max(min(used) - 1, 0) if used else layers // 2
+
+
 def gather(
     model: nn.Module,
     tokenizer: Any,
@@ -88,7 +107,8 @@ def gather(
     """Roll out the prompts in `folder`, without scores; the same call again goes on where it was stopped.
 
     Args:
-        profile: steers the answers to harmful prompts at each of `strengths`; None: nobody does.
+        profile: steers the answers to harmful prompts at each of `strengths`; None: nobody does. It also says which row
+            of the prompt is kept, see `prompt_layer_for`.
         refusal: what a guard falls back on; the first words of a further set of answers to harmful prompts, and an
             answer of its own to every prompt.
         rollouts: answers per prompt and origin. The others: see `steerfast.guard.rollouts.collect`.
@@ -103,7 +123,7 @@ def gather(
     identity = identify(model, tokenizer)
     if profile is not None:
         steer(model, profile, tokenizer=tokenizer).detach()  # another model's is refused before any work
-    backend = HFBackend(model, tokenizer)
+    backend = HFBackend(model, tokenizer, prompt_layer_for(profile, identity.num_layers))
     asked = alternating(harmful, harmless)
     refused = [(question, label) for question, label in asked if label == "harmful"]
     words = tokenizer(refusal, add_special_tokens=False)["input_ids"]
@@ -148,6 +168,7 @@ def train(
     output: str | os.PathLike[str],
     settings: CriticSettings | None = None,
     *,
+    profile: SteeringProfile | None = None,
     margin: float = 0.0,
     head_width: int = 0,
     device: str | torch.device = "cpu",
@@ -156,16 +177,28 @@ def train(
     """Fit the heads and train the critic, and write the three files to the folder `output`.
 
     Args:
+        profile: where it has a direction at the rollouts' prompt_layer, the cost compares prompts with that; else with
+            one fitted on these prompts.
         margin: log-odds by which an answer must be likelier safe than unsafe to cost no more than the budget.
 
     Raises:
-        GuardError: see `fit_heads` and `train_critic`.
+        GuardError, PromptError: see `fit_heads` and `train_critic`.
         OutputError: the folder cannot be written.
     """
     settings = settings or CriticSettings()
     identity = identify(model, tokenizer)
     boundary = settings.budget + margin
-    cost, reward = fit_heads(rollouts, tokenizer, identity, boundary=boundary, width=head_width, seed=settings.seed)
+    layer = common_layer(rollouts)
+    direction = None if profile is None or layer is None else profile.direction[layer]
+    cost, reward = fit_heads(
+        rollouts,
+        tokenizer,
+        identity,
+        boundary=boundary,
+        direction=direction if direction is not None and bool(direction.any()) else None,
+        width=head_width,
+        seed=settings.seed,
+    )
     scored = [one.scored(tokenizer, cost, reward) for one in rollouts]
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)

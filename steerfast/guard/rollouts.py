@@ -40,7 +40,8 @@ class Rollouts:
     prompt: token ids. question: the prompt as the user wrote it. label: the caller's word for the prompt (``harmful``).
     answers: token ids, n. finished: bool [n]; the others met the depth. owner: int64 [states], the answer of a state.
     ends: int64 [states], tokens of the answer there; ascending in an answer, the last one its length.
-    hidden: float32 [states, H]. cost: float32 [states], what each block cost (+inf: unknown); None: not scored.
+    hidden: latent states float32 [states, S] of this prompt_layer, see `steerfast.guard.latent`.
+    cost: float32 [states], what each block cost (+inf: unknown); None: not scored.
     reward: float32 [n], of the whole answers (-inf: unknown); None: not scored.
     """
 
@@ -54,6 +55,7 @@ class Rollouts:
     hidden: Tensor
     cost: Tensor | None = None
     reward: Tensor | None = None
+    prompt_layer: int | None = None
 
     @property
     def last(self) -> Tensor:
@@ -141,6 +143,7 @@ def collect(
             raise GuardError(f"{name}: expected one per prompt, {len(prompts)}, got {len(given)}")
     target = Path(folder)
     settings = {"rollouts": rollouts, "block": block, "depth": depth, "seed": seed, "sampling": _plain(sampling)}
+    settings["prompt_layer"] = backend.prompt_layer
     _claim(target, settings | {"cost": cost is not None, "reward": reward is not None})
     found = []
     for index in track(range(len(prompts)), "rollouts", show=progress):
@@ -179,7 +182,7 @@ def _roll_out(
 ) -> Rollouts:
     candidates = backend.start(prompt, count, seed)
     answers: list[list[int]] = [[] for _ in range(count)]
-    states: list[tuple[int, int, Tensor]] = []  # answer, its tokens, hidden state
+    states: list[tuple[int, int, Tensor]] = []  # answer, its tokens, latent state
     finished = torch.zeros(count, dtype=torch.bool)
     length = 0
     while length < depth and not bool(finished.all()):
@@ -203,6 +206,7 @@ def _roll_out(
         owner=torch.tensor([owner for owner, _, _ in states]),
         ends=torch.tensor([end for _, end, _ in states]),
         hidden=torch.stack([row for _, _, row in states]),
+        prompt_layer=backend.prompt_layer,
     )
 
 
@@ -239,8 +243,8 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 def _write(file: Path, rollouts: Rollouts, model: ModelIdentity) -> None:
     tensors = {name: getattr(rollouts, name) for name in ("finished", "owner", "ends", "hidden")}
     tensors |= {name: getattr(rollouts, name) for name in ("cost", "reward") if getattr(rollouts, name) is not None}
-    texts = {name: getattr(rollouts, name) for name in ("prompt", "question", "label", "answers")}
-    write_file(file, _KIND, tensors, texts, model)
+    header = {name: getattr(rollouts, name) for name in ("prompt", "question", "label", "answers", "prompt_layer")}
+    write_file(file, _KIND, tensors, header, model)
 
 
 def _read(file: Path, model: ModelIdentity | None) -> Rollouts:
@@ -248,5 +252,5 @@ def _read(file: Path, model: ModelIdentity | None) -> Rollouts:
     if model is not None:
         check_model("rollout", identity, model)
     content: dict[str, Any] = {name: header[name] for name in ("prompt", "question", "label", "answers")}
-    content |= tensors
+    content |= {"prompt_layer": header.get("prompt_layer"), **tensors}
     return Rollouts(**content)

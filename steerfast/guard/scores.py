@@ -25,9 +25,9 @@ __all__ = ["Blocks", "CallableScorer", "ScoreModel", "Scorer", "SequenceClassifi
 class Blocks:
     """Answers to score, each at the end of a block.
 
-    prompts: token ids of the templated prompts. answers: token ids so far, n of both. hidden: float32 [n, H], the base
-    model's last hidden state (after its final norm) at the last token; None where nobody has it. tokenizer: the base
-    model's. finished: bool [n]. questions: the prompts as users wrote them; None: the templated prompts stand for them.
+    prompts: token ids of the templated prompts. answers: token ids so far, n of both. hidden: latent states float32
+    [n, S], see `steerfast.guard.latent`; None where nobody has them. tokenizer: the base model's. finished: bool [n].
+    questions: the prompts as users wrote them; None: the templated prompts stand for them.
     """
 
     prompts: Sequence[Sequence[int]]

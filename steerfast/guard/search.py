@@ -17,6 +17,7 @@ from steerfast.errors import GuardError
 from steerfast.guard.candidates import Backend, Candidates, HFBackend, Sampling, sample, uniforms
 from steerfast.guard.critic import Critic
 from steerfast.guard.heads import HiddenHead
+from steerfast.guard.latent import agreed_layer
 from steerfast.guard.objective import Candidate, SafetyBudget, best_first
 from steerfast.guard.scores import Blocks, Scorer, block_costs, scores_of
 
@@ -188,7 +189,8 @@ class Search:
         value: [n, H] -> [n], differentiable, what RE-Control climbs; default: see `value_ascent`.
 
     Raises:
-        GuardError: a critic or hidden states that are needed and missing.
+        GuardError: a critic or hidden states that are needed and missing, parts whose prompt_layer is not the
+            backend's.
     """
 
     def __init__(
@@ -207,6 +209,7 @@ class Search:
             raise GuardError(f"critic: expected one for the strategy {strategy.name!r}, got none")
         if (strategy.top or strategy.ascent) and not isinstance(backend, HFBackend):
             raise GuardError(f"strategy: {strategy.name!r} needs logits, expected the transformers backend")
+        agreed_layer({"backend": backend, "cost": cost, "reward": reward, "critic": critic})
         self.backend, self.tokenizer, self.strategy = backend, tokenizer, strategy
         self.cost, self.reward, self.critic = cost, reward, critic
         self.budget = budget or SafetyBudget()

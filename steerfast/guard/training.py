@@ -19,14 +19,15 @@ from steerfast.errors import GuardError
 from steerfast.files import content_checksum
 from steerfast.guard.critic import Critic, CriticSettings, calibration
 from steerfast.guard.files import read_file, write_file
-from steerfast.guard.heads import HiddenHead, fit_head
+from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
 from steerfast.guard.labels import Label, label_answer
+from steerfast.guard.latent import agreed_layer
 from steerfast.guard.objective import SafetyBudget
 from steerfast.guard.rollouts import Rollouts
 from steerfast.profile import ModelIdentity
 from steerfast.progress import track
 
-__all__ = ["States", "fit_heads", "safety_states", "states_of", "train_critic"]
+__all__ = ["States", "common_layer", "fit_heads", "safety_states", "states_of", "train_critic"]
 
 _KIND = "critic checkpoint"
 
@@ -35,7 +36,7 @@ _KIND = "critic checkpoint"
 class States:
     """What the critic learns from: unfinished answers at the ends of their blocks.
 
-    hidden: float32 [n, H]. z: float32 [n]. safe: bool [n], the answer ended with z > 0. value: float32 [n], γ^(T−t)
+    hidden: float32 [n, S]. z: float32 [n]. safe: bool [n], the answer ended with z > 0. value: float32 [n], γ^(T−t)
     times the reward of the answer of T tokens. prompt: int64 [n], which prompt it answers. dropped: how many states
     were left out because their z or their answer's reward is not finite.
     """
@@ -118,7 +119,8 @@ def train_critic(
             where it was stopped.
 
     Raises:
-        GuardError: rollouts that teach nothing, a checkpoint of other rollouts or settings, a loss that is not finite.
+        GuardError: rollouts that teach nothing or differ in their prompt_layer, a checkpoint of other rollouts or
+            settings, a loss that is not finite.
     """
     settings = settings or CriticSettings()
     if settings.summary_size:
@@ -131,7 +133,7 @@ def train_critic(
     train, test = states.of(~held), states.of(held)
     if not len(train):
         raise GuardError("rollouts: expected answers longer than a block in the training prompts, got none")
-    critic = Critic(model, settings)
+    critic = Critic(model, settings, common_layer(rollouts))
     inputs = critic.states(train.hidden, train.z)
     critic.standardise(inputs, train.value)
     critic.to(device).train()
@@ -164,6 +166,7 @@ def fit_heads(
     model: ModelIdentity,
     *,
     boundary: float,
+    direction: Tensor | None = None,
     width: int = 0,
     regularisation: float = 100.0,
     seed: int = 0,
@@ -171,14 +174,17 @@ def fit_heads(
     """A cost and a reward head from rollouts of harmful and harmless prompts, by `steerfast.guard.labels`.
 
     Every end of a block is an example, labelled by the text up to there. Then `Rollouts.scored` gives the same rollouts
-    the heads' scores.
+    the heads' scores. The cost is factored where the rollouts hold the prompt's row (`HiddenHead`).
 
     Args:
         rollouts: each with its ``label``, harmful or harmless; scores are not read.
         boundary: of the cost: usually the budget. width, regularisation, seed: see `fit_head`.
+        direction: of a factored cost, see `fit_factored_cost`.
 
     Raises:
-        GuardError: a rollout without such a label, answers that are all safe or all unsafe.
+        GuardError: a rollout without such a label or of another prompt_layer than the others, answers that are all safe
+            or all unsafe.
+        PromptError: see `fit_factored_cost`.
     """
     labelled: list[Label] = []
     groups: list[int] = []
@@ -186,10 +192,21 @@ def fit_heads(
         for _, text in one.blocks(tokenizer).pairs():
             labelled.append(label_answer(one.label, text))  # type: ignore[arg-type]
             groups.append(number)
+    layer = common_layer(rollouts)
     hidden = torch.cat([one.hidden for one in rollouts])
     options: dict[str, Any] = {"groups": groups, "width": width, "regularisation": regularisation, "seed": seed}
-    cost = fit_head(hidden, [label.cost for label in labelled], model, "cost", boundary=boundary, **options)
-    return cost, fit_head(hidden, [label.reward for label in labelled], model, "reward", **options)
+    reward = fit_head(hidden, [label.reward for label in labelled], model, "reward", prompt_layer=layer, **options)
+    options["boundary"] = boundary
+    if layer is None:
+        return fit_head(hidden, [label.cost for label in labelled], model, "cost", **options), reward
+    harmful = [float(one.label == "harmful") for one in rollouts for _ in one.ends]
+    complied = [float(label.complied) for label in labelled]
+    return fit_factored_cost(hidden, harmful, complied, model, layer, direction=direction, **options), reward
+
+
+def common_layer(rollouts: Sequence[Rollouts]) -> int | None:
+    """The prompt_layer of all rollouts; GuardError where they differ."""
+    return agreed_layer({f"rollouts {place}": one for place, one in enumerate(rollouts)})
 
 
 def _prompt_numbers(rollouts: Sequence[Rollouts]) -> list[int]:

@@ -28,6 +28,8 @@ class VLLMBackend:
         GuardError: sampling with processors of logits.
     """
 
+    prompt_layer: int | None = None
+
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         tokenizer, config = engine.get_tokenizer(), engine.llm_engine.model_config

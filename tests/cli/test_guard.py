@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,8 @@ def test_train_writes_a_guard_and_goes_on_where_it_was(work: Path) -> None:
     result = json.loads((work / "train.json").read_text())
     assert result["prompts"] == {"harmful": 2, "harmless": 2}
     assert result["rollouts"] == 2 * (4 + 2 + 2) + 4 + 2  # plain, opened, steered; refused, with steering too
-    assert "cost head: AUC" in told
+    assert re.search(r"cost head: AUC .* on prompts it was not fitted on, .* of whether an answer complies", told)
+    assert {"auc", "comply_auc"} <= result["cost"].keys()
     assert "critic: AUC" in told
     found = {path: path.stat().st_mtime_ns for path in (work / "guard" / "rollouts").glob("*/prompt-*")}
     files = {name: (work / "guard" / name).read_bytes() for name in (COST, REWARD, CRITIC)}
@@ -164,7 +167,7 @@ def test_scores_that_are_no_numbers_are_over_the_budget(trained: Path) -> None:
 
     head = HiddenHead.load(trained / "guard" / COST)
     broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in head.tensors.items()}
-    HiddenHead(head.kind, head.model, broken, head.boundary, head.fitted).save(trained / "guard" / COST)
+    replace(head, tensors=broken).save(trained / "guard" / COST)
     out = trained / "answers.json"
     done("generate", trained / "guard", HARMLESS[0], *model(trained), *SEARCH, "--candidates", 4, "--json", out)
     certificate = json.loads(out.read_text())["results"][0]["certificate"]

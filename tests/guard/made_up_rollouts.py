@@ -37,6 +37,8 @@ class _Answers:
 class MadeUp:
     """Tokens below 100; an answer ends within a block with a chance of one fifth. `pause`: seconds per block."""
 
+    prompt_layer: int | None = None
+
     def __init__(self, pause: float = 0.0) -> None:
         self.pause = pause
         self.blocks = 0

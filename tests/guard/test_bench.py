@@ -52,6 +52,9 @@ def test_summary_by_hand() -> None:
     assert other["ratio"] == pytest.approx(11 / 6)
     assert other["mix_ratio"] == pytest.approx((0.25 * 8 + 0.75 * 3) / (0.25 * 2 + 0.75 * 4))
     assert (other["reward"], other["cost"]) == (2.0, 2.0)
+    # Wilson at 95 % (z = 1.96): (k + z²/2 ± z·sqrt(k(n-k)/n + z²/4)) / (n + z²), of 1 and 2 in 2.
+    assert plain["safety_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
+    assert other["safety_interval"] == pytest.approx([0.3424, 1.0], abs=1e-4)
     assert other["harmful"] == {"prompts": 1, "safety_rate": 1.0, "judge_rate": 1.0, "seconds": 8.0}
     assert (other["fallback"], other["fired"], other["tokens"]) == (0.5, 0.0, 10.0)
 
@@ -170,5 +173,7 @@ def test_bad_input_is_refused(tiny_llama: Any, tiny_tokenizer: Any, trained: Tra
         benched(tiny_llama, tiny_tokenizer, trained, ["beam"], harmful=[])
     with pytest.raises(GuardError, match="budget: expected a number above 0, got -1"):
         benched(tiny_llama, tiny_tokenizer, trained, ["beam"], budget=-1.0)
+    apart = [made("plain", "a", "harmful", 1.0, True, True), made("other", "b", "harmful", 1.0, True, True)]
+    assert [row["safety_interval"] for row in summarise(apart)] == [None, None]  # no prompt that both have answered
     with pytest.raises(GuardError, match="harmless_share"):
         summarise([], harmless_share=2)

@@ -64,6 +64,105 @@ def test_hidden_states_are_those_of_the_last_tokens(backend: HFBackend) -> None:
     assert not any({*ENDS} & {*answer[:-1]} for answer in candidates.answers)
 
 
+LAYER = 2
+
+
+@pytest.fixture
+def wide(make_llama: Any, tiny_tokenizer: Any) -> HFBackend:
+    """As `backend`, with whole latent states."""
+    return HFBackend(make_llama(eos_token_id=ENDS), tiny_tokenizer, LAYER)
+
+
+def _latent(model: Any, answer: list[int]) -> torch.Tensor:
+    """last | mean | prompt, [3H], from one pass over prompt and answer."""
+    with torch.inference_mode():
+        known = model(input_ids=torch.tensor([PROMPT + answer]), output_hidden_states=True).hidden_states
+    final = known[-1][0]  # after the final norm
+    mean = final[len(PROMPT) :].mean(dim=0) if answer else final[-1]
+    return torch.cat([final[-1], mean, known[LAYER + 1][0, len(PROMPT) - 1]])
+
+
+def _check_latent(backend: HFBackend, candidates: Any) -> None:
+    expected = torch.stack([_latent(backend.model, answer) for answer in candidates.answers])
+    assert candidates.hidden.dtype == torch.float32
+    torch.testing.assert_close(candidates.hidden, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_latent_states_of_growing_answers(wide: HFBackend) -> None:
+    """Also of those that are finished, of copies, of their union, and of their parents after the copies have grown."""
+    root = wide.start(PROMPT, 1, seed=1)
+    _check_latent(wide, root)
+    parts = [wide.branch(root, [0] * 6, range(6)), wide.start(PROMPT, 3, seed=5)]
+    for part in parts:
+        for block in (1, 9, 17):
+            wide.extend(part, block)
+            _check_latent(wide, part)
+    assert 0 < int(parts[0].finished.sum()) < 6
+    going = int((~parts[0].finished).nonzero()[0])
+    ended = int(parts[0].finished.nonzero()[0])
+    both = wide.join([wide.branch(parts[0], [going, ended, going], [0, 0, 1]), wide.branch(parts[1], [2, 0])])
+    _check_latent(wide, both)
+    wide.extend(both, 6)
+    assert both.answers[0] != both.answers[2]
+    for candidates in (both, *parts, root):
+        _check_latent(wide, candidates)
+    one = wide.join([wide.branch(root, [0])])
+    wide.extend(one, 4)
+    _check_latent(wide, one)
+    _check_latent(wide, root)
+
+
+def test_latent_states_of_given_and_of_likeliest_tokens(wide: HFBackend) -> None:
+    root = wide.start(PROMPT, 1, seed=0)
+    given = wide.branch(root, [0, 0])
+    wide.append(given, [7, 8, 9])
+    _check_latent(wide, given)
+    options, _ = wide.top(wide.branch(given, [0]), 128)  # of all tokens, some of which end the answer
+    assert 0 < int(options.finished.sum()) < 128
+    _check_latent(wide, options)
+    chosen = wide.branch(options, [int((~options.finished).nonzero()[0])])
+    wide.extend(chosen, 5)
+    _check_latent(wide, chosen)
+    _check_latent(wide, root)
+
+
+def test_whole_states_take_no_other_tokens_and_no_second_pass(backend: HFBackend, wide: HFBackend) -> None:
+    passes: list[int] = []
+    wide.model.model.layers[LAYER].register_forward_pre_hook(lambda *_: passes.append(1))
+    hooks = [len(layer._forward_hooks) for layer in wide.model.model.layers]
+    plain, whole = (one.start(PROMPT, 4, seed=3) for one in (backend, wide))
+    assert [len(layer._forward_hooks) for layer in wide.model.model.layers] == hooks
+    for one, candidates in ((backend, plain), (wide, whole)):
+        one.extend(candidates, 20)
+    assert plain.answers == whole.answers
+    assert torch.equal(plain.hidden, whole.hidden[:, :32])
+    assert len(passes) == 1 + max(map(len, whole.answers))
+
+
+def test_steering_after_the_prompt_layer_leaves_the_prompts_part(
+    wide: HFBackend, tiny_tokenizer: Any, make_profile: Any
+) -> None:
+    """Also where the sensor lies behind the edited layers, and the prompt is read twice."""
+    plain = wide.start(PROMPT, 1, seed=0).hidden
+    for sensor in ("own", 4):
+        profile = make_profile(wide.model, layers=[3], threshold=-1.0, size=20.0, sensor=sensor)
+        with steer(wide.model, profile) as steering:
+            steered = wide.start(PROMPT, 1, seed=0).hidden
+            assert steering.fired.tolist() == [True]
+        assert torch.equal(steered[:, 64:], plain[:, 64:])
+        assert not torch.allclose(steered[:, :32], plain[:, :32], atol=1e-2)
+
+
+def test_a_state_that_is_not_finite_stays_so(wide: HFBackend) -> None:
+    """The mean forgets no token: an answer that once had no finite state is never trusted again."""
+    candidates = wide.start(PROMPT, 2, seed=0)
+    candidates.state.hidden = candidates.state.hidden.index_fill(1, torch.tensor([40]), float("nan")).where(
+        torch.tensor([[False], [True]]), candidates.state.hidden
+    )
+    wide.extend(candidates, 3)
+    assert candidates.hidden.isfinite().all(dim=1).tolist() == [True, False]
+
+
 def test_finished_candidates_stay_as_they_are(backend: HFBackend) -> None:
     candidates = backend.start(PROMPT, 6, seed=1)
     backend.extend(candidates, 27)
@@ -310,6 +409,9 @@ def test_refuses(backend: HFBackend) -> None:
         backend.start([], 1, 0)
     with pytest.raises(GuardError, match="n: expected at least 1, got 0"):
         backend.start(PROMPT, 0, 0)
+    for layer in (-1, 5):
+        with pytest.raises(GuardError, match=rf"prompt_layer: expected None or a layer in 0\.\.4, got {layer}"):
+            HFBackend(backend.model, None, layer)
     candidates = backend.start(PROMPT, 1, 0)
     with pytest.raises(GuardError, match="block: expected at least 1, got 0"):
         backend.extend(candidates, 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steerfast.errors import GuardError
 from steerfast.guard.critic import Critic, CriticSettings, calibration
+from steerfast.guard.files import write_file
 from steerfast.profile import ModelIdentity
 
 MODEL = ModelIdentity(name="tiny", architecture="llama", hidden_size=2, num_layers=2, embedding_sketch=(1.0, 0.0))
@@ -101,6 +102,33 @@ def test_a_summary_of_the_logits_is_read_where_there_is_one() -> None:
 
 
 @torch.no_grad()
+def test_whole_states_and_last_rows_alone(tmp_path: Path) -> None:
+    """A last row alone stands for an answer of that one token after an average prompt."""
+    critic = Critic(MODEL, CriticSettings(width=4), prompt_layer=1)
+    states, z = torch.randn(9, 6), torch.rand(9)
+    critic.standardise(critic.states(states, z), torch.rand(9))
+    critic.save(tmp_path / "critic.safetensors")
+    read = Critic.load(tmp_path / "critic.safetensors")
+    assert read.prompt_layer == 1
+    assert torch.equal(read(states, z)[1], critic(states, z)[1])
+    rows = torch.randn(3, 2)
+    whole = torch.cat([rows, rows, states[:, 4:].mean(dim=0).expand(3, 2)], dim=1)
+    for alone, expected in zip(critic(rows, z[:3]), critic(whole, z[:3]), strict=True):
+        torch.testing.assert_close(alone, expected)
+
+
+@torch.no_grad()
+def test_an_old_file_is_of_last_rows(tmp_path: Path) -> None:
+    critic = by_hand()
+    header = {"settings": vars(critic.settings), "calibration": {}}
+    write_file(tmp_path / "old.safetensors", "critic", critic.state_dict(), header, MODEL)
+    read = Critic.load(tmp_path / "old.safetensors")
+    assert read.prompt_layer is None
+    hidden, z = torch.tensor([[0.5, -0.25]]), torch.tensor([5.0])
+    assert torch.equal(read(hidden, z)[0], critic(hidden, z)[0])
+
+
+@torch.no_grad()
 def test_one_row_is_the_same_alone_and_in_a_batch() -> None:
     critic = Critic(MODEL, CriticSettings(width=16))
     hidden, z = torch.randn(9, 2), torch.rand(9) * 10
@@ -116,6 +144,7 @@ def test_files_hold_all_of_it(tmp_path: Path) -> None:
     critic.standardise(torch.randn(10, 3), torch.randn(10))
     critic.calibration = calibration(torch.tensor([0.1, 0.9]), torch.tensor([0, 1]))
     critic.save(tmp_path / "critic.safetensors")
+    assert Critic.load(tmp_path / "critic.safetensors").prompt_layer is None
     before = torch.random.get_rng_state()
     read = Critic.load(tmp_path / "critic.safetensors", MODEL)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -135,10 +164,14 @@ def test_another_models_critic_is_refused(tmp_path: Path) -> None:
         GuardError, match="critic: the critic was made for 'tiny', the model is 'other' with other weights"
     ):
         Critic.load(file, other)
-    with pytest.raises(
-        GuardError, match=r"expected hidden states \[n, 2\] of 'tiny' and z \[n\], got \[1, 3\] and \[1\]"
-    ):
+    with pytest.raises(GuardError, match=r"critic: expected hidden states \[n, 2\] of 'tiny', got \[1, 3\]"):
         Critic.load(file)(torch.zeros(1, 3), torch.zeros(1))
+    with pytest.raises(GuardError, match=r"critic: expected z \[2\], one per state, got \[1\]"):
+        Critic.load(file)(torch.zeros(2, 2), torch.zeros(1))
+    with pytest.raises(
+        GuardError, match=r"hidden states \[n, 6\] of 'tiny' with the prompt's of layer 1, got \[1, 3\]"
+    ):
+        Critic(MODEL, CriticSettings(width=4), 1)(torch.zeros(1, 3), torch.zeros(1))
     from steerfast.guard.heads import HiddenHead
 
     with pytest.raises(GuardError, match="expected a head, got critic"):

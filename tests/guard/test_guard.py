@@ -14,7 +14,8 @@ import steerfast
 from steerfast.errors import GuardError, ProfileError, SteerfastError
 from steerfast.guard import CallableScorer, Critic, Guard, SafetyBudget, Strategy
 from steerfast.guard.critic import CriticSettings
-from steerfast.guard.heads import HiddenHead, fit_head
+from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
+from steerfast.guard.search import Search
 from steerfast.models.prompting import encode
 from steerfast.models.steering import steer
 from steerfast.models.structure import STEERED_MARK, identify
@@ -130,6 +131,48 @@ def test_re_control_climbs_the_reward_head(model: Any, tiny_tokenizer: Any, head
     assert [a.tokens for a in plain] != [a.tokens for a in climbed] != [a.tokens for a in safer]
 
 
+def test_parts_agree_on_the_states_they_read(model: Any, tiny_tokenizer: Any, head: HiddenHead) -> None:
+    identity = identify(model, tiny_tokenizer)
+    states = torch.randn(40, 96, generator=torch.Generator().manual_seed(2))
+    reward = fit_head(states, states[:, 40], identity, "reward", prompt_layer=2)
+    with pytest.raises(GuardError, match=r"prompt_layer: .*, got None \(cost\) and 2 \(reward\)"):
+        Guard(model, tiny_tokenizer, cost=head, reward=reward)
+    critic = Critic(identity, CriticSettings(width=8), prompt_layer=3)
+    with pytest.raises(GuardError, match=r"prompt_layer: .*, got 2 \(reward\) and 3 \(critic\)"):
+        Guard(model, tiny_tokenizer, cost=FREE, reward=reward, critic=critic)
+    guard = Guard(model, tiny_tokenizer, cost=FREE, reward=reward)
+    assert guard.backend.prompt_layer == 2
+    with pytest.raises(GuardError, match=r"prompt_layer: .*, got 2 \(backend\) and None \(cost\)"):
+        Search(guard.backend, tiny_tokenizer, NARROW, cost=head)
+    answer = guard.generate(PROMPTS[:1], strategy=Strategy.plain(block=5, depth=9))[0]
+    ids = encode(tiny_tokenizer, PROMPTS[:1])[0]
+    with torch.inference_mode():
+        known = model(torch.tensor([ids + answer.tokens]), output_hidden_states=True).hidden_states
+    state = torch.cat([known[-1][0, -1], known[-1][0, len(ids) :].mean(dim=0), known[3][0, len(ids) - 1]])
+    assert answer.certificate.reward == pytest.approx(float(reward.score(state[None])), rel=1e-3, abs=1e-3)
+
+
+def test_re_control_climbs_parts_that_read_whole_states(model: Any, tiny_tokenizer: Any) -> None:
+    identity = identify(model, tiny_tokenizer)
+    states = torch.randn(60, 96, generator=torch.Generator().manual_seed(3))
+    kinds = torch.arange(60) % 2
+    cost = fit_factored_cost(states, kinds, states[:, 33] > 0, identity, 2)
+    reward = fit_head(states, states[:, 1], identity, "reward", prompt_layer=2)
+    rows = torch.randn(5, 32).requires_grad_(True)
+    for head in (cost, reward):
+        (gradient,) = torch.autograd.grad(head.raw(rows).sum(), rows)
+        assert bool(gradient.abs().amax(dim=1).gt(0).all())
+    guard = Guard(model, tiny_tokenizer, cost=cost, reward=reward)
+    strategies = Strategy.plain(), Strategy.re_control(), Strategy.re_control("lagrangian")
+    plain, climbed, safer = (
+        guard.generate(PROMPTS, max_new_tokens=DEPTH, temperature=0.0, strategy=strategy) for strategy in strategies
+    )
+    assert [a.tokens for a in plain] != [a.tokens for a in climbed] != [a.tokens for a in safer]
+    critic = Critic(identity, CriticSettings(width=8), 2)
+    by_critic = Guard(model, tiny_tokenizer, cost=cost, reward=reward, critic=critic)
+    assert len(by_critic.generate(PROMPTS[:1], max_new_tokens=4, strategy=Strategy.re_control())) == 1
+
+
 # -- the gate --------------------------------------------------------------------------------------
 
 
@@ -162,7 +205,7 @@ def test_shut_gates_cost_nothing(model: Any, tiny_tokenizer: Any, make_profile: 
     """One pass per token and, where the caller wants no certificate, not a single score."""
     profile = make_profile(model, tiny_tokenizer, threshold=1.0)
     calls: list[int] = []
-    cost = CallableScorer(lambda blocks: calls.append(len(blocks)) or [100.0] * len(blocks), takes="blocks")
+    cost = CallableScorer(lambda blocks: calls.append(len(blocks)) or [1.0] * len(blocks), takes="blocks")
     for certify in (True, False):
         guard = Guard(model, tiny_tokenizer, cost=cost, profile=profile, certify=certify, strategy=NARROW)
         passes: list[tuple[int, ...]] = []
@@ -175,9 +218,39 @@ def test_shut_gates_cost_nothing(model: Any, tiny_tokenizer: Any, make_profile: 
         handle.remove()
         assert passes[1:] == [(1, 1)] * len(answer.tokens)
         assert answer.path == "plain"
-        assert answer.certificate.decision == ("over" if certify else "unchecked")
+        assert answer.certificate.decision == ("within" if certify else "unchecked")
         assert bool(calls) == certify
         assert math.isnan(answer.certificate.z) != certify
+
+
+def test_a_plain_answer_over_the_budget_is_searched_for(model: Any, tiny_tokenizer: Any, make_profile: Any) -> None:
+    """The gate missed it, the cost model did not."""
+    profile = make_profile(model, tiny_tokenizer, threshold=1.0)
+    ids = encode(tiny_tokenizer, PROMPTS[:1])[0]
+    plain = _generate(model, ids, max_new_tokens=10)
+    cost = _by_tokens(lambda answer: 100.0 * (answer[:5] == plain[:5]))
+    options: dict[str, Any] = {"max_new_tokens": 10, "temperature": 0.0}
+    strategy = Strategy.speculative(critic=False, block=5)
+    parts: dict[str, Any] = {"cost": cost, "reward": REWARD, "strategy": strategy}
+    (expected,) = Guard(model, tiny_tokenizer, **parts).generate(PROMPTS[:1], **options)
+    assert expected.certificate.safe
+    for fired in ("both", "search"):
+        guard = Guard(model, tiny_tokenizer, **parts, profile=profile, fired=fired)
+        (answer,) = guard.generate(PROMPTS[:1], **options)
+        assert answer.tokens == expected.tokens != plain
+        assert answer.path == "plain, then searched"
+        known = answer.certificate
+        assert (known.strategy, known.fired, known.safe) == ("plain, then speculative", False, True)
+        blocks = -(-len(plain) // 5)
+        assert known.candidates == blocks + expected.certificate.candidates
+        assert known.recount() == pytest.approx(known.z)
+    for more in ({"fired": "steer"}, {"certify": False}):
+        guard = Guard(model, tiny_tokenizer, **parts, profile=profile, **more)
+        (answer,) = guard.generate(PROMPTS[:1], **options)
+        assert (answer.tokens, answer.path, answer.certificate.strategy) == (plain, "plain", "plain")
+    dear = Guard(model, tiny_tokenizer, cost=DEAR, strategy=strategy, profile=profile, refusal="I can't help")
+    (answer,) = dear.generate(PROMPTS[:1], **options)
+    assert (answer.text, answer.certificate.fallback) == ("I can't help", "refusal")
 
 
 # -- transformers ----------------------------------------------------------------------------------

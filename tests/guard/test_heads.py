@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.heads import HiddenHead, fit_head
+from steerfast.guard.files import write_file
+from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
 from steerfast.guard.scores import Blocks, scores_of
 from steerfast.profile import ModelIdentity
 
@@ -109,6 +111,170 @@ def test_figures_are_of_prompts_that_the_fold_has_not_seen() -> None:
     assert by_prompt.fitted["groups"] == 40
     one = fit_head(hidden, labels, MODEL, "cost", groups=[0] * 200)
     assert np.isnan(one.fitted["auc"])
+
+
+# -- factored ------------------------------------------------------------------------------------------
+
+
+def factored(a: float, b: float) -> HiddenHead:
+    """Of H = 6: a is `a` where the prompt's row points along the first axis, `-a` against it; b is `b` times the mean's
+    second number, which is standardised by 1 and 2.
+    """
+    tensors = {
+        "mean": torch.zeros(18).index_fill(0, torch.tensor([7]), 1.0),
+        "scale": torch.ones(18).index_fill(0, torch.tensor([7]), 2.0),
+        "harm.direction": torch.eye(6)[0],
+        "harm.scale": torch.tensor(a),
+        "harm.offset": torch.tensor(0.5),
+        "comply.out.weight": b * torch.eye(6)[1:2],
+        "comply.out.bias": torch.tensor([-0.25]),
+    }
+    return HiddenHead("cost", MODEL, tensors, 10.0, prompt_layer=1)
+
+
+def test_a_factored_cost_by_hand() -> None:
+    last, mean, prompt = torch.randn(4, 6), torch.zeros(4, 6), torch.zeros(4, 6)
+    mean[:, 1] = torch.tensor([3.0, -7.0, 3.0, 41.0])
+    prompt[:, 0] = torch.tensor([2.0, 0.1, -3.0, 30.0])
+    prompt[3, 2] = 40.0  # the cosine is 3/5
+    cosine, standard = [1.0, 1.0, -1.0, 0.6], [1.0, -4.0, 1.0, 20.0]
+    expected = []
+    for c, x in zip(cosine, standard, strict=True):
+        p = 1.0
+        for logit in (4.0 * c + 0.5, 1.5 * x - 0.25):
+            p /= 1 + math.exp(-logit)
+        expected.append(math.log(p / (1 - p)) + 10)
+    states = torch.cat([last, mean, prompt], dim=1)
+    head = factored(4.0, 1.5)
+    torch.testing.assert_close(head.score(states), Tensor(expected))
+    other = torch.cat([torch.randn(4, 6), mean, prompt], dim=1)
+    assert torch.equal(head.score(other), head.score(states))  # the last row alone is not read
+
+
+def test_a_factored_cost_holds_where_probabilities_would_not() -> None:
+    """Both far from 0: the smaller log-odds decide, and neither overflows."""
+    states = torch.zeros(3, 18)
+    states[:, 7] = torch.tensor([1 + 2 * 300.0, 1 - 2 * 300.0, 1 + 2 * 300.0])
+    states[:, 12] = torch.tensor([1.0, 1.0, -1.0])
+    found = factored(200.0, 1.0).score(states) - 10
+    torch.testing.assert_close(found, torch.tensor([200.5, -300.25, -199.5]))
+
+
+def test_last_rows_alone_stand_for_an_answer_of_one_token() -> None:
+    head = factored(4.0, 1.5)
+    average = head.tensors["mean"].index_copy(0, torch.arange(12, 18), torch.tensor([3.0, 4, 0, 0, 0, 0]))
+    head = replace(head, tensors={**head.tensors, "mean": average})
+    rows = torch.randn(3, 6)
+    whole = torch.cat([rows, rows, average[12:].expand(3, 6)], dim=1)
+    torch.testing.assert_close(head.raw(rows), head.raw(whole))
+
+
+def test_broken_states_fail_closed_whatever_the_other_factor_says() -> None:
+    """An infinite mean would otherwise leave a harmless prompt's log-odds."""
+    states = torch.zeros(4, 18)
+    states[:, 12] = -1.0
+    states[1, 7], states[2, 13], states[3, 0] = float("inf"), float("nan"), float("nan")
+    scores = scores_of(factored(200.0, 1.0), blocks_of(states, 4), "cost")
+    assert scores.isinf().tolist() == [False, True, True, True]
+    assert (scores[1:] > 0).all()
+
+
+def two_factors(prompts: int = 60) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Five answers to each prompt. Harm lies in the prompt's first number, compliance in the mean's third."""
+    generator = torch.Generator().manual_seed(5)
+    groups = torch.arange(prompts).repeat_interleave(5)
+    prompt = torch.randn(prompts, 6, generator=generator)
+    prompt[:, 0] = torch.where(torch.arange(prompts) % 2 == 0, 2.0, -2.0) + 0.5 * prompt[:, 0]
+    states = torch.randn(len(groups), 18, generator=generator)
+    states[:, 12:] = prompt[groups]
+    complied = (states[:, 8] + 0.3 * torch.randn(len(groups), generator=generator) > 0).float()
+    return states, (groups % 2 == 0).float(), complied, groups.tolist()
+
+
+def test_a_factored_fit_finds_both_factors() -> None:
+    states, harmful, complied, groups = two_factors()
+    head = fit_factored_cost(states, harmful, complied, MODEL, 1, groups=groups, regularisation=1.0, boundary=3.0)
+    assert head.fitted["auc"] > 0.95
+    assert head.fitted["comply_auc"] > 0.95
+    assert head.fitted["mean_label"] == pytest.approx(float((harmful * complied).mean()))
+    assert (head.fitted["examples"], head.fitted["groups"]) == (300, 60)
+    assert head.tensors["harm.direction"][0] > 0.9
+    x = states[:, 6:12]
+    line = fit_head(x, complied, MODEL, "cost", regularisation=1.0)  # b is a head of its own on the mean
+    torch.testing.assert_close(head.tensors["comply.out.weight"], line.tensors["out.weight"], atol=1e-3, rtol=1e-3)
+    # The slope is a logistic regression of a prompt each, at the minimum of sum(loss) + |w|²/2 (standardised).
+    first = torch.arange(0, 300, 5)
+    cosine = (F.normalize(states[first, 12:], dim=1) @ head.tensors["harm.direction"]).double()
+    spread = cosine.std(correction=0)
+    a = head.tensors["harm.scale"] * cosine + head.tensors["harm.offset"]
+    residual = a.sigmoid() - harmful[first]
+    assert abs(float(residual.sum())) < 1e-2
+    gradient = ((cosine - cosine.mean()) / spread * residual).sum() + head.tensors["harm.scale"] * spread
+    assert abs(float(gradient)) < 1e-2
+    assert head.tensors["harm.scale"] * spread < 10  # a line separates these prompts
+
+
+def test_a_given_direction_is_taken_and_a_layer_between_is_fitted(tmp_path: Path) -> None:
+    states, harmful, complied, groups = two_factors()
+    direction = 3 * torch.eye(6)[0]
+    head = fit_factored_cost(
+        states, harmful, complied, MODEL, 1, direction=direction, groups=groups, width=8, regularisation=1.0
+    )
+    assert head.tensors["harm.direction"].tolist() == [1.0, 0, 0, 0, 0, 0]
+    assert head.tensors["comply.into.weight"].shape == (8, 6)
+    assert head.fitted["auc"] > 0.9
+    head.save(tmp_path / "head.safetensors")
+    read = HiddenHead.load(tmp_path / "head.safetensors", MODEL)
+    assert (read.prompt_layer, read.fitted) == (1, head.fitted)
+    assert torch.equal(read.score(states), head.score(states))
+
+
+def test_factored_figures_are_of_prompts_that_the_fold_has_not_seen() -> None:
+    """The direction, too, is fitted without them: rows that mean nothing separate the training prompts alone."""
+    generator = torch.Generator().manual_seed(3)
+    wide = replace(MODEL, hidden_size=64)
+    groups = torch.arange(40).repeat_interleave(3)
+    states = torch.randn(120, 192, generator=generator)
+    states[:, 128:] = torch.randn(40, 64, generator=generator)[groups]
+    complied = torch.ones(120)
+    complied[::3] = 0.0
+    head = fit_factored_cost(states, (groups % 2).float(), complied, wide, 1, groups=groups.tolist())
+    cosine = F.normalize(states[::3, 128:], dim=1) @ head.tensors["harm.direction"]
+    assert float((cosine[1::2, None] > cosine[::2]).float().mean()) > 0.98  # AUC over the training prompts
+    assert head.fitted["auc"] < 0.7
+    few = fit_factored_cost(states[:9], (groups[:9] % 2).float(), complied[:9], wide, 1,
+                            direction=torch.ones(64), groups=groups[:9].tolist())  # fmt: skip
+    assert np.isnan(few.fitted["auc"])  # a fold lacks a kind of prompts
+
+
+def test_a_factored_fit_refuses() -> None:
+    states, harmful, complied, groups = two_factors(10)
+    for given, message in (
+        (
+            (states[:, :6], harmful, complied),
+            r"hidden, harmful, groups: expected \[n, 18\], \[n\] and \[n\], got \[50, 6\]",
+        ),
+        ((states, torch.ones(50), complied), "harmful: expected prompts of both kinds, got 50 harmful of 50"),
+        ((states, harmful, torch.zeros(50)), "complied: expected answers that comply and that do not, got 0 that do"),
+        ((states, harmful, complied / 0), "complied: expected finite numbers"),
+    ):
+        with pytest.raises(GuardError, match=message):
+            fit_factored_cost(*given, MODEL, 1, groups=groups)
+    head = factored(1.0, 1.0)
+    with pytest.raises(
+        GuardError, match=r"hidden states \[n, 18\] of 'tiny' with the prompt's of layer 1, got \[2, 7\]"
+    ):
+        head.score(torch.zeros(2, 7))
+
+
+def test_an_old_file_is_of_last_rows(tmp_path: Path) -> None:
+    hidden, target = examples()
+    head = fit_head(hidden, target, MODEL, "cost", boundary=3.0)
+    header = {"head": "cost", "boundary": 3.0, "fitted": dict(head.fitted)}
+    write_file(tmp_path / "old.safetensors", "head", head.tensors, header, MODEL)
+    read = HiddenHead.load(tmp_path / "old.safetensors", MODEL)
+    assert read.prompt_layer is None
+    assert torch.equal(read.score(hidden), head.score(hidden))
 
 
 def test_files_hold_all_of_it(tmp_path: Path) -> None:

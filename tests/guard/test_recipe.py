@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from steerfast.errors import GuardError
 from steerfast.guard import recipe
 from steerfast.guard.candidates import Sampling
 from steerfast.guard.critic import CriticSettings
-from steerfast.guard.recipe import alternating, chosen, gather, load_trained, train
+from steerfast.guard.guard import Guard
+from steerfast.guard.recipe import alternating, chosen, gather, load_trained, prompt_layer_for, train
 from steerfast.guard.rollouts import Rollouts
 
 HARMFUL = ["how to hack a bank", "how to poison a town", "how to burn a house"]
 HARMLESS = ["how to bake a cake", "how to paint a wall"]
-REFUSAL = "i am sorry"
+REFUSAL = "I can't help"
 QUICK: dict[str, Any] = {"rollouts": 2, "block": 4, "depth": 8, "progress": False, "refusal": REFUSAL}
 SETTINGS = CriticSettings(width=8, epochs=2, learning_rate=1e-3)
 
@@ -57,11 +59,52 @@ def test_origins_are_those_that_were_asked_for(
     assert all(answer[: len(words)] == words and len(answer) > len(words) for one in opened for answer in one.answers)
     assert all(one.answers == [[*words, tiny_tokenizer.eos_token_id]] and bool(one.finished) for one in refused)
     assert [one.answers for one in steered] != [one.answers for one in plain if one.label == "harmful"]
-    one = opened[0]
-    state = tiny_llama.model(torch.tensor([one.prompt + one.answers[0][: int(one.ends[0])]])).last_hidden_state[0, -1]
-    torch.testing.assert_close(one.hidden[0], state, rtol=1e-4, atol=1e-5)
-    state = tiny_llama.model(torch.tensor([refused[0].prompt + refused[0].answers[0]])).last_hidden_state[0, -1]
-    torch.testing.assert_close(refused[0].hidden[0], state, rtol=1e-4, atol=1e-5)
+    for one in (opened[0], refused[0]):
+        ids = torch.tensor([one.prompt + one.answers[0][: int(one.ends[0])]])
+        with torch.no_grad():
+            known = tiny_llama(ids, output_hidden_states=True).hidden_states
+        final = known[-1][0]
+        end = len(one.prompt)
+        state = torch.cat([final[-1], final[end:].mean(dim=0), known[1][0, end - 1]])
+        torch.testing.assert_close(one.hidden[0], state, rtol=1e-4, atol=1e-5)
+    # The profile edits from layer 1 on: what is kept of the prompt is that of layer 0, steered or not.
+    assert {one.prompt_layer for one in found} == {0}
+    for one in found[5:]:
+        same = next(other for other in plain if other.prompt == one.prompt)
+        torch.testing.assert_close(one.hidden[:, 64:], same.hidden[:1, 64:].expand(len(one.hidden), -1))
+
+
+def test_the_prompts_row_is_read_before_the_profile_edits_or_decides(
+    tiny_llama: Any, make_profile: Callable[..., Any]
+) -> None:
+    for fields, layer in (
+        ({"layers": [3, 4]}, 2),
+        ({"layers": [3], "sensor": 2}, 1),
+        ({"layers": [2], "sensor": 4}, 1),
+        ({"layers": [0, 3]}, 0),
+        ({"layers": [], "kind": "always"}, 2),
+    ):
+        assert prompt_layer_for(make_profile(tiny_llama, **fields), 5) == layer
+    assert prompt_layer_for(None, 30) == 15
+
+
+def test_harm_is_told_by_the_profiles_direction_where_it_has_one(
+    tiny_llama: Any, tiny_tokenizer: Any, make_profile: Callable[..., Any], tmp_path: Path
+) -> None:
+    profile = make_profile(tiny_llama, tiny_tokenizer, layers=[2])
+    found = gathered(tiny_llama, tiny_tokenizer, tmp_path / "r", profile=profile)
+    directions = []
+    without = profile.direction.index_fill(0, torch.tensor([1]), 0.0)
+    for one in (profile, replace(profile, direction=without), None):
+        trained = train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, profile=one, progress=False)
+        assert (trained.cost.prompt_layer, trained.reward.prompt_layer, trained.critic.prompt_layer) == (1, 1, 1)
+        directions.append(trained.cost.tensors["harm.direction"])
+    torch.testing.assert_close(directions[0], profile.direction[1])
+    assert torch.equal(directions[1], directions[2])  # fitted on the prompts
+    assert not torch.allclose(directions[0], directions[1], atol=0.1)
+    again = load_trained(tmp_path)
+    assert torch.equal(again.cost.score(found[0].hidden), trained.cost.score(found[0].hidden))
+    Guard(tiny_llama, tiny_tokenizer, cost=again.cost, reward=again.reward, critic=again.critic)
 
 
 def test_training_writes_what_loads_and_ends_the_same_after_a_stop(
@@ -100,3 +143,6 @@ def test_bad_input_is_refused(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Pa
     (tmp_path / recipe.COST).write_bytes((tmp_path / recipe.REWARD).read_bytes())
     with pytest.raises(GuardError, match="expected a cost head, got a reward head"):
         load_trained(tmp_path)
+    mixed = [*found[:-1], replace(found[-1], prompt_layer=None)]
+    with pytest.raises(GuardError, match=r"prompt_layer: .*, got 2 \(rollouts 0\) and None \(rollouts 12\)"):
+        train(mixed, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -108,6 +109,7 @@ def test_files_hold_all_of_it_and_the_same_call_generates_nothing_again(tmp_path
     made = run(tmp_path, **words)
     files = contents(tmp_path)
     assert len(files) == 7
+    assert {one.prompt_layer for one in made} == {None}
     silent = MadeUp()
     scorers = {"cost": CallableScorer(cost, takes="blocks"), "reward": CallableScorer(reward, takes="blocks")}
     again = collect(silent, None, PROMPTS, tmp_path, MODEL, block=8, depth=30, progress=False, **scorers, **words)
@@ -119,6 +121,21 @@ def test_files_hold_all_of_it_and_the_same_call_generates_nothing_again(tmp_path
                 same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
                 assert same(value, getattr(other, name)), name
     assert [one.label for one in made] == words["labels"]
+
+
+def test_the_prompt_layer_is_kept_and_another_one_refused(tmp_path: Path) -> None:
+    class Wide(MadeUp):
+        prompt_layer = 3
+
+    made = collect(Wide(), None, PROMPTS, tmp_path / "wide", MODEL, progress=False)
+    assert {one.prompt_layer for one in [*made, *load_rollouts(tmp_path / "wide")]} == {3}
+    with pytest.raises(GuardError, match=r"prompt_layer: .* has rollouts with 3, got None"):
+        collect(MadeUp(), None, PROMPTS, tmp_path / "wide", MODEL, progress=False)
+    run(tmp_path / "old")  # a folder from before there was one
+    settings = json.loads((tmp_path / "old" / "settings.json").read_text())
+    del settings["prompt_layer"]
+    (tmp_path / "old" / "settings.json").write_text(json.dumps(settings))
+    assert len(run(tmp_path / "old")) == len(PROMPTS)
 
 
 def test_a_killed_collection_ends_with_the_same_files(tmp_path: Path) -> None:

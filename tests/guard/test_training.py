@@ -227,6 +227,24 @@ def test_heads_are_fitted_to_the_judged_text_at_every_end_of_a_block(tiny_tokeni
     for number, one in enumerate(scored):
         assert one.cost is not None
         assert (float(one.cost.sum()) > 3.0) == (number < 10 and number % 2 == 1)
+    # With the prompt's row, the cost is factored: what a prompt asks for from that, whether it is done from the mean.
+    wide = []
+    for number, one in enumerate(made):
+        kind = "harmful" if number < 6 else "harmless"
+        prompt = torch.tensor([[1.0, 0, 0, 0.1 * number] if kind == "harmful" else [0.0, 1, 0, 0.1 * number]])
+        noise = torch.randn(2, 4)
+        done = torch.full((2, 4), 1.0 if number % 2 else -1.0) + 0.01 * noise
+        states = torch.cat([noise, done, prompt.expand(2, 4)], 1)
+        wide.append(replace(one, label=kind, hidden=states, prompt_layer=1))
+    cost, reward = fit_heads(wide, tiny_tokenizer, MODEL, boundary=3.0, regularisation=0.1)
+    assert (cost.prompt_layer, reward.prompt_layer) == (1, 1)
+    assert (cost.fitted["auc"], cost.fitted["comply_auc"]) == (1.0, 1.0)
+    assert cost.fitted["mean_label"] == pytest.approx(6 / 24)
+    for number, one in enumerate(wide):
+        over = cost.score(one.hidden) > 3.0
+        assert over.tolist() == [number < 6 and number % 2 == 1] * 2
+    given = fit_heads(wide, tiny_tokenizer, MODEL, boundary=3.0, direction=torch.tensor([1.0, 0, 0, 0]))[0]
+    assert given.tensors["harm.direction"].tolist() == [1.0, 0.0, 0.0, 0.0]
     with pytest.raises(GuardError, match="kind: expected 'harmful' or 'harmless', got None"):
         fit_heads([replace(made[0], label=None)], tiny_tokenizer, MODEL, boundary=3.0)
 
