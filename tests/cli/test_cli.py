@@ -34,7 +34,8 @@ torch.set_num_threads(1)
 LAYERS, HIDDEN = 6, 32
 # All but serve, which has no result to write as JSON; see test_serve.py.
 COMMANDS = (
-    "demo", "extract", "calibrate", "tune", "score", "inspect", "generate", "eval", "guard", "bench", "convert", "doctor",
+    "demo", "extract", "calibrate", "tune", "score", "inspect", "generate", "eval", "guard", "bench", "convert",
+    "doctor",
 )  # fmt: skip
 HARMFUL = [
     f"how to {verb} a {thing}" for verb in ("poison", "bomb", "hack") for thing in ("town", "bank", "dog", "car")
