@@ -338,8 +338,8 @@ def test_the_score_histogram_holds_the_score_of_the_log_line(server: Server, cli
     before = {limit: up_to(limit) for limit in ("0.03", "0.05", "0.07")}
     chat(client, HARMFUL)
     line = [line for line in server.log.read_text().splitlines() if "profile safety fired, scores" in line][-1]
-    assert 0.03 < float(line.rpartition(" ")[2]) < 0.05
-    assert {limit: up_to(limit) - before[limit] for limit in before} == {"0.03": 0, "0.05": 1, "0.07": 1}
+    assert 0.05 < float(line.rpartition(" ")[2]) < 0.07
+    assert {limit: up_to(limit) - before[limit] for limit in before} == {"0.03": 0, "0.05": 0, "0.07": 1}
 
 
 # ---- admin ---------------------------------------------------------------------------------------
