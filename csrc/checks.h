@@ -65,6 +65,12 @@ inline Rows check_rows(const char* name, const Tensor& rows, const Tensor& x) {
   return {rows.numel() / size, size, size};
 }
 
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
+  return same;
+}
+
 // The slots per row of an index tensor [count, offset + K].
 inline int64_t stack(const char* name, const Tensor& index, int64_t offset) {
   const int64_t width = index.dim() == 2 ? index.size(1) : -1;

@@ -26,9 +26,8 @@ int64_t fill(steerfast::Operands& args, const Tensor& x, const Tensor* residual,
   args.residual_stride = 0;
   if (residual) {
     const Rows added = check_rows("residual", *residual, x);
-    STD_TORCH_CHECK(
-        residual->scalar_type() == x.scalar_type() && added.count == rows.count && added.size == rows.size,
-        "residual: expected the shape and dtype of x");
+    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type() && same_shape(*residual, x),
+                    "residual: expected the shape and dtype of x");
     args.residual = residual->const_data_ptr();
     args.residual_stride = added.stride;
   }
@@ -62,10 +61,16 @@ void fill(steerfast::EditArgs& args, const Tensor& x, const Tensor* residual, co
     }
 }
 
+// Only the fused op takes rows in the shape of the residual stream, and gives them back in it.
+void check_flat(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected a tensor [rows, H], got ", x.dim(), " dimensions");
+}
+
 const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
 void gate_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& row, const Tensor& slot,
            const Tensor& directions, const Tensor& table, const Tensor& scores, const Tensor& values) {
+  check_flat(x);
   steerfast::GateArgs args;
   const int64_t rows = fill(args, x, pointer(residual), directions, table);
   args.sequences = row.numel();
@@ -86,6 +91,7 @@ void gate_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor&
 void steer_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& rows, const Tensor& values,
             const Tensor& strength, const Tensor& vectors, const Tensor& directions, const Tensor& table,
             int64_t kinds) {
+  check_flat(x);
   steerfast::SteerArgs args;
   fill(args, x, pointer(residual), rows, values, strength, vectors, directions, table, kinds);
   args.out = x.mutable_data_ptr();

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> add_steer_rms_norm(const Tensor& x, const Tensor& res
   const Rows here = check_rows("x", x, x), added = check_rows("residual", residual, x);
   check_choice("norm", norm, 5);
   const int64_t count = here.count, size = here.size;
-  STD_TORCH_CHECK(residual.scalar_type() == x.scalar_type() && added.count == count && added.size == size,
+  STD_TORCH_CHECK(residual.scalar_type() == x.scalar_type() && same_shape(residual, x),
                   "residual: expected the shape and dtype of x");
   STD_TORCH_CHECK(1 <= size && size <= steerfast::max_hidden_size && count <= INT32_MAX,
                   "x: expected a hidden size from 1 to ", steerfast::max_hidden_size, ", got ", size);

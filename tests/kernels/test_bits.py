@@ -232,6 +232,18 @@ def test_rows_of_sequences_with_gaps_are_refused() -> None:
         CPP.add_steer_rms_norm(*replace(case, x=x, residual=x).norm_arguments())
 
 
+@needs_cpp
+def test_rows_of_sequences_are_for_the_fused_op_alone() -> None:
+    case = make_case(6, 64, pair=True)
+    x = case.x.view(2, 3, 64)
+    many = replace(case, x=x, residual=x)
+    for op, arguments in ((CPP.gate_, many.gate_arguments()), (CPP.steer_, many.steer_arguments())):
+        with pytest.raises(RuntimeError, match=r"x: expected a tensor \[rows, H\], got 3"):
+            op(*arguments)
+    with pytest.raises(RuntimeError, match="residual: expected the shape"):
+        CPP.add_steer_rms_norm(*replace(many, residual=x.view(3, 2, 64)).norm_arguments())
+
+
 def test_runs_have_the_same_bits(implementation: Implementation) -> None:
     case = soft(make_case(5, 321, torch.float16, stack=2, slots=6, pair=True, shared=True, seed=6))
     first, first_prompt = run_all(implementation, case), case.run_prompt(implementation)
