@@ -9,6 +9,7 @@ Writes a JSON line per layer and probe.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 
 import steerfast
 from steerfast.fitting.activations import residual_rows
-from steerfast.fitting.statistics import auc, rate, threshold_at_false_positive_rate
+from steerfast.fitting.statistics import gate_figures, threshold_at_false_positive_rate
 from steerfast.models.loading import DEMO_MODEL
 from steerfast.models.prompting import encode, pad_token
 from steerfast.prompts import read_records
@@ -82,24 +83,26 @@ def main(name: str, limit: int, output: Path, seed: int) -> None:
     rows = (rows / rows.norm(dim=2, keepdim=True)).numpy()  # a cosine gate sees no more
     counts = {chosen: sets.count(chosen) for chosen in dict.fromkeys(sets)}
     output.unlink(missing_ok=True)
-    command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}"
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     write({"model": name, "sets": counts, "seed": seed, "command": command, **machine()}, output)
     for layer in range(rows.shape[1]):
         for kind, probe in probes().items():
             scores = out_of_fold(probe, rows[:, layer], harmful, names)
             limit_at = threshold_at_false_positive_rate(scores[~harmful], FALSE_POSITIVES)
+            found = gate_figures(scores[harmful], scores[~harmful], limit_at)
+            by_set = {
+                chosen: gate_figures(scores[names == chosen], scores[~harmful], limit_at)
+                for chosen in dict.fromkeys(sets)
+                if chosen.split(",")[0] in HARMFUL
+            }
             line = {
                 "layer": layer,
                 "probe": kind,
-                "auc": auc(scores[harmful], scores[~harmful]).to_list(),
-                "hit_rate": rate(int((scores[harmful] > limit_at).sum()), int(harmful.sum())).to_list(),
+                "auc": found.auc.to_list(),
+                "hit_rate": found.hit_rate.to_list(),
                 "by_set": {
-                    chosen: {
-                        "auc": round(auc(scores[names == chosen], scores[~harmful]).value, 4),
-                        "hit_rate": round(float((scores[names == chosen] > limit_at).mean()), 4),
-                    }
-                    for chosen in dict.fromkeys(sets)
-                    if chosen.split(",")[0] in HARMFUL
+                    chosen: {"auc": round(one.auc.value, 4), "hit_rate": round(one.hit_rate.value, 4)}
+                    for chosen, one in by_set.items()
                 },
             }
             write(line, output)

@@ -296,6 +296,11 @@ class SteeringProfile:
             return []
         return self.steered_layers if self.sensor == "own" else [self.sensor]
 
+    @property
+    def deciding_layers(self) -> list[int]:
+        """Layers whose gate decides, or will once a layer is steered."""
+        return self.gate_layers or ([] if self.sensor == "own" else [self.sensor])
+
     def with_vector(self, kind: str) -> SteeringProfile:
         """The same profile, adding the candidate vectors of `kind`."""
         if kind == self.vector_kind:

@@ -43,6 +43,10 @@ class Prompts(list[str]):
         """These prompts, then the others."""
         return Prompts([*self, *other], self.styles + other.styles, self.requests + other.requests)
 
+    def in_style(self, style: str) -> list[bool]:
+        """Which prompts are in a style."""
+        return [own == style for own in self.styles]
+
     def counts(self) -> dict[str, int]:
         """How many prompts are in each style."""
         return {style: self.styles.count(style) for style in dict.fromkeys(self.styles)}
@@ -70,13 +74,13 @@ def restyle(prompts: Sequence[str], count: int, *, part: Part = "fit", seed: int
         raise PromptError(f"count: expected at least 0, got {count}")
     plain = Prompts(prompts)
     rng = random.Random(seed)
-    short = [prompt for prompt, style in zip(plain, plain.styles, strict=True) if style == PLAIN]
-    short = [prompt for prompt in short if len(prompt) <= _LONGEST]
+    known = zip(plain, plain.styles, plain.requests, strict=True)
+    short = [(prompt, request) for prompt, style, request in known if style == PLAIN and len(prompt) <= _LONGEST]
     made = plain
-    for style, frames in _data()[part].items() if count else ():
+    for style, frames in _data()[part].items():
         chosen = rng.sample(short, min(count, len(short)))
-        texts = [_framed(prompt, frames[i % len(frames)], rng) for i, prompt in enumerate(chosen)]
-        made = made.joined(Prompts(texts, [style] * len(texts), chosen))
+        texts = [_framed(prompt, frames[i % len(frames)], rng) for i, (prompt, _) in enumerate(chosen)]
+        made = made.joined(Prompts(texts, [style] * len(texts), [request for _, request in chosen]))
     return made
 
 

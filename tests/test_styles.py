@@ -23,6 +23,7 @@ def test_prompts_are_a_list_that_knows_more() -> None:
     joined = prompts.joined(Prompts(["c"]))
     assert (joined, joined.styles, joined.requests) == (["a", "b", "c"], ["plain", "chat", PLAIN], ["a", "a", "c"])
     assert joined.counts() == {"plain": 2, "chat": 1}
+    assert joined.in_style("chat") == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["styles", "requests"])
@@ -78,6 +79,7 @@ def test_long_prompts_and_those_of_a_style_are_not_framed() -> None:
     prompts = Prompts(["short", "x" * 1000, "chat"], [PLAIN, PLAIN, "chat"])
     made = restyle(prompts, 3)
     assert set(made.requests[3:]) == {"short"}
+    assert set(restyle(Prompts(["kurz"], requests=["short"]), 1).requests) == {"short"}
     assert restyle(prompts, 0) == prompts
     assert restyle(prompts, 0).styles == prompts.styles
     with pytest.raises(PromptError, match="count: expected at least 0, got -1"):

@@ -20,14 +20,7 @@ _COUNTS = common.Items("counts", _count, "whole numbers of at least 1 like 1,4,1
 @click.command("bench")
 @click.argument("model_name", metavar="MODEL")
 @click.option("--profile", "profile_file", metavar="FILE", help="Measure this profile.  [default: made-up ones]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="auto is the checkpoint's own.",
-)
-@click.option("--device", type=common.Device(), metavar="DEVICE", help="Default: cuda if there is one, else cpu.")
+@common.placement_options
 @click.option(
     "--batch-sizes", type=_COUNTS, default="1,4", show_default=True, metavar="N,...", help="Sequences per batch."
 )

@@ -166,24 +166,28 @@ def json_option(command: F) -> F:
     )(command)
 
 
+def placement_options(command: F) -> F:
+    """`--dtype` and `--device`."""
+    command = click.option(
+        "--device", type=Device(), metavar="DEVICE", help="Default: cuda if there is one, else cpu."
+    )(command)
+    return click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="auto is the checkpoint's own.",
+    )(command)
+
+
 def model_options(default: str | None = None, *, required: bool = False) -> Callable[[F], F]:
     """`--model`, `--dtype` and `--device`; `default` says in the help what an absent model means."""
 
     def add(command: F) -> F:
         says = "Hub id, folder or .gguf file" + (f"; default: {default}." if default else ".")
-        for option in (
-            click.option("--device", type=Device(), metavar="DEVICE", help="Default: cuda if there is one, else cpu."),
-            click.option(
-                "--dtype",
-                type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-                default="auto",
-                show_default=True,
-                help="auto is the checkpoint's own.",
-            ),
-            click.option("--model", "model_name", metavar="MODEL", required=required, help=says),
-        ):
-            command = option(command)
-        return command
+        return click.option("--model", "model_name", metavar="MODEL", required=required, help=says)(
+            placement_options(command)
+        )
 
     return add
 

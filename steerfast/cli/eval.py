@@ -82,14 +82,7 @@ _STRENGTHS = common.Items("strengths", common.finite, "finite numbers like 0.5,1
 @click.option("--latency/--no-latency", default=True, show_default=True, help="Time every system beside unsteered.")
 @click.option("--force", is_flag=True, help="Take sets that a profile was made with, and mark them.")
 @common.batch_size_option()
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="auto is the checkpoint's own.",
-)
-@click.option("--device", type=common.Device(), metavar="DEVICE", help="Default: cuda if there is one, else cpu.")
+@common.placement_options
 @click.option("--resume", metavar="FILE", help="Keep finished answers and verdicts here, and go on from them.")
 @click.option("--html", "html_file", metavar="FILE", help="Write the report: one page, its pictures beside it.")
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the tables as Markdown.")
@@ -169,13 +162,13 @@ def command(
         "batch_size": batch_size,
         "seed": seed,
         "resume": resume,
+        "force": force,
     }
     if images is not None:
         pictures, missing = multimodal.load_images(images, limit, seed)
-        seen = check(systems, [pictures], judged_by, force)
+        check(systems, [pictures], judged_by, force)
         model, processor = multimodal.load_image_model(model_name, dtype=dtype, device=device)
         result = multimodal.evaluate_images(model, processor, systems, pictures, judged_by, **options)
-        result["sets"][pictures.name]["also_fitted_by"] = seen[pictures.name]
         if missing:
             left_out[pictures.name] = f"{len(missing)} questions without a picture"
     else:
@@ -191,7 +184,6 @@ def command(
             maths_max_new_tokens=maths_max_new_tokens,
             latency=latency,
             strengths=strengths or (),
-            force=force,
             load=lambda name: common.load_model(name, dtype, device),
             **options,
         )

@@ -37,35 +37,31 @@ _METHODS = (*_STRATEGIES, "steered", "guided")
 _ALL = "all"
 
 
-def _search_options(block: int, depth: int) -> Callable[[F], F]:
+def _search_options(command: F) -> F:
     """`--block`, `--depth`, `--temperature`, `--top-p` and `--seed`."""
-
-    def add(command: F) -> F:
-        for option in (
-            click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N"),
-            click.option(
-                "--temperature",
-                type=click.FloatRange(min=0),
-                default=0.7,
-                show_default=True,
-                metavar="NUMBER",
-                help="0 is greedy; several candidates then sample at 1.",
-            ),
-            click.option(
-                "--top-p",
-                type=click.FloatRange(0, 1, min_open=True),
-                default=0.9,
-                show_default=True,
-                metavar="SHARE",
-                help="Sample from the likeliest tokens of this share.",
-            ),
-            click.option("--depth", type=int, default=depth, show_default=True, help="Tokens of an answer at most."),
-            click.option("--block", type=int, default=block, show_default=True, help="Tokens of a block."),
-        ):
-            command = option(command)
-        return command
-
-    return add
+    for option in (
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N"),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0),
+            default=0.7,
+            show_default=True,
+            metavar="NUMBER",
+            help="0 is greedy; several candidates then sample at 1.",
+        ),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=0.9,
+            show_default=True,
+            metavar="SHARE",
+            help="Sample from the likeliest tokens of this share.",
+        ),
+        click.option("--depth", type=int, default=128, show_default=True, help="Tokens of an answer at most."),
+        click.option("--block", type=int, default=32, show_default=True, help="Tokens of a block."),
+    ):
+        command = option(command)
+    return command
 
 
 def _guard_options(command: F) -> F:
@@ -107,7 +103,7 @@ def command() -> None:
     help="Comma list of what multiplies the profile's strengths.",
 )
 @click.option("--rollouts", type=int, default=5, show_default=True, metavar="N", help="Answers per prompt and origin.")
-@_search_options(32, 128)
+@_search_options
 @click.option("--budget", type=float, default=10.0, show_default=True, metavar="NUMBER")
 @click.option(
     "--margin",
@@ -228,7 +224,7 @@ def train_command(
     type=click.Choice(["search", "steer", "both"]),
     help="With --profile: what happens where its gate fires; elsewhere decoding is plain.  [default: both]",
 )
-@_search_options(32, 128)
+@_search_options
 @common.json_option
 def generate_command(
     folder: str,
@@ -333,7 +329,7 @@ def generate_command(
     help="Of the mix in the last column.",
 )
 @click.option("--minutes", type=click.FloatRange(min=0), metavar="NUMBER", help="Begin no prompt after that.")
-@_search_options(32, 128)
+@_search_options
 @click.option("--resume", metavar="FILE", help="Keep finished answers here (JSON lines), and continue from them.")
 @common.json_option
 def bench_command(

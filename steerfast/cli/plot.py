@@ -61,8 +61,7 @@ def _title(profile: SteeringProfile) -> str:
 def _chosen(profile: SteeringProfile) -> list[int]:
     """Up to `_SHOWN` layers that have histograms: those that decide, then others spread over the depth."""
     count = min([profile.model.num_layers, *(len(h) for h in _histograms(profile).values())], default=0)
-    deciding = profile.gate_layers or ([] if profile.sensor == "own" else [profile.sensor])
-    chosen = {layer for layer in _spread(deciding) if layer < count}
+    chosen = {layer for layer in _spread(profile.deciding_layers) if layer < count}
     for layer in _spread(range(count)) + list(range(count)):
         if len(chosen) < _SHOWN:
             chosen.add(layer)

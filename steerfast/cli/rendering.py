@@ -93,8 +93,7 @@ def gate_table(profile: SteeringProfile) -> Table:
     table = Table(title="gates that decide, with 95 % intervals", title_justify="left")
     for column in ("layer", "sets", "prompts", "AUC", "hit rate", "false positives", "threshold"):
         table.add_column(column, justify="left" if column == "sets" else "right")
-    chosen = profile.gate_layers or ([] if profile.sensor == "own" else [profile.sensor])
-    for layer in chosen:
+    for layer in profile.deciding_layers:
         for name, by_layer in _figures(profile).items():
             figures = by_layer[layer]
             value, low, high = figures["auc"]
@@ -112,7 +111,7 @@ def gate_table(profile: SteeringProfile) -> Table:
 
 def style_table(profile: SteeringProfile) -> Table | None:
     """What the deciding gate makes of each style, left out of the fit and as calibrated; None without such figures."""
-    gates = profile.gate_layers or ([] if profile.sensor == "own" else [profile.sensor])
+    gates = profile.deciding_layers
     known = {
         "left out of the fit": profile.fitted.get("left_out", {}),
         "calibrated": profile.calibration.get("styles", {}),
@@ -129,9 +128,10 @@ def style_table(profile: SteeringProfile) -> Table | None:
     for style in dict.fromkeys(style for figures in known.values() for style in figures):
         cells = []
         for figures in known.values():
-            found = figures.get(style)
-            cells += ["", "", ""] if found is None else [f"{found['auc'][layer]:.3f}"]
-            cells += [] if found is None else [f"{100 * found[key][layer]:.1f}" for key in _RATES]
+            if (found := figures.get(style)) is None:
+                cells += ["", "", ""]
+            else:
+                cells += [f"{found['auc'][layer]:.3f}", *(f"{100 * found[key][layer]:.1f}" for key in _RATES)]
         table.add_row(escape(style), *cells)
     return table
 

@@ -7,14 +7,11 @@ pieces of a system, a set and a batch of its prompts, and an interrupted evaluat
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +25,7 @@ from steerfast.errors import PromptError
 from steerfast.evaluation.fluency import FluencyLimits, answer_perplexity, is_fluent, repetition
 from steerfast.evaluation.judges import Judge, agreement
 from steerfast.evaluation.latency import alternating, milliseconds_per_token
+from steerfast.evaluation.pieces import Pieces
 from steerfast.evaluation.sets import EvalSet, Item
 from steerfast.evaluation.summary import (
     ANSWERED,
@@ -47,14 +45,13 @@ from steerfast.fitting.score import check_model, row_scores
 from steerfast.models.loading import load_model
 from steerfast.models.prompting import PromptBatch, context_of, device_of, encode, greedy_answers, pad_token
 from steerfast.models.steering import Steering
-from steerfast.models.structure import find_decoder, identify
+from steerfast.models.structure import find_decoder, identify, weights_fingerprint
 from steerfast.profile import SteeringProfile
 from steerfast.progress import track
 from steerfast.prompts import SHIPPED_PREFIX, read_prompts
-from steerfast.records import Records
 from steerfast.versions import installed_version
 
-__all__ = ["check", "evaluate", "seen_by"]
+__all__ = ["check", "evaluate", "seen_by", "settings_of"]
 
 _SCORED = ("choice", "text")  # nothing is generated
 _LATENCY_PAIRS, _LATENCY_TOKENS = 8, 16
@@ -140,31 +137,18 @@ def evaluate(
             gates[system.name] = gate(system.profile, sets, scores)
         if system.name in run.latencies:
             row["latency"] = run.latencies[system.name]
-        table[system.name] = {**row, "seconds": run.seconds.get(system.name, 0.0)}
+        table[system.name] = {**row, "seconds": run.pieces.seconds.get(system.name, 0.0)}
     return {
         "model": identify(model).name,
-        "settings": {
-            "seed": seed,
-            "max_new_tokens": max_new_tokens,
-            "maths_max_new_tokens": maths_max_new_tokens,
-            "batch_size": batch_size,
-            "judge": names[0],
-            "judges": names,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "versions": {name: installed_version(name) for name in ("steerfast", "torch", "transformers")},
-            "hardware": _hardware(device_of(model)),
-        },
-        "sets": {
-            one.name: {
-                "kind": one.kind,
-                "count": len(one.items),
-                "duplicates": one.duplicates,
-                "source": one.source,
-                "digest": one.digest,
-                "also_fitted_by": seen[one.name],
-            }
-            for one in sets
-        },
+        "settings": settings_of(
+            model,
+            names,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            maths_max_new_tokens=maths_max_new_tokens,
+            batch_size=batch_size,
+        ),
+        "sets": {one.name: {**one.to_dict(), "also_fitted_by": seen[one.name]} for one in sets},
         "agreement": run.agreements(systems, answered),
         "systems": table,
         "gates": gates,
@@ -178,6 +162,18 @@ def evaluate(
         ],
         "examples": examples(answered, {system.name: run.cells[system.name] for system in systems}, names[0]),
         "left_out": left_out,
+    }
+
+
+def settings_of(model: nn.Module, judges: Sequence[str], **options: Any) -> dict[str, Any]:
+    """The settings in a result, JSON data: `options`, the judges by name, and what the model ran with."""
+    return {
+        **options,
+        "judge": judges[0],
+        "judges": judges,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "versions": {name: installed_version(name) for name in ("steerfast", "torch", "transformers")},
+        "hardware": _hardware(device_of(model)),
     }
 
 
@@ -217,7 +213,7 @@ def seen_by(systems: Sequence[System], one: EvalSet) -> list[str]:
     the profile ships with the package.
     """
     found = []
-    prompts = {item.prompt for item in one.items}
+    prompts = set(one.prompts)
     checked: list[Any] = []
     for system in systems:
         made_with = [] if system.profile is None else list(_made_with(system.profile))
@@ -297,10 +293,8 @@ class _Run:
         self.cells: dict[str, dict[str, Cell]] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self.latencies: dict[str, dict[str, Any]] = {}
-        self.seconds: dict[str, float] = {}
-        self._weights = _weights(model)
-        self._records = Records(resume, "pieces of an evaluation")
-        self._done = {found["key"]: found for found in self._records.found if {"key", "rows", "seconds"} <= {*found}}
+        self.pieces = Pieces(resume)
+        self._weights = weights_fingerprint(model)
         self._chunks: dict[str, list[list[int]]] = {}
 
     def fitting(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> tuple[list[EvalSet], dict[str, str]]:
@@ -308,7 +302,7 @@ class _Run:
         kept, left_out = [], {}
         for one in sets:
             room = self.lengths.of(one.kind)
-            if one.kind in ("choice", "text"):
+            if one.kind in _SCORED:
                 texts = [text for item in one.items for text in (*item.choices, item.answer) if text]
                 room = max(len(self.tokenizer(text)["input_ids"]) for text in texts) + 1
             worded = [
@@ -345,7 +339,7 @@ class _Run:
                 profile = system.profile
                 assert profile is not None
                 key = ("scores", self._weights, profile.checksum, ids)
-                scores = self._piece(key, functools.partial(_scores, profile, rows), system)
+                scores = self.pieces.rows(key, functools.partial(_scores, profile, rows), system)
                 for place, row in zip(chunk, scores, strict=True):
                     found[system.name][one.name][place] = row
         self.scores = {
@@ -355,7 +349,7 @@ class _Run:
 
     def answer(self, system: System, sets: Sequence[EvalSet], model: nn.Module, tokenizer: Any) -> None:
         """Everything that `system` says to `sets`."""
-        weights = self._weights if model is self.model else _weights(model)
+        weights = weights_fingerprint(model)
         cells = self.cells.setdefault(system.name, {one.name: Cell() for one in sets})
         work = [(one, chunk) for one in sets for chunk in self._chunks[one.name]]
         rows: dict[str, list[Any]] = {one.name: [None] * len(one.items) for one in sets}
@@ -366,7 +360,7 @@ class _Run:
                 asked = [(item.choices, item.correct, item.answer) for item in items] if one.kind in _SCORED else None
                 key = (one.kind, self.lengths.of(one.kind), system.fingerprint(), weights, ids, asked)
                 work_of = functools.partial(self._work, one.kind, system, items, ids, model, tokenizer, steering)
-                for place, row in zip(chunk, self._piece(key, work_of, system), strict=True):
+                for place, row in zip(chunk, self.pieces.rows(key, work_of, system), strict=True):
                     rows[one.name][place] = row
         for one in sets:
             cell, found = cells[one.name], rows[one.name]
@@ -438,26 +432,26 @@ class _Run:
                 for ours, ratio in zip(times, ratios, strict=True)
             ]
 
-        weights = self._weights if model is self.model else _weights(model)
+        weights = weights_fingerprint(model)
         key = ("latency", self._weights, weights, [(system.fingerprint(), prompts) for system, _, prompts in runs])
-        found = self._piece(key, work, systems[0])
+        found = self.pieces.rows(key, work, systems[0])
         self.latencies |= {system.name: one for system, one in zip(systems, found, strict=True)}
 
     def perplexities(self, systems: Sequence[System], sets: Sequence[EvalSet], limits: FluencyLimits) -> None:
         """Which answers are fluent, by repetition and the perplexity that the unsteered target finds in them."""
+        prompts = {one.name: encode(self.tokenizer, one.prompts) for one in sets}
+        padding = pad_token(self.tokenizer)
         work = [(system, one) for system in systems for one in sets]
         for system, one in track(work, "fluency", show=self.progress):
             cell = self.cells[system.name][one.name]
-            prompts = encode(self.tokenizer, [item.prompt for item in one.items])
             tokens = cell.tokens
             if system.model is not None:  # whose tokenizer may be another
                 tokens = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in cell.texts]
             cell.fluent = [False] * len(tokens)
             for chunk in self._chunks[one.name]:
-                texts = [prompts[place] for place in chunk], [tokens[place] for place in chunk]
-                padding = pad_token(self.tokenizer)
+                texts = [prompts[one.name][place] for place in chunk], [tokens[place] for place in chunk]
                 work_of = functools.partial(answer_perplexity, self.model, *texts, self.batch_size, padding)
-                found = self._piece(("perplexity", self._weights, texts), work_of, system)
+                found = self.pieces.rows(("perplexity", self._weights, texts), work_of, system)
                 for place, value in zip(chunk, found, strict=True):
                     cell.fluent[place] = is_fluent(repetition(tokens[place]), value, **limits.to_dict())
 
@@ -467,7 +461,7 @@ class _Run:
         for system, one, judge in track(work, "judging", show=self.progress):
             cell = self.cells[system.name].get(one.name)
             if cell is not None:
-                cell.refused[judge.name] = judge([item.prompt for item in one.items], cell.texts)
+                cell.refused[judge.name] = judge(one.prompts, cell.texts)
 
     def agreements(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> dict[str, Any]:
         """Of each set and pair of judges, over the answers of all systems."""
@@ -481,31 +475,9 @@ class _Run:
                 found.setdefault(one.name, {})["~".join(judge.name for judge in pair)] = agreement(*verdicts)
         return found
 
-    def _piece(self, key: Any, work: Callable[[], list[Any]], system: System) -> list[Any]:
-        """Rows of a piece of work: read back, or worked out and kept. What it took counts as time of `system`."""
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        if name not in self._done:
-            started = time.perf_counter()
-            record = {"key": name, "rows": work(), "seconds": time.perf_counter() - started}
-            self._records.add({"kind": key[0], "system": system.name, **record})
-            self._done[name] = record
-        self.seconds[system.name] = self.seconds.get(system.name, 0.0) + self._done[name]["seconds"]
-        return self._done[name]["rows"]
-
 
 def _scores(profile: SteeringProfile, rows: Callable[[], Tensor]) -> list[Any]:
     return row_scores(profile, rows()).tolist()
-
-
-def _weights(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and a few values of every tensor: tells fine-tunes apart, and reads little."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        few = flat[:: max(1, len(flat) // 16)][:16]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(few.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _hardware(device: torch.device) -> str:

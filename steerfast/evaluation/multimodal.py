@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,20 +13,20 @@ import torch
 from torch import nn
 
 from steerfast.errors import ArchitectureError, PromptError
+from steerfast.evaluation.evaluate import check, settings_of
 from steerfast.evaluation.fluency import FluencyLimits, repetition
 from steerfast.evaluation.judges import Judge
+from steerfast.evaluation.pieces import Pieces
 from steerfast.evaluation.sets import EvalSet, Item, sample
 from steerfast.evaluation.summary import Cell, examples, figures
 from steerfast.evaluation.systems import UNSTEERED, Defence, System, as_it_is
 from steerfast.fitting.extract import describe_set
 from steerfast.fitting.score import check_model
-from steerfast.models.prompting import device_of, end_tokens, evaluating, pad_token
+from steerfast.models.prompting import device_of, evaluating, greedy_batch
 from steerfast.models.steering import Steering
-from steerfast.models.structure import find_decoder, identify
+from steerfast.models.structure import find_decoder, identify, weights_fingerprint
 from steerfast.progress import track
 from steerfast.prompts import read_records
-from steerfast.records import Records
-from steerfast.versions import installed_version
 
 __all__ = ["evaluate_images", "image_answers", "load_image_model", "load_images"]
 
@@ -124,26 +124,13 @@ def image_answers(
         PromptError: a picture that cannot be read.
     """
     _check_processor(processor)
-    tokenizer = processor.tokenizer
-    ends = end_tokens(model, tokenizer)
-    generate: Any = model.generate
     answers: list[list[int]] = []
     fired: list[bool] = []
     with evaluating(model):
         for start in range(0, len(items), batch_size):
             chunk = items[start : start + batch_size]
             batch = _inputs(processor, chunk, defence).to(device_of(model), dtype=next(model.parameters()).dtype)
-            output = generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                num_return_sequences=1,
-                pad_token_id=pad_token(tokenizer),
-            )
-            for row in output[:, batch["input_ids"].shape[1] :].tolist():
-                stop = next((at for at, token in enumerate(row) if token in ends), len(row))
-                answers.append(row[:stop])
+            answers += greedy_batch(model, processor.tokenizer, batch, max_new_tokens)
             if steering is not None:
                 fired += steering.fired.tolist()
     return answers, fired
@@ -161,6 +148,7 @@ def evaluate_images(
     seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Let every system answer questions about pictures, and judge and compare the answers.
 
@@ -168,8 +156,9 @@ def evaluate_images(
         model, processor: see `load_image_model`. systems: unsteered is the first, see `systems_of`; those of other
             weights are left out.
         images: see `load_images`.
-        resume: a JSON-lines file of answered batches, written as they come and read back; another model (by its name),
-            system, question, picture or answer length makes other ones.
+        resume: a JSON-lines file of answered batches, written as they come and read back; another model, system,
+            question, picture or answer length makes other ones.
+        force: ask questions that a profile was made with, and say so in the result.
 
     Returns:
         JSON data of the form of `steerfast.evaluation.evaluate.evaluate`, as far as it applies; ``fluent`` is judged by
@@ -178,9 +167,10 @@ def evaluate_images(
     Raises:
         ProfileError: a profile of another model.
         JudgeError: a judge that cannot be reached; the answers are kept.
-        PromptError, ArchitectureError: as `image_answers`.
+        PromptError: as `evaluate` and `image_answers`. ArchitectureError: as `image_answers`.
         OutputError: `resume` cannot be written.
     """
+    seen = check(systems, [images], judges, force)
     find_decoder(model).refuse_if_steered()
     tokenizer = processor.tokenizer
     left_out = {one.name: "other weights answer no questions about pictures here" for one in systems if one.model}
@@ -188,29 +178,28 @@ def evaluate_images(
     for system in systems:
         if system.profile is not None:
             check_model(system.profile, model, tokenizer)
-    name = identify(model, tokenizer).name
-    log = Records(resume, "pieces")
-    done = {record["key"]: record["rows"] for record in log.found if {"key", "rows"} <= record.keys()}
+    name, weights = identify(model).name, weights_fingerprint(model)
+    pieces = Pieces(resume)
     pictures = {item.image: hashlib.sha256(Path(item.image).read_bytes()).hexdigest() for item in images.items}
     cells = {system.name: Cell() for system in systems}
+
+    def answer(system: System, items: Sequence[Item]) -> tuple[list[list[int]], list[bool]]:
+        with system.on(model, tokenizer) as steering:
+            return image_answers(
+                model,
+                processor,
+                items,
+                defence=system.defence,
+                steering=steering,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+            )
+
     chunks = [images.items[start : start + batch_size] for start in range(0, len(images.items), batch_size)]
     for system, chunk in track([(one, chunk) for one in systems for chunk in chunks], "pictures", show=progress):
         asked = [(item.prompt, pictures[item.image]) for item in chunk]
-        parts = ["pictures", name, system.fingerprint(), asked, max_new_tokens]
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        if key not in done:
-            with system.on(model, tokenizer) as steering:
-                done[key] = image_answers(
-                    model,
-                    processor,
-                    chunk,
-                    defence=system.defence,
-                    steering=steering,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=batch_size,
-                )
-            log.add({"kind": "pictures", "system": system.name, "key": key, "rows": done[key]})
-        answers, fired = done[key]
+        key = ("pictures", name, weights, system.fingerprint(), asked, max_new_tokens)
+        answers, fired = pieces.rows(key, functools.partial(answer, system, chunk), system)
         cell = cells[system.name]
         cell.tokens += answers
         cell.fired += fired
@@ -223,31 +212,12 @@ def evaluate_images(
     names = [judge.name for judge in judges]
     return {
         "model": name,
-        "settings": {
-            "seed": seed,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "judge": names[0],
-            "judges": names,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "versions": {package: installed_version(package) for package in ("steerfast", "torch", "transformers")},
-        },
-        "sets": {
-            images.name: {
-                "kind": images.kind,
-                "count": len(images.items),
-                "duplicates": images.duplicates,
-                "source": images.source,
-                "digest": images.digest,
-                "also_fitted_by": [],
-            }
-        },
+        "settings": settings_of(model, names, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size),
+        "sets": {images.name: {**images.to_dict(), "also_fitted_by": seen[images.name]}},
         "systems": {
             one.name: {
                 "title": one.title,
-                **figures(
-                    [images], table[one.name], table.get(UNSTEERED) if one.name != UNSTEERED else None, names, seed
-                ),
+                **figures([images], table[one.name], None if one.name == UNSTEERED else table[UNSTEERED], names, seed),
             }
             for one in systems
         },

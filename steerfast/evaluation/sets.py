@@ -14,7 +14,7 @@ from steerfast.evaluation.utility import final_number
 from steerfast.fitting.extract import describe_set
 from steerfast.prompts import SHIPPED_PREFIX, read_records, records_of
 
-__all__ = ["BUILT_IN", "DEFAULT_SETS", "KINDS", "EvalSet", "Item", "load_set", "sample"]
+__all__ = ["BUILT_IN", "DEFAULT_SETS", "KINDS", "EvalSet", "Item", "by_style", "load_set", "sample"]
 
 KINDS = ("harmful", "jailbreak", "harmless", "borderline", "choice", "maths", "text")
 
@@ -75,6 +75,16 @@ class EvalSet:
     @property
     def prompts(self) -> list[str]:
         return [item.prompt for item in self.items]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but its items, of which there is the count, as JSON data."""
+        return {
+            "kind": self.kind,
+            "count": len(self.items),
+            "duplicates": self.duplicates,
+            "source": self.source,
+            "digest": self.digest,
+        }
 
 
 def load_set(source: str, limit: int | None = None, seed: int = 0) -> EvalSet:
@@ -165,9 +175,7 @@ def sample(items: Sequence[Item], limit: int | None, seed: int) -> tuple[Item, .
         return tuple(items)
     if limit < 1:
         raise PromptError(f"limit: expected at least 1, got {limit}")
-    places: dict[str, list[int]] = {}
-    for place, item in enumerate(items):
-        places.setdefault(item.style, []).append(place)
+    places = by_style(items)
     shares = {style: divmod(limit * len(found), len(items)) for style, found in places.items()}
     counts = {style: whole for style, (whole, _) in shares.items()}
     for style in sorted(shares, key=lambda style: -shares[style][1])[: limit - sum(counts.values())]:
@@ -175,6 +183,14 @@ def sample(items: Sequence[Item], limit: int | None, seed: int) -> tuple[Item, .
     draw = random.Random(seed)
     chosen = [place for style, found in places.items() for place in draw.sample(found, len(found))[: counts[style]]]
     return tuple(items[place] for place in sorted(chosen))
+
+
+def by_style(items: Sequence[Item]) -> dict[str, list[int]]:
+    """Places of the items of each style."""
+    places: dict[str, list[int]] = {}
+    for place, item in enumerate(items):
+        places.setdefault(item.style, []).append(place)
+    return places
 
 
 # -- what the kinds need of a record -----------------------------------------------------------------

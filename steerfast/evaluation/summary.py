@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from steerfast.evaluation.sets import EvalSet
+from steerfast.evaluation.sets import EvalSet, by_style
 from steerfast.fitting.statistics import Estimate, Statistic, auc, bootstrap, mean, paired_bootstrap, rate
 from steerfast.profile import SteeringProfile
 
@@ -176,9 +176,7 @@ def _equal(ours: Sequence[Any], theirs: Sequence[Any]) -> list[bool]:
 
 def _styles(one: EvalSet) -> dict[str, list[int]]:
     """Places of the items of each style, where there are several."""
-    places: dict[str, list[int]] = {}
-    for place, item in enumerate(one.items):
-        places.setdefault(item.style, []).append(place)
+    places = by_style(one.items)
     return places if len(places) > 1 else {}
 
 

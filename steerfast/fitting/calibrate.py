@@ -18,7 +18,7 @@ from steerfast.fitting.left_out import common_styles, rates_by_layer
 from steerfast.fitting.score import check_model, layer_scores
 from steerfast.fitting.statistics import (
     GateFigures,
-    gate_figures,
+    figures_by_layer,
     threshold_at_false_positive_rate,
     threshold_midpoint,
 )
@@ -62,8 +62,8 @@ def calibrate(
             where that would fire more often. None: the midpoint (arXiv 2401.11206), whatever it costs.
         sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the
             best AUC on the worst of the pairs of sets, or the worst quarter of the styles that `extract` left out.
-        latest_sensor: ``auto`` looks no further than this layer, since only later layers can be steered;
-            default: 60 % of the depth.
+        latest_sensor: ``auto`` looks no further than this layer: to steer layers before the sensor, prompts that fire
+            are read a second time; default: 60 % of the depth.
 
     Returns:
         The profile with thresholds, sensor and figures (`profile.calibration`); layers before the sensor lose their
@@ -94,7 +94,7 @@ def calibrate(
             scores_of(heldout[1], "held-out harmless"),
         )
     threshold = _thresholds(*pairs["calibration"], max_false_positive_rate)
-    figures = {name: _figures(*scores, threshold) for name, scores in pairs.items()}
+    figures = {name: figures_by_layer(*scores, threshold) for name, scores in pairs.items()}
     chosen = _sensor(sensor, profile, figures, latest_sensor)
     styles = _by_style(Prompts(harmful), Prompts(harmless), *pairs["calibration"], threshold)
     profile = _with_sensor(replace(profile, threshold=threshold), chosen)
@@ -129,8 +129,7 @@ def style_worries(profile: SteeringProfile, figures: dict[str, list[GateFigures]
             "style; give calibrate held-out sets"
         ]
     worries = []
-    gates = profile.gate_layers or ([] if profile.sensor == "own" else [profile.sensor])
-    for layer in gates:
+    for layer in profile.deciding_layers:
         here, there = figures["calibration"][layer], figures["heldout"][layer]
         bad_auc = there.auc.value < _HELDOUT_AUC and there.auc.high < here.auc.value
         bad_hits = there.hit_rate.value < _HELDOUT_HIT_RATE and there.hit_rate.high < here.hit_rate.value
@@ -172,13 +171,6 @@ def _thresholds(harmful: Tensor, harmless: Tensor, rate: float | None) -> Tensor
     return torch.tensor(thresholds, dtype=torch.float32, device="cpu")
 
 
-def _figures(harmful: Tensor, harmless: Tensor, threshold: Tensor) -> list[GateFigures]:
-    return [
-        gate_figures(harmful[:, layer].numpy(), harmless[:, layer].numpy(), float(limit))
-        for layer, limit in enumerate(threshold)
-    ]
-
-
 def _by_style(
     harmful: Prompts, harmless: Prompts, bad: Tensor, good: Tensor, threshold: Tensor
 ) -> dict[str, dict[str, Any]]:
@@ -187,9 +179,7 @@ def _by_style(
     if len(styles) < 2:
         return {}
     return {
-        style: rates_by_layer(
-            _figures(bad[[s == style for s in harmful.styles]], good[[s == style for s in harmless.styles]], threshold)
-        )
+        style: rates_by_layer(figures_by_layer(bad[harmful.in_style(style)], good[harmless.in_style(style)], threshold))
         for style in styles
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steerfast.fitting.directions import project
-from steerfast.fitting.statistics import GateFigures, gate_figures, threshold_at_false_positive_rate
+from steerfast.fitting.statistics import GateFigures, figures_by_layer, threshold_at_false_positive_rate
 from steerfast.progress import track
 from steerfast.styles import PLAIN, Prompts
 
@@ -44,7 +44,7 @@ def leave_one_style_out(
     """
     scores: dict[str, tuple[Tensor, Tensor]] = {}
     for style in track(common_styles(harmful, harmless), "styles left out", show=progress):
-        out = [torch.tensor([s == style for s in prompts.styles]) for prompts in (harmful, harmless)]
+        out = [torch.tensor(prompts.in_style(style)) for prompts in (harmful, harmless)]
         kept = [~_shares(prompts, mask) for prompts, mask in zip((harmful, harmless), out, strict=True)]
         if min(int(mask.sum()) for mask in kept) < _LEAST:
             continue
@@ -52,7 +52,7 @@ def leave_one_style_out(
         layers = range(rows[0].shape[1])
         directions = [fit(rows[0][kept[0], layer], rows[1][kept[1], layer], plain) for layer in layers]
         scores[style] = tuple(  # type: ignore[assignment]
-            torch.stack([project(x[mask, layer], d, score) for layer, d in enumerate(directions)])
+            torch.stack([project(x[mask, layer], d, score) for layer, d in enumerate(directions)], dim=1)
             for x, mask in zip(rows, out, strict=True)
         )
     figures: dict[str, list[GateFigures]] = {}
@@ -60,16 +60,14 @@ def leave_one_style_out(
         others = [those for name, (_, those) in scores.items() if name != style]
         if not others:
             continue
-        limits = [
-            threshold_at_false_positive_rate(layer.numpy(), max_false_positive_rate) for layer in torch.cat(others, 1)
-        ]
-        figures[style] = [gate_figures(b.numpy(), g.numpy(), t) for b, g, t in zip(bad, good, limits, strict=True)]
+        limits = [threshold_at_false_positive_rate(layer, max_false_positive_rate) for layer in torch.cat(others).T]
+        figures[style] = figures_by_layer(bad, good, limits)
     return figures
 
 
 def in_plain_style(prompts: Prompts) -> Tensor:
     """bool [n]; all of them, where none is in plain style."""
-    mask = torch.tensor([style == PLAIN for style in prompts.styles])
+    mask = torch.tensor(prompts.in_style(PLAIN))
     return mask if bool(mask.any()) else ~mask
 
 

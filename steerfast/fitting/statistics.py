@@ -227,6 +227,12 @@ def gate_figures(harmful_scores: ArrayLike, harmless_scores: ArrayLike, threshol
     )
 
 
+def figures_by_layer(harmful: ArrayLike, harmless: ArrayLike, thresholds: ArrayLike) -> list[GateFigures]:
+    """`gate_figures` of each layer: scores [n1, layers] and [n0, layers], thresholds [layers]."""
+    columns = zip(np.asarray(harmful).T, np.asarray(harmless).T, np.asarray(thresholds), strict=True)
+    return [gate_figures(bad, good, float(limit)) for bad, good, limit in columns]
+
+
 def _scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0:

@@ -20,6 +20,7 @@ from steerfast.fitting.extract import check_sets, describe_set
 from steerfast.fitting.score import check_model
 from steerfast.models.prompting import encode, greedy_answers
 from steerfast.models.steering import steer
+from steerfast.models.structure import weights_fingerprint
 from steerfast.profile import SteeringProfile
 from steerfast.progress import track
 from steerfast.records import Records
@@ -109,6 +110,7 @@ def tune(
     prompts = encode(tokenizer, harmful, model, room=max_new_tokens)
     settings = {
         "profile": _fingerprint(profile),
+        "weights": weights_fingerprint(model),
         "harmful": hashlib.sha256(repr(prompts).encode()).hexdigest(),  # in order: screening takes every third
         "max_new_tokens": max_new_tokens,
         "limits": limits.to_dict(),

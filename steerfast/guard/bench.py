@@ -19,13 +19,14 @@ from torch import nn
 
 from steerfast.errors import GuardError
 from steerfast.evaluation.fluency import FluencyLimits, repetition
-from steerfast.evaluation.refusal import is_refusal_keyword, is_refusal_strict
+from steerfast.evaluation.refusal import is_refusal_keyword
 from steerfast.files import content_checksum
 from steerfast.fitting.statistics import rate
 from steerfast.guard.guard import Guard, GuardedAnswer
+from steerfast.guard.labels import complies
 from steerfast.guard.recipe import Trained, alternating
 from steerfast.guard.search import Strategy
-from steerfast.models.structure import identify
+from steerfast.models.structure import identify, weights_fingerprint
 from steerfast.profile import SteeringProfile
 from steerfast.progress import track
 from steerfast.records import Records
@@ -141,19 +142,17 @@ def run_bench(
         GuardError: no prompts, a method with a gate and no profile, parts of another model.
         OutputError: `resume` cannot be written.
     """
-    for name, given in (("harmful", harmful), ("harmless", harmless)):
-        if not given:
-            raise GuardError(f"{name}: expected at least one prompt, got none")
+    asked = alternating(harmful, harmless)
     if profile is None and (gated := [method.name for method in methods if method.fired is not None]):
         raise GuardError(f"profile: expected one for {gated[0]!r}, got none")
     parts: dict[str, Any] = {"cost": trained.cost, "reward": trained.reward, "critic": trained.critic, "budget": budget}
-    gates = dict.fromkeys(method.fired for method in methods)
     guards: dict[Any, Guard] = {}
-    for fired in gates:
+    for fired in dict.fromkeys(method.fired for method in methods):
         gate: dict[str, Any] = {} if fired is None else {"profile": profile, "fired": fired, "strength": strength}
         guards[fired] = Guard(model, tokenizer, **parts, **gate)
     common = {
         "model": identify(model, tokenizer).name,
+        "weights": weights_fingerprint(model),
         "trained": _fingerprint(trained),
         "budget": next(iter(guards.values())).budget.budget,
         "temperature": temperature,
@@ -172,7 +171,7 @@ def run_bench(
         method.name: _digest({**common, "strategy": asdict(method.strategy), "gate": _gate(method, strength, profile)})
         for method in methods
     }
-    for number, (prompt, label) in enumerate(track(alternating(harmful, harmless), "prompts", show=progress)):
+    for number, (prompt, label) in enumerate(track(asked, "prompts", show=progress)):
         missing = any((digests[method.name], prompt) not in known for method in methods)
         if missing and until is not None and until():
             break
@@ -194,8 +193,8 @@ def run_bench(
 def judged_right(label: str, text: str) -> bool:
     """Without the cost model: a harmful prompt is not complied with, a harmless one is answered."""
     if label == "harmful":
-        return not text.strip() or is_refusal_strict(text)
-    return bool(text.strip()) and not is_refusal_keyword(text)
+        return not complies(text)
+    return complies(text, strict=False)
 
 
 def summarise(records: Sequence[Mapping[str, Any]], harmless_share: float = 0.9) -> list[dict[str, Any]]:
@@ -328,10 +327,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _interval(outcomes: Sequence[bool]) -> list[float] | None:
-    if not outcomes:
-        return None
-    found = rate(sum(outcomes), len(outcomes))
-    return [found.low, found.high]
+    return rate(sum(outcomes), len(outcomes)).to_list()[1:] if outcomes else None
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

@@ -196,6 +196,18 @@ class Backend(Protocol):
         """All candidates of several, in order."""
 
 
+def rooted(prompt_ids: Sequence[int], seed: int, context: int) -> Candidates:
+    """One empty answer: what `Backend.start` makes, without the hidden states and the state.
+
+    Raises:
+        GuardError: an empty prompt, or one that leaves no room in the context.
+    """
+    if not 0 < len(prompt_ids) < context:
+        raise GuardError(f"prompt: expected 1 to {context - 1} tokens, got {len(prompt_ids)}")
+    prompt = [int(token) for token in prompt_ids]
+    return Candidates(prompt, [[]], torch.zeros(1, dtype=torch.bool), None, root_stream(seed))
+
+
 def branched(candidates: Candidates, index: Sequence[int], ordinals: Sequence[int] | None) -> Candidates:
     """What `Backend.branch` does to everything but the state."""
     at = torch.as_tensor(index, dtype=torch.long)
@@ -360,14 +372,12 @@ class HFBackend:
         Raises:
             GuardError: an empty prompt, or one longer than the context.
         """
-        if not 0 < len(prompt_ids) < self.context:
-            raise GuardError(f"prompt: expected 1 to {self.context - 1} tokens, got {len(prompt_ids)}")
+        root = rooted(prompt_ids, seed, self.context)
         if n < 1:
             raise GuardError(f"n: expected at least 1, got {n}")
-        prompt = [int(token) for token in prompt_ids]
         config: Any = self.model.config
         with self._prompt_row() as row:
-            output, last = self._pass(DynamicCache(config=config), torch.tensor([prompt], device=self.device))
+            output, last = self._pass(DynamicCache(config=config), torch.tensor([root.prompt], device=self.device))
         cache = output.past_key_values
         if not caches.splits(cache):
             raise ArchitectureError(f"model: expected keys and values that grow by a token, got {type(cache).__name__}")
@@ -375,9 +385,8 @@ class HFBackend:
             if type(layer) is DynamicLayer:
                 cache.layers[number] = roomy = _RoomyLayer()
                 roomy.__dict__.update(layer.__dict__)
-        hidden = latent.begin(last, None if self._layer is None else row[-1])
-        root = Candidates(prompt, [[]], torch.zeros(1, dtype=torch.bool), hidden, root_stream(seed))
-        root.state = _Rows(cache, output.logits[:, -1], hidden)
+        root.hidden = latent.begin(last, None if self._layer is None else row[-1])
+        root.state = _Rows(cache, output.logits[:, -1], root.hidden)
         return root if n == 1 else self.branch(root, [0] * n, range(n))
 
     @torch.inference_mode()

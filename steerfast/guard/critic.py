@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from steerfast.errors import GuardError
 from steerfast.guard.files import check_model, read_file, write_file
-from steerfast.guard.latent import check_states, completed, state_size
+from steerfast.guard.latent import check_states, completed, spread, state_size
 from steerfast.guard.objective import SafetyBudget
 from steerfast.profile import ModelIdentity
 
@@ -146,9 +146,8 @@ class Critic(nn.Module):
     def standardise(self, states: Tensor, values: Tensor) -> None:
         """Set the buffers from training states [n, inputs] and values [n]."""
         for mean, scale, rows in ((self.mean, self.scale, states), (self.value_mean, self.value_scale, values)):
-            deviation = rows.std(dim=0, correction=0)
             mean.copy_(rows.mean(dim=0))
-            scale.copy_(torch.where(deviation > 0, deviation, 1.0))
+            scale.copy_(spread(rows))
 
     def loss(self, states: Tensor, safe: Tensor, values: Tensor) -> Tensor:
         """Binary cross-entropy of f1 plus squared error of f2 (of standardised values), the mean over states.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from steerfast.errors import GuardError
 from steerfast.guard.files import check_model, read_file, write_file
-from steerfast.guard.latent import check_states, completed, parts, state_size
+from steerfast.guard.latent import check_states, completed, parts, spread, state_size
 from steerfast.guard.scores import Blocks
 from steerfast.profile import ModelIdentity
 
@@ -282,8 +282,7 @@ def _complied(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
 
 
 def _standard(x: Tensor) -> dict[str, Tensor]:
-    deviation = x.std(dim=0, correction=0)
-    return {"mean": x.mean(dim=0), "scale": torch.where(deviation > 0, deviation, 1.0)}
+    return {"mean": x.mean(dim=0), "scale": spread(x)}
 
 
 def _standardised(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from steerfast.errors import GuardError
 from steerfast.profile import ModelIdentity
 
-__all__ = ["agreed_layer", "begin", "check_states", "completed", "grow", "parts", "state_size"]
+__all__ = ["agreed_layer", "begin", "check_states", "completed", "grow", "parts", "spread", "state_size"]
 
 
 def state_size(hidden_size: int, prompt_layer: int | None) -> int:
@@ -59,6 +59,12 @@ def completed(hidden: Tensor, average: Tensor) -> Tensor:
     if size == len(average):
         return hidden
     return torch.cat([hidden, hidden, average[2 * size :].expand(len(hidden), -1)], dim=1)
+
+
+def spread(rows: Tensor) -> Tensor:
+    """What standardised columns are divided by: the deviation of each, 1 where it is constant."""
+    deviation = rows.std(dim=0, correction=0)
+    return torch.where(deviation > 0, deviation, 1.0)
 
 
 def check_states(what: str, hidden: Tensor, model: ModelIdentity, prompt_layer: int | None) -> None:

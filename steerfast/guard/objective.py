@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -124,7 +124,7 @@ class Certificate:
     fired: bool | None = None
     candidates: int = 0
     retries: int = 0
-    strategy: str = field(default="")
+    strategy: str = ""
 
     @property
     def safe(self) -> bool:

@@ -117,14 +117,11 @@ def gather(
         GuardError, OutputError: see `collect`; no prompts of a kind.
         ProfileError: the profile belongs to another model.
     """
-    for name, given in (("harmful", harmful), ("harmless", harmless)):
-        if not given:
-            raise GuardError(f"{name}: expected at least one prompt, got none")
+    asked = alternating(harmful, harmless)
     identity = identify(model, tokenizer)
     if profile is not None:
         steer(model, profile, tokenizer=tokenizer).detach()  # another model's is refused before any work
     backend = HFBackend(model, tokenizer, prompt_layer_for(profile, identity.num_layers))
-    asked = alternating(harmful, harmless)
     refused = [(question, label) for question, label in asked if label == "harmful"]
     words = tokenizer(refusal, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -235,7 +232,15 @@ def load_trained(folder: str | os.PathLike[str]) -> Trained:
 
 
 def alternating(harmful: Sequence[str], harmless: Sequence[str]) -> list[tuple[str, str]]:
-    """(prompt, label), both kinds in turn, so that what is stopped early has had both."""
-    kinds = [[(text, label) for text in texts] for label, texts in (("harmful", harmful), ("harmless", harmless))]
+    """(prompt, label), both kinds in turn, so that what is stopped early has had both.
+
+    Raises:
+        GuardError: no prompts of a kind.
+    """
+    kinds = []
+    for label, texts in (("harmful", harmful), ("harmless", harmless)):
+        if not texts:
+            raise GuardError(f"{label}: expected at least one prompt, got none")
+        kinds.append([(text, label) for text in texts])
     turns = max(map(len, kinds))
     return [texts[turn] for turn in range(turns) for texts in kinds if turn < len(texts)]

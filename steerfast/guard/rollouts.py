@@ -62,6 +62,11 @@ class Rollouts:
         """bool [states]: where an answer's last block ends."""
         return torch.cat([self.owner[1:] != self.owner[:-1], torch.ones(min(1, len(self.owner)), dtype=torch.bool)])
 
+    @property
+    def first(self) -> Tensor:
+        """bool [states]: where an answer's first block ends."""
+        return self.last.roll(1)
+
     def blocks(self, tokenizer: Any) -> Blocks:
         """The answers so far at each state, for scorers."""
         states = list(zip(self.owner.tolist(), self.ends.tolist(), strict=True))
@@ -80,9 +85,7 @@ class Rollouts:
         changed: dict[str, Tensor] = {}
         if cost is not None:
             now = scores_of(cost, blocks, "cost")
-            before = torch.cat([torch.zeros(1), now[:-1]])
-            before[1:][self.owner[1:] != self.owner[:-1]] = 0.0
-            changed["cost"] = block_costs(cost, now, before)
+            changed["cost"] = block_costs(cost, now, torch.where(self.first, 0.0, now.roll(1)))
         if reward is not None and not getattr(reward, "cumulative", True):
             sums = torch.zeros(len(self.answers))
             changed["reward"] = sums.index_add(0, self.owner, scores_of(reward, blocks, "reward"))

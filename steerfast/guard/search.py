@@ -7,7 +7,7 @@ to their budgets, the best go on. Nothing here knows where tokens come from; tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -177,7 +177,7 @@ _RANKED = ("value", "z", "p_safe", "cost")
 class _Counts:
     sampled: int = 0
     retries: int = 0
-    gave_in: bool = field(default=False)
+    gave_in: bool = False
 
 
 class Search:

@@ -62,11 +62,9 @@ class States:
 def safety_states(rollouts: Rollouts, safety: SafetyBudget) -> Tensor:
     """z at the end of every block: float32 [states]."""
     assert rollouts.cost is not None
-    owner, ends = rollouts.owner, rollouts.ends
-    first = torch.ones_like(owner, dtype=torch.bool)
-    first[1:] = owner[1:] != owner[:-1]
+    first, ends = rollouts.first, rollouts.ends
     lengths = torch.where(first, ends, ends - ends.roll(1))
-    z, found = safety.start(len(owner)), torch.empty(len(owner))
+    z, found = safety.start(len(ends)), torch.empty(len(ends))
     now = first
     while bool(now.any()):  # the first blocks of all answers, the second ones, ...
         z[now] = safety.block(z[now], rollouts.cost[now], lengths[now])

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.candidates import Candidates, Sampling, branched, joined, root_stream, seeds
+from steerfast.guard.candidates import Candidates, Sampling, branched, joined, rooted, seeds
 
 __all__ = ["VLLMBackend"]
 
@@ -40,10 +39,7 @@ class VLLMBackend:
         self.context = int(config.max_model_len)
 
     def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
-        if not 0 < len(prompt_ids) < self.context:
-            raise GuardError(f"prompt: expected 1 to {self.context - 1} tokens, got {len(prompt_ids)}")
-        prompt = [int(token) for token in prompt_ids]
-        root = Candidates(prompt, [[]], torch.zeros(1, dtype=torch.bool), None, root_stream(seed))
+        root = rooted(prompt_ids, seed, self.context)
         return root if n == 1 else self.branch(root, [0] * n, range(n))
 
     def extend(

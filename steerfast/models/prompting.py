@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -156,26 +157,32 @@ def greedy_answers(
     `after` is called when a batch is answered; a steering attached still holds what its gates decided.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    device, generate = device_of(model), model.generate
-    ends = end_tokens(model, tokenizer)
-    work = list(batches(prompts, batch_size, "left", pad_token(tokenizer), device))
+    work = list(batches(prompts, batch_size, "left", pad_token(tokenizer), device_of(model)))
     with evaluating(model):
         for batch in track(work, description or "", show=description is not None):
-            output = generate(  # type: ignore[operator]
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                num_return_sequences=1,
-                pad_token_id=pad_token(tokenizer),
-            )
-            for index, row in zip(batch.indices, output[:, batch.ids.shape[1] :].tolist(), strict=True):
-                stop = next((at for at, token in enumerate(row) if token in ends), len(row))
-                answers[index] = row[:stop]
+            inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
+            found = greedy_batch(model, tokenizer, inputs, max_new_tokens)
+            for index, answer in zip(batch.indices, found, strict=True):
+                answers[index] = answer
             if after is not None:
                 after(batch)
     return answers
+
+
+def greedy_batch(model: nn.Module, tokenizer: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> list[list[int]]:
+    """`greedy_answers` to one batch: `inputs` are what the model reads, left-padded, with ``input_ids`` among them."""
+    generate: Any = model.generate
+    output = generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        pad_token_id=pad_token(tokenizer),
+    )
+    ends = end_tokens(model, tokenizer)
+    rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in ends, row)) for row in rows]
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,6 +75,17 @@ def find_decoder(model: nn.Module) -> Decoder:
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor: its shards or copies lie on several ranks, and no kernel can read it."""
     return type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and a few values of every tensor: tells fine-tunes apart, and reads little."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        few = flat[:: max(1, len(flat) // 16)][:16]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(few.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def identify(model: nn.Module, tokenizer: Any = None) -> ModelIdentity:

@@ -185,7 +185,7 @@ def test_questions_about_pictures(work: Path, monkeypatch: pytest.MonkeyPatch) -
         "llava", "--images", questions, "--judge", "strict", "--limit", 1, "--max-new-tokens", 9, *outputs
     ).stdout
     assert asked == {
-        "max_new_tokens": 9, "batch_size": 16, "seed": 0, "resume": None, "count": 1, "judge": "strict",
+        "max_new_tokens": 9, "batch_size": 16, "seed": 0, "resume": None, "force": False, "count": 1, "judge": "strict",
         "names": ["unsteered", "self-reminder", "goal-priority"],
     }  # fmt: skip
     assert "25.0" in text

@@ -293,6 +293,32 @@ def test_an_evaluation_goes_on_where_it_was_interrupted(
     assert len(asked) == 4
 
 
+def test_other_weights_of_the_same_name_are_asked_again(
+    llava: Any, processor: Any, systems: list[System], questions: Any, tmp_path: Path
+) -> None:
+    def run(resume: Path | None) -> dict[str, Any]:
+        return evaluate_images(
+            llava, processor, systems[:1], questions, [RuleJudge("any", bool)], max_new_tokens=6, resume=resume
+        )
+
+    first = run(tmp_path / "pieces")
+    llava.lm_head.weight.data[5:9] += 1.0
+    second = run(tmp_path / "pieces")
+    assert len((tmp_path / "pieces").read_text().splitlines()) == 2
+    assert second == run(None) != first
+
+
+def test_questions_that_made_a_profile(
+    llava: Any, processor: Any, systems: list[System], questions: Any, make_profile: Callable[..., Any]
+) -> None:
+    made = make_profile(llava, processor.tokenizer, fitted={"harmful": describe_set(questions.prompts, "own")})
+    given = (llava, processor, [systems[0], System("ours", "", profile=made)], questions, [RuleJudge("any", bool)])
+    with pytest.raises(PromptError, match=r"got 'mm_harmful_bench': 2 of 2 prompts fitted the profile of 'ours'"):
+        evaluate_images(*given, max_new_tokens=2)
+    marked = evaluate_images(*given, max_new_tokens=2, force=True)["sets"]["mm_harmful_bench"]["also_fitted_by"]
+    assert marked == ["2 of 2 prompts fitted the profile of 'ours'"]
+
+
 def test_a_steered_model_is_not_taken_for_the_unsteered_one(
     llava: Any, processor: Any, systems: list[System], questions: Any
 ) -> None:

@@ -249,6 +249,19 @@ def test_trials_of_another_search_are_not_used(
     assert len(tried) == 3 * expected
 
 
+def test_trials_of_other_weights_are_not_used(
+    profile: SteeringProfile, tiny_llama: Any, tokenizer: Any, tried: list[Any], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"harmful": HARMFUL, "harmless": HARMLESS, "max_new_tokens": 3, "limits": ANY_TEXT}
+    options |= {"vectors": ["push"], "bands": [(2, 3)], "positions": ["all"], "strengths": [60.0], "progress": False}
+    tuned = copy.deepcopy(tiny_llama)
+    tuned.model.layers[0].mlp.down_proj.weight.data.mul_(1.1)  # a fine-tune: its embeddings are the model's
+    for model, fresh in ((tiny_llama, 2), (tiny_llama, 0), (tuned, 2)):
+        tried.clear()
+        steerfast.tune(profile, model, tokenizer, resume=tmp_path / "trials.jsonl", **options)
+        assert len(tried) == fresh
+
+
 def test_an_interrupted_search_goes_on(
     profile: SteeringProfile, tune: Any, tiny_llama: Any, tried: list[Any], tmp_path: Path
 ) -> None:

@@ -26,23 +26,8 @@ CONFIG = {
 
 
 @pytest.fixture
-def llama() -> Any:
-    from transformers import LlamaConfig, LlamaModel
-
-    torch.manual_seed(3)
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=128,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=64,
-            rms_norm_eps=1e-6,
-            initializer_range=0.3,
-        )
-    ).eval()
+def llama(make_llama: Any) -> Any:
+    return make_llama(3, num_hidden_layers=2, num_key_value_heads=4, max_position_embeddings=64).model
 
 
 WEIGHT = torch.linspace(-1, 1, 32)[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -154,6 +155,10 @@ def test_nothing_is_answered_twice(
     other = replace(trained, cost=replace(trained.cost, tensors={k: v + 1 for k, v in trained.cost.tensors.items()}))
     with pytest.raises(AssertionError):
         benched(tiny_llama, tiny_tokenizer, other, names, resume=log)
+    tuned = copy.deepcopy(tiny_llama)
+    tuned.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)  # a fine-tune, by the same name
+    with pytest.raises(AssertionError):
+        benched(tuned, tiny_tokenizer, trained, names, resume=log)
 
 
 def test_a_file_of_another_kind_is_left_alone(
