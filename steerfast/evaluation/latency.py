@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, SteerfastError
+from steerfast.models import caches
 from steerfast.models.fused import is_patched, patch
 from steerfast.models.prompting import device_of
 from steerfast.models.steering import Steering, steer
@@ -194,6 +195,7 @@ class _Run:
         self.system, self.tokens, self.mode = system, tokens, mode
         self.next = tokens[:, :1].clone()
         self.cache: Any = None
+        self._cache_name = caches.argument(system.model)
         self.step_model: Any = system.model
         if mode == "compile":
             cuda = tokens.device.type == "cuda"
@@ -211,11 +213,12 @@ class _Run:
 
     def prefill(self) -> None:
         model: Any = self.system.model
-        logits = model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        given = {self._cache_name: self.cache}
+        logits = model(input_ids=self.tokens, use_cache=True, logits_to_keep=1, **given).logits
         logits[:, -1].argmax(dim=-1)
 
     def step(self) -> None:
-        logits = self.step_model(input_ids=self.next, past_key_values=self.cache, use_cache=True).logits
+        logits = self.step_model(input_ids=self.next, use_cache=True, **{self._cache_name: self.cache}).logits
         logits[:, -1].argmax(dim=-1)
 
     def keep(self, other: _Run | None) -> None:

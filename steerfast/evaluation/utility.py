@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import PromptError
+from steerfast.models import caches
 from steerfast.models.prompting import (
     PromptBatch,
     batches,
@@ -156,15 +157,16 @@ def _read(
     width = max(map(len, texts)) - 1  # of the answers' last tokens nothing follows
     device = batch.ids.device
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
+    cache_name = caches.argument(model)
     scores: list[list[float]] = []
 
     def step(ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, **options: Any) -> Any:
         placed = {"position_ids": positions} if has_positions else {}
-        return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **placed, **options)
+        return model(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name: cache}, **placed, **options)
 
     # In place of generate's own loop: there steering knows where the prompt ends, and takes what follows for an answer.
-    def score(model: Any, input_ids: Tensor, past_key_values: Any = None, **given: Any) -> Tensor:
-        prefill = step(batch.ids, batch.mask, batch.positions, past_key_values, logits_to_keep=1)
+    def score(model: Any, input_ids: Tensor, **given: Any) -> Tensor:
+        prefill = step(batch.ids, batch.mask, batch.positions, caches.found(given), logits_to_keep=1)
         later = None
         if width:
             owner = torch.tensor(owners, device=device)
@@ -173,7 +175,7 @@ def _read(
             for row, text in enumerate(texts):
                 ids[row, : len(text) - 1] = torch.tensor(text[:-1])
                 valid[row, : len(text) - 1] = 1
-            cache = prefill.past_key_values
+            cache = caches.found(prefill)
             cache.batch_select_indices(owner)
             mask = torch.cat([batch.mask[owner], valid.to(device)], dim=1)
             positions = batch.mask.sum(dim=1)[owner, None] + torch.arange(width, device=device)

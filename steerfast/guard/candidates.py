@@ -335,6 +335,7 @@ class HFBackend:
         self._head: nn.Module = head
         self._ends = torch.tensor(sorted(end_tokens(model, tokenizer)), dtype=torch.long, device=device_of(model))
         takes = inspect.signature(model.forward).parameters
+        self._cache_name = caches.argument(model)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     @property
@@ -378,7 +379,7 @@ class HFBackend:
         config: Any = self.model.config
         with self._prompt_row() as row:
             output, last = self._pass(DynamicCache(config=config), torch.tensor([root.prompt], device=self.device))
-        cache = output.past_key_values
+        cache = caches.found(output)
         if not caches.splits(cache):
             raise ArchitectureError(f"model: expected keys and values that grow by a token, got {type(cache).__name__}")
         for number, layer in enumerate(cache.layers):
@@ -514,12 +515,12 @@ class HFBackend:
     def _forward(self, rows: _Rows, chosen: Tensor, tokens: int) -> _Rows:
         """A token more, int64 [m], after which the answers have so many `tokens`; in the memory of `rows`."""
         output, last = self._pass(rows.cache, chosen[:, None])
-        return _Rows(output.past_key_values, output.logits[:, -1], latent.grow(rows.hidden, last, tokens))
+        return _Rows(caches.found(output), output.logits[:, -1], latent.grow(rows.hidden, last, tokens))
 
     def _pass(self, cache: DynamicCache, ids: Tensor) -> tuple[Any, Tensor]:
         """The model's output for ids [m, t], and its last hidden states float32 [m, H] at the last tokens."""
         with self._captured() as captured:
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._last_only)
+            output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: cache}, **self._last_only)
         return output, captured[0]
 
     @contextmanager

@@ -1,15 +1,42 @@
-"""Take some sequences from a model's arguments, caches and outputs, and put them back; take a pass back.
+"""Find the cache in a model's arguments and outputs; take some sequences from them and put them back; take a pass back.
 
 For the second pass over prompts whose gate fired, see `steerfast.models.steering`.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["merged", "rewind", "rewinds", "select", "splits"]
+from steerfast.errors import ArchitectureError
+
+__all__ = ["argument", "found", "merged", "rewind", "rewinds", "select", "splits"]
+
+_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+
+
+def argument(model: nn.Module) -> str:
+    """What the forward of a model, or of its backbone, calls the cache.
+
+    Raises:
+        ArchitectureError: it takes none.
+    """
+    taken = inspect.signature(model.forward).parameters
+    name = next((name for name in _NAMES if name in taken), None)
+    if name is None:
+        raise ArchitectureError(
+            f"model: {type(model).__name__} takes no {' or '.join(_NAMES)}, and a gate's decision has to stay with a "
+            "sequence's cache"
+        )
+    return name
+
+
+def found(values: Mapping[str, Any]) -> Any:
+    """The cache among a forward's arguments or outputs, by either name; None where there is none."""
+    return next((values[name] for name in _NAMES if values.get(name) is not None), None)
 
 
 def splits(cache: Any) -> bool:

@@ -26,7 +26,7 @@ from steerfast.requests import Request, Requests
 if TYPE_CHECKING:
     from steerfast.models.steering import Steering
 
-__all__ = ["INHERIT", "PackedSteps", "forget_manager", "steered_manager", "steps_of"]
+__all__ = ["INHERIT", "PackedSteps", "forget_manager", "is_paged", "steered_manager", "steps_of"]
 
 INHERIT: Any = object()
 """For an argument whose None means something: it was not given."""
@@ -59,6 +59,11 @@ class PackedSteps:
             tables = self.requests.tables
             self._rows[width] = Rows(tables.rows[:width], tables.deciding, tables.slot)
         return self._rows[width]
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a forward pass was given the blocks of continuous batching, and not a cache of its own sequences."""
+    return cache is not None and not hasattr(cache, "get_seq_length")
 
 
 def steps_of(cache: Any, steering: Steering) -> PackedSteps:
@@ -231,9 +236,9 @@ class _SteeredManager:
             processor.cache.steerfast_steps = PackedSteps(self.steerfast_steering, requests, deciding=graphs)
         return processor
 
-    def _run_generation_loop(self) -> None:
+    def _run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super()._run_generation_loop()  # type: ignore[misc]
+            super()._run_generation_loop(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.steerfast_given.clear()
             if (steps := self._steps()) is not None:

@@ -29,7 +29,7 @@ from steerfast.kernels.gate import gate_unchecked_
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.models import caches
 from steerfast.models import latch as latches
-from steerfast.models.continuous import INHERIT, PackedSteps, forget_manager, steered_manager, steps_of
+from steerfast.models.continuous import INHERIT, PackedSteps, forget_manager, is_paged, steered_manager, steps_of
 from steerfast.models.fused import Operands, seams
 from steerfast.models.latch import Latch
 from steerfast.models.slots import ProfileSlots
@@ -154,11 +154,7 @@ class Steering:
         if profile is not None:
             self._slots.check("profile", profile)
         decoder.refuse_if_steered()
-        if "past_key_values" not in self._arguments:
-            raise ArchitectureError(
-                f"model: {type(decoder.backbone).__name__} takes no past_key_values, "
-                "and a gate's decision has to stay with a sequence's cache"
-            )
+        caches.argument(decoder.backbone)  # a decision has to have where to stay
         self._attach()
 
     # -- what users read and set -------------------------------------------------------------------------------------
@@ -488,13 +484,13 @@ class Steering:
         if tokens is None:
             raise ArchitectureError(f"model: {type(module).__name__} was called without input_ids or inputs_embeds")
         count, width = tokens.shape[:2]
-        if given.get("cache") is not None:  # of transformers' continuous batching
-            self._before_packed(steps_of(given["cache"], self), width)
+        cache = caches.found(given)
+        if is_paged(cache):
+            self._before_packed(steps_of(cache, self), width)
             return
         prompt = self._prompt
         self._prompts = prompt.count if prompt is not None else None
         self._plan = plan = self._plan_for(count)
-        cache: Any = given.get("past_key_values")
         past = latches.length(cache)
         self._held = past + width
         latch = latches.read(cache, plan.owner) if past else None
@@ -572,10 +568,10 @@ class Steering:
         ahead = tuple(slot >= 0 and self._slots.at(slot).second_pass for slot in plan.slots)
         if not any(ahead):
             return None
-        cache: Any = given.get("past_key_values")
+        cache = caches.found(given)
         lengths = None
         if cache is not None and caches.splits(cache):
-            given = {**given, "past_key_values": copy.deepcopy(cache)}
+            given = {name: copy.deepcopy(value) if value is cache else value for name, value in given.items()}
         elif cache is not None and caches.rewinds(cache, valid.shape[1]):
             lengths = [int(layer.get_seq_length()) for layer in cache.layers]
         elif cache is not None:
@@ -607,7 +603,7 @@ class Steering:
             self._latch = latch.copy()
             self._latch.select(index)
         else:  # its sequences cannot be told apart: all of them once more, and those that did not fire stay the same
-            caches.rewind(given["past_key_values"], prefill.lengths)
+            caches.rewind(caches.found(given), prefill.lengths)
         self._set_rows(self._planned(), self._prompt_rows(self._planned(), valid, prefill.prompt_columns))
         try:
             second = module(**given)
@@ -621,8 +617,8 @@ class Steering:
         if self._again:
             return output
         output = self._read_again(module, output)
-        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
-        cache = next((part for part in parts if hasattr(part, "get_seq_length")), kwargs.get("past_key_values"))
+        parts = output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else None,)
+        cache = next((part for part in parts if hasattr(part, "get_seq_length")), caches.found(kwargs))
         if cache is not None:
             latches.attach(cache, self._last(), self._held)
         return output

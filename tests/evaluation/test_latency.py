@@ -19,6 +19,7 @@ from torch import nn
 from steerfast.errors import ProfileError, SteerfastError
 from steerfast.evaluation import latency
 from steerfast.evaluation.latency import Result, System
+from steerfast.models import caches
 from steerfast.models.fused import is_patched, patch
 from steerfast.models.steering import steer
 from steerfast.profile import Gate
@@ -152,10 +153,10 @@ def test_every_step_is_the_one_after_the_prompt(tiny_llama: Any) -> None:
     lengths = []
 
     class Counting(nn.Module):
-        config, parameters = tiny_llama.config, tiny_llama.parameters
+        config, parameters, forward = tiny_llama.config, tiny_llama.parameters, tiny_llama.forward
 
         def __call__(self, **given: Any) -> Any:
-            lengths.append((given["past_key_values"].get_seq_length(), given["input_ids"].shape[1]))
+            lengths.append((caches.found(given).get_seq_length(), given["input_ids"].shape[1]))
             return tiny_llama(**given)
 
     counting: Any = Counting()

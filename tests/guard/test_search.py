@@ -345,7 +345,9 @@ def test_memory_stays_within_its_bound(make_llama: Any, tiny_tokenizer: Any, mon
     layers: weakref.WeakSet[Any] = weakref.WeakSet()
     fork, update = _RoomyLayer.fork, _RoomyLayer.update
     monkeypatch.setattr(_RoomyLayer, "fork", lambda self: (layers.add(self), layers.add(new := fork(self)), new)[2])
-    monkeypatch.setattr(_RoomyLayer, "update", lambda self, *args: (layers.add(self), update(self, *args))[1])
+    monkeypatch.setattr(
+        _RoomyLayer, "update", lambda self, *args, **more: (layers.add(self), update(self, *args, **more))[1]
+    )
     peaks: list[int] = []
 
     def measure(*_: Any) -> None:
