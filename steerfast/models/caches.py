@@ -19,18 +19,24 @@ _NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 
 def argument(model: nn.Module) -> str:
-    """What the forward of a model, or of its backbone, calls the cache.
+    """What the forward of a model, or of its backbone, calls the cache of keys and values.
 
     Raises:
-        ArchitectureError: it takes none.
+        ArchitectureError: it takes none, or one that does not count tokens: a state of linear attention alone.
     """
+    from transformers import DynamicCache
+
     taken = inspect.signature(model.forward).parameters
     name = next((name for name in _NAMES if name in taken), None)
-    if name is None:
+    try:
+        if name is None:
+            raise ValueError(f"it takes no {' or '.join(_NAMES)}")
+        if (config := getattr(model, "config", None)) is not None:
+            DynamicCache(config=config).get_seq_length()
+    except ValueError as error:
         raise ArchitectureError(
-            f"model: {type(model).__name__} takes no {' or '.join(_NAMES)}, and a gate's decision has to stay with a "
-            "sequence's cache"
-        )
+            f"model: expected {type(model).__name__} to keep keys and values, where a gate's decision stays; {error}"
+        ) from error
     return name
 
 

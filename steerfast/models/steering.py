@@ -619,7 +619,7 @@ class Steering:
         output = self._read_again(module, output)
         parts = output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else None,)
         cache = next((part for part in parts if hasattr(part, "get_seq_length")), caches.found(kwargs))
-        if cache is not None:
+        if cache is not None and not is_paged(cache):
             latches.attach(cache, self._last(), self._held)
         return output
 

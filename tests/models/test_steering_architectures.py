@@ -253,7 +253,7 @@ def test_a_model_without_a_kv_cache_is_refused(make_profile: MakeProfile) -> Non
     )
     model = transformers.MambaForCausalLM(config).eval()
     before = state(model)
-    with pytest.raises(ArchitectureError, match="takes no past_key_values"):
+    with pytest.raises(ArchitectureError, match="expected MambaModel to keep keys and values"):
         steerfast.steer(model, make_profile(model))
     assert state(model) == before
 
