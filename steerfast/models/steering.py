@@ -510,24 +510,20 @@ class Steering:
         if self._deciding:
             latch = self._new_latch(plan, tokens.device) if latch is None else latch.copy()
         device = tokens.device
-        slot = self._per_sequence("slot", plan.slots, torch.int32, device)
+        self._prefill = None
         if prompt_columns > 0:
             mask = given.get("attention_mask")
             if prompt is not None and prompt.mask is not None and not _is_flat(mask):
                 mask = _grown(prompt.mask, count, past + width)
-            valid = _valid_tokens(mask, count, width, past, device)
-            rows = self._prompt_rows(plan, valid, prompt_columns)
+            valid = self._valid_tokens(mask, count, width, past, device)
             self._prefill = self._second_pass(plan, given, valid, prompt_columns)
-            if self._prefill is not None:  # these are not steered before they have decided
-                waits = self._per_sequence("ahead", self._prefill.ahead, torch.bool, device).repeat_interleave(width)
-                rows.rows[:, 1] = torch.where(waits, UNSTEERED, rows.rows[:, 1])
+            rows, self._decides = self._prompt_tables(plan, valid, prompt_columns)
         else:
-            self._prefill = None
-            rows = self._buffer(("rows", plan.slots, width), device, lambda _: response_rows(slot, width))
+            rows = self._buffer(
+                ("rows", plan.slots, width), device, lambda d: response_rows(self._slot_of_each(plan, d), width)
+            )
         self._latch = latch
         self._set_rows(plan, rows.each_for_itself() if plan.by_token else rows)
-        if self._deciding and not plan.by_token:
-            self._decides = self._slots.bank(device).deciding(rows.deciding, slot) if self._slots.gate_layers else None
         self._row_values.clear()
 
     def _before_packed(self, steps: PackedSteps, width: int) -> None:
@@ -558,10 +554,39 @@ class Steering:
         if any(new is not old for new, old in zip(known_of, self._known_of, strict=True)):
             self._known, self._known_of, self._columns = {}, known_of, None
 
-    def _prompt_rows(self, plan: _Plan, valid: Tensor, prompt_columns: int) -> Rows:
-        late = tuple(slot >= 0 and self._slots.at(slot).positions == "response" for slot in plan.slots)
-        slot = self._per_sequence("slot", plan.slots, torch.int32, valid.device)
-        return prompt_rows(valid, prompt_columns, slot, self._per_sequence("late", late, torch.bool, valid.device))
+    def _valid_tokens(self, mask: Any, count: int, width: int, past: int, device: torch.device) -> Tensor:
+        """See `_valid_tokens`; where no token is padding, one and the same tensor every time."""
+        if mask is None or (_is_flat(mask) and bool(mask.all())):
+            return self._all_valid(count, width, device)
+        return _valid_tokens(mask, count, width, past, device)
+
+    def _all_valid(self, count: int, width: int, device: torch.device) -> Tensor:
+        return self._buffer(
+            ("valid", count, width), device, lambda d: torch.ones(count, width, dtype=torch.bool, device=d)
+        )
+
+    def _prompt_tables(self, plan: _Plan, valid: Tensor, prompt_columns: int) -> tuple[Rows, tuple[Tensor, Tensor]]:
+        """The rows of a step of prompt tokens, and `Bank.deciding` of it; sequences of a second pass are not steered
+        before they have decided. The same tables again where no token is padding: 45 operations on small tensors.
+        """
+        waits = () if self._again else tuple(slot >= 0 and self._slots.at(slot).second_pass for slot in plan.slots)
+
+        def make(device: torch.device) -> tuple[Rows, tuple[Tensor, Tensor]]:
+            slot = self._slot_of_each(plan, device)
+            late = torch.tensor(
+                [slot >= 0 and self._slots.at(slot).positions == "response" for slot in plan.slots], device=device
+            )
+            rows = prompt_rows(valid, prompt_columns, slot, late)
+            if any(waits):
+                waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])
+                rows.rows[:, 1] = torch.where(waiting, UNSTEERED, rows.rows[:, 1])
+            return rows, self._slots.bank(device).deciding(rows.deciding, slot)
+
+        count, width = valid.shape
+        if valid is not self._all_valid(count, width, valid.device):
+            return make(valid.device)
+        key = ("prompt", plan.slots, plan.owner, waits, count, width, prompt_columns)
+        return self._buffer(key, valid.device, make)
 
     def _second_pass(self, plan: _Plan, given: dict[str, Any], valid: Tensor, prompt_columns: int) -> _Prefill | None:
         """What a second pass over this step would need, None where no sequence can ask for one."""
@@ -604,7 +629,7 @@ class Steering:
             self._latch.select(index)
         else:  # its sequences cannot be told apart: all of them once more, and those that did not fire stay the same
             caches.rewind(caches.found(given), prefill.lengths)
-        self._set_rows(self._planned(), self._prompt_rows(self._planned(), valid, prefill.prompt_columns))
+        self._set_rows(self._planned(), self._prompt_tables(self._planned(), valid, prefill.prompt_columns)[0])
         try:
             second = module(**given)
         finally:
@@ -648,29 +673,26 @@ class Steering:
         knowable = not self._deciding and not compiling  # a graph must not leave its tensors here
         if knowable and (known := self._known.get((layer, device))) is not None:
             return known
-        plan, latch = self._planned(), self._last()
+        plan = self._planned()
         # A compiled model asks about the layers of all profiles that are loaded, so that it need not be compiled again
         # for another batch of them; slots without a part in a layer do nothing there.
         decides = self._deciding and layer in (self._slots.gate_layers if compiling else plan.gates)
         steered = layer in (self._layers if compiling else plan.steered)
         if not decides and not steered:
             return None
-        x = x.flatten(0, -2)
-        residual = None if residual is None else residual.flatten(0, -2)
         if device not in self._rows:
             self._rows[device] = next(iter(self._rows.values())).to(device)
         rows = self._rows[device]
         bank = self._slots.bank(device).layer(layer)
-        if decides and plan.by_token:
-            self._decide_rows(layer, x, residual, rows, bank, plan, latch)
-        elif decides:
-            self._decide_prompts(layer, x, residual, rows, bank, latch)
+        if decides:
+            decide = self._decide_rows if plan.by_token else self._decide_prompts
+            decide(layer, x.flatten(0, -2), None if residual is None else residual.flatten(0, -2), rows, bank)
         if not steered:
             return None
         strength = next(iter(self._strengths.values())).to(device)
         if plan.by_token:
             values = self._values_of_rows(rows)
-            strength = strength.repeat_interleave(len(x) // len(strength), dim=0)
+            strength = strength.repeat_interleave(len(rows.rows) // len(strength), dim=0)
         else:
             values = self._latched(layer)[0].to(device)
         kinds = self._slots.kinds if compiling else plan.kinds
@@ -679,14 +701,13 @@ class Steering:
             self._known[layer, device] = operands
         return operands
 
-    def _decide_prompts(
-        self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank, latch: Latch
-    ) -> None:
+    def _decide_prompts(self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank) -> None:
         """Each sequence's deciding row sets its latched value, here and, for a sensor, in all other layers;
         sequences without a prompt token in this step keep theirs.
         """
         assert self._decides is not None
         deciding, senses = self._decides
+        latch = self._last()
         home = latch.values.device
         values, scores = (column.to(x.device) for column in self._latched(layer))
         row = deciding[layer].to(x.device)
@@ -706,10 +727,9 @@ class Steering:
             self._columns = list(zip(*(tensor.unsqueeze(2).unbind() for tensor in both), strict=True))
         return self._columns[layer]
 
-    def _decide_rows(
-        self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank, plan: _Plan, latch: Latch
-    ) -> None:
+    def _decide_rows(self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank) -> None:
         """Each row decides for itself, in this step only; the latch keeps the highest of its sequence for `fired`."""
+        plan, latch = self._planned(), self._last()
         width = len(x) // len(plan.slots)
         here = tuple(slot in plan.gates[layer] for slot in plan.slots)
         mask = self._per_sequence("here", here, torch.bool, x.device).repeat_interleave(width)
@@ -726,10 +746,15 @@ class Steering:
 
     def _new_latch(self, plan: _Plan, device: torch.device) -> Latch:
         """Closed gates; those of profiles without gates are open."""
-        with torch.inference_mode(False):
+
+        def make(device: torch.device) -> Latch:
             is_open = [slot >= 0 and self._slots.at(slot).gate.kind == "always" for slot in plan.slots]
             values = torch.tensor(is_open, dtype=torch.float32, device=device).repeat(self._identity.num_layers, 1)
             return Latch(plan.owner, values, torch.full_like(values, float("-inf")))
+
+        closed: Latch = self._buffer(("latch", plan.slots, plan.owner), device, make)
+        with torch.inference_mode(False):
+            return closed.copy()
 
     def _values_of_rows(self, rows: Rows) -> Tensor:
         """Gate values [N·T, 1] of this step's rows, for token gates: what a sensor decided for the layers after it."""
@@ -739,6 +764,9 @@ class Steering:
             fresh = torch.zeros(len(rows.rows), 1, dtype=torch.float32, device=device)
             self._row_values[device] = fresh if known is None else known.to(device)
         return self._row_values[device]
+
+    def _slot_of_each(self, plan: _Plan, device: torch.device) -> Tensor:
+        return self._per_sequence("slot", plan.slots, torch.int32, device)
 
     def _per_sequence(self, name: str, values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The values as a tensor [n], made once."""
