@@ -42,6 +42,9 @@ __all__ = ["GENERATING", "Steering", "steer"]
 GENERATING = ("generate", "generate_batch", "init_continuous_batching")
 """Methods of models that `Steering.call` stands before."""
 
+_Decides = tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor]]
+"""`Bank.deciding`: int32 [n] and bool [n] of each layer."""
+
 _MOST_BUFFERS = 512  # row tables of the batch shapes seen so far; each is cheap to make again
 
 
@@ -140,7 +143,7 @@ class Steering:
         self._again = False  # while a second pass runs
         self._row_values: dict[torch.device, Tensor] = {}
         self._strengths: dict[torch.device, Tensor] = {}
-        self._decides: tuple[Tensor, Tensor] | None = None  # see Bank.deciding
+        self._decides: _Decides | None = None
         # Operands of steps that decide nothing, by layer and device, and the plan, decisions and rows they stand for:
         # these stay the same from one answer token to the next, and making operands takes longer than the edit.
         self._known: dict[tuple[int, torch.device], Operands] = {}
@@ -565,13 +568,14 @@ class Steering:
             ("valid", count, width), device, lambda d: torch.ones(count, width, dtype=torch.bool, device=d)
         )
 
-    def _prompt_tables(self, plan: _Plan, valid: Tensor, prompt_columns: int) -> tuple[Rows, tuple[Tensor, Tensor]]:
+    def _prompt_tables(self, plan: _Plan, valid: Tensor, prompt_columns: int) -> tuple[Rows, _Decides]:
         """The rows of a step of prompt tokens, and `Bank.deciding` of it; sequences of a second pass are not steered
-        before they have decided. The same tables again where no token is padding: 45 operations on small tensors.
+        before they have decided. Where no token is padding these are the same tables every time, and not 45 operations
+        on small tensors.
         """
         waits = () if self._again else tuple(slot >= 0 and self._slots.at(slot).second_pass for slot in plan.slots)
 
-        def make(device: torch.device) -> tuple[Rows, tuple[Tensor, Tensor]]:
+        def make(device: torch.device) -> tuple[Rows, _Decides]:
             slot = self._slot_of_each(plan, device)
             late = torch.tensor(
                 [slot >= 0 and self._slots.at(slot).positions == "response" for slot in plan.slots], device=device
@@ -580,7 +584,8 @@ class Steering:
             if any(waits):
                 waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])
                 rows.rows[:, 1] = torch.where(waiting, UNSTEERED, rows.rows[:, 1])
-            return rows, self._slots.bank(device).deciding(rows.deciding, slot)
+            deciding, senses = self._slots.bank(device).deciding(rows.deciding, slot)
+            return rows, (deciding.unbind(), senses.unbind())
 
         count, width = valid.shape
         if valid is not self._all_valid(count, width, valid.device):
@@ -689,12 +694,15 @@ class Steering:
             decide(layer, x.flatten(0, -2), None if residual is None else residual.flatten(0, -2), rows, bank)
         if not steered:
             return None
-        strength = next(iter(self._strengths.values())).to(device)
+        strength = self._strengths.get(device)
+        if strength is None:
+            strength = self._strengths[device] = next(iter(self._strengths.values())).to(device)
         if plan.by_token:
             values = self._values_of_rows(rows)
             strength = strength.repeat_interleave(len(rows.rows) // len(strength), dim=0)
         else:
-            values = self._latched(layer)[0].to(device)
+            values = self._latched(layer)[0]
+            values = values if values.device == device else values.to(device)
         kinds = self._slots.kinds if compiling else plan.kinds
         operands = (rows.rows, values, strength, bank.vectors, bank.directions, bank.table, kinds)
         if knowable:
@@ -707,12 +715,12 @@ class Steering:
         """
         assert self._decides is not None
         deciding, senses = self._decides
-        latch = self._last()
-        home = latch.values.device
-        values, scores = (column.to(x.device) for column in self._latched(layer))
-        row = deciding[layer].to(x.device)
+        latch, (values, scores), row = self._last(), self._latched(layer), deciding[layer]
+        home, away = latch.values.device, x.device
+        if home != away:
+            values, scores, row = values.to(away), scores.to(away), row.to(away)
         gate_unchecked_(x, residual, row, rows.slot, bank.directions, bank.table, scores, values)
-        if home != x.device:
+        if home != away:
             latch.scores[layer], latch.values[layer] = scores[:, 0].to(home), values[:, 0].to(home)
         if layer in self._slots.sensors:
             latch.values.copy_(torch.where(senses[layer].to(home), latch.values[layer], latch.values))
