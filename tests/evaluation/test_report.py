@@ -87,6 +87,8 @@ def _made_up() -> dict[str, Any]:
         if auc:
             data["gate_auc"] = {s: around(auc, 0.01) for s in HARMFUL}
             data["fire_rate"] = {s: around(0.97 if s in HARMFUL else 0.02, 0.02) for s in HARMFUL + HARMLESS}
+            if name == "ours":
+                data["abstain_rate"] = {s: around(0.1, 0.02) for s in HARMFUL + HARMLESS}
             data["gate_auc_by_style"] = {"jailbreak_attacks": {"PAIR": 0.91, "GCG": 0.99, "JBC": None}}
         data["intervals"] = {
             key: {s: interval(v) for s, v in data[key].items()} if isinstance(data[key], dict) else interval(data[key])
