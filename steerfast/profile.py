@@ -4,7 +4,7 @@ A profile belongs to one model. It knows no model object and no device: tensors 
 `steerfast.bank` puts them on a device and `steerfast.models` attaches them.
 
 File format 1: one safetensors file, data only. Tensors ``layer.<l>.direction`` and ``layer.<l>.vector`` [H],
-``layer.<l>.candidate.<kind>`` [H], ``threshold``, ``strength``, ``norm`` and, where gates have a band, ``abstain``
+``layer.<l>.candidate.<kind>`` [H], ``threshold``, ``strength``, ``norm`` and, where gates abstain, ``abstain``
 [layers]; everything else is JSON under the header key ``steerfast``, with a SHA-256 over that JSON and every tensor.
 The parameters of an edit stand there where the edit has some: ``low`` and ``high`` (null: no limit), ``angle``.
 """
@@ -170,7 +170,7 @@ class SteeringProfile:
         norm: float32 [layers], mean norm of the residual rows the profile was fitted on; 0 where unknown.
         gate: how a decision is taken.
         abstain: float32 [layers], at most the threshold, -inf for no lower end: a score above it that does not exceed
-            the threshold lies in the gate's band. The gate stays shut there, as without a band, but does not know
+            the threshold lies in its abstain band. The gate stays shut there, as without a band, but does not know
             (`undecided`). None: no band.
         edit: what an open gate does to a row x, with b = strength · gate value.
             ``add``: x + b·v. ``keep_norm``: x + b·v, scaled back to the norm of x.

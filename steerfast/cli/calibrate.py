@@ -112,7 +112,7 @@ def command(
     }
 
     import steerfast
-    from steerfast.cli.rendering import band_table, gate_table, header, style_table, summary
+    from steerfast.cli.rendering import gate_table, header, style_table, summary, undecided_table
 
     if max_false_positive_rate is not None or midpoint:
         options["max_false_positive_rate"] = max_false_positive_rate
@@ -130,7 +130,7 @@ def command(
     console = common.console(json_file)
     console.print(header(profile))
     console.print(gate_table(profile))
-    for table in (band_table(profile), style_table(profile)):
+    for table in (undecided_table(profile), style_table(profile)):
         if table is not None:
             console.print(table)
     console.print(f"wrote {output}; next: steerfast tune", markup=False)

@@ -109,8 +109,8 @@ def gate_table(profile: SteeringProfile) -> Table:
     return table
 
 
-def band_table(profile: SteeringProfile) -> Table | None:
-    """Where the gates that decide do not know, and how many prompts of each set fall there; None without a band."""
+def undecided_table(profile: SteeringProfile) -> Table | None:
+    """Where the gates that decide do not know, and the share of each set there; None without an abstain band."""
     if profile.abstain is None or not profile.deciding_layers:
         return None
     found = _figures(profile)

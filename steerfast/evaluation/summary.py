@@ -192,7 +192,7 @@ def _margins(profile: SteeringProfile, scores: Values) -> Values:
 
 def gate_figures(profile: SteeringProfile, sets: Sequence[EvalSet], scores: GateScores) -> dict[str, Any]:
     """``gate_auc`` of each set of attacks against all harmless prompts together, the same by style, and intervals; of a
-    profile with a band also ``abstain_rate``, the share of each set that is undecided.
+    profile with an abstain band also ``abstain_rate``, the share of each set that is undecided.
     """
     table = _Table()
     if profile.abstain is not None:

@@ -18,10 +18,10 @@ from steerfast.fitting.left_out import common_styles, rates_by_layer
 from steerfast.fitting.score import check_model, layer_scores
 from steerfast.fitting.statistics import (
     GateFigures,
-    band_rates,
     figures_by_layer,
     threshold_at_false_positive_rate,
     threshold_midpoint,
+    undecided_rates,
 )
 from steerfast.profile import SteeringProfile
 from steerfast.styles import Prompts
@@ -112,7 +112,7 @@ def calibrate(
     described = {name: [f.to_dict() for f in layers] for name, layers in figures.items()}
     if abstain is not None:
         for name, scores in pairs.items():
-            _add_band(described[name], *scores, abstain, threshold)
+            _add_undecided(described[name], *scores, abstain, threshold)
     for worry in worries:
         warnings.warn(worry, StyleWarning, stacklevel=2)
     return replace(
@@ -198,12 +198,12 @@ def _lower_ends(harmless: Tensor, threshold: Tensor, rate: float) -> Tensor:
     return torch.tensor(ends, dtype=torch.float32, device="cpu").minimum(threshold)
 
 
-def _add_band(
+def _add_undecided(
     layers: list[dict[str, Any]], harmful: Tensor, harmless: Tensor, abstain: Tensor, threshold: Tensor
 ) -> None:
     """Add to each layer's figures which share of each class lies in its band."""
     for label, scores in (("harmful", harmful), ("harmless", harmless)):
-        for figures, share in zip(layers, band_rates(scores, abstain, threshold), strict=True):
+        for figures, share in zip(layers, undecided_rates(scores, abstain, threshold), strict=True):
             figures[f"{label}_undecided"] = share.to_list()
 
 

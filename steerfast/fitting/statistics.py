@@ -233,7 +233,7 @@ def figures_by_layer(harmful: ArrayLike, harmless: ArrayLike, thresholds: ArrayL
     return [gate_figures(bad, good, float(limit)) for bad, good, limit in columns]
 
 
-def band_rates(scores: ArrayLike, abstain: ArrayLike, thresholds: ArrayLike) -> list[Estimate]:
+def undecided_rates(scores: ArrayLike, abstain: ArrayLike, thresholds: ArrayLike) -> list[Estimate]:
     """Of each layer, the share of scores [n, layers] in its band: above `abstain` [layers], not above `thresholds`."""
     found = np.asarray(scores)
     within = (found > np.asarray(abstain)) & (found <= np.asarray(thresholds))

@@ -340,6 +340,15 @@ def test_every_figure_of_the_summary_stands_in_its_place(pages: dict[str, Page])
         assert row == [f"{system} {data['title']}", *expected, f"{data['latency']['ratio']:.3f}"]
 
 
+def test_gates_that_abstain_have_columns_beside_those_that_opened() -> None:
+    (table,) = (table for table in tables(made_up()) if table.name == "gates")
+    assert [group for group, _ in table.groups] == ["gate AUC ↑", "opened, %", "undecided, %"]
+    cells = {row.name: [cell.text for cell in row.cells] for row in table.rows}
+    assert "–" not in cells["ours"]
+    last = table.groups[-1][1]
+    assert all(row[-last:] == ["–"] * last for name, row in cells.items() if name != "ours")
+
+
 def test_differences_are_signed_and_bold_where_clear() -> None:
     result = made_up()
     result["systems"]["ours"]["against_unsteered"] = {"asr": {"jailbreakbench": [-0.94, -0.98, -0.9]},
