@@ -4,9 +4,9 @@ A profile belongs to one model. It knows no model object and no device: tensors 
 `steerfast.bank` puts them on a device and `steerfast.models` attaches them.
 
 File format 1: one safetensors file, data only. Tensors ``layer.<l>.direction`` and ``layer.<l>.vector`` [H],
-``layer.<l>.candidate.<kind>`` [H], ``threshold``, ``strength`` and ``norm`` [layers]; everything else is JSON under
-the header key ``steerfast``, with a SHA-256 over that JSON and every tensor. The parameters of an edit stand there
-where the edit has some: ``low`` and ``high`` (null: no limit), ``angle``.
+``layer.<l>.candidate.<kind>`` [H], ``threshold``, ``strength``, ``norm`` and, where gates abstain, ``abstain``
+[layers]; everything else is JSON under the header key ``steerfast``, with a SHA-256 over that JSON and every tensor.
+The parameters of an edit stand there where the edit has some: ``low`` and ``high`` (null: no limit), ``angle``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SCORES = ("cosine", "dot")
 EDITS = ("add", "ablate", "clamp", "keep_norm", "rotate")
 POSITIONS = ("all", "response")
 
+_PER_LAYER = ("threshold", "strength", "norm")
 _TENSOR_NAME = re.compile(r"layer\.(\d+)\.(direction|vector|candidate\..+)", re.DOTALL)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _LEAST_PLANE = 1.0  # degrees between a vector and a direction that are to span a plane
@@ -167,6 +168,10 @@ class SteeringProfile:
         vector: float32 [layers, H], residual-stream units; what the edit works with. A zero row: no edit.
         strength: float32 [layers]; 0: the layer is not steered.
         norm: float32 [layers], mean norm of the residual rows the profile was fitted on; 0 where unknown.
+        gate: how a decision is taken.
+        abstain: float32 [layers], at most the threshold, -inf for no lower end: a score above it that does not exceed
+            the threshold lies in its abstain band. The gate stays shut there, as without a band, but does not know
+            (`undecided`). None: no band.
         edit: what an open gate does to a row x, with b = strength · gate value.
             ``add``: x + b·v. ``keep_norm``: x + b·v, scaled back to the norm of x.
             ``ablate``: takes the component along v out. ``clamp``: moves the coefficient along v, ⟨x,v⟩/⟨v,v⟩, into
@@ -195,6 +200,7 @@ class SteeringProfile:
     strength: Tensor
     norm: Tensor
     gate: Gate = Gate()
+    abstain: Tensor | None = None
     edit: Literal["add", "ablate", "clamp", "keep_norm", "rotate"] = "add"
     low: float = -math.inf
     high: float = math.inf
@@ -213,8 +219,9 @@ class SteeringProfile:
         wide |= {f"candidates[{kind!r}]": tensor for kind, tensor in self.candidates.items()}
         for name, tensor in wide.items():
             _check_tensor(name, tensor, (layers, hidden))
-        for name in ("threshold", "strength", "norm"):
+        for name in _PER_LAYER:
             _check_tensor(name, getattr(self, name), (layers,))
+        self._check_abstain()
         length = self.direction.norm(dim=1)
         wrong = ((length > 0) & ((length - 1).abs() > 1e-3)).nonzero()
         if len(wrong):
@@ -228,6 +235,18 @@ class SteeringProfile:
         if self.sensor != "own" and not (isinstance(self.sensor, int) and 0 <= self.sensor < layers):
             raise ProfileError(f"sensor: expected 'own' or a layer in 0..{layers - 1}, got {self.sensor!r}")
         self._check_steered(length)
+
+    def _check_abstain(self) -> None:
+        if self.abstain is None:
+            return
+        _instance("abstain", self.abstain, Tensor, "a tensor or None")
+        _check_tensor("abstain", self.abstain, (self.model.num_layers,), open_below=True)
+        if len(above := (self.abstain > self.threshold).nonzero()):
+            layer = int(above[0])
+            raise ProfileError(
+                f"abstain of layer {layer}: expected at most its threshold, {float(self.threshold[layer]):g}, "
+                f"got {float(self.abstain[layer]):g}"
+            )
 
     def _check_edit(self) -> None:
         _one_of("edit", self.edit, EDITS)
@@ -301,6 +320,22 @@ class SteeringProfile:
         """Layers whose gate decides, or will once a layer is steered."""
         return self.gate_layers or ([] if self.sensor == "own" else [self.sensor])
 
+    def undecided(self, scores: Tensor) -> Tensor:
+        """Whether the gates do not know: none of them opens, and the score of at least one lies in its band.
+
+        Args:
+            scores: [..., layers] on the CPU, every layer's; those of `gate_layers` count. NaN opens a gate.
+
+        Returns:
+            bool [...]; False throughout where `abstain` is None.
+        """
+        if self.abstain is None:
+            return torch.zeros(scores.shape[:-1], dtype=torch.bool, device="cpu")
+        gates = self.gate_layers
+        decided = scores[..., gates]
+        shut = (decided <= self.threshold[gates]).all(dim=-1)
+        return shut & (decided > self.abstain[gates]).any(dim=-1)
+
     def with_vector(self, kind: str) -> SteeringProfile:
         """The same profile, adding the candidate vectors of `kind`."""
         if kind == self.vector_kind:
@@ -372,7 +407,9 @@ class SteeringProfile:
 
     def _tensors(self) -> dict[str, Tensor]:
         # Copies: safetensors refuses tensors that share memory.
-        tensors = {name: getattr(self, name).clone() for name in ("threshold", "strength", "norm")}
+        tensors = {name: getattr(self, name).clone() for name in _PER_LAYER}
+        if self.abstain is not None:
+            tensors["abstain"] = self.abstain.clone()
         wide = {"direction": self.direction, "vector": self.vector}
         wide |= {f"candidate.{kind}": tensor for kind, tensor in self.candidates.items()}
         for name, tensor in wide.items():
@@ -390,7 +427,7 @@ class SteeringProfile:
         zeros = partial(torch.zeros, shape, dtype=torch.float32, device="cpu")
         wide = {"direction": zeros(), "vector": zeros()}
         for name, tensor in tensors.items():
-            if name in ("threshold", "strength", "norm"):
+            if name in (*_PER_LAYER, "abstain"):
                 continue
             match = _TENSOR_NAME.fullmatch(name)
             if match is None or int(match[1]) >= model.num_layers:
@@ -408,6 +445,7 @@ class SteeringProfile:
             strength=tensors["strength"],
             norm=tensors["norm"],
             gate=Gate(**header["gate"]),
+            abstain=tensors.get("abstain"),
             edit=header["edit"],
             low=-math.inf if header.get("low") is None else header["low"],
             high=math.inf if header.get("high") is None else header["high"],
@@ -426,11 +464,13 @@ def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, open_below: bool = False) -> None:
     if tuple(tensor.shape) != shape:
         raise ProfileError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
         raise ProfileError(f"{name}: expected float32 on the CPU, got {tensor.dtype} on {tensor.device}")
-    if not bool(tensor.isfinite().all()):
-        where = [int(i) for i in (~tensor.isfinite()).nonzero()[0]]
-        raise ProfileError(f"{name}: expected finite numbers, got {float(tensor[tuple(where)])} at {where}")
+    allowed = tensor.isfinite() | (tensor.isneginf() if open_below else False)
+    if not bool(allowed.all()):
+        where = [int(i) for i in (~allowed).nonzero()[0]]
+        numbers = "finite numbers or -inf" if open_below else "finite numbers"
+        raise ProfileError(f"{name}: expected {numbers}, got {float(tensor[tuple(where)])} at {where}")

@@ -53,7 +53,7 @@ def same(one: SteeringProfile, other: SteeringProfile) -> bool:
         if field.name == "candidates":
             if a.keys() != b.keys() or not all(torch.equal(a[kind], b[kind]) for kind in a):
                 return False
-        elif not (torch.equal(a, b) if isinstance(a, Tensor) else a == b):
+        elif not (torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b):
             return False
     return True
 
@@ -108,6 +108,7 @@ def profiles(draw: st.DrawFn) -> SteeringProfile:
             draw(st.sampled_from(["cosine", "dot"])),
             draw(st.floats(0, 100)),
         ),
+        abstain=draw(st.sampled_from([None, torch.full((layers,), -9.5), torch.full((layers,), -math.inf)])),
         **edit,
         sensor=draw(st.sampled_from(["own", *range(first + 1)])),
         positions=draw(st.sampled_from(["all", "response"])),
@@ -177,7 +178,10 @@ def test_provenance_that_is_not_json_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteeringProfile, bytes]:
-    profile = make(candidates={"srv": torch.ones(LAYERS, HIDDEN)}, sensor=0, fitted={"direction": "lda"})
+    profile = make(
+        candidates={"srv": torch.ones(LAYERS, HIDDEN)}, abstain=torch.full((LAYERS,), -9.5), sensor=0,
+        fitted={"direction": "lda"},
+    )  # fmt: skip
     file = tmp_path_factory.mktemp("intact") / "p.safetensors"
     profile.save(file)
     return profile, file.read_bytes()
@@ -226,6 +230,9 @@ def forge(file: Path, profile: SteeringProfile, header: dict[str, Any], tensors:
     [
         ({}, {"threshold": None}, r"incomplete or malformed \(KeyError\('threshold'\)\)"),
         ({}, {"norm": None}, r"incomplete or malformed \(KeyError\('norm'\)\)"),
+        ({}, {"abstain": torch.zeros(3)}, r"abstain: expected shape \[4\], got \[3\]"),
+        ({}, {"abstain": torch.full((4,), 9.5)}, "abstain of layer 0: expected at most its threshold, .*, got 9.5"),
+        ({}, {"abstain": torch.full((4,), math.nan)}, "abstain: expected finite numbers or -inf, got nan"),
         ({}, {"threshold": torch.zeros(3)}, r"threshold: expected shape \[4\], got \[3\]"),
         ({}, {"threshold": torch.tensor(1.0)}, r"threshold: expected shape \[4\], got \[\]"),
         ({}, {"threshold": torch.zeros(4).double()}, "threshold: expected float32 on the CPU, got torch.float64"),
@@ -380,6 +387,18 @@ def spoiled(tensor: Tensor, where: tuple[int, ...], value: float) -> Tensor:
         (lambda p: {"norm": p.norm.to("meta")}, "norm: expected float32 on the CPU, got torch.float32 on meta"),
         (lambda p: {"vector": spoiled(p.vector, (2, 3), math.nan)}, r"vector: expected finite .*, got nan at \[2, 3\]"),
         (lambda p: {"threshold": spoiled(p.threshold, (1,), math.inf)}, r"threshold: .*, got inf at \[1\]"),
+        (lambda p: {"threshold": spoiled(p.threshold, (1,), -math.inf)}, r"threshold: .*, got -inf at \[1\]"),
+        (lambda p: {"abstain": p.threshold[None]}, r"abstain: expected shape \[4\], got \[1, 4\]"),
+        (lambda p: {"abstain": p.threshold.double()}, "abstain: expected float32 on the CPU, got torch.float64 on cpu"),
+        (lambda p: {"abstain": 0.5}, "abstain: expected a tensor or None, got 0.5"),
+        (
+            lambda p: {"abstain": spoiled(p.threshold, (2,), math.inf)},
+            r"abstain: expected finite numbers or -inf, got inf at \[2\]",
+        ),
+        (
+            lambda p: {"threshold": torch.zeros(4), "abstain": torch.tensor([-1.0, 0.0, 0.25, 9.0])},
+            "abstain of layer 2: expected at most its threshold, 0, got 0.25",
+        ),
         (lambda p: {"direction": 2 * p.direction}, "direction of layer 0: expected unit norm, got norm 2"),
         (lambda p: {"edit": "erase"}, "edit: expected one of add, ablate, clamp, keep_norm, rotate, got 'erase'"),
         (lambda p: {"edit": "clamp"}, "low, high: a clamp expects at least one limit, got none"),
@@ -451,6 +470,35 @@ def test_layers_of_gates_and_edits() -> None:
     assert replace(profile, gate=Gate("always")).gate_layers == []
 
 
+def test_scores_in_the_band_are_undecided_unless_a_gate_opens() -> None:
+    profile = make(threshold=torch.full((LAYERS,), 0.5), strength=torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    table = torch.tensor(
+        [
+            [9.0, 0.2, 0.2, 9.0],  # of gates that do not decide nothing counts
+            [9.0, 0.3, 0.2, 9.0],  # above the lower end
+            [9.0, 0.5, 0.2, 9.0],  # at the threshold
+            [9.0, 0.3, 0.6, 9.0],  # another gate opens
+            [9.0, 0.3, math.nan, 9.0],  # so does NaN
+            [9.0, -math.inf, 0.4, 9.0],
+            [9.0, -math.inf, -math.inf, 9.0],
+        ]
+    )
+    band = replace(profile, abstain=torch.full((LAYERS,), 0.2))
+    assert band.undecided(table).tolist() == [False, True, True, False, False, True, False]
+    assert band.undecided(table[1]).shape == ()
+    assert replace(band, sensor=1).undecided(table).tolist() == [False, True, True, True, True, False, False]
+    open_below = replace(band, abstain=torch.full((LAYERS,), -math.inf))
+    assert open_below.undecided(table).tolist() == [True, True, True, False, False, True, False]
+    for without in (
+        profile,
+        replace(band, abstain=band.threshold),  # an empty band
+        replace(band, gate=Gate("always")),
+        replace(band, strength=torch.zeros(LAYERS)),
+    ):
+        assert not without.undecided(table).any()
+        assert without.undecided(table).shape == (len(table),)
+
+
 @pytest.mark.parametrize("degrees", [0.9, 1.1, 179.1, 178.9])
 def test_a_rotation_needs_a_plane_where_it_steers(degrees: float) -> None:
     v, d = torch.zeros(LAYERS, HIDDEN), torch.zeros(LAYERS, HIDDEN)
@@ -490,6 +538,7 @@ def test_the_shipped_profile_adds_and_keeps_its_checksum() -> None:
             header = json.loads(opened.metadata()["steerfast"])
     assert (profile.edit, profile.low, profile.high, profile.angle) == ("add", -math.inf, math.inf, None)
     assert profile.checksum == header["checksum"]
+    assert profile.abstain is None
 
 
 def test_with_vector_swaps_and_forgets_nothing(tmp_path: Path) -> None:
@@ -531,6 +580,7 @@ def test_the_checksum_tells_profiles_apart() -> None:
     assert profile.checksum == make().checksum
     others = [make(seed=1), profile.with_band([1], 0.5), replace(profile, positions="response"),
               replace(profile, fitted={"a": 1}), replace(profile, candidates={"srv": profile.vector}),
+              replace(profile, abstain=profile.threshold), replace(profile, abstain=profile.threshold - 1),
               replace(profile, edit="ablate"), replace(profile, edit="clamp", low=0.0),
               replace(profile, edit="clamp", low=0.5), replace(profile, edit="clamp", high=0.5),
               replace(profile, edit="rotate", angle=3.0), replace(profile, edit="rotate", angle=4.0)]  # fmt: skip

@@ -39,6 +39,12 @@ class Sensor(click.ParamType):
     metavar="SHARE",
     help="The share of --harmless that may open the gate.  [default: 0.01]",
 )
+@click.option(
+    "--abstain-rate",
+    type=click.FloatRange(0, 1, max_open=True),
+    metavar="SHARE",
+    help="The share of --harmless that may be undecided or open the gate.  [default: the gate always decides]",
+)
 @click.option("--midpoint", is_flag=True, help="Thresholds midway between the classes instead, whatever fires.")
 @click.option(
     "--sensor",
@@ -81,6 +87,7 @@ def command(
     \b
     Example:
       steerfast calibrate safety.safetensors --output safety.safetensors
+      steerfast calibrate safety.safetensors --abstain-rate 0.1 --output safety.safetensors
       steerfast calibrate safety.safetensors --harmful bad.txt --harmless good.txt \\
           --heldout-harmful bad2.txt --heldout-harmless good2.txt -o calibrated.safetensors
     """
@@ -105,7 +112,7 @@ def command(
     }
 
     import steerfast
-    from steerfast.cli.rendering import gate_table, header, style_table, summary
+    from steerfast.cli.rendering import gate_table, header, style_table, summary, undecided_table
 
     if max_false_positive_rate is not None or midpoint:
         options["max_false_positive_rate"] = max_false_positive_rate
@@ -123,6 +130,7 @@ def command(
     console = common.console(json_file)
     console.print(header(profile))
     console.print(gate_table(profile))
-    if (styles := style_table(profile)) is not None:
-        console.print(styles)
+    for table in (undecided_table(profile), style_table(profile)):
+        if table is not None:
+            console.print(table)
     console.print(f"wrote {output}; next: steerfast tune", markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TEMPERATURE = 0.7
+
+Decided = Callable[[], Iterable[tuple[bool, bool]]]
+"""Of each prompt of the last batch, whether it fired and whether it is undecided."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def command(
     batch_size: int,
     json_file: str | None,
 ) -> None:
-    """Answer prompts steered, and say where the gate fired.
+    """Answer prompts steered, and say where the gate fired, or did not know.
 
     Prompts come from arguments and --file, or a line each from standard input.
 
@@ -94,14 +97,16 @@ def command(
     ids = encode(tokenizer, texts, model, room=max_new_tokens)
     decoding = Decoding(max_new_tokens, (temperature or _TEMPERATURE) if sample else None, seed or 0)
 
-    def answer(what: str, fired: Callable[[], Any] | None = None) -> tuple[list[str], list[bool]]:
-        return _answers(model, tokenizer, ids, decoding, batch_size, what, fired)
+    def answer(what: str, decided: Decided | None = None) -> tuple[list[str], list[tuple[bool, bool]]]:
+        return _answers(model, tokenizer, ids, decoding, batch_size, what, decided)
 
     with steerfast.steer(model, profile, strength, tokenizer=tokenizer) as steering:
-        steered, fired = answer("steered", lambda: steering.fired.tolist())
+        steered, decided = answer(
+            "steered", lambda: zip(steering.fired.tolist(), steering.undecided.tolist(), strict=True)
+        )
     results: list[dict[str, Any]] = [
-        {"prompt": text, "fired": opened, "steered": said}
-        for text, opened, said in zip(texts, fired, steered, strict=True)
+        {"prompt": text, "fired": fired, "undecided": undecided, "steered": said}
+        for text, (fired, undecided), said in zip(texts, decided, steered, strict=True)
     ]
     if compare:
         for result, said in zip(results, answer("unsteered")[0], strict=True):
@@ -128,9 +133,9 @@ def _answers(
     decoding: Decoding,
     batch_size: int,
     what: str,
-    fired: Callable[[], Sequence[bool]] | None,
-) -> tuple[list[str], list[bool]]:
-    """Answers to `prompts`, and after each batch what `fired` says of it.
+    decided: Decided | None,
+) -> tuple[list[str], list[tuple[bool, bool]]]:
+    """Answers to `prompts`, and what `decided` says of each batch after it: which fired, which are undecided.
 
     Every batch starts from its own seed, so that the unsteered run draws the same numbers as the steered one.
     """
@@ -139,7 +144,7 @@ def _answers(
     from steerfast.models.prompting import batches, device_of, pad_token
     from steerfast.progress import track
 
-    answers, opened = [""] * len(prompts), [False] * len(prompts)
+    answers, flags = [""] * len(prompts), [(False, False)] * len(prompts)
     padding = pad_token(tokenizer)
     work = list(batches(prompts, batch_size, "left", padding, device_of(model)))
     for number, batch in enumerate(track(work, what)):
@@ -148,10 +153,10 @@ def _answers(
             input_ids=batch.ids, attention_mask=batch.mask, pad_token_id=padding, **decoding.arguments()
         )
         said = tokenizer.batch_decode(output[:, batch.ids.shape[1] :], skip_special_tokens=True)
-        flags = fired() if fired is not None else [False] * len(said)
-        for index, text, flag in zip(batch.indices, said, flags, strict=True):
-            answers[index], opened[index] = text.strip(), flag
-    return answers, opened
+        told = decided() if decided is not None else [(False, False)] * len(said)
+        for index, text, flag in zip(batch.indices, said, told, strict=True):
+            answers[index], flags[index] = text.strip(), flag
+    return answers, flags
 
 
 def _render(results: Sequence[dict[str, Any]], json_file: str | None) -> None:
@@ -163,7 +168,10 @@ def _render(results: Sequence[dict[str, Any]], json_file: str | None) -> None:
 
     console = common.console(json_file)
     for result in results:
-        mark = Text("gate fired", "bold red") if result["fired"] else Text("gate shut", "bold green")
+        if result["fired"]:
+            mark = Text("gate fired", "bold red")
+        else:
+            mark = Text("gate undecided", "bold yellow") if result["undecided"] else Text("gate shut", "bold green")
         console.print(Text.assemble(("> ", "bold"), printable(result["prompt"]), "  [", mark, "]"))
         said = {key: Text(printable(result[key])) for key in ("unsteered", "steered") if key in result}
         if len(said) == 1:

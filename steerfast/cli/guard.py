@@ -441,7 +441,8 @@ def _print_answers(prompts: Sequence[str], answers: Sequence[GuardedAnswer], jso
         colour = "bold green" if told.safe else "bold red"
         console.print(Text.assemble(("> ", "bold"), printable(prompt)))
         console.print(Text(printable(answer.text)))
-        gate = "" if told.fired is None else f", gate {'fired' if told.fired else 'shut'}"
+        decision = "fired" if told.fired else "undecided" if told.undecided else "shut"
+        gate = "" if told.fired is None else f", gate {decision}"
         fallback = f", fallback: {told.fallback}" if told.fallback else ""
         console.print(
             Text.assemble(

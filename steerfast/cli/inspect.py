@@ -22,7 +22,7 @@ def command(profile_file: str, plot_file: str | None, json_file: str | None) -> 
     common.check_outputs({"--plot": plot_file, "--json": json_file}, [profile_file])
     profile = common.load_profile(profile_file)
 
-    from steerfast.cli.rendering import header, layer_table, style_table, summary
+    from steerfast.cli.rendering import header, layer_table, style_table, summary, undecided_table
 
     if plot_file is not None:
         from steerfast.cli.plot import save_plot
@@ -32,7 +32,8 @@ def command(profile_file: str, plot_file: str | None, json_file: str | None) -> 
     console = common.console(json_file)
     console.print(header(profile))
     console.print(layer_table(profile))
-    if (styles := style_table(profile)) is not None:
-        console.print(styles)
+    for table in (undecided_table(profile), style_table(profile)):
+        if table is not None:
+            console.print(table)
     if plot_file is not None:
         console.print(f"wrote {plot_file}", markup=False)

@@ -109,6 +109,25 @@ def gate_table(profile: SteeringProfile) -> Table:
     return table
 
 
+def undecided_table(profile: SteeringProfile) -> Table | None:
+    """Where the gates that decide do not know, and the share of each set there; None without an abstain band."""
+    if profile.abstain is None or not profile.deciding_layers:
+        return None
+    found = _figures(profile)
+    table = Table(title="scores that are undecided, with 95 % intervals", title_justify="left")
+    for column in ("layer", "above", "up to", "sets", "harmful", "harmless"):
+        table.add_column(column, justify="left" if column == "sets" else "right")
+    for layer in profile.deciding_layers:
+        ends = [f"{float(tensor[layer]):.4f}" for tensor in (profile.abstain, profile.threshold)]
+        for name, by_layer in found.items():
+            shares = [by_layer[layer].get(f"{label}_undecided") for label in ("harmful", "harmless")]
+            rates = ["" if share is None else f"{share[0]:.1%} ({share[1]:.1%}-{share[2]:.1%})" for share in shares]
+            table.add_row(str(layer), *ends, SETS[name], *rates)
+        if not found:
+            table.add_row(str(layer), *ends)
+    return table
+
+
 def style_table(profile: SteeringProfile) -> Table | None:
     """What the deciding gate makes of each style, left out of the fit and as calibrated; None without such figures."""
     gates = profile.deciding_layers
@@ -145,6 +164,7 @@ def layers(profile: SteeringProfile) -> list[dict[str, Any]]:
             "sensor": layer == profile.sensor,
             "gate": layer in profile.gate_layers,
             "threshold": float(profile.threshold[layer]),
+            **({} if profile.abstain is None else {"abstain": float(profile.abstain[layer])}),
             "strength": float(profile.strength[layer]),
             "vector_norm": float(lengths[layer]),
             "residual_norm": float(profile.norm[layer]),
@@ -211,6 +231,8 @@ def _calibrated(calibration: Mapping[str, Any]) -> str:
         return "no"
     rate = calibration.get("max_false_positive_rate")
     how = "midpoint thresholds" if rate is None else f"at most {rate:.2%} false positives"
+    if (abstains := calibration.get("abstain_rate")) is not None:
+        how += f", {abstains:.2%} with the undecided"
     sets = (f"{name.replace('_', ' ')} {_set(data)}" for name, data in calibration.get("sets", {}).items())
     return f"{how}; {', '.join(sets)}"
 

@@ -23,7 +23,7 @@ def command(
     batch_size: int,
     json_file: str | None,
 ) -> None:
-    """Say for each prompt whether the gate fires; nothing is steered.
+    """Say for each prompt whether the gate fires, or does not know; nothing is steered.
 
     Prompts come from arguments and --file, or a line each from standard input.
 
@@ -40,6 +40,7 @@ def command(
 
     model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
     scores = steerfast.score(model, tokenizer, profile, texts, batch_size=batch_size)
+    columns = [column.tolist() for column in (scores.scores, scores.layer, scores.fired, scores.undecided)]
     results = [
         {
             "prompt": text,
@@ -47,10 +48,9 @@ def command(
             "threshold": float(profile.threshold[layer]),
             "layer": layer,
             "fired": fired,
+            "undecided": undecided,
         }
-        for text, value, layer, fired in zip(
-            texts, scores.scores.tolist(), scores.layer.tolist(), scores.fired.tolist(), strict=True
-        )
+        for text, value, layer, fired, undecided in zip(texts, *columns, strict=True)
     ]
     common.write_json(json_file, {"profile": profile_file, "model": profile.model.name, "results": results})
 
@@ -63,7 +63,7 @@ def command(
     table.add_column("prompt", overflow="ellipsis", no_wrap=True)
     for result in results:
         table.add_row(
-            "[bold red]fired" if result["fired"] else "no",
+            "[bold red]fired" if result["fired"] else "[bold yellow]undecided" if result["undecided"] else "no",
             f"{result['score']:.4f}",
             f"{result['threshold']:.4f}",
             str(result["layer"]),
@@ -71,4 +71,5 @@ def command(
         )
     console = common.console(json_file)
     console.print(table)
-    console.print(f"{sum(scores.fired.tolist())} of {len(texts)} fired", markup=False)
+    undecided = "" if profile.abstain is None else f", {sum(columns[3])} undecided"
+    console.print(f"{sum(columns[2])} of {len(texts)} fired{undecided}", markup=False)

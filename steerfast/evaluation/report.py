@@ -177,8 +177,9 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         _of_systems(
             result,
             ("gates", "Gates"),
-            "AUC of each harmful set against all harmless prompts together, and how often the gate opened.",
-            (_AUC, _Figure("fire_rate", "opened, %")),
+            "AUC of each harmful set against all harmless prompts together, how often the gate opened, and, where it "
+            "has a band in which it abstains, how often it did.",
+            (_AUC, _Figure("fire_rate", "opened, %"), _Figure("abstain_rate", "undecided, %")),
         ),
         _of_systems(result, ("gate-styles", "Gate AUC by style"), "", [_Figure("gate_auc_by_style", "", share=False)]),
         _of_systems(

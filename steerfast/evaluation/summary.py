@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from steerfast.evaluation.sets import EvalSet, by_style
@@ -190,8 +191,13 @@ def _margins(profile: SteeringProfile, scores: Values) -> Values:
 
 
 def gate_figures(profile: SteeringProfile, sets: Sequence[EvalSet], scores: GateScores) -> dict[str, Any]:
-    """``gate_auc`` of each set of attacks against all harmless prompts together, the same by style, and intervals."""
+    """``gate_auc`` of each set of attacks against all harmless prompts together, the same by style, and intervals; of a
+    profile with an abstain band also ``abstain_rate``, the share of each set that is undecided.
+    """
     table = _Table()
+    if profile.abstain is not None:
+        for one in _of(sets, ANSWERED):
+            table.put(("abstain_rate", one.name), _rate(profile.undecided(torch.tensor(scores[one.name])).tolist()))
     against = [_margins(profile, scores[one.name]) for one in _of(sets, HARMLESS)]
     if against:
         negative = np.concatenate(against)

@@ -21,6 +21,7 @@ from steerfast.fitting.statistics import (
     figures_by_layer,
     threshold_at_false_positive_rate,
     threshold_midpoint,
+    undecided_rates,
 )
 from steerfast.profile import SteeringProfile
 from steerfast.styles import Prompts
@@ -42,6 +43,7 @@ def calibrate(
     harmful: Sequence[str],
     harmless: Sequence[str],
     max_false_positive_rate: float | None = 0.01,
+    abstain_rate: float | None = None,
     heldout_harmful: Sequence[str] | None = None,
     heldout_harmless: Sequence[str] | None = None,
     sensor: int | Literal["own", "auto", "keep"] = "auto",
@@ -60,26 +62,29 @@ def calibrate(
         harmful, harmless: with styles (`steerfast.styles.Prompts`), the figures of each are kept as well.
         max_false_positive_rate: the share of `harmless` that may fire. The threshold is the class midpoint, or higher
             where that would fire more often. None: the midpoint (arXiv 2401.11206), whatever it costs.
+        abstain_rate: the share of `harmless` that may score above the lower end of the gates' band
+            (`SteeringProfile.abstain`), so that at most as many are undecided or fire. Where the threshold lies lower,
+            the band is empty. None: no band.
         sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the
             best AUC on the worst of the pairs of sets, or the worst quarter of the styles that `extract` left out.
         latest_sensor: ``auto`` looks no further than this layer: to steer layers before the sensor, prompts that fire
             are read a second time; default: 60 % of the depth.
 
     Returns:
-        The profile with thresholds, sensor and figures (`profile.calibration`); layers before the sensor lose their
-        strength.
+        The profile with thresholds, band, sensor and figures (`profile.calibration`); layers before the sensor lose
+        their strength.
 
     Raises:
         PromptError: an empty, one-sided, overlapping or too long prompt set.
-        ProfileError: another model's profile, an impossible sensor.
+        ProfileError: another model's profile, an impossible sensor, a rate out of range, an `abstain_rate` below
+            `max_false_positive_rate`.
 
     Warns:
         StyleWarning: the deciding gate does much worse on the held-out sets.
     """
     check_sets(harmful, harmless)
     heldout = _heldout(heldout_harmful, heldout_harmless)
-    if max_false_positive_rate is not None and not 0 <= max_false_positive_rate < 1:
-        raise ProfileError(f"max_false_positive_rate: expected 0 <= rate < 1, got {max_false_positive_rate}")
+    _check_rates(max_false_positive_rate, abstain_rate)
     check_model(profile, model, tokenizer)
 
     def scores_of(prompts: Sequence[str], what: str) -> Tensor:
@@ -94,23 +99,29 @@ def calibrate(
             scores_of(heldout[1], "held-out harmless"),
         )
     threshold = _thresholds(*pairs["calibration"], max_false_positive_rate)
+    abstain = None if abstain_rate is None else _lower_ends(pairs["calibration"][1], threshold, abstain_rate)
     figures = {name: figures_by_layer(*scores, threshold) for name, scores in pairs.items()}
     chosen = _sensor(sensor, profile, figures, latest_sensor)
     styles = _by_style(Prompts(harmful), Prompts(harmless), *pairs["calibration"], threshold)
-    profile = _with_sensor(replace(profile, threshold=threshold), chosen)
+    profile = _with_sensor(replace(profile, threshold=threshold, abstain=abstain), chosen)
     worries = style_worries(profile, figures)
     names = names or {}
     sets = {"harmful": harmful, "harmless": harmless}
     if heldout is not None:
         sets |= {"heldout_harmful": heldout[0], "heldout_harmless": heldout[1]}
+    described = {name: [f.to_dict() for f in layers] for name, layers in figures.items()}
+    if abstain is not None:
+        for name, scores in pairs.items():
+            _add_undecided(described[name], *scores, abstain, threshold)
     for worry in worries:
         warnings.warn(worry, StyleWarning, stacklevel=2)
     return replace(
         profile,
         calibration={
             "max_false_positive_rate": max_false_positive_rate,
+            **({} if abstain is None else {"abstain_rate": abstain_rate}),
             "sets": {name: describe_set(prompts, names.get(name)) for name, prompts in sets.items()},
-            "layers": {name: [f.to_dict() for f in layers] for name, layers in figures.items()},
+            "layers": described,
             "styles": styles,
             "histograms": {
                 name: [_histogram(bad[:, layer], good[:, layer]) for layer in range(len(threshold))]
@@ -169,6 +180,31 @@ def _thresholds(harmful: Tensor, harmless: Tensor, rate: float | None) -> Tensor
         middle = threshold_midpoint(bad, good)
         thresholds.append(middle if rate is None else max(middle, threshold_at_false_positive_rate(good, rate)))
     return torch.tensor(thresholds, dtype=torch.float32, device="cpu")
+
+
+def _check_rates(false_positives: float | None, abstain: float | None) -> None:
+    for name, rate in (("max_false_positive_rate", false_positives), ("abstain_rate", abstain)):
+        if rate is not None and not 0 <= rate < 1:
+            raise ProfileError(f"{name}: expected 0 <= rate < 1, got {rate}")
+    if abstain is not None and false_positives is not None and abstain < false_positives:
+        raise ProfileError(
+            f"abstain_rate: expected at least max_false_positive_rate, {false_positives:g}, got {abstain:g}"
+        )
+
+
+def _lower_ends(harmless: Tensor, threshold: Tensor, rate: float) -> Tensor:
+    """float32 [layers], of the bands."""
+    ends = [threshold_at_false_positive_rate(layer, rate) for layer in harmless.T.numpy()]
+    return torch.tensor(ends, dtype=torch.float32, device="cpu").minimum(threshold)
+
+
+def _add_undecided(
+    layers: list[dict[str, Any]], harmful: Tensor, harmless: Tensor, abstain: Tensor, threshold: Tensor
+) -> None:
+    """Add to each layer's figures which share of each class lies in its band."""
+    for label, scores in (("harmful", harmful), ("harmless", harmless)):
+        for figures, share in zip(layers, undecided_rates(scores, abstain, threshold), strict=True):
+            figures[f"{label}_undecided"] = share.to_list()
 
 
 def _by_style(

@@ -23,12 +23,14 @@ class Scores:
 
     scores: float32 [prompts], of the gate layer that is furthest above its threshold (the sensor, if there is one).
     layer: int64 [prompts], that layer. fired: bool [prompts], whether any gate opens.
+    undecided: bool [prompts], whether none opens and some score lies in its gate's band (`SteeringProfile.undecided`).
     by_layer: float32 [prompts, layers], every layer's score, gate or not.
     """
 
     scores: Tensor
     layer: Tensor
     fired: Tensor
+    undecided: Tensor
     by_layer: Tensor
 
 
@@ -60,7 +62,7 @@ def score(
     margins = by_layer[:, gates] - profile.threshold[gates]
     layer = torch.tensor(gates)[margins.argmax(dim=1)]
     scores = by_layer.gather(1, layer[:, None])[:, 0]
-    return Scores(scores, layer, (margins > 0).any(dim=1), by_layer)
+    return Scores(scores, layer, (margins > 0).any(dim=1), profile.undecided(by_layer), by_layer)
 
 
 def layer_scores(

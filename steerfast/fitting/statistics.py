@@ -233,6 +233,13 @@ def figures_by_layer(harmful: ArrayLike, harmless: ArrayLike, thresholds: ArrayL
     return [gate_figures(bad, good, float(limit)) for bad, good, limit in columns]
 
 
+def undecided_rates(scores: ArrayLike, abstain: ArrayLike, thresholds: ArrayLike) -> list[Estimate]:
+    """Of each layer, the share of scores [n, layers] in its band: above `abstain` [layers], not above `thresholds`."""
+    found = np.asarray(scores)
+    within = (found > np.asarray(abstain)) & (found <= np.asarray(thresholds))
+    return [rate(int(count), len(found)) for count in within.sum(axis=0)]
+
+
 def _scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0:

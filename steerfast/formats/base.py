@@ -135,7 +135,7 @@ def _gate_fields(gate: Condition | SteeringProfile | None, model: ModelIdentity)
     if isinstance(gate, SteeringProfile):
         if (problem := gate.model.mismatch(model)) is not None:
             raise ProfileError(f"gate: {problem}")
-        taken = ("gate", "direction", "threshold", "sensor", "norm", "calibration")
+        taken = ("gate", "direction", "threshold", "abstain", "sensor", "norm", "calibration")
         return {name: getattr(gate, name) for name in taken}
     _check_fits("condition", gate.direction, gate.layer, model)
     zeros = torch.zeros(model.num_layers, model.hidden_size)
@@ -205,6 +205,8 @@ def rows_of(profile: SteeringProfile, *, gate_apart: bool = False) -> Rows:
             raise ProfileError(f"vector of layer {layer}: times its strength it exceeds float32")
     if profile.gate.kind != "always" and not gate_apart:
         notes.append(f"the gate is lost: the {profile.gate.kind} gate is not written, everything will be steered")
+    if profile.gate.kind != "always" and profile.abstain is not None:
+        notes.append("the abstain band is lost: nothing will be undecided")
     if profile.positions != "all":
         notes.append("positions are lost: the whole prompt will be steered too")
     if profile.edit == "keep_norm":

@@ -206,8 +206,8 @@ def summarise(records: Sequence[Mapping[str, Any]], harmless_share: float = 0.9)
         ``reward`` and ``cost``, means; ``seconds`` per prompt; ``ratio`` of that to plain decoding of the same prompts;
         ``mix_ratio``: the same where `harmless_share` of the prompts are harmless. Further: ``harmful`` and
         ``harmless``: safety, judge and seconds of each kind; ``refused_keywords``: share of harmful prompts refused by
-        keywords; ``fluent``: share of answers that do not repeat themselves; ``fallback`` and ``fired``: shares;
-        ``tokens``: mean length.
+        keywords; ``fluent``: share of answers that do not repeat themselves; ``fallback``, ``fired`` and
+        ``undecided``: shares; ``tokens``: mean length.
     """
     if not 0 <= harmless_share <= 1:
         raise GuardError(f"harmless_share: expected 0 to 1, got {harmless_share!r}")
@@ -251,6 +251,7 @@ def summarise(records: Sequence[Mapping[str, Any]], harmless_share: float = 0.9)
             "fluent": _mean([one["fluent"] for one in found]),
             "fallback": _mean([one["fallback"] is not None for one in found]),
             "fired": _mean([bool(one["fired"]) for one in found]),
+            "undecided": _mean([bool(one.get("undecided")) for one in found]),  # files from before there was a band
             "tokens": _mean([one["tokens"] for one in found]),
         }
         rows.append(row)
@@ -306,6 +307,7 @@ def _record(answer: GuardedAnswer, prompt: str, label: str, settings: str) -> di
         "fluent": repetition(answer.tokens) <= FluencyLimits.max_repetition,
         "fallback": told.fallback,
         "fired": told.fired,
+        "undecided": told.undecided,
         "path": answer.path,
         "candidates": told.candidates,
         "retries": told.retries,

@@ -1,4 +1,6 @@
-"""Guard a model's answers: plain decoding where a prompt is harmless, steering and search where its gate fires."""
+"""Guard a model's answers: plain decoding where a prompt is harmless, steering and search where its gate fires, search
+alone where the gate does not know.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +56,12 @@ class Guard:
             come from, and critic, heads and profile are not checked against a model.
         cost, reward: scorers (`steerfast.guard.scores`); without a reward all answers are worth the same.
         critic: for strategies that ask for one.
-        profile: its prompt gate decides where to spend: a prompt that keeps it shut is decoded plainly. None: every
-            prompt is searched. An edit at or before the heads' prompt_layer changes what they read, see
+        profile: its prompt gate decides where to spend: a prompt that keeps it shut is decoded plainly, one that leaves
+            it undecided (`SteeringProfile.abstain`) is searched and not steered. None: every prompt is searched. An
+            edit at or before the heads' prompt_layer changes what they read, see
             `steerfast.guard.recipe.prompt_layer_for`.
-        fired: what happens where the gate fires: ``search``, ``steer`` by the profile, or ``both``.
+        fired: what happens where the gate fires: ``search``, ``steer`` by the profile, or ``both``. With ``steer``
+            nothing is searched, undecided prompts neither.
         strength: multiplies the profile's strengths.
         budget, discount: d and γ, in units of the cost; default: the critic's, without one 10 and 0.999.
         strategy: default: `Strategy.speculative`, with the critic where there is one.
@@ -223,21 +227,24 @@ class Guard:
                 began = time.perf_counter()
                 root = self.backend.start(ids, 1, seed)
                 fired = None if steering is None else bool(steering.fired.any())
-                chosen, path = self._chosen(fired, shut, steered, searched)
+                undecided = steering is not None and bool(steering.undecided.any())
+                chosen, path = self._chosen(fired, undecided, shut, steered, searched)
                 found = chosen.run(root, sampling, question=question, refusal=self.refusal)
                 name = chosen.strategy.name
-                if fired is False and self.certify and self.fired != "steer" and not found.best.z > 0:
+                if chosen is shut and self.certify and self.fired != "steer" and not found.best.z > 0:
                     again = searched.run(root, sampling, question=question, refusal=self.refusal)
                     found = replace(again, sampled=found.sampled + again.sampled)
                     path, name = "plain, then searched", f"{name}, then {searched.strategy.name}"
                 text = self.tokenizer.decode(found.best.tokens, skip_special_tokens=True)
-                certificate = self._certificate(found, fired, name, chosen.cost is _UNCHECKED)
+                certificate = self._certificate(found, fired, undecided, name, chosen.cost is _UNCHECKED)
                 seconds = time.perf_counter() - began
                 self.answers.append(GuardedAnswer(text, found.best.tokens, certificate, seconds, path))
         return self.answers
 
-    def _chosen(self, fired: bool | None, shut: Search, steered: Search, searched: Search) -> tuple[Search, Path]:
-        if fired is None:
+    def _chosen(
+        self, fired: bool | None, undecided: bool, shut: Search, steered: Search, searched: Search
+    ) -> tuple[Search, Path]:
+        if fired is None or (undecided and self.fired != "steer"):
             return searched, "searched" if searched.strategy.name != "plain" else "plain"
         if not fired:
             return shut, "plain"
@@ -245,7 +252,9 @@ class Guard:
             return steered, "steered"
         return searched, "searched" if self.fired == "search" else "steered and searched"
 
-    def _certificate(self, found: Found, fired: bool | None, strategy: str, unchecked: bool) -> Certificate:
+    def _certificate(
+        self, found: Found, fired: bool | None, undecided: bool, strategy: str, unchecked: bool
+    ) -> Certificate:
         best = found.best
         return Certificate(
             budget=self.budget.budget,
@@ -258,6 +267,7 @@ class Guard:
             p_safe=math.nan if unchecked else best.p_safe,
             fallback=found.fallback,
             fired=fired,
+            undecided=undecided,
             candidates=found.sampled,
             retries=found.retries,
             strategy=strategy,

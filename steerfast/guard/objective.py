@@ -108,8 +108,9 @@ class Certificate:
     shut gate, where the caller wants no scores). z: z_T, NaN where unchecked. cost: Σ c_t, reward: of the answer; NaN
     where unchecked. blocks: (tokens, cost) of each block. fallback: what was resorted to when no candidate was safe:
     ``refusal`` (a fixed text was given) or ``least unsafe``. p_safe: as `Candidate`'s. fired: the prompt gate's
-    decision, None without a gate. candidates: blocks sampled for it. retries: rounds with a penalty on tokens.
-    strategy: its name; "plain, then" another where a shut gate let a plain answer by that spent its budget.
+    decision, None without a gate. undecided: whether the gate stayed shut and did not know (`SteeringProfile.abstain`).
+    candidates: blocks sampled for it. retries: rounds with a penalty on tokens. strategy: its name; "plain, then"
+    another where a shut gate let a plain answer by that spent its budget.
     """
 
     budget: float
@@ -122,6 +123,7 @@ class Certificate:
     p_safe: float = math.nan
     fallback: Literal["refusal", "least unsafe"] | None = None
     fired: bool | None = None
+    undecided: bool = False
     candidates: int = 0
     retries: int = 0
     strategy: str = ""

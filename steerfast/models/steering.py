@@ -81,6 +81,7 @@ class _Plan:
 
     gates: per layer, the slots whose gates decide there. steered: the layers where some sequence is edited.
     owner: whose decisions a cache must hold for them to count.
+    profiles: of each sequence, None: nobody's; empty in packed steps, whose requests come and go.
     """
 
     slots: tuple[int, ...]
@@ -90,6 +91,7 @@ class _Plan:
     kinds: Kinds
     by_token: bool
     owner: str
+    profiles: tuple[SteeringProfile | None, ...] = ()
 
 
 def steer(
@@ -183,10 +185,34 @@ class Steering:
         With a ``token`` gate: at any token so far. Under beam search or several returned sequences, one entry per
         prompt. True where a gate's score was NaN, False where nobody steers the sequence.
         """
-        is_open = (self._last().values.cpu() >= 0.5).any(dim=0)
-        if self._prompts and len(is_open) % self._prompts == 0:
-            return is_open.view(self._prompts, -1).any(dim=1)
-        return is_open
+        return self._by_prompt((self._last().values.cpu() >= 0.5).any(dim=0))
+
+    @property
+    def undecided(self) -> Tensor:
+        """bool [sequences] of the last batch, on the CPU: did no gate open, and a score lie in its gate's band
+        (`SteeringProfile.abstain`)? Such a sequence is not steered, by a hard gate.
+
+        Entries as in `fired`, and never True where that is. False where the profile has no band, and where nobody
+        steers the sequence.
+
+        Raises:
+            SteerfastError: the last step was one of a manager of continuous batching; compare the scores of `decision`
+                with the profile's band.
+        """
+        scores, profiles = self._last().scores.cpu(), self._planned().profiles
+        if len(profiles) != scores.shape[1]:
+            raise SteerfastError(
+                "undecided: expected a batch as the last step, got one of continuous batching (decision() has the "
+                "scores of its requests)"
+            )
+        flags = [one is not None and bool(one.undecided(scores[:, n])) for n, one in enumerate(profiles)]
+        return self._by_prompt(torch.tensor(flags, device="cpu")) & ~self.fired
+
+    def _by_prompt(self, flags: Tensor) -> Tensor:
+        """Of each prompt, whether one of its sequences has the flag."""
+        if self._prompts and len(flags) % self._prompts == 0:
+            return flags.view(self._prompts, -1).any(dim=1)
+        return flags
 
     @property
     def scores(self) -> Tensor:
@@ -355,6 +381,7 @@ class Steering:
             kinds=max((kinds_of(profile) for profile in profiles.values()), default=Kinds.LATCHED_ADD),
             by_token=any(profile.gate.kind == "token" for profile in profiles.values()),
             owner=names[0] if len(set(names)) == 1 else "|".join(names),
+            profiles=tuple(profiles.get(slot) for slot in slots for _ in range(repeats)),
         )
 
     def _planned(self) -> _Plan:

@@ -42,7 +42,7 @@ class _Held:
 
     version: Version
     hasher: Hasher | None
-    undecided: bool = True
+    pending: bool = True
 
 
 class Steering:
@@ -134,9 +134,9 @@ class Steering:
         for name, (values, scores) in decided.items():
             request = requests.get(name)
             held = None if request is None else request.steerfast
-            if request is None or held is None or not held.undecided:
+            if request is None or held is None or not held.pending:
                 continue
-            held.undecided = False
+            held.pending = False
             version = held.version
             if not version.open and not any(values):  # nothing is edited; a NaN is no zero
                 request._block_hasher = held.hasher
@@ -144,10 +144,13 @@ class Steering:
                 request.update_block_hashes()
                 self._named(request)
                 self._cache.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
+            fired = version.open or any(not value < 0.5 for value in values)
+            in_band = any(score > end for score, end in zip(scores, version.abstain, strict=False))
             self._untold[name] = {
                 "profile": version.name,
                 "version": version.number,
-                "fired": version.open or any(not value < 0.5 for value in values),
+                "fired": fired,
+                "undecided": in_band and not fired,
                 "scores": list(scores),
                 "nan": any(map(math.isnan, scores)),
                 "slots": self.registry.in_use,

@@ -120,15 +120,15 @@ class FrontEnd:
                 output.kv_transfer_params = None
             if told is None:
                 continue
-            profile, fired, scores = told["profile"], told["fired"], told["scores"]
+            profile, fired, undecided, scores = (told[key] for key in ("profile", "fired", "undecided", "scores"))
             self._metrics.decided(profile, fired, scores, told["nan"])
             self._metrics.slots(told["slots"])
             if _log.isEnabledFor(logging.INFO):
                 shown = " ".join(f"{score:.4f}" for score in scores) or "none"
-                decision = "fired" if fired else "shut"
+                decision = "fired" if fired else "undecided" if undecided else "shut"
                 _log.info("Request %s: profile %s %s, scores %s", output.request_id, profile, decision, shown)
             if (state := states.get(output.request_id)) is not None:
-                _let_tell(state, {"profile": profile, "fired": fired, "scores": scores})
+                _let_tell(state, {"profile": profile, "fired": fired, "undecided": undecided, "scores": scores})
 
 
 def _let_tell(state: Any, steering: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ def install() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    RequestOutput.steering = None  # {"profile", "fired", "scores"} of a request that some profile was to steer
+    RequestOutput.steering = None  # what `FrontEnd.collect` tells of a request that some profile was to steer
 
     @around(InputProcessor, "__init__")
     def init_input(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:

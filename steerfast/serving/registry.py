@@ -22,6 +22,7 @@ class Version:
     """A profile as it was loaded once.
 
     number: 1 for the first of its name. path: the file. late: positions ``response``. open: it has no gate.
+    abstain: lower ends of the bands of its gates, ascending by layer; none where it has no band.
     requests: how many hold it. current: whether new requests can.
     """
 
@@ -32,6 +33,7 @@ class Version:
     checksum: str
     late: bool
     open: bool
+    abstain: tuple[float, ...] = ()
     requests: int = field(default=0, init=False)
     current: bool = field(default=True, init=False)
 
@@ -124,7 +126,8 @@ class Registry:
             self._numbers[name] += 1
             is_open = profile.gate.kind == "always"
             late = profile.positions == "response"
-            version = Version(name, self._numbers[name], slot, path, profile.checksum, late, is_open)
+            abstain = () if profile.abstain is None else tuple(profile.abstain[profile.gate_layers].tolist())
+            version = Version(name, self._numbers[name], slot, path, profile.checksum, late, is_open, abstain)
             before = self._current.get(name)
             self._current[name] = version
             if before is not None:

@@ -78,7 +78,7 @@ class Runtime:
         self.incoming: Any = None
         self._kinds = int(kinds)
         self._gates: dict[int, list[int]] = {}  # slot -> the layers where its gate decides
-        self._undecided: dict[str, _Served] = {}  # steered, and their prompt's last token has yet to come
+        self._pending: dict[str, _Served] = {}  # steered, and their prompt's last token has yet to come
         self._awaiting: list[_Served] = []  # those whose decision falls in this step
         self._decided: _Decisions | None = None
         self._deciding = True  # until the first step, so that warm-ups launch gates
@@ -139,7 +139,7 @@ class Runtime:
         self.requests.end(ended)
         for name in ended:
             self.requests.forget(name)
-            self._undecided.pop(name, None)
+            self._pending.pop(name, None)
         for new in scheduled.scheduled_new_reqs:
             self._settled = None
             if new.req_id not in self.requests:  # else it was preempted, and is what it was
@@ -154,7 +154,7 @@ class Runtime:
         request = _Served(slot, given["strength"], prompt_length, given["late"], given["open"], name)
         self.requests.add(name, request)
         if slot != UNSTEERED:
-            self._undecided[name] = request
+            self._pending[name] = request
 
     def step(
         self,
@@ -173,10 +173,10 @@ class Runtime:
         if self._settled is not None and self._settled.same(names, before, count, padded_rows):
             self._deciding = False
             return
-        if self._undecided:
+        if self._pending:
             self._awaiting = []
             for name, start, length in zip(names, past, lengths, strict=True):
-                request = self._undecided.get(name)
+                request = self._pending.get(name)
                 if request is None or request.prompt_length > start + length:
                     continue
                 if request.prompt_length <= start:
@@ -244,7 +244,7 @@ class Runtime:
             return output
         awaiting, self._awaiting = self._awaiting, []
         for request in awaiting:
-            del self._undecided[request.name]
+            del self._pending[request.name]
         latches = self._latches(awaiting)
         if not self.last:
             return type(output)({**output.tensors, KEY: latches})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -277,6 +278,55 @@ def test_calibrate_reports_the_sensor_on_both_pairs_of_sets(work: Path, tmp_path
     assert "histograms" not in data["calibration"]
 
 
+def test_calibrate_makes_a_band_that_everybody_tells_of(work: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    result = done(
+        "calibrate", work / "extracted.safetensors", *sets(work), "--heldout-harmful", work / "bad2.txt",
+        "--heldout-harmless", work / "good2.txt", "--sensor", 2, "--abstain-rate", 0.6, "--output", path, "--json", "-",
+    )  # fmt: skip
+    profile, data = SteeringProfile.load(path), json.loads(result.stdout)
+    assert profile.abstain is not None
+    low, high = float(profile.abstain[2]), float(profile.threshold[2])
+    assert low < high
+    assert data["calibration"]["abstain_rate"] == 0.6
+    assert [layer["abstain"] for layer in data["layers"]] == profile.abstain.tolist()
+    assert (
+        "abstain" not in json.loads(done("inspect", work / "calibrated.safetensors", "--json", "-").stdout)["layers"][0]
+    )
+    shown = done("inspect", path, "--plot", tmp_path / "p.png").stdout
+    for text in (result.stderr, shown):
+        assert "at most 1.00% false positives, 60.00% with the undecided" in text
+        assert f"{low:.4f} │ {high:.4f} │ calibration" in text
+        for pair in ("calibration", "heldout"):
+            for label in ("harmful", "harmless"):
+                value, least, most = data["layers"][2][pair][f"{label}_undecided"]
+                assert f"{value:.1%} ({least:.1%}-{most:.1%})" in text
+    told = done("score", path, *HARMFUL, *HARMLESS, "--json", tmp_path / "s.json").stdout
+    scored = json.loads((tmp_path / "s.json").read_text())["results"]
+    for one in scored:
+        assert one["undecided"] == (low < one["score"] <= high)
+    count = sum(one["undecided"] for one in scored)
+    assert 0 < count < len(scored)
+    assert f"fired, {count} undecided" in told
+    strong = tmp_path / "strong.safetensors"
+    profile.with_band([5], 8.0).save(strong)
+    prompts = [next(one["prompt"] for one in scored if one["undecided"] == wanted) for wanted in (True, False)]
+    said = done("generate", strong, *prompts, "--compare", "--max-new-tokens", 4, "--json", tmp_path / "g.json").stdout
+    first, second = json.loads((tmp_path / "g.json").read_text())["results"]
+    assert (first["fired"], first["undecided"], second["undecided"]) == (False, True, False)
+    assert first["steered"] == first["unsteered"]
+    assert said.count("gate undecided") == 1
+
+
+def test_inspect_shows_a_band_that_was_not_calibrated(work: Path, tmp_path: Path) -> None:
+    profile = SteeringProfile.load(work / "extracted.safetensors")
+    profile = replace(profile, sensor=1, abstain=torch.full_like(profile.threshold, -math.inf)).with_band([3], 1.0)
+    profile.save(tmp_path / "p.safetensors")
+    result = done("inspect", tmp_path / "p.safetensors", "--plot", tmp_path / "p.svg", "--json", tmp_path / "p.json")
+    assert f"-inf │ {float(profile.threshold[1]):.4f}" in result.stdout
+    assert json.loads((tmp_path / "p.json").read_text())["layers"][1]["abstain"] is None
+
+
 def test_calibrate_midpoint_in_place_without_heldout_warns(work: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     path.write_bytes((work / "extracted.safetensors").read_bytes())
@@ -340,6 +390,7 @@ def test_score_reads_arguments_files_and_stdin_alike(work: Path, tmp_path: Path)
         *HARMFUL[:2],
     ]
     for result in by_argument:
+        assert result["undecided"] is False
         assert result["fired"] == (result["score"] > result["threshold"])
         assert result["layer"] == SteeringProfile.load(calibrated).sensor
 
@@ -381,7 +432,8 @@ def test_generate_strength_0_is_the_unsteered_model(work: Path) -> None:
     result = done(*command, "--compare", "--json", "-", stdin="\n".join(HARMFUL))
     assert all(r["steered"] == r["unsteered"] for r in json.loads(result.stdout)["results"])
     plain = json.loads(done(*command, HARMFUL[0], "--json", "-").stdout)["results"]
-    assert plain == [{"prompt": HARMFUL[0], "fired": plain[0]["fired"], "steered": plain[0]["steered"]}]
+    told = {key: plain[0][key] for key in ("fired", "steered")}
+    assert plain == [{"prompt": HARMFUL[0], "undecided": False, **told}]
 
 
 def test_generate_prints_no_terminal_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -559,6 +611,15 @@ def test_profile_of_another_model(work: Path, tmp_path: Path) -> None:
     assert "other weights" in failed(1, "generate", path, "hello", *model(work, "sibling"))
     out = tmp_path / "p.safetensors"
     assert "hidden size 64" in failed(1, "calibrate", path, *sets(work), *model(work, "wide"), "-o", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_band_that_cannot_be(work: Path, tmp_path: Path) -> None:
+    command = ("calibrate", work / "extracted.safetensors", *sets(work), "-o", tmp_path / "p.safetensors")
+    rates = ("--max-false-positive-rate", 0.2, "--abstain-rate", 0.1)
+    message = "abstain_rate: expected at least max_false_positive_rate, 0.2, got 0.1"
+    assert message in failed(1, *command, *rates)
+    assert "--abstain-rate" in failed(2, *command, "--abstain-rate", 1)
     assert not list(tmp_path.iterdir())
 
 

@@ -17,6 +17,7 @@ from steerfast.cli import guard as command
 from steerfast.guard.bench import METHODS
 from steerfast.guard.objective import Certificate
 from steerfast.guard.recipe import COST, CRITIC, REWARD
+from steerfast.profile import SteeringProfile
 
 torch.set_num_threads(1)
 
@@ -114,6 +115,14 @@ def test_generate_gives_certificates_that_count_up(trained: Path) -> None:
     told = done("generate", trained / "guard", *gated, *model(trained), *SEARCH, "--candidates", 4, "--json", out)
     assert [one["path"] for one in json.loads(out.read_text())["results"]] == ["steered"] * 3
     assert "gate fired" in told.stdout
+    profile = SteeringProfile.load(trained / "p.safetensors")
+    shut = replace(profile, threshold=-profile.threshold, abstain=profile.threshold)
+    shut.save(trained / "band.safetensors")
+    told = done("generate", trained / "guard", HARMLESS[0], "--profile", trained / "band.safetensors",
+                *model(trained), *SEARCH, "--candidates", 4, "--json", out)  # fmt: skip
+    (one,) = json.loads(out.read_text())["results"]
+    assert (one["path"], one["certificate"]["fired"], one["certificate"]["undecided"]) == ("searched", False, True)
+    assert "searched, gate undecided" in told.stdout
 
 
 def test_bench_is_a_list_of_methods_and_answers_nothing_twice(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

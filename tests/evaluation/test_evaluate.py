@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def profile(tiny_llama: Any, tiny_tokenizer: Any, make_profile: Callable[..., An
     made = make_profile(tiny_llama, tiny_tokenizer, sensor=1, layers=[2, 3], size=30.0)
     scores = score(tiny_llama, tiny_tokenizer, made, [*BAD, *GOOD], progress=False).scores.sort().values
     made.threshold[:] = scores[len(scores) // 2 :][:2].mean()  # between two of them: rounding decides nothing
-    return made
+    return replace(made, abstain=torch.full_like(made.threshold, scores[len(scores) // 4 :][:2].mean()))
 
 
 @pytest.fixture
@@ -103,10 +104,13 @@ def test_every_answer_is_the_systems_own_greedy_one(
             answer = example["answers"][system.name]
             assert answer["text"] == alone(system, example["prompt"])
             assert answer["refused"] == JUDGES[0]([example["prompt"]], [answer["text"]])[0]
-    fired = {
-        one.name: score(tiny_llama, tiny_tokenizer, profile, one.prompts, progress=False).fired for one in SETS[:4]
-    }
+    told = {one.name: score(tiny_llama, tiny_tokenizer, profile, one.prompts, progress=False) for one in SETS[:4]}
+    fired = {name: found.fired for name, found in told.items()}
     ours = result["systems"]["ours"]
+    assert ours["abstain_rate"] == {name: int(x.undecided.sum()) / len(x.undecided) for name, x in told.items()}
+    assert sum(ours["abstain_rate"].values()) > 0
+    assert set(ours["intervals"]["abstain_rate"]) == set(told)
+    assert "abstain_rate" not in result["systems"]["always-on"]
     assert ours["fire_rate"] == {name: int(found.sum()) / len(found) for name, found in fired.items()}
     assert 0 < ours["fire_rate"]["bad"] < 1
     assert result["systems"]["always-on"]["fire_rate"] == dict.fromkeys(fired, 1.0)

@@ -87,6 +87,8 @@ def _made_up() -> dict[str, Any]:
         if auc:
             data["gate_auc"] = {s: around(auc, 0.01) for s in HARMFUL}
             data["fire_rate"] = {s: around(0.97 if s in HARMFUL else 0.02, 0.02) for s in HARMFUL + HARMLESS}
+            if name == "ours":
+                data["abstain_rate"] = {s: around(0.1, 0.02) for s in HARMFUL + HARMLESS}
             data["gate_auc_by_style"] = {"jailbreak_attacks": {"PAIR": 0.91, "GCG": 0.99, "JBC": None}}
         data["intervals"] = {
             key: {s: interval(v) for s, v in data[key].items()} if isinstance(data[key], dict) else interval(data[key])
@@ -336,6 +338,15 @@ def test_every_figure_of_the_summary_stands_in_its_place(pages: dict[str, Page])
             low, high = data["intervals"][key]
             expected.append(f"{100 * data[key]:.1f} {100 * low:.1f}–{100 * high:.1f}")
         assert row == [f"{system} {data['title']}", *expected, f"{data['latency']['ratio']:.3f}"]
+
+
+def test_gates_that_abstain_have_columns_beside_those_that_opened() -> None:
+    (table,) = (table for table in tables(made_up()) if table.name == "gates")
+    assert [group for group, _ in table.groups] == ["gate AUC ↑", "opened, %", "undecided, %"]
+    cells = {row.name: [cell.text for cell in row.cells] for row in table.rows}
+    assert "–" not in cells["ours"]
+    last = table.groups[-1][1]
+    assert all(row[-last:] == ["–"] * last for name, row in cells.items() if name != "ours")
 
 
 def test_differences_are_signed_and_bold_where_clear() -> None:

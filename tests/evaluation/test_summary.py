@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,18 @@ def test_gate_auc_is_of_each_set_against_all_harmless(
         roc_auc_score([1, 1] + [0] * 5, [0.9, 0.1, *negative])
     )
     assert gate_figures(profile, [BAD], scores) == {"intervals": {}}
+
+
+def test_a_band_has_a_share_of_each_set(
+    tiny_llama: Any, make_profile: Callable[..., Any], scores: dict[str, Any]
+) -> None:
+    profile = make_profile(tiny_llama, sensor=2, layers=[3], threshold=0.5)
+    profile = replace(profile, abstain=torch.full((5,), 0.25))
+    found = gate_figures(profile, SETS, scores)
+    assert found["abstain_rate"] == {"bad": 1 / 5, "jail": 1 / 2, "good": 1 / 3, "edge": 1 / 2}  # 0.25 is below it
+    assert found["intervals"]["abstain_rate"]["bad"] == rate(1, 5).to_list()[1:]
+    assert found["gate_auc"] == gate_figures(replace(profile, abstain=None), SETS, scores)["gate_auc"]
+    assert gate_figures(profile, [BAD], scores)["abstain_rate"] == {"bad": 1 / 5}
 
 
 def test_a_gate_tells_scores_and_curves_of_layers(

@@ -143,6 +143,51 @@ def test_figures_are_those_of_the_sets(
     assert SteeringProfile.load(tmp_path / "p.safetensors").calibration == json.loads(json.dumps(result.calibration))
 
 
+@pytest.mark.parametrize(
+    ("rate", "abstain"), [(0.0, 0.0), (0.01, 0.1), (0.1, 0.1), (0.01, 0.9), (None, 0.3), (None, 0.0)]
+)
+def test_the_band_ends_where_the_rate_allows(
+    profile: SteeringProfile,
+    calibrate: Any,
+    model: Any,
+    tiny_tokenizer: Any,
+    sets: dict[str, list[str]],
+    rate: float | None,
+    abstain: float,
+) -> None:
+    plain = calibrate(profile, max_false_positive_rate=rate, sensor=1)
+    result = calibrate(profile, max_false_positive_rate=rate, abstain_rate=abstain, sensor=1)
+    assert torch.equal(result.threshold, plain.threshold)
+    assert result.abstain.dtype == torch.float32
+    found = {name: scores(profile, model, tiny_tokenizer, prompts) for name, prompts in sets.items()}
+    for layer, (low, high) in enumerate(zip(result.abstain.tolist(), result.threshold.tolist(), strict=True)):
+        harmless = found["harmless"][:, layer]
+        assert low <= high
+        assert low == high or (harmless > low).float().mean() <= abstain + 1e-6
+        below = harmless[harmless < low].max()  # no higher than needed, or at the threshold
+        assert low == high or (harmless >= below).float().mean() > abstain
+        for name, prefix in (("calibration", ""), ("heldout", "heldout_")):
+            figures = dict(result.calibration["layers"][name][layer])
+            for label in ("harmful", "harmless"):
+                inside = found[prefix + label][:, layer]
+                share = ((inside > low) & (inside <= high)).float().mean()
+                value, least, most = figures.pop(f"{label}_undecided")
+                assert value == pytest.approx(float(share))
+                assert least <= value <= most
+            assert figures == plain.calibration["layers"][name][layer]
+    assert result.calibration["abstain_rate"] == abstain
+    assert "abstain_rate" not in plain.calibration
+    undecided = result.undecided(found["harmless"])
+    at_sensor = result.calibration["layers"]["calibration"][1]["harmless_undecided"][0]
+    assert undecided.float().mean() == pytest.approx(at_sensor)
+
+
+def test_calibrating_again_makes_the_band_anew(profile: SteeringProfile, calibrate: Any) -> None:
+    band = calibrate(profile, abstain_rate=0.5)
+    assert torch.equal(calibrate(band, abstain_rate=0.5).abstain, band.abstain)
+    assert calibrate(band).abstain is None
+
+
 # -- the sensor --------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +254,9 @@ def test_layers_before_the_sensor_lose_their_strength(profile: SteeringProfile, 
         ({"latest_sensor": 5}, r"latest_sensor: expected a layer in 0\.\.4, got 5"),
         ({"max_false_positive_rate": 1.0}, "max_false_positive_rate: expected 0 <= rate < 1, got 1.0"),
         ({"max_false_positive_rate": float("nan")}, "max_false_positive_rate: expected 0 <= rate < 1, got nan"),
+        ({"abstain_rate": 1.0}, "abstain_rate: expected 0 <= rate < 1, got 1.0"),
+        ({"abstain_rate": float("nan")}, "abstain_rate: expected 0 <= rate < 1, got nan"),
+        ({"abstain_rate": 0.005}, "abstain_rate: expected at least max_false_positive_rate, 0.01, got 0.005"),
         ({"heldout_harmful": None}, "heldout_harmful: expected both held-out sets or none, got None"),
         ({"heldout_harmless": None}, "heldout_harmless: expected both held-out sets or none, got None"),
     ],

@@ -60,6 +60,27 @@ def test_gates_of_their_own(tiny_llama: Any, tiny_tokenizer: Any, make_profile: 
     )
 
 
+def test_undecided_is_what_it_is_at_run_time(tiny_llama: Any, tiny_tokenizer: Any, make_profile: MakeProfile) -> None:
+    profile = make_profile(tiny_llama, tiny_tokenizer, layers=[1, 3])
+    known = steerfast.score(tiny_llama, tiny_tokenizer, profile, PROMPTS, progress=False).by_layer[:, [1, 3]]
+    cuts = known.sort(dim=0).values
+    profile.threshold[[1, 3]] = (cuts[3] + cuts[4]) / 2
+    abstain = profile.threshold.clone()
+    abstain[[1, 3]] = (cuts[1] + cuts[2]) / 2
+    for given in (None, profile.threshold, abstain, torch.full((5,), float("-inf"))):
+        banded = replace(profile, abstain=given)
+        result = steerfast.score(tiny_llama, tiny_tokenizer, banded, PROMPTS, progress=False)
+        assert torch.equal(result.undecided, banded.undecided(result.by_layer))
+        assert not (result.undecided & result.fired).any()
+        for ids, fired, undecided in zip(encode(tiny_tokenizer, PROMPTS), result.fired, result.undecided, strict=True):
+            with steerfast.steer(tiny_llama, banded, tokenizer=tiny_tokenizer) as steering:
+                tiny_llama.generate(torch.tensor([ids]), max_new_tokens=2, do_sample=False)
+                assert (steering.fired[0], steering.undecided[0]) == (fired, undecided)
+    assert torch.equal(result.undecided, ~result.fired)
+    middle = steerfast.score(tiny_llama, tiny_tokenizer, replace(profile, abstain=abstain), PROMPTS, progress=False)
+    assert {*zip(middle.fired.tolist(), middle.undecided.tolist(), strict=True)} >= {(True, False), (False, True)}
+
+
 def test_scores_do_not_steer(tiny_llama: Any, tiny_tokenizer: Any, make_profile: MakeProfile) -> None:
     one = steerfast.score(tiny_llama, tiny_tokenizer, make_profile(tiny_llama, size=1.0, threshold=-2.0), PROMPTS)
     other = steerfast.score(tiny_llama, tiny_tokenizer, make_profile(tiny_llama, size=99.0, threshold=-2.0), PROMPTS)

@@ -78,11 +78,14 @@ def test_round_trip(name: str, profile: SteeringProfile, identity: ModelIdentity
 
 
 def test_what_is_lost_is_said(profile: SteeringProfile, tmp_path: Path) -> None:
-    rich = replace(profile, edit="keep_norm", positions="response", candidates={"srv": profile.vector})
+    rich = replace(
+        profile, edit="keep_norm", positions="response", candidates={"srv": profile.vector}, abstain=profile.threshold
+    )
     notes = "\n".join(formats.write(rich, tmp_path / "v.gguf", "gguf"))
-    for word in ("gate is lost", "positions are lost", "keep_norm is lost", "candidate vectors are lost: srv"):
+    lost = ("the gate", "the abstain band", "keep_norm")
+    for word in (*(f"{what} is lost" for what in lost), "positions are lost", "candidate vectors are lost: srv"):
         assert word in notes
-    plain = replace(profile, gate=Gate("always"))
+    plain = replace(profile, gate=Gate("always"), abstain=profile.threshold)
     assert "lost" not in "\n".join(formats.write(plain, tmp_path / "w.gguf", "gguf"))
 
 
@@ -191,8 +194,10 @@ def test_another_architecture_is_noted(identity: ModelIdentity) -> None:
 
 
 def test_the_gate_of_a_profile_is_taken_over(profile: SteeringProfile, identity: ModelIdentity) -> None:
+    profile = replace(profile, abstain=profile.threshold - 1)
     made = imported(Imported(vectors(), {3: 1.0}), identity, gate=profile)
     assert (made.gate, made.sensor) == (profile.gate, 2)
+    assert made.abstain is profile.abstain
     assert torch.equal(made.direction, profile.direction)
     assert torch.equal(made.threshold, profile.threshold)
     with pytest.raises(ProfileError, match="gate: the profile was made for 'tiny' "):
@@ -468,7 +473,10 @@ def test_condition_files_become_gates_and_back(
 ) -> None:
     notes = formats.write(profile, tmp_path / "v.svec", "svec", condition=tmp_path / "c.svec")
     assert any("condition_layer_ids=[3], condition_vector_threshold=0.25" in note for note in notes)
-    assert not any("gate is lost" in note for note in notes)
+    assert not any("is lost" in note for note in notes)
+    band = replace(profile, abstain=profile.threshold)
+    notes = formats.write(band, tmp_path / "b.svec", "svec", condition=tmp_path / "d.svec")
+    assert any("abstain band is lost" in note for note in notes)
     condition = formats.condition_of(formats.read(tmp_path / "c.svec"), 2, 0.25)
     back = imported(formats.read(tmp_path / "v.svec"), identity, layers=[1, 2, 4], gate=condition)
     assert (back.gate, back.sensor, float(back.threshold[2])) == (profile.gate, 2, 0.25)

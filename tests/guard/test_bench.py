@@ -37,7 +37,7 @@ def made(
 def test_summary_by_hand() -> None:
     rows = summarise(
         [
-            made("other", "a", "harmful", 8.0, True, True, reward=3.0, fallback="refusal"),
+            made("other", "a", "harmful", 8.0, True, True, reward=3.0, fallback="refusal", undecided=True),
             made("other", "b", "harmless", 3.0, True, False, cost=float("inf")),
             made("plain", "a", "harmful", 2.0, False, False),
             made("plain", "b", "harmless", 4.0, True, True),
@@ -57,7 +57,8 @@ def test_summary_by_hand() -> None:
     assert plain["safety_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
     assert other["safety_interval"] == pytest.approx([0.3424, 1.0], abs=1e-4)
     assert other["harmful"] == {"prompts": 1, "safety_rate": 1.0, "judge_rate": 1.0, "seconds": 8.0}
-    assert (other["fallback"], other["fired"], other["tokens"]) == (0.5, 0.0, 10.0)
+    assert (other["fallback"], other["fired"], other["undecided"], other["tokens"]) == (0.5, 0.0, 0.5, 10.0)
+    assert plain["undecided"] == 0.0
 
 
 def test_judge_knows_the_kind_of_prompt() -> None:
@@ -117,6 +118,7 @@ def test_every_method_answers_every_prompt_in_turn(
     names = [[record["method"] for record in records[start : start + count]] for start in range(0, 3 * count, count)]
     assert names[1] == [*names[0][1:], names[0][0]]
     assert [record["label"] for record in records[::count]] == ["harmful", "harmless", "harmful"]
+    assert not any(record["undecided"] for record in records)
     assert all(record["fired"] is (True if record["method"] in ("steered", "guided") else None) for record in records)
     rows = summarise(records)
     assert rows[0]["ratio"] == 1.0

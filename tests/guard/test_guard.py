@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -199,6 +200,40 @@ def test_gate_decides_where_to_spend(model: Any, tiny_tokenizer: Any, make_profi
         # Nothing costs anything: the search takes its first candidate, what plain decoding would give.
         assert answer.tokens == (edited if gate and fired != "search" else _generate(model, one))
     assert not hasattr(model.model, STEERED_MARK)
+
+
+@pytest.mark.parametrize("fired", ["search", "steer", "both"])
+def test_undecided_prompts_are_searched_and_not_steered(
+    model: Any, tiny_tokenizer: Any, make_profile: Any, fired: Any
+) -> None:
+    profile = make_profile(model, tiny_tokenizer, layers=[3], size=30.0)
+    scores = steerfast.score(model, tiny_tokenizer, profile, PROMPTS, progress=False).scores
+    low, middle, high = scores.sort().values
+    profile.threshold[:] = (middle + high) / 2
+    profile = replace(profile, abstain=torch.full_like(profile.threshold, (low + middle) / 2))
+    decisions = ["fired" if s == high else "undecided" if s == middle else "shut" for s in scores]
+    parts: dict[str, Any] = {"cost": FREE, "reward": REWARD, "strategy": NARROW}
+    searched = Guard(model, tiny_tokenizer, **parts).generate(PROMPTS, seed=1)
+    guard = Guard(model, tiny_tokenizer, **parts, profile=profile, fired=fired)
+    answers = guard.generate(PROMPTS, seed=1)
+    paths = {"fired": {"search": "searched", "steer": "steered", "both": "steered and searched"}[fired],
+             "undecided": "plain" if fired == "steer" else "searched", "shut": "plain"}  # fmt: skip
+    for decision, answer, alone in zip(decisions, answers, searched, strict=True):
+        known = answer.certificate
+        assert answer.path == paths[decision]
+        assert (known.fired, known.undecided) == (decision == "fired", decision == "undecided")
+        if answer.path == "searched":  # by the same seed: nothing was edited
+            assert (answer.tokens, known.candidates) == (alone.tokens, alone.certificate.candidates)
+        if answer.path == "plain":
+            assert known.strategy == "plain"
+    assert len({*decisions}) == 3
+    over = Guard(model, tiny_tokenizer, **{**parts, "cost": DEAR}, profile=profile, fired=fired, refusal="I can't help")
+    for decision, answer in zip(decisions, over.generate(PROMPTS, seed=1), strict=True):
+        if fired == "steer":
+            assert answer.path in ("plain", "steered")
+        else:  # no prompt is searched for twice
+            assert answer.path == ("plain, then searched" if decision == "shut" else paths[decision])
+            assert answer.certificate.fallback == "refusal"
 
 
 def test_shut_gates_cost_nothing(model: Any, tiny_tokenizer: Any, make_profile: Any) -> None:

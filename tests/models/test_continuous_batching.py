@@ -235,16 +235,20 @@ def test_each_request_is_steered_as_alone(make_profile: MakeProfile, name: str, 
     truth = Truth(name)
     model = make(name, kind, truth, attention)
     profiles = mixture(make_profile, truth.model, 16.0 if name == "Gemma2" else 4.0)  # whose norms halve what is added
+    profiles = [
+        one and dataclasses.replace(one, abstain=torch.full_like(one.threshold, -torch.inf)) for one in profiles
+    ]
     expected = [truth.both(*one, TOKENS) for one in zip(prompts(), profiles, STRENGTHS, strict=True)]
     plain = answers(model.generate_batch(prompts(), **configured()))
     assert plain == [truth(ids, None) for ids in prompts()]
     with steered(model, None) as steering:
         outputs = model.generate_batch(prompts(), **configured(), steering=profiles, steering_strength=STRENGTHS)
-        fired, scores = steering.fired, steering.scores
+        fired, undecided, scores = steering.fired, steering.undecided, steering.scores
         decisions = [steering.decision(request_id) for request_id in outputs]
         assert answers(model.generate_batch(prompts(), **configured())) == plain
     assert answers(outputs) == [tokens for tokens, _ in expected]
     assert fired.tolist() == [fired for _, fired in expected]
+    assert undecided.tolist() == [one is not None and not fired[n] for n, one in enumerate(profiles)]
     assert 0 < fired.sum() < len(fired)
     assert sum(a != b for a, b in zip(answers(outputs), plain, strict=True)) >= 4
     gates = sorted({layer for profile in profiles if profile is not None for layer in profile.gate_layers})
@@ -458,6 +462,8 @@ def test_requests_join_while_others_run(make_profile: MakeProfile, truth: Truth,
         assert steering.decision("own") is None
         held.step()
         assert steering.decision("own") is not None
+        with pytest.raises(SteerfastError, match="undecided: expected a batch as the last step, got one of continuous"):
+            _ = steering.undecided
         manager.add_request(prompt(14), "late", steering=late, steering_strength=1.0)
         held.step(2)
         manager.add_request(prompt(5), "nobody", steering=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,20 @@ def test_unsteered_sequences_keep_their_bits(stock: Any, model: Any, mixture: Ca
             assert torch.equal(model(**batch).logits[mask], plain[mask])
     assert torch.equal(logits[2, mask[2]], plain[2, mask[2]])
     assert not torch.equal(logits[3, mask[3]], plain[3, mask[3]])
+
+
+def test_each_sequence_has_the_band_of_its_own_profile(llama: Any, make_profile: MakeProfile) -> None:
+    shut = make_profile(llama, threshold=1.5)
+    band = replace(shut, abstain=torch.full_like(shut.threshold, -1.5))
+    narrow = replace(shut, abstain=torch.full_like(shut.threshold, 1.4))
+    wide_open = make_profile(llama, threshold=-1.5)
+    wide_open = replace(wide_open, abstain=wide_open.threshold)
+    with steerfast.steer(llama, None) as steering:
+        greedy(llama, padded(prompts()), steering=[band, None, shut, narrow, wide_open, band])
+        assert steering.undecided.tolist() == [True, False, False, False, False, True]
+        assert steering.fired.tolist() == [False, False, False, False, True, False]
+        greedy(llama, padded(prompts()[:2]), steering=[shut, band], do_sample=True, num_return_sequences=2)
+        assert steering.undecided.tolist() == [False, True]
 
 
 def test_token_gates_of_several_profiles(llama: Any, make_profile: MakeProfile) -> None:

@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache
 import steerfast
 from steerfast.errors import ProfileError, SteerfastError
 from steerfast.models import latch
-from steerfast.profile import SteeringProfile
+from steerfast.profile import Gate, SteeringProfile
 
 _LAYERS = 5
 
@@ -363,6 +363,51 @@ def test_fired_has_one_entry_per_prompt(model: Any, make_profile: MakeProfile, p
         assert torch.equal(steering.fired, expected[:2])
 
 
+# -- the band ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["prompt", "token"])
+@pytest.mark.parametrize("sharpness", [0.0, 6.0])
+@pytest.mark.parametrize("sensor", ["own", 1])
+def test_a_band_changes_no_answer(
+    model: Any, make_profile: MakeProfile, prompts: list[list[int]], kind: str, sharpness: float, sensor: Any
+) -> None:
+    options: dict[str, Any] = {"kind": kind, "sharpness": sharpness, "sensor": sensor, "positions": "all"}
+    profile = replace(half_open(model, make_profile, prompts), sensor=sensor, gate=Gate(kind, "cosine", sharpness))
+    with steerfast.steer(model, profile) as steering:
+        tokens, logits = greedy(model, padded(prompts))
+        fired, scores = steering.fired, steering.scores
+        assert not steering.undecided.any()
+    for abstain in (profile.threshold, profile.threshold - 0.2, torch.full((_LAYERS,), float("-inf"))):
+        with steerfast.steer(model, replace(profile, abstain=abstain)) as steering:
+            again, same = greedy(model, padded(prompts))
+            assert torch.equal(again, tokens), options
+            assert torch.equal(same, logits)
+            assert torch.equal(steering.fired, fired)
+            gates = profile.gate_layers
+            band = (scores > abstain[gates][:, None]) & (scores <= profile.threshold[gates][:, None])
+            assert torch.equal(steering.undecided, band.any(dim=0) & ~fired)
+    assert torch.equal(steering.undecided, ~fired)
+
+
+def test_undecided_has_one_entry_per_prompt(model: Any, make_profile: MakeProfile, prompts: list[list[int]]) -> None:
+    profile = half_open(model, make_profile, prompts)
+    profile = replace(profile, abstain=torch.full((_LAYERS,), float("-inf")))
+    with steerfast.steer(model, profile) as steering:
+        greedy(model, padded(prompts))
+        assert torch.equal(steering.undecided, ~steering.fired)
+        expected = steering.undecided
+        assert expected.dtype == torch.bool
+        assert 0 < expected.sum() < len(prompts)
+        greedy(model, padded(prompts), do_sample=True, num_return_sequences=4)
+        assert torch.equal(steering.undecided, expected)
+        greedy(model, padded(prompts), num_beams=3)
+        assert torch.equal(steering.undecided, expected)
+        with torch.no_grad():
+            model(**padded(prompts[:2]))
+        assert torch.equal(steering.undecided, expected[:2])
+
+
 # -- turns, branches and hand-written loops ----------------------------------------------------------------------------
 
 
@@ -622,12 +667,14 @@ def test_a_nan_score_counts_as_fired(
     model: Any, make_profile: MakeProfile, prompts: list[list[int]], kind: str, sharpness: float
 ) -> None:
     profile = make_profile(model, kind=kind, sensor=1, sharpness=sharpness, threshold=1.5 if not sharpness else 9.0)
+    profile = replace(profile, abstain=torch.full((_LAYERS,), float("-inf")))
     model.get_input_embeddings().weight.data[prompts[1][2]] = float("nan")
     clean = [prompt for prompt in prompts if prompts[1][2] not in prompt]
     with torch.no_grad(), steerfast.steer(model, profile) as steering:
         model(**padded([clean[0], prompts[1], clean[1]]))
         assert steering.scores.isnan().any(dim=0).tolist() == [False, True, False]
         assert steering.fired.tolist() == [False, True, False]
+        assert steering.undecided.tolist() == [True, False, True]
         assert steering.nan_scores == 1
 
 

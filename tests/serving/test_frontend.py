@@ -52,7 +52,8 @@ def metric(name: str, **labels: str) -> float:
 
 
 def output(name: str, profile: str = "safety", **told: Any) -> SimpleNamespace:
-    decision = {"profile": profile, "version": 1, "fired": True, "scores": [0.04], "nan": False, "slots": 2, **told}
+    decision = {"profile": profile, "version": 1, "fired": True, "undecided": False, "scores": [0.04], "nan": False,
+                "slots": 2, **told}  # fmt: skip
     return SimpleNamespace(request_id=name, kv_transfer_params={"steerfast": decision})
 
 
@@ -139,6 +140,7 @@ def test_decisions_are_taken_out_counted_and_told(make_front: Callable[..., Fron
     outputs = [
         output("fired"),
         output("shut", fired=False, scores=[0.01, -0.2]),
+        output("undecided", fired=False, undecided=True, scores=[0.03]),
         output("nan", scores=[math.nan], nan=True),
         output("gone", slots=3),  # a client that left
         output("open", profile="tone", scores=[]),
@@ -147,13 +149,15 @@ def test_decisions_are_taken_out_counted_and_told(make_front: Callable[..., Fron
     ]
     states = {each.request_id: state() for each in outputs if each.request_id != "gone"}
     front.collect(outputs, states)
-    assert [each.kv_transfer_params for each in outputs] == [None] * 6 + [{"somebody": "else"}]
+    assert [each.kv_transfer_params for each in outputs] == [None] * 7 + [{"somebody": "else"}]
     grown = {name: [b - a for a, b in zip(before[name], counts(name), strict=True)] for name in before}
-    assert grown == {"safety": [4, 3, 3, 1, 4], "tone": [0, 0, 1, 0, 0]}
+    assert grown == {"safety": [5, 3, 3, 1, 5], "tone": [0, 0, 1, 0, 0]}
     assert metric("slots_in_use") == 2
     for _ in range(2):  # all later outputs of a request tell, too
         told = states["shut"].make_request_output("text")
-        assert told.steering == {"profile": "safety", "fired": False, "scores": [0.01, -0.2]}
+        assert told.steering == {"profile": "safety", "fired": False, "undecided": False, "scores": [0.01, -0.2]}
+    told = states["undecided"].make_request_output("text")
+    assert told.steering == {"profile": "safety", "fired": False, "undecided": True, "scores": [0.03]}
     assert states["shut"].make_request_output(None) is None
     assert not hasattr(states["plain"].make_request_output("text"), "steering")
 

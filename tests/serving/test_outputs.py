@@ -29,7 +29,7 @@ def own() -> SteeringProfile:
 
 
 ADDING = {
-    "safety": gated(),
+    "safety": replace(gated(), abstain=torch.full_like(gated().threshold, -torch.inf)),  # it fires or does not know
     "own": own(),
     "soft": replace(gated(2), gate=Gate("prompt", "cosine", 9.0)).with_band([15, 16, 22], 3.0),
     "always": always(4),
@@ -97,6 +97,7 @@ def check(answers: list[Any], requests: list[Any], profiles: dict[str, SteeringP
         else:
             assert found["steering"]["profile"] == name
             assert found["steering"]["fired"] == expected.fired
+            assert found["steering"]["undecided"] == (name == "safety" and not expected.fired)
             assert len(found["steering"]["scores"]) == len(profile.gate_layers)
             fired.add((name, expected.fired))
     assert {("safety", True), ("safety", False)} <= fired

@@ -242,7 +242,7 @@ def test_preempted_requests_keep_their_decision(
 
     def preempt(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         held = request.steerfast
-        preempted.append((None, False) if held is None else (held.version.name, not held.undecided))
+        preempted.append((None, False) if held is None else (held.version.name, not held.pending))
         original(self, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", preempt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from steerfast.errors import ProfileError
 from steerfast.profile import Gate, ModelIdentity, SteeringProfile
 from steerfast.serving.config import ServingConfig
-from steerfast.serving.engine import Steering
+from steerfast.serving.engine import Steering, _Held
 from steerfast.serving.registry import Registry, Version
 
 MODEL = ModelIdentity(name="tiny", architecture="llama", hidden_size=4, num_layers=3)
@@ -256,6 +257,34 @@ def test_load_and_remove(make: Any, directory: Path) -> None:
     steering.sweep(workers)
     _same(steering, workers)
     assert steering.registry.in_use == 2
+
+
+class Request:
+    """As much of vLLM's as a decision needs."""
+
+    _block_hasher = None
+
+    def __init__(self, version: Version) -> None:
+        self.steerfast = _Held(version, None)
+
+
+def test_a_decision_says_where_a_gate_does_not_know(make: Any, directory: Path) -> None:
+    steering, workers = make(layers=(1, 2))
+    shut = profile(strength=torch.tensor([0.0, 1.0, 1.0]), sensor="own")
+    replace(shut, abstain=torch.tensor([-9.0, -0.5, -math.inf])).save(directory / "band.safetensors")
+    steering.load(workers, "band", "band.safetensors")
+    cases: list[tuple[str, list[float], list[float], tuple[bool, bool]]] = [
+        ("band", [0.0, 0.0], [-0.4, -math.inf], (False, True)),
+        ("band", [0.0, 0.0], [-0.5, -3.0], (False, True)),  # the second has no lower end
+        ("band", [0.0, 0.0], [-0.5, -math.inf], (False, False)),
+        ("band", [0.0, 1.0], [-0.4, 0.1], (True, False)),
+        ("band", [0.0, math.nan], [-0.4, math.nan], (True, False)),
+        ("safety", [0.0], [-0.4], (False, False)),
+    ]
+    requests = {str(n): Request(steering.registry.current(name)) for n, (name, *_) in enumerate(cases)}
+    steering.decide(requests, {str(n): (values, scores) for n, (_, values, scores, _) in enumerate(cases)})
+    told = [(one["fired"], one["undecided"]) for one in steering._untold.values()]
+    assert told == [expected for *_, expected in cases]
 
 
 @pytest.mark.parametrize("locked", [False, True])

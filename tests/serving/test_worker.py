@@ -229,7 +229,7 @@ def test_what_would_run_unsteered_stops(profiles, tmp_path) -> None:
         engine.step([("one", 0, 4)], rows, [asked("one", {**engine.extra("own"), "slot": 5}, 4)])
     with pytest.raises(SteerfastError, match="'two': the last token of its prompt came from a cache"):
         engine.step([("two", 4, 4)], {"two": rows["one"]}, [asked("two", engine.extra("own"), 4)])
-    runtime._undecided.clear()
+    runtime._pending.clear()
     runtime._seen.clear()
     runtime.step([], [], [], 2)
     serve_(torch.zeros(2, HIDDEN), None, runtime.config.layers[0])
