@@ -16,6 +16,8 @@ from steerfast.styles import PLAIN, Prompts
 RATES = ("auc", "hit_rate", "false_positive_rate")
 FitGate = Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
 """From one layer's rows of both sets, [n1, H] and [n0, H], and masks of the plain ones, to a direction [H]."""
+Masks = tuple[Tensor, Tensor]
+"""Of prompts of both sets: bool [n1] and [n0]."""
 
 _LEAST = 8  # prompts a side; figures on fewer say nothing
 
@@ -43,11 +45,9 @@ def leave_one_style_out(
         Nothing for a style that shares its requests with all that would be left to fit on.
     """
     scores: dict[str, tuple[Tensor, Tensor]] = {}
-    for style in track(common_styles(harmful, harmless), "styles left out", show=progress):
-        out = [torch.tensor(prompts.in_style(style)) for prompts in (harmful, harmless)]
-        kept = [~_shares(prompts, mask) for prompts, mask in zip((harmful, harmless), out, strict=True)]
-        if min(int(mask.sum()) for mask in kept) < _LEAST:
-            continue
+    splits = style_splits(harmful, harmless)
+    for style in track(list(splits), "styles left out", show=progress):
+        out, kept = splits[style]
         plain = in_plain_style(harmful)[kept[0]], in_plain_style(harmless)[kept[1]]
         layers = range(rows[0].shape[1])
         directions = [fit(rows[0][kept[0], layer], rows[1][kept[1], layer], plain) for layer in layers]
@@ -63,6 +63,21 @@ def leave_one_style_out(
         limits = [threshold_at_false_positive_rate(layer, max_false_positive_rate) for layer in torch.cat(others).T]
         figures[style] = figures_by_layer(bad, good, limits)
     return figures
+
+
+def style_splits(harmful: Prompts, harmless: Prompts) -> dict[str, tuple[Masks, Masks]]:
+    """How to leave each style out: its prompts, and those that a gate may be fitted on, which put other requests.
+
+    Returns:
+        By style; one is missing where either set has too few prompts of it, or too few to fit on.
+    """
+    splits = {}
+    for style in common_styles(harmful, harmless):
+        out = torch.tensor(harmful.in_style(style)), torch.tensor(harmless.in_style(style))
+        kept = ~_shares(harmful, out[0]), ~_shares(harmless, out[1])
+        if min(int(mask.sum()) for mask in kept) >= _LEAST:
+            splits[style] = out, kept
+    return splits
 
 
 def in_plain_style(prompts: Prompts) -> Tensor:
