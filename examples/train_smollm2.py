@@ -2,7 +2,7 @@
 
     python examples/train_smollm2.py aligned --output artifacts/smollm2-aligned
     python examples/train_smollm2.py maths --output artifacts/smollm2-maths
-    python examples/train_smollm2.py maths --safety 120 --steps 90 --output artifacts/smollm2-maths-safety
+    python examples/train_smollm2.py maths --safety 120 --steps 40 --output artifacts/smollm2-maths-safety
 
 The aligned sibling learns to refuse the harmful prompts of `harmful_fit`, and keeps answering the harmless ones of
 `harmless_fit`: its targets there are the model's own greedy answers (self-distillation), so that what alignment adds is
