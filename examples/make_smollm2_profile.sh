@@ -6,7 +6,7 @@ mkdir -p artifacts
 both() { # the options for these sets of harmful and harmless prompts
     for label in harmful harmless; do for set in "$@"; do echo "--$label steerfast:${label}_$set"; done; done
 }
-python examples/align_smollm2.py --output artifacts/smollm2-aligned
+python examples/train_smollm2.py aligned --output artifacts/smollm2-aligned
 # shellcheck disable=SC2046
 steerfast extract --model HuggingFaceTB/SmolLM2-135M-Instruct --aligned-model artifacts/smollm2-aligned \
     $(both fit framed styles languages) --vectors alignment,forced --shrinkage 0.3 --output artifacts/extracted.safetensors

@@ -130,7 +130,7 @@ def test_both_labels_have_every_role_and_enough_to_calibrate_one_percent() -> No
 
 
 def purpose(name: str) -> tuple[str, str]:
-    """What a shipped set is for: prompts of one label that fit, calibrate and so on; each evaluation set for itself."""
+    """What a shipped set is for: prompts of one label that fit, calibrate and so on; any other set for itself."""
     label, _, rest = name.partition("_")
     if label not in ("harmful", "harmless"):
         return name, ""
@@ -143,7 +143,7 @@ def test_no_prompt_serves_two_purposes() -> None:
         for record in shipped_records(name):
             texts = {record["prompt"].casefold(), record.get("request", record["prompt"]).casefold()}
             held.setdefault(purpose(name), set()).update(texts)
-    assert len(held) == 10 + 8
+    assert len(held) == 10 + 9
     for one, other in itertools.combinations(held, 2):
         assert not held[one] & held[other], f"{one} and {other}"
 

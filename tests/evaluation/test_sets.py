@@ -15,6 +15,7 @@ import pytest
 from steerfast.errors import PromptError
 from steerfast.evaluation import sets
 from steerfast.evaluation.sets import BUILT_IN, DEFAULT_SETS, KINDS, load_set
+from steerfast.evaluation.utility import final_number
 from steerfast.fitting.extract import describe_set
 from steerfast.prompts import SHIPPED, read_prompts, shipped_records
 
@@ -67,6 +68,17 @@ def test_items_of_each_kind() -> None:
     references = load_set("references")
     assert all(item.answer for item in references.items)
     assert references.prompts == load_set("self_instruct").prompts
+
+
+def test_maths_that_trains_is_worked_out_and_reads_as_what_evaluates() -> None:
+    records = shipped_records("gsm8k_fit")
+    for record in records:
+        steps, mark, number = record["answer"].rpartition("\n#### ")
+        assert steps
+        assert mark
+        assert "<<" not in steps
+        assert final_number(record["answer"]) == float(number.replace(",", ""))
+    assert len(load_set("maths:steerfast:gsm8k_fit").items) == len(records) == 480
 
 
 # -- sources of the user's own -----------------------------------------------------------------------
