@@ -34,7 +34,7 @@ tune paper paper-calibrated --bands 10-19 --strengths 30,60,120
 profile cast-extracted extract --model "$maths" --gate pca --vectors forced
 profile cast-calibrated calibrate artifacts/maths-cast-extracted.safetensors --max-false-positive-rate 0.05
 tune cast cast-calibrated --bands 15 --strengths 0.6,0.75
-# the gate of the shipped profiles, for what alignment added to the sibling (ours) and for vectors of the model's own (self)
+# the gate of the shipped profiles, for what alignment added to the sibling and for vectors of the model's own
 # shellcheck disable=SC2046
 profile lda-extracted extract --model "$maths" --aligned-model "$aligned" $(both fit framed styles languages) \
     --vectors alignment,forced --refusal "$refusal" --shrinkage 0.3
@@ -42,10 +42,10 @@ profile lda-extracted extract --model "$maths" --aligned-model "$aligned" $(both
 profile lda-calibrated calibrate artifacts/maths-lda-extracted.safetensors \
     $(both calibrate styles_calibrate languages_calibrate) --max-false-positive-rate 0.05 \
     --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout
-tune ours lda-calibrated --vectors alignment --bands 5-24 --strengths 5,7
+tune alignment lda-calibrated --vectors alignment --bands 5-24 --strengths 5,7
 tune self lda-calibrated --vectors forced --bands 10-19,15 --strengths 0.6,0.75
 
-steerfast eval "$maths" --profile ours=artifacts/maths-ours.safetensors --profile self=artifacts/maths-self.safetensors \
+steerfast eval "$maths" --profile alignment=artifacts/maths-alignment.safetensors --profile self=artifacts/maths-self.safetensors \
     --profile paper=artifacts/maths-paper.safetensors --profile cast=artifacts/maths-cast.safetensors \
     --other safety-sft="$maths_safety" --other aligned="$aligned" --limit 30 --max-new-tokens 48 --strengths 0.5,1.5 \
     --resume artifacts/eval/domain.jsonl --html artifacts/eval/domain.html --markdown docs/results-domain.md \
