@@ -189,7 +189,7 @@ def on_styles(scores: Mapping[str, Sequence[NDArray[Any]]]) -> dict[str, Any]:
 def residuals(name: str, file: Path | None) -> dict[str, Tensor]:
     """Residual rows of each set, [prompts, layers, H]."""
     if file is not None and file.exists():
-        return torch.load(file)
+        return torch.load(file, weights_only=True)
     model, tokenizer = steerfast.load_model(name, dtype="float32", device="cpu")
     rows = {}
     for chosen in (*(f"{side}_{part}" for side in SIDES for part in (*FIT, *CALIBRATE, *HELDOUT)), *EVALUATION):

@@ -600,7 +600,7 @@ class Steering:
         before they have decided. Where no token is padding these are the same tables every time, and not 45 operations
         on small tensors.
         """
-        waits = () if self._again else tuple(slot >= 0 and self._slots.at(slot).second_pass for slot in plan.slots)
+        waits = () if self._prefill is None else self._prefill.ahead
 
         def make(device: torch.device) -> tuple[Rows, _Decides]:
             slot = self._slot_of_each(plan, device)
@@ -608,7 +608,7 @@ class Steering:
                 [slot >= 0 and self._slots.at(slot).positions == "response" for slot in plan.slots], device=device
             )
             rows = prompt_rows(valid, prompt_columns, slot, late)
-            if any(waits):
+            if waits:
                 waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])
                 rows.rows[:, 1] = torch.where(waiting, UNSTEERED, rows.rows[:, 1])
             deciding, senses = self._slots.bank(device).deciding(rows.deciding, slot)
