@@ -27,6 +27,7 @@ writes is read by another: the outputs are fresh tensors, and the latch of a seq
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 
@@ -63,6 +64,7 @@ __all__ = [
     "add_steer_rms_norm_torch",
     "add_steer_rms_norm_triton",
     "add_steer_rms_norm_unchecked",
+    "add_steer_torch",
     "reference",
     "reference_prompt",
 ]
@@ -384,16 +386,35 @@ def add_steer_rms_norm_torch(
 
     Differentiable in x, residual and weight; gates carry no gradient. Arguments are taken as checked.
     """
-    y = (x.float() + residual.float()).view(-1, x.shape[-1])
-    s = y.to(x.dtype).float()
-    y, _ = torch_displaced(y, s, rows, values, strength, vectors, directions, table, kinds)
+    y = _displaced_sum(x, residual, rows, values, strength, vectors, directions, table, kinds)
     new_residual = y.to(x.dtype)
     n = new_residual.float() if norm in NORM_OF_ROUNDED else y
-    normed = n * (1.0 / ((n * n).mean(1, keepdim=True) + eps).sqrt())
+    normed = n * (1.0 / ((n * n).mean(-1, keepdim=True) + eps).sqrt())
     if norm in ROUND_BEFORE_WEIGHT:
         normed = normed.to(x.dtype).float()
     w = weight.float() + 1.0 if norm == int(Norm.GEMMA) else weight.float()
-    return (normed * w).to(x.dtype).view(x.shape), new_residual.view(x.shape)
+    return (normed * w).to(x.dtype), new_residual
+
+
+def add_steer_torch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    strength: torch.Tensor,
+    vectors: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    kinds: int,
+) -> torch.Tensor:
+    """The new residual of :func:`add_steer_rms_norm_torch` alone, for a compiler that fuses the norm by itself."""
+    return _displaced_sum(x, residual, rows, values, strength, vectors, directions, table, kinds).to(x.dtype)
+
+
+def _displaced_sum(x: torch.Tensor, residual: torch.Tensor, *operands: Any) -> torch.Tensor:
+    """y, displaced: float32, of the shape of x."""
+    y = x.float() + residual.float()
+    return torch_displaced(y, y.to(x.dtype).float(), *operands)[0]
 
 
 def add_steer_rms_norm_prompt_torch(

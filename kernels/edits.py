@@ -466,32 +466,36 @@ def torch_displaced(
     table: torch.Tensor,
     kinds: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 rows y [rows, H] after all displacements, and which rows were displaced, bool [rows].
+    """Float32 rows y [..., H] after all displacements, and which of them were displaced, bool [..., 1].
 
-    Without a synchronisation, on any device, and differentiable in y and s; gates carry no gradient.
+    Without a synchronisation, on any device, and differentiable in y and s; gates carry no gradient. y keeps its shape
+    throughout: made flat and not flat again, Inductor copies it before every matrix product that reads it.
     """
-    changed = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    each = (*y.shape[:-1], 1)
+    changed = torch.zeros(each, dtype=torch.bool, device=y.device)
     if not len(values):  # without a sequence there is no slot
         return y, changed
     for k in range(rows.shape[1] - 1):
         used = rows[:, 1 + k] >= 0
         slot, sequence = torch.where(used, rows[:, 1 + k], 0), torch.where(used, rows[:, 0], 0)
         numbers = table.index_select(0, slot)
-        v, d = vectors.index_select(0, slot).float(), directions.index_select(0, slot).float()
+        v = vectors.index_select(0, slot).float()
         gate = torch.where(numbers[:, GATE] == int(Gate.ALWAYS), 1.0, values[:, k].index_select(0, sequence))
         alpha = numbers[:, STRENGTH] * strength[:, k].index_select(0, sequence)
         if kinds == int(Kinds.LATCHED_ADD):
             b = torch_scaled(gate, alpha)
-            moves = used & (b != 0)
-            moved = y + b[:, None] * v
+            moves = (used & (b != 0)).view(each)
+            moved = y + b.view(each) * v.view(y.shape)
         else:
-            own = torch_gate(s.detach(), d, numbers)[1]
+            d, flat = directions.index_select(0, slot).float(), s.reshape(v.shape)
+            own = torch_gate(flat.detach(), d, numbers)[1]
             beta = torch_scaled(torch.where(numbers[:, GATE] == int(Gate.TOKEN), own, gate), alpha)
-            scale, b, c = torch_coefficients(s, v, d, beta, numbers)
-            moves = used & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))
-            moved = torch.where((scale != 0)[:, None], y + scale[:, None] * s, y) + b[:, None] * v
-            moved = torch.where((c != 0)[:, None], moved + c[:, None] * d, moved)
+            scale, b, c = torch_coefficients(flat, v, d, beta, numbers)
+            moves = (used & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))).view(each)
+            scale, b, c = scale.view(each), b.view(each), c.view(each)
+            moved = torch.where(scale != 0, y + scale * s, y) + b * v.view(y.shape)
+            moved = torch.where(c != 0, moved + c * d.view(y.shape), moved)
         # Rows that stay are copied bit by bit: finding the others first would make the CPU wait for the device.
-        y = torch.where(moves[:, None], moved, y)
+        y = torch.where(moves, moved, y)
         changed = changed | moves
     return y, changed

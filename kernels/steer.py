@@ -175,7 +175,7 @@ def steer_torch_(
     before = x.clone() if torch.is_grad_enabled() and x.requires_grad else x  # sums keep it for the backward pass
     s = torch_stream(before, residual)
     y, changed = torch_displaced(before.float(), s, rows, values, strength, vectors, directions, table, kinds)
-    x.copy_(torch.where(changed[:, None], y.to(x.dtype), before))
+    x.copy_(torch.where(changed, y.to(x.dtype), before))
 
 
 # ---- registration ------------------------------------------------------------------------------------------

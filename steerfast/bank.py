@@ -131,6 +131,8 @@ class Bank:
 
     def layer(self, layer: int) -> LayerBank:
         """What the ops read at `layer`."""
+        if torch.compiler.is_compiling():  # views in the graph: three tensors to guard and to pass, not three per layer
+            return LayerBank(self.vectors[layer], self.directions[layer], self.table[layer], self.kinds)
         return self._layers[layer]
 
     def deciding(self, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:

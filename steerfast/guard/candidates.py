@@ -277,7 +277,7 @@ def _fork(cache: DynamicCache) -> DynamicCache:
     other.layers = [layer.fork() if isinstance(layer, _RoomyLayer) else copy.copy(layer) for layer in cache.layers]
     latch: Latch | None = getattr(cache, "steerfast_latch", None)
     if latch is not None:
-        other.steerfast_latch = replace(latch.copy(), seen=latch.seen)  # type: ignore[attr-defined]
+        other.steerfast_latch = latch.copy()  # type: ignore[attr-defined]
     return other
 
 

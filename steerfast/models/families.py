@@ -100,9 +100,9 @@ MULTIMODAL_FAMILIES = (
 """Families whose layers only multimodal models are built of."""
 
 
-def family_of(layer: nn.Module) -> Family | None:
-    """The family a decoder layer belongs to, found by its class; None: none that can be fused."""
-    for parent in type(layer).__mro__:
+def family_of(layer: type) -> Family | None:
+    """The family that a decoder layer's class belongs to; None: none that can be fused."""
+    for parent in layer.__mro__:
         for family in (*FAMILIES, *MULTIMODAL_FAMILIES):
             if parent.__name__ == f"{family.prefix}DecoderLayer" and parent.__module__.startswith(
                 f"transformers.models.{family.folder}."

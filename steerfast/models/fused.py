@@ -6,7 +6,8 @@ will ask for them. Whoever changes the residual stream in between (a hook, a mov
 norm is then taken of what came. Only modules' classes change, and back; weights and their names stay.
 
 Fused are passes without gradients of models in eval mode. In others the same layers add, steer and normalise one after
-the other, differentiably.
+the other, differentiably. So they do under torch.compile, in plain torch: a compiler fuses adds, edits and norms by
+itself, and a model that nobody steers is the stock model's graph.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, SteerfastError
-from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked
+from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked, add_steer_torch
 from steerfast.kernels.contract import TABLE_WIDTH, Kinds
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.models.families import FAMILIES, MULTIMODAL_FAMILIES, Family, family_of
@@ -36,37 +37,41 @@ class Seam:
     """Where something is added to the residual stream, and the norm that reads the sum, if one does.
 
     Attributes:
-        steer: None, or a function (x, residual) -> operands, which decides the step's gates and says what is edited;
-            x and residual are [N, T, H], and the residual stream is their sum. None as its answer: nothing is.
+        steer: None, or a function (layer, x, residual) -> operands, which decides the step's gates and says what is
+            edited; x and residual are [N, T, H], and the residual stream is their sum. None as its answer: nothing is.
     """
 
-    def __init__(self, norm: nn.Module | None, family: Family) -> None:
+    __slots__ = ("_eps", "_kind", "_normed", "_stream", "_version", "layer", "norm", "steer")
+
+    def __init__(self, layer: int, norm: nn.Module | None, family: Family) -> None:
+        self.layer = layer
         self.norm = norm
-        self.family = family
+        self._eps = family.eps
         self._kind = int(family.norm)
-        self.steer: Callable[[Tensor, Tensor], Operands | None] | None = None
+        self.steer: Callable[[int, Tensor, Tensor], Operands | None] | None = None
         self._stream: Tensor | None = None
         self._normed: Tensor | None = None
         self._version: int | None = None
 
     def add(self, x: Tensor, residual: Tensor, fuse: bool) -> Tensor:
         """The residual stream x + residual, steered: [N, T, H]."""
-        x, residual = x.contiguous(), residual.contiguous()
+        traced = torch.compiler.is_compiling()
+        if not traced:
+            x, residual = x.contiguous(), residual.contiguous()
         grad = torch.is_grad_enabled()
         operands = None
         if self.steer is not None:
             if grad:
                 with torch.no_grad():
-                    operands = self.steer(x, residual)
+                    operands = self.steer(self.layer, x, residual)
             else:  # entering the context takes longer than the decision
-                operands = self.steer(x, residual)
+                operands = self.steer(self.layer, x, residual)
+        if traced:  # a compiler fuses this with the norm by itself, so nothing is handed on
+            return residual + x if operands is None else add_steer_torch(x, residual, *operands)
         differentiable = grad and (x.requires_grad or residual.requires_grad)
         if fuse and not differentiable and (weight := self._weight(x, residual, grad)) is not None:
-            if operands is None:  # a compiler puts them into its graph
-                idle = _make_idle if torch.compiler.is_compiling() else _idle
-                operands = idle(x.device, *x.shape)
-            *tensors, kinds = operands
-            eps = getattr(self.norm, self.family.eps)
+            *tensors, kinds = _idle(x.device, *x.shape) if operands is None else operands
+            eps = getattr(self.norm, self._eps)
             normed, stream = add_steer_rms_norm_unchecked(x, residual, weight, *tensors, eps, self._kind, kinds)
             self._stream, self._normed, self._version = stream, normed, _version(stream)
             return stream
@@ -80,6 +85,8 @@ class Seam:
     def take(self, stream: Tensor) -> Tensor | None:
         """The normalised rows of this very residual stream, once; None where there are none of it."""
         waiting, normed = self._stream, self._normed
+        if waiting is None:
+            return None
         self._stream = self._normed = None
         if waiting is not stream or _version(stream) != self._version:
             return None
@@ -120,9 +127,9 @@ def patch(model: nn.Module) -> nn.Module:
             raise ArchitectureError(
                 f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first"
             )
-    for layer in decoder.layers:
+    for index, layer in enumerate(decoder.layers):
         reader = getattr(layer, family.before_mlp) if family.before_mlp else None
-        inner, outer = Seam(reader, family), Seam(None, family)
+        inner, outer = Seam(index, reader, family), Seam(index, None, family)
         _swap(layer, _FusedLayer, steerfast_inner=inner, steerfast_outer=outer)
         if reader is not None:
             _swap(reader, _FusedNorm, steerfast_seam=inner)
@@ -179,17 +186,19 @@ class _Fused:
 
 
 class _FusedLayer(_Fused):
+    steerfast_family: ClassVar[Family]
     steerfast_inner: Seam
     steerfast_outer: Seam
     training: bool
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module: Any = self
-        family = self.steerfast_outer.family
+        family = self.steerfast_family
         if args:
             kwargs |= dict(zip(_arguments(type(self))[1:], args, strict=False))  # type: ignore[arg-type]
 
-        fuse = not self.training
+        traced = torch.compiler.is_compiling()  # what is read here in vain is guarded once per layer
+        fuse = not traced and not self.training
         if module._forward_pre_hooks and _change_unseen():
             hidden_states = hidden_states.view_as(hidden_states)  # not the stream whose norm was taken
         x = hidden_states
@@ -198,7 +207,7 @@ class _FusedLayer(_Fused):
         x = module.self_attn(hidden_states=x, **kwargs)[0]
         if family.after_attention is not None:
             x = getattr(module, family.after_attention)(x)
-        stream = x = self.steerfast_inner.add(x, hidden_states, fuse)
+        stream = x = hidden_states + x if traced else self.steerfast_inner.add(x, hidden_states, fuse)
         if family.before_mlp is not None:
             x = getattr(module, family.before_mlp)(x)
         x = module.mlp(x)
@@ -213,22 +222,26 @@ class _FusedLayer(_Fused):
 
 class _FusedNorm(_Fused):
     steerfast_seam: Seam
+    steerfast_stock: ClassVar[Callable[[Any, Tensor], Tensor]]
     _forward_pre_hooks: dict[int, Any]
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.steerfast_seam.take(x)
+        normed = None if torch.compiler.is_compiling() else self.steerfast_seam.take(x)
         if normed is None or (self._forward_pre_hooks and _change_unseen()):
-            return super().forward(x)  # type: ignore[misc]
+            return self.steerfast_stock(x)
         return normed
 
 
 @functools.cache
-def _class(kind: type, base: type) -> type:
+def _class(kind: type, base: Any) -> type:
     """`base`, a module's class, with the forward of `kind`; the same class every time.
 
-    It keeps its name: transformers and accelerate choose modules by the name of their class.
+    It keeps its name: transformers and accelerate choose modules by the name of their class. What its forward needs to
+    know of the class it extends is an attribute: super() or one of a module's would be guarded again in every layer of
+    a compiled model.
     """
-    return type(base.__name__, (kind, base), {"__module__": base.__module__})
+    known = {"steerfast_stock": base.forward, "steerfast_family": family_of(base)}
+    return type(base.__name__, (kind, base), {"__module__": base.__module__, **known})
 
 
 def _rebuild(kind: type, base: type) -> Any:
@@ -274,12 +287,12 @@ def _swapped(decoder: Decoder, family: Family, final: nn.Module) -> list[tuple[s
 
 def _version(stream: Tensor) -> int | None:
     """How often it was changed in place; None where nobody counts, see `_change_unseen`."""
-    return None if torch.compiler.is_compiling() or stream.is_inference() else stream._version
+    return None if stream.is_inference() else stream._version
 
 
 def _change_unseen() -> bool:
     """Whether hooks may change the residual stream in place and no version would tell."""
-    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+    return torch.is_inference_mode_enabled()
 
 
 @functools.cache
@@ -289,7 +302,8 @@ def _arguments(layer: Hashable) -> list[str]:
     return list(inspect.signature(base.forward).parameters)[1:]
 
 
-def _make_idle(device: torch.device, sequences: int, tokens: int, hidden_size: int) -> Operands:
+@functools.lru_cache(maxsize=64)
+def _idle(device: torch.device, sequences: int, tokens: int, hidden_size: int) -> Operands:
     """Operands of rows that nobody steers."""
     with torch.inference_mode(False):
         record = torch.zeros(sequences * tokens, 1, dtype=torch.int32, device=device)
@@ -298,11 +312,8 @@ def _make_idle(device: torch.device, sequences: int, tokens: int, hidden_size: i
         return record, empty, empty, bank, bank, torch.zeros(1, TABLE_WIDTH, device=device), Kinds.LATCHED_ADD
 
 
-_idle = functools.lru_cache(maxsize=64)(_make_idle)
-
-
 def _family(decoder: Decoder) -> Family:
-    kinds = {family_of(layer) for layer in decoder.layers}
+    kinds = {family_of(type(layer)) for layer in decoder.layers}
     family = kinds.pop()
     if kinds or family is None:
         names = ", ".join(sorted({type(layer).__name__ for layer in decoder.layers}))

@@ -20,13 +20,15 @@ class Latch:
 
     owner: which steering decided (another one's decisions mean nothing to it).
     values: float32 [gates, N], the gate values g. scores: float32 [gates, N], what they were decided from.
-    seen: how many tokens the cache held when the latch was attached, and what `_stamp` said then.
+    tokens: how many the cache held when the latch was attached. counter: the tensor in which a static cache counts
+    them, and its version then: as long as that is the same, so is the count.
     """
 
     owner: str
     values: Tensor
     scores: Tensor
-    seen: tuple[int, int | None] = (0, None)
+    tokens: int = 0
+    counter: tuple[Tensor, int] | None = None
 
     def copy(self) -> Latch:
         return Latch(self.owner, self.values.clone(), self.scores.clone())
@@ -51,21 +53,26 @@ def length(cache: Any) -> int:
     if not hasattr(cache, "get_seq_length"):
         return 0
     count = cache.get_seq_length()
-    if isinstance(count, Tensor) and (latch := getattr(cache, "steerfast_latch", None)) is not None:
-        tokens, stamp = latch.seen
-        if stamp is not None and stamp == _stamp(count):
-            return tokens
+    if isinstance(count, Tensor):
+        latch = getattr(cache, "steerfast_latch", None)
+        if latch is not None and latch.counter is not None:
+            counter, version = latch.counter
+            if counter is count and counter._version == version:
+                return int(latch.tokens)
     return int(count)
-
-
-def _stamp(count: Any) -> int | None:
-    """Changes whenever the count changes; None where that cannot be told."""
-    return count._version if isinstance(count, Tensor) and not count.is_inference() else None
 
 
 def attach(cache: Any, latch: Latch, tokens: int) -> None:
     """Make `latch` part of `cache`, which holds so many tokens."""
-    latch.seen = tokens, _stamp(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+    latch.tokens = tokens
+    if getattr(cache, "steerfast_latch", None) is latch:
+        if latch.counter is not None:
+            latch.counter = latch.counter[0], latch.counter[0]._version
+        return
+    count = cache.get_seq_length() if hasattr(cache, "get_seq_length") else tokens
+    latch.counter = None
+    if isinstance(count, Tensor) and not count.is_inference():  # those have no version
+        latch.counter = count, count._version
     if not isinstance(cache, _Latching):
         cache.__class__ = _latching(type(cache))  # type: ignore[arg-type]
     cache.steerfast_latch = latch

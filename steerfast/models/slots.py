@@ -30,12 +30,14 @@ class ProfileSlots:
 
     Attributes:
         kinds: what the profiles do that have been here.
+        changes: how often a slot got another profile.
         layers: where they steer or decide. gate_layers: where they decide. sensors: where one decides for all layers.
     """
 
     def __init__(self, identity: ModelIdentity, device: torch.device) -> None:
         self.identity = identity
         self.kinds = Kinds.LATCHED_ADD
+        self.changes = 0
         self.layers: set[int] = set()
         self.gate_layers: set[int] = set()
         self.sensors: set[int] = set()
@@ -92,6 +94,7 @@ class ProfileSlots:
             for bank in self._banks.values():
                 bank.replace(str(slot), profile) if str(slot) in bank.names else bank.add(str(slot), profile)
             self._profiles[slot], self._names[slot] = profile, checksum
+            self.changes += 1
             self.kinds = max(self.kinds, kinds_of(profile))
             self.gate_layers.update(profile.gate_layers)
             self.layers.update(profile.steered_layers, profile.gate_layers)

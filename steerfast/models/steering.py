@@ -1,8 +1,11 @@
 """Attach profiles to a loaded HuggingFace model, in place, removable.
 
-One pre-hook on the backbone works out the step: which rows, whose, edited by which profile, and which row decides. Each
-steered or sensing decoder layer then calls the ops: a fused layer at its seam, any other in a hook on its output. Gates
-decide at the prompt's last valid token and are latched with the KV cache; rows that are not steered keep their bits.
+A pre-hook works out the step: which rows, whose, edited by which profile, and which row decides. Each steered or
+sensing decoder layer then calls the ops: a fused layer at its seam, any other in a hook on its output. Gates decide at
+the prompt's last valid token and are latched with the KV cache; rows that are not steered keep their bits.
+
+The pre-hook stands before the whole model where that only hands its arguments on to the backbone, so that a compiled
+model is one graph with all of this outside; otherwise, and where the backbone is called by itself, before the backbone.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from steerfast.models.continuous import INHERIT, PackedSteps, forget_manager, is
 from steerfast.models.fused import Operands, seams
 from steerfast.models.latch import Latch
 from steerfast.models.slots import ProfileSlots
-from steerfast.models.structure import STEERED_MARK, find_decoder, identify
+from steerfast.models.structure import STEERED_MARK, find_decoder, hands_on, identify
 from steerfast.profile import SteeringProfile
 from steerfast.requests import check_packed
 
@@ -143,6 +146,9 @@ class Steering:
         self._held = 0  # tokens in the cache after this step
         self._prefill: _Prefill | None = None
         self._again = False  # while a second pass runs
+        # While the whole model runs a step that was worked out before it: that, and the tokens it was called with.
+        self._begun = False
+        self._tokens: Any = None
         self._row_values: dict[torch.device, Tensor] = {}
         self._strengths: dict[torch.device, Tensor] = {}
         self._decides: _Decides | None = None
@@ -150,8 +156,8 @@ class Steering:
         # these stay the same from one answer token to the next, and making operands takes longer than the edit.
         self._known: dict[tuple[int, torch.device], Operands] = {}
         self._known_of: tuple[Any, Any, Any] = (None, None, None)
+        self._plan_asked: tuple[Any, Any] = (None, None)  # the last plan, and what it was made for
         self._columns: list[tuple[Tensor, Tensor]] | None = None  # the latch, layer by layer
-        self._arguments = list(inspect.signature(decoder.backbone.forward).parameters)
         self._profile = profile
         self._slot_of_own = UNSTEERED
         self.model = model
@@ -357,13 +363,19 @@ class Steering:
 
     def _plan_for(self, count: int) -> _Plan:
         """The plan of a step of `count` sequences; prompts that became several sequences lie one after the other."""
-        slots, strengths = self._assigned_now()
+        assigned = self._assigned_now()
+        asked = (assigned, count, self._prompts, self._slots.changes)
+        if self._plan_asked[0] == asked:
+            return self._plan_asked[1]
+        slots, strengths = assigned
         if len(slots) > 1 and (count % len(slots) or (self._prompts or len(slots)) != len(slots)):
             raise SteerfastError(
                 f"steering: expected {self._prompts or count} entries, one per sequence, got {len(slots)}"
             )
         key = ("plan", slots, strengths, count, *map(self._slots.name, slots))
-        return self._buffer(key, torch.device("cpu"), lambda _: self._make_plan(slots, strengths, count))
+        plan = self._buffer(key, torch.device("cpu"), lambda _: self._make_plan(slots, strengths, count))
+        self._plan_asked = asked, plan
+        return plan
 
     def _make_plan(self, slots: tuple[int, ...], strengths: tuple[float, ...], count: int) -> _Plan:
         profiles = {slot: self._slots.at(slot) for slot in set(slots) if slot >= 0}
@@ -396,10 +408,16 @@ class Steering:
         try:
             setattr(backbone, STEERED_MARK, True)
             self._undo.append(functools.partial(delattr, backbone, STEERED_MARK))
-            before = backbone.register_forward_pre_hook(self._before, with_kwargs=True)
-            self._undo.append(before.remove)
-            after = backbone.register_forward_hook(self._after, with_kwargs=True)
-            self._undo.append(after.remove)
+            hooks = [
+                backbone.register_forward_pre_hook(self._before, with_kwargs=True),
+                backbone.register_forward_hook(self._after, with_kwargs=True),
+            ]
+            if hands_on(self.model, backbone):
+                hooks += [
+                    self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+                    self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
+                ]
+            self._undo.extend(hook.remove for hook in hooks)
             if self.profile is not None:
                 (self._slot_of_own,) = self._take([self.profile])
             if hasattr(self.model, "generate") and not hasattr(type(self.model), "steerfast_generates"):
@@ -425,7 +443,7 @@ class Steering:
         self._layers.add(layer)
         seam = seams(self._decoder)[layer]
         if seam is not None:
-            seam.steer = functools.partial(self._operands, layer)
+            seam.steer = self._operands
             self._undo.append(functools.partial(setattr, seam, "steer", None))
             return
         # First of the layer's hooks, so that others see the edited residual stream.
@@ -504,20 +522,40 @@ class Steering:
 
     # -- one forward pass --------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # so that a compiled model's layers become one graph, whatever is decided here
+    @torch.compiler.disable
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._begun = self._begin(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        begun, self._begun, self._tokens = self._begun, False, None
+        if begun and output is not None:  # None: it failed
+            self._keep(kwargs, output)
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._again:
-            return
-        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        tokens = given.get("input_ids")
-        tokens = tokens if tokens is not None else given.get("inputs_embeds")
+        if self._begun and not torch.compiler.is_compiling():  # what was begun may have been interrupted since
+            self._begun = _tokens(_given(module, args, kwargs)) is self._tokens
+        if not self._begun and not self._again:
+            self._begin_uncompiled(module, args, kwargs)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return output if self._begun or self._again else self._end(module, kwargs, output)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Work out the step that calls `module`. False where it can only be done before the backbone: that is what a
+        second pass calls again.
+        """
+        whole = module is not self._decoder.backbone
+        given = _given(module, args, kwargs)
+        tokens = _tokens(given)
         if tokens is None:
             raise ArchitectureError(f"model: {type(module).__name__} was called without input_ids or inputs_embeds")
+        self._tokens = tokens if whole else None
         count, width = tokens.shape[:2]
         cache = caches.found(given)
         if is_paged(cache):
-            self._before_packed(steps_of(cache, self), width)
-            return
+            self._begin_packed(steps_of(cache, self), width)
+            return True
         prompt = self._prompt
         self._prompts = prompt.count if prompt is not None else None
         self._plan = plan = self._plan_for(count)
@@ -536,6 +574,8 @@ class Steering:
             prompt_columns = prompt.length - past
         if prompt is not None and past < prompt.length:
             prompt_columns = min(width, prompt.length - past)
+        if whole and prompt_columns > 0 and self._ahead(plan):
+            return False
         self._deciding = prompt_columns > 0 or plan.by_token
         if self._deciding:
             latch = self._new_latch(plan, tokens.device) if latch is None else latch.copy()
@@ -555,8 +595,12 @@ class Steering:
         self._latch = latch
         self._set_rows(plan, rows.each_for_itself() if plan.by_token else rows)
         self._row_values.clear()
+        return True
 
-    def _before_packed(self, steps: PackedSteps, width: int) -> None:
+    # So that a compiled backbone's layers become one graph, whatever is decided here.
+    _begin_uncompiled = torch.compiler.disable(_begin)
+
+    def _begin_packed(self, steps: PackedSteps, width: int) -> None:
         """A step whose tables lie ready: rows of any requests."""
         requests = steps.requests
         self._prompts = self._prefill = None
@@ -576,13 +620,15 @@ class Steering:
     def _set_rows(self, plan: _Plan, rows: Rows, strengths: Tensor | None = None) -> None:
         """What the layers of this step read, on the device of its tokens."""
         device = rows.rows.device
+        known_of = (plan, self._last().values, rows.rows)
+        if any(new is not old for new, old in zip(known_of, self._known_of, strict=True)):
+            self._known, self._known_of, self._columns = {}, known_of, None
+        elif strengths is None and self._rows.get(device) is rows:
+            return  # one answer token after the other: every layer reads what it read
         self._rows = {device: rows}
         if strengths is None:
             strengths = self._per_sequence("strength", plan.strengths, torch.float32, device).view(-1, 1)
         self._strengths = {device: strengths}
-        known_of = (plan, self._last().values, rows.rows)
-        if any(new is not old for new, old in zip(known_of, self._known_of, strict=True)):
-            self._known, self._known_of, self._columns = {}, known_of, None
 
     def _valid_tokens(self, mask: Any, count: int, width: int, past: int, device: torch.device) -> Tensor:
         """See `_valid_tokens`; where no token is padding, one and the same tensor every time."""
@@ -620,10 +666,15 @@ class Steering:
         key = ("prompt", plan.slots, plan.owner, waits, count, width, prompt_columns)
         return self._buffer(key, valid.device, make)
 
+    def _ahead(self, plan: _Plan) -> tuple[bool, ...]:
+        """Which sequences are steered before the layer that decides; empty: none."""
+        ahead = tuple(slot >= 0 and self._slots.at(slot).second_pass for slot in plan.slots)
+        return ahead if any(ahead) else ()
+
     def _second_pass(self, plan: _Plan, given: dict[str, Any], valid: Tensor, prompt_columns: int) -> _Prefill | None:
         """What a second pass over this step would need, None where no sequence can ask for one."""
-        ahead = tuple(slot >= 0 and self._slots.at(slot).second_pass for slot in plan.slots)
-        if not any(ahead):
+        ahead = self._ahead(plan)
+        if not ahead:
             return None
         cache = caches.found(given)
         lengths = None
@@ -670,15 +721,19 @@ class Steering:
         return second if prefill.lengths is not None else caches.merged(output, second, index, count)
 
     @torch.compiler.disable
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._again:
-            return output
+    def _end(self, module: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         output = self._read_again(module, output)
-        parts = output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else None,)
-        cache = next((part for part in parts if hasattr(part, "get_seq_length")), caches.found(kwargs))
-        if cache is not None and not is_paged(cache):
-            latches.attach(cache, self._last(), self._held)
+        self._keep(kwargs, output)
         return output
+
+    def _keep(self, kwargs: dict[str, Any], output: Any) -> None:
+        """Leave the decisions with the cache."""
+        cache = caches.found(kwargs)
+        if not hasattr(cache, "get_seq_length"):  # made in the pass, or given by position
+            parts = output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else 0,)
+            cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
+        if cache is not None:
+            latches.attach(cache, self._last(), self._held)
 
     def _on_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -820,6 +875,25 @@ class Steering:
         if self._latch is None:
             raise SteerfastError("steering: no batch has run through the model yet")
         return self._latch
+
+
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    if not args:
+        return kwargs
+    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
+
+
+def _tokens(given: dict[str, Any]) -> Any:
+    """The tokens, or their embeddings, among a model's arguments."""
+    ids = given.get("input_ids")
+    return ids if ids is not None else given.get("inputs_embeds")
+
+
+@functools.cache
+def _parameters(kind: Any) -> list[str]:
+    """Names of the arguments of the forward of a module's class."""
+    return list(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _valid_tokens(mask: Any, count: int, width: int, past: int, device: torch.device) -> Tensor:

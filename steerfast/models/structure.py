@@ -72,6 +72,15 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(backbone, layers, hidden)
 
 
+def hands_on(model: nn.Module, backbone: nn.Module) -> bool:
+    """Whether `model` is a class of transformers around `backbone` that calls it with the tokens, mask and cache it was
+    called with. Adapters around a model, and models with inputs other than text, may change them.
+    """
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel) and model is not backbone and model.base_model is backbone
+
+
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor: its shards or copies lie on several ranks, and no kernel can read it."""
     return type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")

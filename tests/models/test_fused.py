@@ -16,6 +16,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 import steerfast
 from steerfast.errors import ArchitectureError, SteerfastError
+from steerfast.models import caches
 from steerfast.models.families import FAMILIES
 from steerfast.models.fused import Seam, is_patched, seams
 from steerfast.models.structure import find_decoder
@@ -641,6 +642,53 @@ def test_compiled_and_unsteered_is_one_graph(small: Any) -> None:
     compiled_tokens, compiled_logits = greedy(small, padded(prompts()), tokens=2)
     assert torch.equal(compiled_tokens, tokens)
     torch.testing.assert_close(compiled_logits, logits, **_TIGHT)
+
+
+def operations(model: Any) -> list[tuple[str, str]]:
+    """What a decode step of the compiled model does, in one graph."""
+    graphs: list[torch.fx.Graph] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        graphs.append(graph.graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    cache = StaticCache(model.config, max_cache_len=8)
+    with torch.no_grad():
+        given = {caches.argument(model): cache}
+        model(torch.tensor([[3, 4, 5]]), **given)
+        torch.compile(model, backend=backend, fullgraph=True)(torch.tensor([[6]]), **given)
+    torch.compiler.reset()
+    assert len(graphs) == 1
+    return [(node.op, str(node.target)) for node in graphs[0].nodes if node.op != "placeholder"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_and_unsteered_does_what_stock_does(name: str) -> None:
+    model = make_family_model(name, num_hidden_layers=2)
+    expected = operations(model)
+    assert operations(steerfast.patch(model)) == expected
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "hooks"])
+def test_compiled_and_steered_is_one_graph(fuse: bool, small: Any, make_profile: MakeProfile) -> None:
+    profile = make_profile(small, sensor=0, layers=[0, 1], threshold=-2.0)
+    tokens = torch.tensor([[6], [7]])
+    steps = []
+    for compiles in (False, True):
+        if compiles and fuse:
+            steerfast.patch(small)
+        cache = StaticCache(small.config, max_cache_len=8)
+        counter = CompileCounterWithBackend("eager")
+        with torch.no_grad(), steerfast.steer(small, profile) as steering:
+            given = {caches.argument(small): cache}
+            small(torch.tensor([[3, 4, 5]]), **given)
+            assert steering.fired.all()
+            model = torch.compile(small, backend=counter, fullgraph=True) if compiles else small
+            steps.append([model(token[None], **given).logits for token in tokens])
+        assert counter.frame_count == compiles
+    for got, want in zip(*steps, strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
 
 
 def test_compiled_layers_follow_what_is_steered(small: Any, make_profile: MakeProfile) -> None:

@@ -181,6 +181,59 @@ def test_an_exception_inside_restores_the_model(make_profile: MakeProfile, name:
         assert torch.equal(model(**batch).logits, stock)
 
 
+def test_after_a_failure_the_backbone_by_itself_decides_for_its_own_batch(make_profile: MakeProfile) -> None:
+    model = make_model("Llama")
+    batches = [padded([prompt]) for prompt in prompts()]
+    profile = make_profile(model, sensor=0, layers=[0, 1])
+    scores = []
+    with torch.no_grad(), steerfast.steer(model, profile) as steering:
+        for batch in batches:
+            model(**batch)
+            scores.append(float(steering.scores[0, 0]))
+    profile = replace(profile, threshold=torch.full_like(profile.threshold, sum(scores) / len(scores)))
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), steerfast.steer(model, profile) as steering:
+        expected = [[score > float(profile.threshold[0])] for score in scores]
+        for batch, fired in zip(batches, expected, strict=True):
+            other = batches[expected.index([not fired[0]])]
+            with model.lm_head.register_forward_pre_hook(fail), pytest.raises(KeyboardInterrupt):
+                model(**other)
+            model.model(**batch)
+            assert steering.fired.tolist() == fired
+
+
+class _Prefixed(nn.Module):
+    """A model around one, as adapters are: it puts rows of its own before the prompt's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner, self.config = model, model.config
+        self.prefix = nn.Parameter(torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0)))
+
+    def get_input_embeddings(self) -> Any:
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor) -> Any:
+        rows = self.get_input_embeddings()(input_ids)
+        return self.inner(inputs_embeds=torch.cat([self.prefix.expand(len(rows), -1, -1), rows], dim=1))
+
+
+def test_a_model_around_may_change_what_the_backbone_gets(make_profile: MakeProfile) -> None:
+    model = make_model("Llama")
+    around, profile = _Prefixed(model), make_profile(model, positions="response")
+    ids = torch.tensor(prompts()[0])[None]
+    with torch.no_grad():
+        rows = torch.cat([around.prefix, model.get_input_embeddings()(ids)], dim=1)
+        with steerfast.steer(model, profile) as steering:
+            expected, scores = model(inputs_embeds=rows).logits, steering.scores
+        with steerfast.steer(around, profile) as steering:
+            assert torch.equal(around(ids).logits, expected)
+            assert torch.equal(steering.scores, scores)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_decoder_is_found(name: str) -> None:
     model = make_model(name)
