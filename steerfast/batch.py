@@ -18,10 +18,11 @@ from torch import Tensor
 
 from steerfast.kernels.contract import MAX_STACK
 
-__all__ = ["UNSTEERED", "Rows", "StepTables", "prompt_rows", "response_rows"]
+__all__ = ["NO_END", "UNSTEERED", "Rows", "StepTables", "answer_rows", "prompt_rows", "response_rows"]
 
 UNSTEERED = -1
 _INT32_MAX = 2**31 - 1
+NO_END = 2**30  # more rows than an answer has; twice as many are still an int32
 _ALIGNMENT = 4  # numbers: regions start at multiples of 16 bytes, as fresh tensors do
 
 
@@ -50,7 +51,14 @@ class Rows:
         return Rows(torch.cat([index[:, None], slot], dim=1), torch.where(steered, index, UNSTEERED), slot)
 
 
-def prompt_rows(valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor) -> Rows:
+def answer_rows(answer_tokens: int | None) -> int:
+    """How many rows of an answer are edited where so many of its tokens are chosen under steering: the first of them is
+    what the prompt's last row predicts.
+    """
+    return NO_END if answer_tokens is None else answer_tokens - 1
+
+
+def prompt_rows(valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor, steered_answer: Tensor) -> Rows:
     """Tables of a step that holds prompt tokens.
 
     Args:
@@ -59,20 +67,27 @@ def prompt_rows(valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor) 
         slot: int32 [N], the slot of each sequence; -1: none.
         late: bool [N], whether a sequence is steered from the prompt's last valid row on (positions ``response``), and
             not in every valid row. One without a prompt token in this step has all its valid rows steered.
+        steered_answer: int32 [N], how many columns after the prompt a sequence is steered in.
     """
     count, width = valid.shape
     column = torch.arange(width, dtype=torch.int32, device=valid.device)
     prompt = valid & (column < prompt_columns)
     last = torch.where(prompt, column, -1).amax(dim=1)
     steered = valid & ((column >= last[:, None]) | ~late[:, None])
+    steered &= column < prompt_columns + steered_answer[:, None]
     start = torch.arange(count, dtype=torch.int32, device=valid.device) * width
     deciding = torch.where((last >= 0) & (slot >= 0), start + last, UNSTEERED)
     return _rows(torch.where(steered, slot[:, None], UNSTEERED), deciding, slot)
 
 
-def response_rows(slot: Tensor, width: int) -> Rows:
-    """Tables of a step of `width` answer tokens of each sequence, by its slot int32 [N]: none decides."""
-    return _rows(slot[:, None].expand(-1, width), torch.full_like(slot, UNSTEERED), slot)
+def response_rows(slot: Tensor, width: int, steered: Tensor) -> Rows:
+    """Tables of a step of `width` answer tokens of each sequence, by its slot int32 [N]: none decides.
+
+    steered: int32 [N], how many of these rows are steered.
+    """
+    column = torch.arange(width, dtype=torch.int32, device=slot.device)
+    row_slot = torch.where(column < steered[:, None], slot[:, None], UNSTEERED)
+    return _rows(row_slot, torch.full_like(slot, UNSTEERED), slot)
 
 
 def _rows(row_slot: Tensor, deciding: Tensor, slot: Tensor) -> Rows:
@@ -148,6 +163,7 @@ class StepTables:
         strengths: Sequence[Sequence[float]] | NDArray[np.floating],
         deciding: Sequence[int] | NDArray[np.integer],
         steered_from: Sequence[Sequence[int]] | NDArray[np.integer] | None = None,
+        steered_until: Sequence[Sequence[int]] | NDArray[np.integer] | None = None,
         *,
         columns: Sequence[int] | NDArray[np.integer] | None = None,
         padded_rows: int | None = None,
@@ -161,6 +177,7 @@ class StepTables:
             deciding: [n], which of its rows a sequence's prompt gates read, from 0; -1: none in this step.
             steered_from: [n, K], the first of its rows that a slot edits, from 0; the length or more: none. Default:
                 all of them.
+            steered_until: [n, K], the first of its rows that a slot edits no more, from 0. Default: none.
             columns: [n], distinct: where each sequence lies in `deciding`, `slot` and `strength`. Default: 0, 1, ...
             padded_rows: rows of the launch, at least the sum of the lengths; those beyond it are not steered.
 
@@ -182,9 +199,10 @@ class StepTables:
         if (beyond := decides >= length).any():
             at = int(beyond.argmax())
             raise ValueError(f"deciding: expected a row of sequence {at}, below {length[at]}, got {decides[at]}")
-        first = None
-        if steered_from is not None:
-            first = _whole("steered_from", steered_from, (count, stack), 0, _INT32_MAX)
+        first, until = (
+            None if given is None else _whole(name, given, (count, stack), 0, _INT32_MAX)
+            for name, given in (("steered_from", steered_from), ("steered_until", steered_until))
+        )
         column = np.arange(count)
         if columns is not None:
             column = _whole("columns", columns, (count,), 0, len(self.slot) - 1)
@@ -210,9 +228,11 @@ class StepTables:
         sequence = np.repeat(np.arange(count), length)
         rows[:used, 0] = column[sequence]
         rows[:used, 1:] = slot[sequence]
+        place = (np.arange(used) - start[sequence])[:, None]
         if first is not None:
-            place = np.arange(used) - start[sequence]
-            rows[:used, 1:][place[:, None] < first[sequence]] = UNSTEERED
+            rows[:used, 1:][place < first[sequence]] = UNSTEERED
+        if until is not None:
+            rows[:used, 1:][place >= until[sequence]] = UNSTEERED
         rows[used:padded, 0] = 0
         rows[used:padded, 1:] = UNSTEERED
         end = self._start["rows"] + padded * (1 + stack)

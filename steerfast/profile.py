@@ -185,6 +185,8 @@ class SteeringProfile:
             sequences whose gate fired take (`second_pass`); a token gate has none and refuses them.
         positions: ``"all"`` edits every token of a fired prompt and all that follows, ``"response"`` the prompt's
             last token and all that follows.
+        answer_tokens: how many tokens of an answer are chosen under steering: all rows from the one that predicts the
+            next token on stay as they are. None: all of them. 1: the first, so that no row of the answer is edited.
         vector_kind: how `vector` was made (``ssv``, ``alignment``, ``forced``, ``srv`` or an importer's word).
         candidates: other steering vectors, kind -> float32 [layers, H], for `steerfast.tune` to choose from.
         fitted, calibration, tuned: how it was made and measured; JSON data.
@@ -207,6 +209,7 @@ class SteeringProfile:
     angle: float | None = None
     sensor: int | Literal["own"] = "own"
     positions: Literal["all", "response"] = "all"
+    answer_tokens: int | None = None
     vector_kind: str = "ssv"
     candidates: Mapping[str, Tensor] = field(default_factory=dict)
     fitted: Mapping[str, Any] = field(default_factory=dict)
@@ -232,6 +235,9 @@ class SteeringProfile:
             _instance(name, getattr(self, name), Mapping, "a mapping")
         self._check_edit()
         _one_of("positions", self.positions, POSITIONS)
+        tokens = self.answer_tokens
+        if tokens is not None and not (isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 1):
+            raise ProfileError(f"answer_tokens: expected None or a whole number >= 1, got {tokens!r}")
         if self.sensor != "own" and not (isinstance(self.sensor, int) and 0 <= self.sensor < layers):
             raise ProfileError(f"sensor: expected 'own' or a layer in 0..{layers - 1}, got {self.sensor!r}")
         self._check_steered(length)
@@ -400,6 +406,8 @@ class SteeringProfile:
             header |= {name: _finite_or_none(getattr(self, name)) for name in ("low", "high")}
         if self.edit == "rotate":
             header["angle"] = self.angle
+        if self.answer_tokens is not None:
+            header["answer_tokens"] = self.answer_tokens
         try:
             return json.loads(json.dumps(header))  # so that it hashes the same before and after a round trip
         except (TypeError, ValueError) as error:
@@ -452,6 +460,7 @@ class SteeringProfile:
             angle=header.get("angle"),
             sensor=header["sensor"],
             positions=header["positions"],
+            answer_tokens=header.get("answer_tokens"),
             vector_kind=header["vector_kind"],
             candidates={name.removeprefix("candidate."): tensor for name, tensor in wide.items()},
             fitted=header["fitted"],

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerfast.bank import Bank
-from steerfast.batch import UNSTEERED, StepTables
+from steerfast.batch import NO_END, UNSTEERED, StepTables
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 
@@ -34,6 +34,7 @@ class Request:
     prompt_length: tokens of its prompt; the last of them decides.
     late: whether it is steered from that token on (positions ``response``), and not in every row.
     is_open: what its latch says before anything is decided: True where its slot has no gates.
+    answer_rows: how many rows after its prompt are steered.
     """
 
     slot: int
@@ -41,6 +42,7 @@ class Request:
     prompt_length: int
     late: bool = True
     is_open: bool = False
+    answer_rows: int = NO_END
     column: int | None = field(default=None, init=False)
     decided: bool = field(default=False, init=False)
 
@@ -143,10 +145,12 @@ class Requests:
                 self._launched.synchronize()
             return torch.stack([self.values[:, column], self.scores[:, column]]).cpu()
 
-    def prompt_lengths(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """Tokens of the prompts of these requests, [n]."""
+    def bounds(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Tokens of the prompts of these requests, and the first row of each that is steered no more: [2, n]."""
         with self._lock:
-            return np.array([self._requests[name].prompt_length for name in names], dtype=np.int64)
+            requests = [self._requests[name] for name in names]
+        prompt = np.array([request.prompt_length for request in requests], dtype=np.int64)
+        return np.stack([prompt, prompt + [request.answer_rows for request in requests]])
 
     def step(
         self,
@@ -174,10 +178,11 @@ class Requests:
             requests = [self._requests[name] for name in names]
             self._give_columns(names, requests)
         slot = np.array([request.slot for request in requests], dtype=np.int64)
-        prompt = np.array([request.prompt_length for request in requests], dtype=np.int64)
+        prompt, end = self.bounds(names)
         late = np.array([request.late for request in requests], dtype=np.bool_)
         decided = np.array([request.decided for request in requests], dtype=np.bool_)
-        last = prompt - 1 - np.asarray(past, dtype=np.int64)  # the row of this step that is the prompt's last
+        before = np.asarray(past, dtype=np.int64)
+        last = prompt - 1 - before  # the row of this step that is the prompt's last
         decides = ~decided & (slot >= 0) & (last >= 0) & (last < np.asarray(lengths, dtype=np.int64))
         self.tables.write(
             lengths,
@@ -185,6 +190,7 @@ class Requests:
             np.array([request.strength for request in requests], dtype=np.float64)[:, None],
             np.where(decides, last, -1),
             np.where(late, last.clip(0), 0)[:, None],
+            (end - before).clip(0)[:, None],
             columns=[request.column for request in requests],  # type: ignore[misc]
             padded_rows=padded_rows,
         )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steerfast.batch import UNSTEERED, Rows, StepTables, prompt_rows, response_rows
+from steerfast.batch import NO_END, UNSTEERED, Rows, StepTables, answer_rows, prompt_rows, response_rows
 
 MASKS = st.integers(1, 5).flatmap(
     lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4)
@@ -35,14 +35,16 @@ def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, d
     count, width = len(mask), len(mask[0])
     slots = data.draw(st.lists(st.integers(-1, 3), min_size=count, max_size=count))
     late = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
-    rows = prompt_rows(torch.tensor(mask), prompt_columns, int32(*slots), torch.tensor(late))
+    answer = data.draw(st.lists(st.sampled_from([0, 1, 2, NO_END]), min_size=count, max_size=count))
+    rows = prompt_rows(torch.tensor(mask), prompt_columns, int32(*slots), torch.tensor(late), int32(*answer))
     expected, deciding = [], []
     for n, valid in enumerate(mask):
         prompt = [t for t in range(width) if valid[t] and t < prompt_columns]
         deciding.append(n * width + prompt[-1] if prompt and slots[n] >= 0 else -1)
         for t in range(width):
             in_answer = not prompt or t >= prompt[-1]
-            expected.append([n, slots[n] if valid[t] and (in_answer or not late[n]) else UNSTEERED])
+            here = valid[t] and (in_answer or not late[n]) and t < prompt_columns + answer[n]
+            expected.append([n, slots[n] if here else UNSTEERED])
     assert rows.rows.tolist() == expected
     assert rows.deciding.tolist() == deciding
     assert rows.slot.tolist() == [[slot] for slot in slots]
@@ -52,7 +54,7 @@ def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, d
 
 @pytest.mark.parametrize(("slots", "width"), [((0,), 1), ((2, -1, 0), 1), ((0, 3), 4)])
 def test_response_rows_steer_everything_and_decide_nothing(slots: tuple[int, ...], width: int) -> None:
-    rows = response_rows(int32(*slots), width)
+    rows = response_rows(int32(*slots), width, int32(*[width] * len(slots)))
     assert rows.rows.tolist() == [[n, slot] for n, slot in enumerate(slots) for _ in range(width)]
     assert rows.deciding.tolist() == [-1] * len(slots)
     assert rows.slot.tolist() == [[slot] for slot in slots]
@@ -60,9 +62,19 @@ def test_response_rows_steer_everything_and_decide_nothing(slots: tuple[int, ...
     assert all(t.is_contiguous() for t in tensors(rows))
 
 
+def test_response_rows_end() -> None:
+    rows = response_rows(int32(5, 6, -1), 3, int32(0, 2, 3))
+    assert rows.rows[:, 1].tolist() == [-1, -1, -1, 6, 6, -1, -1, -1, -1]
+
+
+def test_answer_rows() -> None:
+    assert [answer_rows(tokens) for tokens in (1, 24)] == [0, 23]
+    assert answer_rows(None) == NO_END
+
+
 def test_each_row_for_itself() -> None:
     rows = prompt_rows(
-        torch.tensor([[False, True], [True, True]]), 2, int32(0, 0), torch.tensor([True, True])
+        torch.tensor([[False, True], [True, True]]), 2, int32(0, 0), torch.tensor([True, True]), int32(NO_END, NO_END)
     ).each_for_itself()
     assert rows.rows.tolist() == [[0, -1], [1, 0], [2, -1], [3, 0]]
     assert rows.deciding.tolist() == [-1, 1, -1, 3]
@@ -72,7 +84,7 @@ def test_each_row_for_itself() -> None:
 
 
 def test_rows_move_as_one() -> None:
-    rows = response_rows(int32(0, 0), 2).to(torch.device("meta"))
+    rows = response_rows(int32(0, 0), 2, int32(2, 2)).to(torch.device("meta"))
     assert {t.device.type for t in tensors(rows)} == {"meta"}
 
 
@@ -107,6 +119,7 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
         "strengths": table(st.floats(-4, 4, width=32)),
         "deciding": [draw(st.integers(-1, length - 1)) for length in lengths],
         "steered_from": draw(st.none() | st.just(table(st.integers(0, 5)))),
+        "steered_until": draw(st.none() | st.just(table(st.integers(0, 5)))),
         "columns": draw(st.none() | st.permutations(range(5)).map(lambda columns: columns[:count])),
         "padded_rows": draw(st.none() | st.integers(sum(lengths), 20)),
     }
@@ -123,7 +136,9 @@ def as_loop(step: dict[str, Any]) -> dict[str, list[Any]]:
         tables["slot"][column], tables["strength"][column] = step["slots"][n], step["strengths"][n]
         for t in range(length):
             first = step["steered_from"][n] if step["steered_from"] is not None else [0] * stack
-            rows.append([column, *(s if t >= f else -1 for s, f in zip(step["slots"][n], first, strict=True))])
+            until = step["steered_until"][n] if step["steered_until"] is not None else [length] * stack
+            each = zip(step["slots"][n], first, until, strict=True)
+            rows.append([column, *(slot if begin <= t < end else -1 for slot, begin, end in each)])
     rows += [[0] + [-1] * stack] * ((step["padded_rows"] or len(rows)) - len(rows))
     return tables
 
@@ -198,6 +213,7 @@ def test_arrays_are_taken_as_they_are() -> None:
         ({"deciding": [-2, 0]}, "deciding: expected -1 to 2147483647, got -2"),
         ({"deciding": [0]}, r"deciding: expected shape \[2\], got \[1\]"),
         ({"steered_from": [[0, 0], [0, -1]]}, "steered_from: expected 0 to 2147483647, got -1"),
+        ({"steered_until": [[0, 0]]}, r"steered_until: expected shape \[2, 2\], got \[1, 2\]"),
         ({"columns": [0]}, r"columns: expected shape \[2\], got \[1\]"),
         ({"columns": [0, 3]}, "columns: expected 0 to 2, got 3"),
         ({"columns": [-1, 0]}, "columns: expected 0 to 2, got -1"),

@@ -112,6 +112,7 @@ def profiles(draw: st.DrawFn) -> SteeringProfile:
         **edit,
         sensor=draw(st.sampled_from(["own", *range(first + 1)])),
         positions=draw(st.sampled_from(["all", "response"])),
+        answer_tokens=draw(st.none() | st.integers(1, 100)),
         vector_kind=draw(st.text(min_size=1, max_size=6)),
         candidates={kind: torch.randn(layers, hidden) for kind in kinds},
         fitted=draw(st.dictionaries(st.text(max_size=5), JSON, max_size=3)),
@@ -424,6 +425,9 @@ def spoiled(tensor: Tensor, where: tuple[int, ...], value: float) -> Tensor:
             "direction of layer 0: a rotation turns in the plane",
         ),
         (lambda p: {"positions": "prompt"}, "positions: expected one of all, response, got 'prompt'"),
+        (lambda p: {"answer_tokens": 0}, "answer_tokens: expected None or a whole number >= 1, got 0"),
+        (lambda p: {"answer_tokens": 2.0}, "answer_tokens: expected None or a whole number >= 1, got 2.0"),
+        (lambda p: {"answer_tokens": True}, "answer_tokens: expected None or a whole number >= 1, got True"),
         (lambda p: {"sensor": 4}, r"sensor: expected 'own' or a layer in 0..3, got 4"),
         (lambda p: {"sensor": "first"}, "sensor: expected 'own' or a layer in 0..3, got 'first'"),
         (

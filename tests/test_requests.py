@@ -15,6 +15,7 @@ from torch import Tensor
 
 import steerfast.requests
 from steerfast.bank import Bank
+from steerfast.batch import NO_END
 from steerfast.profile import SteeringProfile
 from steerfast.requests import Request, Requests
 
@@ -40,6 +41,7 @@ class Known:
     strength: float
     prompt: int
     late: bool
+    answer_rows: int = NO_END
     past: int = 0
     decided: bool = False
     ended: bool = False
@@ -49,7 +51,7 @@ class Known:
         self.latch = torch.stack([torch.full((LAYERS,), float(self.slot == 2)), torch.full((LAYERS,), -torch.inf)])
 
     def request(self) -> Request:
-        return Request(self.slot, self.strength, self.prompt, self.late, is_open=self.slot == 2)
+        return Request(self.slot, self.strength, self.prompt, self.late, self.slot == 2, self.answer_rows)
 
 
 class Engine:
@@ -89,7 +91,8 @@ class Engine:
             rows = tables.rows[start : start + length].tolist()
             column = rows[0][0]
             columns.append(column)
-            steered = [not one.late or before + t >= one.prompt - 1 for t in range(length)]
+            places = range(before, before + length)
+            steered = [(not one.late or p >= one.prompt - 1) and p < one.prompt + one.answer_rows for p in places]
             assert rows == [[column, one.slot if here else -1] for here in steered]
             assert tables.slot[column].tolist() == [one.slot]
             assert tables.strength[column].tolist() == [one.strength]
@@ -157,7 +160,11 @@ def test_requests_keep_what_is_theirs(bank: Bank, data: st.DataObject) -> None:
         if action == "add":
             strength = data.draw(st.sampled_from([1.0, -0.5, 2.0]))
             known = Known(
-                data.draw(st.integers(-1, 2)), strength, data.draw(st.integers(1, 6)), data.draw(st.booleans())
+                data.draw(st.integers(-1, 2)),
+                strength,
+                data.draw(st.integers(1, 6)),
+                data.draw(st.booleans()),
+                data.draw(st.sampled_from([0, 1, 2, NO_END])),
             )
             engine.add(data.draw(names), known)
         elif action == "step" and engine.running():

@@ -42,7 +42,7 @@ def header(profile: SteeringProfile) -> Table:
         "model": f"{model.name} ({model.architecture}, {model.num_layers} layers of {model.hidden_size})",
         "gate": "always open" if gate.kind == "always" else f"{gate.kind}, {gate.score}, {shape}",
         "sensor": "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}",
-        "edit": f"{edit(profile)}, layers {steered}, positions {profile.positions}",
+        "edit": f"{edit(profile)}, layers {steered}, {positions(profile)}",
         "vector": profile.vector_kind + _also(profile.candidates),
         "fitted": _fitted(profile.fitted),
         "calibrated": _calibrated(profile.calibration),
@@ -54,6 +54,12 @@ def header(profile: SteeringProfile) -> Table:
     for warning in worries(profile):
         table.add_row("[bold yellow]warning", escape(warning))
     return table
+
+
+def positions(profile: SteeringProfile) -> str:
+    """``positions all, 24 answer tokens``: from where to where it edits."""
+    end = "" if profile.answer_tokens is None else f", {profile.answer_tokens} answer tokens"
+    return f"positions {profile.positions}{end}"
 
 
 def edit(profile: SteeringProfile) -> str:
@@ -187,6 +193,7 @@ def summary(profile: SteeringProfile) -> dict[str, Any]:
         "angle": profile.angle,
         "sensor": profile.sensor,
         "positions": profile.positions,
+        "answer_tokens": profile.answer_tokens,
         "vector_kind": profile.vector_kind,
         "candidates": sorted(profile.candidates),
         "steered_layers": profile.steered_layers,

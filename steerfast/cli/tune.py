@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -16,6 +17,15 @@ def band(entry: str) -> tuple[int, int]:
     if not 0 <= numbers[0] <= numbers[1]:
         raise ValueError
     return numbers
+
+
+def token_count(entry: str) -> int | None:
+    """``24`` or ``all`` -> 24 or None, for `Items`."""
+    if entry == "all":
+        return None
+    if (count := int(entry)) < 1:
+        raise ValueError
+    return count
 
 
 @click.command("tune")
@@ -42,6 +52,12 @@ def band(entry: str) -> tuple[int, int]:
     help="Comma list of total strengths over a band, in multiples of the vector.  [default: 0.75,1,2,4]",
 )
 @click.option("--positions", type=click.Choice(["all", "response", "both"]), default="both", show_default=True)
+@click.option(
+    "--answer-tokens",
+    type=common.Items("NUMBERS", token_count, "numbers of tokens such as 24,all"),
+    metavar="NUMBERS",
+    help="Comma list of how many tokens of an answer to choose under steering, such as 12,24,all.  [default: all]",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
@@ -78,6 +94,7 @@ def command(
     harmful: tuple[str, ...],
     harmless: tuple[str, ...],
     positions: str,
+    answer_tokens: Sequence[int | None] | None,
     resume: str | None,
     restyle: int,
     output: str,
@@ -113,6 +130,7 @@ def command(
         harmless=sets["harmless"].prompts,
         names={role: chosen.name for role, chosen in sets.items()},
         positions=None if positions == "both" else [positions],  # type: ignore[list-item]
+        answer_tokens=answer_tokens or (None,),
         resume=resume,
         **options,
     )

@@ -138,4 +138,5 @@ def _title(profile: SteeringProfile) -> str:
     where = f"{layers[0]}-{layers[-1]}" if band and len(layers) > 1 else ", ".join(map(str, layers))
     decides = "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}"
     gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {decides} decides"
-    return f"{gate}; {profile.edit}, {profile.vector_kind} vector, {profile.positions} positions, layers {where}"
+    what = f"{profile.edit}, {profile.vector_kind} vector, {profile.positions} positions, layers {where}"
+    return f"{gate}; {what}" + ("" if profile.answer_tokens is None else f", {profile.answer_tokens} answer tokens")

@@ -39,10 +39,11 @@ class Candidate:
     last: int
     strength: float
     positions: Positions
+    answer_tokens: int | None = None
 
     def apply(self, profile: SteeringProfile) -> SteeringProfile:
         banded = profile.with_vector(self.vector).with_band(range(self.first, self.last + 1), self.strength)
-        return replace(banded, positions=self.positions)
+        return replace(banded, positions=self.positions, answer_tokens=self.answer_tokens)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def tune(
     bands: Iterable[tuple[int, int]] | None = None,
     strengths: Sequence[float] | None = None,
     positions: Sequence[Positions] | None = None,
+    answer_tokens: Sequence[int | None] = (None,),
     max_new_tokens: int = 32,
     min_fluent: float = 0.95,
     min_unchanged: float = 0.95,
@@ -91,6 +93,7 @@ def tune(
         bands: (first, last) layers to try; default: `default_bands`.
         strengths: multiples of the vector *in total over the band*; each layer gets its share.
         positions: default: both.
+        answer_tokens: how many tokens of an answer to choose under steering, None: all.
         max_new_tokens: answer length while searching.
         min_fluent: share of fluent answers to harmful prompts a setting must keep.
         min_unchanged: share of harmless answers that must stay token for token.
@@ -106,7 +109,7 @@ def tune(
     check_sets(harmful, harmless)
     check_model(profile, model, tokenizer)
     limits = limits or FluencyLimits()
-    candidates = _candidates(profile, vectors, bands, strengths, positions)
+    candidates = _candidates(profile, vectors, bands, strengths, positions, answer_tokens)
     prompts = encode(tokenizer, harmful, model, room=max_new_tokens)
     settings = {
         "profile": _fingerprint(profile),
@@ -182,6 +185,7 @@ def _candidates(
     bands: Iterable[tuple[int, int]] | None,
     strengths: Sequence[float] | None,
     positions: Sequence[Positions] | None,
+    answer_tokens: Sequence[int | None],
 ) -> list[Candidate]:
     kinds = list(vectors) if vectors else [profile.vector_kind, *profile.candidates]
     layers = profile.model.num_layers
@@ -197,7 +201,7 @@ def _candidates(
             for total in strengths or (0.75, 1.0, 2.0, 4.0):
                 for where in positions or ("all", "response"):
                     per_layer = round(total / (last - start + 1), 4)
-                    candidates.append(Candidate(kind, start, last, per_layer, where))
+                    candidates += [Candidate(kind, start, last, per_layer, where, tokens) for tokens in answer_tokens]
     return candidates
 
 

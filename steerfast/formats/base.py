@@ -209,6 +209,8 @@ def rows_of(profile: SteeringProfile, *, gate_apart: bool = False) -> Rows:
         notes.append("the abstain band is lost: nothing will be undecided")
     if profile.positions != "all":
         notes.append("positions are lost: the whole prompt will be steered too")
+    if profile.answer_tokens is not None:
+        notes.append(f"answer_tokens is lost: all of an answer will be steered, not {profile.answer_tokens} tokens")
     if profile.edit == "keep_norm":
         notes.append("keep_norm is lost: vectors will be added without scaling rows back to their norm")
     if profile.candidates:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from steerfast.batch import UNSTEERED, Rows
+from steerfast.batch import UNSTEERED, Rows, answer_rows
 from steerfast.errors import SteerfastError
 from steerfast.models.latch import Latch
 from steerfast.profile import SteeringProfile
@@ -192,7 +192,8 @@ class _SteeredManager:
         profile = None if slot == UNSTEERED else self.steerfast_steering.profile_at(slot)
         late = profile is None or profile.positions == "response"
         is_open = profile is not None and profile.gate.kind == "always"
-        return Request(slot, strength, prompt_length, late, is_open)
+        rows = answer_rows(None if profile is None else profile.answer_tokens)
+        return Request(slot, strength, prompt_length, late, is_open, rows)
 
     def _refuse_detached(self) -> None:
         if not self.steerfast_steering.attached:

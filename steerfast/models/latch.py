@@ -20,6 +20,7 @@ class Latch:
 
     owner: which steering decided (another one's decisions mean nothing to it).
     values: float32 [gates, N], the gate values g. scores: float32 [gates, N], what they were decided from.
+    prompt: tokens of the cache before the answer.
     tokens: how many the cache held when the latch was attached. counter: the tensor in which a static cache counts
     them, and its version then: as long as that is the same, so is the count.
     """
@@ -27,11 +28,12 @@ class Latch:
     owner: str
     values: Tensor
     scores: Tensor
+    prompt: int = 0
     tokens: int = 0
     counter: tuple[Tensor, int] | None = None
 
     def copy(self) -> Latch:
-        return Latch(self.owner, self.values.clone(), self.scores.clone())
+        return Latch(self.owner, self.values.clone(), self.scores.clone(), self.prompt)
 
     def select(self, index: Tensor) -> None:
         self.values = self.values.index_select(1, index.to(self.values.device))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.bank import Bank, LayerBank, kinds_of
-from steerfast.batch import UNSTEERED, Rows, prompt_rows, response_rows
+from steerfast.batch import UNSTEERED, Rows, answer_rows, prompt_rows, response_rows
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.kernels.contract import Kinds
 from steerfast.kernels.gate import gate_unchecked_
@@ -82,6 +82,7 @@ class _Prefill:
 class _Plan:
     """Who steers each sequence of a batch: its slot (-1: nobody) and strength; and what follows from the profiles.
 
+    answer_rows: how many rows of each sequence's answer are edited, as in `steerfast.batch.answer_rows`.
     gates: per layer, the slots whose gates decide there. steered: the layers where some sequence is edited.
     owner: whose decisions a cache must hold for them to count.
     profiles: of each sequence, None: nobody's; empty in packed steps, whose requests come and go.
@@ -89,6 +90,7 @@ class _Plan:
 
     slots: tuple[int, ...]
     strengths: tuple[float, ...]
+    answer_rows: tuple[int, ...]
     gates: dict[int, frozenset[int]]
     steered: frozenset[int]
     kinds: Kinds
@@ -388,6 +390,11 @@ class Steering:
         return _Plan(
             slots=tuple(slot for slot in slots for _ in range(repeats)),
             strengths=tuple(strength for strength in strengths for _ in range(repeats)),
+            answer_rows=tuple(
+                answer_rows(profiles[slot].answer_tokens if slot >= 0 else None)
+                for slot in slots
+                for _ in range(repeats)
+            ),
             gates=gates,
             steered=frozenset(layer for profile in profiles.values() for layer in profile.steered_layers),
             kinds=max((kinds_of(profile) for profile in profiles.values()), default=Kinds.LATCHED_ADD),
@@ -579,6 +586,9 @@ class Steering:
         self._deciding = prompt_columns > 0 or plan.by_token
         if self._deciding:
             latch = self._new_latch(plan, tokens.device) if latch is None else latch.copy()
+        assert latch is not None  # where nothing is decided, something was
+        if prompt_columns > 0:
+            latch.prompt = past + prompt_columns
         device = tokens.device
         self._prefill = None
         if prompt_columns > 0:
@@ -589,9 +599,7 @@ class Steering:
             self._prefill = self._second_pass(plan, given, valid, prompt_columns)
             rows, self._decides = self._prompt_tables(plan, valid, prompt_columns)
         else:
-            rows = self._buffer(
-                ("rows", plan.slots, width), device, lambda d: response_rows(self._slot_of_each(plan, d), width)
-            )
+            rows = self._answer_tables(plan, width, past - latch.prompt, device)
         self._latch = latch
         self._set_rows(plan, rows.each_for_itself() if plan.by_token else rows)
         self._row_values.clear()
@@ -615,7 +623,7 @@ class Steering:
         layers, deciding, kinds = frozenset(self._layers), frozenset(self._slots.gate_layers), self._slots.kinds
         gates: dict[int, frozenset[int]] = dict.fromkeys(deciding, frozenset())
         key = ("reach", layers, deciding, frozenset(self._slots.sensors), kinds)
-        return self._buffer(key, torch.device("cpu"), lambda _: _Plan((), (), gates, layers, kinds, False, ""))
+        return self._buffer(key, torch.device("cpu"), lambda _: _Plan((), (), (), gates, layers, kinds, False, ""))
 
     def _set_rows(self, plan: _Plan, rows: Rows, strengths: Tensor | None = None) -> None:
         """What the layers of this step read, on the device of its tokens."""
@@ -653,7 +661,8 @@ class Steering:
             late = torch.tensor(
                 [slot >= 0 and self._slots.at(slot).positions == "response" for slot in plan.slots], device=device
             )
-            rows = prompt_rows(valid, prompt_columns, slot, late)
+            answer = self._per_sequence("answer rows", plan.answer_rows, torch.int32, device)
+            rows = prompt_rows(valid, prompt_columns, slot, late, answer)
             if waits:
                 waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])
                 rows.rows[:, 1] = torch.where(waiting, UNSTEERED, rows.rows[:, 1])
@@ -665,6 +674,16 @@ class Steering:
             return make(valid.device)
         key = ("prompt", plan.slots, plan.owner, waits, count, width, prompt_columns)
         return self._buffer(key, valid.device, make)
+
+    def _answer_tables(self, plan: _Plan, width: int, answered: int, device: torch.device) -> Rows:
+        """The rows of a step of answer tokens, of which so many came before: the same tables until an end is near."""
+        steered = tuple(min(max(rows - answered, 0), width) for rows in plan.answer_rows)
+
+        def make(device: torch.device) -> Rows:
+            each = self._per_sequence("answer rows", steered, torch.int32, device)
+            return response_rows(self._slot_of_each(plan, device), width, each)
+
+        return self._buffer(("rows", plan.slots, width, steered), device, make)
 
     def _ahead(self, plan: _Plan) -> tuple[bool, ...]:
         """Which sequences are steered before the layer that decides; empty: none."""
@@ -706,7 +725,10 @@ class Steering:
             given = {name: caches.select(name, value, index, count) for name, value in given.items()}
             valid = valid[index]
             self._plan = replace(
-                plan, slots=tuple(plan.slots[n] for n in chosen), strengths=tuple(plan.strengths[n] for n in chosen)
+                plan,
+                slots=tuple(plan.slots[n] for n in chosen),
+                strengths=tuple(plan.strengths[n] for n in chosen),
+                answer_rows=tuple(plan.answer_rows[n] for n in chosen),
             )
             self._latch = latch.copy()
             self._latch.select(index)

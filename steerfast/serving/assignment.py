@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from steerfast.batch import NO_END
 from steerfast.serving.config import KEY, OFF, ServingConfig
 
 __all__ = ["STEERING", "STRENGTH", "Assignment", "requested"]
@@ -24,13 +25,15 @@ class Assignment:
     """Who steers a request: all that workers know of it.
 
     slot: of the bank. strength: multiplies the slot's own. late: steered from the prompt's last token on (positions
-    ``response``), and not in every row. open: there is no gate to decide.
+    ``response``), and not in every row. open: there is no gate to decide. answer_rows: how many rows after its prompt
+    are steered.
     """
 
     slot: int
     strength: float
     late: bool
     open: bool
+    answer_rows: int = NO_END
 
     def as_extra(self) -> dict[str, Any]:
         """As plain data, for ``SamplingParams.extra_args[KEY]``."""

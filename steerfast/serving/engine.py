@@ -94,7 +94,7 @@ class Steering:
                 f"steering: expected text alone under profile {name!r}, which edits whole prompts, got more"
             )
         request.sampling_params = copy(params)  # siblings of a request with n > 1 share theirs
-        extra = Assignment(version.slot, strength, version.late, version.open).as_extra()
+        extra = Assignment(version.slot, strength, version.late, version.open, version.answer_rows).as_extra()
         request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: extra}
         if not version.late:
             alike = f"{version.checksum}:{strength!r}" if version.open else request.request_id

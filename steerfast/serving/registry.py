@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from steerfast.batch import answer_rows
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 
@@ -22,6 +23,7 @@ class Version:
     """A profile as it was loaded once.
 
     number: 1 for the first of its name. path: the file. late: positions ``response``. open: it has no gate.
+    answer_rows: how many rows after a prompt it steers.
     abstain: lower ends of the bands of its gates, ascending by layer; none where it has no band.
     requests: how many hold it. current: whether new requests can.
     """
@@ -33,6 +35,7 @@ class Version:
     checksum: str
     late: bool
     open: bool
+    answer_rows: int
     abstain: tuple[float, ...] = ()
     requests: int = field(default=0, init=False)
     current: bool = field(default=True, init=False)
@@ -127,7 +130,8 @@ class Registry:
             is_open = profile.gate.kind == "always"
             late = profile.positions == "response"
             abstain = () if profile.abstain is None else tuple(profile.abstain[profile.gate_layers].tolist())
-            version = Version(name, self._numbers[name], slot, path, profile.checksum, late, is_open, abstain)
+            rows = answer_rows(profile.answer_tokens)
+            version = Version(name, self._numbers[name], slot, path, profile.checksum, late, is_open, rows, abstain)
             before = self._current.get(name)
             self._current[name] = version
             if before is not None:

@@ -25,6 +25,7 @@ from steerfast.kernels.gate import gate_unchecked_
 from steerfast.kernels.steer import steer_unchecked_
 from steerfast.profile import ModelIdentity, SteeringProfile, embedding_sketch, sketched_rows
 from steerfast.requests import Request, Requests
+from steerfast.serving.assignment import Assignment
 from steerfast.serving.config import KEY, ServingConfig, identity_of, splits_prompts
 from steerfast.serving.ops import activate, serve_
 from steerfast.serving.patching import around
@@ -147,11 +148,11 @@ class Runtime:
 
     def _add(self, name: str, sampling_params: Any, prompt_length: int) -> None:
         extra = getattr(sampling_params, "extra_args", None) or {}
-        given = extra.get(KEY) or {"slot": UNSTEERED, "strength": 0.0, "late": True, "open": False}
-        slot = given["slot"]
+        given = Assignment(**extra[KEY]) if extra.get(KEY) else Assignment(UNSTEERED, 0.0, late=True, open=False)
+        slot = given.slot
         if slot != UNSTEERED and slot not in self._gates:
             raise SteerfastError(f"request {name!r}: expected a slot that holds a profile, got {slot}")
-        request = _Served(slot, given["strength"], prompt_length, given["late"], given["open"], name)
+        request = _Served(slot, given.strength, prompt_length, given.late, given.open, given.answer_rows, name)
         self.requests.add(name, request)
         if slot != UNSTEERED:
             self._pending[name] = request
@@ -185,7 +186,8 @@ class Runtime:
             self._awaiting.sort(key=lambda request: request.name)  # stages may order their batches each in its own way
         self._deciding = self.requests.step(names, past, lengths, padded_rows)
         self._resting = False
-        settled = _Settled(list(names), self.requests.prompt_lengths(names), count, padded_rows)
+        prompts, ends = self.requests.bounds(names)
+        settled = _Settled(list(names), prompts, ends, before, count, padded_rows)
         self._settled = settled if settled.beyond(before) else None
         if self._awaiting and not self.first:
             self._receive(self.incoming.tensors.pop(KEY))
@@ -327,8 +329,14 @@ class _Settled:
 
     names: list[str]
     prompts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    past: NDArray[np.integer]
     lengths: NDArray[np.integer]
     padded_rows: int
+
+    def steered(self, past: NDArray[np.integer]) -> NDArray[np.int64]:
+        """How many rows of each request are."""
+        return np.clip(self.ends - past, 0, self.lengths)
 
     def beyond(self, past: NDArray[np.integer]) -> bool:
         return bool((past >= self.prompts).all())
@@ -341,6 +349,7 @@ class _Settled:
             and names == self.names
             and np.array_equal(lengths, self.lengths)
             and self.beyond(past)
+            and np.array_equal(self.steered(past), self.steered(self.past))
         )
 
 

@@ -84,12 +84,16 @@ def test_the_planted_refusal_is_found(profile: SteeringProfile, tune: Any, tiny_
 
 
 def test_only_what_is_asked_for_is_tried(profile: SteeringProfile, tune: Any) -> None:
-    tuned = tune(profile, vectors=["push"], bands=[(2, 2)], strengths=[60.0], positions=["response"])
+    options = {"vectors": ["push"], "bands": [(2, 2)], "strengths": [60.0], "positions": ["response"]}
+    tuned = tune(profile, **options, answer_tokens=[2])
     assert tuned.tuned["tried"] == 1
     assert tuned.tuned["candidate"] == {
-        "vector": "push", "first": 2, "last": 2, "strength": 60.0, "positions": "response",
+        "vector": "push", "first": 2, "last": 2, "strength": 60.0, "positions": "response", "answer_tokens": 2,
     }  # fmt: skip
     assert tuned.tuned["runners_up"] == []
+    assert tuned.answer_tokens == 2
+    assert tune(profile, **options, answer_tokens=[1, None]).tuned["tried"] == 2
+    assert tune(profile, **options).answer_tokens is None
 
 
 def trial(refusal: float, fluent: float, strength: float = 1.0, keyword: float | None = None) -> Trial:

@@ -79,10 +79,15 @@ def test_round_trip(name: str, profile: SteeringProfile, identity: ModelIdentity
 
 def test_what_is_lost_is_said(profile: SteeringProfile, tmp_path: Path) -> None:
     rich = replace(
-        profile, edit="keep_norm", positions="response", candidates={"srv": profile.vector}, abstain=profile.threshold
+        profile,
+        edit="keep_norm",
+        positions="response",
+        answer_tokens=24,
+        candidates={"srv": profile.vector},
+        abstain=profile.threshold,
     )
     notes = "\n".join(formats.write(rich, tmp_path / "v.gguf", "gguf"))
-    lost = ("the gate", "the abstain band", "keep_norm")
+    lost = ("the gate", "the abstain band", "keep_norm", "answer_tokens")
     for word in (*(f"{what} is lost" for what in lost), "positions are lost", "candidate vectors are lost: srv"):
         assert word in notes
     plain = replace(profile, gate=Gate("always"), abstain=profile.threshold)

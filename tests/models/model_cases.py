@@ -131,7 +131,8 @@ class Oracle:
             for number, (start, end) in enumerate(turns):
                 stop = starts[number + 1]
                 first = start if self.profile.positions == "all" else end - 1
-                steered[:, first:stop] = valid[:, first:stop]
+                until = stop if self.profile.answer_tokens is None else min(stop, end + self.profile.answer_tokens - 1)
+                steered[:, first:until] = valid[:, first:until]
                 if self.profile.gate.kind == "always":
                     gate[:, start:stop] = 1.0
                 elif self.profile.gate.kind == "prompt" and decides:

@@ -149,10 +149,10 @@ def mixture(make_profile: MakeProfile, model: Any, size: float = 4.0) -> list[St
     """Own gates, sensors, soft and hard gates, dot scores, always in all rows, always in the answer, nobody."""
     one = functools.partial(make_profile, model, size=size)
     return [
-        one(seed=1, positions="response", threshold=-0.05),
+        one(seed=1, positions="response", threshold=-0.05, answer_tokens=3),
         one(seed=2, sensor=1, layers=[1, 3], positions="response", threshold=-1.5),
         None,
-        one(seed=3, kind="always", layers=[0, 2], positions="all"),
+        one(seed=3, kind="always", layers=[0, 2], positions="all", answer_tokens=1),
         one(seed=4, sensor=2, layers=[2, 3], sharpness=3.0, score="dot", positions="response"),
         one(seed=5, positions="response", threshold=0.05),
         one(seed=6, kind="always", layers=[1], positions="response"),

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steerfast.batch import NO_END
 from steerfast.serving.assignment import Assignment, requested
 from steerfast.serving.config import ServingConfig
 
@@ -169,7 +170,9 @@ def _granted(extra_args: dict[str, Any], judge: ServingConfig) -> tuple[str | No
 
 def test_an_assignment_is_plain_data() -> None:
     extra = Assignment(3, 0.5, True, False).as_extra()
-    assert json.loads(json.dumps(extra)) == {"slot": 3, "strength": 0.5, "late": True, "open": False}
+    assert json.loads(json.dumps(extra)) == {
+        "slot": 3, "strength": 0.5, "late": True, "open": False, "answer_rows": NO_END
+    }  # fmt: skip
 
 
 def _harmless(message: str) -> bool:

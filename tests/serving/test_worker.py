@@ -164,6 +164,26 @@ def test_steps_that_only_answer_send_no_tables(profiles, tmp_path, monkeypatch) 
     assert step([("b", 9, 1), ("c", 4, 1)], padding=2) == 0
 
 
+def test_tables_are_sent_where_an_answer_ceases_to_be_steered(profiles, tmp_path, monkeypatch) -> None:
+    profiles = {**profiles, "short": replace(profiles["always"], answer_tokens=4)}
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    tables, sent = engine.runtimes[0].requests.tables, []
+    write = tables.write
+    monkeypatch.setattr(tables, "write", lambda *args, **kwargs: (sent.append(1), write(*args, **kwargs)))
+    rows = {"a": random_rows(20, 1), "b": random_rows(20, 2)}
+    truth = {"a": engine.truth(rows["a"], 2, "short", 1.0)[0], "b": engine.truth(rows["b"], 2, "always", 1.0)[0]}
+    new = [asked("a", engine.extra("short"), 2), asked("b", engine.extra("always"), 2)]
+    past, counts = 0, []
+    for length in (2, 1, 1, 1, 1, 1, 2, 2):  # the rows of the third answer token and those before it are edited
+        sent.clear()
+        found, _ = engine.step([("a", past, length), ("b", past, length)], rows, new)
+        counts.append(len(sent))
+        for name in "ab":
+            torch.testing.assert_close(found[name].double(), truth[name][past : past + length], rtol=0, atol=2e-4)
+        past, new = past + length, []
+    assert counts == [1, 1, 0, 0, 1, 0, 1, 0]
+
+
 def test_decisions_wait_for_an_output_that_is_copied_beside_the_step(profiles, tmp_path) -> None:
     engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
     runtime = engine.runtimes[0]

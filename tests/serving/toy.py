@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerfast.batch import answer_rows
 from steerfast.kernels.contract import Kinds
 from steerfast.profile import SteeringProfile
+from steerfast.serving.assignment import Assignment
 from steerfast.serving.config import KEY, ServingConfig, layers_of
 from steerfast.serving.ops import serve_
 from steerfast.serving.worker import Runtime
@@ -56,10 +58,10 @@ class Engine:
 
     def extra(self, name: str | None, strength: float = 1.0) -> dict[str, Any]:
         if name is None:
-            return {"slot": -1, "strength": 1.0, "late": True, "open": False}
+            return Assignment(-1, 1.0, late=True, open=False).as_extra()
         profile = self.profiles[name]
         late, is_open = profile.positions == "response", profile.gate.kind == "always"
-        return {"slot": self.slots[name], "strength": strength, "late": late, "open": is_open}
+        return Assignment(self.slots[name], strength, late, is_open, answer_rows(profile.answer_tokens)).as_extra()
 
     def step(
         self,
@@ -122,7 +124,9 @@ class Engine:
             if profile.gate.kind != "always":
                 gate = told.get(layer if profile.sensor == "own" else profile.sensor, (0.0,))[0]
             first = prompt - 1 if profile.positions == "response" else 0
-            x[first:] += gate * strength * float(profile.strength[layer]) * profile.vector[layer].double()
+            x[first : prompt + answer_rows(profile.answer_tokens)] += (
+                gate * strength * float(profile.strength[layer]) * profile.vector[layer].double()
+            )
         decided = [told[layer] for layer in sorted(told)]
         return x, ([value for value, _ in decided], [score for _, score in decided])
 
