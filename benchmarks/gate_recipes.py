@@ -1,8 +1,8 @@
 """Recipes for a prompt gate, judged on styles of prompt that they were not fitted on.
 
 Each recipe makes a direction per layer from the shipped fit sets. It is tried on each of their styles, left out of the
-fit in turn, on the calibrate sets, whose styles it has seen, and on the held-out sets; the shipped recipe and the
-combinations of layers are also tried on the evaluation sets. Writes a JSON line per recipe.
+fit in turn, on the calibrate sets, whose styles it has seen, and on the held-out sets; the shipped recipe, on all
+prompts and on fewer, and the combinations of layers are also tried on the evaluation sets. A JSON line per recipe.
 
     python benchmarks/gate_recipes.py --output benchmarks/results/gate-recipes-cpu.jsonl
 
@@ -78,6 +78,16 @@ def styles_weighted_equally(rows: Pair, styles: Pair) -> Tensor:
     return scattered(rows, styles, deviations)
 
 
+def fewer_prompts(rows: Pair, styles: Pair, share: float) -> Tensor:
+    """The shipped recipe on so many of the prompts, each drawn by itself."""
+    draws = np.random.default_rng(0)
+    keep = [draws.random(len(names)) < share for names in styles]
+    return shipped(
+        tuple(x[torch.from_numpy(mask)] for x, mask in zip(rows, keep, strict=True)),
+        tuple(names[mask] for names, mask in zip(styles, keep, strict=True)),
+    )
+
+
 def scattered(rows: Pair, styles: Pair, deviations: list[Tensor]) -> Tensor:
     """The shipped recipe with another scatter."""
     means = [x[names == PLAIN].mean(dim=0) for x, names in zip(rows, styles, strict=True)]
@@ -92,20 +102,24 @@ class Recipe:
     fit: Callable[[Pair, Pair], Tensor] = shipped
     layers: tuple[int, ...] = (22,)
     combine: Callable[..., NDArray[Any]] = np.mean
+    on_all: bool = False  # also tried on the evaluation sets
 
 
 RECIPES = {
-    "shipped": Recipe(),
+    "shipped": Recipe(on_all=True),
     **{f"shrinkage {value}": Recipe(partial(shipped, shrinkage=value)) for value in (0.05, 0.1, 0.5)},
     "shrinkage of Ledoit and Wolf": Recipe(partial(shipped, shrinkage=None)),
     "means of all styles": Recipe(means_of_all_styles),
     "scatter within styles": Recipe(scatter_within_styles),
     "styles weighted equally": Recipe(styles_weighted_equally),
     **{f"layer {layer}": Recipe(layers=(layer,)) for layer in (15, 18, 20, 23, 24, 26)},
-    "mean of 2 layers": Recipe(layers=(15, 22)),
-    "max of 2 layers": Recipe(layers=(15, 22), combine=np.max),
-    "mean of 3 layers": Recipe(layers=(15, 22, 24)),
-    "mean of 5 layers": Recipe(layers=(12, 15, 22, 24, 27)),
+    **{
+        f"{share:.0%} of the prompts": Recipe(partial(fewer_prompts, share=share), on_all=True) for share in (0.25, 0.5)
+    },
+    "mean of 2 layers": Recipe(layers=(15, 22), on_all=True),
+    "max of 2 layers": Recipe(layers=(15, 22), combine=np.max, on_all=True),
+    "mean of 3 layers": Recipe(layers=(15, 22, 24), on_all=True),
+    "mean of 5 layers": Recipe(layers=(12, 15, 22, 24, 27), on_all=True),
 }
 
 
@@ -223,8 +237,7 @@ def main(name: str, file: Path | None, output: Path) -> None:
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     write({"model": name, "command": command, **machine()}, output)
     for title, recipe in RECIPES.items():
-        on_all = title == "shipped" or len(recipe.layers) > 1
-        figures = measure(recipe, *pairs, evaluation if on_all else {})
+        figures = measure(recipe, *pairs, evaluation if recipe.on_all else {})
         write({"recipe": title, "layers": recipe.layers, **figures}, output)
 
 
