@@ -386,7 +386,7 @@ def add_steer_rms_norm_torch(
 
     Differentiable in x, residual and weight; gates carry no gradient. Arguments are taken as checked.
     """
-    y = _displaced_sum(x, residual, rows, values, strength, vectors, directions, table, kinds)
+    y, _ = _displaced_sum(x, residual, rows, values, strength, vectors, directions, table, kinds)
     new_residual = y.to(x.dtype)
     n = new_residual.float() if norm in NORM_OF_ROUNDED else y
     normed = n * (1.0 / ((n * n).mean(-1, keepdim=True) + eps).sqrt())
@@ -407,14 +407,20 @@ def add_steer_torch(
     table: torch.Tensor,
     kinds: int,
 ) -> torch.Tensor:
-    """The new residual of :func:`add_steer_rms_norm_torch` alone, for a compiler that fuses the norm by itself."""
-    return _displaced_sum(x, residual, rows, values, strength, vectors, directions, table, kinds).to(x.dtype)
+    """The new residual of :func:`add_steer_rms_norm_torch` alone, for a compiler that fuses the norm by itself.
+
+    x and residual may be of any float dtypes; the result has the one that their sum has, and rows that are not
+    displaced are that sum.
+    """
+    y, changed = _displaced_sum(x, residual, rows, values, strength, vectors, directions, table, kinds)
+    stream = x + residual
+    return torch.where(changed, y.to(stream.dtype), stream)
 
 
-def _displaced_sum(x: torch.Tensor, residual: torch.Tensor, *operands: Any) -> torch.Tensor:
-    """y, displaced: float32, of the shape of x."""
+def _displaced_sum(x: torch.Tensor, residual: torch.Tensor, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, displaced: float32, of the shape of x; and which rows were: bool [..., 1]."""
     y = x.float() + residual.float()
-    return torch_displaced(y, y.to(x.dtype).float(), *operands)[0]
+    return torch_displaced(y, y.to(x.dtype).float(), *operands)
 
 
 def add_steer_rms_norm_prompt_torch(

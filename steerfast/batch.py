@@ -55,7 +55,7 @@ def answer_rows(answer_tokens: int | None) -> int:
     """How many rows of an answer are edited where so many of its tokens are chosen under steering: the first of them is
     what the prompt's last row predicts.
     """
-    return NO_END if answer_tokens is None else answer_tokens - 1
+    return NO_END if answer_tokens is None else min(NO_END, answer_tokens - 1)
 
 
 def prompt_rows(valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor, steered_answer: Tensor) -> Rows:

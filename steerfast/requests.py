@@ -150,7 +150,8 @@ class Requests:
         with self._lock:
             requests = [self._requests[name] for name in names]
         prompt = np.array([request.prompt_length for request in requests], dtype=np.int64)
-        return np.stack([prompt, prompt + [request.answer_rows for request in requests]])
+        answer = np.array([request.answer_rows for request in requests], dtype=np.int64)
+        return np.stack([prompt, prompt + answer])
 
     def step(
         self,

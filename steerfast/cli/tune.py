@@ -56,7 +56,7 @@ def token_count(entry: str) -> int | None:
     "--answer-tokens",
     type=common.Items("NUMBERS", token_count, "numbers of tokens such as 24,all"),
     metavar="NUMBERS",
-    help="Comma list of how many tokens of an answer to choose under steering, such as 12,24,all.  [default: all]",
+    help="Comma list of how many tokens of an answer to steer, such as 12,24,all.  [default: the profile's]",
 )
 @click.option(
     "--max-new-tokens",
@@ -130,7 +130,7 @@ def command(
         harmless=sets["harmless"].prompts,
         names={role: chosen.name for role, chosen in sets.items()},
         positions=None if positions == "both" else [positions],  # type: ignore[list-item]
-        answer_tokens=answer_tokens or (None,),
+        answer_tokens=answer_tokens,
         resume=resume,
         **options,
     )

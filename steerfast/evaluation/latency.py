@@ -173,7 +173,9 @@ def systems(model: nn.Module, profile: SteeringProfile | None = None) -> tuple[l
 def _moved(profile: SteeringProfile, opens: bool) -> SteeringProfile:
     """The profile with a gate that always opens, or never."""
     far = _OPEN if profile.gate.score == "cosine" else -_FAR
-    return replace(profile, threshold=torch.full_like(profile.threshold, far if opens else -far), abstain=None)
+    return replace(
+        profile, threshold=torch.full_like(profile.threshold, far if opens else -far), abstain=None, answer_tokens=None
+    )
 
 
 def _adding(vector: Tensor, model: nn.Module) -> Callable[..., Any]:

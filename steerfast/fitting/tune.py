@@ -74,7 +74,7 @@ def tune(
     bands: Iterable[tuple[int, int]] | None = None,
     strengths: Sequence[float] | None = None,
     positions: Sequence[Positions] | None = None,
-    answer_tokens: Sequence[int | None] = (None,),
+    answer_tokens: Sequence[int | None] | None = None,
     max_new_tokens: int = 32,
     min_fluent: float = 0.95,
     min_unchanged: float = 0.95,
@@ -93,7 +93,8 @@ def tune(
         bands: (first, last) layers to try; default: `default_bands`.
         strengths: multiples of the vector *in total over the band*; each layer gets its share.
         positions: default: both.
-        answer_tokens: how many tokens of an answer to choose under steering, None: all.
+        answer_tokens: how many tokens of an answer to choose under steering, None: all; fewer than `max_new_tokens`.
+            Default: what the profile has.
         max_new_tokens: answer length while searching.
         min_fluent: share of fluent answers to harmful prompts a setting must keep.
         min_unchanged: share of harmless answers that must stay token for token.
@@ -109,7 +110,13 @@ def tune(
     check_sets(harmful, harmless)
     check_model(profile, model, tokenizer)
     limits = limits or FluencyLimits()
-    candidates = _candidates(profile, vectors, bands, strengths, positions, answer_tokens)
+    ends = list(answer_tokens) if answer_tokens else [profile.answer_tokens]
+    for tokens in ends:
+        if tokens is not None and not 1 <= tokens < max_new_tokens:
+            raise ProfileError(
+                f"answer_tokens: expected 1 to {max_new_tokens - 1}, fewer than max_new_tokens, or None, got {tokens}"
+            )
+    candidates = _candidates(profile, vectors, bands, strengths, positions, ends)
     prompts = encode(tokenizer, harmful, model, room=max_new_tokens)
     settings = {
         "profile": _fingerprint(profile),

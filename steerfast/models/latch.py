@@ -32,6 +32,10 @@ class Latch:
     tokens: int = 0
     counter: tuple[Tensor, int] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied tensor counts its versions anew."""
+        return {**vars(self), "counter": None}
+
     def copy(self) -> Latch:
         return Latch(self.owner, self.values.clone(), self.scores.clone(), self.prompt)
 

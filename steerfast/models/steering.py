@@ -148,9 +148,9 @@ class Steering:
         self._held = 0  # tokens in the cache after this step
         self._prefill: _Prefill | None = None
         self._again = False  # while a second pass runs
-        # While the whole model runs a step that was worked out before it: that, and the tokens it was called with.
+        # While the whole model runs a step that was worked out before it: that, and the tokens and cache of its call.
         self._begun = False
-        self._tokens: Any = None
+        self._called_with: tuple[Any, Any] = (None, None)
         self._row_values: dict[torch.device, Tensor] = {}
         self._strengths: dict[torch.device, Tensor] = {}
         self._decides: _Decides | None = None
@@ -415,16 +415,16 @@ class Steering:
         try:
             setattr(backbone, STEERED_MARK, True)
             self._undo.append(functools.partial(delattr, backbone, STEERED_MARK))
-            hooks = [
-                backbone.register_forward_pre_hook(self._before, with_kwargs=True),
-                backbone.register_forward_hook(self._after, with_kwargs=True),
-            ]
+            before, after = self._before, self._after
             if hands_on(self.model, backbone):
-                hooks += [
-                    self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-                    self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
-                ]
-            self._undo.extend(hook.remove for hook in hooks)
+                pre = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+                self._undo.append(pre.remove)
+                post = self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
+                self._undo.append(post.remove)
+            else:  # so that a compiled backbone is one graph without them
+                before, after = self._before_uncompiled, self._after_uncompiled
+            self._undo.append(backbone.register_forward_pre_hook(before, with_kwargs=True).remove)
+            self._undo.append(backbone.register_forward_hook(after, with_kwargs=True).remove)
             if self.profile is not None:
                 (self._slot_of_own,) = self._take([self.profile])
             if hasattr(self.model, "generate") and not hasattr(type(self.model), "steerfast_generates"):
@@ -495,6 +495,7 @@ class Steering:
 
     def _generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model's own `generate`, knowing where the prompt ends."""
+        around = self._prompt  # of a call that this one is part of
         prompt = args[0] if args else None
         for name in ("inputs_embeds", "input_ids", "inputs"):
             prompt = prompt if prompt is not None else kwargs.get(name)
@@ -513,7 +514,8 @@ class Steering:
         try:
             return generate(*args, **kwargs)
         finally:
-            self._prompt = None
+            self._prompt = around
+            self._forget_call()
 
     def _refuse_chunks(self, kwargs: dict[str, Any]) -> None:
         config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
@@ -535,18 +537,28 @@ class Steering:
 
     @torch.compiler.disable
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        begun, self._begun, self._tokens = self._begun, False, None
+        begun = self._begun
+        self._forget_call()
         if begun and output is not None:  # None: it failed
             self._keep(kwargs, output)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._begun and not torch.compiler.is_compiling():  # what was begun may have been interrupted since
-            self._begun = _tokens(_given(module, args, kwargs)) is self._tokens
+            given = _given(module, args, kwargs)
+            self._begun = all(
+                now is then for now, then in zip((_tokens(given), caches.found(given)), self._called_with, strict=True)
+            )
         if not self._begun and not self._again:
             self._begin_uncompiled(module, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return output if self._begun or self._again else self._end(module, kwargs, output)
+
+    _before_uncompiled = torch.compiler.disable(_before)
+    _after_uncompiled = torch.compiler.disable(_after)
+
+    def _forget_call(self) -> None:
+        self._begun, self._called_with = False, (None, None)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Work out the step that calls `module`. False where it can only be done before the backbone: that is what a
@@ -557,9 +569,9 @@ class Steering:
         tokens = _tokens(given)
         if tokens is None:
             raise ArchitectureError(f"model: {type(module).__name__} was called without input_ids or inputs_embeds")
-        self._tokens = tokens if whole else None
         count, width = tokens.shape[:2]
         cache = caches.found(given)
+        self._called_with = (tokens, cache) if whole else (None, None)
         if is_paged(cache):
             self._begin_packed(steps_of(cache, self), width)
             return True
@@ -752,7 +764,9 @@ class Steering:
         """Leave the decisions with the cache."""
         cache = caches.found(kwargs)
         if not hasattr(cache, "get_seq_length"):  # made in the pass, or given by position
-            parts = output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else 0,)
+            parts = (
+                output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else None,)
+            )
             cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if cache is not None:
             latches.attach(cache, self._last(), self._held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,12 +74,15 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def hands_on(model: nn.Module, backbone: nn.Module) -> bool:
-    """Whether `model` is a class of transformers around `backbone` that calls it with the tokens, mask and cache it was
-    called with. Adapters around a model, and models with inputs other than text, may change them.
+    """Whether `model` runs transformers' own forward around `backbone`: it calls that with the tokens, mask and cache
+    that it was called with. Adapters, models with inputs other than text, and forwards of others may change them.
     """
     from transformers import PreTrainedModel
 
-    return isinstance(model, PreTrainedModel) and model is not backbone and model.base_model is backbone
+    if not isinstance(model, PreTrainedModel) or model is backbone or model.base_model is not backbone:
+        return False
+    forward: Any = inspect.unwrap(type(model).forward)
+    return str(forward.__module__).startswith("transformers.models.")
 
 
 def is_distributed(tensor: Tensor) -> bool:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from steerfast.batch import NO_END
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 from steerfast.serving.assignment import Assignment, requested
@@ -97,7 +98,9 @@ class Steering:
         extra = Assignment(version.slot, strength, version.late, version.open, version.answer_rows).as_extra()
         request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: extra}
         if not version.late:
-            alike = f"{version.checksum}:{strength!r}" if version.open else request.request_id
+            # Blocks of an answer that ceases to be steered are not those of a prompt that holds it.
+            shared = version.open and version.answer_rows == NO_END
+            alike = f"{version.checksum}:{strength!r}" if shared else request.request_id
             request.cache_salt = f"{KEY}:{self._secret}:{alike}:{request.cache_salt or ''}"
         return version
 

@@ -170,7 +170,7 @@ class Runtime:
             SteerfastError: the deciding row of a request was never computed.
         """
         activate(self)
-        before, count = np.asarray(past), np.asarray(lengths)
+        before, count = np.array(past), np.array(lengths)  # copies: a runner may give views of what it counts on in
         if self._settled is not None and self._settled.same(names, before, count, padded_rows):
             self._deciding = False
             return
@@ -335,7 +335,7 @@ class _Settled:
     padded_rows: int
 
     def steered(self, past: NDArray[np.integer]) -> NDArray[np.int64]:
-        """How many rows of each request are."""
+        """How many of its rows in a step after `past` a request is steered in: [n]."""
         return np.clip(self.ends - past, 0, self.lengths)
 
     def beyond(self, past: NDArray[np.integer]) -> bool:

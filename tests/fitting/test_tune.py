@@ -94,6 +94,11 @@ def test_only_what_is_asked_for_is_tried(profile: SteeringProfile, tune: Any) ->
     assert tuned.answer_tokens == 2
     assert tune(profile, **options, answer_tokens=[1, None]).tuned["tried"] == 2
     assert tune(profile, **options).answer_tokens is None
+    assert tune(replace(profile, answer_tokens=1), **options).answer_tokens == 1
+    with pytest.raises(
+        ProfileError, match=r"answer_tokens: expected 1 to \d+, fewer than max_new_tokens, or None, got 99"
+    ):
+        tune(profile, **options, answer_tokens=[99])
 
 
 def trial(refusal: float, fluent: float, strength: float = 1.0, keyword: float | None = None) -> Trial:

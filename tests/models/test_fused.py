@@ -691,6 +691,37 @@ def test_compiled_and_steered_is_one_graph(fuse: bool, small: Any, make_profile:
         torch.testing.assert_close(got, want, **CLOSE)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_compiled_autocast(small: Any, make_profile: MakeProfile, layer: int) -> None:
+    """What is added is bfloat16 there, and the residual stream float32."""
+    profile = make_profile(small, kind="always", layers=[layer])
+    steerfast.patch(small)
+    ids = torch.tensor(prompts()[:1])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), steerfast.steer(small, profile):
+        eager = small(ids, output_hidden_states=True)
+        compiled = torch.compile(small, backend="eager")(ids, output_hidden_states=True)
+    for got, want in zip(compiled.hidden_states, eager.hidden_states, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "token"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_edit_compiled_equals_eager(small: Any, make_profile: MakeProfile, edit: str, kind: str) -> None:
+    profile = make_profile(small, kind=kind, sensor=0, layers=[0, 1], threshold=-0.1, **EDITS[edit])
+    batch = padded(prompts())
+    runs = []
+    for forward in (steerfast.patch(small).forward, torch.compile(small.forward, backend="eager")):
+        small.forward = forward
+        with steerfast.steer(small, profile) as steering:
+            runs.append((*greedy(small, batch, tokens=3), steering.fired))
+    (tokens, logits, fired), (compiled_tokens, compiled_logits, compiled_fired) = runs
+    assert torch.equal(compiled_tokens, tokens)
+    torch.testing.assert_close(compiled_logits, logits, **CLOSE)
+    assert torch.equal(compiled_fired, fired)
+    assert fired.any()
+
+
 def test_compiled_layers_follow_what_is_steered(small: Any, make_profile: MakeProfile) -> None:
     first = make_profile(small, seed=1, sensor=0, layers=[0, 1])
     second = make_profile(small, seed=2, sensor=0, layers=[0, 1], threshold=0.1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import steerfast
 from steerfast.errors import ArchitectureError
+from steerfast.models import caches
 from steerfast.models.structure import find_decoder
 from steerfast.profile import SteeringProfile
 
@@ -232,6 +233,24 @@ def test_a_model_around_may_change_what_the_backbone_gets(make_profile: MakeProf
         with steerfast.steer(around, profile) as steering:
             assert torch.equal(around(ids).logits, expected)
             assert torch.equal(steering.scores, scores)
+
+
+class _KeepsItsCache(transformers.LlamaForCausalLM):
+    """A forward of its own, which calls the backbone with something else than it was called with."""
+
+    def forward(self, input_ids: Tensor) -> Any:  # type: ignore[override]
+        if not hasattr(self, "held"):
+            self.held = transformers.DynamicCache(config=self.config)
+        return self.model(input_ids, **{caches.argument(self.model): self.held})
+
+
+def test_a_forward_of_its_own_may_change_what_the_backbone_gets(make_profile: MakeProfile) -> None:
+    model = _KeepsItsCache(transformers.LlamaConfig(**BASE)).eval()
+    with torch.no_grad(), steerfast.steer(model, make_profile(model)) as steering:
+        model(torch.tensor(prompts()[:1]))
+        decided = steering.scores
+        model(torch.tensor([[5]]))
+        assert torch.equal(steering.scores, decided)  # an answer's token decides nothing
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -295,6 +295,19 @@ def test_a_reused_static_cache_decides_again(model: Any, make_profile: MakeProfi
         assert fired == steering.fired.tolist()
 
 
+def test_a_copy_of_a_static_cache_counts_for_itself(model: Any, make_profile: MakeProfile) -> None:
+    """Its counter's versions begin anew, and one of them is that at which the original's latch was left."""
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad(), steerfast.steer(model, make_profile(model)):
+        model(torch.tensor([[3, 4, 5, 6]]), past_key_values=cache)
+        model(torch.tensor([[7]]), past_key_values=cache)
+        other = copy.deepcopy(cache)
+        for _ in range(4):
+            other.reset()
+            assert latch.length(other) == 0
+    assert latch.length(cache) == 5
+
+
 def test_the_length_of_a_static_cache_is_not_asked_of_the_device_at_each_token(
     model: Any, make_profile: MakeProfile, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
