@@ -413,7 +413,9 @@ def add_steer_torch(
     displaced are that sum.
     """
     y, changed = _displaced_sum(x, residual, rows, values, strength, vectors, directions, table, kinds)
-    stream = x + residual
+    if x.dtype == residual.dtype and x.dtype in FLOAT_DTYPES:
+        return y.to(x.dtype)
+    stream = x + residual  # y would have rounded it
     return torch.where(changed, y.to(stream.dtype), stream)
 
 
