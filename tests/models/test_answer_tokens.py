@@ -116,6 +116,7 @@ def test_another_turn_begins_anew(model: Any, plain: Any, make_profile: MakeProf
 
 def test_the_end_needs_no_other_graph(make_profile: MakeProfile, plain: Any) -> None:
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()  # those of other tests
     model = steerfast.patch(copy.deepcopy(plain))
     profile = make_profile(model, layers=[1, 2], sensor=1, threshold=-2.0, answer_tokens=3)
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
