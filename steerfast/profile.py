@@ -185,8 +185,8 @@ class SteeringProfile:
             sequences whose gate fired take (`second_pass`); a token gate has none and refuses them.
         positions: ``"all"`` edits every token of a fired prompt and all that follows, ``"response"`` the prompt's
             last token and all that follows.
-        answer_tokens: how many tokens of an answer are chosen under steering: all rows from the one that predicts the
-            next token on stay as they are. None: all of them. 1: the first, so that no row of the answer is edited.
+        answer_tokens: how many tokens of an answer are chosen under steering: the rows that predict the tokens after
+            those stay as they are. None: all of them. 1: the first, so that no row of the answer is edited.
         vector_kind: how `vector` was made (``ssv``, ``alignment``, ``forced``, ``srv`` or an importer's word).
         candidates: other steering vectors, kind -> float32 [layers, H], for `steerfast.tune` to choose from.
         fitted, calibration, tuned: how it was made and measured; JSON data.

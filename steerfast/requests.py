@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerfast.bank import Bank
-from steerfast.batch import NO_END, UNSTEERED, StepTables
+from steerfast.batch import NO_END, UNSTEERED, StepTables, answer_rows
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 
-__all__ = ["Request", "Requests", "check_packed"]
+__all__ = ["Request", "Requests", "check_packed", "reach"]
 
 _KEPT = 1 << 16  # decisions of ended requests; some 500 bytes each
 
@@ -45,6 +45,13 @@ class Request:
     answer_rows: int = NO_END
     column: int | None = field(default=None, init=False)
     decided: bool = field(default=False, init=False)
+
+
+def reach(profile: SteeringProfile | None) -> tuple[bool, bool, int]:
+    """`late`, `is_open` and `answer_rows` of a request that the profile steers; None: nobody does."""
+    if profile is None:
+        return True, False, NO_END
+    return profile.positions == "response", profile.gate.kind == "always", answer_rows(profile.answer_tokens)
 
 
 class Requests:

@@ -191,7 +191,7 @@ def _adding(vector: Tensor, model: nn.Module) -> Callable[..., Any]:
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 # Systems share their code, so Dynamo would look for one's graph among those of all others, and find it first where it
-# is the same as the last system's: 0.7 % of a step here, which no process with one model pays.
+# is the same as the last system's: what no process with one model pays.
 _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from steerfast.batch import UNSTEERED, Rows, answer_rows
+from steerfast.batch import UNSTEERED, Rows
 from steerfast.errors import SteerfastError
 from steerfast.models.latch import Latch
 from steerfast.profile import SteeringProfile
-from steerfast.requests import Request, Requests
+from steerfast.requests import Request, Requests, reach
 
 if TYPE_CHECKING:
     from steerfast.models.steering import Steering
@@ -190,10 +190,7 @@ class _SteeredManager:
 
     def _request(self, slot: int, strength: float, prompt_length: int) -> Request:
         profile = None if slot == UNSTEERED else self.steerfast_steering.profile_at(slot)
-        late = profile is None or profile.positions == "response"
-        is_open = profile is not None and profile.gate.kind == "always"
-        rows = answer_rows(None if profile is None else profile.answer_tokens)
-        return Request(slot, strength, prompt_length, late, is_open, rows)
+        return Request(slot, strength, prompt_length, *reach(profile))
 
     def _refuse_detached(self) -> None:
         if not self.steerfast_steering.attached:

@@ -237,8 +237,8 @@ def _class(kind: type, base: Any) -> type:
     """`base`, a module's class, with the forward of `kind`; the same class every time.
 
     It keeps its name: transformers and accelerate choose modules by the name of their class. What its forward needs to
-    know of the class it extends is an attribute: super() or one of a module's would be guarded again in every layer of
-    a compiled model.
+    know of the class it extends is an attribute of the class: super(), or an attribute of each module, would be guarded
+    again in every layer of a compiled model.
     """
     known = {"steerfast_stock": base.forward, "steerfast_family": family_of(base)}
     return type(base.__name__, (kind, base), {"__module__": base.__module__, **known})

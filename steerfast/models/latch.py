@@ -59,12 +59,11 @@ def length(cache: Any) -> int:
     if not hasattr(cache, "get_seq_length"):
         return 0
     count = cache.get_seq_length()
-    if isinstance(count, Tensor):
-        latch = getattr(cache, "steerfast_latch", None)
-        if latch is not None and latch.counter is not None:
-            counter, version = latch.counter
-            if counter is count and counter._version == version:
-                return int(latch.tokens)
+    latch: Latch | None = getattr(cache, "steerfast_latch", None)
+    if isinstance(count, Tensor) and latch is not None and latch.counter is not None:
+        counter, version = latch.counter
+        if counter is count and counter._version == version:
+            return latch.tokens
     return int(count)
 
 
@@ -75,10 +74,9 @@ def attach(cache: Any, latch: Latch, tokens: int) -> None:
         if latch.counter is not None:
             latch.counter = latch.counter[0], latch.counter[0]._version
         return
-    count = cache.get_seq_length() if hasattr(cache, "get_seq_length") else tokens
-    latch.counter = None
-    if isinstance(count, Tensor) and not count.is_inference():  # those have no version
-        latch.counter = count, count._version
+    count = cache.get_seq_length()
+    versioned = isinstance(count, Tensor) and not count.is_inference()
+    latch.counter = (count, count._version) if versioned else None
     if not isinstance(cache, _Latching):
         cache.__class__ = _latching(type(cache))  # type: ignore[arg-type]
     cache.steerfast_latch = latch

@@ -11,9 +11,9 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from steerfast.batch import answer_rows
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
+from steerfast.requests import reach
 
 __all__ = ["Registry", "Version"]
 
@@ -127,11 +127,8 @@ class Registry:
         """`profile` lies in a slot that was taken: from now on requests get it by `name`."""
         with self._lock:
             self._numbers[name] += 1
-            is_open = profile.gate.kind == "always"
-            late = profile.positions == "response"
             abstain = () if profile.abstain is None else tuple(profile.abstain[profile.gate_layers].tolist())
-            rows = answer_rows(profile.answer_tokens)
-            version = Version(name, self._numbers[name], slot, path, profile.checksum, late, is_open, rows, abstain)
+            version = Version(name, self._numbers[name], slot, path, profile.checksum, *reach(profile), abstain)
             before = self._current.get(name)
             self._current[name] = version
             if before is not None:

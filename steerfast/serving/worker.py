@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -334,6 +334,10 @@ class _Settled:
     lengths: NDArray[np.integer]
     padded_rows: int
 
+    @cached_property
+    def was_steered(self) -> NDArray[np.int64]:
+        return self.steered(self.past)
+
     def steered(self, past: NDArray[np.integer]) -> NDArray[np.int64]:
         """How many of its rows in a step after `past` a request is steered in: [n]."""
         return np.clip(self.ends - past, 0, self.lengths)
@@ -349,7 +353,7 @@ class _Settled:
             and names == self.names
             and np.array_equal(lengths, self.lengths)
             and self.beyond(past)
-            and np.array_equal(self.steered(past), self.steered(self.past))
+            and np.array_equal(self.steered(past), self.was_steered)
         )
 
 
