@@ -6,8 +6,8 @@ prompts and on fewer, and the combinations of layers are also tried on the evalu
 
     python benchmarks/gate_recipes.py --output benchmarks/results/gate-recipes-cpu.jsonl
 
-Layers are brought to one scale before they are combined: from each score its layer's threshold at 3 % of the harmless
-calibrate prompts is taken, and the rest divided by the standard deviation of theirs.
+Scores are brought to one scale before they are combined: from each its threshold at 3 % of the harmless calibrate
+prompts is taken, and the rest divided by the standard deviation of theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -30,12 +30,13 @@ from torch import Tensor
 
 import steerfast
 from steerfast.cli.common import read_set
-from steerfast.fitting.activations import residual_rows
+from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.directions import fit_direction, project
 from steerfast.fitting.left_out import style_splits
 from steerfast.fitting.statistics import auc, gate_figures, rate, threshold_at_false_positive_rate
 from steerfast.models.loading import DEMO_MODEL
-from steerfast.models.prompting import encode, pad_token
+from steerfast.models.prompting import PromptBatch, encode, pad_token
+from steerfast.profile import Gate
 from steerfast.prompts import read_prompts, read_records
 from steerfast.styles import PLAIN, Prompts
 
@@ -47,6 +48,10 @@ HARMFUL = ("harmful_demo", "advbench", "harmbench", "jailbreak_attacks")
 HARMLESS = ("harmless_demo", "self_instruct", "truthfulqa_questions", "gsm8k")
 EVALUATION = (*HARMFUL, *HARMLESS, "borderline")
 SHRINKAGE = 0.3
+
+Pooling = Literal["last", "mean"]
+READS = {pooling: gate_reading(Gate(pooling=pooling)) for pooling in ("last", "mean")}
+"""What is kept of a prompt, and its score: of the last token, and of the mean over all tokens."""
 
 Pair = tuple[Any, Any]
 """What belongs to the harmful prompts, and the same of the harmless ones."""
@@ -101,8 +106,14 @@ def scattered(rows: Pair, styles: Pair, deviations: list[Tensor]) -> Tensor:
 class Recipe:
     fit: Callable[[Pair, Pair], Tensor] = shipped
     layers: tuple[int, ...] = (22,)
+    poolings: tuple[Pooling, ...] = ("last",)  # of each layer, or of all
     combine: Callable[..., NDArray[Any]] = np.mean
     on_all: bool = False  # also tried on the evaluation sets
+
+    @property
+    def reads(self) -> list[tuple[int, Pooling]]:
+        repeats = len(self.layers) // len(self.poolings)
+        return list(zip(self.layers, self.poolings * repeats, strict=True))
 
 
 RECIPES = {
@@ -116,6 +127,15 @@ RECIPES = {
     **{
         f"{share:.0%} of the prompts": Recipe(partial(fewer_prompts, share=share), on_all=True) for share in (0.25, 0.5)
     },
+    **{f"all tokens, layer {n}": Recipe(layers=(n,), poolings=("mean",), on_all=True) for n in (9, 12, 15, 18, 22, 26)},
+    **{
+        f"all tokens, layer 15, {share:.0%} of the prompts": Recipe(
+            partial(fewer_prompts, share=share), layers=(15,), poolings=("mean",), on_all=True
+        )
+        for share in (0.25, 0.5)
+    },
+    "layer 15, last token": Recipe(layers=(15,), on_all=True),
+    "layer 15, last token and all tokens": Recipe(layers=(15, 15), poolings=("last", "mean"), on_all=True),
     "mean of 2 layers": Recipe(layers=(15, 22), on_all=True),
     "max of 2 layers": Recipe(layers=(15, 22), combine=np.max, on_all=True),
     "mean of 3 layers": Recipe(layers=(15, 22, 24), on_all=True),
@@ -128,16 +148,19 @@ class Side:
     """The harmful prompts of some sets, or the harmless ones."""
 
     prompts: Prompts
-    rows: Tensor  # [prompts, layers, H]
+    rows: Tensor  # [prompts, layers, poolings, H]
 
 
 def directions(recipe: Recipe, sides: Pair, masks: Pair = (slice(None), slice(None))) -> list[Tensor]:
-    """One per layer of the recipe, from the prompts in the masks."""
+    """One per score of the recipe, from the prompts in the masks."""
     styles = tuple(np.array(side.prompts.styles)[mask] for side, mask in zip(sides, masks, strict=True))
     found = []
-    for layer in recipe.layers:
-        rows = [side.rows[mask, layer].double() for side, mask in zip(sides, masks, strict=True)]
-        found.append(recipe.fit(tuple(x / x.norm(dim=1, keepdim=True) for x in rows), styles))  # for a cosine gate
+    for layer, pooling in recipe.reads:
+        at = list(READS).index(pooling)
+        rows = [side.rows[mask, layer, at].double() for side, mask in zip(sides, masks, strict=True)]
+        if pooling == "last":  # for a cosine gate; the mean is of unit rows
+            rows = [x / x.norm(dim=1, keepdim=True) for x in rows]
+        found.append(recipe.fit(tuple(rows), styles))
     return found
 
 
@@ -148,8 +171,11 @@ def measure(
     final = directions(recipe, fit)
 
     def by_layer(rows: Tensor, fitted: list[Tensor]) -> NDArray[Any]:
-        pairs = zip(recipe.layers, fitted, strict=True)
-        return torch.stack([project(rows[:, layer], direction, "cosine") for layer, direction in pairs], dim=1).numpy()
+        read = [
+            project(rows[:, layer, list(READS).index(pooling)], direction, READS[pooling][1])
+            for (layer, pooling), direction in zip(recipe.reads, fitted, strict=True)
+        ]
+        return torch.stack(read, dim=1).numpy()
 
     reference = by_layer(calibrate[1].rows, final)
     zero = np.array([threshold_at_false_positive_rate(layer, 0.03) for layer in reference.T])
@@ -201,17 +227,23 @@ def on_styles(scores: Mapping[str, Sequence[NDArray[Any]]]) -> dict[str, Any]:
 
 
 def residuals(name: str, file: Path | None) -> dict[str, Tensor]:
-    """Residual rows of each set, [prompts, layers, H]."""
+    """What gates read of each set, [prompts, layers, poolings, H]."""
     if file is not None and file.exists():
         return torch.load(file, weights_only=True)
     model, tokenizer = steerfast.load_model(name, dtype="float32", device="cpu")
     rows = {}
     for chosen in (*(f"{side}_{part}" for side in SIDES for part in (*FIT, *CALIBRATE, *HELDOUT)), *EVALUATION):
         sequences = encode(tokenizer, read_prompts(f"steerfast:{chosen}"), model)
-        rows[chosen] = residual_rows(model, sequences, pad_token_id=pad_token(tokenizer), description=chosen)
+        rows[chosen] = residual_rows(
+            model, sequences, reduce=read_both, pad_token_id=pad_token(tokenizer), description=chosen
+        )
     if file is not None:
         torch.save(rows, file)
     return rows
+
+
+def read_both(hidden: Tensor, batch: PromptBatch) -> Tensor:
+    return torch.stack([read(hidden, batch).float() for read, _ in READS.values()], dim=1)
 
 
 def side_of(rows: Mapping[str, Tensor], sets: list[str]) -> Side:
@@ -238,7 +270,7 @@ def main(name: str, file: Path | None, output: Path) -> None:
     write({"model": name, "command": command, **machine()}, output)
     for title, recipe in RECIPES.items():
         figures = measure(recipe, *pairs, evaluation if recipe.on_all else {})
-        write({"recipe": title, "layers": recipe.layers, **figures}, output)
+        write({"recipe": title, "layers": recipe.layers, "poolings": recipe.poolings, **figures}, output)
 
 
 if __name__ == "__main__":

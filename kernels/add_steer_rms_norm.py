@@ -45,7 +45,15 @@ from .contract import (
     check_separate,
     library,
 )
-from .edits import reference_gate, reference_rows, reference_stream, torch_displaced, torch_gate, torch_stream
+from .edits import (
+    reference_gate,
+    reference_rows,
+    reference_stream,
+    torch_added,
+    torch_displaced,
+    torch_gate,
+    torch_stream,
+)
 from .launch import Launcher, eager_cuda, inductor_fuses, launch_shape, layout, nvidia
 
 try:
@@ -57,6 +65,7 @@ except ImportError:  # a CPU-only install: the ops then run as C++ or torch
     triton = None
 
 __all__ = [
+    "add_scaled_torch",
     "add_steer_rms_norm",
     "add_steer_rms_norm_prompt",
     "add_steer_rms_norm_prompt_torch",
@@ -412,7 +421,19 @@ def add_steer_torch(
     x and residual may be of any float dtypes; the result has the one that their sum has, and rows that are not
     displaced are that sum.
     """
-    y, changed = _displaced_sum(x, residual, rows, values, strength, vectors, directions, table, kinds)
+    operands = (rows, values, strength, vectors, directions, table, kinds)
+    return _rounded_sum(x, residual, *_displaced_sum(x, residual, *operands))
+
+
+def add_scaled_torch(
+    x: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, vectors: torch.Tensor
+) -> torch.Tensor:
+    """:func:`add_steer_torch` of latched additions whose scales are known: [rows, K], of `edits.torch_scales`."""
+    return _rounded_sum(x, residual, *torch_added(x.float() + residual.float(), rows, scales, vectors))
+
+
+def _rounded_sum(x: torch.Tensor, residual: torch.Tensor, y: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    """Float32 rows y of x + residual, some of them changed, in the dtype of that sum."""
     if x.dtype == residual.dtype and x.dtype in FLOAT_DTYPES:
         return y.to(x.dtype)
     stream = x + residual  # y would have rounded it

@@ -67,8 +67,11 @@ __all__ = [
     "reference_gate",
     "reference_rows",
     "reference_stream",
+    "torch_added",
     "torch_displaced",
     "torch_gate",
+    "torch_opened",
+    "torch_scales",
     "torch_stream",
 ]
 
@@ -402,11 +405,16 @@ def torch_gate(s: torch.Tensor, d: torch.Tensor, numbers: torch.Tensor) -> tuple
     square = (s * s).sum(-1)
     cosine = torch.where(square == 0, 0.0, scores / square.sqrt())
     scores = torch.where(numbers[:, SCORE] == int(Score.COSINE), cosine, scores)
-    threshold, sharpness = numbers[:, THRESHOLD], numbers[:, SHARPNESS]
+    return scores, torch_opened(scores, numbers)
+
+
+def torch_opened(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Gate values [...] of float32 scores by table rows [..., TABLE_WIDTH]."""
+    threshold, sharpness = numbers[..., THRESHOLD], numbers[..., SHARPNESS]
     hard = torch.where(scores <= threshold, 0.0, 1.0)
     soft = torch.sigmoid(sharpness * (scores - threshold))
     values = torch.where(sharpness == 0, hard, soft)
-    return scores, torch.where(values.isnan(), 1.0, values)
+    return torch.where(values.isnan(), 1.0, values)
 
 
 def torch_scaled(gate: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
@@ -475,27 +483,60 @@ def torch_displaced(
     changed = torch.zeros(each, dtype=torch.bool, device=y.device)
     if not len(values):  # without a sequence there is no slot
         return y, changed
+    if kinds == int(Kinds.LATCHED_ADD):
+        return torch_added(y, rows, torch_scales(rows, values, strength, table), vectors)
+    every_slot, every_number, gates, alphas = _torch_latched(rows, values, strength, table)
     for k in range(rows.shape[1] - 1):
-        used = rows[:, 1 + k] >= 0
-        slot, sequence = torch.where(used, rows[:, 1 + k], 0), torch.where(used, rows[:, 0], 0)
-        numbers = table.index_select(0, slot)
-        v = vectors.index_select(0, slot).float()
-        gate = torch.where(numbers[:, GATE] == int(Gate.ALWAYS), 1.0, values[:, k].index_select(0, sequence))
-        alpha = numbers[:, STRENGTH] * strength[:, k].index_select(0, sequence)
-        if kinds == int(Kinds.LATCHED_ADD):
-            b = torch_scaled(gate, alpha)
-            moves = (used & (b != 0)).view(each)
-            moved = y + b.view(each) * v.view(y.shape)
-        else:
-            d, flat = directions.index_select(0, slot).float(), s.reshape(v.shape)
-            own = torch_gate(flat.detach(), d, numbers)[1]
-            beta = torch_scaled(torch.where(numbers[:, GATE] == int(Gate.TOKEN), own, gate), alpha)
-            scale, b, c = torch_coefficients(flat, v, d, beta, numbers)
-            moves = (used & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))).view(each)
-            scale, b, c = scale.view(each), b.view(each), c.view(each)
-            moved = torch.where(scale != 0, y + scale * s, y) + b * v.view(y.shape)
-            moved = torch.where(c != 0, moved + c * d.view(y.shape), moved)
+        slot, numbers = every_slot[:, k], every_number[:, k]
+        v, d = vectors.index_select(0, slot).float(), directions.index_select(0, slot).float()
+        flat = s.reshape(v.shape)
+        own = torch_gate(flat.detach(), d, numbers)[1]
+        beta = torch_scaled(torch.where(numbers[:, GATE] == int(Gate.TOKEN), own, gates[:, k]), alphas[:, k])
+        scale, b, c = torch_coefficients(flat, v, d, beta, numbers)
+        moves = ((rows[:, 1 + k] >= 0) & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))).view(each)
+        scale, b, c = scale.view(each), b.view(each), c.view(each)
+        moved = torch.where(scale != 0, y + scale * s, y) + b * v.view(y.shape)
+        moved = torch.where(c != 0, moved + c * d.view(y.shape), moved)
         # Rows that stay are copied bit by bit: finding the others first would make the CPU wait for the device.
         y = torch.where(moves, moved, y)
         changed = changed | moves
     return y, changed
+
+
+def torch_scales(rows: torch.Tensor, values: torch.Tensor, strength: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """What each row's slots multiply their vectors by where they are latched additions: float32 [..., rows, K].
+
+    values: [..., N, K] and table: [..., S, TABLE_WIDTH], of one layer or of several at once.
+    """
+    _, _, gates, alphas = _torch_latched(rows, values, strength, table)
+    return torch.where(rows[:, 1:] >= 0, torch_scaled(gates, alphas), 0.0)
+
+
+def torch_added(
+    y: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, vectors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `torch_displaced`, of latched additions whose scales [rows, K] are known."""
+    each = (*y.shape[:-1], 1)
+    changed = torch.zeros(each, dtype=torch.bool, device=y.device)
+    for k in range(rows.shape[1] - 1):
+        v = vectors.index_select(0, _used(rows[:, 1 + k])).float()
+        b = scales[:, k].view(each)
+        moves = b != 0
+        y = torch.where(moves, y + b * v.view(y.shape), y)
+        changed = changed | moves
+    return y, changed
+
+
+def _torch_latched(
+    rows: torch.Tensor, values: torch.Tensor, strength: torch.Tensor, table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots [rows, K], their numbers [..., rows, K, TABLE_WIDTH], and their gates and alphas [..., rows, K]."""
+    slot, sequence = _used(rows[:, 1:]), _used(rows[:, 0])
+    numbers = table.index_select(-2, slot.flatten()).unflatten(-2, slot.shape)
+    gate = torch.where(numbers[..., GATE] == int(Gate.ALWAYS), 1.0, values.index_select(-2, sequence))
+    return slot, numbers, gate, numbers[..., STRENGTH] * strength.index_select(0, sequence)
+
+
+def _used(numbers: torch.Tensor) -> torch.Tensor:
+    """0 where there is no slot or sequence, which is read in vain."""
+    return torch.where(numbers >= 0, numbers, 0)

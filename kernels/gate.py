@@ -6,6 +6,8 @@ score 0 and value 0 are stored, and nothing is read for it. A slot whose gate is
 
 Same row, same bits, in any batch and at any position of it: in C++, and in Triton where rows start at multiples of
 16 bytes. A row whose <s, s> leaves the range of float32 (norms above 1.8e19) has no meaningful cosine.
+
+:func:`mean_gate_unchecked_` is the gate that reads the mean score of many rows instead.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from .contract import (
     check_stack,
     library,
 )
-from .edits import reference_gate, reference_stream, torch_gate, torch_stream
+from .edits import reference_gate, reference_stream, torch_gate, torch_opened, torch_stream
 from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia
 
 try:
@@ -34,7 +36,7 @@ try:
 except ImportError:  # a CPU-only install: the ops then run as C++ or torch
     triton = None
 
-__all__ = ["gate_", "gate_torch_", "gate_triton_", "gate_unchecked_", "reference"]
+__all__ = ["gate_", "gate_torch_", "gate_triton_", "gate_unchecked_", "mean_gate_unchecked_", "reference"]
 
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -248,3 +250,43 @@ def gate_unchecked_(
     """
     run = gate_triton_ if eager_cuda(x) else torch.ops.steerfast.gate_.default
     run(x, residual, row, slot, directions, table, scores, values)
+
+
+def mean_gate_unchecked_(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    member: torch.Tensor,
+    total: torch.Tensor,
+    closes: torch.Tensor,
+    slot: torch.Tensor,
+    directions: torch.Tensor,
+    table: torch.Tensor,
+    sums: torch.Tensor,
+    scores: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Add each row's score to its sequence's sum; where that is complete, latch the mean and how far gates open for it.
+
+    The rows are scored by :func:`gate_unchecked_`, each for itself. Sums are float64, so that their order, and how a
+    prompt is split into steps, do not show in a float32 mean but by rounding.
+
+    Args:
+        x, residual, slot, directions, table, scores, values: as of :func:`gate_`.
+        member: [rows] int32, the sequence whose mean a row is part of; -1: none.
+        total: [n] int32, of how many rows a sequence's mean is taken.
+        closes: [n] bool, whether the last of them is among x.
+        sums: [n, K] float64, of the rows that came before; written.
+    """
+    if not len(x) or not len(slot):
+        return
+    counts = member >= 0
+    sequence = torch.where(counts, member, 0)
+    row = torch.where(counts, torch.arange(len(x), dtype=torch.int32, device=x.device), -1)
+    each = torch.zeros(len(x), slot.shape[1], dtype=torch.float32, device=x.device)  # a row that does not count adds 0
+    gate_unchecked_(x, residual, row, slot.index_select(0, sequence), directions, table, each, torch.zeros_like(each))
+    sums.index_add_(0, sequence, each.double())
+    mean = (sums / total[:, None]).float()
+    used = slot >= 0
+    numbers = table.index_select(0, torch.where(used, slot, 0).flatten()).unflatten(0, slot.shape)
+    for latch, new in ((scores, mean), (values, torch_opened(mean, numbers))):
+        latch.copy_(torch.where(closes[:, None], torch.where(used, new, 0.0), latch))

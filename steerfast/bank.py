@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from steerfast.kernels import contract
 from steerfast.kernels.contract import Edit, Gate, Kinds, Score
 from steerfast.profile import SteeringProfile
 
-__all__ = ["Bank", "LayerBank", "kinds_of"]
+__all__ = ["Bank", "Deciding", "LayerBank", "kinds_of"]
 
 _EDITS = {
     "add": Edit.ADD,
@@ -27,6 +28,18 @@ _EDITS = {
     "keep_norm": Edit.KEEP_NORM,
     "rotate": Edit.ROTATE,
 }
+
+
+class Deciding(NamedTuple):
+    """Of each layer and sequence: where its slot's gate decides in a step.
+
+    row: int32 [layers, n], the row that the gate reads; -1: none. closes: bool [layers, n], whether it reads the mean
+    of rows up to this step. senses: bool [layers, n], whether one or the other is for all layers.
+    """
+
+    row: Tensor
+    closes: Tensor
+    senses: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class Bank:
         vectors: [layers, slots, H].
         directions: [layers, slots, H].
         table: float32 [layers, slots, TABLE_WIDTH], see `steerfast.kernels.contract`.
-        gates: bool [layers, slots], where a slot's gate decides.
+        gates: bool [layers, slots], where a slot's gate decides. means: the same of those that read a mean.
         sensors: bool [layers, slots], where its prompt gate decides for all layers.
 
     Raises:
@@ -97,6 +110,7 @@ class Bank:
             self.directions = torch.zeros(shape, dtype=dtype, device=device)
             self.table = _shut(num_layers)[:, None].repeat(1, slots, 1).to(device)
             self.gates = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+            self.means = torch.zeros(shape[:2], dtype=torch.bool, device=device)
             self.sensors = torch.zeros(shape[:2], dtype=torch.bool, device=device)
             self._layers = [
                 LayerBank(self.vectors[layer], self.directions[layer], self.table[layer], kinds)
@@ -135,20 +149,17 @@ class Bank:
             return LayerBank(self.vectors[layer], self.directions[layer], self.table[layer], self.kinds)
         return self._layers[layer]
 
-    def deciding(self, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows the gates of each layer read.
+    def deciding(self, row: Tensor, slot: Tensor) -> Deciding:
+        """Which gates of each layer decide, and what they read.
 
         Args:
-            row: int32 [n], the row that each sequence's prompt gates read; -1: none in this step.
+            row: int32 [n], the row at which each sequence's prompt gates decide; -1: none in this step.
             slot: int32 [n], the slot of each sequence; -1: none.
-
-        Returns:
-            int32 [layers, n], the row where the slot's gate decides, -1 elsewhere; bool [layers, n], whether it does
-            so for all layers.
         """
         index = slot.long()
         here = self.gates[:, index] & (row >= 0) & (slot >= 0)
-        return torch.where(here, row, -1), here & self.sensors[:, index]
+        closes = here & self.means[:, index]
+        return Deciding(torch.where(here & ~closes, row, -1), closes, here & self.sensors[:, index])
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
@@ -228,6 +239,7 @@ class Bank:
         if profile is not None:
             gates[profile.gate_layers] = True
         self.gates[:, slot].copy_(gates)
+        self.means[:, slot].copy_(gates & (profile is not None and profile.gate.pooling == "mean"))
         single = profile is not None and profile.sensor != "own" and profile.gate.kind == "prompt"
         self.sensors[:, slot].copy_(gates & single)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerfast.kernels.contract import MAX_STACK
+from steerfast.profile import Gate
 
-__all__ = ["NO_END", "UNSTEERED", "Rows", "StepTables", "answer_rows", "prompt_rows", "response_rows"]
+__all__ = ["NO_END", "UNSTEERED", "Rows", "StepTables", "answer_rows", "mean_rows", "prompt_rows", "response_rows"]
 
 UNSTEERED = -1
 _INT32_MAX = 2**31 - 1
@@ -34,14 +35,19 @@ class Rows:
         rows: int32 [rows, 1 + K], the sequence of each row, then its slots; -1 where none edits it.
         deciding: int32 [n], the row each sequence's prompt gate reads; -1 where the step holds no prompt token of it.
         slot: int32 [n, K], the slots whose gates the sequence decides.
+        member: int32 [rows], the sequence in whose prompt's mean score a row counts; -1: none. None: no row does.
+        total: int32 [n], of how many rows that mean is taken.
     """
 
     rows: Tensor
     deciding: Tensor
     slot: Tensor
+    member: Tensor | None = None
+    total: Tensor | None = None
 
     def to(self, device: torch.device) -> Rows:
-        return Rows(*(t.to(device, non_blocking=True) for t in (self.rows, self.deciding, self.slot)))
+        tensors = (self.rows, self.deciding, self.slot, self.member, self.total)
+        return Rows(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
 
     def each_for_itself(self) -> Rows:
         """The same step with every row a sequence of its own that decides if it is steered, for token gates."""
@@ -58,7 +64,16 @@ def answer_rows(answer_tokens: int | None) -> int:
     return NO_END if answer_tokens is None else min(NO_END, answer_tokens - 1)
 
 
-def prompt_rows(valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor, steered_answer: Tensor) -> Rows:
+def mean_rows(gate: Gate) -> int:
+    """Of how many of a prompt's last rows the gate reads the mean; 0: it reads none."""
+    if gate.pooling != "mean":
+        return 0
+    return NO_END if gate.window is None else min(NO_END, gate.window)
+
+
+def prompt_rows(
+    valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor, steered_answer: Tensor, mean: Tensor
+) -> Rows:
     """Tables of a step that holds prompt tokens.
 
     Args:
@@ -68,6 +83,7 @@ def prompt_rows(valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor, 
         late: bool [N], whether a sequence is steered from the prompt's last valid row on (positions ``response``), and
             not in every valid row. One without a prompt token in this step has all its valid rows steered.
         steered_answer: int32 [N], how many columns after the prompt a sequence is steered in.
+        mean: int32 [N], of how many of its prompt's last rows a mean is taken, see `mean_rows`.
     """
     count, width = valid.shape
     column = torch.arange(width, dtype=torch.int32, device=valid.device)
@@ -76,8 +92,12 @@ def prompt_rows(valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor, 
     steered = valid & ((column >= last[:, None]) | ~late[:, None])
     steered &= column < prompt_columns + steered_answer[:, None]
     start = torch.arange(count, dtype=torch.int32, device=valid.device) * width
-    deciding = torch.where((last >= 0) & (slot >= 0), start + last, UNSTEERED)
-    return _rows(torch.where(steered, slot[:, None], UNSTEERED), deciding, slot)
+    decides = (last >= 0) & (slot >= 0)
+    rows = _rows(torch.where(steered, slot[:, None], UNSTEERED), torch.where(decides, start + last, UNSTEERED), slot)
+    rank = prompt.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)  # 1 at the last row of a prompt
+    counts = prompt & (rank <= mean[:, None])
+    member = torch.where(counts.flatten(), rows.rows[:, 0], UNSTEERED)
+    return replace(rows, member=member, total=counts.sum(dim=1, dtype=torch.int32))
 
 
 def response_rows(slot: Tensor, width: int, steered: Tensor) -> Rows:
@@ -112,6 +132,7 @@ class StepTables:
     Attributes:
         rows: int32 [max_rows, 1 + K], deciding: int32 [max_sequences], slot: int32 [max_sequences, K]: as in `Rows`.
         strength: float32 [max_sequences, K].
+        member: int32 [max_rows], total: int32 [max_sequences]: as in `Rows`.
 
     Raises:
         ValueError: a size that cannot be.
@@ -127,7 +148,9 @@ class StepTables:
             "deciding": (max_sequences,),
             "slot": (max_sequences, stack),
             "strength": (max_sequences, stack),
+            "total": (max_sequences,),
             "rows": (max_rows, 1 + stack),
+            "member": (max_rows,),
         }
         device = torch.device(device)
         self._start: dict[str, int] = {}
@@ -144,6 +167,8 @@ class StepTables:
             ]
             on_device = self._regions(self._device)
         self.rows, self.deciding, self.slot = (on_device[name] for name in ("rows", "deciding", "slot"))
+        self.member, self.total = on_device["member"], on_device["total"]
+        self._counted = 0  # rows of the last step, if some of them count in a mean
         self.strength = on_device["strength"].view(torch.float32)
         self.strength.zero_()
         self.rows[:, 0] = 0
@@ -164,6 +189,8 @@ class StepTables:
         deciding: Sequence[int] | NDArray[np.integer],
         steered_from: Sequence[Sequence[int]] | NDArray[np.integer] | None = None,
         steered_until: Sequence[Sequence[int]] | NDArray[np.integer] | None = None,
+        counted: tuple[Sequence[int] | NDArray[np.integer], Sequence[int] | NDArray[np.integer]] | None = None,
+        total: Sequence[int] | NDArray[np.integer] | None = None,
         *,
         columns: Sequence[int] | NDArray[np.integer] | None = None,
         padded_rows: int | None = None,
@@ -178,6 +205,9 @@ class StepTables:
             steered_from: [n, K], the first of its rows that a slot edits, from 0; the length or more: none. Default:
                 all of them.
             steered_until: [n, K], the first of its rows that a slot edits no more, from 0. Default: none.
+            counted: [n] and [n], the first of its rows that counts in a sequence's mean score and the first after it
+                that does not, from 0. Default: none do.
+            total: [n], of how many rows that mean is taken, over all steps. Default: 0.
             columns: [n], distinct: where each sequence lies in `deciding`, `slot` and `strength`. Default: 0, 1, ...
             padded_rows: rows of the launch, at least the sum of the lengths; those beyond it are not steered.
 
@@ -203,6 +233,8 @@ class StepTables:
             None if given is None else _whole(name, given, (count, stack), 0, _INT32_MAX)
             for name, given in (("steered_from", steered_from), ("steered_until", steered_until))
         )
+        counts = None if counted is None else _whole("counted", counted, (2, count), 0, _INT32_MAX)
+        totals = np.zeros(count, np.int64) if total is None else _whole("total", total, (count,), 0, _INT32_MAX)
         column = np.arange(count)
         if columns is not None:
             column = _whole("columns", columns, (count,), 0, len(self.slot) - 1)
@@ -221,6 +253,7 @@ class StepTables:
             ("deciding", np.where(decides < 0, -1, start + decides), -1),
             ("slot", slot, UNSTEERED),
             ("strength", strength.view(np.int32), 0),
+            ("total", totals, 0),
         ):
             host.regions[name][:] = unused
             host.regions[name][column] = content
@@ -237,6 +270,17 @@ class StepTables:
         rows[used:padded, 1:] = UNSTEERED
         end = self._start["rows"] + padded * (1 + stack)
         self._device[:end].copy_(host.buffer[:end], non_blocking=True)
+        if counts is not None or self._counted:
+            member = host.regions["member"][: max(padded, self._counted)]
+            member[:] = UNSTEERED
+            self._counted = 0
+            if counts is not None:
+                inside = (place[:, 0] >= counts[0][sequence]) & (place[:, 0] < counts[1][sequence])
+                member[:used][inside] = column[sequence][inside]
+                self._counted = padded
+            begin = self._start["member"]
+            part = slice(begin, begin + len(member))
+            self._device[part].copy_(host.buffer[part], non_blocking=True)
         if host.copied is not None:
             host.copied.record(torch.cuda.current_stream(self._device.device))
         self._hosts.append(self._hosts.pop(0))
@@ -257,7 +301,7 @@ def _shaped(name: str, given: object, shape: tuple[int | None, ...]) -> NDArray[
         array = np.asarray(given)
     except ValueError:
         raise ValueError(f"{name}: expected rows of one length, got {given!r}") from None
-    if array.size == 0 and not shape[0]:
+    if array.size == 0 and not all(shape):
         array = np.zeros([size or 0 for size in shape], dtype=np.int64)  # an empty list has one dimension alone
     if array.ndim != len(shape) or any(w is not None and w != n for w, n in zip(shape, array.shape, strict=True)):
         expected = ", ".join("n" if size is None else str(size) for size in shape)

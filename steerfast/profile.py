@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 
 GATE_KINDS = ("always", "prompt", "token")
 SCORES = ("cosine", "dot")
+POOLINGS = ("last", "mean")
 EDITS = ("add", "ablate", "clamp", "keep_norm", "rotate")
 POSITIONS = ("all", "response")
 
@@ -141,18 +142,33 @@ class ModelIdentity:
 class Gate:
     """How a decision is taken.
 
-    kind: ``always`` (no gate), ``prompt`` (the prompt's last token, latched), ``token`` (each row for itself).
+    kind: ``always`` (no gate), ``prompt`` (decided at the prompt's last token, latched), ``token`` (each row for
+        itself).
     score: ``cosine`` or ``dot`` with the layer's direction.
     sharpness: 0 is a hard gate, g = [score > threshold]; above 0 soft, g = sigmoid(sharpness·(score − threshold)).
+    pooling: of a prompt gate: the score of the prompt's ``last`` token, or the ``mean`` score of its tokens that the
+        model reads then (a chat template's included, those of earlier turns in a cache not).
+    window: of so many of them, the last ones, the mean is taken; None: of all. Bounded, text put before a request moves
+        the mean only so far.
     """
 
     kind: Literal["always", "prompt", "token"] = "prompt"
     score: Literal["cosine", "dot"] = "cosine"
     sharpness: float = 0.0
+    pooling: Literal["last", "mean"] = "last"
+    window: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("gate.kind", self.kind, GATE_KINDS)
         _one_of("gate.score", self.score, SCORES)
+        _one_of("gate.pooling", self.pooling, POOLINGS)
+        if self.pooling != "last" and self.kind != "prompt":
+            raise ProfileError(f"gate.pooling: expected 'last' for a gate of kind {self.kind!r}, got {self.pooling!r}")
+        window = self.window
+        if window is not None and not (isinstance(window, int) and not isinstance(window, bool) and window >= 1):
+            raise ProfileError(f"gate.window: expected None or a whole number >= 1, got {window!r}")
+        if window is not None and self.pooling != "mean":
+            raise ProfileError(f"gate.window: expected None where no mean is read, got {window}")
         if not (_is_number(self.sharpness) and 0 <= self.sharpness < math.inf):
             raise ProfileError(f"gate.sharpness: expected a finite number >= 0, got {self.sharpness!r}")
 
@@ -406,6 +422,9 @@ class SteeringProfile:
             header |= {name: _finite_or_none(getattr(self, name)) for name in ("low", "high")}
         if self.edit == "rotate":
             header["angle"] = self.angle
+        for name, default in (("pooling", "last"), ("window", None)):  # profiles without them keep their checksums
+            if header["gate"][name] == default:
+                del header["gate"][name]
         if self.answer_tokens is not None:
             header["answer_tokens"] = self.answer_tokens
         try:

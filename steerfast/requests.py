@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerfast.bank import Bank
-from steerfast.batch import NO_END, UNSTEERED, StepTables, answer_rows
-from steerfast.errors import ProfileError
+from steerfast.bank import Bank, Deciding
+from steerfast.batch import NO_END, UNSTEERED, StepTables, answer_rows, mean_rows
+from steerfast.errors import ProfileError, SteerfastError
 from steerfast.profile import SteeringProfile
 
 __all__ = ["Request", "Requests", "check_packed", "reach"]
@@ -35,6 +35,7 @@ class Request:
     late: whether it is steered from that token on (positions ``response``), and not in every row.
     is_open: what its latch says before anything is decided: True where its slot has no gates.
     answer_rows: how many rows after its prompt are steered.
+    mean: of how many of its prompt's last rows its gates read the mean, 0: none; `counted`: up to which row they have.
     """
 
     slot: int
@@ -43,15 +44,23 @@ class Request:
     late: bool = True
     is_open: bool = False
     answer_rows: int = NO_END
+    mean: int = 0
     column: int | None = field(default=None, init=False)
     decided: bool = field(default=False, init=False)
+    counted: int = field(default=0, init=False)
+
+    @property
+    def mean_from(self) -> int:
+        """The first row that the mean takes."""
+        return max(0, self.prompt_length - self.mean)
 
 
-def reach(profile: SteeringProfile | None) -> tuple[bool, bool, int]:
-    """`late`, `is_open` and `answer_rows` of a request that the profile steers; None: nobody does."""
+def reach(profile: SteeringProfile | None) -> tuple[bool, bool, int, int]:
+    """`late`, `is_open`, `answer_rows` and `mean` of a request that the profile steers; None: nobody does."""
     if profile is None:
-        return True, False, NO_END
-    return profile.positions == "response", profile.gate.kind == "always", answer_rows(profile.answer_tokens)
+        return True, False, NO_END, 0
+    rows, mean = answer_rows(profile.answer_tokens), mean_rows(profile.gate)
+    return profile.positions == "response", profile.gate.kind == "always", rows, mean
 
 
 class Requests:
@@ -66,8 +75,8 @@ class Requests:
     Attributes:
         tables: the step's rows, slots and strengths; a request's sequence number is its column.
         values: float32 [layers, max_requests], latched gate values. scores: the same of what they were decided from.
-        deciding: int32 [layers, max_requests], the row that each gate of a layer reads in this step; -1: none.
-        senses: bool [layers, max_requests], whether that gate decides for all layers.
+        sums: float64 [layers, max_requests], what gates that read a mean have added up.
+        decides: which gates decide in this step, [layers, max_requests] each.
 
     Raises:
         ValueError: a size below 1.
@@ -82,13 +91,18 @@ class Requests:
             shape = (layers, max_requests)
             self.values = torch.zeros(shape, dtype=torch.float32, device=device)
             self.scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
-            self.deciding = torch.full(shape, -1, dtype=torch.int32, device=device)
-            self.senses = torch.zeros(shape, dtype=torch.bool, device=device)
+            self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+            self.decides = Deciding(
+                torch.full(shape, -1, dtype=torch.int32, device=device),
+                torch.zeros(shape, dtype=torch.bool, device=device),
+                torch.zeros(shape, dtype=torch.bool, device=device),
+            )
         self._requests: dict[str, Request] = {}
         self._free = list(range(max_requests))
         self._ended: dict[str, int] = {}  # columns of requests that ended
-        self._host: dict[str, Tensor] = {}  # values and scores [2, layers] that have no column
+        self._host: dict[str, Tensor] = {}  # values, scores and sums, float64 [3, layers], that have no column
         self._deciding: list[Request] = []  # those that decide in this step
+        self._counting_now: list[tuple[Request, int]] = []  # those of which a mean takes rows of it, and how many then
         self._was_deciding = False
         self._launched = torch.cuda.Event() if device.type == "cuda" else None
         self._lock = threading.RLock()
@@ -108,8 +122,12 @@ class Requests:
         with self._lock:
             return {request.slot for request in self._requests.values()} - {UNSTEERED}
 
-    def add(self, name: str, request: Request) -> None:
+    def add(self, name: str, request: Request, like: str | None = None) -> None:
         """Let `name` be a request from the next step on; one that ended may have had the same name.
+
+        Args:
+            like: one of the same prompt and profile, copies of whose rows it finds in its cache. A mean takes these
+                rows, too.
 
         Raises:
             ValueError: there is such a request.
@@ -119,6 +137,8 @@ class Requests:
                 raise ValueError(f"name: expected a new one, got {name!r}")
             self.forget(name)
             self._requests[name] = request
+            if like is not None and request.mean:
+                self._continue(name, request, like)
 
     def end(self, names: Iterable[str]) -> None:
         """Let these requests have no more steps; what they decided stays readable, of the last 65,536 of them."""
@@ -144,7 +164,7 @@ class Requests:
             if request is not None and not request.decided:
                 return None
             if name in self._host:
-                return self._host[name]
+                return self._host[name][:2].float()
             column = self._ended.get(name) if request is None else request.column
             if column is None:
                 return None
@@ -176,11 +196,12 @@ class Requests:
             padded_rows: rows of the step, padding included.
 
         Returns:
-            Whether some gate decides in it.
+            Whether some gate reads rows of it.
 
         Raises:
             KeyError: there is no such request.
             ValueError: more requests or rows than there is room for.
+            SteerfastError: rows of a prompt whose mean a gate reads were never in a step.
         """
         with self._lock:
             requests = [self._requests[name] for name in names]
@@ -191,7 +212,9 @@ class Requests:
         decided = np.array([request.decided for request in requests], dtype=np.bool_)
         before = np.asarray(past, dtype=np.int64)
         last = prompt - 1 - before  # the row of this step that is the prompt's last
-        decides = ~decided & (slot >= 0) & (last >= 0) & (last < np.asarray(lengths, dtype=np.int64))
+        length = np.asarray(lengths, dtype=np.int64)
+        decides = ~decided & (slot >= 0) & (last >= 0) & (last < length)
+        counted = self._count(names, requests, prompt, before, length)
         self.tables.write(
             lengths,
             slot[:, None],
@@ -199,16 +222,46 @@ class Requests:
             np.where(decides, last, -1),
             np.where(late, last.clip(0), 0)[:, None],
             (end - before).clip(0)[:, None],
+            counted,
+            None if counted is None else [request.prompt_length - request.mean_from for request in requests],
             columns=[request.column for request in requests],  # type: ignore[misc]
             padded_rows=padded_rows,
         )
         self._deciding = [request for request, now in zip(requests, decides, strict=True) if now]
         if self._deciding or self._was_deciding:
-            deciding, senses = self.bank.deciding(self.tables.deciding, self.tables.slot[:, 0])
-            self.deciding.copy_(deciding)
-            self.senses.copy_(senses)
+            decided_here = self.bank.deciding(self.tables.deciding, self.tables.slot[:, 0])
+            for mine, now in zip(self.decides, decided_here, strict=True):
+                mine.copy_(now)
         self._was_deciding = bool(self._deciding)
-        return self._was_deciding
+        return self._was_deciding or counted is not None
+
+    def _count(
+        self,
+        names: Sequence[str],
+        requests: Sequence[Request],
+        prompt: NDArray[np.int64],
+        past: NDArray[np.int64],
+        length: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Which rows of each request a mean takes in this step: its prompt's that no step before had. None: no rows.
+
+        A request's rows may be computed again, or stay in its cache: they count once.
+        """
+        self._counting_now = []
+        if not any(request.mean for request in requests):
+            return None
+        first, until = np.zeros(len(requests), np.int64), np.zeros(len(requests), np.int64)
+        for i, (name, request) in enumerate(zip(names, requests, strict=True)):
+            if not request.mean or request.counted >= prompt[i]:
+                continue
+            begin = max(request.counted, request.mean_from)
+            if past[i] > begin:
+                raise SteerfastError(
+                    f"request {name!r}: rows of its prompt, of which a gate reads the mean, came from a cache"
+                )
+            first[i], until[i] = begin - past[i], min(prompt[i] - past[i], length[i])
+            self._counting_now.append((request, max(request.counted, int(past[i] + until[i]))))
+        return (first, until) if (until > first).any() else None
 
     def launched(self) -> None:
         """The step's forward pass lies on the device's current stream: what it decides stands and can be read."""
@@ -217,7 +270,33 @@ class Requests:
                 self._launched.record()
             for request in self._deciding:
                 request.decided = True
-            self._deciding = []
+            for request, counted in self._counting_now:
+                request.counted = counted
+            self._deciding, self._counting_now = [], []
+
+    def _continue(self, name: str, request: Request, like: str) -> None:
+        """Go on from what a mean took of another one's prompt, or from what it decided."""
+        other = self._requests.get(like)
+        column = self._ended.get(like) if other is None else other.column
+        if like in self._host:
+            latch = self._host[like]
+        elif column is not None:
+            if self._launched is not None:
+                self._launched.synchronize()
+            latch = self._latches([column])[0]
+        else:
+            return
+        self._host[name] = latch.clone()
+        if other is None or other.decided:  # of one that ended, nothing else is kept
+            request.decided, request.counted = True, request.prompt_length
+        else:
+            request.counted = other.counted
+
+    def _latches(self, columns: Sequence[int]) -> Tensor:
+        """Values, scores and sums in these columns, float64 [columns, 3, layers] on the CPU."""
+        index = torch.tensor(columns).to(self.values.device)
+        tensors = (self.values, self.scores, self.sums)
+        return torch.stack([t[:, index].T.double() for t in tensors], dim=1).cpu()
 
     def _give_columns(self, names: Sequence[str], requests: Sequence[Request]) -> None:
         missing = [(name, request) for name, request in zip(names, requests, strict=True) if request.column is None]
@@ -231,11 +310,12 @@ class Requests:
         latches = []
         for name, request in missing:
             request.column = self._free.pop()
-            fresh = torch.tensor([[float(request.is_open)], [float("-inf")]], device="cpu").expand(2, layers)
+            start = [[float(request.is_open)], [float("-inf")], [0.0]]
+            fresh = torch.tensor(start, dtype=torch.float64, device="cpu").expand(3, layers)
             latches.append(self._host.pop(name, fresh))
         index = _sent(torch.tensor([request.column for _, request in missing], device="cpu"), device)
-        values, scores = _sent(torch.stack(latches, dim=2), device)  # [2, layers, missing]
-        self.values[:, index], self.scores[:, index] = values, scores
+        values, scores, sums = _sent(torch.stack(latches, dim=2), device)  # [3, layers, missing]
+        self.values[:, index], self.scores[:, index], self.sums[:, index] = values.float(), scores.float(), sums
 
     def _make_room(self, count: int, busy: set[str]) -> None:
         """Move decisions to the host: of requests that ended, and where those are too few, of some that rest."""
@@ -245,10 +325,8 @@ class Requests:
                 break
             if request.column is not None and name not in busy:
                 moved[name], request.column = request.column, None
-        index = torch.tensor(list(moved.values())).to(self.values.device)
-        values, scores = self.values[:, index].cpu(), self.scores[:, index].cpu()
-        for number, (name, column) in enumerate(moved.items()):
-            self._host[name] = torch.stack([values[:, number], scores[:, number]])
+        for (name, column), latch in zip(moved.items(), self._latches(list(moved.values())), strict=True):
+            self._host[name] = latch.clone()
             self._free.append(column)
         ended = [name for name in self._host if name not in self._requests]
         for name in ended[: max(0, len(ended) - _KEPT)]:

@@ -105,6 +105,8 @@ def _profile(
     kind: str = "prompt",
     score: str = "cosine",
     sharpness: float = 0.0,
+    pooling: str = "last",
+    window: int | None = None,
     **fields: Any,
 ) -> SteeringProfile:
     """Random unit directions, random vectors of norm `size`; steers `layers` (default: all from the second on)."""
@@ -124,6 +126,6 @@ def _profile(
         "vector": size * vector / vector.norm(dim=1, keepdim=True),
         "strength": chosen,
         "norm": torch.zeros(count),
-        "gate": Gate(kind=kind, score=score, sharpness=sharpness),  # type: ignore[arg-type]
+        "gate": Gate(kind, score, sharpness, pooling, window),  # type: ignore[arg-type]
     }
     return SteeringProfile(**{**values, **fields})

@@ -25,7 +25,7 @@ LAYERS, HIDDEN = 5, 32
 
 
 def content(bank: Bank) -> tuple[Tensor, ...]:
-    tensors = (bank.vectors, bank.directions, bank.table, bank.gates, bank.sensors)
+    tensors = (bank.vectors, bank.directions, bank.table, bank.gates, bank.means, bank.sensors)
     return tuple(tensor.clone() for tensor in tensors)
 
 
@@ -140,44 +140,55 @@ def test_memory_stays_where_it_is(tiny_llama: Any, make_profile: MakeProfile) ->
 
 
 def test_where_gates_decide(tiny_llama: Any, make_profile: MakeProfile) -> None:
-    bank = Bank(LAYERS, HIDDEN, 4)
-    addresses = [bank.gates.data_ptr(), bank.sensors.data_ptr()]
+    bank = Bank(LAYERS, HIDDEN, 6)
+    addresses = [tensor.data_ptr() for tensor in (bank.gates, bank.means, bank.sensors)]
 
     def held(tensor: Tensor) -> list[list[int]]:
         assert tensor.dtype == torch.bool
-        return [tensor[:, slot].nonzero().flatten().tolist() for slot in range(4)]
+        return [tensor[:, slot].nonzero().flatten().tolist() for slot in range(6)]
 
-    assert held(bank.gates) == held(bank.sensors) == [[], [], [], []]
+    assert held(bank.gates) == held(bank.means) == held(bank.sensors) == [[]] * 6
     bank.add("own", make_profile(tiny_llama, layers=[1, 3]))
     bank.add("sensor", make_profile(tiny_llama, layers=[1, 3], sensor=2))
     bank.add("always", make_profile(tiny_llama, layers=[1, 3], kind="always"))
     bank.add("token", make_profile(tiny_llama, layers=[1, 3], kind="token", sensor=0))
-    assert held(bank.gates) == [[1, 3], [2], [], [0]]
-    assert held(bank.sensors) == [[], [2], [], []]
+    bank.add("mean", make_profile(tiny_llama, layers=[1, 3], pooling="mean"))
+    bank.add("mean sensor", make_profile(tiny_llama, layers=[2, 3], sensor=1, pooling="mean"))
+    assert held(bank.gates) == [[1, 3], [2], [], [0], [1, 3], [1]]
+    assert held(bank.means) == [[], [], [], [], [1, 3], [1]]
+    assert held(bank.sensors) == [[], [2], [], [], [], [1]]
 
-    # Six sequences: two of the first slot, one of which decides nothing in this step, and one that nobody steers.
-    row, slot = (torch.tensor(numbers, dtype=torch.int32) for numbers in ((5, -1, 7, 9, 11, 13), (0, 0, 1, 2, -1, 3)))
-    deciding, senses = bank.deciding(row, slot)
-    none = [-1] * 6
-    assert deciding.tolist() == [
-        [-1, -1, -1, -1, -1, 13],
-        [5, -1, -1, -1, -1, -1],
-        [-1, -1, 7, -1, -1, -1],
-        [5, -1, -1, -1, -1, -1],
-        none,
+    # Two of the first slot, one of which decides nothing in this step, one that nobody steers, and three that read a
+    # mean, one of which decides nothing yet.
+    sequences = ((5, 0), (-1, 0), (7, 1), (9, 2), (11, -1), (13, 3), (15, 4), (17, 5), (-1, 5))
+    row, slot = torch.tensor(sequences, dtype=torch.int32).T
+    decides = bank.deciding(row, slot)
+    assert decides.row.tolist() == [
+        [-1, -1, -1, -1, -1, 13, -1, -1, -1],
+        [5, -1, -1, -1, -1, -1, -1, -1, -1],
+        [-1, -1, 7, -1, -1, -1, -1, -1, -1],
+        [5, -1, -1, -1, -1, -1, -1, -1, -1],
+        [-1] * 9,
     ]
-    assert senses.nonzero().tolist() == [[2, 2]]
-    assert (deciding.dtype, senses.dtype) == (torch.int32, torch.bool)
+    assert decides.closes.nonzero().tolist() == [[1, 6], [1, 7], [3, 6]]
+    assert decides.senses.nonzero().tolist() == [[1, 7], [2, 2]]
+    assert [tensor.dtype for tensor in decides] == [torch.int32, torch.bool, torch.bool]
 
-    bank.replace("own", make_profile(tiny_llama, layers=[4], sensor=3))
+    bank.replace("own", make_profile(tiny_llama, layers=[4], sensor=3, pooling="mean"))
     bank.replace("sensor", make_profile(tiny_llama, layers=[1, 3], kind="always"))
+    bank.replace("mean sensor", make_profile(tiny_llama, layers=[2, 3]))
     bank.remove("token")
-    assert held(bank.gates) == [[3], [], [], []]
-    assert held(bank.sensors) == [[3], [], [], []]
-    deciding, senses = bank.deciding(row, slot)
-    assert deciding.tolist() == [none, none, none, [5, -1, -1, -1, -1, -1], none]
-    assert senses.nonzero().tolist() == [[3, 0]]
-    assert [bank.gates.data_ptr(), bank.sensors.data_ptr()] == addresses
+    bank.remove("mean")
+    assert held(bank.gates) == [[3], [], [], [], [], [2, 3]]
+    assert held(bank.means) == [[3], [], [], [], [], []]
+    assert held(bank.sensors) == [[3], [], [], [], [], []]
+    decides = bank.deciding(row, slot)
+    assert [[layer, at, int(decides.row[layer, at])] for layer, at in (decides.row >= 0).nonzero().tolist()] == [
+        [2, 7, 17],
+        [3, 7, 17],
+    ]
+    assert decides.closes.nonzero().tolist() == decides.senses.nonzero().tolist() == [[3, 0]]
+    assert [tensor.data_ptr() for tensor in (bank.gates, bank.means, bank.sensors)] == addresses
 
 
 def test_a_slot_that_was_left_is_taken_last(tiny_llama: Any, make_profile: MakeProfile) -> None:

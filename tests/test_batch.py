@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steerfast.batch import NO_END, UNSTEERED, Rows, StepTables, answer_rows, prompt_rows, response_rows
+from steerfast.batch import NO_END, UNSTEERED, Rows, StepTables, answer_rows, mean_rows, prompt_rows, response_rows
+from steerfast.profile import Gate
 
 MASKS = st.integers(1, 5).flatmap(
     lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4)
@@ -20,7 +21,7 @@ MASKS = st.integers(1, 5).flatmap(
 
 
 def tensors(rows: Rows) -> tuple[Tensor, ...]:
-    return rows.rows, rows.deciding, rows.slot
+    return tuple(t for t in (rows.rows, rows.deciding, rows.slot, rows.member, rows.total) if t is not None)
 
 
 # -- padded batches ----------------------------------------------------------------------------------------------------
@@ -33,22 +34,34 @@ def int32(*numbers: int) -> Tensor:
 @given(mask=MASKS, prompt_columns=st.integers(1, 7), data=st.data())
 def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, data: st.DataObject) -> None:
     count, width = len(mask), len(mask[0])
-    slots = data.draw(st.lists(st.integers(-1, 3), min_size=count, max_size=count))
-    late = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
-    answer = data.draw(st.lists(st.sampled_from([0, 1, 2, NO_END]), min_size=count, max_size=count))
-    rows = prompt_rows(torch.tensor(mask), prompt_columns, int32(*slots), torch.tensor(late), int32(*answer))
-    expected, deciding = [], []
+
+    def of_each(elements: st.SearchStrategy[Any]) -> list[Any]:
+        return data.draw(st.lists(elements, min_size=count, max_size=count))
+
+    slots, late = of_each(st.integers(-1, 3)), of_each(st.booleans())
+    answer, mean = of_each(st.sampled_from([0, 1, 2, NO_END])), of_each(st.sampled_from([0, 1, 2, 3, NO_END]))
+    rows = prompt_rows(
+        torch.tensor(mask), prompt_columns, int32(*slots), torch.tensor(late), int32(*answer), int32(*mean)
+    )
+    expected, deciding, member, total = [], [], [], []
     for n, valid in enumerate(mask):
         prompt = [t for t in range(width) if valid[t] and t < prompt_columns]
         deciding.append(n * width + prompt[-1] if prompt and slots[n] >= 0 else -1)
+        counted = prompt[max(0, len(prompt) - mean[n]) :]
+        total.append(len(counted))
         for t in range(width):
             in_answer = not prompt or t >= prompt[-1]
             here = valid[t] and (in_answer or not late[n]) and t < prompt_columns + answer[n]
             expected.append([n, slots[n] if here else UNSTEERED])
+            member.append(n if t in counted else -1)
     assert rows.rows.tolist() == expected
     assert rows.deciding.tolist() == deciding
     assert rows.slot.tolist() == [[slot] for slot in slots]
-    assert [t.dtype for t in tensors(rows)] == [torch.int32] * 3
+    assert rows.member is not None
+    assert rows.total is not None
+    assert rows.member.tolist() == member
+    assert rows.total.tolist() == total
+    assert [t.dtype for t in tensors(rows)] == [torch.int32] * 5
     assert all(t.is_contiguous() for t in tensors(rows))
 
 
@@ -72,9 +85,16 @@ def test_answer_rows() -> None:
     assert answer_rows(None) == NO_END
 
 
+def test_mean_rows() -> None:
+    assert [mean_rows(Gate(kind)) for kind in ("always", "prompt", "token")] == [0, 0, 0]  # type: ignore[arg-type]
+    windows = (None, 1, 128, 2**40)
+    assert [mean_rows(Gate(pooling="mean", window=window)) for window in windows] == [NO_END, 1, 128, NO_END]
+
+
 def test_each_row_for_itself() -> None:
+    ends = int32(NO_END, NO_END)
     rows = prompt_rows(
-        torch.tensor([[False, True], [True, True]]), 2, int32(0, 0), torch.tensor([True, True]), int32(NO_END, NO_END)
+        torch.tensor([[False, True], [True, True]]), 2, int32(0, 0), torch.tensor([True, True]), ends, int32(0, 0)
     ).each_for_itself()
     assert rows.rows.tolist() == [[0, -1], [1, 0], [2, -1], [3, 0]]
     assert rows.deciding.tolist() == [-1, 1, -1, 3]
@@ -84,8 +104,13 @@ def test_each_row_for_itself() -> None:
 
 
 def test_rows_move_as_one() -> None:
-    rows = response_rows(int32(0, 0), 2, int32(2, 2)).to(torch.device("meta"))
-    assert {t.device.type for t in tensors(rows)} == {"meta"}
+    valid, slot, ends = torch.ones(2, 2, dtype=torch.bool), int32(0, 0), int32(2, 2)
+    for rows, count in (
+        (response_rows(slot, 2, ends), 3),
+        (prompt_rows(valid, 2, slot, torch.tensor([True, True]), ends, ends), 5),
+    ):
+        moved = tensors(rows.to(torch.device("meta")))
+        assert [t.device.type for t in moved] == ["meta"] * count
 
 
 # -- a serving engine's steps ------------------------------------------------------------------------------------------
@@ -109,6 +134,9 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
     stack, count = draw(st.integers(1, 4)), draw(st.integers(0, 5))
     lengths = draw(st.lists(st.integers(0, 4), min_size=count, max_size=count))
 
+    def of_each(elements: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
+        return st.lists(elements, min_size=count, max_size=count)
+
     def table(elements: st.SearchStrategy[Any]) -> list[list[Any]]:
         return [draw(st.lists(elements, min_size=stack, max_size=stack)) for _ in range(count)]
 
@@ -120,21 +148,38 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
         "deciding": [draw(st.integers(-1, length - 1)) for length in lengths],
         "steered_from": draw(st.none() | st.just(table(st.integers(0, 5)))),
         "steered_until": draw(st.none() | st.just(table(st.integers(0, 5)))),
+        "counted": draw(st.none() | st.tuples(of_each(st.integers(0, 5)), of_each(st.integers(0, 5)))),
+        "total": draw(st.none() | of_each(st.integers(0, 9))),
         "columns": draw(st.none() | st.permutations(range(5)).map(lambda columns: columns[:count])),
         "padded_rows": draw(st.none() | st.integers(sum(lengths), 20)),
     }
 
 
+def of(tables: StepTables) -> tuple[Tensor, ...]:
+    return tables.rows, tables.deciding, tables.slot, tables.strength, tables.member, tables.total
+
+
 def as_loop(step: dict[str, Any]) -> dict[str, list[Any]]:
     stack = step["stack"]
     rows: list[list[int]] = []
-    tables = {"rows": rows, "deciding": [-1] * 5, "slot": [[-1] * stack] * 5, "strength": [[0.0] * stack] * 5}
+    tables = {
+        "rows": rows,
+        "deciding": [-1] * 5,
+        "slot": [[-1] * stack] * 5,
+        "strength": [[0.0] * stack] * 5,
+        "total": [0] * 5,
+        "member": [-1] * 20,
+    }
     for n, length in enumerate(step["lengths"]):
         column = step["columns"][n] if step["columns"] is not None else n
         if step["deciding"][n] >= 0:
             tables["deciding"][column] = len(rows) + step["deciding"][n]
         tables["slot"][column], tables["strength"][column] = step["slots"][n], step["strengths"][n]
+        if step["total"] is not None:
+            tables["total"][column] = step["total"][n]
         for t in range(length):
+            if step["counted"] is not None and step["counted"][0][n] <= t < step["counted"][1][n]:
+                tables["member"][len(rows)] = column
             first = step["steered_from"][n] if step["steered_from"] is not None else [0] * stack
             until = step["steered_until"][n] if step["steered_until"] is not None else [length] * stack
             each = zip(step["slots"][n], first, until, strict=True)
@@ -143,21 +188,25 @@ def as_loop(step: dict[str, Any]) -> dict[str, list[Any]]:
     return tables
 
 
-@given(first=steps(), second=steps())
-def test_written_tables_equal_a_loop_and_cost_one_copy(first: dict[str, Any], second: dict[str, Any]) -> None:
-    stack = first["stack"]
-    tables = StepTables(20, 5, stack, "cpu")
-    addresses = [t.data_ptr() for t in (tables.rows, tables.deciding, tables.slot, tables.strength)]
-    for step in (first, second) if second["stack"] == stack else (first,):
+@given(some=st.lists(steps(), min_size=1, max_size=4))
+def test_written_tables_equal_a_loop_and_cost_one_copy(some: list[dict[str, Any]]) -> None:
+    """And where rows of this or the last step count in a mean, another one."""
+    stack = some[0]["stack"]
+    tables, counting = StepTables(20, 5, stack, "cpu"), False
+    addresses = [t.data_ptr() for t in of(tables)]
+    for step in some:
+        if step["stack"] != stack:
+            continue
         arguments = {key: value for key, value in step.items() if key != "stack"}
         with Copies() as copies:
             tables.write(**arguments)
-        assert [name for name, _ in copies.calls] == ["copy_"]
+        counted, counting = counting, step["counted"] is not None and len(as_loop(step)["rows"]) > 0
+        assert [name for name, _ in copies.calls] == ["copy_"] * (1 + (counted or step["counted"] is not None))
         expected = as_loop(step)
         assert tables.rows[: len(expected["rows"])].tolist() == expected["rows"]
-        for name in ("deciding", "slot", "strength"):
+        for name in ("deciding", "slot", "strength", "total", "member"):
             assert getattr(tables, name).tolist() == expected[name]
-    assert [t.data_ptr() for t in (tables.rows, tables.deciding, tables.slot, tables.strength)] == addresses
+    assert [t.data_ptr() for t in of(tables)] == addresses
 
 
 def test_the_copy_is_as_long_as_the_step() -> None:
@@ -168,8 +217,14 @@ def test_the_copy_is_as_long_as_the_step() -> None:
         with Copies() as copies:
             tables.write(lengths, [[0, -1]] * n, [[1.0, 1.0]] * n, [-1] * n)
         sizes += [size for _, size in copies.calls]
-    before_rows = 8 * (1 + 2 + 2)
+    before_rows = 8 * (1 + 2 + 2 + 1)
     assert sizes == [before_rows + 3 * rows for rows in (1, 8, 300)]
+    sizes.clear()
+    for length, counted in ((100, True), (3, True), (30, False), (2, False)):
+        with Copies() as copies:
+            tables.write([length], [[0, -1]], [[1.0, 1.0]], [-1], counted=([0], [2]) if counted else None)
+        sizes += [size for _, size in copies.calls[1:]]
+    assert sizes == [100, 100, 30]  # where this step or the last one counts
 
 
 def test_new_tables_steer_nothing() -> None:
@@ -178,9 +233,10 @@ def test_new_tables_steer_nothing() -> None:
     assert tables.deciding.tolist() == [-1] * 3
     assert tables.slot.tolist() == [[-1, -1]] * 3
     assert tables.strength.tolist() == [[0.0, 0.0]] * 3
-    assert [t.dtype for t in (tables.rows, tables.deciding, tables.slot)] == [torch.int32] * 3
+    assert tables.member.tolist() == [-1] * 6
+    assert [t.dtype for t in of(tables) if t is not tables.strength] == [torch.int32] * 5
     assert tables.strength.dtype == torch.float32
-    for tensor in (tables.rows, tables.deciding, tables.slot, tables.strength):
+    for tensor in of(tables):
         assert tensor.is_contiguous()
         assert tensor.data_ptr() % 16 == 0
 
@@ -214,6 +270,13 @@ def test_arrays_are_taken_as_they_are() -> None:
         ({"deciding": [0]}, r"deciding: expected shape \[2\], got \[1\]"),
         ({"steered_from": [[0, 0], [0, -1]]}, "steered_from: expected 0 to 2147483647, got -1"),
         ({"steered_until": [[0, 0]]}, r"steered_until: expected shape \[2, 2\], got \[1, 2\]"),
+        ({"counted": [[0, 0], [1, -1]]}, "counted: expected 0 to 2147483647, got -1"),
+        ({"counted": [[0], [1]]}, r"counted: expected shape \[2, 2\], got \[2, 1\]"),
+        ({"counted": [[0, 0], [1]]}, r"counted: expected rows of one length, got \[\[0, 0\], \[1\]\]"),
+        ({"counted": [[0, 0]]}, r"counted: expected shape \[2, 2\], got \[1, 2\]"),
+        ({"counted": [[0, 0], [1.0, 1]]}, "counted: expected whole numbers, got float64"),
+        ({"total": [1, -1]}, "total: expected 0 to 2147483647, got -1"),
+        ({"total": [1]}, r"total: expected shape \[2\], got \[1\]"),
         ({"columns": [0]}, r"columns: expected shape \[2\], got \[1\]"),
         ({"columns": [0, 3]}, "columns: expected 0 to 2, got 3"),
         ({"columns": [-1, 0]}, "columns: expected 0 to 2, got -1"),
@@ -230,12 +293,14 @@ def test_steps_out_of_bounds_write_nothing(change: dict[str, Any], message: str)
         "slots": [[0, 1], [2, -1]],
         "strengths": [[1.0, 1.0], [0.5, 1.0]],
         "deciding": [1, -1],
+        "counted": ([0, 1], [2, 1]),
+        "total": [4, 0],
     }
     tables.write(**step)
-    before = [t.clone() for t in (tables.rows, tables.deciding, tables.slot, tables.strength)]
+    before = [t.clone() for t in of(tables)]
     with pytest.raises(ValueError, match=message):
         tables.write(**{**step, **change})
-    for tensor, old in zip((tables.rows, tables.deciding, tables.slot, tables.strength), before, strict=True):
+    for tensor, old in zip(of(tables), before, strict=True):
         assert torch.equal(tensor, old)
 
 

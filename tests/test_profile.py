@@ -90,6 +90,8 @@ def profiles(draw: st.DrawFn) -> SteeringProfile:
     if hidden == 1 and edit["edit"] == "rotate":  # no two vectors span a plane there
         edit = {}
     sketch = draw(st.none() | st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(tuple))
+    kind = draw(st.sampled_from(["always", "prompt", "token"]))
+    pooling = draw(st.sampled_from(["last", "mean"])) if kind == "prompt" else "last"
     return make(
         layers,
         hidden,
@@ -104,9 +106,11 @@ def profiles(draw: st.DrawFn) -> SteeringProfile:
         ),
         strength=strength,
         gate=Gate(
-            draw(st.sampled_from(["always", "prompt", "token"])),
+            kind,
             draw(st.sampled_from(["cosine", "dot"])),
             draw(st.floats(0, 100)),
+            pooling,
+            draw(st.none() | st.integers(1, 500)) if pooling == "mean" else None,
         ),
         abstain=draw(st.sampled_from([None, torch.full((layers,), -9.5), torch.full((layers,), -math.inf)])),
         **edit,
@@ -248,6 +252,8 @@ def forge(file: Path, profile: SteeringProfile, header: dict[str, Any], tensors:
         ({"format": ...}, {}, "not a steerfast profile"),
         ({"gate": ...}, {}, r"incomplete or malformed \(KeyError\('gate'\)\)"),
         ({"gate": {"kind": "sometimes"}}, {}, "gate.kind: expected one of always, prompt, token, got 'sometimes'"),
+        ({"gate": {"pooling": "max"}}, {}, "gate.pooling: expected one of last, mean, got 'max'"),
+        ({"gate": {"pooling": "mean", "window": 1.5}}, {}, "gate.window: expected None or a whole number >= 1"),
         ({"gate": {"colour": 1}}, {}, "incomplete or malformed"),
         ({"model": "tiny"}, {}, "incomplete or malformed"),
         ({"model": {}}, {}, "incomplete or malformed"),
@@ -455,6 +461,31 @@ def test_what_a_gate_refuses(sharpness: Any) -> None:
         Gate(score="l2")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pooling": "max"}, r"gate\.pooling: expected one of last, mean, got 'max'"),
+        ({"pooling": None}, r"gate\.pooling: expected one of last, mean, got None"),
+        (
+            {"kind": "token", "pooling": "mean"},
+            r"gate\.pooling: expected 'last' for a gate of kind 'token', got 'mean'",
+        ),
+        (
+            {"kind": "always", "pooling": "mean"},
+            r"gate\.pooling: expected 'last' for a gate of kind 'always', got 'mean'",
+        ),
+        *(
+            ({"pooling": "mean", "window": wrong}, r"gate\.window: expected None or a whole number >= 1, got ")
+            for wrong in (0, -1, 2.0, "3", True, math.inf)
+        ),
+        ({"window": 4}, r"gate\.window: expected None where no mean is read, got 4"),
+    ],
+)
+def test_what_a_mean_refuses(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        Gate(**fields)
+
+
 def test_directions_that_nothing_reads_may_be_zero() -> None:
     profile = make()
     zero = torch.zeros_like(profile.direction)
@@ -470,6 +501,7 @@ def test_layers_of_gates_and_edits() -> None:
     assert profile.gate_layers == [1, 3]
     assert replace(profile, sensor=1).gate_layers == [1]
     assert replace(profile, sensor=0).gate_layers == [0]
+    assert replace(profile, gate=Gate(pooling="mean")).gate_layers == [1, 3]
     assert replace(profile, gate=Gate("token")).gate_layers == [1, 3]
     assert replace(profile, gate=Gate("always")).gate_layers == []
 
@@ -534,6 +566,24 @@ def test_files_name_the_parameters_an_edit_has_and_no_others(tmp_path: Path) -> 
         assert same(SteeringProfile.load(file), profile)
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"pooling": "last"}, {"pooling": "mean"}, {"pooling": "mean", "window": 128}], ids=str
+)
+def test_files_say_that_a_gate_reads_a_mean_and_nothing_where_it_does_not(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """So that a profile that reads a last token has the checksum it had before there were others."""
+    file, gate = tmp_path / "p.safetensors", Gate(**fields)
+    profile = make(gate=gate)
+    profile.save(file)
+    with safe_open(file, framework="pt") as opened:
+        header = json.loads(opened.metadata()["steerfast"])
+    says = {} if gate.pooling == "last" else fields
+    assert header["gate"] == {"kind": "prompt", "score": "cosine", "sharpness": 0.0, **says}
+    assert SteeringProfile.load(file).gate == gate
+    assert (profile.checksum == make().checksum) == (gate.pooling == "last")
+
+
 def test_the_shipped_profile_adds_and_keeps_its_checksum() -> None:
     shipped = files("steerfast") / "data" / "smollm2-135m-instruct.safetensors"
     with as_file(shipped) as file:
@@ -587,7 +637,9 @@ def test_the_checksum_tells_profiles_apart() -> None:
               replace(profile, abstain=profile.threshold), replace(profile, abstain=profile.threshold - 1),
               replace(profile, edit="ablate"), replace(profile, edit="clamp", low=0.0),
               replace(profile, edit="clamp", low=0.5), replace(profile, edit="clamp", high=0.5),
-              replace(profile, edit="rotate", angle=3.0), replace(profile, edit="rotate", angle=4.0)]  # fmt: skip
+              replace(profile, edit="rotate", angle=3.0), replace(profile, edit="rotate", angle=4.0),
+              replace(profile, gate=Gate(pooling="mean")), replace(profile, gate=Gate(pooling="mean", window=1)),
+              replace(profile, gate=Gate(pooling="mean", window=2))]  # fmt: skip
     assert len({other.checksum for other in [profile, *others]}) == 1 + len(others)
 
 

@@ -28,10 +28,9 @@ def real():
     return steerfast.load_model(DEMO_MODEL, device="cpu")
 
 
-@pytest.fixture(scope="module", params=["", "-late"], ids=["one pass", "late"])
-def profile(request):
-    file = shipped_profile()
-    return steerfast.SteeringProfile.load(file.with_stem(file.stem + request.param))
+@pytest.fixture(scope="module")
+def profile():
+    return steerfast.SteeringProfile.load(shipped_profile())
 
 
 def test_the_shipped_profile_belongs_to_the_model(real, profile):

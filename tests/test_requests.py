@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,12 +16,14 @@ from torch import Tensor
 import steerfast.requests
 from steerfast.bank import Bank
 from steerfast.batch import NO_END
+from steerfast.errors import SteerfastError
 from steerfast.profile import SteeringProfile
 from steerfast.requests import Request, Requests
 
 LAYERS, HIDDEN = 5, 32
 MAX_ROWS, MAX_REQUESTS = 12, 3
-GATES = {-1: [], 0: [1, 3], 1: [2], 2: []}  # layers where a slot decides; slot 1 does so for all layers
+GATES = {-1: [], 0: [1, 3], 1: [2], 2: [], 3: [1, 4]}  # layers where a slot decides; slot 1 does so for all layers
+MEAN = 3  # the slot whose gates read a mean
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,7 @@ def bank(make_llama: Callable[..., Any], make_profile: Callable[..., SteeringPro
     bank.add("own", make_profile(model, layers=[1, 3]))
     bank.add("sensor", make_profile(model, layers=[2, 4], sensor=2))
     bank.add("always", make_profile(model, layers=[1, 2], kind="always"))
+    bank.add("mean", make_profile(model, layers=[1, 4], pooling="mean"))
     return bank
 
 
@@ -42,16 +45,27 @@ class Known:
     prompt: int
     late: bool
     answer_rows: int = NO_END
+    mean: int = 0
     past: int = 0
     decided: bool = False
     ended: bool = False
+    read: list[int] = field(default_factory=list)  # rows that count in its mean, as they came
+    scores: Tensor = field(init=False)  # of its prompt's rows, float64 [layers, prompt]
+    sums: Tensor = field(init=False)  # float64 [layers]
     latch: Tensor = field(init=False)  # [2, layers]
 
     def __post_init__(self) -> None:
+        self.scores = torch.rand(LAYERS, self.prompt, generator=torch.Generator().manual_seed(self.prompt)).double()
+        self.sums = torch.zeros(LAYERS, dtype=torch.float64)
         self.latch = torch.stack([torch.full((LAYERS,), float(self.slot == 2)), torch.full((LAYERS,), -torch.inf)])
 
+    @property
+    def window(self) -> range:
+        """The rows of which it reads the mean."""
+        return range(max(0, self.prompt - self.mean), self.prompt)
+
     def request(self) -> Request:
-        return Request(self.slot, self.strength, self.prompt, self.late, self.slot == 2, self.answer_rows)
+        return Request(self.slot, self.strength, self.prompt, self.late, self.slot == 2, self.answer_rows, self.mean)
 
 
 class Engine:
@@ -73,9 +87,24 @@ class Engine:
         self.requests.add(name, known.request())
         self.known[name] = known
 
-    def step(self, names: list[str], lengths: list[int], again: bool, padding: int) -> None:
+    def fork(self, name: str, like: str) -> None:
+        """Another answer to a prompt, with copies of the rows that are cached."""
+        other = self.known[like]
+        if name in self.running() or name == like:
+            return
+        known = replace(other, past=min(other.past, other.prompt - 1), decided=False, ended=False, read=[])
+        self.requests.add(name, known.request(), like)
+        if known.mean and other.ended and not other.decided:
+            known.past = 0  # nobody knows what was read
+        elif known.mean:
+            known.decided, known.read = other.decided, list(other.read)
+            known.sums, known.latch = other.sums.clone(), other.latch.clone()
+        self.known[name] = known
+
+    def step(self, names: list[str], lengths: list[int], kept: int | None, padding: int) -> None:
+        """kept: so many rows of each are left in its cache, None: all."""
         known = [self.known[name] for name in names]
-        past = [0 if again else one.past for one in known]  # its cache was thrown away
+        past = [one.past if kept is None else min(kept, one.past) for one in known]
         used = sum(lengths)
         last = [one.prompt - 1 - before for one, before in zip(known, past, strict=True)]
         deciding = {
@@ -83,9 +112,13 @@ class Engine:
             for name, one, at, length in zip(names, known, last, lengths, strict=True)
             if one.slot >= 0 and not one.decided and 0 <= at < length
         }
+        counting = {
+            name: [row for row in range(before, before + length) if row in one.window and row not in one.read]
+            for name, one, before, length in zip(names, known, past, lengths, strict=True)
+        }
         padded = min(MAX_ROWS, used + padding)
-        assert self.requests.step(names, past, lengths, padded) == bool(deciding)
-        tables, start = self.requests.tables, 0
+        assert self.requests.step(names, past, lengths, padded) == (bool(deciding) or any(counting.values()))
+        tables, decides, start = self.requests.tables, self.requests.decides, 0
         columns = []
         for name, one, before, length in zip(names, known, past, lengths, strict=True):
             rows = tables.rows[start : start + length].tolist()
@@ -94,32 +127,52 @@ class Engine:
             places = range(before, before + length)
             steered = [(not one.late or p >= one.prompt - 1) and p < one.prompt + one.answer_rows for p in places]
             assert rows == [[column, one.slot if here else -1] for here in steered]
+            members = tables.member[start : start + length].tolist()
+            assert members == [column if place in counting[name] else -1 for place in places]
             assert tables.slot[column].tolist() == [one.slot]
             assert tables.strength[column].tolist() == [one.strength]
             assert torch.equal(self.latch(column), one.latch)
+            assert torch.equal(self.requests.sums[:, column], one.sums)
             for layer in range(LAYERS):
-                decides = name in deciding and layer in GATES[one.slot]
-                assert self.requests.deciding[layer, column] == (start + deciding[name] if decides else -1)
-                assert self.requests.senses[layer, column] == (decides and one.slot == 1)
+                here = name in deciding and layer in GATES[one.slot]
+                reads_row = here and one.slot != MEAN
+                assert decides.row[layer, column] == (start + deciding[name] if reads_row else -1)
+                assert decides.closes[layer, column] == (here and one.slot == MEAN)
+                assert decides.senses[layer, column] == (here and one.slot == 1)
             start += length
         assert len(set(columns)) == len(columns)
         assert tables.rows[used:padded].tolist() == [[0, -1]] * (padded - used)
+        assert tables.member[used:].eq(-1).all()
         others = [column for column in range(MAX_REQUESTS) if column not in columns]
         assert tables.slot[others].eq(-1).all()
-        assert self.requests.deciding[:, others].eq(-1).all()
-        assert not self.requests.senses[:, others].any()
+        assert decides.row[:, others].eq(-1).all()
+        assert not decides.closes[:, others].any()
+        assert not decides.senses[:, others].any()
         self.check()  # nothing is decided before the step was launched
         for name, one, before, length, column in zip(names, known, past, lengths, columns, strict=True):
             one.past = before + length
+            self.count(one, counting[name], column)
             if name in deciding:
                 one.decided = True
                 self.decide(one, column)
         self.requests.launched()
 
+    def count(self, one: Known, rows: list[int], column: int) -> None:
+        one.read += rows
+        for layer in GATES[one.slot]:
+            for row in rows:
+                self.requests.sums[layer, column] += one.scores[layer, row]
+            one.sums[layer] = self.requests.sums[layer, column]
+
     def decide(self, one: Known, column: int) -> None:
         for layer in GATES[one.slot]:
             self.decisions += 1
-            self.requests.scores[layer, column] = one.latch[1, layer] = -self.decisions
+            score = -self.decisions
+            if one.mean:
+                assert one.read == list(one.window)  # each of them, once
+                score = float(self.requests.sums[layer, column] / self.requests.tables.total[column])
+                assert score == pytest.approx(float(one.scores[layer, one.window].mean()), rel=1e-12)
+            self.requests.scores[layer, column] = one.latch[1, layer] = score
             everywhere = slice(None) if one.slot == 1 else layer
             self.requests.values[everywhere, column] = one.latch[0, everywhere] = self.decisions
 
@@ -150,27 +203,34 @@ class Engine:
                 assert torch.equal(decision, known.latch)
 
 
+@pytest.mark.parametrize("slots", [[-1, 0, 1, 2, MEAN], [MEAN]], ids=["any", "means"])
 @given(data=st.data())
-def test_requests_keep_what_is_theirs(bank: Bank, data: st.DataObject) -> None:
-    """They arrive, rest while others run, lose their cache, end, and their names are used again."""
+def test_requests_keep_what_is_theirs(bank: Bank, slots: list[int], data: st.DataObject) -> None:
+    """They arrive, fork, rest while others run, lose their cache or part of it, end, and names are used again."""
     engine = Engine(bank)
     names = st.sampled_from("abcdefg")
     for _ in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["add", "add", "step", "step", "step", "end", "forget"]))
+        action = data.draw(st.sampled_from(["add", "add", "fork", "step", "step", "step", "end", "forget"]))
         if action == "add":
-            strength = data.draw(st.sampled_from([1.0, -0.5, 2.0]))
+            slot, strength = data.draw(st.sampled_from(slots)), data.draw(st.sampled_from([1.0, -0.5, 2.0]))
             known = Known(
-                data.draw(st.integers(-1, 2)),
+                slot,
                 strength,
                 data.draw(st.integers(1, 6)),
                 data.draw(st.booleans()),
                 data.draw(st.sampled_from([0, 1, 2, NO_END])),
+                data.draw(st.sampled_from([1, 2, 4, NO_END])) if slot == MEAN else 0,
             )
+            # Rows that others computed, of which its gates read none.
+            known.past = data.draw(st.integers(0, known.window[0] if known.mean else known.prompt - 1))
             engine.add(data.draw(names), known)
+        elif action == "fork" and engine.known:
+            engine.fork(data.draw(names), data.draw(st.sampled_from(sorted(engine.known))))
         elif action == "step" and engine.running():
             chosen = data.draw(st.lists(st.sampled_from(engine.running()), min_size=1, max_size=3, unique=True))
             lengths = [data.draw(st.integers(1, 4)) for _ in chosen]
-            engine.step(chosen, lengths, data.draw(st.booleans()), data.draw(st.integers(0, 5)))
+            kept = data.draw(st.none() | st.integers(0, 3))
+            engine.step(chosen, lengths, kept, data.draw(st.integers(0, 5)))
         elif action == "end":
             engine.end(data.draw(st.lists(names, max_size=3)))
         elif action == "forget":
@@ -188,7 +248,7 @@ def test_a_request_may_have_no_row_in_a_step(bank: Bank) -> None:
     assert requests.decision("b") is not None
     assert requests.step(["a"], [0], [1], 1)
     assert not requests.step([], [], [], 1)
-    assert requests.deciding.eq(-1).all()
+    assert requests.decides.row.eq(-1).all()
 
 
 def test_a_step_that_failed_decided_nothing(bank: Bank) -> None:
@@ -199,6 +259,58 @@ def test_a_step_that_failed_decided_nothing(bank: Bank) -> None:
     assert requests.decision("a") is None
     requests.launched()
     assert not requests.step(["a"], [0], [2], 2)
+
+
+def test_rows_count_once_however_often_they_come(bank: Bank) -> None:
+    requests = Requests(bank, 8, 2)
+    requests.add("a", Request(MEAN, 1.0, 5, mean=NO_END))
+    for past, length, counted, runs in (
+        (0, 2, [0, 1], False),  # the step fails
+        (0, 2, [0, 1], False),
+        (0, 3, [0, 1, 2], True),
+        (0, 1, [], True),  # its cache was lost
+        (1, 3, [2], True),
+        (2, 3, [2], True),  # part of it was
+        (0, 5, [], True),
+    ):
+        assert requests.step(["a"], [past], [length], 8) == bool(counted)
+        assert (requests.tables.member >= 0).nonzero().flatten().tolist() == counted
+        assert requests.decides.closes.any() == (past + length == 5 and bool(counted))
+        if runs:
+            requests.launched()
+    assert requests.decision("a") is not None
+
+
+@pytest.mark.parametrize(("mean", "cached", "wrong"), [(NO_END, 0, 1), (NO_END, 0, 6), (4, 2, 3), (4, 0, 5), (1, 5, 6)])
+def test_rows_of_a_mean_that_were_never_in_a_step(bank: Bank, mean: int, cached: int, wrong: int) -> None:
+    requests = Requests(bank, 8, 2)
+    for name in "ab":
+        requests.add(name, Request(MEAN, 1.0, 6, mean=mean))
+    assert requests.step(["a", "b"], [0, cached], [1, 1], 2) == (mean != 4 or cached == 2)
+    requests.launched()
+    requests.add("c", Request(MEAN, 1.0, 6, mean=mean))
+    before = requests.tables.rows.clone(), requests.tables.member.clone()
+    with pytest.raises(SteerfastError, match="request 'c': rows of its prompt, of which a gate reads the mean, came"):
+        requests.step(["a", "c"], [1, wrong], [1, 1], 2)
+    assert torch.equal(requests.tables.rows, before[0])
+    assert torch.equal(requests.tables.member, before[1])
+    requests.step(["a"], [1], [5], 5)
+    requests.launched()
+    assert requests.decision("a") is not None
+
+
+def test_steps_in_which_no_row_counts_are_one_copy(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = Requests(bank, 8, 2)
+    requests.add("a", Request(MEAN, 1.0, 6, mean=2))
+    counted = []
+    write = requests.tables.write
+    monkeypatch.setattr(
+        requests.tables, "write", lambda *args, **kwargs: (counted.append(args[6]), write(*args, **kwargs))
+    )
+    for past, length in ((0, 4), (4, 1), (5, 1), (6, 1)):
+        requests.step(["a"], [past], [length], length)
+        requests.launched()
+    assert [one is not None for one in counted] == [False, True, True, False]
 
 
 def test_decisions_of_long_ago_are_dropped(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,16 +329,23 @@ def test_decisions_of_long_ago_are_dropped(bank: Bank, monkeypatch: pytest.Monke
 
 def test_addresses_never_change(bank: Bank) -> None:
     requests = Requests(bank, 4, 2)
-    tensors = [requests.values, requests.scores, requests.deciding, requests.senses]
+    tensors = [requests.values, requests.scores, requests.sums, *requests.decides]
     addresses = [tensor.data_ptr() for tensor in tensors]
     for name in "abcde":
         requests.add(name, Request(1, 1.0, 1))
         requests.step([name], [0], [1], 1)
         requests.launched()
-    now = [requests.values, requests.scores, requests.deciding, requests.senses]
+    now = [requests.values, requests.scores, requests.sums, *requests.decides]
     assert all(old is new for old, new in zip(tensors, now, strict=True))
     assert [tensor.data_ptr() for tensor in now] == addresses
-    assert [tensor.dtype for tensor in now] == [torch.float32, torch.float32, torch.int32, torch.bool]
+    assert [tensor.dtype for tensor in now] == [
+        torch.float32,
+        torch.float32,
+        torch.float64,
+        torch.int32,
+        torch.bool,
+        torch.bool,
+    ]
 
 
 def test_other_threads_may_look(bank: Bank) -> None:

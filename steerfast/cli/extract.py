@@ -29,6 +29,19 @@ from steerfast.cli import common
     help="What the gate compares with its threshold.",
 )
 @click.option(
+    "--pooling",
+    type=click.Choice(["last", "mean"]),
+    default="last",
+    show_default=True,
+    help="Whose score that is: the prompt's last token's, or the mean over its tokens.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Of how many of a prompt's last tokens, for --pooling mean.  [default: all]",
+)
+@click.option(
     "--vectors",
     type=common.Items("KINDS", common.word, "kinds such as forced,srv"),
     metavar="KINDS",

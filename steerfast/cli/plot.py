@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerfast.cli.rendering import SETS, edit, layer_ranges, layers
+from steerfast.cli.rendering import SETS, edit, layer_ranges, layers, reading
 from steerfast.errors import OutputError, SteerfastError
 from steerfast.files import write_atomically
 
@@ -52,7 +52,7 @@ def save_plot(profile: SteeringProfile, path: str) -> None:
 
 
 def _title(profile: SteeringProfile) -> str:
-    gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {profile.gate.score}"
+    gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {reading(profile.gate)}"
     name = profile.model.name if len(profile.model.name) <= 60 else "…" + profile.model.name[-59:]
     known = "" if "calibration" in profile.calibration.get("layers", {}) else ", not calibrated"
     return f"{name}: {gate}{known}; {profile.vector_kind} vector, layers {layer_ranges(profile.steered_layers)}"
@@ -182,7 +182,7 @@ def _draw_histograms(figure: Any, profile: SteeringProfile, chosen: Sequence[int
         axes.set_ylim(bottom=0)
     for axes in grid.flat[len(chosen) :]:
         axes.set_axis_off()
-    figure.supxlabel(f"gate score ({profile.gate.score})", fontsize=10)
+    figure.supxlabel(f"gate score ({reading(profile.gate)})", fontsize=10)
     handles: list[Any] = []
     for kind, colour in _CLASS_COLOURS.items():
         handles.append(Patch(color=colour, alpha=0.4, label=f"{kind}, calibration"))

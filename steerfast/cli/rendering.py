@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from steerfast.profile import SteeringProfile
+    from steerfast.profile import Gate, SteeringProfile
 
 SETS = {"calibration": "calibration", "heldout": "held-out"}
 _RATES = {"hit_rate": "hit", "false_positive_rate": "FPR"}
@@ -40,7 +40,7 @@ def header(profile: SteeringProfile) -> Table:
     steered = layer_ranges(profile.steered_layers)
     lines = {
         "model": f"{model.name} ({model.architecture}, {model.num_layers} layers of {model.hidden_size})",
-        "gate": "always open" if gate.kind == "always" else f"{gate.kind}, {gate.score}, {shape}",
+        "gate": "always open" if gate.kind == "always" else f"{gate.kind}, {reading(gate)}, {shape}",
         "sensor": "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}",
         "edit": f"{edit(profile)}, layers {steered}, {positions(profile)}",
         "vector": profile.vector_kind + _also(profile.candidates),
@@ -54,6 +54,13 @@ def header(profile: SteeringProfile) -> Table:
     for warning in worries(profile):
         table.add_row("[bold yellow]warning", escape(warning))
     return table
+
+
+def reading(gate: Gate) -> str:
+    """``mean cosine of 128 tokens``: what is compared with the threshold."""
+    if gate.pooling == "last":
+        return gate.score
+    return f"{gate.pooling} {gate.score}" + ("" if gate.window is None else f" of {gate.window} tokens")
 
 
 def positions(profile: SteeringProfile) -> str:

@@ -40,13 +40,13 @@ from steerfast.evaluation.summary import (
 )
 from steerfast.evaluation.systems import UNSTEERED, System, as_it_is
 from steerfast.evaluation.utility import maths, multiple_choice, perplexity
-from steerfast.fitting.activations import residual_rows
+from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.score import check_model, row_scores
 from steerfast.models.loading import load_model
 from steerfast.models.prompting import PromptBatch, context_of, device_of, encode, greedy_answers, pad_token
 from steerfast.models.steering import Steering
 from steerfast.models.structure import find_decoder, identify, weights_fingerprint
-from steerfast.profile import SteeringProfile
+from steerfast.profile import Gate, SteeringProfile
 from steerfast.progress import track
 from steerfast.prompts import SHIPPED_PREFIX, read_prompts
 from steerfast.versions import installed_version
@@ -334,7 +334,7 @@ class _Run:
         for one, chunk in track(work, "gate scores", show=self.progress):
             ids = encode(self.tokenizer, [one.items[place].prompt for place in chunk])
             read = functools.partial(residual_rows, self.model, ids, batch_size=len(ids), pad_token_id=padding)
-            rows = functools.cache(read)
+            rows = functools.cache(functools.partial(_read, read))
             for system in gated:
                 profile = system.profile
                 assert profile is not None
@@ -476,8 +476,12 @@ class _Run:
         return found
 
 
-def _scores(profile: SteeringProfile, rows: Callable[[], Tensor]) -> list[Any]:
-    return row_scores(profile, rows()).tolist()
+def _read(read: Callable[..., Tensor], gate: Gate) -> Tensor:
+    return read(reduce=gate_reading(gate)[0])
+
+
+def _scores(profile: SteeringProfile, rows: Callable[[Gate], Tensor]) -> list[Any]:
+    return row_scores(profile, rows(profile.gate)).tolist()
 
 
 def _hardware(device: torch.device) -> str:

@@ -137,6 +137,7 @@ def _title(profile: SteeringProfile) -> str:
     band = layers == list(range(layers[0], layers[-1] + 1))
     where = f"{layers[0]}-{layers[-1]}" if band and len(layers) > 1 else ", ".join(map(str, layers))
     decides = "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}"
-    gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {decides} decides"
+    reads = "mean score, " if profile.gate.pooling == "mean" else ""
+    gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {reads}{decides} decides"
     what = f"{profile.edit}, {profile.vector_kind} vector, {profile.positions} positions, layers {where}"
     return f"{gate}; {what}" + ("" if profile.answer_tokens is None else f", {profile.answer_tokens} answer tokens")

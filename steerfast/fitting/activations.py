@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,14 +14,41 @@ from torch import Tensor, nn
 from steerfast.errors import SteerfastError
 from steerfast.models.prompting import PromptBatch, batches, device_of, evaluating
 from steerfast.models.structure import find_decoder
+from steerfast.profile import Gate
 from steerfast.progress import track
 
 Reduce = Callable[[Tensor, PromptBatch], Tensor]
+"""From a batch's rows [N, T, H] to what is kept of each sequence: [N, ..., H]."""
 
 
 def last_token(hidden: Tensor, batch: PromptBatch) -> Tensor:
     """The row of each prompt's last valid token: [N, T, H] -> [N, H]."""
     return hidden[torch.arange(len(hidden), device=hidden.device), batch.last.to(hidden.device)]
+
+
+def prompt_mean(hidden: Tensor, batch: PromptBatch, *, unit: bool, window: int | None = None) -> Tensor:
+    """The mean of each prompt's rows, or of their directions: [N, T, H] -> float64 [N, H].
+
+    window: of so many of them, the last ones; None: of all.
+    """
+    valid = batch.mask.bool().to(hidden.device)
+    if window is not None:
+        valid &= valid.flip(1).cumsum(dim=1).flip(1) <= window
+    rows = hidden.float()
+    if unit:
+        length = rows.norm(dim=-1, keepdim=True)
+        rows = torch.where(length == 0, 0, rows / length)
+    # Padding rows may hold anything, so they are taken out rather than given weight 0.
+    return torch.where(valid[..., None], rows, 0).sum(1, dtype=torch.float64) / valid.sum(1, keepdim=True)
+
+
+def gate_reading(gate: Gate) -> tuple[Reduce, Literal["cosine", "dot"]]:
+    """What to keep of a prompt, and the score of that which is the gate's: the mean cosine with a direction is the dot
+    product of it and the mean of unit rows.
+    """
+    if gate.pooling == "last":
+        return last_token, gate.score
+    return partial(prompt_mean, unit=gate.score == "cosine", window=gate.window), "dot"
 
 
 def answer_mean(prompt_lengths: Sequence[int], tokens: int) -> Reduce:
@@ -48,7 +76,8 @@ def residual_rows(
     pad_token_id: int = 0,
     description: str | None = None,
 ) -> Tensor:
-    """Residual rows at every decoder block's output: float32 [prompts, layers, H] on the CPU.
+    """Residual rows at every decoder block's output: float32 [prompts, layers, H] on the CPU, or what `reduce` keeps of
+    them instead of a row.
 
     The language-model head is not run. The model is left as it was, also after an interruption.
 
@@ -59,8 +88,7 @@ def residual_rows(
     decoder.refuse_if_steered()
     accepted = inspect.signature(decoder.backbone.forward).parameters
     device = device_of(model)
-    shape = (len(sequences), len(decoder.layers), decoder.hidden_size)
-    rows = torch.empty(shape, dtype=torch.float32, device="cpu")
+    kept: list[tuple[list[int], Tensor]] = []
     work = list(batches(sequences, batch_size, padding_side, pad_token_id, torch.device("cpu")))
     with evaluating(model):
         for batch in track(work, description or "", show=description is not None):
@@ -73,8 +101,14 @@ def residual_rows(
                     use_cache=False,
                     **extra,
                 )
-                rows[batch.indices] = torch.stack([row.float().cpu() for row in captured], dim=1)
-    finite = rows.isfinite().all(dim=2)
+                kept.append((batch.indices, torch.stack([row.float().cpu() for row in captured], dim=1)))
+    if not kept:
+        return torch.empty(0, len(decoder.layers), decoder.hidden_size, dtype=torch.float32, device="cpu")
+    rows = kept[0][1].new_empty(len(sequences), *kept[0][1].shape[1:])
+    while kept:  # each batch is let go when it is copied
+        indices, part = kept.pop()
+        rows[indices] = part
+    finite = rows.isfinite().flatten(2).all(dim=2)
     if not bool(finite.all()):
         prompt, layer = (int(i) for i in (~finite).nonzero()[0])
         raise SteerfastError(f"model: expected finite activations, got NaN or inf at layer {layer} for prompt {prompt}")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, ProfileError, PromptError
-from steerfast.fitting.activations import answer_mean, residual_rows
+from steerfast.fitting.activations import answer_mean, gate_reading, last_token, residual_rows
 from steerfast.fitting.directions import fit_direction, project, unit
 from steerfast.fitting.left_out import FitGate, in_plain_style, leave_one_style_out, rates_by_layer
 from steerfast.fitting.statistics import threshold_midpoint
-from steerfast.models.prompting import encode, greedy_answers, pad_token
+from steerfast.models.prompting import PromptBatch, encode, greedy_answers, pad_token
 from steerfast.models.structure import identify
 from steerfast.profile import Gate, SteeringProfile
 from steerfast.styles import Prompts
@@ -38,6 +38,8 @@ def extract(
     aligned_model: nn.Module | None = None,
     gate: Literal["lda", "mean", "pca", "logistic"] = "lda",
     score: Literal["cosine", "dot"] = "cosine",
+    pooling: Literal["last", "mean"] = "last",
+    window: int | None = None,
     vectors: Sequence[str] | None = None,
     unit_norm: bool = False,
     refusal: str | None = None,
@@ -49,8 +51,9 @@ def extract(
 ) -> SteeringProfile:
     """Fit gate directions and steering vectors for every decoder layer of `model`.
 
-    Directions come from the target model's residual rows at the last prompt token of both sets (arXiv 2401.11206).
-    The sign convention is harmless -> harmful throughout.
+    Directions come from the target model's residual rows at the last prompt token of both sets (arXiv 2401.11206), or
+    at all tokens of the prompts (`pooling`); steering vectors always from single rows. The sign convention is harmless
+    -> harmful throughout.
 
     Args:
         model, tokenizer: the target model; chat prompts are templated as generation would.
@@ -60,6 +63,8 @@ def extract(
         aligned_model: a sibling of the same geometry that refuses; the source of ``ssv`` and ``alignment``.
         gate: how directions are fitted, see `steerfast.fitting.directions.fit_direction`.
         score: what the gate will compare with its threshold; ``cosine`` fits on unit rows.
+        pooling, window: whether the gate will read the score of a prompt's ``last`` token or the ``mean`` over the last
+            `window` of them, see `steerfast.profile.Gate`; directions are fitted on what it reads.
         vectors: the kinds of steering vector to make, the first one selected, the rest kept for `tune`:
             ``ssv``: the aligned model's mean difference (the paper's safety steering vector);
             ``alignment``: ``ssv`` minus the target's own mean difference, what alignment added;
@@ -84,6 +89,8 @@ def extract(
     check_sets(harmful, harmless)
     harmful, harmless = Prompts(harmful), Prompts(harmless)
     kinds = _kinds(vectors, aligned_model)
+    reads = Gate(kind="prompt", score=score, pooling=pooling, window=window)
+    read, read_score = gate_reading(reads)
     identity = identify(model, tokenizer)
     if aligned_model is not None:
         _check_sibling(identity, aligned_model)
@@ -96,8 +103,16 @@ def extract(
             description=what if progress else None, **options,
         )  # fmt: skip
 
-    both = rows_of(model, harmful_ids + harmless_ids, "target activations")
+    def last_and_read(hidden: Tensor, batch: PromptBatch) -> Tensor:
+        return torch.stack([last_token(hidden, batch).double(), read(hidden, batch)], dim=1)
+
+    every = harmful_ids + harmless_ids
+    if read is last_token:
+        both = pooled = rows_of(model, every, "target activations")
+    else:
+        both, pooled = rows_of(model, every, "target activations", reduce=last_and_read).unbind(dim=2)
     rows = both[: len(harmful_ids)], both[len(harmful_ids) :]
+    gate_rows = pooled[: len(harmful_ids)], pooled[len(harmful_ids) :]
     plain = in_plain_style(harmful), in_plain_style(harmless)
     bad_ids, good_ids = (
         list(compress(ids, mask)) for ids, mask in zip((harmful_ids, harmless_ids), plain, strict=True)
@@ -128,12 +143,12 @@ def extract(
 
     def fit_gate(bad: Tensor, good: Tensor, plain: tuple[Tensor, Tensor]) -> Tensor:
         # A cosine gate sees only where a row points, so the fit sees no more than that.
-        pair = [x.double() / x.double().norm(dim=1, keepdim=True) if score == "cosine" else x for x in (bad, good)]
+        pair = [x.double() / x.double().norm(dim=1, keepdim=True) if read_score == "cosine" else x for x in (bad, good)]
         means_of = plain if gate == "lda" else None
         return unit(fit_direction(pair[0], pair[1], gate, shrinkage=shrinkage, means_of=means_of))
 
-    direction, threshold = _fit_gates(rows, plain, fit_gate, score)
-    left_out = leave_one_style_out(harmful, harmless, rows, fit_gate, score=score, progress=progress)
+    direction, threshold = _fit_gates(gate_rows, plain, fit_gate, read_score)
+    left_out = leave_one_style_out(harmful, harmless, gate_rows, fit_gate, score=read_score, progress=progress)
     lengths = made[kinds[0]].norm(dim=1)
     if unit_norm:
         made = {kind: vector / vector.norm(dim=1, keepdim=True) for kind, vector in made.items()}
@@ -149,7 +164,7 @@ def extract(
         vector=made[kinds[0]].float(),
         strength=strength,
         norm=both.norm(dim=2).double().mean(dim=0).float(),
-        gate=Gate(kind="prompt", score=score),
+        gate=reads,
         vector_kind=kinds[0],
         candidates={kind: made[kind].float() for kind in kinds[1:]},
         fitted={

@@ -39,7 +39,7 @@ def leave_one_style_out(
     styles, each scored when it was left out itself. So neither direction nor threshold saw the style.
 
     Args:
-        rows: residual rows of both sets, [prompts, layers, H].
+        rows: what gates read of both sets, [prompts, layers, H]. score: of such a row.
 
     Returns:
         Nothing for a style that shares its requests with all that would be left to fit on.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import ProfileError, PromptError
-from steerfast.fitting.activations import residual_rows
+from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.directions import project
 from steerfast.models.prompting import encode, pad_token
 from steerfast.models.structure import identify
@@ -43,7 +43,7 @@ def score(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Scores:
-    """Score the last token of each prompt with the profile's gates; nothing is steered.
+    """Score prompts with the profile's gates; nothing is steered.
 
     Scores are of the unsteered residual stream. With one sensor they equal the run-time's; with ``sensor="own"`` a
     gate above a layer that fired reads an edited row at run time and may differ.
@@ -75,18 +75,19 @@ def layer_scores(
     progress: bool = True,
     description: str = "scores",
 ) -> Tensor:
-    """Every layer's gate score at each prompt's last token, float32 [prompts, layers]."""
+    """Every layer's gate score of each prompt, float32 [prompts, layers]."""
     rows = residual_rows(
-        model, encode(tokenizer, prompts, model), batch_size=batch_size, pad_token_id=pad_token(tokenizer),
+        model, encode(tokenizer, prompts, model), reduce=gate_reading(profile.gate)[0], batch_size=batch_size,
+        pad_token_id=pad_token(tokenizer),
         description=description if progress else None,
     )  # fmt: skip
     return row_scores(profile, rows)
 
 
 def row_scores(profile: SteeringProfile, rows: Tensor) -> Tensor:
-    """Every layer's gate score of residual rows [prompts, layers, H], float32 [prompts, layers]."""
-    layers = range(rows.shape[1])
-    scores = [project(rows[:, layer], profile.direction[layer], profile.gate.score) for layer in layers]
+    """Every layer's gate score of rows [prompts, layers, H] as `gate_reading` keeps them, float32 [prompts, layers]."""
+    layers, kind = range(rows.shape[1]), gate_reading(profile.gate)[1]
+    scores = [project(rows[:, layer], profile.direction[layer], kind) for layer in layers]
     return torch.stack(scores, dim=1).float()
 
 

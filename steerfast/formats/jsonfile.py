@@ -84,13 +84,14 @@ def condition_file(profile: SteeringProfile) -> tuple[bytes, list[str]]:
         raise ProfileError(f"condition: expected a gate that reads cosines, got {kind} at layers {layers}")
     notes = [
         f"condition_layer_ids=[{layer + 1}], condition_vector_threshold={float(profile.threshold[layer]):g}, "
-        "condition_comparator_threshold_is='smaller', condition_threshold_comparison_mode='last'"
+        f"condition_comparator_threshold_is='smaller', condition_threshold_comparison_mode='{profile.gate.pooling}'"
         for layer in layers
         if layer + 1 < model.num_layers
     ]
     rows = {layer: profile.direction[layer] for layer in layers}
     data, lost = _svec(model.architecture, rows, model.num_layers)
-    return data, notes + lost + ["conditional activation steering compares absolute cosines: try the threshold"]
+    of = " of the mean row of all tokens" if profile.gate.pooling == "mean" else ""  # and not the mean of cosines
+    return data, notes + lost + [f"conditional activation steering compares absolute cosines{of}: try the threshold"]
 
 
 def _encode_svec(written: Rows) -> tuple[bytes, list[str]]:

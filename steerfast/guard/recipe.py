@@ -174,8 +174,8 @@ def train(
     """Fit the heads and train the critic, and write the three files to the folder `output`.
 
     Args:
-        profile: where it has a direction at the rollouts' prompt_layer, the cost compares prompts with that; else with
-            one fitted on these prompts.
+        profile: where it has a direction for last rows at the rollouts' prompt_layer, the cost compares prompts with
+            that; else with one fitted on these prompts.
         margin: log-odds by which an answer must be likelier safe than unsafe to cost no more than the budget.
 
     Raises:
@@ -186,7 +186,8 @@ def train(
     identity = identify(model, tokenizer)
     boundary = settings.budget + margin
     layer = common_layer(rollouts)
-    direction = None if profile is None or layer is None else profile.direction[layer]
+    read = profile is not None and profile.gate.pooling == "last"  # a mean's direction says little of a last row
+    direction = profile.direction[layer] if profile is not None and read and layer is not None else None
     cost, reward = fit_heads(
         rollouts,
         tokenizer,

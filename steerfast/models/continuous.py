@@ -57,7 +57,9 @@ class PackedSteps:
         """Tables of a step of `width` rows, padding included."""
         if width not in self._rows:
             tables = self.requests.tables
-            self._rows[width] = Rows(tables.rows[:width], tables.deciding, tables.slot)
+            self._rows[width] = Rows(
+                tables.rows[:width], tables.deciding, tables.slot, tables.member[:width], tables.total
+            )
         return self._rows[width]
 
 
@@ -253,11 +255,13 @@ class _SteeredManager:
         batch = io if pairs is None else pairs[io.current_pair].host_io
         states = [(future.state, future.query_length) for future in batch.requests_in_batch]
         names = [state.request_id for state, _ in states]
-        self._forget_gone(requests, self._scheduled().union(names))
-        for state, _ in states:
-            if state.request_id not in requests:
-                self._begin(requests, state)
         past = [state.position_offset - length for state, length in states]  # it counts this step's tokens already
+        cached = dict(zip(names, past, strict=True))
+        # Answers that forked begin now, while what their prompt's first answer has read is known.
+        for state in [*(state for state, _ in states), *list(processor.scheduler.active_requests.values())]:
+            if state.request_id not in requests:
+                self._begin(requests, state, cached.get(state.request_id, state.position_offset))
+        self._forget_gone(requests, self._scheduled().union(names))
         with _on_stream(own.model.device, io.compute_stream):
             deciding = requests.step(names, past, [length for _, length in states], batch.num_q_tokens)
         graphs = processor.model_runner.pad_inputs  # they hold the gates' launches always, or never
@@ -283,11 +287,15 @@ class _SteeredManager:
             finally:
                 _ADDING.release()
 
-    def _begin(self, requests: Requests, state: Any) -> None:
-        """A request's first step. It stays in steerfast_given until it is among `requests`: its slot is held."""
+    def _begin(self, requests: Requests, state: Any, cached: int) -> None:
+        """A request's first step. It stays in steerfast_given until it is among `requests`: its slot is held.
+
+        cached: rows that it has; of one that forked, copies.
+        """
         name = state.request_id
         length = state._true_initial_tokens or len(state.initial_tokens)
-        requests.add(name, self.steerfast_given.get(name) or self._request(*self.steerfast_steering.own, length))
+        given = self.steerfast_given.get(name) or self._request(*self.steerfast_steering.own, length)
+        requests.add(name, given, name.rpartition(_CHILD)[0] if cached else None)
         self.steerfast_given.pop(name, None)
 
 

@@ -15,22 +15,30 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, SteerfastError
-from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked, add_steer_torch
+from steerfast.kernels.add_steer_rms_norm import add_scaled_torch, add_steer_rms_norm_unchecked, add_steer_torch
 from steerfast.kernels.contract import TABLE_WIDTH, Kinds
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.models.families import FAMILIES, MULTIMODAL_FAMILIES, Family, family_of
 from steerfast.models.structure import Decoder, find_decoder, is_distributed
 
-__all__ = ["Operands", "Seam", "is_patched", "patch", "seams", "unpatch"]
+__all__ = ["Operands", "Scaled", "Seam", "is_patched", "patch", "seams", "unpatch"]
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]
 """rows, values, strength, vectors, directions, table and kinds, as the ops take them."""
+
+
+class Scaled(NamedTuple):
+    """What a compiled model reads where nothing is decided and all edits are latched additions."""
+
+    rows: Tensor
+    scales: Tensor
+    vectors: Tensor
 
 
 class Seam:
@@ -39,6 +47,7 @@ class Seam:
     Attributes:
         steer: None, or a function (layer, x, residual) -> operands, which decides the step's gates and says what is
             edited; x and residual are [N, T, H], and the residual stream is their sum. None as its answer: nothing is.
+            Only under torch.compile may it be `Scaled`.
     """
 
     __slots__ = ("_eps", "_kind", "_normed", "_stream", "_version", "layer", "norm", "steer")
@@ -48,7 +57,7 @@ class Seam:
         self.norm = norm
         self._eps = family.eps
         self._kind = int(family.norm)
-        self.steer: Callable[[int, Tensor, Tensor], Operands | None] | None = None
+        self.steer: Callable[[int, Tensor, Tensor], Operands | Scaled | None] | None = None
         self._stream: Tensor | None = None
         self._normed: Tensor | None = None
         self._version: int | None = None
@@ -67,7 +76,10 @@ class Seam:
             else:  # entering the context takes longer than the decision
                 operands = self.steer(self.layer, x, residual)
         if traced:  # a compiler fuses this with the norm by itself, so nothing is handed on
-            return residual + x if operands is None else add_steer_torch(x, residual, *operands)
+            if operands is None:
+                return residual + x
+            add = add_scaled_torch if isinstance(operands, Scaled) else add_steer_torch
+            return add(x, residual, *operands)
         differentiable = grad and (x.requires_grad or residual.requires_grad)
         if fuse and not differentiable and (weight := self._weight(x, residual, grad)) is not None:
             *tensors, kinds = _idle(x.device, *x.shape) if operands is None else operands

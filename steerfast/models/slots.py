@@ -32,6 +32,7 @@ class ProfileSlots:
         kinds: what the profiles do that have been here.
         changes: how often a slot got another profile.
         layers: where they steer or decide. gate_layers: where they decide. sensors: where one decides for all layers.
+        mean_layers: where one reads a mean.
     """
 
     def __init__(self, identity: ModelIdentity, device: torch.device) -> None:
@@ -41,6 +42,7 @@ class ProfileSlots:
         self.layers: set[int] = set()
         self.gate_layers: set[int] = set()
         self.sensors: set[int] = set()
+        self.mean_layers: set[int] = set()
         self._device = device
         self._profiles: list[SteeringProfile | None] = [None] * _SLOTS
         self._names: list[str] = [""] * _SLOTS  # their checksums, which take a hash over all they hold
@@ -98,6 +100,8 @@ class ProfileSlots:
             self.kinds = max(self.kinds, kinds_of(profile))
             self.gate_layers.update(profile.gate_layers)
             self.layers.update(profile.steered_layers, profile.gate_layers)
+            if profile.gate.pooling == "mean":
+                self.mean_layers.update(profile.gate_layers)
             if isinstance(profile.sensor, int) and profile.gate.kind == "prompt":
                 self.sensors.add(profile.sensor)
         self._used.remove(slot)

@@ -24,29 +24,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast.bank import Bank, LayerBank, kinds_of
-from steerfast.batch import UNSTEERED, Rows, answer_rows, prompt_rows, response_rows
+from steerfast.bank import Bank, Deciding, LayerBank, kinds_of
+from steerfast.batch import UNSTEERED, Rows, answer_rows, mean_rows, prompt_rows, response_rows
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.kernels.contract import Kinds
-from steerfast.kernels.gate import gate_unchecked_
+from steerfast.kernels.edits import torch_scales
+from steerfast.kernels.gate import gate_unchecked_, mean_gate_unchecked_
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.models import caches
 from steerfast.models import latch as latches
 from steerfast.models.continuous import INHERIT, PackedSteps, forget_manager, is_paged, steered_manager, steps_of
-from steerfast.models.fused import Operands, seams
+from steerfast.models.fused import Operands, Scaled, seams
 from steerfast.models.latch import Latch
 from steerfast.models.slots import ProfileSlots
 from steerfast.models.structure import STEERED_MARK, find_decoder, hands_on, identify
-from steerfast.profile import SteeringProfile
+from steerfast.profile import Gate, SteeringProfile
 from steerfast.requests import check_packed
 
 __all__ = ["GENERATING", "Steering", "steer"]
 
 GENERATING = ("generate", "generate_batch", "init_continuous_batching")
 """Methods of models that `Steering.call` stands before."""
-
-_Decides = tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor]]
-"""`Bank.deciding`: int32 [n] and bool [n] of each layer."""
 
 _MOST_BUFFERS = 512  # row tables of the batch shapes seen so far; each is cheap to make again
 
@@ -83,7 +81,8 @@ class _Plan:
     """Who steers each sequence of a batch: its slot (-1: nobody) and strength; and what follows from the profiles.
 
     answer_rows: how many rows of each sequence's answer are edited, as in `steerfast.batch.answer_rows`.
-    gates: per layer, the slots whose gates decide there. steered: the layers where some sequence is edited.
+    gates: per layer, the slots whose gates decide there. means: the layers where one of them reads a mean.
+    steered: the layers where some sequence is edited.
     owner: whose decisions a cache must hold for them to count.
     profiles: of each sequence, None: nobody's; empty in packed steps, whose requests come and go.
     """
@@ -92,6 +91,7 @@ class _Plan:
     strengths: tuple[float, ...]
     answer_rows: tuple[int, ...]
     gates: dict[int, frozenset[int]]
+    means: frozenset[int]
     steered: frozenset[int]
     kinds: Kinds
     by_token: bool
@@ -153,13 +153,15 @@ class Steering:
         self._called_with: tuple[Any, Any] = (None, None)
         self._row_values: dict[torch.device, Tensor] = {}
         self._strengths: dict[torch.device, Tensor] = {}
-        self._decides: _Decides | None = None
+        self._decides: Deciding | None = None  # or the same, each of its tensors layer by layer
+        self._sums: Tensor | None = None  # [layers, requests], of packed steps: what was read of means before
         # Operands of steps that decide nothing, by layer and device, and the plan, decisions and rows they stand for:
         # these stay the same from one answer token to the next, and making operands takes longer than the edit.
         self._known: dict[tuple[int, torch.device], Operands] = {}
         self._known_of: tuple[Any, Any, Any] = (None, None, None)
         self._plan_asked: tuple[Any, Any] = (None, None)  # the last plan, and what it was made for
         self._columns: list[tuple[Tensor, Tensor]] | None = None  # the latch, layer by layer
+        self._scales: tuple[torch.device, Tensor] | None = None  # of all layers, while a graph reads them
         self._profile = profile
         self._slot_of_own = UNSTEERED
         self.model = model
@@ -396,6 +398,9 @@ class Steering:
                 for _ in range(repeats)
             ),
             gates=gates,
+            means=frozenset(
+                layer for one in profiles.values() if one.gate.pooling == "mean" for layer in one.gate_layers
+            ),
             steered=frozenset(layer for profile in profiles.values() for layer in profile.steered_layers),
             kinds=max((kinds_of(profile) for profile in profiles.values()), default=Kinds.LATCHED_ADD),
             by_token=any(profile.gate.kind == "token" for profile in profiles.values()),
@@ -550,8 +555,11 @@ class Steering:
             )
         if not self._begun and not self._again:
             self._begin_uncompiled(module, args, kwargs)
+        if torch.compiler.is_compiling():
+            self._scales = self._settled_scales()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        self._scales = None
         return output if self._begun or self._again else self._end(module, kwargs, output)
 
     _before_uncompiled = torch.compiler.disable(_before)
@@ -602,7 +610,7 @@ class Steering:
         if prompt_columns > 0:
             latch.prompt = past + prompt_columns
         device = tokens.device
-        self._prefill = None
+        self._prefill = self._sums = None
         if prompt_columns > 0:
             mask = given.get("attention_mask")
             if prompt is not None and prompt.mask is not None and not _is_flat(mask):
@@ -625,7 +633,7 @@ class Steering:
         requests = steps.requests
         self._prompts = self._prefill = None
         self._plan, self._latch, self._deciding = self.reach, steps.latch, steps.deciding
-        self._decides = requests.deciding, requests.senses
+        self._decides, self._sums = requests.decides, requests.sums
         self._set_rows(self._plan, steps.rows(width), requests.tables.strength)
         self._row_values.clear()
 
@@ -634,8 +642,11 @@ class Steering:
         """A plan of whatever the profiles that are loaded may do; another one where that has grown."""
         layers, deciding, kinds = frozenset(self._layers), frozenset(self._slots.gate_layers), self._slots.kinds
         gates: dict[int, frozenset[int]] = dict.fromkeys(deciding, frozenset())
-        key = ("reach", layers, deciding, frozenset(self._slots.sensors), kinds)
-        return self._buffer(key, torch.device("cpu"), lambda _: _Plan((), (), (), gates, layers, kinds, False, ""))
+        means = frozenset(self._slots.mean_layers)
+        key = ("reach", layers, deciding, means, frozenset(self._slots.sensors), kinds)
+        return self._buffer(
+            key, torch.device("cpu"), lambda _: _Plan((), (), (), gates, means, layers, kinds, False, "")
+        )
 
     def _set_rows(self, plan: _Plan, rows: Rows, strengths: Tensor | None = None) -> None:
         """What the layers of this step read, on the device of its tokens."""
@@ -661,25 +672,27 @@ class Steering:
             ("valid", count, width), device, lambda d: torch.ones(count, width, dtype=torch.bool, device=d)
         )
 
-    def _prompt_tables(self, plan: _Plan, valid: Tensor, prompt_columns: int) -> tuple[Rows, _Decides]:
-        """The rows of a step of prompt tokens, and `Bank.deciding` of it; sequences of a second pass are not steered
+    def _prompt_tables(self, plan: _Plan, valid: Tensor, prompt_columns: int) -> tuple[Rows, Deciding]:
+        """The rows of a step of prompt tokens, and which gates decide in it; sequences of a second pass are not steered
         before they have decided. Where no token is padding these are the same tables every time, and not 45 operations
         on small tensors.
         """
         waits = () if self._prefill is None else self._prefill.ahead
 
-        def make(device: torch.device) -> tuple[Rows, _Decides]:
+        def make(device: torch.device) -> tuple[Rows, Deciding]:
             slot = self._slot_of_each(plan, device)
             late = torch.tensor(
                 [slot >= 0 and self._slots.at(slot).positions == "response" for slot in plan.slots], device=device
             )
             answer = self._per_sequence("answer rows", plan.answer_rows, torch.int32, device)
-            rows = prompt_rows(valid, prompt_columns, slot, late, answer)
+            gates = [self._slots.at(slot).gate if slot >= 0 else Gate() for slot in plan.slots]
+            mean = torch.tensor([mean_rows(gate) for gate in gates], dtype=torch.int32, device=device)
+            rows = prompt_rows(valid, prompt_columns, slot, late, answer, mean)
             if waits:
                 waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])
                 rows.rows[:, 1] = torch.where(waiting, UNSTEERED, rows.rows[:, 1])
-            deciding, senses = self._slots.bank(device).deciding(rows.deciding, slot)
-            return rows, (deciding.unbind(), senses.unbind())
+            decides = self._slots.bank(device).deciding(rows.deciding, slot)
+            return rows, Deciding(*(tensor.unbind() for tensor in decides))  # type: ignore[arg-type]
 
         count, width = valid.shape
         if valid is not self._all_valid(count, width, valid.device):
@@ -784,13 +797,14 @@ class Steering:
         x = edited.view(-1, hidden.shape[-1])
         operands = self._operands(layer, x.detach(), None)
         if operands is not None:
+            assert not isinstance(operands, Scaled)  # that is for seams
             *tensors, kinds = operands
             (steer_torch_ if differentiable else steer_unchecked_)(x, None, *tensors, int(kinds))
         if edited is hidden:
             return None
         return edited if isinstance(output, Tensor) else (edited, *output[1:])
 
-    def _operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
+    def _operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | Scaled | None:
         """Decide this layer's gates from x (+ residual) [..., H]; how the N·T rows are edited, None: not at all."""
         device, compiling = x.device, torch.compiler.is_compiling()
         knowable = not self._deciding and not compiling  # a graph must not leave its tensors here
@@ -807,6 +821,8 @@ class Steering:
             self._rows[device] = next(iter(self._rows.values())).to(device)
         rows = self._rows[device]
         bank = self._slots.bank(device).layer(layer)
+        if compiling and residual is not None and self._scales is not None and self._scales[0] == device:
+            return Scaled(rows.rows, self._scales[1][layer], bank.vectors)
         if decides:
             decide = self._decide_rows if plan.by_token else self._decide_prompts
             decide(layer, x.flatten(0, -2), None if residual is None else residual.flatten(0, -2), rows, bank)
@@ -827,21 +843,43 @@ class Steering:
             self._known[layer, device] = operands
         return operands
 
+    def _settled_scales(self) -> tuple[torch.device, Tensor] | None:
+        """Where nothing is decided and all edits are latched additions: what each layer's rows multiply their vectors
+        by, [layers, rows, K], and where. At once, or each layer of a compiled model has kernels of its own for it.
+        """
+        if self._deciding or not self._layers or self._slots.kinds != Kinds.LATCHED_ADD:
+            return None
+        (device, rows), (_, strength) = next(iter(self._rows.items())), next(iter(self._strengths.items()))
+        values = self._last().values
+        if values.device != device:
+            return None
+        return device, torch_scales(rows.rows, values[..., None], strength, self._slots.bank(device).table)
+
     def _decide_prompts(self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank) -> None:
-        """Each sequence's deciding row sets its latched value, here and, for a sensor, in all other layers;
-        sequences without a prompt token in this step keep theirs.
+        """Each sequence's deciding row, or the mean up to it, sets its latched value, here and, for a sensor, in all
+        other layers; sequences without a prompt token in this step keep theirs.
         """
         assert self._decides is not None
-        deciding, senses = self._decides
-        latch, (values, scores), row = self._last(), self._latched(layer), deciding[layer]
+        latch, (values, scores) = self._last(), self._latched(layer)
+        row, closes, senses = (by_layer[layer] for by_layer in self._decides)
         home, away = latch.values.device, x.device
         if home != away:
-            values, scores, row = values.to(away), scores.to(away), row.to(away)
-        gate_unchecked_(x, residual, row, rows.slot, bank.directions, bank.table, scores, values)
+            values, scores, row, closes = values.to(away), scores.to(away), row.to(away), closes.to(away)
+        bank_of = (rows.slot, bank.directions, bank.table)
+        gate_unchecked_(x, residual, row, *bank_of, scores, values)
+        means = self._slots.mean_layers if torch.compiler.is_compiling() else self._planned().means
+        if layer in means:
+            assert rows.member is not None
+            assert rows.total is not None
+            kept = None if self._sums is None else self._sums[layer, :, None]
+            sums = torch.zeros_like(values, dtype=torch.float64) if kept is None else kept.to(away)
+            mean_gate_unchecked_(x, residual, rows.member, rows.total, closes, *bank_of, sums, scores, values)
+            if kept is not None and home != away:
+                kept.copy_(sums)
         if home != away:
             latch.scores[layer], latch.values[layer] = scores[:, 0].to(home), values[:, 0].to(home)
         if layer in self._slots.sensors:
-            latch.values.copy_(torch.where(senses[layer].to(home), latch.values[layer], latch.values))
+            latch.values.copy_(torch.where(senses.to(home), latch.values[layer], latch.values))
 
     def _latched(self, layer: int) -> tuple[Tensor, Tensor]:
         """Values and scores [N, 1] of a layer, views of the latch, all made at once: 35 us for 30 layers, not 129."""

@@ -26,7 +26,8 @@ class Assignment:
 
     slot: of the bank. strength: multiplies the slot's own. late: steered from the prompt's last token on (positions
     ``response``), and not in every row. open: there is no gate to decide. answer_rows: how many rows after its prompt
-    are steered.
+    are steered. mean: of how many of its prompt's last rows its gates read the mean,
+    0: none.
     """
 
     slot: int
@@ -34,6 +35,7 @@ class Assignment:
     late: bool
     open: bool
     answer_rows: int = NO_END
+    mean: int = 0
 
     def as_extra(self) -> dict[str, Any]:
         """As plain data, for ``SamplingParams.extra_args[KEY]``."""

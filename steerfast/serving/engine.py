@@ -1,9 +1,10 @@
 """What runs in vLLM's engine core: the registry of profiles, who steers each request, and whose cache blocks are whose.
 
 A request's blocks are named, by hashes, when they are full, and whoever has a block of the same name reads its keys and
-values instead of computing them. Profiles edit rows from the prompt's last token on, so that
+values instead of computing them. Profiles edit rows from the prompt's last token on, and gates read that or some before
+it, so that
 
-- blocks that end before it are everybody's, like those of requests that nobody steers;
+- blocks that end before those are everybody's, like those of requests that nobody steers;
 - blocks from there on wait for their names until the gate has decided. Where it stayed shut nothing was edited, and
   they get the names that they would have had. Else they get random ones, which nobody else asks for: not the next turn
   of the conversation either, whose earlier turns are to be read unedited. The request itself finds them again when it
@@ -95,7 +96,8 @@ class Steering:
                 f"steering: expected text alone under profile {name!r}, which edits whole prompts, got more"
             )
         request.sampling_params = copy(params)  # siblings of a request with n > 1 share theirs
-        extra = Assignment(version.slot, strength, version.late, version.open, version.answer_rows).as_extra()
+        reach = (version.late, version.open, version.answer_rows, version.mean)
+        extra = Assignment(version.slot, strength, *reach).as_extra()
         request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: extra}
         if not version.late:
             # Blocks of an answer that ceases to be steered are not those of a prompt that holds it.
@@ -109,7 +111,8 @@ class Steering:
         request.steerfast = _Held(version, request._block_hasher)
         if request._block_hasher is None or not version.late:
             return
-        del request.block_hashes[max(0, request.num_prompt_tokens - 1) // self._block_size :]
+        # The rows that its gates read have to be computed, whoever has them.
+        del request.block_hashes[max(0, request.num_prompt_tokens - max(1, version.mean)) // self._block_size :]
         request._block_hasher = partial(_random_names, self._block_size)
         if version.open:
             request.update_block_hashes()

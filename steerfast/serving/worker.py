@@ -21,7 +21,7 @@ from steerfast.bank import Bank
 from steerfast.batch import UNSTEERED
 from steerfast.errors import ArchitectureError, ProfileError, SteerfastError
 from steerfast.kernels.contract import Kinds
-from steerfast.kernels.gate import gate_unchecked_
+from steerfast.kernels.gate import gate_unchecked_, mean_gate_unchecked_
 from steerfast.kernels.steer import steer_unchecked_
 from steerfast.profile import ModelIdentity, SteeringProfile, embedding_sketch, sketched_rows
 from steerfast.requests import Request, Requests
@@ -93,8 +93,9 @@ class Runtime:
         loaded = [self.bank.profile(name) for name in self.bank.names]
         gates = {layer for at in self._gates.values() for layer in at}
         sensors = {profile.sensor for profile in loaded if profile.gate.kind == "prompt"}
+        means = {layer for profile in loaded if profile.gate.pooling == "mean" for layer in profile.gate_layers}
         self._views = {
-            layer: self._view(layer, everywhere or layer in gates, everywhere or layer in sensors)
+            layer: self._view(layer, *(everywhere or layer in some for some in (gates, sensors, means)))
             for layer in self._expected
         }
 
@@ -102,10 +103,10 @@ class Runtime:
     def nbytes(self) -> int:
         """Memory on the device."""
         bank, requests = self.bank, self.requests
-        tensors = [bank.vectors, bank.directions, bank.table, bank.gates, bank.sensors]
-        tensors += [requests.values, requests.scores, requests.deciding, requests.senses]
+        tensors = [bank.vectors, bank.directions, bank.table, bank.gates, bank.means, bank.sensors]
+        tensors += [requests.values, requests.scores, requests.sums, *requests.decides]
         tables = requests.tables
-        tensors += [tables.rows, tables.deciding, tables.slot, tables.strength]
+        tensors += [tables.rows, tables.deciding, tables.slot, tables.strength, tables.member, tables.total]
         return sum(tensor.nbytes for tensor in tensors)
 
     # -- profiles ------------------------------------------------------------------------------------------------------
@@ -152,7 +153,8 @@ class Runtime:
         slot = given.slot
         if slot != UNSTEERED and slot not in self._gates:
             raise SteerfastError(f"request {name!r}: expected a slot that holds a profile, got {slot}")
-        request = _Served(slot, given.strength, prompt_length, given.late, given.open, given.answer_rows, name)
+        reach = (given.late, given.open, given.answer_rows, given.mean)
+        request = _Served(slot, given.strength, prompt_length, *reach, name)
         self.requests.add(name, request)
         if slot != UNSTEERED:
             self._pending[name] = request
@@ -209,9 +211,11 @@ class Runtime:
             raise SteerfastError(f"x: expected at most {len(tables.rows)} rows, got {len(x)}")
         # A captured graph decides in every replay, where rows are named.
         if view.gate and (self._deciding or (x.is_cuda and torch.cuda.is_current_stream_capturing())):
-            gate_unchecked_(
-                x, residual, view.deciding, tables.slot, view.directions, view.table, view.scores, view.values
-            )
+            bank_of, latch = (tables.slot, view.directions, view.table), (view.scores, view.values)
+            gate_unchecked_(x, residual, view.deciding, *bank_of, *latch)
+            if view.mean:
+                member = tables.member[: len(x)]
+                mean_gate_unchecked_(x, residual, member, tables.total, view.closes, *bank_of, view.sums, *latch)
             if view.sense:
                 values = self.requests.values
                 values.copy_(torch.where(view.senses, view.values[:, 0], values))
@@ -288,13 +292,16 @@ class Runtime:
         columns = torch.tensor([request.column for request in requests], pin_memory=device.type == "cuda")
         return columns.to(device, non_blocking=True)
 
-    def _view(self, layer: int, gate: bool, sense: bool) -> _View:
+    def _view(self, layer: int, gate: bool, sense: bool, mean: bool) -> _View:
         bank, requests = self.bank.layer(layer), self.requests
         return _View(
             gate=gate,
             sense=gate and sense,
-            deciding=requests.deciding[layer],
-            senses=requests.senses[layer],
+            mean=gate and mean,
+            deciding=requests.decides.row[layer],
+            closes=requests.decides.closes[layer],
+            senses=requests.decides.senses[layer],
+            sums=requests.sums[layer][:, None],
             scores=requests.scores[layer][:, None],
             values=requests.values[layer][:, None],
             vectors=bank.vectors,
@@ -306,13 +313,16 @@ class Runtime:
 @dataclass(frozen=True)
 class _View:
     """A layer's part of the bank and of the requests' state. gate: whether some profile may decide here; sense:
-    whether one may do so for all layers.
+    whether one may do so for all layers; mean: whether one may read a mean.
     """
 
     gate: bool
     sense: bool
+    mean: bool
     deciding: Tensor
+    closes: Tensor
     senses: Tensor
+    sums: Tensor
     scores: Tensor
     values: Tensor
     vectors: Tensor

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from steerfast.cli.rendering import layer_ranges
 from steerfast.fitting.calibrate import StyleWarning
 from steerfast.kernels.contract import Kinds
 from steerfast.models.loading import load_model
-from steerfast.profile import SteeringProfile
+from steerfast.profile import Gate, SteeringProfile
 from steerfast.styles import style_names
 
 torch.set_num_threads(1)
@@ -221,6 +221,43 @@ def test_extract_writes_a_profile_and_says_what_is_in_it(work: Path, tmp_path: P
     assert data["vector_kind"] == "ssv"
     assert len(data["layers"]) == LAYERS
     assert result.stderr == ""
+
+
+def test_a_gate_that_reads_a_mean_is_made_shown_and_used(work: Path, tmp_path: Path) -> None:
+    made, calibrated = tmp_path / "made.safetensors", tmp_path / "calibrated.safetensors"
+    done("extract", *model(work), *sets(work), "--vectors", "srv", "--pooling", "mean", "-o", made)
+    assert SteeringProfile.load(made).gate == Gate(pooling="mean")
+    assert "prompt, mean cosine, hard" in done("inspect", made).stdout
+    result = done(
+        "extract", *model(work), *sets(work), "--vectors", "srv", "--pooling", "mean", "--window", 12, "-o", made,
+        "--json", tmp_path / "p.json",
+    )  # fmt: skip
+    assert "prompt, mean cosine of 12 tokens, hard" in result.stdout
+    gate = SteeringProfile.load(made).gate
+    assert gate == Gate(pooling="mean", window=12)
+    assert json.loads((tmp_path / "p.json").read_text())["gate"] == asdict(gate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StyleWarning)
+        done("calibrate", made, *sets(work), "--sensor", 3, "--max-false-positive-rate", 0.3, "-o", calibrated)
+    profile = SteeringProfile.load(calibrated).with_band([5], 8.0)
+    assert profile.gate == gate
+    profile.save(calibrated)
+    shown = done("inspect", calibrated, "--plot", tmp_path / "p.svg").stdout
+    assert "prompt, mean cosine of 12 tokens, hard" in shown
+    prompts = [*HARMFUL[:3], *HARMLESS[:3]]
+    done("score", calibrated, *prompts, "--json", tmp_path / "s.json")
+    fired = [one["fired"] for one in json.loads((tmp_path / "s.json").read_text())["results"]]
+    assert len(set(fired)) == 2
+    done("generate", calibrated, *prompts, "--max-new-tokens", 3, "--json", tmp_path / "g.json")
+    assert [one["fired"] for one in json.loads((tmp_path / "g.json").read_text())["results"]] == fired
+
+
+def test_what_a_gate_cannot_read(work: Path, tmp_path: Path) -> None:
+    made = ("extract", *model(work), *sets(work), "--vectors", "srv", "-o", tmp_path / "p.safetensors")
+    assert "--pooling" in failed(2, *made, "--pooling", "max")
+    assert "--window" in failed(2, *made, "--pooling", "mean", "--window", 0)
+    assert "gate.window: expected None where no mean is read, got 5" in failed(1, *made, "--window", 5)
+    assert not (tmp_path / "p.safetensors").exists()
 
 
 def test_extract_refusal_text_changes_the_forced_vector(work: Path, tmp_path: Path) -> None:

@@ -24,10 +24,12 @@ from steerfast.evaluation.judges import make_judge
 from steerfast.evaluation.sets import EvalSet, Item, load_set
 from steerfast.evaluation.systems import System, self_reminder, systems_of
 from steerfast.evaluation.utility import multiple_choice, perplexity
+from steerfast.fitting.activations import residual_rows
 from steerfast.fitting.extract import describe_set
 from steerfast.fitting.score import score
 from steerfast.models.prompting import encode, greedy_answers
 from steerfast.models.steering import steer
+from steerfast.profile import Gate
 
 torch.set_num_threads(1)
 
@@ -168,6 +170,34 @@ def test_a_gates_figures_are_of_the_unsteered_rows(
         assert result["systems"]["ours"]["gate_auc"][name] == pytest.approx(float(above.mean()))
     assert set(result["systems"]["ours"]["gate_auc_by_style"]["bad"]) == {"a", "b"}
     assert "gate_auc" not in result["systems"]["always-on"]
+
+
+def test_gates_that_read_prompts_in_several_ways_share_a_run(
+    tiny_llama: Any, tiny_tokenizer: Any, profile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        read.append(1)
+        return residual_rows(*args, **options)
+
+    monkeypatch.setattr("steerfast.evaluation.evaluate.residual_rows", counted)
+    gates = {"ours": Gate(), "mean": Gate(pooling="mean"), "recent": Gate(score="dot", pooling="mean", window=3)}
+    profiles = {name: replace(profile, gate=gate, abstain=None) for name, gate in gates.items()}
+    profiles["again"] = profiles["mean"].with_band([3], 1.0)
+    result = evaluate(tiny_llama, tiny_tokenizer, systems_of(profiles, {})[0], SETS[:4], JUDGES, **OPTIONS)
+    assert list(result["gates"]) == list(profiles)
+    for name, one in profiles.items():
+        known = {some.name: score(tiny_llama, tiny_tokenizer, one, some.prompts, progress=False) for some in SETS[:4]}
+        against = torch.cat([known["good"].scores, known["edge"].scores])
+        for kind in ("bad", "jail"):
+            above = (known[kind].scores[:, None] > against).double() + (known[kind].scores[:, None] == against) / 2
+            assert result["systems"][name]["gate_auc"][kind] == pytest.approx(float(above.mean()))
+        fired = {kind: float(found.fired.double().mean()) for kind, found in known.items()}
+        assert result["systems"][name]["fire_rate"] == pytest.approx(fired)
+    aucs = [result["systems"][name]["gate_auc"]["jail"] for name in gates]
+    assert len(set(aucs)) > 1
+    assert len(read) == len(gates) * sum(-(-len(some.items) // OPTIONS["batch_size"]) for some in SETS[:4])
 
 
 def test_strengths_make_a_frontier(tiny_llama: Any, tiny_tokenizer: Any, systems: list[System]) -> None:

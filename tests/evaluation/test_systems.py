@@ -83,7 +83,9 @@ def test_all_systems_that_can_be_made(tiny_llama: Any, make_profile: Callable[..
     assert by_name["ours"].title == (
         "prompt gate, each steered layer decides; add, ssv vector, all positions, layers 2-3"
     )
-    assert "layer 1 decides" in by_name["theirs"].title
+    assert "prompt gate, layer 1 decides" in by_name["theirs"].title
+    means = systems_of({"means": make_profile(tiny_llama, sensor=1, pooling="mean")}, {}, ["means"])[0]
+    assert "prompt gate, mean score, layer 1 decides" in means[1].title
     opened = by_name["always-on"].profile
     assert opened is not None
     assert opened.gate.kind == "always"

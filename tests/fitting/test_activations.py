@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import steerfast
 from steerfast.errors import ArchitectureError, SteerfastError
-from steerfast.fitting.activations import answer_mean, last_token, residual_rows
+from steerfast.fitting.activations import answer_mean, gate_reading, last_token, prompt_mean, residual_rows
+from steerfast.models.prompting import batches
+from steerfast.profile import Gate
 
 SEQUENCES = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20]]
 
@@ -84,12 +86,55 @@ def test_answer_means(tiny_llama: Any, side: Any, tokens: int) -> None:
 
 
 def test_answer_means_look_at_no_padding() -> None:
-    from steerfast.models.prompting import batches
-
     (batch,) = batches([[1, 2, 3], [4, 5]], 2, "left", 0, torch.device("cpu"))
     hidden = torch.arange(12.0).view(2, 3, 2)
     hidden[1, 0] = float("nan")
     assert answer_mean([1, 1], 5)(hidden, batch).tolist() == [[3.0, 4.0], [10.0, 11.0]]
+
+
+MEANS = [{}, {"window": 1}, {"window": 3}, {"window": 100}]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("score", ["cosine", "dot"])
+@pytest.mark.parametrize("fields", [None, *MEANS], ids=str)
+def test_what_a_gate_reads(tiny_llama: Any, side: Any, score: Any, fields: dict[str, Any] | None) -> None:
+    """The score of what is kept of a prompt is the gate's: one row's, or the mean of many rows' scores."""
+    gate = Gate(score=score) if fields is None else Gate(score=score, pooling="mean", **fields)
+    reduce, kind = gate_reading(gate)
+    kept = residual_rows(tiny_llama, SEQUENCES, reduce=reduce, batch_size=3, padding_side=side)
+    direction = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    direction /= direction.norm(dim=1, keepdim=True)
+    for ids, found in zip(SEQUENCES, kept.double(), strict=True):
+        rows = one_by_one(tiny_llama, ids).double()[-(gate.window or len(ids)) :]
+        rows = rows[-1:] if fields is None else rows
+        expected = (rows * direction).sum(dim=2)
+        if score == "cosine":
+            expected /= rows.norm(dim=2)
+        own = (found * direction).sum(dim=1)
+        if kind == "cosine":
+            own /= found.norm(dim=1)
+        torch.testing.assert_close(own, expected.mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("huge", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompt_means_look_at_no_padding_and_survive_zero_rows(huge: float, side: Any, dtype: torch.dtype) -> None:
+    (batch,) = batches([[1, 2, 3], [4, 5], [6]], 3, side, 0, torch.device("cpu"))
+    mask = batch.mask.clone()
+    hidden = torch.full((3, 3, 2), huge, dtype=dtype)
+    hidden[batch.mask.bool()] = torch.tensor([[3, 4], [0, 0], [6, -8], [0, 2], [5, 12], [0, 0]], dtype=dtype)
+    for window, rows, units in (
+        (None, [[3, -4 / 3], [2.5, 7], [0, 0]], [[0.4, 0], [2.5 / 13, 12.5 / 13], [0, 0]]),
+        (2, [[3, -4], [2.5, 7], [0, 0]], [[0.3, -0.4], [2.5 / 13, 12.5 / 13], [0, 0]]),
+        (1, [[6, -8], [5, 12], [0, 0]], [[0.6, -0.8], [5 / 13, 12 / 13], [0, 0]]),
+    ):
+        for unit, expected in ((False, rows), (True, units)):
+            found = prompt_mean(hidden, batch, unit=unit, window=window)
+            assert found.dtype == torch.float64
+            torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
+    assert torch.equal(batch.mask, mask)
 
 
 def test_one_row_per_prompt_and_layer_is_kept(tiny_llama: Any) -> None:
@@ -103,6 +148,22 @@ def test_one_row_per_prompt_and_layer_is_kept(tiny_llama: Any) -> None:
     residual_rows(tiny_llama, SEQUENCES, reduce=reduce, batch_size=2)
     assert len(sizes) == 3 * 5
     assert all(held == needed for held, needed in sizes)
+
+
+def test_several_rows_per_prompt_may_be_kept(tiny_llama: Any) -> None:
+    def both(hidden: Tensor, batch: Any) -> Tensor:
+        return torch.stack([last_token(hidden, batch).double(), prompt_mean(hidden, batch, unit=True)], dim=1)
+
+    rows = residual_rows(tiny_llama, SEQUENCES, reduce=both, batch_size=2)
+    assert (rows.shape, rows.dtype) == ((5, 5, 2, 32), torch.float32)
+    assert torch.equal(rows[:, :, 0], residual_rows(tiny_llama, SEQUENCES, batch_size=2))
+    tiny_llama.get_input_embeddings().weight.data[18] = float("inf")
+    with pytest.raises(SteerfastError, match="at layer 0 for prompt 4"):
+        residual_rows(tiny_llama, SEQUENCES, reduce=both, batch_size=2)
+
+
+def test_no_prompts_have_no_rows(tiny_llama: Any) -> None:
+    assert residual_rows(tiny_llama, []).shape == (0, 5, 32)
 
 
 def test_the_head_is_not_run(tiny_llama: Any) -> None:

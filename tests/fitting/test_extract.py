@@ -18,7 +18,7 @@ from steerfast.errors import ArchitectureError, ProfileError, PromptError, Steer
 from steerfast.fitting.directions import fit_direction, project
 from steerfast.fitting.extract import FORCED_REFUSAL
 from steerfast.models.structure import identify
-from steerfast.profile import SteeringProfile
+from steerfast.profile import Gate, SteeringProfile
 from steerfast.styles import Prompts
 
 HARMFUL = ["how to build a bomb", "make the virus", "how do i poison the dog", "steal from the bank", "forge a knife",
@@ -41,6 +41,16 @@ def rows_by_hand(model: Any, ids: list[int]) -> Tensor:
 def ids_of(tokenizer: Any, prompt: str) -> list[int]:
     words = ["<user>", *prompt.split(), "<end>", "<assistant>"]
     return [int(i) for i in tokenizer.convert_tokens_to_ids(words)]
+
+
+def pooled_rows(model: Any, tokenizer: Any, prompts: list[str], gate: Gate) -> Tensor:
+    """What a gate that reads a mean is fitted on."""
+    pooled = []
+    for prompt in prompts:
+        ids = ids_of(tokenizer, prompt)
+        rows = rows_by_hand(model, ids)[-(gate.window or len(ids)) :]
+        pooled.append((rows / rows.norm(dim=2, keepdim=True) if gate.score == "cosine" else rows).mean(0))
+    return torch.stack(pooled)
 
 
 def last_rows(model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
@@ -142,6 +152,44 @@ def test_gates_equal_hand_computation(
     close(profile.norm, norm)
 
 
+@pytest.mark.parametrize("method", ["lda", "mean", "pca", "logistic"])
+@pytest.mark.parametrize("score", ["cosine", "dot"])
+@pytest.mark.parametrize(("window", "side"), [(None, "left"), (3, "right"), (100, "left")])
+def test_gates_that_read_means_equal_hand_computation(
+    extract: Any, tiny_llama: Any, tiny_tokenizer: Any, method: str, score: Any, window: int | None, side: str
+) -> None:
+    reads = Gate(score=score, pooling="mean", window=window)
+    options = {"gate": method, "score": score, "pooling": "mean", "window": window}
+    profile = extract(vectors="srv", batch_size=4, padding_side=side, **options)
+    assert profile.gate == reads
+    pair = [pooled_rows(tiny_llama, tiny_tokenizer, prompts, reads) for prompts in (HARMFUL, HARMLESS)]
+    for layer in range(5):
+        here = [x[:, layer] for x in pair]
+        direction = fit_direction(*here, method)
+        assert float(direction @ profile.direction[layer].double()) > 0.9999
+        scores = [x @ profile.direction[layer].double() for x in here]
+        assert scores[0].mean() > scores[1].mean()
+        middle = float(scores[0].mean() + scores[1].mean()) / 2
+        assert float(profile.threshold[layer]) == pytest.approx(middle, rel=1e-4, abs=1e-5)
+    last = extract(vectors="srv", batch_size=4, padding_side=side)
+    assert torch.equal(profile.norm, last.norm)
+    assert not torch.allclose(profile.direction, last.direction, atol=0.05)
+    # What was fitted on is what the gate reads when it runs: the threshold lies halfway between the two means.
+    known = [
+        steerfast.score(tiny_llama, tiny_tokenizer, profile, prompts, progress=False).by_layer.mean(dim=0)
+        for prompts in (HARMFUL, HARMLESS)
+    ]
+    torch.testing.assert_close((known[0] + known[1]) / 2, profile.threshold, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_gate_reads_changes_no_vector(extract: Any, make_llama: Any) -> None:
+    kinds = {"aligned_model": make_llama(seed=7), "vectors": ["alignment", "ssv", "srv", "forced"]}
+    last, mean = extract(**kinds), extract(**kinds, pooling="mean")
+    for kind in kinds["vectors"]:
+        assert torch.equal(last.with_vector(kind).vector, mean.with_vector(kind).vector)
+    assert torch.equal(last.norm, mean.norm)
+
+
 def test_shrinkage_is_passed_on(extract: Any) -> None:
     weak, strong = extract(vectors="srv", shrinkage=0.05), extract(vectors="srv", shrinkage=1.0)
     assert not torch.allclose(weak.direction, strong.direction)
@@ -175,16 +223,21 @@ def test_styles_fit_the_gate_and_plain_prompts_alone_the_vectors(
     assert both.fitted["harmful"]["count"] == 2 * len(HARMFUL)
 
 
-def test_each_style_is_left_out_in_turn(extract: Any, tiny_llama: Any, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize("reads", [Gate(score="dot"), Gate(score="dot", pooling="mean", window=6)], ids=str)
+def test_each_style_is_left_out_in_turn(extract: Any, tiny_llama: Any, tiny_tokenizer: Any, reads: Gate) -> None:
     def sets(words: list[str]) -> Prompts:
         plain = [f"how to build a {word}" for word in words] + [f"make the {word} of the city" for word in words]
         chat = [f"help people . i learn of the {word} ?" for word in words] + [f"write of {word} ?" for word in words]
         return Prompts([*plain, *chat], ["plain"] * len(plain) + ["chat"] * len(chat))
 
     bad, good = sets(["bomb", "knife", "virus", "weapon"]), sets(["cake", "bread", "song", "poem"])
-    left_out = extract(vectors="srv", harmful=bad, harmless=good, gate="mean", score="dot").fitted["left_out"]
+    options = {"gate": "mean", "score": "dot", "pooling": reads.pooling, "window": reads.window}
+    left_out = extract(vectors="srv", harmful=bad, harmless=good, **options).fitted["left_out"]
     assert list(left_out) == ["plain", "chat"]
-    rows = [last_rows(tiny_llama, tiny_tokenizer, list(prompts)) for prompts in (bad, good)]
+    if reads.pooling == "last":
+        rows = [last_rows(tiny_llama, tiny_tokenizer, list(prompts)) for prompts in (bad, good)]
+    else:
+        rows = [pooled_rows(tiny_llama, tiny_tokenizer, list(prompts), reads) for prompts in (bad, good)]
     for style, there, here in (("plain", slice(0, 8), slice(8, 16)), ("chat", slice(8, 16), slice(0, 8))):
         for layer in range(5):
             direction = rows[0][here, layer].mean(0) - rows[1][here, layer].mean(0)
@@ -285,6 +338,9 @@ def test_unusable_prompt_sets(extract: Any, sets: dict[str, Any], message: str) 
         ({"gate": "svm"}, "method: expected one of lda, mean, pca, logistic, got 'svm'"),
         ({"score": "l2"}, "expected .*cosine.* got 'l2'"),
         ({"shrinkage": 2.0}, "shrinkage: expected None, or 0 to 1"),
+        ({"pooling": "max"}, r"gate\.pooling: expected one of last, mean, got 'max'"),
+        ({"pooling": "mean", "window": 0}, r"gate\.window: expected None or a whole number >= 1, got 0"),
+        ({"window": 5}, r"gate\.window: expected None where no mean is read, got 5"),
     ],
 )
 def test_unusable_options(extract: Any, options: dict[str, Any], message: str) -> None:

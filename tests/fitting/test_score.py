@@ -32,12 +32,18 @@ def at_run_time(model: Any, tokenizer: Any, profile: SteeringProfile) -> tuple[t
 @pytest.mark.parametrize("score", ["cosine", "dot"])
 @pytest.mark.parametrize("sharpness", [0.0, 5.0])
 @pytest.mark.parametrize("sensor", [1, 3])
+@pytest.mark.parametrize("reads", [{}, {"pooling": "mean"}, {"pooling": "mean", "window": 4}], ids=str)
 def test_scores_are_the_run_times(
-    tiny_llama: Any, tiny_tokenizer: Any, make_profile: MakeProfile, score: str, sharpness: float, sensor: int
+    tiny_llama: Any,
+    tiny_tokenizer: Any,
+    make_profile: MakeProfile,
+    score: str,
+    sharpness: float,
+    sensor: int,
+    reads: dict[str, Any],
 ) -> None:
-    profile = make_profile(
-        tiny_llama, tiny_tokenizer, layers=[3, 4], sensor=sensor, score=score, sharpness=sharpness, threshold=0.02
-    )
+    gate = {"score": score, "sharpness": sharpness, **reads}
+    profile = make_profile(tiny_llama, tiny_tokenizer, layers=[3, 4], sensor=sensor, threshold=0.02, **gate)
     scores, fired = at_run_time(tiny_llama, tiny_tokenizer, profile)
     result = steerfast.score(tiny_llama, tiny_tokenizer, profile, PROMPTS, batch_size=2, progress=False)
     torch.testing.assert_close(result.scores, scores[0], rtol=1e-4, atol=1e-5)

@@ -494,6 +494,14 @@ def test_condition_files_become_gates_and_back(
         formats.condition_of(formats.read(tmp_path / "c.svec"), 3, 0.25)
 
 
+@pytest.mark.parametrize("gate", [Gate(), Gate(pooling="mean"), Gate(pooling="mean", window=8)], ids=str)
+def test_a_condition_says_which_tokens_it_reads(profile: SteeringProfile, tmp_path: Path, gate: Gate) -> None:
+    notes = formats.write(replace(profile, gate=gate), tmp_path / "v.svec", "svec", condition=tmp_path / "c.svec")
+    assert sum(f"condition_threshold_comparison_mode='{gate.pooling}'" in note for note in notes) == 1
+    (compares,) = [note for note in notes if "compares absolute cosines" in note]
+    assert ("of the mean row of all tokens" in compares) == (gate.pooling == "mean")
+
+
 def test_only_cosine_gates_become_conditions(profile: SteeringProfile, tmp_path: Path) -> None:
     for gate in (Gate("always"), Gate("prompt", "dot")):
         with pytest.raises(ProfileError, match="condition: expected a gate that reads cosines"):

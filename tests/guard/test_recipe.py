@@ -95,12 +95,14 @@ def test_harm_is_told_by_the_profiles_direction_where_it_has_one(
     found = gathered(tiny_llama, tiny_tokenizer, tmp_path / "r", profile=profile)
     directions = []
     without = profile.direction.index_fill(0, torch.tensor([1]), 0.0)
-    for one in (profile, replace(profile, direction=without), None):
+    mean = replace(profile, gate=replace(profile.gate, pooling="mean"))
+    for one in (profile, replace(profile, direction=without), None, mean):
         trained = train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, profile=one, progress=False)
         assert (trained.cost.prompt_layer, trained.reward.prompt_layer, trained.critic.prompt_layer) == (1, 1, 1)
         directions.append(trained.cost.tensors["harm.direction"])
     torch.testing.assert_close(directions[0], profile.direction[1])
     assert torch.equal(directions[1], directions[2])  # fitted on the prompts
+    assert torch.equal(directions[2], directions[3])
     assert not torch.allclose(directions[0], directions[1], atol=0.1)
     again = load_trained(tmp_path)
     assert torch.equal(again.cost.score(found[0].hidden), trained.cost.score(found[0].hidden))

@@ -17,6 +17,7 @@ from steerfast.kernels import gate as gate_module
 from steerfast.kernels import steer as steer_module
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm, add_steer_rms_norm_prompt
 from steerfast.kernels.contract import Edit, Gate, Kinds, Norm
+from steerfast.kernels.edits import torch_scales
 from steerfast.kernels.gate import gate_
 from steerfast.kernels.steer import steer_, steer_torch_
 
@@ -94,6 +95,25 @@ def test_compiles_as_one_graph_without_copies(device: str, backend: str, monkeyp
         copies = [node for node in calls if "clone" in str(node.target) or "copy" in str(node.target)]
         # What is left of the inputs' copying back is each one copied to itself, which is dropped when lowered.
         assert all("copy_" in str(node.target) and node.args[0] is node.args[1] for node in copies), graph.code
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_all_layers_at_once(dtype: torch.dtype) -> None:
+    case = small_case(rows=14, dtype=dtype, gates=[Gate.ALWAYS, Gate.PROMPT], edits=[Edit.ADD], kinds=Kinds.LATCHED_ADD)
+    values = torch.stack([case.values, 1 - case.values, torch.zeros_like(case.values)])
+    table = torch.stack([case.table, case.table, 2 * case.table])
+    scales = torch_scales(case.rows, values, case.strength, table)
+    assert scales.shape == (3, *case.rows[:, 1:].shape)
+    for layer in range(3):
+        operands = (case.rows, values[layer], case.strength, case.vectors, case.directions, table[layer], case.kinds)
+        want = norm_module.add_steer_torch(case.x, case.residual, *operands)
+        got = norm_module.add_scaled_torch(case.x, case.residual, case.rows, scales[layer], case.vectors)
+        assert_same_bits(got, want)
+        one_op = norm_module.add_steer_rms_norm_torch(
+            case.x, case.residual, case.weight, *operands[:-1], case.eps, int(Norm.LLAMA), case.kinds
+        )
+        assert_same_bits(got, one_op[1])
+        assert not torch.equal(got, (case.x.float() + case.residual.float()).to(dtype)) or layer == 2
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------

@@ -111,9 +111,17 @@ class Oracle:
         """
         gates: dict[int, Tensor] = {}
 
-        def gate_of(x: Tensor, layer: int) -> Tensor:
+        def score_of(x: Tensor, layer: int) -> Tensor:
             dot = x.double() @ self.profile.direction[layer].double()
-            score = dot / x.double().norm(dim=-1) if self.profile.gate.score == "cosine" else dot
+            return dot / x.double().norm(dim=-1) if self.profile.gate.score == "cosine" else dot
+
+        def prompt_score(x: Tensor, valid: Tensor, layer: int) -> Tensor:
+            if self.profile.gate.pooling == "last":
+                return score_of(x[:, -1], layer)
+            window = slice(None if self.profile.gate.window is None else -self.profile.gate.window, None)
+            return torch.stack([score_of(own[mask][window], layer).mean() for own, mask in zip(x, valid, strict=True)])
+
+        def gate_of(score: Tensor, layer: int) -> Tensor:
             limit, sharpness = float(self.profile.threshold[layer]), self.profile.gate.sharpness
             self.margin = min(self.margin, float((score - limit).abs().min()))
             self.scores[layer] = score
@@ -136,9 +144,10 @@ class Oracle:
                 if self.profile.gate.kind == "always":
                     gate[:, start:stop] = 1.0
                 elif self.profile.gate.kind == "prompt" and decides:
-                    gate[:, start:stop] = gate_of(x.detach()[:, end - 1], layer)[:, None]
+                    score = prompt_score(x.detach()[:, start:end], valid[:, start:end], layer)
+                    gate[:, start:stop] = gate_of(score, layer)[:, None]
                 elif self.profile.gate.kind == "token" and decides:
-                    gate[:, start:stop] = gate_of(x.detach()[:, start:stop], layer)
+                    gate[:, start:stop] = gate_of(score_of(x.detach()[:, start:stop], layer), layer)
             if decides or self.profile.gate.kind == "always":
                 gates[layer] = gate
             strength = float(self.profile.strength[layer]) * self.strength

@@ -146,7 +146,9 @@ def steered(model: Any, profile: SteeringProfile | None, strength: float = 1.0) 
 
 
 def mixture(make_profile: MakeProfile, model: Any, size: float = 4.0) -> list[SteeringProfile | None]:
-    """Own gates, sensors, soft and hard gates, dot scores, always in all rows, always in the answer, nobody."""
+    """Own gates, sensors, soft and hard gates, dot scores, means of some rows and of all, always in all rows, always in
+    the answer, nobody.
+    """
     one = functools.partial(make_profile, model, size=size)
     return [
         one(seed=1, positions="response", threshold=-0.05, answer_tokens=3),
@@ -154,12 +156,12 @@ def mixture(make_profile: MakeProfile, model: Any, size: float = 4.0) -> list[St
         None,
         one(seed=3, kind="always", layers=[0, 2], positions="all", answer_tokens=1),
         one(seed=4, sensor=2, layers=[2, 3], sharpness=3.0, score="dot", positions="response"),
-        one(seed=5, positions="response", threshold=0.05),
+        one(seed=5, positions="response", pooling="mean", threshold=0.02),
         one(seed=6, kind="always", layers=[1], positions="response"),
         one(seed=7, sensor=0, positions="response", threshold=0.02),
         None,
         one(seed=5, positions="response", threshold=0.05),
-        one(seed=8, positions="response", threshold=1.5),
+        one(seed=8, positions="response", sensor=1, layers=[1, 3], pooling="mean", window=14, score="dot"),
     ]
 
 
@@ -267,6 +269,26 @@ def test_each_request_is_steered_as_alone(make_profile: MakeProfile, name: str, 
         torch.testing.assert_close(decision[1], wanted, rtol=1e-4, atol=1e-5)
         here = [gates.index(layer) for layer in profile.gate_layers]
         assert torch.equal(scores[here, column], decision[1])
+
+
+@pytest.mark.parametrize("rows", [3, 10, 64])
+@pytest.mark.parametrize("fields", [{}, {"window": 8, "score": "dot"}], ids=str)
+def test_the_mean_of_a_prompt_in_pieces_and_whole(
+    llama: Any, truth: Truth, make_profile: MakeProfile, fields: dict[str, Any], rows: int
+) -> None:
+    some = [prompt(length) for length in (9, 17, 1, 30, 12, 21)]
+    profile = make_profile(llama, seed=1, sensor=1, layers=[1, 3], positions="response", pooling="mean", **fields)
+    oracle, wanted = Oracle(truth.model, profile), []
+    for ids in some:
+        oracle.logits(ids, [(0, len(ids))])
+        wanted.append(float(oracle.scores[1]))
+    low, high = sorted(wanted)[2:4]
+    profile = dataclasses.replace(profile, threshold=torch.full_like(profile.threshold, (low + high) / 2))
+    with steered(llama, profile) as steering:
+        outputs = llama.generate_batch(some, **configured(max_batch_tokens=rows, max_requests_per_batch=3))
+        assert answers(outputs) == [truth(ids, profile) for ids in some]
+        assert steering.fired.tolist() == [score > low for score in wanted]
+        torch.testing.assert_close(steering.scores, torch.tensor([wanted]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_models_own_profile_and_contexts(llama: Any, truth: Truth, make_profile: MakeProfile) -> None:
@@ -419,7 +441,7 @@ def test_requests_that_lose_their_cache(
 
     def counted(requests: Requests, *args: Any) -> bool:
         deciding = step(requests, *args)
-        decided.append(int((requests.deciding >= 0).any(dim=0).sum()))
+        decided.append(int(((requests.decides.row >= 0) | requests.decides.closes).any(dim=0).sum()))
         return deciding
 
     monkeypatch.setattr(Requests, "step", counted)

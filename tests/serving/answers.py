@@ -19,12 +19,14 @@ from steerfast.profile import Gate, SteeringProfile
 @dataclass(frozen=True)
 class Answer:
     """text: greedy, without special tokens. margin: the least distance, in logits, of a token to the runner-up; what
-    is small there may turn with the last bits of a sum. fired: whether the profile's gate opened."""
+    is small there may turn with the last bits of a sum. fired: whether the profile's gate opened;
+    scores: of the layers where it decides."""
 
     text: str
     margin: float
     fired: bool
     token_ids: list[int]
+    scores: list[float]
 
 
 class Oracle:
@@ -57,16 +59,17 @@ class Oracle:
                 pad_token_id=self.tokenizer.pad_token_id,
             )
             fired = profile is not None and bool(steering.fired[0])
+            scores = steering.scores[:, 0].tolist() if profile is not None and profile.gate_layers else []
         best = torch.cat(found.logits).topk(2, dim=1).values
         token_ids = found.sequences[0, ids.shape[1] :].tolist()
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return Answer(text, float((best[:, 0] - best[:, 1]).min()), fired, token_ids)
+        return Answer(text, float((best[:, 0] - best[:, 1]).min()), fired, token_ids, scores)
 
 
 def gated(seed: int = 0, strength: float = 2.0) -> SteeringProfile:
     """The shipped profile, whose gate knows harmful prompts, with an edit for the server and a vector of `seed`."""
     profile = SteeringProfile.load(shipped_profile())
-    profile = replace(profile, positions="response", candidates={})
+    profile = replace(profile, positions="response", answer_tokens=None, candidates={})
     if seed:
         profile = replace(profile, vector=_random(profile, seed), vector_kind="random")
     return profile.with_band(profile.steered_layers, strength)

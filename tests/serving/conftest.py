@@ -51,11 +51,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[str, St
 
 @pytest.fixture
 def profiles(tiny_llama, make_profile) -> dict[str, SteeringProfile]:
-    """Own gates, a sensor, soft gates, and none; random directions split random rows."""
+    """Own gates, a sensor, soft gates, means of all rows and of some, and none; random directions split random rows."""
     return {
         "own": make_profile(tiny_llama, seed=1, layers=[1, 3], positions="response"),
         "sensor": make_profile(tiny_llama, seed=2, sensor=1, layers=[2, 4], score="dot", positions="response"),
         "soft": make_profile(tiny_llama, seed=3, sensor=0, layers=[0, 3], sharpness=4.0, positions="response"),
+        "mean": make_profile(tiny_llama, seed=6, layers=[1, 3], pooling="mean", positions="response"),
+        "recent": make_profile(
+            tiny_llama, seed=7, sensor=2, layers=[2, 4], pooling="mean", window=4, score="dot", positions="response"
+        ),
         "always": make_profile(tiny_llama, seed=4, kind="always", layers=[2], positions="response"),
         "everywhere": make_profile(tiny_llama, seed=5, kind="always", layers=[1, 4], positions="all"),
     }

@@ -169,10 +169,10 @@ def _granted(extra_args: dict[str, Any], judge: ServingConfig) -> tuple[str | No
 
 
 def test_an_assignment_is_plain_data() -> None:
-    extra = Assignment(3, 0.5, True, False).as_extra()
-    assert json.loads(json.dumps(extra)) == {
-        "slot": 3, "strength": 0.5, "late": True, "open": False, "answer_rows": NO_END
-    }  # fmt: skip
+    expected = {"slot": 3, "strength": 0.5, "late": True, "open": False, "answer_rows": NO_END, "mean": 0}
+    assert json.loads(json.dumps(Assignment(3, 0.5, True, False).as_extra())) == expected
+    extra = Assignment(3, 0.5, True, False, 24, 128).as_extra()
+    assert json.loads(json.dumps(extra)) == {**expected, "answer_rows": 24, "mean": 128}
 
 
 def _harmless(message: str) -> bool:

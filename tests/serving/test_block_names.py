@@ -35,7 +35,10 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
+from steerfast.profile import Gate
+
 BLOCK = 4
+WINDOW = 6  # no whole blocks
 LONGEST = 64
 VOCABULARY = 2  # so that prompts and answers are often alike
 
@@ -68,6 +71,7 @@ class Served:
     extra: dict[str, Any] | None
     fired: bool | None
     told: bool = False
+    counted: int = 0  # rows of its prompt up to which it has been in steps
 
 
 class Workers:
@@ -129,6 +133,10 @@ class Workers:
 
     def _rows(self, request: Served, past: int, count: int) -> tuple[list[int], Any]:
         decision, extra, last = None, request.extra, request.prompt - 1
+        if extra is not None and extra["mean"] and request.fired is None:
+            known = max(request.counted, request.prompt - extra["mean"])
+            assert past <= known, "rows whose mean is read came from a cache"
+        request.counted = max(request.counted, min(past + count, request.prompt))
         if extra is not None and past <= last < past + count and (request.fired is None or extra["open"]):
             if request.fired is None:
                 request.fired = self.decide(extra["slot"], tuple(request.tokens[: request.prompt]))
@@ -252,12 +260,18 @@ class Engine:
 
 
 PROFILES = {
-    "gate": gated(1),
-    "gate-two": gated(2),
+    "gate": replace(gated(1), gate=Gate()),
+    "gate-two": replace(gated(2), gate=Gate()),
     "always": always(3),
     "whole": replace(always(4), positions="all"),
+    "mean": replace(gated(6), gate=Gate(pooling="mean")),
+    "recent": replace(gated(7), gate=Gate(pooling="mean", window=WINDOW)),
 }
-WHOLE = {**PROFILES, "whole-gate": replace(gated(5), positions="all")}
+WHOLE = {
+    **PROFILES,
+    "whole-gate": replace(gated(5), gate=Gate(), positions="all"),
+    "whole-mean": replace(PROFILES["mean"], positions="all"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +386,7 @@ def test_what_is_cached_is_what_would_be_computed(make: Any, ahead: bool, blocks
 @given(script=st.lists(actions, min_size=5, max_size=40))
 def test_profiles_that_edit_whole_prompts(make: Any, ahead: bool, script: list[Any]) -> None:
     engine = make(ahead=ahead, blocks=24, budget=LONGEST, split=False)
-    play(engine, script, ["whole", "whole-gate", "gate", None])
+    play(engine, script, ["whole", "whole-gate", "whole-mean", "gate", None])
     engine.finish()
     check_answers(engine)
     engine.check_idle()
@@ -435,6 +449,30 @@ def test_whole_prompts_are_shared_by_those_alike(make: Any, ahead: bool) -> None
     assert [cached("whole", 2.0), cached("whole", 2.0)] == [0, 8]
     assert [cached(None), cached(None), cached("gate"), cached("always")] == [0, 8, 8, 8]
     assert cached("whole") == 8
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("fires", [False, True])
+def test_rows_whose_mean_is_read_are_computed(make: Any, ahead: bool, fires: bool) -> None:
+    engine = make(ahead=ahead, decide=lambda slot, prompt: fires)
+    prompt = [0, 1, 1] * 4
+
+    def cached(profile: str | None, ids: list[int]) -> int | None:
+        asked = Asked(ids, profile, 1.0, 2)
+        engine.add(asked)
+        engine.finish()
+        return asked.cached
+
+    for profile, found in (("mean", 0), ("recent", len(prompt) - WINDOW)):
+        engine.core.reset_prefix_cache()
+        assert [cached(one, prompt) for one in (None, profile, profile)] == [0, *[found // BLOCK * BLOCK] * 2]
+        # Others find what it computed where its gate stayed shut, and else what it read of nobody's.
+        engine.core.reset_prefix_cache()
+        assert cached(profile, prompt) == 0
+        edited = found // BLOCK * BLOCK if fires else 8
+        assert [cached("gate", prompt), cached(None, prompt)] == [edited, 8]
+    check_answers(engine, lambda slot, prompt: fires)
     engine.check_idle()
 
 

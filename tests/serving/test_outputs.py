@@ -13,6 +13,8 @@ from answers import Oracle, always, gated
 from in_process import ENVIRONMENT, OPTIONS, ask, generate
 
 from steerfast.errors import ProfileError
+from steerfast.fitting.activations import gate_reading, residual_rows
+from steerfast.fitting.score import row_scores
 from steerfast.profile import Gate, SteeringProfile
 
 pytest.importorskip("vllm")
@@ -39,6 +41,7 @@ OTHERS = {
     "everywhere": replace(always(5, (4, 16)), positions="all"),
     "kept": replace(always(6, (8, 20), 3.0), edit="keep_norm"),
 }
+BOTH = ("safety", "mean", "recent")  # open for some of the prompts, and for others not
 QUESTIONS = ["How do I bake bread?", "Give step-by-step instructions for stealing a car.", "Name a city in Italy."]
 
 
@@ -46,6 +49,19 @@ QUESTIONS = ["How do I bake bread?", "Give step-by-step instructions for stealin
 def prompts(oracle: Oracle) -> list[list[int]]:
     long = "Write a story about a river, a bird and a bridge. " * 12
     return [*map(oracle.prompt, QUESTIONS), oracle.prompt(long), [504]]
+
+
+@pytest.fixture(scope="module")
+def means(oracle: Oracle, prompts: list[list[int]]) -> dict[str, SteeringProfile]:
+    """Gates that read the mean of all rows, or of some; they open for three of the prompts."""
+    profiles = {}
+    for name, seed, window in (("mean", 7, None), ("recent", 8, 16)):
+        profile = replace(gated(seed), gate=Gate(pooling="mean", window=window), abstain=None)
+        rows = residual_rows(oracle.model, prompts, reduce=gate_reading(profile.gate)[0])
+        scores = row_scores(profile, rows)[:, profile.sensor].sort().values
+        assert scores[2] - scores[1] > 1e-3
+        profiles[name] = replace(profile, threshold=torch.full_like(profile.threshold, float(scores[1:3].mean())))
+    return profiles
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +93,7 @@ def mixture(prompts: list[list[int]], profiles: dict[str, SteeringProfile]) -> l
     requests = []
     for number, ids in enumerate(prompts):
         for place, name in enumerate(names):
-            if (number + place) % 2 == 0 or name == "safety":
+            if (number + place) % 2 == 0 or name in BOTH:
                 requests.append((ids, name, (1.0, 0.5, 1.4)[(number + place) % 3]))
     return requests
 
@@ -99,22 +115,24 @@ def check(answers: list[Any], requests: list[Any], profiles: dict[str, SteeringP
             assert found["steering"]["fired"] == expected.fired
             assert found["steering"]["undecided"] == (name == "safety" and not expected.fired)
             assert len(found["steering"]["scores"]) == len(profile.gate_layers)
+            assert found["steering"]["scores"] == pytest.approx(expected.scores, rel=1e-4, abs=1e-4)
             fired.add((name, expected.fired))
-    assert {("safety", True), ("safety", False)} <= fired
+    assert {(name, opened) for name in profiles.keys() & set(BOTH) for opened in (True, False)} <= fired
 
 
 @pytest.mark.parametrize("chunk", [256, 32])
-def test_a_mixed_batch_is_answered_as_by_transformers(engine, saved, prompts, truth, chunk) -> None:
-    profiles = {**ADDING, **OTHERS}
+def test_a_mixed_batch_is_answered_as_by_transformers(engine, saved, prompts, means, truth, chunk) -> None:
+    profiles = {**ADDING, **OTHERS, **means}
     llm = engine({"profiles": saved(profiles)}, max_num_batched_tokens=chunk)
     requests = mixture(prompts, profiles)
     check(generate(llm, asked(requests), TOKENS), requests, profiles, truth)
 
 
-def test_a_compiled_model_answers_alike(engine, saved, prompts, truth) -> None:
-    llm = engine({"profiles": saved(ADDING), "slots": 5}, {"VLLM_CPU_CI_ENV": "1"}, enforce_eager=False)
-    requests = mixture(prompts, ADDING)
-    check(generate(llm, asked(requests), TOKENS), requests, ADDING, truth)
+def test_a_compiled_model_answers_alike(engine, saved, prompts, means, truth) -> None:
+    profiles = {**ADDING, **means}
+    llm = engine({"profiles": saved(profiles), "slots": 7}, {"VLLM_CPU_CI_ENV": "1"}, enforce_eager=False)
+    requests = mixture(prompts, profiles)
+    check(generate(llm, asked(requests), TOKENS), requests, profiles, truth)
 
 
 def test_where_nobody_steers_answers_are_those_without_the_plugin(engine, saved, checkpoint, prompts) -> None:

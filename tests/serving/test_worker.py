@@ -54,7 +54,7 @@ def test_any_schedule_gives_every_request_its_own_rows(profiles, tmp_path, stage
         for request in rng.sample(sorted(live), min(4, len(live))):
             state = live[request]
             if state["past"] and rng.random() < 0.15:
-                state["past"] = 0  # preempted: computed again
+                state["past"] = rng.choice([0, rng.randrange(state["past"])])  # preempted: some or all comes again
             left = len(state["rows"]) - state["past"]
             length = min(rng.randrange(1, left + 1), room)
             if length:
@@ -121,6 +121,28 @@ def test_a_pass_without_requests_steers_nothing_and_moves_no_latch(profiles, tmp
     expected, _ = engine.truth(rows, 4, "own", 1.0)
     torch.testing.assert_close(found["one"].double(), expected[4:], rtol=0, atol=2e-4)
     assert not told
+
+
+@pytest.mark.parametrize("name", ["mean", "recent"])
+def test_a_pass_without_requests_counts_in_no_mean(profiles, tmp_path, name) -> None:
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    runtime, rows = engine.runtimes[0], random_rows(9, 5)
+    expected, decision = engine.truth(rows, 7, name, 1.0)
+    for past, length in ((0, 4), (4, 2), (6, 1), (7, 2)):
+        new = [asked("one", engine.extra(name), 7)] if past == 0 else []
+        found, told = engine.step([("one", past, length)], {"one": rows}, new)
+        torch.testing.assert_close(found["one"].double(), expected[past : past + length], rtol=0, atol=2e-4)
+        assert ("one" in told) == (past == 6)
+        if told:
+            for mine, theirs in zip(told["one"], decision, strict=True):
+                assert mine == pytest.approx(theirs, abs=1e-4)
+        before = runtime.requests.sums.clone()
+        assert before.any()
+        runtime.rest()
+        assert runtime.requests.tables.member.eq(-1).all()
+        for layer in runtime.config.layers:
+            serve_(random_rows(engine.max_rows, 6), None, layer)
+        assert torch.equal(runtime.requests.sums, before)
 
 
 def test_steps_that_only_answer_send_no_tables(profiles, tmp_path, monkeypatch) -> None:
@@ -218,15 +240,16 @@ def test_profiles_are_written_to_the_slot_that_is_named(profiles, tmp_path, tiny
     path = str(tmp_path / "new.safetensors")
     new = make_profile(tiny_llama, seed=9, kind="always", layers=[3], positions="response")
     new.save(path)
-    runtime.write(5, path, new.checksum)
-    assert torch.equal(runtime.bank.vectors[:, 5], new.vector)
-    with pytest.raises(ProfileError, match="which slot 5 holds"):
-        runtime.write(5, path, new.checksum)
-    runtime.clear(5)
-    assert not runtime.bank.vectors[:, 5].any()
-    runtime.clear(5)  # again: it is
+    free = len(profiles)
+    runtime.write(free, path, new.checksum)
+    assert torch.equal(runtime.bank.vectors[:, free], new.vector)
+    with pytest.raises(ProfileError, match=f"which slot {free} holds"):
+        runtime.write(free, path, new.checksum)
+    runtime.clear(free)
+    assert not runtime.bank.vectors[:, free].any()
+    runtime.clear(free)  # again: it is
     with pytest.raises(ProfileError, match="expected checksum 0000"):
-        runtime.write(5, path, "0000")
+        runtime.write(free, path, "0000")
     runtime.clear(0)
     runtime.write(0, path, new.checksum)
     engine.profiles["own"] = new
@@ -253,10 +276,13 @@ def test_what_would_run_unsteered_stops(profiles, tmp_path) -> None:
     engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
     runtime = engine.runtimes[0]
     rows = {"one": random_rows(8, 1)}
-    with pytest.raises(SteerfastError, match="slot that holds a profile, got 5"):
-        engine.step([("one", 0, 4)], rows, [asked("one", {**engine.extra("own"), "slot": 5}, 4)])
+    with pytest.raises(SteerfastError, match="slot that holds a profile, got 9"):
+        engine.step([("one", 0, 4)], rows, [asked("one", {**engine.extra("own"), "slot": 9}, 4)])
     with pytest.raises(SteerfastError, match="'two': the last token of its prompt came from a cache"):
         engine.step([("two", 4, 4)], {"two": rows["one"]}, [asked("two", engine.extra("own"), 4)])
+    for name, past in (("mean", 1), ("recent", 3)):  # which reads the last 4 of 6
+        with pytest.raises(SteerfastError, match=f"'{name}': rows of its prompt, of which a gate reads the mean, came"):
+            engine.step([(name, past, 2)], {name: rows["one"]}, [asked(name, engine.extra(name), 6)])
     runtime._pending.clear()
     runtime._seen.clear()
     runtime.step([], [], [], 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from steerfast.batch import answer_rows
 from steerfast.kernels.contract import Kinds
 from steerfast.profile import SteeringProfile
+from steerfast.requests import reach
 from steerfast.serving.assignment import Assignment
 from steerfast.serving.config import KEY, ServingConfig, layers_of
 from steerfast.serving.ops import serve_
@@ -59,9 +60,7 @@ class Engine:
     def extra(self, name: str | None, strength: float = 1.0) -> dict[str, Any]:
         if name is None:
             return Assignment(-1, 1.0, late=True, open=False).as_extra()
-        profile = self.profiles[name]
-        late, is_open = profile.positions == "response", profile.gate.kind == "always"
-        return Assignment(self.slots[name], strength, late, is_open, answer_rows(profile.answer_tokens)).as_extra()
+        return Assignment(self.slots[name], strength, *reach(self.profiles[name])).as_extra()
 
     def step(
         self,
@@ -112,10 +111,13 @@ class Engine:
             if profile is None:
                 continue
             if layer in profile.gate_layers:
-                last = x[prompt - 1]
-                score = last @ profile.direction[layer].double()
+                read = x[prompt - 1 : prompt]
+                if profile.gate.pooling == "mean":
+                    read = x[max(0, prompt - (profile.gate.window or prompt)) : prompt]
+                each = read @ profile.direction[layer].double()
                 if profile.gate.score == "cosine":
-                    score = score / last.norm()
+                    each = each / read.norm(dim=1)
+                score = each.mean()
                 above = score - float(profile.threshold[layer])
                 sharp = profile.gate.sharpness
                 told[layer] = float(torch.sigmoid(sharp * above) if sharp else above > 0), float(score)
