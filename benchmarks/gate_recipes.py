@@ -1,8 +1,9 @@
 """Recipes for a prompt gate, judged on styles of prompt that they were not fitted on.
 
 Each recipe makes a direction per layer from the shipped fit sets. It is tried on each of their styles, left out of the
-fit in turn, on the calibrate sets, whose styles it has seen, and on the held-out sets; the shipped recipe, on all
-prompts and on fewer, and the combinations of layers are also tried on the evaluation sets. A JSON line per recipe.
+fit in turn, on the calibrate sets, whose styles it has seen, and on the held-out sets; some are also tried on the
+evaluation sets. A JSON line per recipe. Those of "all tokens" read the mean of a prompt, as the shipped profile does at
+layer 15 (of its last 256 tokens); the others read its last token.
 
     python benchmarks/gate_recipes.py --output benchmarks/results/gate-recipes-cpu.jsonl
 
@@ -57,7 +58,7 @@ Pair = tuple[Any, Any]
 """What belongs to the harmful prompts, and the same of the harmless ones."""
 
 
-def shipped(rows: Pair, styles: Pair, shrinkage: float | None = SHRINKAGE) -> Tensor:
+def means_of_plain(rows: Pair, styles: Pair, shrinkage: float | None = SHRINKAGE) -> Tensor:
     plain = torch.tensor(styles[0] == PLAIN), torch.tensor(styles[1] == PLAIN)
     return fit_direction(*rows, shrinkage=shrinkage, means_of=plain)
 
@@ -84,17 +85,17 @@ def styles_weighted_equally(rows: Pair, styles: Pair) -> Tensor:
 
 
 def fewer_prompts(rows: Pair, styles: Pair, share: float) -> Tensor:
-    """The shipped recipe on so many of the prompts, each drawn by itself."""
+    """The usual recipe on so many of the prompts, each drawn by itself."""
     draws = np.random.default_rng(0)
     keep = [draws.random(len(names)) < share for names in styles]
-    return shipped(
+    return means_of_plain(
         tuple(x[torch.from_numpy(mask)] for x, mask in zip(rows, keep, strict=True)),
         tuple(names[mask] for names, mask in zip(styles, keep, strict=True)),
     )
 
 
 def scattered(rows: Pair, styles: Pair, deviations: list[Tensor]) -> Tensor:
-    """The shipped recipe with another scatter."""
+    """The usual recipe with another scatter."""
     means = [x[names == PLAIN].mean(dim=0) for x, names in zip(rows, styles, strict=True)]
     # Mirrored, so that the mean is that one, whatever the deviations sum to.
     return fit_direction(
@@ -104,7 +105,7 @@ def scattered(rows: Pair, styles: Pair, deviations: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    fit: Callable[[Pair, Pair], Tensor] = shipped
+    fit: Callable[[Pair, Pair], Tensor] = means_of_plain
     layers: tuple[int, ...] = (22,)
     poolings: tuple[Pooling, ...] = ("last",)  # of each layer, or of all
     combine: Callable[..., NDArray[Any]] = np.mean
@@ -117,13 +118,13 @@ class Recipe:
 
 
 RECIPES = {
-    "shipped": Recipe(on_all=True),
-    **{f"shrinkage {value}": Recipe(partial(shipped, shrinkage=value)) for value in (0.05, 0.1, 0.5)},
-    "shrinkage of Ledoit and Wolf": Recipe(partial(shipped, shrinkage=None)),
+    "layer 22": Recipe(on_all=True),  # the next ones are this with one thing changed
+    **{f"shrinkage {value}": Recipe(partial(means_of_plain, shrinkage=value)) for value in (0.05, 0.1, 0.5)},
+    "shrinkage of Ledoit and Wolf": Recipe(partial(means_of_plain, shrinkage=None)),
     "means of all styles": Recipe(means_of_all_styles),
     "scatter within styles": Recipe(scatter_within_styles),
     "styles weighted equally": Recipe(styles_weighted_equally),
-    **{f"layer {layer}": Recipe(layers=(layer,)) for layer in (15, 18, 20, 23, 24, 26)},
+    **{f"layer {layer}": Recipe(layers=(layer,), on_all=layer == 15) for layer in (15, 18, 20, 23, 24, 26)},
     **{
         f"{share:.0%} of the prompts": Recipe(partial(fewer_prompts, share=share), on_all=True) for share in (0.25, 0.5)
     },
@@ -134,7 +135,6 @@ RECIPES = {
         )
         for share in (0.25, 0.5)
     },
-    "layer 15, last token": Recipe(layers=(15,), on_all=True),
     "layer 15, last token and all tokens": Recipe(layers=(15, 15), poolings=("last", "mean"), on_all=True),
     "mean of 2 layers": Recipe(layers=(15, 22), on_all=True),
     "max of 2 layers": Recipe(layers=(15, 22), combine=np.max, on_all=True),

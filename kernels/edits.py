@@ -531,12 +531,13 @@ def _torch_latched(
     rows: torch.Tensor, values: torch.Tensor, strength: torch.Tensor, table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Slots [rows, K], their numbers [..., rows, K, TABLE_WIDTH], and their gates and alphas [..., rows, K]."""
-    slot, sequence = _used(rows[:, 1:]), _used(rows[:, 0])
+    slot = _used(rows[:, 1:])
+    sequence = torch.where((rows[:, 1:] >= 0).any(dim=1), rows[:, 0], 0)  # of a row without a slot it may be anything
     numbers = table.index_select(-2, slot.flatten()).unflatten(-2, slot.shape)
     gate = torch.where(numbers[..., GATE] == int(Gate.ALWAYS), 1.0, values.index_select(-2, sequence))
     return slot, numbers, gate, numbers[..., STRENGTH] * strength.index_select(0, sequence)
 
 
 def _used(numbers: torch.Tensor) -> torch.Tensor:
-    """0 where there is no slot or sequence, which is read in vain."""
+    """0 where there is no slot, which is read in vain."""
     return torch.where(numbers >= 0, numbers, 0)
