@@ -33,7 +33,7 @@ def prompt_mean(hidden: Tensor, batch: PromptBatch, *, unit: bool, window: int |
     """
     valid = batch.mask.bool().to(hidden.device)
     if window is not None:
-        valid &= valid.flip(1).cumsum(dim=1).flip(1) <= window
+        valid &= valid.flip(1).cumsum(dim=1).flip(1) <= min(window, valid.shape[1])
     rows = hidden.float()
     if unit:
         length = rows.norm(dim=-1, keepdim=True)
