@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the profile that ships with the package, from the model alone. An hour on two CPU cores, the sibling's training aside.
+# Makes the profile that ships with the package, from the model alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p artifacts

@@ -70,6 +70,7 @@ __all__ = [
     "torch_added",
     "torch_displaced",
     "torch_gate",
+    "torch_numbers",
     "torch_opened",
     "torch_scales",
     "torch_stream",
@@ -479,12 +480,12 @@ def torch_displaced(
     Without a synchronisation, on any device, and differentiable in y and s; gates carry no gradient. y keeps its shape
     throughout: made flat and not flat again, Inductor copies it before every matrix product that reads it.
     """
+    if kinds == int(Kinds.LATCHED_ADD) and len(values):
+        return torch_added(y, rows, torch_scales(rows, values, strength, table), vectors)
     each = (*y.shape[:-1], 1)
     changed = torch.zeros(each, dtype=torch.bool, device=y.device)
     if not len(values):  # without a sequence there is no slot
         return y, changed
-    if kinds == int(Kinds.LATCHED_ADD):
-        return torch_added(y, rows, torch_scales(rows, values, strength, table), vectors)
     every_slot, every_number, gates, alphas = _torch_latched(rows, values, strength, table)
     for k in range(rows.shape[1] - 1):
         slot, numbers = every_slot[:, k], every_number[:, k]
@@ -533,9 +534,14 @@ def _torch_latched(
     """Slots [rows, K], their numbers [..., rows, K, TABLE_WIDTH], and their gates and alphas [..., rows, K]."""
     slot = _used(rows[:, 1:])
     sequence = torch.where((rows[:, 1:] >= 0).any(dim=1), rows[:, 0], 0)  # of a row without a slot it may be anything
-    numbers = table.index_select(-2, slot.flatten()).unflatten(-2, slot.shape)
+    numbers = torch_numbers(table, rows[:, 1:])
     gate = torch.where(numbers[..., GATE] == int(Gate.ALWAYS), 1.0, values.index_select(-2, sequence))
     return slot, numbers, gate, numbers[..., STRENGTH] * strength.index_select(0, sequence)
+
+
+def torch_numbers(table: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Rows [..., n, K, TABLE_WIDTH] of a table [..., S, TABLE_WIDTH] by slots [n, K], of slot 0 where there is none."""
+    return table.index_select(-2, _used(slots).flatten()).unflatten(-2, slots.shape)
 
 
 def _used(numbers: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from .contract import (
     check_stack,
     library,
 )
-from .edits import reference_gate, reference_stream, torch_gate, torch_opened, torch_stream
+from .edits import reference_gate, reference_stream, torch_gate, torch_numbers, torch_opened, torch_stream
 from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia
 
 try:
@@ -286,7 +286,5 @@ def mean_gate_unchecked_(
     gate_unchecked_(x, residual, row, slot.index_select(0, sequence), directions, table, each, torch.zeros_like(each))
     sums.index_add_(0, sequence, each.double())
     mean = (sums / total[:, None]).float()
-    used = slot >= 0
-    numbers = table.index_select(0, torch.where(used, slot, 0).flatten()).unflatten(0, slot.shape)
-    for latch, new in ((scores, mean), (values, torch_opened(mean, numbers))):
-        latch.copy_(torch.where(closes[:, None], torch.where(used, new, 0.0), latch))
+    for latch, new in ((scores, mean), (values, torch_opened(mean, torch_numbers(table, slot)))):
+        latch.copy_(torch.where(closes[:, None], torch.where(slot >= 0, new, 0.0), latch))

@@ -186,8 +186,11 @@ def train(
     identity = identify(model, tokenizer)
     boundary = settings.budget + margin
     layer = common_layer(rollouts)
-    read = profile is not None and profile.gate.pooling == "last"  # a mean's direction says little of a last row
-    direction = profile.direction[layer] if profile is not None and read and layer is not None else None
+    direction = None
+    if (
+        profile is not None and layer is not None and profile.gate.pooling == "last"
+    ):  # a mean's says little of a last row
+        direction = profile.direction[layer]
     cost, reward = fit_heads(
         rollouts,
         tokenizer,

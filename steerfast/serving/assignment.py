@@ -26,8 +26,7 @@ class Assignment:
 
     slot: of the bank. strength: multiplies the slot's own. late: steered from the prompt's last token on (positions
     ``response``), and not in every row. open: there is no gate to decide. answer_rows: how many rows after its prompt
-    are steered. mean: of how many of its prompt's last rows its gates read the mean,
-    0: none.
+    are steered. mean: of how many of its prompt's last rows its gates read the mean, 0: none.
     """
 
     slot: int

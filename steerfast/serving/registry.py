@@ -23,8 +23,8 @@ class Version:
     """A profile as it was loaded once.
 
     number: 1 for the first of its name. path: the file. late: positions ``response``. open: it has no gate.
-    answer_rows: how many rows after a prompt it steers. mean: of how many of a prompt's last rows its gates
-    read the mean, 0: none.
+    answer_rows: how many rows after a prompt it steers. mean: of how many of a prompt's last rows its gates read
+    the mean, 0: none.
     abstain: lower ends of the bands of its gates, ascending by layer; none where it has no band.
     requests: how many hold it. current: whether new requests can.
     """

@@ -81,6 +81,12 @@ def make_family_model(name: str, dtype: torch.dtype = torch.float32, **config: A
     return model.to(dtype)
 
 
+def four_prompts() -> list[list[int]]:
+    """Of different lengths."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (9, 5, 7, 3)]
+
+
 def padded(sequences: list[list[int]], side: str = "left") -> dict[str, Tensor]:
     width = max(map(len, sequences))
 

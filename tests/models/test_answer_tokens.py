@@ -7,29 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import CLOSE, MakeProfile, Oracle, greedy, make_family_model, padded
+from model_cases import CLOSE, MakeProfile, Oracle, four_prompts, greedy, padded
 from transformers import CompileConfig
 
 import steerfast
 from steerfast.models import caches
 
 NEW = 7
-
-
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (9, 5, 7, 3)]
-
-
-@pytest.fixture(params=["hooks", "fused"])
-def model(request: pytest.FixtureRequest) -> Any:
-    made = make_family_model("Llama", num_hidden_layers=4)
-    return steerfast.patch(made) if request.param == "fused" else made
-
-
-@pytest.fixture(scope="module")
-def plain() -> Any:
-    return make_family_model("Llama", num_hidden_layers=4)
 
 
 @pytest.mark.parametrize("positions", ["all", "response"])
@@ -42,9 +26,9 @@ def test_greedy_equals_the_oracle(
         model, layers=[1, 2], sensor=1, kind=kind, positions=positions, threshold=-0.05, answer_tokens=answer_tokens
     )
     with steerfast.steer(model, profile):
-        tokens, logits = greedy(model, padded(prompts()), tokens=NEW)
+        tokens, logits = greedy(model, padded(four_prompts()), tokens=NEW)
     oracle = Oracle(plain, profile)
-    for row, prompt in enumerate(prompts()):
+    for row, prompt in enumerate(four_prompts()):
         ids = [*prompt, *tokens[row].tolist()]
         expected = oracle.logits(ids, [(0, len(prompt))])[len(prompt) - 1 : -1]
         torch.testing.assert_close(logits[row], expected, **CLOSE)
@@ -54,7 +38,7 @@ def test_greedy_equals_the_oracle(
 def test_after_the_end_nothing_is_edited(model: Any, make_profile: MakeProfile) -> None:
     """The keys and values of the steered beginning stay; the rows after it are the stock model's on them."""
     profile = make_profile(model, layers=[1, 2], sensor=1, threshold=-2.0, answer_tokens=1)
-    ids = torch.tensor(prompts()[:1])
+    ids = torch.tensor(four_prompts()[:1])
     with torch.no_grad():
         with steerfast.steer(model, profile):
             cache = model(ids, use_cache=True).past_key_values
@@ -68,8 +52,8 @@ def test_a_batch_of_different_ends(model: Any, plain: Any, make_profile: MakePro
     first = make_profile(model, layers=[1, 2], sensor=1, threshold=-2.0, answer_tokens=2)
     profiles = [first, None, make_profile(model, seed=1, threshold=-2.0), make_profile(model, seed=2, answer_tokens=4)]
     with steerfast.steer(model, None):
-        tokens, logits = greedy(model, padded(prompts()), tokens=NEW, steering=profiles)
-    for row, (prompt, profile) in enumerate(zip(prompts(), profiles, strict=True)):
+        tokens, logits = greedy(model, padded(four_prompts()), tokens=NEW, steering=profiles)
+    for row, (prompt, profile) in enumerate(zip(four_prompts(), profiles, strict=True)):
         ids = [*prompt, *tokens[row].tolist()]
         if profile is None:
             with torch.no_grad():
@@ -91,7 +75,7 @@ def test_a_batch_of_different_ends(model: Any, plain: Any, make_profile: MakePro
 def test_ways_to_generate(model: Any, plain: Any, make_profile: MakeProfile, options: dict[str, Any]) -> None:
     profile = make_profile(model, layers=[1, 2], sensor=1, threshold=-2.0, answer_tokens=4)
     oracle = Oracle(plain, profile)
-    for prompt in prompts():
+    for prompt in four_prompts():
         repeated = prompt * 3  # so that a look-up finds something
         with steerfast.steer(model, profile):
             ids = model.generate(torch.tensor([repeated]), max_new_tokens=NEW, **{"do_sample": False, **options})
@@ -100,7 +84,7 @@ def test_ways_to_generate(model: Any, plain: Any, make_profile: MakeProfile, opt
 
 def test_another_turn_begins_anew(model: Any, plain: Any, make_profile: MakeProfile) -> None:
     profile = make_profile(model, layers=[1, 2], sensor=1, threshold=-2.0, answer_tokens=2)
-    first, more = prompts()[0], prompts()[1]
+    first, more = four_prompts()[0], four_prompts()[1]
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
     with steerfast.steer(model, profile):
         one = model.generate(torch.tensor([first]), **options)
@@ -122,9 +106,9 @@ def test_the_end_needs_no_other_graph(make_profile: MakeProfile, plain: Any) -> 
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     config._compile_all_devices = True
     with steerfast.steer(model, profile):
-        tokens = greedy(model, padded(prompts()[:1]), tokens=NEW, cache_implementation="static", compile_config=config)[
-            0
-        ]
-    assert tokens[0].tolist() == Oracle(plain, profile).answer(prompts()[0], NEW)
+        tokens = greedy(
+            model, padded(four_prompts()[:1]), tokens=NEW, cache_implementation="static", compile_config=config
+        )[0]
+    assert tokens[0].tolist() == Oracle(plain, profile).answer(four_prompts()[0], NEW)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.compiler.reset()

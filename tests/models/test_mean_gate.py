@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import CLOSE, MakeProfile, Oracle, greedy, make_family_model, padded
+from model_cases import CLOSE, MakeProfile, Oracle, four_prompts, greedy, make_family_model, padded
 from transformers import CompileConfig, StaticCache
 
 import steerfast
@@ -16,28 +16,12 @@ from steerfast.models import caches
 NEW = 4
 
 
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (9, 5, 7, 3)]
-
-
-@pytest.fixture(params=["hooks", "fused"])
-def model(request: pytest.FixtureRequest) -> Any:
-    made = make_family_model("Llama", num_hidden_layers=4)
-    return steerfast.patch(made) if request.param == "fused" else made
-
-
-@pytest.fixture(scope="module")
-def plain() -> Any:
-    return make_family_model("Llama", num_hidden_layers=4)
-
-
 def middle(model: Any, make_profile: MakeProfile, **fields: Any) -> Any:
-    """A profile whose gate opens for some of `prompts` and not for others."""
+    """A profile whose gate opens for some of `four_prompts` and not for others."""
     profile = make_profile(model, layers=[1, 2], sensor=1, pooling="mean", **fields)
     oracle = Oracle(make_family_model("Llama", num_hidden_layers=4), profile)
     scores = []
-    for prompt in prompts():
+    for prompt in four_prompts():
         oracle.logits(prompt, [(0, len(prompt))])
         scores.append(float(oracle.scores[1]))
     low, high = sorted(scores)[1:3]
@@ -53,13 +37,13 @@ def test_greedy_equals_the_oracle(
 ) -> None:
     profile = middle(model, make_profile, **fields)
     with torch.no_grad(), steerfast.steer(model, profile) as steering:
-        batch = padded(prompts(), side)
+        batch = padded(four_prompts(), side)
         if side == "left":
             tokens, logits = greedy(model, batch, tokens=NEW)
         else:
             every = model(**batch).logits
     oracle, fired = Oracle(plain, profile), []
-    for row, prompt in enumerate(prompts()):
+    for row, prompt in enumerate(four_prompts()):
         ids = prompt if side == "right" else [*prompt, *tokens[row].tolist()]
         expected = oracle.logits(ids, [(0, len(prompt))])
         if side == "right":
@@ -76,9 +60,9 @@ def test_greedy_equals_the_oracle(
 def test_every_layer_for_itself(model: Any, plain: Any, make_profile: MakeProfile) -> None:
     profile = make_profile(model, layers=[1, 2, 3], pooling="mean", threshold=-0.03)
     with steerfast.steer(model, profile):
-        tokens, logits = greedy(model, padded(prompts()), tokens=NEW)
+        tokens, logits = greedy(model, padded(four_prompts()), tokens=NEW)
     oracle = Oracle(plain, profile)
-    for row, prompt in enumerate(prompts()):
+    for row, prompt in enumerate(four_prompts()):
         expected = oracle.logits([*prompt, *tokens[row].tolist()], [(0, len(prompt))])
         torch.testing.assert_close(logits[row], expected[len(prompt) - 1 : -1], **CLOSE)
     assert oracle.margin > 1e-5
@@ -93,8 +77,8 @@ def test_beside_other_profiles(model: Any, plain: Any, make_profile: MakeProfile
         make_profile(model, layers=[2], sensor=2, seed=2, pooling="mean"),
     ]
     with steerfast.steer(model, None) as steering:
-        tokens, logits = greedy(model, padded(prompts()), tokens=NEW, steering=profiles)
-    for row, (prompt, profile) in enumerate(zip(prompts(), profiles, strict=True)):
+        tokens, logits = greedy(model, padded(four_prompts()), tokens=NEW, steering=profiles)
+    for row, (prompt, profile) in enumerate(zip(four_prompts(), profiles, strict=True)):
         ids = [*prompt, *tokens[row].tolist()]
         if profile is None:
             with torch.no_grad():
@@ -110,7 +94,7 @@ def test_beside_other_profiles(model: Any, plain: Any, make_profile: MakeProfile
 def test_a_turn_is_read_by_itself(model: Any, plain: Any, make_profile: MakeProfile, first: bool) -> None:
     """What an earlier turn left in the cache is not read again, and counts in no mean."""
     profile = middle(model, make_profile)
-    one, two = prompts()[:2] if first else prompts()[1::-1]
+    one, two = four_prompts()[:2] if first else four_prompts()[1::-1]
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     with steerfast.steer(model, profile):
         answered = model.generate(torch.tensor([one]), **options)
@@ -128,7 +112,7 @@ def test_a_second_pass_knows_the_mean(make_profile: MakeProfile) -> None:
     profile = make_profile(model, layers=[0, 1, 3], sensor=2, pooling="mean", threshold=-2.0)
     opened = make_profile(model, layers=[0, 1, 3], kind="always")
     stock = make_profile(model, layers=[3], sensor=2, pooling="mean", threshold=2.0)
-    batch = padded(prompts())
+    batch = padded(four_prompts())
     with steerfast.steer(model, stock) as steering:
         greedy(model, batch, tokens=1)
         unedited = steering.scores
@@ -147,7 +131,7 @@ def test_a_compiled_model(make_profile: MakeProfile, plain: Any) -> None:
     profile = middle(model, make_profile)
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     config._compile_all_devices = True
-    for prompt in prompts()[:2]:
+    for prompt in four_prompts()[:2]:
         with steerfast.steer(model, profile):
             cache = StaticCache(config=model.config, max_cache_len=32)
             tokens, _ = greedy(model, padded([prompt]), tokens=NEW, past_key_values=cache, compile_config=config)
@@ -169,7 +153,7 @@ def test_half_precision_reads_what_extract_reads(
 
     model = make_family_model("Llama", dtype, num_hidden_layers=4)
     profile = make_profile(model, layers=[1], sensor=1, pooling="mean")
-    rows = residual_rows(model, prompts(), reduce=gate_reading(profile.gate)[0], padding_side="left")
+    rows = residual_rows(model, four_prompts(), reduce=gate_reading(profile.gate)[0], padding_side="left")
     with steerfast.steer(model, profile) as steering:
-        greedy(model, padded(prompts()), tokens=1)
+        greedy(model, padded(four_prompts()), tokens=1)
     torch.testing.assert_close(steering.scores[0], row_scores(profile, rows)[:, 1], rtol=1e-3, atol=1e-4)
