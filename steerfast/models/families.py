@@ -51,6 +51,11 @@ class Family:
         for name in sorted(self.attributes ^ built):
             what = "has no" if name in self.attributes else "has an undeclared"
             raise ArchitectureError(f"model: layer {index} ({type(layer).__name__}) {what} module {name!r}")
+        attention = layer.get_submodule("self_attn")
+        if (number := getattr(attention, "layer_idx", None)) != index:
+            raise ArchitectureError(
+                f"model: layer {index}.self_attn ({type(attention).__name__}): expected layer_idx {index}, got {number}"
+            )
         for reader in (self.before_attention, self.before_mlp):
             if reader is not None:
                 self.check_norm(f"layer {index}.{reader}", layer.get_submodule(reader))

@@ -34,7 +34,7 @@ from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.models import caches
 from steerfast.models import latch as latches
 from steerfast.models.continuous import INHERIT, PackedSteps, forget_manager, is_paged, steered_manager, steps_of
-from steerfast.models.fused import Operands, Scaled, seams
+from steerfast.models.fused import Operands, Settled, seams, settle
 from steerfast.models.latch import Latch
 from steerfast.models.slots import ProfileSlots
 from steerfast.models.structure import STEERED_MARK, find_decoder, hands_on, identify
@@ -161,7 +161,6 @@ class Steering:
         self._known_of: tuple[Any, Any, Any] = (None, None, None)
         self._plan_asked: tuple[Any, Any] = (None, None)  # the last plan, and what it was made for
         self._columns: list[tuple[Tensor, Tensor]] | None = None  # the latch, layer by layer
-        self._scales: tuple[torch.device, Tensor] | None = None  # of all layers, while a graph reads them
         self._profile = profile
         self._slot_of_own = UNSTEERED
         self.model = model
@@ -556,10 +555,11 @@ class Steering:
         if not self._begun and not self._again:
             self._begin_uncompiled(module, args, kwargs)
         if torch.compiler.is_compiling():
-            self._scales = self._settled_scales()
+            settle(self._settled())
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        self._scales = None
+        if torch.compiler.is_compiling():
+            settle(None)
         return output if self._begun or self._again else self._end(module, kwargs, output)
 
     _before_uncompiled = torch.compiler.disable(_before)
@@ -567,6 +567,7 @@ class Steering:
 
     def _forget_call(self) -> None:
         self._begun, self._called_with = False, (None, None)
+        settle(None)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Work out the step that calls `module`. False where it can only be done before the backbone: that is what a
@@ -797,14 +798,13 @@ class Steering:
         x = edited.view(-1, hidden.shape[-1])
         operands = self._operands(layer, x.detach(), None)
         if operands is not None:
-            assert not isinstance(operands, Scaled)  # that is for seams
             *tensors, kinds = operands
             (steer_torch_ if differentiable else steer_unchecked_)(x, None, *tensors, int(kinds))
         if edited is hidden:
             return None
         return edited if isinstance(output, Tensor) else (edited, *output[1:])
 
-    def _operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | Scaled | None:
+    def _operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
         """Decide this layer's gates from x (+ residual) [..., H]; how the N·T rows are edited, None: not at all."""
         device, compiling = x.device, torch.compiler.is_compiling()
         knowable = not self._deciding and not compiling  # a graph must not leave its tensors here
@@ -821,8 +821,6 @@ class Steering:
             self._rows[device] = next(iter(self._rows.values())).to(device)
         rows = self._rows[device]
         bank = self._slots.bank(device).layer(layer)
-        if compiling and residual is not None and self._scales is not None and self._scales[0] == device:
-            return Scaled(rows.rows, self._scales[1][layer], bank.vectors)
         if decides:
             decide = self._decide_rows if plan.by_token else self._decide_prompts
             decide(layer, x.flatten(0, -2), None if residual is None else residual.flatten(0, -2), rows, bank)
@@ -843,9 +841,9 @@ class Steering:
             self._known[layer, device] = operands
         return operands
 
-    def _settled_scales(self) -> tuple[torch.device, Tensor] | None:
-        """Where nothing is decided and all edits are latched additions: what each layer's rows multiply their vectors
-        by, [layers, rows, K], and where. At once, or each layer of a compiled model has kernels of its own for it.
+    def _settled(self) -> Settled | None:
+        """Where nothing is decided and all edits are latched additions: the edits of all layers. Their scales are made at
+        once, or each layer of a compiled model has kernels of its own for it.
         """
         if self._deciding or not self._layers or self._slots.kinds != Kinds.LATCHED_ADD:
             return None
@@ -853,7 +851,9 @@ class Steering:
         values = self._last().values
         if values.device != device:
             return None
-        return device, torch_scales(rows.rows, values[..., None], strength, self._slots.bank(device).table)
+        bank = self._slots.bank(device)
+        scales = torch_scales(rows.rows, values[..., None], strength, bank.table)
+        return Settled(frozenset(self._layers), rows.rows, scales, bank.vectors)
 
     def _decide_prompts(self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank) -> None:
         """Each sequence's deciding row, or the mean up to it, sets its latched value, here and, for a sensor, in all

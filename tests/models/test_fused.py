@@ -16,7 +16,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 import steerfast
 from steerfast.errors import ArchitectureError, SteerfastError
-from steerfast.models import caches
+from steerfast.models import caches, fused
 from steerfast.models.families import FAMILIES
 from steerfast.models.fused import Seam, is_patched, seams
 from steerfast.models.structure import find_decoder
@@ -379,6 +379,12 @@ def test_a_layer_without_a_module_is_refused() -> None:
     refused(model, r"layer 3 \(Gemma2DecoderLayer\) has no module 'post_feedforward_layernorm'")
 
 
+def test_a_layer_of_another_number_is_refused() -> None:
+    model = make_family_model("Qwen2")
+    model.model.layers[2].self_attn.layer_idx = 5
+    refused(model, r"layer 2.self_attn \(Qwen2Attention\): expected layer_idx 2, got 5")
+
+
 def test_a_norm_of_another_kind_is_refused() -> None:
     model = make_family_model("Llama")
     model.model.layers[1].input_layernorm = nn.LayerNorm(32)
@@ -689,6 +695,47 @@ def test_compiled_and_steered_is_one_graph(fuse: bool, small: Any, make_profile:
         assert counter.frame_count == compiles
     for got, want in zip(*steps, strict=True):
         torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_a_compiled_step_guards_nothing_of_its_layers(small: Any, make_profile: MakeProfile) -> None:
+    """Guards are checked before every step, and there are as many layers as there are."""
+    profile = make_profile(small, sensor=0, layers=[0, 1], threshold=-2.0)
+    steerfast.patch(small)
+    compiled = torch.compile(small, backend="eager")
+    cache = StaticCache(small.config, max_cache_len=8)
+    given = {caches.argument(small): cache}
+    with torch.no_grad(), steerfast.steer(small, profile):
+        small(torch.tensor([[3, 4, 5]]), **given)
+        compiled(torch.tensor([[6]]), **given)
+        for seam in seams(find_decoder(small)):
+            assert seam is not None
+            seam.steer = None  # is not asked, and no guard misses it
+        with torch.compiler.set_stance("fail_on_recompile"):
+            got = compiled(torch.tensor([[7]]), **given).logits
+    with torch.no_grad(), steerfast.steer(small, profile):
+        cache = StaticCache(small.config, max_cache_len=8)
+        given = {caches.argument(small): cache}
+        for token in ([[3, 4, 5]], [[6]], [[7]]):
+            want = small(torch.tensor(token), **given).logits
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_a_compiled_step_that_fails_leaves_no_edit_behind(small: Any, make_profile: MakeProfile) -> None:
+    profile = make_profile(small, sensor=0, layers=[0, 1], threshold=-2.0)
+    steerfast.patch(small)
+
+    def fail(*_: Any) -> None:
+        torch._dynamo.graph_break()
+        raise KeyError("mid-step")
+
+    given = {caches.argument(small): StaticCache(small.config, max_cache_len=8)}
+    with torch.no_grad(), steerfast.steer(small, profile):
+        small(torch.tensor([[3, 4, 5]]), **given)
+        hook = small.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(KeyError, match="mid-step"):
+            torch.compile(small, backend="eager")(torch.tensor([[6]]), **given)
+        hook.remove()
+        assert fused._settled is None
 
 
 @pytest.mark.parametrize("layer", [0, 1])
