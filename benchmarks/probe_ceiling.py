@@ -1,10 +1,11 @@
 """What a model's residual stream allows a gate at best: probes of several kinds at every layer, by cross-validation.
 
 A gate is fitted on some styles and judged on others. Here the probes are given every style, those of the evaluation
-sets too, and only the prompts are new to them: no gate that reads one row of one layer should be expected to do better.
-Writes a JSON line per layer and probe.
+sets too, and only the prompts are new to them: no gate that reads one layer in the same way should be expected to do
+better. Writes a JSON line per layer and probe.
 
     python benchmarks/probe_ceiling.py --output benchmarks/results/probe-ceiling-cpu.jsonl
+    python benchmarks/probe_ceiling.py --pooling mean --output benchmarks/results/probe-ceiling-mean-cpu.jsonl
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import steerfast
-from steerfast.fitting.activations import residual_rows
+from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.statistics import gate_figures, threshold_at_false_positive_rate
 from steerfast.models.loading import DEMO_MODEL
 from steerfast.models.prompting import encode, pad_token
+from steerfast.profile import Gate
 from steerfast.prompts import read_records
 
 HARMFUL = ("harmful_demo", "advbench", "harmbench", "jailbreak_attacks")
@@ -63,10 +65,11 @@ def out_of_fold(
 
 @click.command()
 @click.option("--model", "name", default=DEMO_MODEL, show_default=True)
+@click.option("--pooling", type=click.Choice(["last", "mean"]), default="last", show_default=True, help="what is read")
 @click.option("--limit", default=100, show_default=True, help="prompts per set")
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--seed", default=0, show_default=True)
-def main(name: str, limit: int, output: Path, seed: int) -> None:
+def main(name: str, pooling: Any, limit: int, output: Path, seed: int) -> None:
     torch.manual_seed(seed)
     draw = np.random.default_rng(seed)
     model, tokenizer = steerfast.load_model(name, dtype="float32", device="cpu")
@@ -79,12 +82,16 @@ def main(name: str, limit: int, output: Path, seed: int) -> None:
             sets.append(f"{chosen}, {style}" if chosen == "jailbreak_attacks" and style else chosen)
     names = np.array(sets)
     harmful = np.array([name.split(",")[0] in HARMFUL for name in sets])
-    rows = residual_rows(model, encode(tokenizer, prompts, model), pad_token_id=pad_token(tokenizer))
-    rows = (rows / rows.norm(dim=2, keepdim=True)).numpy()  # a cosine gate sees no more
+    read, _ = gate_reading(Gate(pooling=pooling))
+    ids = encode(tokenizer, prompts, model)
+    rows: Any = residual_rows(model, ids, reduce=read, pad_token_id=pad_token(tokenizer))
+    if pooling == "last":
+        rows = rows / rows.norm(dim=2, keepdim=True)  # a cosine gate sees no more; a mean is one of such rows
+    rows = rows.numpy()
     counts = {chosen: sets.count(chosen) for chosen in dict.fromkeys(sets)}
     output.unlink(missing_ok=True)
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    write({"model": name, "sets": counts, "seed": seed, "command": command, **machine()}, output)
+    write({"model": name, "pooling": pooling, "sets": counts, "seed": seed, "command": command, **machine()}, output)
     for layer in range(rows.shape[1]):
         for kind, probe in probes().items():
             scores = out_of_fold(probe, rows[:, layer], harmful, names)

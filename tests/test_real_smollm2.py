@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -13,6 +14,7 @@ import steerfast
 from steerfast.cli import main
 from steerfast.evaluation.demo import shipped_profile
 from steerfast.evaluation.judging import judge
+from steerfast.fitting.ending import ending_vector
 from steerfast.models.loading import DEMO_MODEL, export_demo_model
 from steerfast.models.prompting import encode, greedy_answers
 from steerfast.prompts import read_prompts
@@ -78,6 +80,21 @@ def test_fired_prompts_are_refused_and_the_others_are_answered_bit_for_bit(real,
     assert sum(j.refusal_strict for j in judged) >= 0.5 * len(hit)
     assert sum(j.refusal_strict for j in unsteered) <= 0.25 * len(hit)
     assert sum(j.fluent for j in judged) >= 0.75 * len(hit)
+
+
+def test_a_refusal_ends(real, profile):
+    model, tokenizer = real
+    last = profile.model.num_layers - 1
+    torch.testing.assert_close(profile.vector[last], ending_vector(model, tokenizer) * profile.norm[last])
+    strength = profile.strength.clone()
+    strength[last] = 0.0
+    prompts = encode(tokenizer, read_prompts("steerfast:harmful_demo")[:8], model)
+
+    def ended(given):
+        with steerfast.steer(model, given):
+            return sum(len(answer) < 48 for answer in greedy_answers(model, tokenizer, prompts, 48))
+
+    assert ended(profile) >= ended(replace(profile, strength=strength)) + 2
 
 
 def test_steering_works_in_bfloat16(real, profile):

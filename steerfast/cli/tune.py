@@ -59,6 +59,13 @@ def token_count(entry: str) -> int | None:
     help="Comma list of how many tokens of an answer to steer, such as 12,24,all.  [default: the profile's]",
 )
 @click.option(
+    "--endings",
+    type=common.Items("LOGITS", common.finite, "numbers such as 0,6,7"),
+    metavar="LOGITS",
+    help="Comma list of how far to raise the end of the turn at the last layer, so that a refusal stops; 0: not.  "
+    "[default: 0]",
+)
+@click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
     default=32,

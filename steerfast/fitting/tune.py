@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from steerfast.errors import ProfileError, PromptError
 from steerfast.evaluation.fluency import FluencyLimits
 from steerfast.evaluation.judging import judge, share
+from steerfast.fitting.ending import ending_vector, with_ending
 from steerfast.fitting.extract import check_sets, describe_set
 from steerfast.fitting.score import check_model
 from steerfast.models.prompting import encode, greedy_answers
@@ -32,7 +33,7 @@ _FINALISTS = 6
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting to try: layers first..last at `strength` each."""
+    """One setting to try: layers first..last at `strength` each, and the end of the turn raised by `ending` logits."""
 
     vector: str
     first: int
@@ -40,10 +41,16 @@ class Candidate:
     strength: float
     positions: Positions
     answer_tokens: int | None = None
+    ending: float = 0.0
 
-    def apply(self, profile: SteeringProfile) -> SteeringProfile:
+    def apply(self, profile: SteeringProfile, ending: Tensor | None = None) -> SteeringProfile:
+        """The profile at this setting; `ending` is the model's vector, where it is added."""
         banded = profile.with_vector(self.vector).with_band(range(self.first, self.last + 1), self.strength)
-        return replace(banded, positions=self.positions, answer_tokens=self.answer_tokens)
+        placed = replace(banded, positions=self.positions, answer_tokens=self.answer_tokens)
+        if not self.ending:
+            return placed
+        assert ending is not None
+        return with_ending(placed, ending, self.ending)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class Trial:
         """Fluent enough first, then most strict refusals, then keyword refusals, then the least total strength."""
         enough = self.fluent >= min_fluent
         total = self.candidate.strength * (self.candidate.last - self.candidate.first + 1)
-        return (float(enough), self.refusal_strict if enough else self.fluent, self.refusal, self.fluent, -total)
+        strict = self.refusal_strict if enough else self.fluent
+        return (float(enough), strict, self.refusal, self.fluent, -total, -self.candidate.ending)
 
 
 def tune(
@@ -75,6 +83,7 @@ def tune(
     strengths: Sequence[float] | None = None,
     positions: Sequence[Positions] | None = None,
     answer_tokens: Sequence[int | None] | None = None,
+    endings: Sequence[float] | None = None,
     max_new_tokens: int = 32,
     min_fluent: float = 0.95,
     min_unchanged: float = 0.95,
@@ -95,6 +104,7 @@ def tune(
         positions: default: both.
         answer_tokens: how many tokens of an answer to choose under steering, None: all; fewer than `max_new_tokens`.
             Default: what the profile has.
+        endings: by how many logits to raise the end of the turn, see `steerfast.fitting.ending`; 0: not. Default: not.
         max_new_tokens: answer length while searching.
         min_fluent: share of fluent answers to harmful prompts a setting must keep.
         min_unchanged: share of harmless answers that must stay token for token.
@@ -105,7 +115,9 @@ def tune(
 
     Raises:
         PromptError: an unusable prompt set, or no setting that keeps both constraints.
-        ProfileError: another model's profile, an unknown vector kind, an impossible band.
+        ProfileError: another model's profile, an unknown vector kind, an impossible band, an ending where
+            `with_ending` has no place for it.
+        ArchitectureError: an ending, and a model that `ending_vector` finds none for.
     """
     check_sets(harmful, harmless)
     check_model(profile, model, tokenizer)
@@ -116,7 +128,10 @@ def tune(
             raise ProfileError(
                 f"answer_tokens: expected 1 to {max_new_tokens - 1}, fewer than max_new_tokens, or None, got {tokens}"
             )
-    candidates = _candidates(profile, vectors, bands, strengths, positions, ends)
+    candidates = _candidates(profile, vectors, bands, strengths, positions, ends, endings or (0.0,))
+    ending = ending_vector(model, tokenizer) if any(endings or ()) else None
+    for candidate in candidates:
+        candidate.apply(profile, ending)  # raises before any work is done
     prompts = encode(tokenizer, harmful, model, room=max_new_tokens)
     settings = {
         "profile": _fingerprint(profile),
@@ -132,7 +147,8 @@ def tune(
         for candidate in track(chosen, what, show=progress):
             trial = log.find(candidate, len(tried))
             if trial is None:
-                trial = _try(candidate, profile, model, tokenizer, tried, max_new_tokens, limits)
+                steered = candidate.apply(profile, ending)
+                trial = _try(candidate, steered, model, tokenizer, tried, max_new_tokens, limits)
                 log.add(trial)
             done.append(trial)
         return sorted(done, key=lambda trial: trial.rank(min_fluent), reverse=True)
@@ -145,7 +161,7 @@ def tune(
             f"min_fluent: no setting reached {min_fluent:.2f} fluent answers, the best had {best.fluent:.2f} "
             f"({asdict(best.candidate)}); try smaller strengths"
         )
-    tuned = replace(best.candidate.apply(profile), candidates={})
+    tuned = replace(best.candidate.apply(profile, ending), candidates={})
     unchanged = _unchanged(tuned, model, tokenizer, harmless, max_new_tokens)
     if unchanged < min_unchanged:
         raise PromptError(
@@ -193,6 +209,7 @@ def _candidates(
     strengths: Sequence[float] | None,
     positions: Sequence[Positions] | None,
     answer_tokens: Sequence[int | None],
+    endings: Sequence[float],
 ) -> list[Candidate]:
     kinds = list(vectors) if vectors else [profile.vector_kind, *profile.candidates]
     layers = profile.model.num_layers
@@ -208,7 +225,11 @@ def _candidates(
             for total in strengths or (0.75, 1.0, 2.0, 4.0):
                 for where in positions or ("all", "response"):
                     per_layer = round(total / (last - start + 1), 4)
-                    candidates += [Candidate(kind, start, last, per_layer, where, tokens) for tokens in answer_tokens]
+                    candidates += [
+                        Candidate(kind, start, last, per_layer, where, tokens, ending)
+                        for tokens in answer_tokens
+                        for ending in endings
+                    ]
     return candidates
 
 
@@ -221,7 +242,7 @@ def _try(
     max_new_tokens: int,
     limits: FluencyLimits,
 ) -> Trial:
-    with steer(model, candidate.apply(profile)):
+    with steer(model, profile):
         answers = greedy_answers(model, tokenizer, prompts, max_new_tokens)
     judged = judge(model, tokenizer, prompts, answers, limits)
     return Trial(

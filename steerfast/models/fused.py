@@ -52,8 +52,8 @@ _settled: Settled | None = None
 def settle(settled: Settled | None) -> None:
     """What the layers of a model that is being traced add from here on; None: their seams say.
 
-    A variable that the trace itself has set needs no guard where it is read. What a seam holds would be guarded in every
-    layer, before every step: 290 us of 44 ms with 30 layers, their guards no longer in any cache.
+    A variable that the trace itself has set needs no guard where it is read. What a seam holds would be guarded in each
+    layer, before every step: 190 us of 42 ms with 30 layers, whose guards are in no cache any more by then.
     """
     global _settled
     _settled = settled

@@ -842,8 +842,8 @@ class Steering:
         return operands
 
     def _settled(self) -> Settled | None:
-        """Where nothing is decided and all edits are latched additions: the edits of all layers. Their scales are made at
-        once, or each layer of a compiled model has kernels of its own for it.
+        """Where nothing is decided and all edits are latched additions: the edits of all layers. Their scales are made
+        at once, or each layer of a compiled model has kernels of its own for it.
         """
         if self._deciding or not self._layers or self._slots.kinds != Kinds.LATCHED_ADD:
             return None

@@ -389,20 +389,20 @@ def test_calibrate_uses_the_shipped_sets_by_default(work: Path, tmp_path: Path) 
 
 def test_tune_searches_what_it_was_told_and_resumes(work: Path, tmp_path: Path) -> None:
     command = (
-        "tune", work / "calibrated.safetensors", *sets(work), "--vectors", "forced,srv", "--bands", "3-4,5",
-        "--strengths", "0.5,1", "--positions", "response", "--answer-tokens", "2,3", "--max-new-tokens", 4,
-        "--min-fluent", 0,
-        "--min-unchanged", 0, "--resume", tmp_path / "trials.jsonl", "--output", tmp_path / "p.safetensors",
-        "--json", tmp_path / "p.json",
+        "tune", work / "calibrated.safetensors", *sets(work), "--vectors", "forced,srv", "--bands", "2-3,4",
+        "--strengths", "0.5,1", "--positions", "response", "--answer-tokens", "2,3", "--endings", "0,2",
+        "--max-new-tokens", 4, "--min-fluent", 0, "--min-unchanged", 0,
+        "--resume", tmp_path / "trials.jsonl", "--output", tmp_path / "p.safetensors", "--json", tmp_path / "p.json",
     )  # fmt: skip
     done(*command)
     trials = (tmp_path / "trials.jsonl").read_text()
     tuned = json.loads((tmp_path / "p.json").read_text())["tuned"]
-    assert tuned["tried"] == 2 * 2 * 2 * 2
+    assert tuned["tried"] == 2 * 2 * 2 * 2 * 2
     assert tuned["candidate"]["positions"] == "response"
     assert tuned["candidate"]["answer_tokens"] in (2, 3)
     profile = SteeringProfile.load(tmp_path / "p.safetensors")
-    assert profile.steered_layers in ([3, 4], [5])
+    last = [] if tuned["candidate"]["ending"] == 0 else [profile.model.num_layers - 1]
+    assert profile.steered_layers in ([2, 3, *last], [4, *last])
     assert profile.candidates == {}
     done(*command)
     assert (tmp_path / "trials.jsonl").read_text() == trials
@@ -724,6 +724,7 @@ def test_prompt_files_that_cannot_be_used(work: Path, tmp_path: Path) -> None:
         ("--positions", "some"),
         ("--answer-tokens", "0"),
         ("--answer-tokens", "2,some"),
+        ("--endings", "6,inf"),
         ("--min-fluent", "2"),
         ("--max-new-tokens", "0"),
         ("--device", "toaster"),

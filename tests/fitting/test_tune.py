@@ -17,6 +17,7 @@ import steerfast
 from steerfast.errors import OutputError, ProfileError, PromptError
 from steerfast.evaluation.fluency import FluencyLimits
 from steerfast.fitting import tune as tuning
+from steerfast.fitting.ending import ending_vector
 from steerfast.fitting.tune import Candidate, Trial, default_bands
 from steerfast.profile import SteeringProfile
 
@@ -89,6 +90,7 @@ def test_only_what_is_asked_for_is_tried(profile: SteeringProfile, tune: Any) ->
     assert tuned.tuned["tried"] == 1
     assert tuned.tuned["candidate"] == {
         "vector": "push", "first": 2, "last": 2, "strength": 60.0, "positions": "response", "answer_tokens": 2,
+        "ending": 0.0,
     }  # fmt: skip
     assert tuned.tuned["runners_up"] == []
     assert tuned.answer_tokens == 2
@@ -99,6 +101,26 @@ def test_only_what_is_asked_for_is_tried(profile: SteeringProfile, tune: Any) ->
         ProfileError, match=r"answer_tokens: expected 1 to \d+, fewer than max_new_tokens, or None, got 99"
     ):
         tune(profile, **options, answer_tokens=[99])
+
+
+def test_endings_are_tried_beside_the_edit(
+    profile: SteeringProfile, tune: Any, tiny_llama: Any, tokenizer: Any
+) -> None:
+    """The planted refusal is one token, that is said for ever."""
+    options = {"vectors": ["push"], "bands": [(2, 2)], "strengths": [60.0], "positions": ["response"]}
+    known = replace(profile, norm=torch.full((5,), 8.0))
+    tuned = tune(known, **options, endings=[0.0, 3.0])
+    assert tuned.tuned["tried"] == 2
+    assert tuned.tuned["candidate"]["ending"] == 0.0  # as good, and less is added
+    ended = tune(known, **options, endings=[3.0])
+    assert ended.vector_kind == "push + ending"
+    assert ended.steered_layers == [2, 4]
+    assert torch.equal(ended.vector[4], ending_vector(tiny_llama, tokenizer) * 8.0)
+    assert float(ended.strength[4]) == 3.0
+    with pytest.raises(ProfileError, match="the last layer, 4, for it alone"):
+        tune(known, **{**options, "bands": [(3, 4)]}, endings=[3.0])
+    with pytest.raises(ProfileError, match="the norm of its rows, got none"):
+        tune(replace(profile, norm=torch.zeros(5)), **options, endings=[3.0])
 
 
 def trial(refusal: float, fluent: float, strength: float = 1.0, keyword: float | None = None) -> Trial:
