@@ -42,7 +42,10 @@ def argument(model: nn.Module) -> str:
 
 def found(values: Mapping[str, Any]) -> Any:
     """The cache among a forward's arguments or outputs, by either name; None where there is none."""
-    return next((values[name] for name in _NAMES if values.get(name) is not None), None)
+    for name in _NAMES:
+        if (cache := values.get(name)) is not None:
+            return cache
+    return None
 
 
 def splits(cache: Any) -> bool:

@@ -159,6 +159,7 @@ class Steering:
         # these stay the same from one answer token to the next, and making operands takes longer than the edit.
         self._known: dict[tuple[int, torch.device], Operands] = {}
         self._known_of: tuple[Any, Any, Any] = (None, None, None)
+        self._additions: tuple[Any, ...] | None = None  # all that a compiled model reads in such a step, see `_settled`
         self._plan_asked: tuple[Any, Any] = (None, None)  # the last plan, and what it was made for
         self._columns: list[tuple[Tensor, Tensor]] | None = None  # the latch, layer by layer
         self._profile = profile
@@ -541,10 +542,10 @@ class Steering:
 
     @torch.compiler.disable
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        begun = self._begun
+        begun, (_, cache) = self._begun, self._called_with
         self._forget_call()
         if begun and output is not None:  # None: it failed
-            self._keep(kwargs, output)
+            self._keep(cache, output)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._begun and not torch.compiler.is_compiling():  # what was begun may have been interrupted since
@@ -652,15 +653,20 @@ class Steering:
     def _set_rows(self, plan: _Plan, rows: Rows, strengths: Tensor | None = None) -> None:
         """What the layers of this step read, on the device of its tokens."""
         device = rows.rows.device
-        known_of = (plan, self._last().values, rows.rows)
-        if any(new is not old for new, old in zip(known_of, self._known_of, strict=True)):
-            self._known, self._known_of, self._columns = {}, known_of, None
+        values = self._last().values
+        known = self._known_of
+        if known[0] is not plan or known[1] is not values or known[2] is not rows.rows:
+            self._known, self._known_of, self._columns = {}, (plan, values, rows.rows), None
         elif strengths is None and self._rows.get(device) is rows:
             return  # one answer token after the other: every layer reads what it read
         self._rows = {device: rows}
         if strengths is None:
             strengths = self._per_sequence("strength", plan.strengths, torch.float32, device).view(-1, 1)
         self._strengths = {device: strengths}
+        self._additions = None
+        if not self._deciding and self._layers and self._slots.kinds == Kinds.LATCHED_ADD and values.device == device:
+            bank = self._slots.bank(device)
+            self._additions = frozenset(self._layers), rows.rows, values, strengths, bank.table, bank.vectors
 
     def _valid_tokens(self, mask: Any, count: int, width: int, past: int, device: torch.device) -> Tensor:
         """See `_valid_tokens`; where no token is padding, one and the same tensor every time."""
@@ -771,12 +777,11 @@ class Steering:
     @torch.compiler.disable
     def _end(self, module: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         output = self._read_again(module, output)
-        self._keep(kwargs, output)
+        self._keep(caches.found(kwargs), output)
         return output
 
-    def _keep(self, kwargs: dict[str, Any], output: Any) -> None:
-        """Leave the decisions with the cache."""
-        cache = caches.found(kwargs)
+    def _keep(self, cache: Any, output: Any) -> None:
+        """Leave the decisions with the cache of the call."""
         if not hasattr(cache, "get_seq_length"):  # made in the pass, or given by position
             parts = (
                 output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else None,)
@@ -845,15 +850,10 @@ class Steering:
         """Where nothing is decided and all edits are latched additions: the edits of all layers. Their scales are made
         at once, or each layer of a compiled model has kernels of its own for it.
         """
-        if self._deciding or not self._layers or self._slots.kinds != Kinds.LATCHED_ADD:
+        if self._additions is None:
             return None
-        (device, rows), (_, strength) = next(iter(self._rows.items())), next(iter(self._strengths.items()))
-        values = self._last().values
-        if values.device != device:
-            return None
-        bank = self._slots.bank(device)
-        scales = torch_scales(rows.rows, values[..., None], strength, bank.table)
-        return Settled(frozenset(self._layers), rows.rows, scales, bank.vectors)
+        layers, rows, values, strength, table, vectors = self._additions
+        return Settled(layers, rows, torch_scales(rows, values[..., None], strength, table), vectors)
 
     def _decide_prompts(self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank) -> None:
         """Each sequence's deciding row, or the mean up to it, sets its latched value, here and, for a sensor, in all
