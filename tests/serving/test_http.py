@@ -75,7 +75,7 @@ def server(checkpoint: Path, folder: Path, tmp_path_factory: pytest.TempPathFact
                 "--profile",
                 f"tone={folder / 'tone.safetensors'}",
             ),
-            *("--default", "safety", "--slots", "4", "--layers", "10-20", "--directory", str(directory)),
+            *("--default", "safety", "--slots", "4", "--layers", "10-20,29", "--directory", str(directory)),
             *("--", *ENGINE, "--served-model-name", MODEL, "--additional-config", '{"somebody": "else"}'),
         ],
         tmp_path_factory.mktemp("log") / "server.log",

@@ -103,7 +103,7 @@ def server(
     for name, profile in profiles.items():
         profile.save(folder / f"{name}.safetensors")
         options += ["--profile", f"{name}={folder / name}.safetensors"]
-    options += ["--slots", "6", "--layers", "10-20", "--directory", str(folder)]
+    options += ["--slots", "6", "--layers", "10-20,29", "--directory", str(folder)]
     engine = [*ENGINE, "--served-model-name", MODEL, "--num-gpu-blocks-override", "18"]
     with Server(
         ["-m", "steerfast", "serve", str(checkpoint), *options, "--", *engine],
