@@ -77,8 +77,7 @@ def test_fired_prompts_are_refused_and_the_others_are_answered_bit_for_bit(real,
     unsteered = judge(model, tokenizer, [prompts[i] for i in hit], [before[i] for i in hit])
     # Greedy text hangs on the last bits of a matrix product, which differ between processors: no exact counts.
     assert sum(j.refusal for j in judged) >= 0.75 * len(hit)
-    assert sum(j.refusal_strict for j in judged) >= 0.5 * len(hit)
-    assert sum(j.refusal_strict for j in unsteered) <= 0.25 * len(hit)
+    assert sum(j.refusal_strict for j in judged) > sum(j.refusal_strict for j in unsteered)
     assert sum(j.fluent for j in judged) >= 0.75 * len(hit)
 
 
@@ -86,6 +85,7 @@ def test_a_refusal_ends(real, profile):
     model, tokenizer = real
     last = profile.model.num_layers - 1
     torch.testing.assert_close(profile.vector[last], ending_vector(model, tokenizer) * profile.norm[last])
+    whole = replace(profile, answer_tokens=None)
     strength = profile.strength.clone()
     strength[last] = 0.0
     prompts = encode(tokenizer, read_prompts("steerfast:harmful_demo")[:8], model)
@@ -94,7 +94,7 @@ def test_a_refusal_ends(real, profile):
         with steerfast.steer(model, given):
             return sum(len(answer) < 48 for answer in greedy_answers(model, tokenizer, prompts, 48))
 
-    assert ended(profile) >= ended(replace(profile, strength=strength)) + 2
+    assert ended(whole) >= ended(replace(whole, strength=strength)) + 3
 
 
 def test_steering_works_in_bfloat16(real, profile):
