@@ -53,7 +53,7 @@ gpu:
 	  echo "== $$name: status $$status, $$(($$(date +%s) - start)) s"; \
 	  [ $$status = 0 ] || failed="$$failed $$name"; \
 	}; \
-	step gpu-tests 60 $(PYTHON) -m pytest -q -m gpu tests; \
+	step gpu-tests 200 $(PYTHON) -m pytest -q -m gpu tests; \
 	step kernel-tests 90 $(PYTHON) -m pytest -q -m "not gpu" --ignore tests/kernels/test_machine_code.py tests/kernels; \
 	if [ -n "$(SANITIZER)" ]; then \
 	  step memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
@@ -66,6 +66,8 @@ gpu:
 	step ops 100 $(PYTHON) benchmarks/ops.py --device cuda --limit 80 --json "$(OUT)"; \
 	step compiled 45 $(PYTHON) benchmarks/compiled.py --device cuda --rows 1 64 --seconds 1 --json "$(OUT)"; \
 	step models 120 $(PYTHON) benchmarks/models.py --device cuda --limit 90 --json "$(OUT)"; \
+	step models-compiled 240 $(PYTHON) benchmarks/models.py --device cuda --compile --shapes llama-3.1-8b --batches 1 \
+	  --prompts 128 --seconds 20 --systems control idle open-one open-all --json "$(OUT)/compiled"; \
 	$(PYTHON) benchmarks/bars.py --results "$(OUT)"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
