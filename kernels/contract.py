@@ -222,7 +222,8 @@ def check_separate(written: dict[str, torch.Tensor], read: dict[str, torch.Tenso
 
 def check_choice(name: str, value: int, kind: type[IntEnum]) -> int:
     """``value`` must be a member of ``kind``, whose numbers run from 0."""
-    if not 0 <= value < len(kind):
+    # As a number: Dynamo of torch 2.11 compares no members of an enumeration.
+    if not 0 <= (int(value) if isinstance(value, int) else value) < len(kind):
         raise ValueError(f"{name}: expected one of {', '.join(f'{m.name} ({m.value})' for m in kind)}, got {value}")
     return int(value)
 

@@ -176,7 +176,8 @@ library.define(
     "gate_(Tensor x, Tensor? residual, Tensor row, Tensor slot, Tensor directions, Tensor table, "
     "Tensor(a!) scores, Tensor(b!) values) -> ()"
 )
-library.impl("gate_", gate_torch_, "CompositeExplicitAutograd")  # the C++ extension registers itself for CPU
+# The C++ extension registers itself for CPU. Like it and Triton, plain torch leaves no trace for a backward pass.
+library.impl("gate_", torch.no_grad()(gate_torch_), "CompositeExplicitAutograd")
 if triton is not None:
     library.impl("gate_", gate_triton_, "CUDA")
 torch.library.register_fake("steerfast::gate_", _fake, lib=library)

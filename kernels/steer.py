@@ -189,7 +189,8 @@ library.define(
     "steer_(Tensor(a!) x, Tensor? residual, Tensor rows, Tensor values, Tensor strength, Tensor vectors, "
     "Tensor directions, Tensor table, int kinds) -> ()"
 )
-library.impl("steer_", steer_torch_, "CompositeExplicitAutograd")  # the C++ extension registers itself for CPU
+# The C++ extension registers itself for CPU. Like it and Triton, plain torch leaves no trace for a backward pass.
+library.impl("steer_", torch.no_grad()(steer_torch_), "CompositeExplicitAutograd")
 if triton is not None:
     library.impl("steer_", steer_triton_, "CUDA")
 torch.library.register_fake("steerfast::steer_", _fake, lib=library)
