@@ -54,7 +54,7 @@ gpu:
 	  [ $$status = 0 ] || failed="$$failed $$name"; \
 	}; \
 	step gpu-tests 200 $(PYTHON) -m pytest -q -m gpu tests; \
-	step kernel-tests 90 $(PYTHON) -m pytest -q -m "not gpu" --ignore tests/kernels/test_machine_code.py tests/kernels; \
+	step kernel-tests 300 $(PYTHON) -m pytest -q -m "not gpu" --ignore tests/kernels/test_machine_code.py tests/kernels; \
 	if [ -n "$(SANITIZER)" ]; then \
 	  step memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	    "$(SANITIZER)" --tool memcheck --error-exitcode 3 $(PYTHON) benchmarks/sanitize.py; \
@@ -62,9 +62,9 @@ gpu:
 	  echo "== memcheck: no compute-sanitizer here, the same launches without it"; \
 	  step launches 40 $(PYTHON) benchmarks/sanitize.py; \
 	fi; \
-	step launch 20 $(PYTHON) benchmarks/launch.py --device cuda --json "$(OUT)"; \
+	step launch 45 $(PYTHON) benchmarks/launch.py --device cuda --json "$(OUT)"; \
 	step ops 100 $(PYTHON) benchmarks/ops.py --device cuda --limit 80 --json "$(OUT)"; \
-	step compiled 45 $(PYTHON) benchmarks/compiled.py --device cuda --rows 1 64 --seconds 1 --json "$(OUT)"; \
+	step compiled 90 $(PYTHON) benchmarks/compiled.py --device cuda --rows 1 64 --seconds 1 --json "$(OUT)"; \
 	step models 120 $(PYTHON) benchmarks/models.py --device cuda --limit 90 --json "$(OUT)"; \
 	step models-compiled 240 $(PYTHON) benchmarks/models.py --device cuda --compile --shapes llama-3.1-8b --batches 1 \
 	  --prompts 128 --seconds 20 --systems control idle open-one open-all --json "$(OUT)/compiled"; \
