@@ -59,7 +59,7 @@ def ending_vector(model: nn.Module, tokenizer: Any) -> Tensor:
         ArchitectureError: no output embedding [V, H] of real numbers, or no single final norm before it.
         ProfileError: neither the model nor the tokenizer names a token that ends a turn.
     """
-    read = _final_norm(model)
+    read = _read_through_norm(model)
     find: Any = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
     weight = getattr(head, "weight", None)
@@ -106,7 +106,7 @@ def turn_ends(model: nn.Module, tokenizer: Any) -> list[int]:
     return ends
 
 
-def _final_norm(model: nn.Module) -> Tensor:
+def _read_through_norm(model: nn.Module) -> Tensor:
     """How the final norm reads a change of a row whose mean square is 1, as far as that leaves its length: float32
     [H, H], from what is read to the row. Whether it takes the mean out, and how it holds its weight, its outputs tell.
     """

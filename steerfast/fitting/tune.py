@@ -131,7 +131,8 @@ def tune(
     candidates = _candidates(profile, vectors, bands, strengths, positions, ends, endings or (0.0,))
     ending = ending_vector(model, tokenizer) if any(endings or ()) else None
     for candidate in candidates:
-        candidate.apply(profile, ending)  # raises before any work is done
+        if candidate.ending:
+            candidate.apply(profile, ending)  # raises before any work is done
     prompts = encode(tokenizer, harmful, model, room=max_new_tokens)
     settings = {
         "profile": _fingerprint(profile),

@@ -186,10 +186,8 @@ def train(
     identity = identify(model, tokenizer)
     boundary = settings.budget + margin
     layer = common_layer(rollouts)
-    direction = None
-    if (
-        profile is not None and layer is not None and profile.gate.pooling == "last"
-    ):  # a mean's says little of a last row
+    direction = None  # the direction of a gate that reads a mean says little of a last row
+    if profile is not None and layer is not None and profile.gate.pooling == "last":
         direction = profile.direction[layer]
     cost, reward = fit_heads(
         rollouts,
