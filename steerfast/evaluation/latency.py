@@ -6,7 +6,9 @@ alike. A ratio is the median over the rounds of a system's time over stock's in 
 stock model, says how far from 1 a ratio lies by chance.
 
 Every decode step is the one after the prompt: the cache is set back before each, outside the clock. So a case has one
-context length, and systems share one copy of the prompt's keys and values.
+context length, and systems share one copy of the prompt's keys and values. A compiled step has a static cache, in which
+each is as long as the last: that is set back every 64 steps, or steering would read anew how many tokens it holds, from
+the device, before each step, as it does in no answer.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.models import caches
 from steerfast.models.fused import is_patched, patch
-from steerfast.models.prompting import device_of
+from steerfast.models.prompting import context_of, device_of
 from steerfast.models.steering import Steering, steer
 from steerfast.models.structure import find_decoder, identify
 from steerfast.profile import Gate, SteeringProfile
@@ -47,6 +49,7 @@ _PROFILES = 16  # the most that a batch takes
 _OPEN, _SHUT = -2.0, 2.0  # thresholds below and above every cosine
 _FAR = 1e30  # the same for a dot product
 _LEAST_PREFILLS, _LEAST_STEPS = 3, 20  # rounds, however long they take
+_ROOM = 64  # for answer tokens in a static cache
 _WARM = 3  # calls before the clock runs; a compiled step records its CUDA graph in the second
 
 
@@ -206,6 +209,8 @@ class _Run:
         self.cache: Any = None
         self._cache_name = caches.argument(system.model)
         self.step_model: Any = system.model
+        self._most = 1 if mode == "eager" else min(_ROOM, context_of(system.model) - tokens.shape[1])
+        self._room = 0  # so many of these steps before the cache is full
         if mode == "compile":
             cuda = tokens.device.type == "cuda"
             self.step_model = torch.compile(system.model, mode="reduce-overhead" if cuda else None, **_ISOLATED)
@@ -218,7 +223,7 @@ class _Run:
         if self.mode == "eager":
             self.cache = DynamicCache(config=config)
         else:
-            self.cache = StaticCache(config=config, max_cache_len=self.tokens.shape[1] + 1)
+            self.cache = StaticCache(config=config, max_cache_len=self.tokens.shape[1] + self._most)
 
     def prefill(self) -> None:
         model: Any = self.system.model
@@ -229,14 +234,20 @@ class _Run:
     def step(self) -> None:
         logits = self.step_model(input_ids=self.next, use_cache=True, **{self._cache_name: self.cache}).logits
         logits[:, -1].argmax(dim=-1)
+        self._room -= 1
 
     def keep(self, other: _Run | None) -> None:
         """Remember the cache as the prompt left it; a growing one holds the keys and values of `other`'s from here."""
         share = other is not None and self.mode == "eager"
         self._memory = other._memory if share and other is not None else [dict(vars(x)) for x in self.cache.layers]
+        self._room = 0
         self.rewind()
 
     def rewind(self) -> None:
+        """Make room for a step."""
+        if self._room > 0:
+            return
+        self._room = self._most
         for layer, before in zip(self.cache.layers, self._memory, strict=True):
             vars(layer).update(before)
             if isinstance(length := before.get("cumulative_length"), Tensor):  # a static cache counts in place

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,20 +27,22 @@ from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.models.families import FAMILIES, MULTIMODAL_FAMILIES, Family, family_of
 from steerfast.models.structure import Decoder, find_decoder, is_distributed
 
-__all__ = ["Operands", "Seam", "Settled", "is_patched", "patch", "seams", "settle", "unpatch"]
+__all__ = ["Operands", "Seam", "Settled", "is_fused", "is_patched", "patch", "settle", "steer_layer", "unpatch"]
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]
 """rows, values, strength, vectors, directions, table and kinds, as the ops take them."""
+
+Steer = Callable[[int, Tensor, Tensor], Operands | None]
+"""(layer, x, residual) -> what is edited, None: nothing. x, residual: [N, T, H]; the residual stream is their sum."""
 
 
 class Settled(NamedTuple):
     """What a compiled model adds in a step that decides nothing, where all edits are latched additions.
 
-    layers: those that edit. rows: as the ops take them. scales: float32 [layers, rows, K], by which each row's slots
-    multiply their vectors. vectors: [layers, slots, H].
+    rows: as the ops take them. scales: float32 [layers, rows, K], by which each row's slots multiply their vectors.
+    vectors: [layers, slots, H]. All three lie where they lay before: a CUDA graph reads them there, and copies nothing.
     """
 
-    layers: frozenset[int]
     rows: Tensor
     scales: Tensor
     vectors: Tensor
@@ -63,8 +65,7 @@ class Seam:
     """Where something is added to the residual stream, and the norm that reads the sum, if one does.
 
     Attributes:
-        steer: None, or a function (layer, x, residual) -> operands, which decides the step's gates and says what is
-            edited; x and residual are [N, T, H], and the residual stream is their sum. None as its answer: nothing is.
+        steer: decides the step's gates and says what is edited; None: nobody does. Set by `steer_layer`.
     """
 
     __slots__ = ("_eps", "_kind", "_normed", "_stream", "_version", "layer", "norm", "steer")
@@ -74,7 +75,7 @@ class Seam:
         self.norm = norm
         self._eps = family.eps
         self._kind = int(family.norm)
-        self.steer: Callable[[int, Tensor, Tensor], Operands | None] | None = None
+        self.steer: Steer | None = None
         self._stream: Tensor | None = None
         self._normed: Tensor | None = None
         self._version: int | None = None
@@ -162,8 +163,9 @@ def patch(model: nn.Module) -> nn.Module:
     followers = [
         getattr(layer, family.before_attention) if family.before_attention else None for layer in decoder.layers
     ]
-    for seam, reader in zip(seams(decoder), [*followers[1:], final], strict=True):
-        if seam is not None and reader is not None:
+    for layer, reader in zip(decoder.layers, [*followers[1:], final], strict=True):
+        if reader is not None:
+            seam: Any = layer.steerfast_outer
             seam.norm = reader
             _swap(reader, _FusedNorm, steerfast_seam=seam)
     return model
@@ -194,16 +196,30 @@ def is_patched(model: nn.Module) -> bool:
     return any(isinstance(module, _Fused) for module in model.modules())
 
 
-def seams(decoder: Decoder) -> list[Seam | None]:
-    """Per layer, the seam at which its output is added up; None where the layer is not fused."""
-    return [getattr(layer, "steerfast_outer", None) for layer in decoder.layers]
+def is_fused(layer: nn.Module) -> bool:
+    """Whether a decoder layer has a seam at which its output is added up."""
+    return isinstance(layer, _FusedLayer)
+
+
+def steer_layer(layer: Any, steer: Steer | None) -> None:
+    """Let `steer` say what is edited at the seam of a fused layer; None: nobody."""
+    layer.steerfast_outer.steer = steer
+    _swap(layer, _FusedLayer if steer is None else _SteeredLayer)
 
 
 # ---- modules that change their class -------------------------------------------------------------------------------
 
 
 class _Fused:
-    """What the classes of patched modules have in common; they extend the class that the module had."""
+    """What the classes of patched modules have in common; they extend the class that the module had.
+
+    `over` makes their forward. What that knows of the class it extends lies in its closure: super(), or an attribute of
+    the module or of its class, would be guarded again in every layer of a compiled model.
+    """
+
+    @classmethod
+    def over(cls, stock: Any) -> Callable[..., Tensor]:
+        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made at run time cannot be found by name again: rebuild it from the class it extends.
@@ -212,75 +228,86 @@ class _Fused:
 
 
 class _FusedLayer(_Fused):
-    steerfast_family: ClassVar[Family]
+    """A layer that nobody steers: that its class says so spares a compiler a look at the seam."""
+
     steerfast_inner: Seam
     steerfast_outer: Seam
-    training: bool
+    steered: ClassVar[bool] = False
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        module: Any = self
-        family = self.steerfast_family
-        if args:
-            kwargs |= dict(zip(_arguments(type(self))[1:], args, strict=False))  # type: ignore[arg-type]
+    @classmethod
+    def over(cls, stock: Any) -> Callable[..., Tensor]:
+        steered, family, names = cls.steered, family_of(stock), list(inspect.signature(stock.forward).parameters)[2:]
+        assert family is not None
 
-        traced = torch.compiler.is_compiling()  # what is read here in vain is guarded once per layer
-        fuse = not traced and not self.training
-        if module._forward_pre_hooks and _change_unseen():
-            hidden_states = hidden_states.view_as(hidden_states)  # not the stream whose norm was taken
-        x = hidden_states
-        if family.before_attention is not None:
-            x = getattr(module, family.before_attention)(x)
-        x = module.self_attn(hidden_states=x, **kwargs)[0]
-        if family.after_attention is not None:
-            x = getattr(module, family.after_attention)(x)
-        stream = x = hidden_states + x if traced else self.steerfast_inner.add(x, hidden_states, fuse)
-        if family.before_mlp is not None:
-            x = getattr(module, family.before_mlp)(x)
-        x = module.mlp(x)
-        if isinstance(x, tuple):  # some mixtures of experts also return what their router said
-            x = x[0]
-        if family.after_mlp is not None:
-            x = getattr(module, family.after_mlp)(x)
-        if traced and (settled := _settled) is not None and settled.rows.device == x.device:
-            layer = module.self_attn.layer_idx  # which the attention has guarded
-            if layer not in settled.layers:
+        def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                kwargs |= dict(zip(names, args, strict=False))
+            traced = torch.compiler.is_compiling()  # what is read here in vain is guarded once per layer
+            fuse = not traced and not self.training
+            if not traced and self._forward_pre_hooks and _change_unseen():
+                hidden_states = hidden_states.view_as(hidden_states)  # not the stream whose norm was taken
+            x = hidden_states
+            if family.before_attention is not None:
+                x = getattr(self, family.before_attention)(x)
+            x = self.self_attn(hidden_states=x, **kwargs)[0]
+            if family.after_attention is not None:
+                x = getattr(self, family.after_attention)(x)
+            stream = x = hidden_states + x if traced else self.steerfast_inner.add(x, hidden_states, fuse)
+            if family.before_mlp is not None:
+                x = getattr(self, family.before_mlp)(x)
+            x = self.mlp(x)
+            if isinstance(x, tuple):  # some mixtures of experts also return what their router said
+                x = x[0]
+            if family.after_mlp is not None:
+                x = getattr(self, family.after_mlp)(x)
+            if traced and not steered:
                 return stream + x
-            return add_scaled_torch(x, stream, settled.rows, settled.scales[layer], settled.vectors[layer])
-        if module._forward_hooks and _change_unseen():
-            fuse = False
-        return self.steerfast_outer.add(x, stream, fuse)
+            if traced and (settled := _settled) is not None and settled.rows.device == x.device:
+                layer = self.self_attn.layer_idx  # which the attention has guarded
+                return add_scaled_torch(x, stream, settled.rows, settled.scales[layer], settled.vectors[layer])
+            if not traced and self._forward_hooks and _change_unseen():
+                fuse = False
+            return self.steerfast_outer.add(x, stream, fuse)
+
+        return forward
+
+
+class _SteeredLayer(_FusedLayer):
+    steered = True
 
 
 class _FusedNorm(_Fused):
     steerfast_seam: Seam
-    steerfast_stock: ClassVar[Callable[[Any, Tensor], Tensor]]
-    _forward_pre_hooks: dict[int, Any]
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed = None if torch.compiler.is_compiling() else self.steerfast_seam.take(x)
-        if normed is None or (self._forward_pre_hooks and _change_unseen()):
-            return self.steerfast_stock(x)
-        return normed
+    @classmethod
+    def over(cls, stock: Any) -> Callable[..., Tensor]:
+        stock_forward = stock.forward
+
+        def forward(self: Any, x: Tensor) -> Tensor:
+            normed = None if torch.compiler.is_compiling() else self.steerfast_seam.take(x)
+            if normed is None or (self._forward_pre_hooks and _change_unseen()):
+                return stock_forward(self, x)
+            return normed
+
+        return forward
 
 
 @functools.cache
-def _class(kind: type, base: Any) -> type:
+def _class(kind: type[_Fused], base: Any) -> type:
     """`base`, a module's class, with the forward of `kind`; the same class every time.
 
-    It keeps its name: transformers and accelerate choose modules by the name of their class. What its forward needs to
-    know of the class it extends is an attribute of the class: super(), or an attribute of each module, would be guarded
-    again in every layer of a compiled model.
+    It keeps its name: transformers and accelerate choose modules by the name of their class.
     """
-    known = {"steerfast_stock": base.forward, "steerfast_family": family_of(base)}
-    return type(base.__name__, (kind, base), {"__module__": base.__module__, **known})
+    return type(base.__name__, (kind, base), {"__module__": base.__module__, "forward": kind.over(base)})
 
 
-def _rebuild(kind: type, base: type) -> Any:
-    return object.__new__(_class(kind, base))
+def _rebuild(kind: type[_Fused], base: type) -> Any:
+    return object.__new__(_class(kind, base))  # type: ignore[arg-type]
 
 
-def _swap(module: Any, kind: type, **attributes: Any) -> None:
-    module.__class__ = _class(kind, type(module))  # type: ignore[arg-type]
+def _swap(module: Any, kind: type[_Fused], **attributes: Any) -> None:
+    stock = type(module).__bases__[1] if isinstance(module, _Fused) else type(module)
+    module.__class__ = _class(kind, stock)  # type: ignore[arg-type]
     for name, value in attributes.items():
         setattr(module, name, value)
     _rewire(module)
@@ -324,13 +351,6 @@ def _version(stream: Tensor) -> int | None:
 def _change_unseen() -> bool:
     """Whether hooks may change the residual stream in place and no version would tell."""
     return torch.is_inference_mode_enabled()
-
-
-@functools.cache
-def _arguments(layer: Hashable) -> list[str]:
-    """Names of the arguments of the stock forward that a fused layer's class extends."""
-    base: Any = layer.__bases__[1]  # type: ignore[attr-defined]
-    return list(inspect.signature(base.forward).parameters)[1:]
 
 
 @functools.lru_cache(maxsize=64)

@@ -34,7 +34,7 @@ from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.models import caches
 from steerfast.models import latch as latches
 from steerfast.models.continuous import INHERIT, PackedSteps, forget_manager, is_paged, steered_manager, steps_of
-from steerfast.models.fused import Operands, Settled, seams, settle
+from steerfast.models.fused import Operands, Settled, is_fused, settle, steer_layer
 from steerfast.models.latch import Latch
 from steerfast.models.slots import ProfileSlots
 from steerfast.models.structure import STEERED_MARK, find_decoder, hands_on, identify
@@ -159,7 +159,7 @@ class Steering:
         # these stay the same from one answer token to the next, and making operands takes longer than the edit.
         self._known: dict[tuple[int, torch.device], Operands] = {}
         self._known_of: tuple[Any, Any, Any] = (None, None, None)
-        self._additions: tuple[Any, ...] | None = None  # all that a compiled model reads in such a step, see `_settled`
+        self._additions: Settled | None = None  # all that a compiled model reads in such a step, where that can be
         self._plan_asked: tuple[Any, Any] = (None, None)  # the last plan, and what it was made for
         self._columns: list[tuple[Tensor, Tensor]] | None = None  # the latch, layer by layer
         self._profile = profile
@@ -453,14 +453,14 @@ class Steering:
 
     def _attach_layer(self, layer: int) -> None:
         self._layers.add(layer)
-        seam = seams(self._decoder)[layer]
-        if seam is not None:
-            seam.steer = self._operands
-            self._undo.append(functools.partial(setattr, seam, "steer", None))
+        module = self._decoder.layers[layer]
+        if is_fused(module):
+            steer_layer(module, self._operands)
+            self._undo.append(functools.partial(steer_layer, module, None))
             return
         # First of the layer's hooks, so that others see the edited residual stream.
         hook = functools.partial(self._on_layer, layer)
-        handle = self._decoder.layers[layer].register_forward_hook(hook, prepend=True)
+        handle = module.register_forward_hook(hook, prepend=True)
         self._undo.append(handle.remove)
 
     def _call(self, name: str, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -556,7 +556,7 @@ class Steering:
         if not self._begun and not self._again:
             self._begin_uncompiled(module, args, kwargs)
         if torch.compiler.is_compiling():
-            settle(self._settled())
+            settle(self._additions)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -612,7 +612,7 @@ class Steering:
         if prompt_columns > 0:
             latch.prompt = past + prompt_columns
         device = tokens.device
-        self._prefill = self._sums = None
+        self._prefill = self._sums = alphas = None
         if prompt_columns > 0:
             mask = given.get("attention_mask")
             if prompt is not None and prompt.mask is not None and not _is_flat(mask):
@@ -621,9 +621,9 @@ class Steering:
             self._prefill = self._second_pass(plan, given, valid, prompt_columns)
             rows, self._decides = self._prompt_tables(plan, valid, prompt_columns)
         else:
-            rows = self._answer_tables(plan, width, past - latch.prompt, device)
+            rows, alphas = self._answer_tables(plan, width, past - latch.prompt, device)
         self._latch = latch
-        self._set_rows(plan, rows.each_for_itself() if plan.by_token else rows)
+        self._set_rows(plan, rows.each_for_itself() if plan.by_token else rows, alphas=alphas)
         self._row_values.clear()
         return True
 
@@ -650,8 +650,8 @@ class Steering:
             key, torch.device("cpu"), lambda _: _Plan((), (), (), gates, means, layers, kinds, False, "")
         )
 
-    def _set_rows(self, plan: _Plan, rows: Rows, strengths: Tensor | None = None) -> None:
-        """What the layers of this step read, on the device of its tokens."""
+    def _set_rows(self, plan: _Plan, rows: Rows, strengths: Tensor | None = None, alphas: Tensor | None = None) -> None:
+        """What the layers of this step read, on the device of its tokens; alphas: as `_answer_tables` made them."""
         device = rows.rows.device
         values = self._last().values
         known = self._known_of
@@ -661,12 +661,28 @@ class Steering:
             return  # one answer token after the other: every layer reads what it read
         self._rows = {device: rows}
         if strengths is None:
-            strengths = self._per_sequence("strength", plan.strengths, torch.float32, device).view(-1, 1)
+            strengths = self._strengths_of(plan, device)
         self._strengths = {device: strengths}
         self._additions = None
-        if not self._deciding and self._layers and self._slots.kinds == Kinds.LATCHED_ADD and values.device == device:
-            bank = self._slots.bank(device)
-            self._additions = frozenset(self._layers), rows.rows, values, strengths, bank.table, bank.vectors
+        if alphas is not None and not self._deciding and values.device == device:
+            self._additions = settled = self._settled(len(rows.rows), device)
+            settled.rows.copy_(rows.rows)
+            each = values.repeat_interleave(len(rows.rows) // values.shape[1], dim=1)
+            torch.mul(each[..., None], alphas, out=settled.scales)
+
+    def _settled(self, count: int, device: torch.device) -> Settled:
+        """Where a compiled model reads what it adds to so many rows."""
+
+        def make(device: torch.device) -> Settled:
+            rows = torch.zeros(count, 2, dtype=torch.int32, device=device)
+            scales = torch.zeros(self._identity.num_layers, count, 1, device=device)
+            settled = Settled(rows, scales, self._slots.bank(device).vectors)
+            for tensor in settled:
+                torch._dynamo.mark_static_address(tensor)
+            return settled
+
+        settled: Settled = self._buffer(("settled", count), device, make)
+        return settled
 
     def _valid_tokens(self, mask: Any, count: int, width: int, past: int, device: torch.device) -> Tensor:
         """See `_valid_tokens`; where no token is padding, one and the same tensor every time."""
@@ -707,15 +723,27 @@ class Steering:
         key = ("prompt", plan.slots, plan.owner, waits, count, width, prompt_columns)
         return self._buffer(key, valid.device, make)
 
-    def _answer_tables(self, plan: _Plan, width: int, answered: int, device: torch.device) -> Rows:
-        """The rows of a step of answer tokens, of which so many came before: the same tables until an end is near."""
+    def _answer_tables(
+        self, plan: _Plan, width: int, answered: int, device: torch.device
+    ) -> tuple[Rows, Tensor | None]:
+        """The rows of a step of answer tokens, of which so many came before: the same tables until an end is near. And
+        float32 [layers, rows, 1] by which an open gate multiplies the vectors, where all edits are latched additions.
+        """
         steered = tuple(min(max(rows - answered, 0), width) for rows in plan.answer_rows)
+        adds = self._slots.kinds == Kinds.LATCHED_ADD
 
-        def make(device: torch.device) -> Rows:
+        def make(device: torch.device) -> tuple[Rows, Tensor | None]:
             each = self._per_sequence("answer rows", steered, torch.int32, device)
-            return response_rows(self._slot_of_each(plan, device), width, each)
+            rows = response_rows(self._slot_of_each(plan, device), width, each)
+            if not adds:
+                return rows, None
+            table, strengths = self._slots.bank(device).table, self._strengths_of(plan, device)
+            is_open = torch.ones(len(table), len(strengths), 1, device=device)
+            return rows, torch_scales(rows.rows, is_open, strengths, table)
 
-        return self._buffer(("rows", plan.slots, width, steered), device, make)
+        key = ("answer", plan.slots, plan.strengths, plan.owner, width, steered, adds)
+        tables: tuple[Rows, Tensor | None] = self._buffer(key, device, make)
+        return tables
 
     def _ahead(self, plan: _Plan) -> tuple[bool, ...]:
         """Which sequences are steered before the layer that decides; empty: none."""
@@ -846,15 +874,6 @@ class Steering:
             self._known[layer, device] = operands
         return operands
 
-    def _settled(self) -> Settled | None:
-        """Where nothing is decided and all edits are latched additions: the edits of all layers. Their scales are made
-        at once, or each layer of a compiled model has kernels of its own for it.
-        """
-        if self._additions is None:
-            return None
-        layers, rows, values, strength, table, vectors = self._additions
-        return Settled(layers, rows, torch_scales(rows, values[..., None], strength, table), vectors)
-
     def _decide_prompts(self, layer: int, x: Tensor, residual: Tensor | None, rows: Rows, bank: LayerBank) -> None:
         """Each sequence's deciding row, or the mean up to it, sets its latched value, here and, for a sensor, in all
         other layers; sequences without a prompt token in this step keep theirs.
@@ -931,6 +950,9 @@ class Steering:
 
     def _slot_of_each(self, plan: _Plan, device: torch.device) -> Tensor:
         return self._per_sequence("slot", plan.slots, torch.int32, device)
+
+    def _strengths_of(self, plan: _Plan, device: torch.device) -> Tensor:
+        return self._per_sequence("strength", plan.strengths, torch.float32, device).view(-1, 1)
 
     def _per_sequence(self, name: str, values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The values as a tensor [n], made once."""

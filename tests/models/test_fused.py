@@ -12,13 +12,14 @@ import torch
 from model_cases import CLOSE, MakeProfile, Oracle, greedy, make_family_model, make_model, padded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import steerfast
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.models import caches, fused
 from steerfast.models.families import FAMILIES
-from steerfast.models.fused import Seam, is_patched, seams
+from steerfast.models.fused import Seam, is_patched
 from steerfast.models.structure import find_decoder
 
 NAMES = [family.prefix for family in FAMILIES]
@@ -49,9 +50,9 @@ def same(actual: Tensor, expected: Tensor) -> None:
 
 def every_seam(model: nn.Module) -> list[Seam]:
     layers = find_decoder(model).layers
-    found = [*(layer.steerfast_inner for layer in layers), *seams(find_decoder(model))]
+    found = [*(layer.steerfast_inner for layer in layers), *(layer.steerfast_outer for layer in layers)]
     assert len(found) == 2 * len(layers)
-    return found  # type: ignore[return-value]
+    return found
 
 
 def fused_norms(model: nn.Module, run: Callable[[], Any]) -> int:
@@ -707,8 +708,7 @@ def test_a_compiled_step_guards_nothing_of_its_layers(small: Any, make_profile: 
     with torch.no_grad(), steerfast.steer(small, profile):
         small(torch.tensor([[3, 4, 5]]), **given)
         compiled(torch.tensor([[6]]), **given)
-        for seam in seams(find_decoder(small)):
-            assert seam is not None
+        for seam in every_seam(small):
             seam.steer = None  # is not asked, and no guard misses it
         with torch.compiler.set_stance("fail_on_recompile"):
             got = compiled(torch.tensor([[7]]), **given).logits
@@ -718,6 +718,53 @@ def test_a_compiled_step_guards_nothing_of_its_layers(small: Any, make_profile: 
         for token in ([[3, 4, 5]], [[6]], [[7]]):
             want = small(torch.tensor(token), **given).logits
     torch.testing.assert_close(got, want, **CLOSE)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs in the context."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+def test_what_a_cuda_graph_does_not_hide(make_profile: MakeProfile) -> None:
+    """Steering a compiled step costs no operation outside its graph, no input that a graph copies, no guard a layer."""
+    inputs: list[int] = []
+    guards: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        given = [node.meta.get("tensor_dict", {}) for node in graph.graph.find_nodes(op="placeholder")]
+        inputs.append(sum("_dynamo_static_input_type" not in tensor for tensor in given))
+        return graph.forward
+
+    def counted(entries: Any) -> list[bool]:
+        guards.append(len({(e.name, e.guard_type) for e in entries if "_modules['layers']._modules['3']" in e.name}))
+        return [True] * len(entries)
+
+    def step(model: Any) -> dict[str, Any]:
+        torch.compiler.reset()
+        given = {caches.argument(model): StaticCache(model.config, max_cache_len=8)}
+        model(torch.tensor([[3, 4, 5]]), **given)
+        torch.compile(model, backend=backend, options={"guard_filter_fn": counted})(torch.tensor([[6]]), **given)
+        return {**given, "input_ids": torch.tensor([[7]])}
+
+    model = make_family_model("Llama", num_hidden_layers=6)
+    profile = make_profile(model, sensor=0, layers=range(6), threshold=-2.0)
+    with torch.no_grad():
+        step(model)
+        step(steerfast.patch(model))
+        with steerfast.steer(model, profile) as steering:
+            given = step(model)
+            with Operations() as operations:
+                steering._before_model(model, (), given)
+                steering._after_model(model, (), given, {})
+    torch.compiler.reset()
+    assert operations.count == 0
+    assert len(set(inputs)) == 1
+    assert max(guards) - min(guards) <= 1  # transformers asks a layer whether its class was extended
 
 
 def test_a_compiled_step_that_fails_leaves_no_edit_behind(small: Any, make_profile: MakeProfile) -> None:
