@@ -9,7 +9,7 @@ both() { # the options for these sets of harmful and harmless prompts
 python examples/train_smollm2.py aligned --output artifacts/smollm2-aligned
 # shellcheck disable=SC2046
 steerfast extract --model HuggingFaceTB/SmolLM2-135M-Instruct --aligned-model artifacts/smollm2-aligned \
-    $(both fit framed styles languages) --pooling mean --window 256 --vectors alignment,forced --shrinkage 0.3 \
+    $(both fit framed styles suffixes languages) --pooling mean --window 256 --vectors alignment,forced --shrinkage 0.3 \
     --output artifacts/extracted.safetensors
 # shellcheck disable=SC2046
 steerfast calibrate artifacts/extracted.safetensors $(both calibrate styles_calibrate languages_calibrate) \

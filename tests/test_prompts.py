@@ -117,7 +117,7 @@ def test_shipped_sets_read_whole(name: str) -> None:
 
 
 def test_the_sets_that_users_and_scripts_name_are_there() -> None:
-    roles = ("fit", "framed", "calibrate", "heldout", "tune", "demo")
+    roles = ("fit", "framed", "suffixes", "calibrate", "heldout", "tune", "demo")
     assert {f"{label}_{role}" for role in roles for label in ("harmful", "harmless")} <= set(SHIPPED)
 
 

@@ -50,7 +50,7 @@ def test_no_prompt_that_made_the_profile_is_shown_in_the_demo(profile):
             p for role in roles for label in ("harmful", "harmless") for p in read_prompts(f"steerfast:{label}_{role}")
         }
 
-    fit = ("fit", "framed", "styles", "languages")
+    fit = ("fit", "framed", "styles", "suffixes", "languages")
     made_with = seen(*fit, "calibrate", "styles_calibrate", "languages_calibrate", "heldout", "tune")
     assert not made_with & seen("demo")
     assert profile.fitted["harmful"]["count"] == sum(len(read_prompts(f"steerfast:harmful_{role}")) for role in fit)

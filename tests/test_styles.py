@@ -88,11 +88,10 @@ def test_long_prompts_and_those_of_a_style_are_not_framed() -> None:
 
 @pytest.mark.parametrize("label", ["harmful", "harmless"])
 def test_shipped_styled_sets_name_the_request_they_put(label: str) -> None:
-    styles = {"framed": {"framed"}, "languages": {"language"}, "styles": set(style_names())}
-    for name, expected in styles.items():
-        for suffix, plain in (("", "fit"), ("_calibrate", "calibrate")):
-            if name + suffix == "framed_calibrate":
-                continue
+    fits = {"framed": {"framed"}, "suffixes": {"suffix"}}
+    both = {"languages": {"language"}, "styles": set(style_names())}
+    for plain, suffix, styles in (("fit", "", fits | both), ("calibrate", "_calibrate", both)):
+        for name, expected in styles.items():
             records = read_records(f"steerfast:{label}_{name}{suffix}")
             assert {record["style"] for record in records} == expected
             assert {record["request"] for record in records} <= set(read_prompts(f"steerfast:{label}_{plain}"))
