@@ -16,6 +16,6 @@ steerfast calibrate artifacts/extracted.safetensors $(both calibrate styles_cali
     --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout \
     --sensor 15 --max-false-positive-rate 0.07 --output artifacts/calibrated.safetensors
 steerfast tune artifacts/calibrated.safetensors \
-    --harmful steerfast:harmful_tune --harmless steerfast:harmless_tune --restyle 6 --min-unchanged 0.9 \
+    --harmful steerfast:harmful_tune --harmless steerfast:harmless_tune --restyle 6 --min-fluent 0.94 --min-unchanged 0.9 \
     --vectors forced --bands 15 --strengths 0.75,0.8,0.85 --positions all --answer-tokens 24,all --max-new-tokens 64 \
     --endings 7,8 --resume artifacts/trials.jsonl --output steerfast/data/smollm2-135m-instruct.safetensors
