@@ -289,9 +289,9 @@ def measure(
         raise SteerfastError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     model: Any = systems[0].model
     config, device = model.config.get_text_config(), device_of(model)
-    room = getattr(config, "max_position_embeddings", None)
-    if min(batch, prompt) < 1 or (room and prompt + 1 > room):
-        raise SteerfastError(f"prompt: expected 1 to {(room or 0) - 1} tokens of 1 or more sequences, got {prompt}")
+    context = context_of(model)
+    if min(batch, prompt) < 1 or prompt + 1 > context:
+        raise SteerfastError(f"prompt: expected 1 to {context - 1} tokens of 1 or more sequences, got {prompt}")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (batch, prompt), generator=generator, device="cpu").to(device)
     with contextlib.ExitStack() as stack:

@@ -213,12 +213,12 @@ def steer_layer(layer: Any, steer: Steer | None) -> None:
 class _Fused:
     """What the classes of patched modules have in common; they extend the class that the module had.
 
-    `over` makes their forward. What that knows of the class it extends lies in its closure: super(), or an attribute of
-    the module or of its class, would be guarded again in every layer of a compiled model.
+    `steerfast_forward` makes their forward. What that knows of the class it extends lies in its closure: super(), or an
+    attribute of the module or of its class, would be guarded again in every layer of a compiled model.
     """
 
     @classmethod
-    def over(cls, stock: Any) -> Callable[..., Tensor]:
+    def steerfast_forward(cls, stock: Any) -> Callable[..., Tensor]:
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -232,11 +232,12 @@ class _FusedLayer(_Fused):
 
     steerfast_inner: Seam
     steerfast_outer: Seam
-    steered: ClassVar[bool] = False
+    steerfast_steered: ClassVar[bool] = False
 
     @classmethod
-    def over(cls, stock: Any) -> Callable[..., Tensor]:
-        steered, family, names = cls.steered, family_of(stock), list(inspect.signature(stock.forward).parameters)[2:]
+    def steerfast_forward(cls, stock: Any) -> Callable[..., Tensor]:
+        steered, family = cls.steerfast_steered, family_of(stock)
+        names = list(inspect.signature(stock.forward).parameters)[2:]
         assert family is not None
 
         def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -273,14 +274,14 @@ class _FusedLayer(_Fused):
 
 
 class _SteeredLayer(_FusedLayer):
-    steered = True
+    steerfast_steered = True
 
 
 class _FusedNorm(_Fused):
     steerfast_seam: Seam
 
     @classmethod
-    def over(cls, stock: Any) -> Callable[..., Tensor]:
+    def steerfast_forward(cls, stock: Any) -> Callable[..., Tensor]:
         stock_forward = stock.forward
 
         def forward(self: Any, x: Tensor) -> Tensor:
@@ -298,7 +299,7 @@ def _class(kind: type[_Fused], base: Any) -> type:
 
     It keeps its name: transformers and accelerate choose modules by the name of their class.
     """
-    return type(base.__name__, (kind, base), {"__module__": base.__module__, "forward": kind.over(base)})
+    return type(base.__name__, (kind, base), {"__module__": base.__module__, "forward": kind.steerfast_forward(base)})
 
 
 def _rebuild(kind: type[_Fused], base: type) -> Any:

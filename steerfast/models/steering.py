@@ -159,6 +159,7 @@ class Steering:
         # these stay the same from one answer token to the next, and making operands takes longer than the edit.
         self._known: dict[tuple[int, torch.device], Operands] = {}
         self._known_of: tuple[Any, Any, Any] = (None, None, None)
+        self._static: dict[tuple[int, torch.device], Settled] = {}  # by number of rows
         self._additions: Settled | None = None  # all that a compiled model reads in such a step, where that can be
         self._plan_asked: tuple[Any, Any] = (None, None)  # the last plan, and what it was made for
         self._columns: list[tuple[Tensor, Tensor]] | None = None  # the latch, layer by layer
@@ -671,18 +672,17 @@ class Steering:
             torch.mul(each[..., None], alphas, out=settled.scales)
 
     def _settled(self, count: int, device: torch.device) -> Settled:
-        """Where a compiled model reads what it adds to so many rows."""
-
-        def make(device: torch.device) -> Settled:
-            rows = torch.zeros(count, 2, dtype=torch.int32, device=device)
-            scales = torch.zeros(self._identity.num_layers, count, 1, device=device)
-            settled = Settled(rows, scales, self._slots.bank(device).vectors)
+        """Where a compiled model reads what it adds to so many rows. Not one of the buffers that may be let go: a CUDA
+        graph whose inputs moved is recorded again.
+        """
+        if (count, device) not in self._static:
+            with torch.inference_mode(False):
+                rows = torch.zeros(count, 2, dtype=torch.int32, device=device)
+                scales = torch.zeros(self._identity.num_layers, count, 1, device=device)
+            self._static[count, device] = settled = Settled(rows, scales, self._slots.bank(device).vectors)
             for tensor in settled:
                 torch._dynamo.mark_static_address(tensor)
-            return settled
-
-        settled: Settled = self._buffer(("settled", count), device, make)
-        return settled
+        return self._static[count, device]
 
     def _valid_tokens(self, mask: Any, count: int, width: int, past: int, device: torch.device) -> Tensor:
         """See `_valid_tokens`; where no token is padding, one and the same tensor every time."""
@@ -735,7 +735,7 @@ class Steering:
         def make(device: torch.device) -> tuple[Rows, Tensor | None]:
             each = self._per_sequence("answer rows", steered, torch.int32, device)
             rows = response_rows(self._slot_of_each(plan, device), width, each)
-            if not adds:
+            if not adds or not is_fused(self._decoder.layers[0]):  # hooks would not read them
                 return rows, None
             table, strengths = self._slots.bank(device).table, self._strengths_of(plan, device)
             is_open = torch.ones(len(table), len(strengths), 1, device=device)
