@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -157,9 +157,9 @@ def patch(model: nn.Module) -> nn.Module:
     for index, layer in enumerate(decoder.layers):
         reader = getattr(layer, family.before_mlp) if family.before_mlp else None
         inner, outer = Seam(index, reader, family), Seam(index, None, family)
-        _swap(layer, _FusedLayer, steerfast_inner=inner, steerfast_outer=outer)
+        _swap(layer, _layer_forward, steerfast_inner=inner, steerfast_outer=outer)
         if reader is not None:
-            _swap(reader, _FusedNorm, steerfast_seam=inner)
+            _swap(reader, _norm_forward, steerfast_seam=inner)
     followers = [
         getattr(layer, family.before_attention) if family.before_attention else None for layer in decoder.layers
     ]
@@ -167,7 +167,7 @@ def patch(model: nn.Module) -> nn.Module:
         if reader is not None:
             seam: Any = layer.steerfast_outer
             seam.norm = reader
-            _swap(reader, _FusedNorm, steerfast_seam=seam)
+            _swap(reader, _norm_forward, steerfast_seam=seam)
     return model
 
 
@@ -181,141 +181,128 @@ def unpatch(model: nn.Module) -> nn.Module:
     if not is_patched(model):
         raise SteerfastError("model: expected a patched one, got one that is not")
     for name, module in model.named_modules():
-        if isinstance(module, _Fused) and _is_replaced(module):
+        if _made_by(module) is not None and _is_replaced(module):
             raise SteerfastError(
                 f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first"
             )
     for module in model.modules():
-        if isinstance(module, _Fused):
+        if _made_by(module) is not None:
             _swap_back(module)
     return model
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether the decoder layers of the model are fused."""
-    return any(isinstance(module, _Fused) for module in model.modules())
+    return any(_made_by(module) is not None for module in model.modules())
 
 
 def is_fused(layer: nn.Module) -> bool:
     """Whether a decoder layer has a seam at which its output is added up."""
-    return isinstance(layer, _FusedLayer)
+    return _made_by(layer) in (_layer_forward, _steered_layer_forward)
 
 
 def steer_layer(layer: Any, steer: Steer | None) -> None:
     """Let `steer` say what is edited at the seam of a fused layer; None: nobody."""
     layer.steerfast_outer.steer = steer
-    _swap(layer, _FusedLayer if steer is None else _SteeredLayer)
+    _swap(layer, _layer_forward if steer is None else _steered_layer_forward)
 
 
 # ---- modules that change their class -------------------------------------------------------------------------------
 
 
-class _Fused:
-    """What the classes of patched modules have in common; they extend the class that the module had.
+def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
+    """A decoder layer's forward. That nobody steers it is known here, which spares a compiler a look at the seam."""
+    family, names = family_of(stock), list(inspect.signature(stock.forward).parameters)[2:]
+    assert family is not None
 
-    `steerfast_forward` makes their forward. What that knows of the class it extends lies in its closure: super(), or an
-    attribute of the module or of its class, would be guarded again in every layer of a compiled model.
-    """
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            kwargs |= dict(zip(names, args, strict=False))
+        traced = torch.compiler.is_compiling()  # what is read here in vain is guarded once per layer
+        fuse = not traced and not self.training
+        if not traced and self._forward_pre_hooks and _change_unseen():
+            hidden_states = hidden_states.view_as(hidden_states)  # not the stream whose norm was taken
+        x = hidden_states
+        if family.before_attention is not None:
+            x = getattr(self, family.before_attention)(x)
+        x = self.self_attn(hidden_states=x, **kwargs)[0]
+        if family.after_attention is not None:
+            x = getattr(self, family.after_attention)(x)
+        stream = x = hidden_states + x if traced else self.steerfast_inner.add(x, hidden_states, fuse)
+        if family.before_mlp is not None:
+            x = getattr(self, family.before_mlp)(x)
+        x = self.mlp(x)
+        if isinstance(x, tuple):  # some mixtures of experts also return what their router said
+            x = x[0]
+        if family.after_mlp is not None:
+            x = getattr(self, family.after_mlp)(x)
+        if traced and not steered:
+            return stream + x
+        if traced and (settled := _settled) is not None and settled.rows.device == x.device:
+            layer = self.self_attn.layer_idx  # which the attention has guarded
+            return add_scaled_torch(x, stream, settled.rows, settled.scales[layer], settled.vectors[layer])
+        if not traced and self._forward_hooks and _change_unseen():
+            fuse = False
+        return self.steerfast_outer.add(x, stream, fuse)
 
-    @classmethod
-    def steerfast_forward(cls, stock: Any) -> Callable[..., Tensor]:
-        raise NotImplementedError
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A class made at run time cannot be found by name again: rebuild it from the class it extends.
-        kind, base = type(self).__bases__
-        return _rebuild, (kind, base), self.__dict__
-
-
-class _FusedLayer(_Fused):
-    """A layer that nobody steers: that its class says so spares a compiler a look at the seam."""
-
-    steerfast_inner: Seam
-    steerfast_outer: Seam
-    steerfast_steered: ClassVar[bool] = False
-
-    @classmethod
-    def steerfast_forward(cls, stock: Any) -> Callable[..., Tensor]:
-        steered, family = cls.steerfast_steered, family_of(stock)
-        names = list(inspect.signature(stock.forward).parameters)[2:]
-        assert family is not None
-
-        def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args:
-                kwargs |= dict(zip(names, args, strict=False))
-            traced = torch.compiler.is_compiling()  # what is read here in vain is guarded once per layer
-            fuse = not traced and not self.training
-            if not traced and self._forward_pre_hooks and _change_unseen():
-                hidden_states = hidden_states.view_as(hidden_states)  # not the stream whose norm was taken
-            x = hidden_states
-            if family.before_attention is not None:
-                x = getattr(self, family.before_attention)(x)
-            x = self.self_attn(hidden_states=x, **kwargs)[0]
-            if family.after_attention is not None:
-                x = getattr(self, family.after_attention)(x)
-            stream = x = hidden_states + x if traced else self.steerfast_inner.add(x, hidden_states, fuse)
-            if family.before_mlp is not None:
-                x = getattr(self, family.before_mlp)(x)
-            x = self.mlp(x)
-            if isinstance(x, tuple):  # some mixtures of experts also return what their router said
-                x = x[0]
-            if family.after_mlp is not None:
-                x = getattr(self, family.after_mlp)(x)
-            if traced and not steered:
-                return stream + x
-            if traced and (settled := _settled) is not None and settled.rows.device == x.device:
-                layer = self.self_attn.layer_idx  # which the attention has guarded
-                return add_scaled_torch(x, stream, settled.rows, settled.scales[layer], settled.vectors[layer])
-            if not traced and self._forward_hooks and _change_unseen():
-                fuse = False
-            return self.steerfast_outer.add(x, stream, fuse)
-
-        return forward
+    return forward
 
 
-class _SteeredLayer(_FusedLayer):
-    steerfast_steered = True
+def _steered_layer_forward(stock: Any) -> Callable[..., Tensor]:
+    return _layer_forward(stock, steered=True)
 
 
-class _FusedNorm(_Fused):
-    steerfast_seam: Seam
+def _norm_forward(stock: Any) -> Callable[..., Tensor]:
+    stock_forward = stock.forward
 
-    @classmethod
-    def steerfast_forward(cls, stock: Any) -> Callable[..., Tensor]:
-        stock_forward = stock.forward
+    def forward(self: Any, x: Tensor) -> Tensor:
+        normed = None if torch.compiler.is_compiling() else self.steerfast_seam.take(x)
+        if normed is None or (self._forward_pre_hooks and _change_unseen()):
+            return stock_forward(self, x)
+        return normed
 
-        def forward(self: Any, x: Tensor) -> Tensor:
-            normed = None if torch.compiler.is_compiling() else self.steerfast_seam.take(x)
-            if normed is None or (self._forward_pre_hooks and _change_unseen()):
-                return stock_forward(self, x)
-            return normed
-
-        return forward
+    return forward
 
 
 @functools.cache
-def _class(kind: type[_Fused], base: Any) -> type:
-    """`base`, a module's class, with the forward of `kind`; the same class every time.
+def _class(make_forward: Callable[[Any], Callable[..., Tensor]], stock: Any) -> Any:
+    """`stock`, a module's class, with the forward that is made for it; the same class every time.
 
-    It keeps its name: transformers and accelerate choose modules by the name of their class.
+    It keeps its name: transformers and accelerate choose modules by the name of their class. It extends nothing else:
+    a compiler guards, in every layer, that no class before the one where it found something has it too.
     """
-    return type(base.__name__, (kind, base), {"__module__": base.__module__, "forward": kind.steerfast_forward(base)})
+    members = {"forward": make_forward(stock), "steerfast_made_by": make_forward, "__reduce_ex__": _reduce}
+    return type(stock.__name__, (stock,), {"__module__": stock.__module__, **members})
 
 
-def _rebuild(kind: type[_Fused], base: type) -> Any:
-    return object.__new__(_class(kind, base))  # type: ignore[arg-type]
+def _made_by(module: nn.Module) -> Callable[[Any], Callable[..., Tensor]] | None:
+    """What made the forward of a patched module; None: the module is not patched."""
+    return getattr(type(module), "steerfast_made_by", None)
 
 
-def _swap(module: Any, kind: type[_Fused], **attributes: Any) -> None:
-    stock = type(module).__bases__[1] if isinstance(module, _Fused) else type(module)
-    module.__class__ = _class(kind, stock)  # type: ignore[arg-type]
+def _stock(module: nn.Module) -> Any:
+    """The class that a module has, or had before it was patched."""
+    return type(module) if _made_by(module) is None else type(module).__base__
+
+
+def _reduce(module: Any, protocol: Any) -> Any:
+    # A class made at run time cannot be found by name again: rebuild it from the class it extends.
+    return _rebuild, (_made_by(module), _stock(module)), module.__dict__
+
+
+def _rebuild(make_forward: Any, stock: Any) -> Any:
+    return object.__new__(_class(make_forward, stock))
+
+
+def _swap(module: Any, make_forward: Callable[[Any], Callable[..., Tensor]], **attributes: Any) -> None:
+    module.__class__ = _class(make_forward, _stock(module))
     for name, value in attributes.items():
         setattr(module, name, value)
     _rewire(module)
 
 
 def _swap_back(module: nn.Module) -> None:
-    module.__class__ = type(module).__bases__[1]
+    module.__class__ = _stock(module)
     for name in [name for name in vars(module) if name.startswith("steerfast_")]:
         delattr(module, name)
     _rewire(module)

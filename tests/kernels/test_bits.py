@@ -166,10 +166,16 @@ def soft(case: Case) -> Case:
 
 
 def same(implementation: Implementation) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """Plain torch is exact only where it takes no sum and no sigmoid: how it vectorises those varies."""
-    if implementation.name.startswith("torch"):
-        return lambda a, b: torch.testing.assert_close(a, b, equal_nan=True)
-    return assert_same_bits
+    """Plain torch is exact only where it takes no sum and no sigmoid: how it vectorises those varies.
+
+    Of a low precision, a normalised row and its product with the weight may each be rounded to the neighbour.
+    """
+
+    def close(a: torch.Tensor, b: torch.Tensor) -> None:
+        rtol = 1e-5 if a.dtype == torch.float32 else 2 * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5, equal_nan=True)
+
+    return close if implementation.name.startswith("torch") else assert_same_bits
 
 
 @pytest.mark.parametrize("kinds", Kinds)
