@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
-import inspect
 import itertools
 import random
 import statistics
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -193,11 +194,19 @@ def _adding(vector: Tensor, model: nn.Module) -> Callable[..., Any]:
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
-# Systems share their code, so Dynamo would look for one's graph among those of all others, and find it first where it
-# is the same as the last system's: what no process with one model pays.
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-)
+
+def _with_own_code(model: Any) -> Any:
+    """The model, with a code object of its own for its forward. Systems share their code, and Dynamo would look for the
+    graph of one among those of all others before each step: what no process with one model pays.
+    """
+    shared = type(model).forward
+    own = types.FunctionType(
+        shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__
+    )
+    own.__kwdefaults__ = shared.__kwdefaults__
+    functools.update_wrapper(own, shared)
+    model.forward = types.MethodType(own, model)
+    return model
 
 
 class _Run:
@@ -213,7 +222,7 @@ class _Run:
         self._room = 0  # so many of these steps before the cache is full
         if mode == "compile":
             cuda = tokens.device.type == "cuda"
-            self.step_model = torch.compile(system.model, mode="reduce-overhead" if cuda else None, **_ISOLATED)
+            self.step_model = torch.compile(_with_own_code(system.model), mode="reduce-overhead" if cuda else None)
         self._memory: list[dict[str, Any]] = []
 
     def new_cache(self) -> None:

@@ -268,11 +268,15 @@ def _norm_forward(stock: Any) -> Callable[..., Tensor]:
 def _class(make_forward: Callable[[Any], Callable[..., Tensor]], stock: Any) -> Any:
     """`stock`, a module's class, with the forward that is made for it; the same class every time.
 
-    It keeps its name: transformers and accelerate choose modules by the name of their class. It extends nothing else:
-    a compiler guards, in every layer, that no class before the one where it found something has it too.
+    It keeps its name: transformers and accelerate choose modules by the name of their class. And it has itself what a
+    compiler looks for in each layer: it would guard that no class has it before the one where it was found.
     """
-    members = {"forward": make_forward(stock), "steerfast_made_by": make_forward, "__reduce_ex__": _reduce}
-    return type(stock.__name__, (stock,), {"__module__": stock.__module__, **members})
+    found = {name: getattr(stock, name) for name in _LOOKED_FOR if hasattr(stock, name)}
+    made = {"forward": make_forward(stock), "steerfast_made_by": make_forward, "__reduce_ex__": _reduce}
+    return type(stock.__name__, (stock,), {"__module__": stock.__module__, **found, **made})
+
+
+_LOOKED_FOR = ("__call__", "_call_impl", "_compiled_call_impl", "gradient_checkpointing")
 
 
 def _made_by(module: nn.Module) -> Callable[[Any], Callable[..., Tensor]] | None:

@@ -161,7 +161,9 @@ class Steering:
         self._known_of: tuple[Any, Any, Any] = (None, None, None)
         self._static: dict[tuple[int, torch.device], Settled] = {}  # by number of rows
         self._additions: Settled | None = None  # all that a compiled model reads in such a step, where that can be
-        self._plan_asked: tuple[Any, Any] = (None, None)  # the last plan, and what it was made for
+        # What the last step of answer tokens was made for, and how many tokens the cache holds when its rows change;
+        # None where another kind of step came last.
+        self._steady: tuple[Any, float] | None = None
         self._columns: list[tuple[Tensor, Tensor]] | None = None  # the latch, layer by layer
         self._profile = profile
         self._slot_of_own = UNSTEERED
@@ -368,18 +370,13 @@ class Steering:
 
     def _plan_for(self, count: int) -> _Plan:
         """The plan of a step of `count` sequences; prompts that became several sequences lie one after the other."""
-        assigned = self._assigned_now()
-        asked = (assigned, count, self._prompts, self._slots.changes)
-        if self._plan_asked[0] == asked:
-            return self._plan_asked[1]
-        slots, strengths = assigned
+        slots, strengths = self._assigned_now()
         if len(slots) > 1 and (count % len(slots) or (self._prompts or len(slots)) != len(slots)):
             raise SteerfastError(
                 f"steering: expected {self._prompts or count} entries, one per sequence, got {len(slots)}"
             )
         key = ("plan", slots, strengths, count, *map(self._slots.name, slots))
-        plan = self._buffer(key, torch.device("cpu"), lambda _: self._make_plan(slots, strengths, count))
-        self._plan_asked = asked, plan
+        plan: _Plan = self._buffer(key, torch.device("cpu"), lambda _: self._make_plan(slots, strengths, count))
         return plan
 
     def _make_plan(self, slots: tuple[int, ...], strengths: tuple[float, ...], count: int) -> _Plan:
@@ -539,7 +536,7 @@ class Steering:
 
     @torch.compiler.disable
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._begun = self._begin(module, args, kwargs)
+        self._begun = self._goes_on(module, args, kwargs) or self._begin(module, args, kwargs)
 
     @torch.compiler.disable
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -571,11 +568,32 @@ class Steering:
         self._begun, self._called_with = False, (None, None)
         settle(None)
 
+    def _asked(self, tokens: Tensor) -> Any:
+        """What a step is made for, but of what its cache holds."""
+        return tokens.shape[:2], self._assigned_now(), self._prompt, self._slots.changes
+
+    def _goes_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the whole model is called for one more step like the last: as many tokens more of the same answers.
+        Working out a step anew takes longer than all that steering adds to a compiled one.
+        """
+        if self._steady is None:
+            return False
+        (asked, until), given = self._steady, _given(module, args, kwargs)
+        tokens, cache = _tokens(given), caches.found(given)
+        if tokens is None or getattr(cache, "steerfast_latch", None) is not self._latch or asked != self._asked(tokens):
+            return False
+        held = self._held + tokens.shape[1]
+        if held > until or latches.length(cache) != self._held:
+            return False
+        self._held, self._called_with = held, (tokens, cache)
+        return True
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Work out the step that calls `module`. False where it can only be done before the backbone: that is what a
         second pass calls again.
         """
         whole = module is not self._decoder.backbone
+        self._steady = None
         given = _given(module, args, kwargs)
         tokens = _tokens(given)
         if tokens is None:
@@ -626,6 +644,9 @@ class Steering:
         self._latch = latch
         self._set_rows(plan, rows.each_for_itself() if plan.by_token else rows, alphas=alphas)
         self._row_values.clear()
+        if whole and not self._deciding:
+            ends = (latch.prompt + rows for rows in plan.answer_rows if latch.prompt + rows > past)
+            self._steady = self._asked(tokens), min(ends, default=math.inf)
         return True
 
     # So that a compiled backbone's layers become one graph, whatever is decided here.

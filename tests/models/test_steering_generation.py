@@ -674,6 +674,66 @@ def test_strength_changes_live(model: Any, make_profile: MakeProfile, prompts: l
         steerfast.steer(model, profile, strength=float("nan"))
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_step_like_the_last_is_not_worked_out_again(
+    model: Any, make_profile: MakeProfile, monkeypatch: pytest.MonkeyPatch, static: bool
+) -> None:
+    """And whatever differs from the last one is noticed: every step equals one that was worked out."""
+    profile, other = (make_profile(model, seed=seed, threshold=-2.0, answer_tokens=9) for seed in (0, 1))
+
+    def run(steering: Any) -> list[tuple[bool, Tensor]]:
+        worked_out: list[Any] = []
+        begin = type(steering)._begin
+        monkeypatch.setattr(steering, "_begin", lambda *args: worked_out.append(args) or begin(steering, *args))
+        caches = [StaticCache(model.config, max_cache_len=32) if static else DynamicCache() for _ in range(2)]
+        found = []
+
+        def step(*tokens: int, cache: int = 0) -> None:
+            worked_out.clear()
+            logits = model(torch.tensor([tokens]), past_key_values=caches[cache]).logits
+            found.append((not worked_out, logits))
+
+        step(3, 4, 5)
+        step(6)  # the first of an answer
+        step(7)
+        steering.strength = 2.0
+        step(8)
+        step(9)
+        with steering.assigned(profile, 0.5):
+            step(10)
+            step(11)
+        step(12, 13, cache=1)
+        step(14, cache=1)
+        step(15, cache=1)
+        step(16)
+        step(17)  # the last that is steered: the first of the nine was the prompt's
+        step(18)
+        step(19)
+        step(20, 21)  # another turn
+        step(22)
+        step(23)
+        if static:
+            caches[0].reset()
+        else:
+            caches[0].crop(-1)
+        step(24)
+        return found
+
+    with torch.no_grad():
+        with steerfast.steer(model, profile) as steering:
+            got = run(steering)
+            with steering.assigned(other):
+                want_other = model(torch.tensor([[3, 4]])).logits
+        with steerfast.steer(model, profile) as steering:
+            monkeypatch.setattr(steering, "_goes_on", lambda *_: False)
+            want = run(steering)
+    assert [went_on for went_on, _ in got] == [n in (2, 4, 6, 9, 11, 13, 16) for n in range(18)]
+    assert not any(went_on for went_on, _ in want)
+    for (_, logits), (_, expected) in zip(got, want, strict=True):
+        assert torch.equal(logits, expected)
+    assert not torch.equal(want_other[:, -1], want[0][1][:, -1])
+
+
 @pytest.mark.parametrize("kind", ["prompt", "token"])
 @pytest.mark.parametrize("sharpness", [0.0, 3.0])
 def test_a_nan_score_counts_as_fired(
