@@ -8,6 +8,7 @@ cache, and the cache's class gains three methods that move it along.
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,37 +78,41 @@ def attach(cache: Any, latch: Latch, tokens: int) -> None:
     count = cache.get_seq_length()
     versioned = isinstance(count, Tensor) and not count.is_inference()
     latch.counter = (count, count._version) if versioned else None
-    if not isinstance(cache, _Latching):
-        cache.__class__ = _latching(type(cache))  # type: ignore[arg-type]
+    if not hasattr(cache, "steerfast_moves_along"):
+        kind: Any = type(cache)
+        cache.__class__ = _latching(kind)
     cache.steerfast_latch = latch
 
 
-class _Latching:
-    steerfast_latch: Latch
+@functools.cache
+def _latching(base: Any) -> Any:
+    """`base`, a cache class, with decisions that move along; the same class every time.
 
-    def reorder_cache(self, beam_idx: Tensor) -> Any:
+    It has itself all that `base` has found in its own: a compiler would guard, before each step, that no class has it
+    before the one where it was found.
+    """
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> Any:
         self.steerfast_latch.select(beam_idx)
-        return super().reorder_cache(beam_idx)  # type: ignore[misc]
+        return base.reorder_cache(self, beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> Any:
+    def batch_select_indices(self: Any, indices: Tensor) -> Any:
         self.steerfast_latch.select(indices)
-        return super().batch_select_indices(indices)  # type: ignore[misc]
+        return base.batch_select_indices(self, indices)
 
-    def batch_repeat_interleave(self, repeats: int) -> Any:
+    def batch_repeat_interleave(self: Any, repeats: int) -> Any:
         self.steerfast_latch.repeat(repeats)
-        return super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        return base.batch_repeat_interleave(self, repeats)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def reduce(self: Any, protocol: Any) -> Any:
         # A class made at run time cannot be found by name again: rebuild it from the class it extends.
-        base = type(self).__mro__[2]
         return _rebuild, (base,), self.__dict__
 
+    found = {name: inspect.getattr_static(base, name) for name in dir(base) if not name.startswith("__")}
+    moving = {method.__name__: method for method in (reorder_cache, batch_select_indices, batch_repeat_interleave)}
+    made = {"__module__": base.__module__, "__reduce_ex__": reduce, "steerfast_moves_along": True}
+    return type(base.__name__, (base,), {**found, **moving, **made})
 
-@functools.cache
-def _latching(base: type) -> type:
-    """`base`, a cache class, with decisions that move along; the same class every time."""
-    return type(base.__name__, (_Latching, base), {"__module__": base.__module__})
 
-
-def _rebuild(base: type) -> Any:
+def _rebuild(base: Any) -> Any:
     return object.__new__(_latching(base))

@@ -764,7 +764,8 @@ def test_what_a_cuda_graph_does_not_hide(make_profile: MakeProfile) -> None:
     torch.compiler.reset()
     assert operations.count == 0
     assert len(set(inputs)) == 1
-    assert max(guards) - min(guards) <= 1  # transformers asks a layer whether its class was extended
+    stock, *patched = guards
+    assert max(patched) <= stock + 1  # some versions of transformers ask a layer whether its class was extended
 
 
 def test_a_compiled_step_that_fails_leaves_no_edit_behind(small: Any, make_profile: MakeProfile) -> None:
