@@ -19,6 +19,10 @@ And per half of a decoder layer (op ``seam``, one token, hidden size 576), where
     idle         the same in a patched model
     steered      with a profile whose gate is open
 
+And per compiled decode step (op ``step``) of a model of 32 layers with a static cache, whose graph computes nothing:
+what `torch.compile` checks before it, and what hooks do around it. On a CPU's tensors, in turns of ten steps; the
+systems are those of models.py: ``stock``, ``control``, ``idle``, ``open-one``, ``open-all``.
+
 On CUDA calls are asynchronous and the device is idle when a call begins; on a CPU the time holds the work itself, so it
 is measured on rows of 64 numbers as well, where there is hardly any.
 """
@@ -28,6 +32,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +46,7 @@ from steerfast.kernels.contract import Kinds, Norm
 from steerfast.kernels.launch import launch_shape, nvidia
 
 SEAM = 576
+STEP = 32  # layers
 BATCH = 10  # calls between two looks at the clock: few enough that a GPU's launch queue never fills up
 
 
@@ -112,6 +118,41 @@ def seams(device: str) -> dict[str, Callable[[], Any]]:
     return {"stock": lambda: stock(residual + x), "idle": fused(models[1]), "steered": fused(models[2])}
 
 
+def steps() -> dict[str, Callable[[], Any]]:
+    """A compiled decode step without its graph, by system."""
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    from steerfast.evaluation import latency
+    from steerfast.models import caches
+
+    def free(graph: Any, examples: Any) -> Callable[..., Any]:
+        """A graph that gives again what it gave first."""
+        given: list[Any] = []
+
+        def run(*inputs: Any) -> Any:
+            if not given:
+                given.append(graph(*inputs))
+            return given[0]
+
+        return run
+
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = LlamaConfig(num_hidden_layers=STEP, vocab_size=64, **shape)
+    made, _ = latency.systems(LlamaForCausalLM(config).eval())
+    calls = {}
+    for system in made:
+        if system.name not in ("stock", "control", "idle", "open-one", "open-all"):
+            continue
+        model: Any = latency.with_own_code(system.model)
+        given = {caches.argument(model): StaticCache(config=config, max_cache_len=8)}
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True, **given)
+        compiled = torch.compile(model, backend=free)
+        calls[system.name] = partial(compiled, input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=True, **given)
+        for _ in range(3):
+            calls[system.name]()
+    return calls
+
+
 def launch_as_triton_does(o: Operands, b: Buffers) -> None:
     """The fused op's kernel with the arguments the op gives it, bound and inspected by Triton."""
     shape = launch_shape(o.case.hidden, o.case.dtype)
@@ -169,6 +210,9 @@ def main() -> int:
                     report.line({"op": op, "provider": name, **record, **spread(times)})
     for name, times in time_on_host(seams(given.device), given.device, given.seconds).items():
         report.line({"op": "seam", "provider": name, "rows": 1, "hidden": SEAM, "dtype": "float32", **spread(times)})
+    with torch.inference_mode(False), torch.no_grad():
+        for name, times in time_on_host(steps(), "cpu", given.seconds).items():
+            report.line({"op": "step", "provider": name, "layers": STEP, **spread(times)})
     return int(report.failed)
 
 

@@ -195,7 +195,7 @@ def _adding(vector: Tensor, model: nn.Module) -> Callable[..., Any]:
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-def _with_own_code(model: Any) -> Any:
+def with_own_code(model: Any) -> Any:
     """The model, with a code object of its own for its forward. Systems share their code, and Dynamo would look for the
     graph of one among those of all others before each step: what no process with one model pays.
     """
@@ -222,7 +222,7 @@ class _Run:
         self._room = 0  # so many of these steps before the cache is full
         if mode == "compile":
             cuda = tokens.device.type == "cuda"
-            self.step_model = torch.compile(_with_own_code(system.model), mode="reduce-overhead" if cuda else None)
+            self.step_model = torch.compile(with_own_code(system.model), mode="reduce-overhead" if cuda else None)
         self._memory: list[dict[str, Any]] = []
 
     def new_cache(self) -> None:
