@@ -49,7 +49,7 @@ GENERATING = ("generate", "generate_batch", "init_continuous_batching")
 _MOST_BUFFERS = 512  # row tables of the batch shapes seen so far; each is cheap to make again
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Prompt:
     """What `generate` was called with: number of prompts, padded length (what is cached already included), and its own
     2-d attention mask if any.
@@ -579,8 +579,10 @@ class Steering:
         if self._steady is None:
             return False
         (asked, until), given = self._steady, _given(module, args, kwargs)
-        tokens, cache = _tokens(given), caches.found(given)
-        if tokens is None or getattr(cache, "steerfast_latch", None) is not self._latch or asked != self._asked(tokens):
+        tokens, cache, latch = _tokens(given), caches.found(given), self._last()
+        if tokens is None or getattr(cache, "steerfast_latch", None) is not latch or asked != self._asked(tokens):
+            return False
+        if latch.values is not self._known_of[1]:  # its rows moved
             return False
         held = self._held + tokens.shape[1]
         if held > until or latches.length(cache) != self._held:

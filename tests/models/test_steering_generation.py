@@ -734,6 +734,33 @@ def test_a_step_like_the_last_is_not_worked_out_again(
     assert not torch.equal(want_other[:, -1], want[0][1][:, -1])
 
 
+def test_a_step_after_rows_have_moved_is_worked_out(
+    model: Any, make_profile: MakeProfile, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = half_open(model, make_profile, prompts)
+    batch = padded(prompts)
+
+    def run(goes_on: bool) -> list[Tensor]:
+        cache, mask, found = DynamicCache(), batch["attention_mask"], []
+        with torch.no_grad(), steerfast.steer(model, profile) as steering:
+            if not goes_on:
+                monkeypatch.setattr(steering, "_goes_on", lambda *_: False)
+            model(**batch, past_key_values=cache)
+            for token in range(3, 9):
+                if token == 6:
+                    order = steering.fired.int().argsort()
+                    assert not torch.equal(steering.fired, steering.fired[order])
+                    cache.reorder_cache(order)
+                    mask = mask[order]
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                tokens = torch.full((len(prompts), 1), token)
+                found.append(model(tokens, attention_mask=mask, past_key_values=cache).logits)
+        return found
+
+    for got, want in zip(run(True), run(False), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("kind", ["prompt", "token"])
 @pytest.mark.parametrize("sharpness", [0.0, 3.0])
 def test_a_nan_score_counts_as_fired(
