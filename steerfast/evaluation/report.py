@@ -207,6 +207,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
                 _Figure("latency.pairs", "pairs", share=False),
             ),
         ),
+        _frontier(result),
         _agreement(result),
         _sets(result),
         Table(
@@ -307,6 +308,26 @@ def _column(result: Mapping[str, Any], figure: _Figure, names: Sequence[str]) ->
         unit = ", perplexity ↓" if _kind(result, name) == "text" else ", %"
     fitted = any(((result.get("sets") or {}).get(name) or {}).get("also_fitted_by") for name in names)
     return name + unit + (" †" if fitted else "")
+
+
+def _frontier(result: Mapping[str, Any]) -> Table:
+    points = result.get("frontier") or ()
+    sets = list(dict.fromkeys(name for point in points for name in point.get("asr_by_set") or ()))
+    rows = [
+        Row(
+            str(point["system"]),
+            [
+                _cell_of(point.get("strength"), False),
+                *(_cell_of((point.get("asr_by_set") or {}).get(name), True) for name in sets),
+                *(_cell_of(point.get(key), True) for key in ("asr", "fluent")),
+            ],
+        )
+        for point in points
+    ]
+    success = _ASR.group
+    columns = [("", "× strength"), *((success, name) for name in sets), (success, "all sets"), ("", "fluent, % ↑")]
+    note = "The strengths of the profile multiplied by a number; 1 is the profile as it is."
+    return Table("strengths", "Strength", note, "system", columns, rows)
 
 
 def _agreement(result: Mapping[str, Any]) -> Table:

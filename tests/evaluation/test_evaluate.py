@@ -208,6 +208,7 @@ def test_strengths_make_a_frontier(tiny_llama: Any, tiny_tokenizer: Any, systems
     assert {point["system"] for point in result["frontier"]} == {"ours"}
     assert points[0.0]["fluent"] == result["systems"]["unsteered"]["fluent"]
     assert points[1.0]["fluent"] == result["systems"]["ours"]["fluent"]
+    assert points[1.0]["asr_by_set"] == result["systems"]["ours"]["asr"]
     assert list(result["systems"]) == [system.name for system in systems]
 
 

@@ -162,7 +162,13 @@ def _made_up() -> dict[str, Any]:
         "systems": systems,
         "gates": gates,
         "frontier": [
-            {"system": name, "strength": strength, "asr": asr * size, "fluent": fluent}
+            {
+                "system": name,
+                "strength": strength,
+                "asr": asr * size,
+                "asr_by_set": dict.fromkeys(HARMFUL, asr * size),
+                "fluent": fluent,
+            }
             for name, size in (("paper", 1.0), ("ours", 0.7))
             for strength, asr, fluent in ((0.25, 0.9, 0.99), (0.5, 0.5, 0.98), (1.0, 0.1, 0.96), (2.0, 0.02, 0.6))
         ],

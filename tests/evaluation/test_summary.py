@@ -117,8 +117,12 @@ def test_no_verdict_at_all_is_no_rate() -> None:
 
 
 def test_pooled_figures_count_every_attack_once() -> None:
-    assert pooled(SETS, OURS, "first") == {"asr": 2 / 6, "fluent": 5 / 7}
-    assert all(math.isnan(value) for value in pooled([GOOD], OURS, "first").values())
+    by_set = {"bad": 1 / 4, "jail": 1 / 2}
+    assert pooled(SETS, OURS, "first") == {"asr": 2 / 6, "asr_by_set": by_set, "fluent": 5 / 7}
+    nothing = pooled([GOOD], OURS, "first")
+    assert nothing["asr_by_set"] == {}
+    assert math.isnan(nothing["asr"])
+    assert math.isnan(nothing["fluent"])
 
 
 @pytest.fixture
