@@ -536,7 +536,7 @@ class Steering:
 
     @torch.compiler.disable
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._begun = self._goes_on(module, args, kwargs) or self._begin(module, args, kwargs)
+        self._begun = self._begin(module, args, kwargs)
 
     @torch.compiler.disable
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -572,22 +572,21 @@ class Steering:
         """What a step is made for, but of what its cache holds."""
         return tokens.shape[:2], self._assigned_now(), self._prompt, self._slots.changes
 
-    def _goes_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the whole model is called for one more step like the last: as many tokens more of the same answers.
-        Working out a step anew takes longer than all that steering adds to a compiled one.
+    def _goes_on(self, tokens: Tensor, cache: Any) -> bool:
+        """Whether this is one more step like the last: as many tokens more of the same answers. All is known then, and
+        working it out anew takes longer than all that steering adds to a compiled step.
         """
         if self._steady is None:
             return False
-        (asked, until), given = self._steady, _given(module, args, kwargs)
-        tokens, cache, latch = _tokens(given), caches.found(given), self._last()
-        if tokens is None or getattr(cache, "steerfast_latch", None) is not latch or asked != self._asked(tokens):
+        (asked, until), latch = self._steady, self._last()
+        if getattr(cache, "steerfast_latch", None) is not latch:
             return False
-        if latch.values is not self._known_of[1]:  # its rows moved
+        if latch.values is not self._known_of[1] or asked != self._asked(tokens):  # its rows moved, or another asks
             return False
         held = self._held + tokens.shape[1]
         if held > until or latches.length(cache) != self._held:
             return False
-        self._held, self._called_with = held, (tokens, cache)
+        self._held = held
         return True
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -595,14 +594,16 @@ class Steering:
         second pass calls again.
         """
         whole = module is not self._decoder.backbone
-        self._steady = None
         given = _given(module, args, kwargs)
         tokens = _tokens(given)
         if tokens is None:
             raise ArchitectureError(f"model: {type(module).__name__} was called without input_ids or inputs_embeds")
-        count, width = tokens.shape[:2]
         cache = caches.found(given)
         self._called_with = (tokens, cache) if whole else (None, None)
+        if self._goes_on(tokens, cache):
+            return True
+        self._steady = None
+        count, width = tokens.shape[:2]
         if is_paged(cache):
             self._begin_packed(steps_of(cache, self), width)
             return True
@@ -646,7 +647,7 @@ class Steering:
         self._latch = latch
         self._set_rows(plan, rows.each_for_itself() if plan.by_token else rows, alphas=alphas)
         self._row_values.clear()
-        if whole and not self._deciding:
+        if not self._deciding:
             ends = (latch.prompt + rows for rows in plan.answer_rows if latch.prompt + rows > past)
             self._steady = self._asked(tokens), min(ends, default=math.inf)
         return True
@@ -681,8 +682,6 @@ class Steering:
         known = self._known_of
         if known[0] is not plan or known[1] is not values or known[2] is not rows.rows:
             self._known, self._known_of, self._columns = {}, (plan, values, rows.rows), None
-        elif strengths is None and self._rows.get(device) is rows:
-            return  # one answer token after the other: every layer reads what it read
         self._rows = {device: rows}
         if strengths is None:
             strengths = self._strengths_of(plan, device)

@@ -682,16 +682,15 @@ def test_a_step_like_the_last_is_not_worked_out_again(
     profile, other = (make_profile(model, seed=seed, threshold=-2.0, answer_tokens=9) for seed in (0, 1))
 
     def run(steering: Any) -> list[tuple[bool, Tensor]]:
-        worked_out: list[Any] = []
-        begin = type(steering)._begin
-        monkeypatch.setattr(steering, "_begin", lambda *args: worked_out.append(args) or begin(steering, *args))
+        went_on: list[bool] = []
+        goes_on = steering._goes_on
+        monkeypatch.setattr(steering, "_goes_on", lambda *args: went_on.append(goes_on(*args)) or went_on[-1])
         caches = [StaticCache(model.config, max_cache_len=32) if static else DynamicCache() for _ in range(2)]
         found = []
 
         def step(*tokens: int, cache: int = 0) -> None:
-            worked_out.clear()
             logits = model(torch.tensor([tokens]), past_key_values=caches[cache]).logits
-            found.append((not worked_out, logits))
+            found.append((went_on[-1], logits))
 
         step(3, 4, 5)
         step(6)  # the first of an answer
@@ -717,6 +716,8 @@ def test_a_step_like_the_last_is_not_worked_out_again(
         else:
             caches[0].crop(-1)
         step(24)
+        with steering.assigned(other):
+            step(25)
         return found
 
     with torch.no_grad():
@@ -727,7 +728,7 @@ def test_a_step_like_the_last_is_not_worked_out_again(
         with steerfast.steer(model, profile) as steering:
             monkeypatch.setattr(steering, "_goes_on", lambda *_: False)
             want = run(steering)
-    assert [went_on for went_on, _ in got] == [n in (2, 4, 6, 9, 11, 13, 16) for n in range(18)]
+    assert [went_on for went_on, _ in got] == [n in (2, 4, 6, 9, 11, 13, 16) for n in range(19)]
     assert not any(went_on for went_on, _ in want)
     for (_, logits), (_, expected) in zip(got, want, strict=True):
         assert torch.equal(logits, expected)
