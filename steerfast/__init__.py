@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from steerfast.errors import ArchitectureError, OutputError, ProfileError, PromptError, SteerfastError
     from steerfast.fitting.calibrate import calibrate
     from steerfast.fitting.extract import extract
+    from steerfast.fitting.learn import learn
     from steerfast.fitting.score import Scores, score
     from steerfast.fitting.tune import tune
     from steerfast.kernels.warmup import warmup
@@ -44,6 +45,7 @@ _PUBLIC = {
     "SteeringProfile": "profile",
     "calibrate": "fitting.calibrate",
     "extract": "fitting.extract",
+    "learn": "fitting.learn",
     "load_model": "models.loading",
     "patch": "models.fused",
     "score": "fitting.score",
@@ -54,7 +56,7 @@ _PUBLIC = {
 }
 
 __all__ = [  # noqa: RUF022 (grouped by use)
-    "extract", "calibrate", "tune", "score", "Scores",
+    "extract", "calibrate", "learn", "tune", "score", "Scores",
     "steer", "Steering", "load_model", "warmup",
     "AutoSteeredModelForCausalLM", "AutoSteeredModelForImageTextToText", "patch", "unpatch",
     "SteeringProfile", "Gate", "ModelIdentity",

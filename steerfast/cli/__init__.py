@@ -11,6 +11,7 @@ _COMMANDS = (
     "demo",
     "extract",
     "calibrate",
+    "learn",
     "tune",
     "score",
     "inspect",
@@ -37,7 +38,7 @@ _COMMANDS = (
 def main(context: click.Context) -> None:
     """Steer a language model while it runs, at the speed of not steering.
 
-    A profile is made by extract, calibrate and tune, looked at by inspect and score, and used by generate.
+    A profile is made by extract, calibrate, learn and tune, looked at by inspect and score, and used by generate.
 
     \b
     Example:

@@ -133,4 +133,4 @@ def command(
     for table in (undecided_table(profile), style_table(profile)):
         if table is not None:
             console.print(table)
-    console.print(f"wrote {output}; next: steerfast tune", markup=False)
+    console.print(f"wrote {output}; next: steerfast learn, steerfast tune", markup=False)

@@ -45,6 +45,7 @@ def header(profile: SteeringProfile) -> Table:
         "edit": f"{edit(profile)}, layers {steered}, {positions(profile)}",
         "vector": profile.vector_kind + _also(profile.candidates),
         "fitted": _fitted(profile.fitted),
+        **({"learned": _learned(profile.fitted["learned"])} if "learned" in profile.fitted else {}),
         "calibrated": _calibrated(profile.calibration),
         "tuned": _tuned(profile.tuned),
     }
@@ -238,6 +239,13 @@ def _fitted(fitted: Mapping[str, Any]) -> str:
     sibling = f", aligned model {fitted['aligned_model']}" if fitted.get("aligned_model") else ""
     sets = f"harmful {_set(fitted.get('harmful'))}, harmless {_set(fitted.get('harmless'))}"
     return f"directions by {fitted.get('direction', '?')}{sibling}; {sets}"
+
+
+def _learned(learned: Mapping[str, Any]) -> str:
+    said = "a given refusal"
+    if learned.get("aligned_model"):
+        said = f"{learned.get('answers', '?')} answers by {learned['aligned_model']}"
+    return f"layer {learned.get('layer', '?')}, {said}; harmful {_set(learned)}"
 
 
 def _calibrated(calibration: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from steerfast.fitting.left_out import FitGate, in_plain_style, leave_one_style_
 from steerfast.fitting.statistics import threshold_midpoint
 from steerfast.models.prompting import PromptBatch, encode, greedy_answers, pad_token
 from steerfast.models.structure import identify
-from steerfast.profile import Gate, SteeringProfile
+from steerfast.profile import Gate, ModelIdentity, SteeringProfile
 from steerfast.styles import Prompts
 
 VECTOR_KINDS = ("alignment", "ssv", "forced", "srv")
@@ -93,7 +93,7 @@ def extract(
     read, read_score = gate_reading(reads)
     identity = identify(model, tokenizer)
     if aligned_model is not None:
-        _check_sibling(identity, aligned_model)
+        check_sibling(identity, aligned_model)
     harmful_ids = encode(tokenizer, harmful, model, room=_FORCED_TOKENS if "forced" in kinds else 0)
     harmless_ids = encode(tokenizer, harmless, model)
 
@@ -186,19 +186,28 @@ def check_sets(harmful: Sequence[str], harmless: Sequence[str]) -> None:
     Raises:
         PromptError: a single string, an empty set, or a prompt that is in both.
     """
-    for name, prompts in (("harmful", harmful), ("harmless", harmless)):
-        if isinstance(prompts, str):
-            raise PromptError(f"{name}: expected a list of prompts, got one string")
-        if not len(prompts):
-            raise PromptError(f"{name}: expected at least one prompt, got none")
-        for number, prompt in enumerate(prompts, 1):
-            if not isinstance(prompt, str):
-                raise PromptError(f"{name}: entry {number}: expected a string, got {prompt!r}")
+    check_prompts("harmful", harmful)
+    check_prompts("harmless", harmless)
     shared = set(harmful) & set(harmless)
     if shared:
         raise PromptError(
             f"harmful and harmless: expected different prompts, got {len(shared)} in both, such as {min(shared)[:60]!r}"
         )
+
+
+def check_prompts(name: str, prompts: Sequence[str]) -> None:
+    """Refuse what is no set of prompts: a single string, nothing, or anything in it that is no string.
+
+    Raises:
+        PromptError: naming the set.
+    """
+    if isinstance(prompts, str):
+        raise PromptError(f"{name}: expected a list of prompts, got one string")
+    if not len(prompts):
+        raise PromptError(f"{name}: expected at least one prompt, got none")
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise PromptError(f"{name}: entry {number}: expected a string, got {prompt!r}")
 
 
 def describe_set(prompts: Sequence[str], name: str | None = None) -> dict[str, Any]:
@@ -218,7 +227,8 @@ def _kinds(vectors: Sequence[str] | None, aligned_model: nn.Module | None) -> tu
     return kinds
 
 
-def _check_sibling(identity: Any, aligned_model: nn.Module) -> None:
+def check_sibling(identity: ModelIdentity, aligned_model: nn.Module) -> None:
+    """Refuse a sibling of another geometry: ArchitectureError, naming both sides."""
     sibling = identify(aligned_model)
     for what in ("hidden_size", "num_layers"):
         mine, theirs = getattr(identity, what), getattr(sibling, what)

@@ -35,8 +35,8 @@ torch.set_num_threads(1)
 LAYERS, HIDDEN = 6, 32
 # All but serve, which has no result to write as JSON; see test_serve.py.
 COMMANDS = (
-    "demo", "extract", "calibrate", "tune", "score", "inspect", "generate", "eval", "guard", "bench", "convert",
-    "doctor",
+    "demo", "extract", "calibrate", "learn", "tune", "score", "inspect", "generate", "eval", "guard", "bench",
+    "convert", "doctor",
 )  # fmt: skip
 HARMFUL = [
     f"how to {verb} a {thing}" for verb in ("poison", "bomb", "hack") for thing in ("town", "bank", "dog", "car")
@@ -201,7 +201,7 @@ def test_only_steerfast_warnings_are_shown(monkeypatch: pytest.MonkeyPatch, work
     assert done("inspect", work / "calibrated.safetensors").stderr == "steerfast: warning: style, not harm\n"
 
 
-# ---- extract, calibrate, tune --------------------------------------------------------------------
+# ---- extract, calibrate, learn, tune --------------------------------------------------------------------
 
 
 def test_extract_writes_a_profile_and_says_what_is_in_it(work: Path, tmp_path: Path) -> None:
@@ -385,6 +385,47 @@ def test_calibrate_uses_the_shipped_sets_by_default(work: Path, tmp_path: Path) 
         "heldout_harmful": "steerfast:harmful_heldout",
         "heldout_harmless": "steerfast:harmless_heldout",
     }
+
+
+def test_learn_adds_a_vector_that_tune_can_try(work: Path, tmp_path: Path) -> None:
+    learned, harmful = tmp_path / "learned.safetensors", sets(work)[:4]
+    result = done(
+        "learn", work / "calibrated.safetensors", *harmful, "--refusal", "no", "--layer", 4, "--positions", "all",
+        "--max-norm", 0.7, "--steps", 3, "--answer-tokens", 5, "--seed", 1, "--batch-size", 4, "-o", learned,
+        "--json", tmp_path / "p.json",
+    )  # fmt: skip
+    before = SteeringProfile.load(work / "calibrated.safetensors")
+    profile = SteeringProfile.load(learned)
+    assert (profile.vector_kind, profile.steered_layers, profile.positions) == ("learned", [4], "all")
+    assert {*profile.candidates} == {before.vector_kind, *before.candidates}
+    assert 0 < profile.vector[4].norm() <= 0.7 * profile.norm[4] * (1 + 1e-6)
+    record = profile.fitted["learned"]
+    assert (record["answers"], record["count"], record["steps"]) == (len(HARMFUL), len(HARMFUL), 3)
+    assert "layer 4, a given refusal; harmful 12 of bad.txt + bad.json" in " ".join(result.stdout.split())
+    assert json.loads((tmp_path / "p.json").read_text())["fitted"]["learned"] == record
+    assert "learned" in done("inspect", learned).stdout
+    tuned = tmp_path / "tuned.safetensors"
+    done(
+        "tune", learned, *sets(work), "--vectors", "learned", "--bands", "4", "--strengths", "1", "--positions", "all",
+        "--max-new-tokens", 4, "--min-fluent", 0, "--min-unchanged", 0, "-o", tuned,
+    )  # fmt: skip
+    assert torch.equal(SteeringProfile.load(tuned).vector, profile.vector)
+
+
+def test_learn_from_a_sibling(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.safetensors"
+    command = ("learn", work / "calibrated.safetensors", *sets(work)[:4], "--steps", 2, "-o", out)
+    assert "expected it without --aligned-model" in failed(
+        2, *command, "--aligned-model", work / "sibling", "--refusal", "no"
+    )
+    line = failed(1, *command, "--aligned-model", work / "sibling")
+    assert "harmful: expected prompts that the aligned model refuses, it refuses none of them" in line
+    assert not out.exists()
+    for option, value in (("--layer", "-1"), ("--max-norm", "0"), ("--steps", "0"), ("--positions", "some")):
+        line = failed(2, *command, option, value)
+        assert option in line
+        assert value in line
+    assert "layer: expected 0..5, got 6" in failed(1, *command, "--refusal", "no", "--layer", 6)
 
 
 def test_tune_searches_what_it_was_told_and_resumes(work: Path, tmp_path: Path) -> None:

@@ -358,6 +358,7 @@ def test_answers_are_kept_where_a_judge_cannot_be_reached(
 def test_sets_that_made_a_profile(tiny_llama: Any, tiny_tokenizer: Any, profile: Any, make_profile: Any) -> None:
     for role, field in (
         ("fitted", {"fitted": {"harmful": describe_set(BAD[::-1], "bad.txt")}}),
+        ("fitted", {"fitted": {"learned": {**describe_set(BAD), "layer": 3}}}),
         ("calibrated", {"calibration": {"sets": {"heldout_harmful": describe_set(BAD)}}}),
         ("tuned", {"tuned": {"harmful": describe_set(BAD), "n": 3}}),
     ):

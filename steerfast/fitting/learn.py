@@ -1,0 +1,261 @@
+"""Learn a steering vector: at one layer, the vector with which a model gives the answers of its aligned sibling.
+
+The mean differences that `extract` takes point where refusing lies on average. A vector that is learned through the
+frozen model is the answer to the question itself: what, added here, makes it say that? It is one vector of one layer
+like any other, and costs the same while the model runs. (Subramani et al. 2022, arXiv 2205.05124, learn vectors that
+make a model say given sentences; Cao et al. 2024, arXiv 2406.00045, and Dunefsky and Cohan 2025, arXiv 2502.18862, ones
+that steer it.)
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerfast.errors import ProfileError, PromptError, SteerfastError
+from steerfast.evaluation.refusal import is_refusal_strict
+from steerfast.fitting.ending import turn_ends
+from steerfast.fitting.extract import FORCED_REFUSAL, check_prompts, check_sibling, describe_set
+from steerfast.fitting.score import check_model
+from steerfast.models.prompting import PromptBatch, batches, device_of, encode, evaluating, greedy_answers, pad_token
+from steerfast.models.structure import find_decoder, identify
+from steerfast.profile import SteeringProfile
+from steerfast.progress import track
+
+KIND = "learned"
+_PACE = 0.3  # length of the first steps, as a share of the longest vector
+
+
+def learn(
+    profile: SteeringProfile,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    harmful: Sequence[str],
+    aligned_model: nn.Module | None = None,
+    refusal: str | None = None,
+    layer: int | None = None,
+    positions: Literal["all", "response"] = "response",
+    max_norm: float = 0.5,
+    steps: int = 80,
+    answer_tokens: int = 40,
+    batch_size: int = 16,
+    seed: int = 0,
+    names: dict[str, str] | None = None,
+    progress: bool = True,
+) -> SteeringProfile:
+    """Learn the vector with which `model` answers `harmful` as its aligned sibling does, and steer with it.
+
+    The mean cross-entropy of the answers' tokens, the end of the turn included, is minimised over the vector alone
+    (Adam, its rate falling to zero), with every gate open. The gate is left as it is.
+
+    Args:
+        profile: of `model`; one that adds vectors.
+        harmful: prompts to refuse. Several styles of them teach a vector that holds for several styles.
+        aligned_model: the sibling whose greedy answers are learned; those that refuse nothing, by
+            `steerfast.evaluation.refusal.is_refusal_strict`, are left out.
+        refusal: a text to learn instead. Default without a sibling: `steerfast.fitting.extract.FORCED_REFUSAL`.
+        layer: which block's output it is added to. Default: the sensor, which saves a second pass over prompts; the
+            middle layer where there is none.
+        positions: where it is added, see `SteeringProfile`; a vector holds for the positions that it was learned at.
+        max_norm: its largest norm, as a share of the mean norm of the layer's rows.
+        steps: batches of `batch_size` prompts to learn from; the prompts come round again where there are fewer.
+        answer_tokens: how many tokens of an answer are learned at most.
+        seed: of the order of the batches.
+        names: what to call the prompt set in the profile (``{"harmful": ...}``).
+
+    Returns:
+        The profile with ``learned`` selected, at strength 1 in that layer alone; the other vectors are candidates.
+        ``fitted["learned"]`` says what it was learned from, and the loss of the first and the last batches in nats
+        per token. `tune` tries it beside the others.
+
+    Raises:
+        PromptError: no prompt or one that is too long, or a sibling that refuses none.
+        ProfileError: another model's profile, another edit than an addition, a layer or number out of range, no norm
+            of the layer's rows, a sibling and a refusal, no token that ends a turn.
+        ArchitectureError: a sibling of another geometry.
+        SteerfastError: a steered model, or one whose loss is not finite.
+    """
+    check_prompts("harmful", harmful)
+    check_model(profile, model, tokenizer)
+    layer = _checked_layer(profile, layer)
+    for name, value, least in (("steps", steps, 1), ("answer_tokens", answer_tokens, 1), ("batch_size", batch_size, 1)):
+        if not value >= least:
+            raise ProfileError(f"{name}: expected at least {least}, got {value}")
+    if not 0.0 < max_norm < math.inf:
+        raise ProfileError(f"max_norm: expected a positive share of the rows' norm, got {max_norm}")
+    if positions not in ("all", "response"):
+        raise ProfileError(f"positions: expected 'all' or 'response', got {positions!r}")
+    if aligned_model is not None:
+        if refusal is not None:
+            raise ProfileError("refusal: expected none beside an aligned model, whose answers are learned")
+        check_sibling(identify(model), aligned_model)
+    prompts = encode(tokenizer, harmful, model, room=answer_tokens)
+    end = turn_ends(model, tokenizer)[-1:]
+    if aligned_model is not None:
+        answers = greedy_answers(
+            aligned_model, tokenizer, prompts, answer_tokens, description="sibling answers" if progress else None
+        )
+        refused = [is_refusal_strict(tokenizer.decode(answer)) for answer in answers]
+        if not any(refused):
+            raise PromptError("harmful: expected prompts that the aligned model refuses, it refuses none of them")
+    else:
+        answers = [tokenizer(refusal or FORCED_REFUSAL, add_special_tokens=False)["input_ids"]] * len(prompts)
+        refused = [bool(answers[0])] * len(prompts)
+        if not all(refused):
+            raise ProfileError("refusal: expected a text, got one without a token")
+    lessons = [
+        (prompt, (answer + end)[:answer_tokens])
+        for prompt, answer, kept in zip(prompts, answers, refused, strict=True)
+        if kept
+    ]
+    vector, loss = _learned(
+        model, tokenizer, lessons, layer, positions,
+        longest=max_norm * float(profile.norm[layer]), steps=steps, batch_size=batch_size, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    vectors = torch.zeros_like(profile.vector)
+    vectors[layer] = vector
+    others = {**profile.candidates, profile.vector_kind: profile.vector}
+    others.pop(KIND, None)
+    source = {
+        **describe_set(harmful, (names or {}).get("harmful")),
+        "answers": len(lessons),
+        "aligned_model": identify(aligned_model).name if aligned_model is not None else None,
+        "layer": layer,
+        "positions": positions,
+        "max_norm": max_norm,
+        "steps": steps,
+        "loss": loss,
+    }
+    unsteered = replace(profile, strength=torch.zeros_like(profile.strength))
+    return replace(
+        unsteered,
+        vector=vectors,
+        vector_kind=KIND,
+        candidates=others,
+        positions=positions,
+        answer_tokens=None,
+        fitted={**profile.fitted, KIND: source},
+        tuned={},
+    ).with_band([layer], 1.0)
+
+
+def _checked_layer(profile: SteeringProfile, layer: int | None) -> int:
+    layers = profile.model.num_layers
+    if profile.edit != "add":
+        raise ProfileError(f"profile: expected one that adds vectors, got edit {profile.edit!r}")
+    if layer is None:
+        has_sensor = profile.sensor != "own" and profile.gate.kind != "always"
+        layer = int(profile.sensor) if has_sensor else layers // 2
+    if not 0 <= layer < layers:
+        raise ProfileError(f"layer: expected 0..{layers - 1}, got {layer}")
+    if not float(profile.norm[layer]) > 0:
+        raise ProfileError(f"profile: expected one with the norm of its rows, got none for layer {layer}")
+    return layer
+
+
+@torch.inference_mode(False)
+def _learned(
+    model: nn.Module,
+    tokenizer: Any,
+    lessons: Sequence[tuple[list[int], list[int]]],
+    layer: int,
+    positions: str,
+    *,
+    longest: float,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> tuple[Tensor, list[float]]:
+    """The vector, float32 [H] on the CPU, and the mean loss of the first and the last tenth of the batches."""
+    decoder = find_decoder(model)
+    decoder.refuse_if_steered()
+    device = device_of(model)
+    work = list(batches([p + a for p, a in lessons], batch_size, "left", pad_token(tokenizer), torch.device("cpu")))
+    # A share of the longest vector: the steps are the same for rows of any length.
+    share = torch.zeros(decoder.hidden_size, dtype=torch.float32, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([share], lr=_PACE / decoder.hidden_size**0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    losses: list[float] = []
+    order = _shuffled(work, random.Random(seed))
+    with evaluating(model), _frozen(model), torch.enable_grad():
+        for _ in track(range(steps), "learning", show=progress):
+            batch = next(order)
+            starts = torch.tensor([len(lessons[i][0]) for i in batch.indices])[:, None]
+            steered = batch.mask.bool()
+            if positions == "response":
+                steered &= batch.positions >= starts - 1
+            with _added(decoder.layers[layer], share * longest, steered):
+                loss = _loss(model, batch, starts)
+            (share.grad,) = torch.autograd.grad(loss, [share])
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise SteerfastError(f"model: expected a finite loss, got {losses[-1]} after {len(losses) - 1} steps")
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                share /= share.norm().clamp(min=1.0)
+    few = max(1, steps // 10)
+    ends = [sum(part) / len(part) for part in (losses[:few], losses[-few:])]
+    return (share.detach() * longest).cpu(), [round(mean, 4) for mean in ends]
+
+
+def _loss(model: nn.Module, batch: PromptBatch, starts: Tensor) -> Tensor:
+    """Mean cross-entropy of the answers' tokens, in nats; `starts` int64 [N, 1]: where each answer begins."""
+    accepted = inspect.signature(model.forward).parameters
+    device = device_of(model)
+    answered = (batch.positions >= starts) & batch.mask.bool()
+    width = int(answered.sum(dim=1).max())  # answers end the rows: padding is on the left
+    options: dict[str, Any] = {"position_ids": batch.positions.to(device), "logits_to_keep": width + 1}
+    options = {name: value for name, value in options.items() if name in accepted}
+    logits = model(
+        input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False, **options
+    ).logits[:, -width - 1 : -1]
+    labels = batch.ids.masked_fill(~answered, -100)[:, -width:].to(logits.device)
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def _shuffled(work: Sequence[PromptBatch], shuffle: random.Random) -> Iterator[PromptBatch]:
+    """The batches for ever, each as often as any other, in an order of its own each time."""
+    while True:
+        yield from shuffle.sample(work, len(work))
+
+
+@contextmanager
+def _added(layer: nn.Module, vector: Tensor, rows: Tensor) -> Iterator[None]:
+    """Add `vector` [H] to the chosen `rows`, bool [N, T], of the layer's output while the context lasts."""
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        added = vector.to(hidden.device, hidden.dtype) * rows.to(hidden.device)[..., None]
+        edited = hidden + added
+        return edited if isinstance(output, Tensor) else (edited, *output[1:])
+
+    handle = layer.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter collects a gradient while the context lasts: none of the model is kept for one."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
