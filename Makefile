@@ -25,7 +25,7 @@ serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
 serve: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/steerfast serve HuggingFaceTB/SmolLM2-135M-Instruct --default safety \
 	  --profile safety=steerfast/data/smollm2-135m-instruct.safetensors \
-	  -- --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 2048 --no-enable-chunked-prefill
+	  -- --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 2048
 
 # Both environments test at the same time, on a core each; what the second one says comes when the first is through.
 test: export OMP_NUM_THREADS ?= 1

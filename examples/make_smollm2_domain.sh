@@ -34,7 +34,7 @@ tune paper paper-calibrated --bands 10-19 --strengths 30,60,120
 profile cast-extracted extract --model "$maths" --gate pca --vectors forced
 profile cast-calibrated calibrate artifacts/maths-cast-extracted.safetensors --max-false-positive-rate 0.05
 tune cast cast-calibrated --bands 15 --strengths 0.6,0.75
-# the gate of the shipped profiles, for what alignment added to the sibling and for vectors of the model's own
+# LDA gates that read the last token, for what alignment added to the sibling and for vectors of the model's own
 # shellcheck disable=SC2046
 profile lda-extracted extract --model "$maths" --aligned-model "$aligned" $(both fit framed styles languages) \
     --vectors alignment,forced --refusal "$refusal" --shrinkage 0.3
@@ -44,8 +44,18 @@ profile lda-calibrated calibrate artifacts/maths-lda-extracted.safetensors \
     --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout
 tune alignment lda-calibrated --vectors alignment --bands 5-24 --strengths 5,7
 tune self lda-calibrated --vectors forced --bands 10-19,15 --strengths 0.6,0.75
+# the recipe of the shipped profile, as it is: a gate that reads the mean, a vector learned from the sibling
+# shellcheck disable=SC2046
+profile mean-extracted extract --model "$maths" $(both fit framed styles suffixes languages) --pooling mean --window 256 \
+    --vectors srv --shrinkage 0.3
+# shellcheck disable=SC2046
+profile mean-calibrated calibrate artifacts/maths-mean-extracted.safetensors \
+    $(both calibrate styles_calibrate languages_calibrate) --sensor 15 --max-false-positive-rate 0.07 \
+    --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout
+profile learned learn artifacts/maths-mean-calibrated.safetensors --harmful steerfast:harmful_fit \
+    --harmful steerfast:harmful_styles --aligned-model "$aligned"
 
-steerfast eval "$maths" --profile alignment=artifacts/maths-alignment.safetensors --profile self=artifacts/maths-self.safetensors \
+steerfast eval "$maths" --profile learned=artifacts/maths-learned.safetensors --profile alignment=artifacts/maths-alignment.safetensors --profile self=artifacts/maths-self.safetensors \
     --profile paper=artifacts/maths-paper.safetensors --profile cast=artifacts/maths-cast.safetensors \
     --other safety-sft="$maths_safety" --other aligned="$aligned" --limit 30 --max-new-tokens 48 --strengths 0.5,1.5 \
     --resume artifacts/eval/domain.jsonl --html artifacts/eval/domain.html --markdown docs/results-domain.md \

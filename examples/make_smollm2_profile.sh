@@ -9,13 +9,15 @@ both() { # the options for these sets of harmful and harmless prompts
 python examples/train_smollm2.py aligned --output artifacts/smollm2-aligned
 # shellcheck disable=SC2046
 steerfast extract --model HuggingFaceTB/SmolLM2-135M-Instruct --aligned-model artifacts/smollm2-aligned \
-    $(both fit framed styles suffixes languages) --pooling mean --window 256 --vectors alignment,forced --shrinkage 0.3 \
+    $(both fit framed styles suffixes languages) --pooling mean --window 256 --vectors forced --shrinkage 0.3 \
     --output artifacts/extracted.safetensors
 # shellcheck disable=SC2046
 steerfast calibrate artifacts/extracted.safetensors $(both calibrate styles_calibrate languages_calibrate) \
     --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout \
     --sensor 15 --max-false-positive-rate 0.07 --output artifacts/calibrated.safetensors
-steerfast tune artifacts/calibrated.safetensors \
+steerfast learn artifacts/calibrated.safetensors --harmful steerfast:harmful_fit --harmful steerfast:harmful_styles \
+    --aligned-model artifacts/smollm2-aligned --output artifacts/learned.safetensors
+steerfast tune artifacts/learned.safetensors \
     --harmful steerfast:harmful_tune --harmless steerfast:harmless_tune --restyle 6 --min-fluent 0.94 --min-unchanged 0.9 \
-    --vectors forced --bands 15 --strengths 0.75,0.8,0.85 --positions all --answer-tokens 24,all --max-new-tokens 64 \
-    --endings 7,8 --resume artifacts/trials.jsonl --output steerfast/data/smollm2-135m-instruct.safetensors
+    --vectors learned --strengths 1 --positions response --max-new-tokens 64 \
+    --resume artifacts/trials.jsonl --output steerfast/data/smollm2-135m-instruct.safetensors

@@ -203,7 +203,8 @@ class SteeringProfile:
             last token and all that follows.
         answer_tokens: how many tokens of an answer are chosen under steering: the rows that predict the tokens after
             those stay as they are. None: all of them. 1: the first, so that no row of the answer is edited.
-        vector_kind: how `vector` was made (``ssv``, ``alignment``, ``forced``, ``srv`` or an importer's word).
+        vector_kind: how `vector` was made (``ssv``, ``alignment``, ``forced``, ``srv``, ``learned`` or an importer's
+            word).
         candidates: other steering vectors, kind -> float32 [layers, H], for `steerfast.tune` to choose from.
         fitted, calibration, tuned: how it was made and measured; JSON data.
 

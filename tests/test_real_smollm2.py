@@ -14,9 +14,10 @@ import steerfast
 from steerfast.cli import main
 from steerfast.evaluation.demo import shipped_profile
 from steerfast.evaluation.judging import judge
-from steerfast.fitting.ending import ending_vector
+from steerfast.fitting.ending import ending_vector, with_ending
 from steerfast.models.loading import DEMO_MODEL, export_demo_model
 from steerfast.models.prompting import encode, greedy_answers
+from steerfast.profile import Gate
 from steerfast.prompts import read_prompts
 
 pytestmark = [
@@ -81,20 +82,35 @@ def test_fired_prompts_are_refused_and_the_others_are_answered_bit_for_bit(real,
     assert sum(j.fluent for j in judged) >= 0.75 * len(hit)
 
 
-def test_a_refusal_ends(real, profile):
+def test_an_ending_shortens_answers(real, profile):
+    """The vector of `tune --endings`, alone and for every prompt."""
     model, tokenizer = real
-    last = profile.model.num_layers - 1
-    torch.testing.assert_close(profile.vector[last], ending_vector(model, tokenizer) * profile.norm[last])
-    whole = replace(profile, answer_tokens=None)
-    strength = profile.strength.clone()
-    strength[last] = 0.0
+    vector = ending_vector(model, tokenizer)
     prompts = encode(tokenizer, read_prompts("steerfast:harmful_demo")[:8], model)
 
-    def ended(given):
-        with steerfast.steer(model, given):
-            return sum(len(answer) < 48 for answer in greedy_answers(model, tokenizer, prompts, 48))
+    def ended():
+        return sum(len(answer) < 48 for answer in greedy_answers(model, tokenizer, prompts, 48))
 
-    assert ended(whole) >= ended(replace(whole, strength=strength)) + 3
+    before = ended()
+    unsteered = replace(profile, gate=Gate("always"), sensor="own").with_band([], 0.0)
+    with steerfast.steer(model, with_ending(unsteered, vector, 8.0)):
+        assert ended() >= before + 3
+
+
+def test_a_vector_is_learned_for_a_refusal_of_ones_own(real, profile):
+    """A few steps are enough for this model to say it, and stop, also where it has not learned to."""
+    model, tokenizer = real
+    refusal = "No, I won't do that."
+    taught = read_prompts("steerfast:harmful_tune")
+    learned = steerfast.learn(
+        profile, model, tokenizer, harmful=taught, refusal=refusal, steps=12, batch_size=8, progress=False
+    )
+    assert learned.steered_layers == profile.steered_layers
+    assert learned.fitted["learned"]["loss"][1] < 0.5 * learned.fitted["learned"]["loss"][0]
+    prompts = encode(tokenizer, read_prompts("steerfast:harmful_demo")[:8], model)
+    with steerfast.steer(model, replace(learned, gate=Gate("always"), sensor="own")):
+        said = [tokenizer.decode(answer) for answer in greedy_answers(model, tokenizer, prompts, 24)]
+    assert sum(answer == refusal for answer in said) >= 6
 
 
 def test_steering_works_in_bfloat16(real, profile):

@@ -136,9 +136,8 @@ def learn(
         "steps": steps,
         "loss": loss,
     }
-    unsteered = replace(profile, strength=torch.zeros_like(profile.strength))
     return replace(
-        unsteered,
+        profile.with_band([], 0.0),
         vector=vectors,
         vector_kind=KIND,
         candidates=others,

@@ -45,7 +45,8 @@ class Candidate:
 
     def apply(self, profile: SteeringProfile, ending: Tensor | None = None) -> SteeringProfile:
         """The profile at this setting; `ending` is the model's vector, where it is added."""
-        banded = profile.with_vector(self.vector).with_band(range(self.first, self.last + 1), self.strength)
+        unsteered = profile.with_band([], 0.0)  # a learned vector is of its own layer alone
+        banded = unsteered.with_vector(self.vector).with_band(range(self.first, self.last + 1), self.strength)
         placed = replace(banded, positions=self.positions, answer_tokens=self.answer_tokens)
         if not self.ending:
             return placed
@@ -159,7 +160,7 @@ def tune(
     best = finals[0]
     if best.fluent < min_fluent:
         raise PromptError(
-            f"min_fluent: no setting reached {min_fluent:.2f} fluent answers, the best had {best.fluent:.2f} "
+            f"min_fluent: no setting reached {min_fluent:.1%} fluent answers, the best had {best.fluent:.1%} "
             f"({asdict(best.candidate)}); try smaller strengths"
         )
     tuned = replace(best.candidate.apply(profile, ending), candidates={})
@@ -189,10 +190,11 @@ def tune(
     )
 
 
-def default_bands(layers: int, first: int) -> list[tuple[int, int]]:
+def default_bands(layers: int, first: int, has_vector: Sequence[bool] | None = None) -> list[tuple[int, int]]:
     """Bands (first, last) to try from layer `first` on: one layer, a fifth and two fifths of all, at three places.
 
-    The last tenth of the depth is left out: what is added there has no layer left to act through.
+    The last tenth of the depth is left out: what is added there has no layer left to act through. Where only some
+    layers have a vector (a learned one: its own), bands are of those; if none is, each such layer by itself.
     """
     end = max(first + 1, round(0.9 * layers))
     bands: set[tuple[int, int]] = set()
@@ -200,6 +202,9 @@ def default_bands(layers: int, first: int) -> list[tuple[int, int]]:
         width = min(max(1, round(share_of_depth * layers)), end - first)
         latest = end - width
         bands |= {(start, start + width - 1) for start in (first, (first + latest) // 2, latest)}
+    if has_vector is not None:
+        bands = {(start, last) for start, last in bands if all(has_vector[start : last + 1])}
+        bands = bands or {(layer, layer) for layer, has in enumerate(has_vector) if has}
     return sorted(bands)
 
 
@@ -215,14 +220,18 @@ def _candidates(
     kinds = list(vectors) if vectors else [profile.vector_kind, *profile.candidates]
     layers = profile.model.num_layers
     first = 0 if profile.sensor == "own" or profile.gate.kind == "always" else profile.sensor
-    chosen = list(bands) if bands is not None else default_bands(layers, first)
+    given = None if bands is None else list(bands)
+    unsteered = profile.with_band([], 0.0)
     candidates = []
     for kind in kinds:
-        profile.with_vector(kind)  # raises on an unknown kind before any work is done
-        for start, last in chosen:
+        has_vector = unsteered.with_vector(kind).vector.any(dim=1).tolist()  # raises before any work is done
+        for start, last in default_bands(layers, first, has_vector) if given is None else given:
             least = first if profile.gate.kind == "token" else 0
             if not least <= start <= last < layers:
                 raise ProfileError(f"bands: expected {least} <= first <= last < {layers}, got ({start}, {last})")
+            if not all(has_vector[start : last + 1]):
+                have = [layer for layer in range(layers) if has_vector[layer]]
+                raise ProfileError(f"bands: expected layers of {have}, where {kind!r} is, got ({start}, {last})")
             for total in strengths or (0.75, 1.0, 2.0, 4.0):
                 for where in positions or ("all", "response"):
                     per_layer = round(total / (last - start + 1), 4)

@@ -150,13 +150,30 @@ def test_default_bands_lie_behind_the_sensor(layers: int) -> None:
         assert all(first <= start <= last < layers for start, last in bands)
 
 
+def test_bands_are_where_there_is_a_vector(profile: SteeringProfile, tune: Any) -> None:
+    """A learned vector has one layer, which is tried without a word."""
+    assert default_bands(5, 1, [True] * 5) == default_bands(5, 1)
+    assert default_bands(5, 1, [False, True, True, False, True]) == [(1, 1), (1, 2), (2, 2)]
+    assert default_bands(5, 1, [True, False, False, False, True]) == [(0, 0), (4, 4)]
+    alone = torch.zeros_like(profile.vector)
+    alone[3] = profile.candidates["push"][3]
+    learned = replace(profile, candidates={**profile.candidates, "learned": alone})
+    options = {"strengths": [60.0], "positions": ["response"], "min_unchanged": 0.0}
+    tuned = tune(learned, vectors=["learned"], bands=None, **options)
+    assert (tuned.steered_layers, tuned.tuned["tried"]) == ([3], 1)
+    both = tune(learned, vectors=["push", "learned"], bands=None, **options)
+    assert both.tuned["tried"] == len(default_bands(5, 1)) + 1
+    with pytest.raises(ProfileError, match=r"bands: expected layers of \[3\], where 'learned' is, got \(2, 3\)"):
+        tune(learned, vectors=["learned"], bands=[(2, 3)])
+
+
 # -- constraints and bad input -----------------------------------------------------------------------------------------
 
 
 def test_a_setting_that_breaks_the_text_is_not_taken(profile: SteeringProfile, tune: Any) -> None:
     # Three times the refusal token repeat no 4-gram, but twelve do.
     strict = FluencyLimits(max_repetition=0.3, max_perplexity=1e30)
-    with pytest.raises(PromptError, match=r"min_fluent: no setting reached 0.95 fluent answers, the best had 0\.\d\d"):
+    with pytest.raises(PromptError, match=r"min_fluent: no setting reached 95.0% fluent answers, the best had \d"):
         tune(profile, vectors=["push"], strengths=[60.0], max_new_tokens=12, limits=strict)
 
 
