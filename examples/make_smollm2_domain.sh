@@ -44,7 +44,7 @@ profile lda-calibrated calibrate artifacts/maths-lda-extracted.safetensors \
     --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout
 tune alignment lda-calibrated --vectors alignment --bands 5-24 --strengths 5,7
 tune self lda-calibrated --vectors forced --bands 10-19,15 --strengths 0.6,0.75
-# the recipe of the shipped profile, as it is: a gate that reads the mean, a vector learned from the sibling
+# the gate of the shipped profile's recipe, which reads the mean, and a vector learned from the sibling
 # shellcheck disable=SC2046
 profile mean-extracted extract --model "$maths" $(both fit framed styles suffixes languages) --pooling mean --window 256 \
     --vectors srv --shrinkage 0.3
@@ -53,7 +53,7 @@ profile mean-calibrated calibrate artifacts/maths-mean-extracted.safetensors \
     $(both calibrate styles_calibrate languages_calibrate) --sensor 15 --max-false-positive-rate 0.07 \
     --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout
 profile learned learn artifacts/maths-mean-calibrated.safetensors --harmful steerfast:harmful_fit \
-    --harmful steerfast:harmful_styles --aligned-model "$aligned"
+    --harmful steerfast:harmful_styles --aligned-model "$aligned" --max-norm 0.5
 
 steerfast eval "$maths" --profile learned=artifacts/maths-learned.safetensors --profile alignment=artifacts/maths-alignment.safetensors --profile self=artifacts/maths-self.safetensors \
     --profile paper=artifacts/maths-paper.safetensors --profile cast=artifacts/maths-cast.safetensors \

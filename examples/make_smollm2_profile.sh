@@ -15,7 +15,7 @@ steerfast extract --model HuggingFaceTB/SmolLM2-135M-Instruct --aligned-model ar
 steerfast calibrate artifacts/extracted.safetensors $(both calibrate styles_calibrate languages_calibrate) \
     --heldout-harmful steerfast:harmful_heldout --heldout-harmless steerfast:harmless_heldout \
     --sensor 15 --max-false-positive-rate 0.07 --output artifacts/calibrated.safetensors
-steerfast learn artifacts/calibrated.safetensors --harmful steerfast:harmful_fit --harmful steerfast:harmful_styles \
+steerfast learn artifacts/calibrated.safetensors --harmful steerfast:harmful_fit --restyle 15 \
     --aligned-model artifacts/smollm2-aligned --output artifacts/learned.safetensors
 steerfast tune artifacts/learned.safetensors \
     --harmful steerfast:harmful_tune --harmless steerfast:harmless_tune --restyle 6 --min-fluent 0.94 --min-unchanged 0.9 \

@@ -33,7 +33,7 @@ from steerfast.cli import common
 @click.option(
     "--max-norm",
     type=click.FloatRange(0, min_open=True),
-    default=0.5,
+    default=1.0,
     show_default=True,
     metavar="SHARE",
     help="Its largest norm, as a share of the mean norm of the layer's rows.",

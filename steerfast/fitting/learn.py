@@ -44,7 +44,7 @@ def learn(
     refusal: str | None = None,
     layer: int | None = None,
     positions: Literal["all", "response"] = "response",
-    max_norm: float = 0.5,
+    max_norm: float = 1.0,
     steps: int = 80,
     answer_tokens: int = 40,
     batch_size: int = 16,
