@@ -75,11 +75,9 @@ def test_fired_prompts_are_refused_and_the_others_are_answered_bit_for_bit(real,
     assert sum(fired[i] for i in range(8, 16)) <= 1
     hit = [i for i in range(8) if fired[i]]
     judged = judge(model, tokenizer, [prompts[i] for i in hit], [after[i] for i in hit])
-    unsteered = judge(model, tokenizer, [prompts[i] for i in hit], [before[i] for i in hit])
-    # Greedy text hangs on the last bits of a matrix product, which differ between processors: no exact counts.
-    assert sum(j.refusal for j in judged) >= 0.75 * len(hit)
-    assert sum(j.refusal_strict for j in judged) > sum(j.refusal_strict for j in unsteered)
-    assert sum(j.fluent for j in judged) >= 0.75 * len(hit)
+    # Greedy text hangs on the last bits of a matrix product, which differ between processors: one may go wrong.
+    assert sum(j.refusal_strict and j.fluent for j in judged) >= len(hit) - 1
+    assert sum(len(after[i]) < 32 for i in hit) >= len(hit) - 1  # it stops where the refusal is said
 
 
 def test_an_ending_shortens_answers(real, profile):

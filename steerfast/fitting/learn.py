@@ -86,6 +86,7 @@ def learn(
     """
     check_prompts("harmful", harmful)
     check_model(profile, model, tokenizer)
+    find_decoder(model).refuse_if_steered()
     layer = _checked_layer(profile, layer)
     for name, value, least in (("steps", steps, 1), ("answer_tokens", answer_tokens, 1), ("batch_size", batch_size, 1)):
         if not value >= least:
@@ -178,7 +179,6 @@ def _learned(
 ) -> tuple[Tensor, list[float]]:
     """The vector, float32 [H] on the CPU, and the mean loss of the first and the last tenth of the batches."""
     decoder = find_decoder(model)
-    decoder.refuse_if_steered()
     device = device_of(model)
     work = list(batches([p + a for p, a in lessons], batch_size, "left", pad_token(tokenizer), torch.device("cpu")))
     # A share of the longest vector: the steps are the same for rows of any length.
