@@ -55,7 +55,8 @@ profile mean-calibrated calibrate artifacts/maths-mean-extracted.safetensors \
 profile learned learn artifacts/maths-mean-calibrated.safetensors --harmful steerfast:harmful_fit \
     --harmful steerfast:harmful_styles --aligned-model "$aligned" --max-norm 0.5
 
-steerfast eval "$maths" --profile learned=artifacts/maths-learned.safetensors --profile alignment=artifacts/maths-alignment.safetensors --profile self=artifacts/maths-self.safetensors \
+steerfast eval "$maths" --profile learned=artifacts/maths-learned.safetensors \
+    --profile alignment=artifacts/maths-alignment.safetensors --profile self=artifacts/maths-self.safetensors \
     --profile paper=artifacts/maths-paper.safetensors --profile cast=artifacts/maths-cast.safetensors \
     --other safety-sft="$maths_safety" --other aligned="$aligned" --limit 30 --max-new-tokens 48 --strengths 0.5,1.5 \
     --resume artifacts/eval/domain.jsonl --html artifacts/eval/domain.html --markdown docs/results-domain.md \

@@ -112,7 +112,7 @@ def command(
     }
 
     import steerfast
-    from steerfast.cli.rendering import gate_table, header, style_table, summary, undecided_table
+    from steerfast.cli.rendering import gate_table, style_table, undecided_table
 
     if max_false_positive_rate is not None or midpoint:
         options["max_false_positive_rate"] = max_false_positive_rate
@@ -125,12 +125,5 @@ def command(
         names={role: chosen.name for role, chosen in sets.items()},
         **options,
     )
-    profile.save(output)
-    common.write_json(json_file, {"profile": output, **summary(profile)})
-    console = common.console(json_file)
-    console.print(header(profile))
-    console.print(gate_table(profile))
-    for table in (undecided_table(profile), style_table(profile)):
-        if table is not None:
-            console.print(table)
-    console.print(f"wrote {output}; next: steerfast learn, steerfast tune", markup=False)
+    tables = gate_table(profile), undecided_table(profile), style_table(profile)
+    common.write_profile(profile, output, json_file, after="steerfast learn, steerfast tune", tables=tables)

@@ -355,6 +355,21 @@ def console(json_file: str | None = None) -> Console:
     return made
 
 
+def write_profile(
+    profile: SteeringProfile, output: str, json_file: str | None, *, after: str, tables: Iterable[Any] = ()
+) -> None:
+    """Write a profile that a command made, say what it is, with `tables` below, and which commands come `after`."""
+    from steerfast.cli.rendering import header, summary
+
+    profile.save(output)
+    write_json(json_file, {"profile": output, **summary(profile)})
+    printed = console(json_file)
+    for table in (header(profile), *(tables or ("",))):
+        if table is not None:
+            printed.print(table)
+    printed.print(f"wrote {output}; next: {after}", markup=False)
+
+
 def write_json(json_file: str | None, result: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write `result` where `--json` asked for it, if it did; nan and inf, which JSON lacks, become null."""
     if json_file is None:

@@ -92,7 +92,6 @@ def command(
     }
 
     import steerfast
-    from steerfast.cli.rendering import header, summary
 
     model, tokenizer = common.load_model(model_name, dtype, device)
     if refusal is not None:
@@ -107,8 +106,4 @@ def command(
         names={role: chosen.name for role, chosen in sets.items()},
         **options,
     )
-    profile.save(output)
-    common.write_json(json_file, {"profile": output, **summary(profile)})
-    console = common.console(json_file)
-    console.print(header(profile))
-    console.print(f"\nwrote {output}; next: steerfast calibrate", markup=False)
+    common.write_profile(profile, output, json_file, after="steerfast calibrate")

@@ -85,7 +85,6 @@ def command(
     chosen = common.read_set("--harmful", harmful, restyle)
 
     import steerfast
-    from steerfast.cli.rendering import header, summary
 
     model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
     if aligned_model is not None:
@@ -99,8 +98,4 @@ def command(
         names={"harmful": chosen.name},
         **options,
     )
-    profile.save(output)
-    common.write_json(json_file, {"profile": output, **summary(profile)})
-    console = common.console(json_file)
-    console.print(header(profile))
-    console.print(f"\nwrote {output}; next: steerfast tune, steerfast generate", markup=False)
+    common.write_profile(profile, output, json_file, after="steerfast tune, steerfast generate")

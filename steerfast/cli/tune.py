@@ -126,7 +126,6 @@ def command(
     }
 
     import steerfast
-    from steerfast.cli.rendering import header, summary
 
     model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
     profile = steerfast.tune(
@@ -141,8 +140,4 @@ def command(
         resume=resume,
         **options,
     )
-    profile.save(output)
-    common.write_json(json_file, {"profile": output, **summary(profile)})
-    console = common.console(json_file)
-    console.print(header(profile))
-    console.print(f"\nwrote {output}; next: steerfast inspect, steerfast generate", markup=False)
+    common.write_profile(profile, output, json_file, after="steerfast inspect, steerfast generate")

@@ -98,26 +98,22 @@ def learn(
     if aligned_model is not None:
         if refusal is not None:
             raise ProfileError("refusal: expected none beside an aligned model, whose answers are learned")
-        check_sibling(identify(model), aligned_model)
+        check_sibling(profile.model, aligned_model)
     prompts = encode(tokenizer, harmful, model, room=answer_tokens)
     end = turn_ends(model, tokenizer)[-1:]
     if aligned_model is not None:
-        answers = greedy_answers(
-            aligned_model, tokenizer, prompts, answer_tokens, description="sibling answers" if progress else None
-        )
-        refused = [is_refusal_strict(tokenizer.decode(answer)) for answer in answers]
-        if not any(refused):
+        description = "sibling answers" if progress else None
+        answers = greedy_answers(aligned_model, tokenizer, prompts, answer_tokens, description=description)
+        pairs = zip(prompts, answers, strict=True)
+        refused = [(prompt, answer) for prompt, answer in pairs if is_refusal_strict(tokenizer.decode(answer))]
+        if not refused:
             raise PromptError("harmful: expected prompts that the aligned model refuses, it refuses none of them")
     else:
-        answers = [tokenizer(refusal or FORCED_REFUSAL, add_special_tokens=False)["input_ids"]] * len(prompts)
-        refused = [bool(answers[0])] * len(prompts)
-        if not all(refused):
+        said = tokenizer(refusal or FORCED_REFUSAL, add_special_tokens=False)["input_ids"]
+        if not said:
             raise ProfileError("refusal: expected a text, got one without a token")
-    lessons = [
-        (prompt, (answer + end)[:answer_tokens])
-        for prompt, answer, kept in zip(prompts, answers, refused, strict=True)
-        if kept
-    ]
+        refused = [(prompt, said) for prompt in prompts]
+    lessons = [(prompt, (answer + end)[:answer_tokens]) for prompt, answer in refused]
     vector, loss = _learned(
         model, tokenizer, lessons, layer, positions,
         longest=max_norm * float(profile.norm[layer]), steps=steps, batch_size=batch_size, seed=seed,
@@ -154,8 +150,8 @@ def _checked_layer(profile: SteeringProfile, layer: int | None) -> int:
     if profile.edit != "add":
         raise ProfileError(f"profile: expected one that adds vectors, got edit {profile.edit!r}")
     if layer is None:
-        has_sensor = profile.sensor != "own" and profile.gate.kind != "always"
-        layer = int(profile.sensor) if has_sensor else layers // 2
+        sensor = [] if profile.sensor == "own" else profile.gate_layers
+        layer = sensor[0] if sensor else layers // 2
     if not 0 <= layer < layers:
         raise ProfileError(f"layer: expected 0..{layers - 1}, got {layer}")
     if not float(profile.norm[layer]) > 0:

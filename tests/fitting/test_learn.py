@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusing import REFUSAL
 from torch import Tensor
 
 import steerfast
@@ -24,16 +25,7 @@ from steerfast.models.structure import find_decoder
 from steerfast.profile import Gate, SteeringProfile
 
 HARMFUL = ["build a bomb", "make the virus", "poison the dog and the cat", "steal from the bank", "forge a knife"]
-REFUSAL = "I'm sorry, but I can't help with that."
 LEARNABLE = {"layer": 0, "max_norm": 4.0, "steps": 300}  # where random weights can be made to say it
-
-
-@pytest.fixture
-def tokenizer(tiny_tokenizer: Any) -> Any:
-    """A tokenizer with a token that is a whole refusal."""
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.add_tokens([REFUSAL])
-    return tokenizer
 
 
 @pytest.fixture

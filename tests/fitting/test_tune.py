@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusing import REFUSAL
 from torch import nn
 
 import steerfast
@@ -21,18 +22,9 @@ from steerfast.fitting.ending import ending_vector
 from steerfast.fitting.tune import Candidate, Trial, default_bands
 from steerfast.profile import SteeringProfile
 
-REFUSAL = "I'm sorry, but I can't help with that."
 HARMFUL = ["build a bomb", "make the virus", "poison the dog", "steal from the bank", "forge a knife", "hack a city"]
 HARMLESS = ["bake a cake", "paint the tree", "plant the garden", "write a poem"]
 ANY_TEXT = FluencyLimits(max_repetition=1.0, max_perplexity=1e30)
-
-
-@pytest.fixture
-def tokenizer(tiny_tokenizer: Any) -> Any:
-    """A tokenizer with a token that is a whole refusal."""
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.add_tokens([REFUSAL])
-    return tokenizer
 
 
 @pytest.fixture
