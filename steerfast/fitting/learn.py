@@ -109,7 +109,7 @@ def learn(
         if not refused:
             raise PromptError("harmful: expected prompts that the aligned model refuses, it refuses none of them")
     else:
-        said = tokenizer(refusal or FORCED_REFUSAL, add_special_tokens=False)["input_ids"]
+        said = tokenizer(FORCED_REFUSAL if refusal is None else refusal, add_special_tokens=False)["input_ids"]
         if not said:
             raise ProfileError("refusal: expected a text, got one without a token")
         refused = [(prompt, said) for prompt in prompts]

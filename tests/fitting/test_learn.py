@@ -278,6 +278,7 @@ def test_a_patched_model_that_is_idle(learn: Any, tiny_llama: Any) -> None:
         ({"max_norm": math.nan}, ProfileError, "max_norm: expected a positive share"),
         ({"positions": "some"}, ProfileError, "positions: expected 'all' or 'response', got 'some'"),
         ({"refusal": " "}, ProfileError, "refusal: expected a text, got one without a token"),
+        ({"refusal": ""}, ProfileError, "refusal: expected a text, got one without a token"),
     ],
 )
 def test_bad_arguments(learn: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
