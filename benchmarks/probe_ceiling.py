@@ -29,11 +29,11 @@ from sklearn.preprocessing import StandardScaler
 
 import steerfast
 from steerfast.fitting.activations import gate_reading, residual_rows
-from steerfast.fitting.statistics import gate_figures, threshold_at_false_positive_rate
-from steerfast.models.loading import DEMO_MODEL
-from steerfast.models.prompting import encode, pad_token
+from steerfast.hf.loading import DEMO_MODEL
+from steerfast.judging.estimates import gate_figures, threshold_at_false_positive_rate
 from steerfast.profile import Gate
-from steerfast.prompts import read_records
+from steerfast.text.encoding import encode, pad_token
+from steerfast.text.prompts import read_records
 
 HARMFUL = ("harmful_demo", "advbench", "harmbench", "jailbreak_attacks")
 HARMLESS = ("harmless_demo", "self_instruct", "truthfulqa_questions", "gsm8k")

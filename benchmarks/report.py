@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from steerfast import _native
-from steerfast.versions import installed_version
+from steerfast._versions import installed_version
 
 RESULTS = Path(__file__).parent / "results"
 

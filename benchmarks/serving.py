@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from report import Report, parser
 
-from steerfast.models.loading import DEMO_MODEL, checkpoint
+from steerfast._versions import installed_version
+from steerfast.hf.loading import DEMO_MODEL, checkpoint
 from steerfast.profile import Gate, SteeringProfile
-from steerfast.serving.config import identity_of
-from steerfast.versions import installed_version
+from steerfast.vllm.config import identity_of
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "serving"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "vllm"))
 from http_server import Server
 
 _NAME = "benchmarked"

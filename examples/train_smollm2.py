@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import steerfast
-from steerfast.models.loading import DEMO_MODEL, savable
-from steerfast.models.prompting import encode, greedy_answers
-from steerfast.prompts import read_prompts, read_records
+from steerfast.hf.generation import greedy_answers
+from steerfast.hf.loading import DEMO_MODEL, savable
+from steerfast.text.encoding import encode
+from steerfast.text.prompts import read_prompts, read_records
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",

@@ -11,7 +11,9 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
-from steerfast import _native  # noqa: E402, F401 (registers the C++ ops where they were built)
+from steerfast import _moved, _native  # noqa: E402, F401 (_native registers the C++ ops where they were built)
+
+_moved.install()
 
 if TYPE_CHECKING:
     from steerfast.errors import ArchitectureError, OutputError, ProfileError, PromptError, SteerfastError
@@ -20,11 +22,11 @@ if TYPE_CHECKING:
     from steerfast.fitting.learn import learn
     from steerfast.fitting.score import Scores, score
     from steerfast.fitting.tune import tune
+    from steerfast.hf.auto import AutoSteeredModelForCausalLM, AutoSteeredModelForImageTextToText
+    from steerfast.hf.fused import patch, unpatch
+    from steerfast.hf.loading import load_model
+    from steerfast.hf.steering import Steering, steer
     from steerfast.kernels.warmup import warmup
-    from steerfast.models.auto import AutoSteeredModelForCausalLM, AutoSteeredModelForImageTextToText
-    from steerfast.models.fused import patch, unpatch
-    from steerfast.models.loading import load_model
-    from steerfast.models.steering import Steering, steer
     from steerfast.profile import Gate, ModelIdentity, SteeringProfile
 
 __version__ = "0.1.0"
@@ -32,8 +34,8 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import steerfast` (and the command line's --help) stays quick.
 _PUBLIC = {
     "ArchitectureError": "errors",
-    "AutoSteeredModelForCausalLM": "models.auto",
-    "AutoSteeredModelForImageTextToText": "models.auto",
+    "AutoSteeredModelForCausalLM": "hf.auto",
+    "AutoSteeredModelForImageTextToText": "hf.auto",
     "Gate": "profile",
     "ModelIdentity": "profile",
     "OutputError": "errors",
@@ -41,17 +43,17 @@ _PUBLIC = {
     "PromptError": "errors",
     "Scores": "fitting.score",
     "SteerfastError": "errors",
-    "Steering": "models.steering",
+    "Steering": "hf.steering",
     "SteeringProfile": "profile",
     "calibrate": "fitting.calibrate",
     "extract": "fitting.extract",
     "learn": "fitting.learn",
-    "load_model": "models.loading",
-    "patch": "models.fused",
+    "load_model": "hf.loading",
+    "patch": "hf.fused",
     "score": "fitting.score",
-    "steer": "models.steering",
+    "steer": "hf.steering",
     "tune": "fitting.tune",
-    "unpatch": "models.fused",
+    "unpatch": "hf.fused",
     "warmup": "kernels.warmup",
 }
 
@@ -66,7 +68,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
 
 def __getattr__(name: str) -> Any:
     if name.startswith("Steered") and name.endswith(("ForCausalLM", "ForConditionalGeneration")):
-        return getattr(importlib.import_module("steerfast.models.auto"), name)
+        return getattr(importlib.import_module("steerfast.hf.auto"), name)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'steerfast' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"steerfast.{_PUBLIC[name]}"), name)

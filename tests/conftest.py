@@ -110,7 +110,7 @@ def _profile(
     **fields: Any,
 ) -> SteeringProfile:
     """Random unit directions, random vectors of norm `size`; steers `layers` (default: all from the second on)."""
-    from steerfast.models.structure import identify
+    from steerfast.hf.structure import identify
     from steerfast.profile import Gate, SteeringProfile
 
     identity = identify(model, tokenizer)

@@ -19,7 +19,7 @@ import torch
 
 import steerfast
 from steerfast.cli import main
-from steerfast.models.fused import is_patched
+from steerfast.hf.fused import is_patched
 from steerfast.profile import SteeringProfile
 
 ROOT = Path(__file__).parent.parent

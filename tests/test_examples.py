@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import steerfast
-from steerfast.prompts import read_prompts
+from steerfast.text.prompts import read_prompts
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_smollm2.py"
 

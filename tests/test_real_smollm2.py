@@ -13,12 +13,13 @@ from click.testing import CliRunner
 import steerfast
 from steerfast.cli import main
 from steerfast.evaluation.demo import shipped_profile
-from steerfast.evaluation.judging import judge
 from steerfast.fitting.ending import ending_vector, with_ending
-from steerfast.models.loading import DEMO_MODEL, export_demo_model
-from steerfast.models.prompting import encode, greedy_answers
+from steerfast.hf.generation import greedy_answers
+from steerfast.hf.loading import DEMO_MODEL, export_demo_model
+from steerfast.judging.judgement import judge
 from steerfast.profile import Gate
-from steerfast.prompts import read_prompts
+from steerfast.text.encoding import encode
+from steerfast.text.prompts import read_prompts
 
 pytestmark = [
     pytest.mark.real,
@@ -38,7 +39,7 @@ def profile():
 
 def test_the_shipped_profile_belongs_to_the_model(real, profile):
     model, tokenizer = real
-    assert profile.model.mismatch(steerfast.models.structure.identify(model, tokenizer)) is None
+    assert profile.model.mismatch(steerfast.hf.structure.identify(model, tokenizer)) is None
     assert profile.model.name == DEMO_MODEL
     assert profile.steered_layers
     assert profile.calibration["layers"]["heldout"]

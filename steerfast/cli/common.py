@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from steerfast.profile import SteeringProfile
-    from steerfast.styles import Part, Prompts
+    from steerfast.text.styles import Part, Prompts
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -217,7 +217,7 @@ def set_option(name: str, default: str | None = None, note: str = "") -> Callabl
 
 
 def restyle_option(command: F) -> F:
-    """`--restyle N`, see `steerfast.styles.restyle`."""
+    """`--restyle N`, see `steerfast.text.styles.restyle`."""
     return click.option(
         "--restyle",
         type=click.IntRange(min=0),
@@ -260,8 +260,8 @@ class PromptSet:
 
 def read_set(option: str, sources: Iterable[str], restyled: int = 0, part: Part = "fit") -> PromptSet:
     """Read and join the sources given for `option`, with `restyled` of them in each shipped style."""
-    from steerfast.prompts import SHIPPED_PREFIX, read_records
-    from steerfast.styles import PLAIN, Prompts, restyle
+    from steerfast.text.prompts import SHIPPED_PREFIX, read_records
+    from steerfast.text.styles import PLAIN, Prompts, restyle
 
     records, names = [], []
     for source in sources:
@@ -304,7 +304,7 @@ def load_model(name: str, dtype: str, device: str | None) -> tuple[nn.Module, An
         _say(f"loading {name}")
     from transformers.utils import logging
 
-    from steerfast.models import loading
+    from steerfast.hf import loading
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -379,7 +379,7 @@ def write_json(json_file: str | None, result: Mapping[str, Any] | Sequence[Any])
     if json_file == STDOUT:
         click.echo(data, nl=False)
         return
-    from steerfast.files import write_atomically
+    from steerfast._files import write_atomically
 
     write_atomically(json_file, data)
 

@@ -154,7 +154,7 @@ def _imported(
         like = common.load_profile(options["like"])
         model, gate = like.model, like if options["keep_gate"] else gate
     else:
-        from steerfast.models.structure import identify
+        from steerfast.hf.structure import identify
 
         loaded = common.load_model(options["model_name"], options["dtype"], options["device"])
         model = identify(*loaded)

@@ -46,7 +46,7 @@ def command(
     common.check_outputs({"--json": json_file}, [profile_file] if profile_file else [])
 
     from steerfast.evaluation import demo
-    from steerfast.models.loading import DEMO_MODEL
+    from steerfast.hf.loading import DEMO_MODEL
 
     profile = common.load_profile(profile_file or str(demo.shipped_profile()))
     model, tokenizer = common.load_model(model_name or DEMO_MODEL, dtype, device)

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from steerfast._versions import installed_version
 from steerfast.cli import common
-from steerfast.versions import installed_version
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
@@ -28,8 +28,7 @@ def command(context: click.Context, json_file: str | None) -> None:
       steerfast doctor --json doctor.json
     """
     common.check_outputs({"--json": json_file})
-    from steerfast.cli import selftest
-    from steerfast.kernels import contract
+    from steerfast.kernels import contract, selftest
 
     isa, isa_problem = _isa()
     found = selftest.implementations()

@@ -146,12 +146,12 @@ def command(
     common.check_outputs(outputs, [*named.values(), *(where for source in sources if (where := _file(source)))])
     loaded = {name: common.load_profile(file) for name, file in named.items()}
 
+    from steerfast._files import write_atomically
     from steerfast.evaluation import multimodal, report
     from steerfast.evaluation.evaluate import check, evaluate
-    from steerfast.evaluation.judges import make_judge
     from steerfast.evaluation.sets import DEFAULT_SETS, load_set
     from steerfast.evaluation.systems import systems_of
-    from steerfast.files import write_atomically
+    from steerfast.judging.judges import make_judge
 
     if html_file is not None:
         report.check_html(html_file)

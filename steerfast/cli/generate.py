@@ -91,7 +91,7 @@ def command(
     texts = common.gather_prompts(prompts, files)
 
     import steerfast
-    from steerfast.models.prompting import encode
+    from steerfast.text.encoding import encode
 
     model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
     ids = encode(tokenizer, texts, model, room=max_new_tokens)
@@ -141,8 +141,9 @@ def _answers(
     """
     import torch
 
-    from steerfast.models.prompting import batches, device_of, pad_token
-    from steerfast.progress import track
+    from steerfast._progress import track
+    from steerfast.hf.generation import batches, device_of
+    from steerfast.text.encoding import pad_token
 
     answers, flags = [""] * len(prompts), [(False, False)] * len(prompts)
     padding = pad_token(tokenizer)

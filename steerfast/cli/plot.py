@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steerfast._files import write_atomically
 from steerfast.cli.rendering import SETS, edit, layer_ranges, layers, reading
 from steerfast.errors import OutputError, SteerfastError
-from steerfast.files import write_atomically
 
 if TYPE_CHECKING:
     from steerfast.profile import SteeringProfile

@@ -96,9 +96,9 @@ def command(
     for file in profiles.values():
         common.load_profile(file)
 
-    from steerfast.models.loading import checkpoint
-    from steerfast.serving.admin import KEY_VARIABLE
-    from steerfast.serving.server import serve
+    from steerfast.hf.loading import checkpoint
+    from steerfast.vllm.admin import KEY_VARIABLE
+    from steerfast.vllm.server import serve
 
     given: dict[str, Any] = {
         "profiles": profiles,

@@ -15,14 +15,15 @@ from rich.table import Table
 from torch import nn
 
 from steerfast.errors import PromptError
-from steerfast.evaluation.judging import Judgement, judge, share
 from steerfast.evaluation.latency import alternating, milliseconds_per_token
 from steerfast.fitting.score import score
-from steerfast.fitting.statistics import auc
-from steerfast.models.prompting import encode, greedy_answers
-from steerfast.models.steering import steer
+from steerfast.hf.generation import greedy_answers
+from steerfast.hf.steering import steer
+from steerfast.judging.estimates import auc
+from steerfast.judging.judgement import Judgement, judge, share
 from steerfast.profile import SteeringProfile
-from steerfast.prompts import read_prompts
+from steerfast.text.encoding import encode
+from steerfast.text.prompts import read_prompts
 
 _LATENCY_PAIRS = 24
 _LATENCY_TOKENS = 16

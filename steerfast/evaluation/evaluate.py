@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steerfast._progress import track
+from steerfast._versions import installed_version
 from steerfast.errors import PromptError
-from steerfast.evaluation.fluency import FluencyLimits, answer_perplexity, is_fluent, repetition
-from steerfast.evaluation.judges import Judge, agreement
 from steerfast.evaluation.latency import alternating, milliseconds_per_token
 from steerfast.evaluation.pieces import Pieces
 from steerfast.evaluation.sets import EvalSet, Item
@@ -42,14 +42,15 @@ from steerfast.evaluation.systems import UNSTEERED, System, as_it_is
 from steerfast.evaluation.utility import maths, multiple_choice, perplexity
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.score import check_model, row_scores
-from steerfast.models.loading import load_model
-from steerfast.models.prompting import PromptBatch, context_of, device_of, encode, greedy_answers, pad_token
-from steerfast.models.steering import Steering
-from steerfast.models.structure import find_decoder, identify, weights_fingerprint
+from steerfast.hf.generation import PromptBatch, device_of, greedy_answers
+from steerfast.hf.loading import load_model
+from steerfast.hf.steering import Steering
+from steerfast.hf.structure import find_decoder, identify, weights_fingerprint
+from steerfast.judging.fluency import FluencyLimits, answer_perplexity, is_fluent, repetition
+from steerfast.judging.judges import Judge, agreement
 from steerfast.profile import Gate, SteeringProfile
-from steerfast.progress import track
-from steerfast.prompts import SHIPPED_PREFIX, read_prompts
-from steerfast.versions import installed_version
+from steerfast.text.encoding import context_of, encode, pad_token
+from steerfast.text.prompts import SHIPPED_PREFIX, read_prompts
 
 __all__ = ["check", "evaluate", "seen_by", "settings_of"]
 

@@ -33,15 +33,16 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from steerfast._progress import track
+from steerfast._versions import installed_version
 from steerfast.errors import ArchitectureError, SteerfastError
-from steerfast.models import caches
-from steerfast.models.fused import is_patched, patch
-from steerfast.models.prompting import context_of, device_of
-from steerfast.models.steering import Steering, steer
-from steerfast.models.structure import find_decoder, identify
+from steerfast.hf import caches
+from steerfast.hf.fused import is_patched, patch
+from steerfast.hf.generation import device_of
+from steerfast.hf.steering import Steering, steer
+from steerfast.hf.structure import find_decoder, identify
 from steerfast.profile import Gate, SteeringProfile
-from steerfast.progress import track
-from steerfast.versions import installed_version
+from steerfast.text.encoding import context_of
 
 STOCK = "stock"
 MODES = ("eager", "compile")

@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from steerfast._progress import track
 from steerfast.errors import ArchitectureError, PromptError
 from steerfast.evaluation.evaluate import check, settings_of
-from steerfast.evaluation.fluency import FluencyLimits, repetition
-from steerfast.evaluation.judges import Judge
 from steerfast.evaluation.pieces import Pieces
 from steerfast.evaluation.sets import EvalSet, Item, sample
 from steerfast.evaluation.summary import Cell, examples, figures
 from steerfast.evaluation.systems import UNSTEERED, Defence, System, as_it_is
-from steerfast.fitting.extract import describe_set
 from steerfast.fitting.score import check_model
-from steerfast.models.prompting import device_of, evaluating, greedy_batch
-from steerfast.models.steering import Steering
-from steerfast.models.structure import find_decoder, identify, weights_fingerprint
-from steerfast.progress import track
-from steerfast.prompts import read_records
+from steerfast.hf.generation import device_of, evaluating, greedy_batch
+from steerfast.hf.steering import Steering
+from steerfast.hf.structure import find_decoder, identify, weights_fingerprint
+from steerfast.judging.fluency import FluencyLimits, repetition
+from steerfast.judging.judges import Judge
+from steerfast.text.prompts import describe_set, read_records
 
 __all__ = ["evaluate_images", "image_answers", "load_image_model", "load_images"]
 
@@ -38,7 +37,7 @@ def load_images(source: str | os.PathLike[str], limit: int | None = None, seed: 
     """Load questions about pictures, laid out as in MM-Harmful Bench.
 
     Args:
-        source: a folder with one file of questions (.json, .jsonl or .csv, see `steerfast.prompts.read_records`), or
+        source: a folder with one file of questions (.json, .jsonl or .csv, see `steerfast.text.prompts`), or
             that file. A record names its picture as ``image``, a file beside the questions or in the folder ``images``
             there; else the picture is the one called by the record's ``index``, or by its place in the file from 0 on.
         limit, seed: as for `steerfast.evaluation.sets.load_set`.

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from steerfast._records import Records
 from steerfast.evaluation.systems import System
-from steerfast.records import Records
 
 __all__ = ["Pieces"]
 

@@ -12,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from steerfast._files import write_atomically
 from steerfast.errors import OutputError, SteerfastError
-from steerfast.evaluation.figures import COLOURS, Picture, draw, known, primary
+from steerfast.evaluation.plots import COLOURS, Picture, draw, known, primary
 from steerfast.evaluation.systems import UNSTEERED
-from steerfast.files import write_atomically
 
 __all__ = ["Cell", "Headline", "Row", "Table", "check_html", "headlines", "markdown", "tables", "write_html"]
 

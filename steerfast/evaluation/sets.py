@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steerfast.errors import PromptError
-from steerfast.evaluation.utility import final_number
-from steerfast.fitting.extract import describe_set
-from steerfast.prompts import SHIPPED_PREFIX, read_records, records_of
+from steerfast.text.prompts import SHIPPED_PREFIX, describe_set, read_records, records_of
 
 __all__ = ["BUILT_IN", "DEFAULT_SETS", "KINDS", "EvalSet", "Item", "by_style", "load_set", "sample"]
 
@@ -38,6 +36,7 @@ DEFAULT_SETS = tuple(BUILT_IN)
 _HUB = "hf://"
 _SOURCE = re.compile(r"(?:(?P<name>[^=:/]+)=)?(?P<kind>\w+):(?P<where>.+)", re.DOTALL)
 _HUB_SOURCE = re.compile(r"hf://(?P<path>[^/@#]+/[^/@#]+)(?:/(?P<config>[^@#]+))?@(?P<split>[^#]+)(?:#(?P<column>.+))?")
+_NUMBER = re.compile(r"(?:(?<![\w.)])-\s?)?\$?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def load_set(source: str, limit: int | None = None, seed: int = 0) -> EvalSet:
 
     Args:
         source: a name of `BUILT_IN`; or ``KIND:WHERE``, ``NAME=KIND:WHERE`` with a kind of `KINDS`, where WHERE is what
-            `steerfast.prompts.read_records` reads (``FILE``, ``FILE#COLUMN``, ``steerfast:<set>``) or
+            `steerfast.text.prompts.read_records` reads (``FILE``, ``FILE#COLUMN``, ``steerfast:<set>``) or
             ``hf://owner/dataset[/config]@split[#column]``, a data set of the hub (package ``datasets``).
             Records may say their ``style`` (or ``attack``, ``set``). Kind choice needs ``choices``, a list of texts,
             and ``correct``, the index of the right one or a list of them; maths an ``answer`` (its `final_number`);
@@ -234,3 +233,14 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "maths": _maths,
     "text": _text,
 }
+
+
+def final_number(text: str) -> float | None:
+    """The number that an answer ends with: the first after its last ``####``, as GSM8K marks it, else the last one."""
+    marked = text.rpartition("####")
+    numbers = list(_NUMBER.finditer(marked[2]))
+    if not numbers:
+        return None
+    number = numbers[0 if marked[1] else -1]
+    value = float(number[1].replace(",", "") + (number[2] or ""))
+    return -value if number[0].startswith("-") else value

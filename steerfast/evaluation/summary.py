@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from steerfast.evaluation.sets import EvalSet, by_style
-from steerfast.fitting.statistics import Estimate, Statistic, auc, bootstrap, mean, paired_bootstrap, rate
+from steerfast.judging.estimates import Estimate, Statistic, auc, bootstrap, mean, paired_bootstrap, rate
 from steerfast.profile import SteeringProfile
 
 __all__ = [

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from steerfast.errors import PromptError
-from steerfast.models.prompting import Conversation
-from steerfast.models.steering import Steering, steer
+from steerfast.hf.steering import Steering, steer
 from steerfast.profile import Gate, SteeringProfile
+from steerfast.text.encoding import Conversation
 
 __all__ = ["BUILT_IN", "Defence", "System", "as_it_is", "goal_priority", "self_reminder", "systems_of"]
 

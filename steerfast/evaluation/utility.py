@@ -8,32 +8,20 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steerfast._progress import track
 from steerfast.errors import PromptError
-from steerfast.models import caches
-from steerfast.models.prompting import (
-    PromptBatch,
-    batches,
-    context_of,
-    device_of,
-    encode,
-    evaluating,
-    pad_token,
-)
-from steerfast.progress import track
+from steerfast.evaluation.sets import Item, final_number
+from steerfast.hf import caches
+from steerfast.hf.generation import PromptBatch, batches, device_of, evaluating
+from steerfast.text.encoding import context_of, encode, pad_token
 
-if TYPE_CHECKING:
-    from steerfast.evaluation.sets import Item
-
-__all__ = ["answer_log_likelihoods", "final_number", "maths", "multiple_choice", "perplexity"]
-
-_NUMBER = re.compile(r"(?:(?<![\w.)])-\s?)?\$?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?")
+__all__ = ["answer_log_likelihoods", "maths", "multiple_choice", "perplexity"]
 
 
 def multiple_choice(
@@ -90,17 +78,6 @@ def maths(answers: Sequence[str], items: Sequence[Item]) -> list[bool]:
         one is not None and other is not None and math.isclose(one, other, rel_tol=1e-6)
         for one, other in zip(found, right, strict=True)
     ]
-
-
-def final_number(text: str) -> float | None:
-    """The number that an answer ends with: the first after its last ``####``, as GSM8K marks it, else the last one."""
-    marked = text.rpartition("####")
-    numbers = list(_NUMBER.finditer(marked[2]))
-    if not numbers:
-        return None
-    number = numbers[0 if marked[1] else -1]
-    value = float(number[1].replace(",", "") + (number[2] or ""))
-    return -value if number[0].startswith("-") else value
 
 
 def answer_log_likelihoods(

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from steerfast._progress import track
 from steerfast.errors import SteerfastError
-from steerfast.models.prompting import PromptBatch, batches, device_of, evaluating
-from steerfast.models.structure import find_decoder
+from steerfast.hf.generation import PromptBatch, batches, device_of, evaluating
+from steerfast.hf.structure import find_decoder
 from steerfast.profile import Gate
-from steerfast.progress import track
 
 Reduce = Callable[[Tensor, PromptBatch], Tensor]
 """From a batch's rows [N, T, H] to what is kept of each sequence: [N, ..., H]."""

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import ProfileError
-from steerfast.fitting.extract import check_sets, describe_set
 from steerfast.fitting.left_out import common_styles, rates_by_layer
 from steerfast.fitting.score import check_model, layer_scores
-from steerfast.fitting.statistics import (
+from steerfast.judging.estimates import (
     GateFigures,
     figures_by_layer,
     threshold_at_false_positive_rate,
@@ -24,7 +23,8 @@ from steerfast.fitting.statistics import (
     undecided_rates,
 )
 from steerfast.profile import SteeringProfile
-from steerfast.styles import Prompts
+from steerfast.text.prompts import check_sets, describe_set
+from steerfast.text.styles import Prompts
 
 # A gate this far below its calibration figures on prompts of another style has learned style, not harm.
 _HELDOUT_AUC = 0.9
@@ -59,7 +59,7 @@ def calibrate(
     choose the sensor and tell whether the gate knows harm or style.
 
     Args:
-        harmful, harmless: with styles (`steerfast.styles.Prompts`), the figures of each are kept as well.
+        harmful, harmless: with styles (`steerfast.text.styles.Prompts`), the figures of each are kept as well.
         max_false_positive_rate: the share of `harmless` that may fire. The threshold is the class midpoint, or higher
             where that would fire more often. None: the midpoint (arXiv 2401.11206), whatever it costs.
         abstain_rate: the share of `harmless` that may score above the lower end of the gates' band

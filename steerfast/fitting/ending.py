@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, ProfileError
-from steerfast.models.prompting import end_tokens
-from steerfast.models.structure import find_decoder, is_distributed
+from steerfast.hf.generation import end_tokens
+from steerfast.hf.structure import find_decoder, is_distributed
 from steerfast.profile import SteeringProfile
 
 _SHRINKAGE = 0.05  # weight of the identity in the covariance of the output embedding

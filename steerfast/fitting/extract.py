@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from itertools import compress
 from typing import Any, Literal
@@ -14,11 +13,13 @@ from steerfast.errors import ArchitectureError, ProfileError, PromptError
 from steerfast.fitting.activations import answer_mean, gate_reading, last_token, residual_rows
 from steerfast.fitting.directions import fit_direction, project, unit
 from steerfast.fitting.left_out import FitGate, in_plain_style, leave_one_style_out, rates_by_layer
-from steerfast.fitting.statistics import threshold_midpoint
-from steerfast.models.prompting import PromptBatch, encode, greedy_answers, pad_token
-from steerfast.models.structure import identify
+from steerfast.hf.generation import PromptBatch, greedy_answers
+from steerfast.hf.structure import identify
+from steerfast.judging.estimates import threshold_midpoint
 from steerfast.profile import Gate, ModelIdentity, SteeringProfile
-from steerfast.styles import Prompts
+from steerfast.text.encoding import encode, pad_token
+from steerfast.text.prompts import check_sets, describe_set
+from steerfast.text.styles import Prompts
 
 VECTOR_KINDS = ("alignment", "ssv", "forced", "srv")
 FORCED_REFUSAL = "I'm sorry, but I can't help with that. It could cause serious harm to people."
@@ -178,42 +179,6 @@ def extract(
             "left_out": {style: rates_by_layer(figures) for style, figures in left_out.items()},
         },
     )
-
-
-def check_sets(harmful: Sequence[str], harmless: Sequence[str]) -> None:
-    """Refuse prompt sets that nothing can be fitted on.
-
-    Raises:
-        PromptError: a single string, an empty set, or a prompt that is in both.
-    """
-    check_prompts("harmful", harmful)
-    check_prompts("harmless", harmless)
-    shared = set(harmful) & set(harmless)
-    if shared:
-        raise PromptError(
-            f"harmful and harmless: expected different prompts, got {len(shared)} in both, such as {min(shared)[:60]!r}"
-        )
-
-
-def check_prompts(name: str, prompts: Sequence[str]) -> None:
-    """Refuse what is no set of prompts: a single string, nothing, or anything in it that is no string.
-
-    Raises:
-        PromptError: naming the set.
-    """
-    if isinstance(prompts, str):
-        raise PromptError(f"{name}: expected a list of prompts, got one string")
-    if not len(prompts):
-        raise PromptError(f"{name}: expected at least one prompt, got none")
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str):
-            raise PromptError(f"{name}: entry {number}: expected a string, got {prompt!r}")
-
-
-def describe_set(prompts: Sequence[str], name: str | None = None) -> dict[str, Any]:
-    """Name, size and hash of a prompt set, for a profile's provenance; the hash ignores the order."""
-    digest = hashlib.sha256("\n".join(sorted(prompts)).encode()).hexdigest()
-    return {"name": name, "count": len(prompts), "sha256": digest}
 
 
 def _kinds(vectors: Sequence[str] | None, aligned_model: nn.Module | None) -> tuple[str, ...]:

@@ -20,15 +20,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from steerfast._progress import track
 from steerfast.errors import ProfileError, PromptError, SteerfastError
-from steerfast.evaluation.refusal import is_refusal_strict
 from steerfast.fitting.ending import turn_ends
-from steerfast.fitting.extract import FORCED_REFUSAL, check_prompts, check_sibling, describe_set
+from steerfast.fitting.extract import FORCED_REFUSAL, check_sibling
 from steerfast.fitting.score import check_model
-from steerfast.models.prompting import PromptBatch, batches, device_of, encode, evaluating, greedy_answers, pad_token
-from steerfast.models.structure import find_decoder, identify
+from steerfast.hf.generation import PromptBatch, batches, device_of, evaluating, greedy_answers
+from steerfast.hf.structure import find_decoder, identify
+from steerfast.judging.refusal import is_refusal_strict
 from steerfast.profile import SteeringProfile
-from steerfast.progress import track
+from steerfast.text.encoding import encode, pad_token
+from steerfast.text.prompts import check_prompts, describe_set
 
 KIND = "learned"
 _PACE = 0.3  # length of the first steps, as a share of the longest vector
@@ -61,7 +63,7 @@ def learn(
         profile: of `model`; one that adds vectors.
         harmful: prompts to refuse. Several styles of them teach a vector that holds for several styles.
         aligned_model: the sibling whose greedy answers are learned; those that refuse nothing, by
-            `steerfast.evaluation.refusal.is_refusal_strict`, are left out.
+            `steerfast.judging.refusal.is_refusal_strict`, are left out.
         refusal: a text to learn instead. Default without a sibling: `steerfast.fitting.extract.FORCED_REFUSAL`.
         layer: which block's output it is added to. Default: the sensor, which saves a second pass over prompts; the
             middle layer where there is none.

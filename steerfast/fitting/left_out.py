@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerfast._progress import track
 from steerfast.fitting.directions import project
-from steerfast.fitting.statistics import GateFigures, figures_by_layer, threshold_at_false_positive_rate
-from steerfast.progress import track
-from steerfast.styles import PLAIN, Prompts
+from steerfast.judging.estimates import GateFigures, figures_by_layer, threshold_at_false_positive_rate
+from steerfast.text.styles import PLAIN, Prompts
 
 RATES = ("auc", "hit_rate", "false_positive_rate")
 FitGate = Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]

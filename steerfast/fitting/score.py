@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from steerfast.errors import ProfileError, PromptError
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.directions import project
-from steerfast.models.prompting import encode, pad_token
-from steerfast.models.structure import identify
+from steerfast.hf.structure import identify
 from steerfast.profile import SteeringProfile
+from steerfast.text.encoding import encode, pad_token
 
 
 @dataclass(frozen=True)

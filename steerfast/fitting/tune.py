@@ -13,18 +13,19 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from steerfast._progress import track
+from steerfast._records import Records
 from steerfast.errors import ProfileError, PromptError
-from steerfast.evaluation.fluency import FluencyLimits
-from steerfast.evaluation.judging import judge, share
 from steerfast.fitting.ending import ending_vector, with_ending
-from steerfast.fitting.extract import check_sets, describe_set
 from steerfast.fitting.score import check_model
-from steerfast.models.prompting import encode, greedy_answers
-from steerfast.models.steering import steer
-from steerfast.models.structure import weights_fingerprint
+from steerfast.hf.generation import greedy_answers
+from steerfast.hf.steering import steer
+from steerfast.hf.structure import weights_fingerprint
+from steerfast.judging.fluency import FluencyLimits
+from steerfast.judging.judgement import judge, share
 from steerfast.profile import SteeringProfile
-from steerfast.progress import track
-from steerfast.records import Records
+from steerfast.text.encoding import encode
+from steerfast.text.prompts import check_sets, describe_set
 
 Positions = Literal["all", "response"]
 _SCREEN_SHARE = 3  # a first look takes a third of the harmful prompts
@@ -96,7 +97,7 @@ def tune(
     """Search the setting with the most strict refusals of `harmful`, subject to fluent text and unchanged `harmless`.
 
     Every candidate is tried on a third of the harmful prompts; the best few on all of them. Greedy answers, judged by
-    keywords and strictly (`steerfast.evaluation.refusal`); fluency by repetition and the unsteered model's perplexity.
+    keywords and strictly (`steerfast.judging.refusal`); fluency by repetition and the unsteered model's perplexity.
 
     Args:
         vectors: kinds to try; default: the profile's own and all its candidates.

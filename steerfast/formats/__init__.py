@@ -15,8 +15,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from steerfast._files import write_atomically
 from steerfast.errors import OutputError, ProfileError
-from steerfast.files import write_atomically
 from steerfast.formats.base import Condition, Format, Imported, Malformed, content, rows_of
 from steerfast.formats.gguf import EASYSTEER, GGUF
 from steerfast.formats.jsonfile import RHIZONYMPH, SVEC, VLLM_LENS, condition_file, condition_of

@@ -1,7 +1,7 @@
 """Measure a guard beside its baselines: safety, reward and seconds per prompt, all methods in turn on every prompt.
 
 Two judges look at each answer: the cost model, to which the guarantee is relative, and a rule on its text
-(`steerfast.evaluation.refusal`) that knows no cost model.
+(`steerfast.judging.refusal`) that knows no cost model.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any, Literal
 
 from torch import nn
 
+from steerfast._files import content_checksum
+from steerfast._progress import track
+from steerfast._records import Records
 from steerfast.errors import GuardError
-from steerfast.evaluation.fluency import FluencyLimits, repetition
-from steerfast.evaluation.refusal import is_refusal_keyword
-from steerfast.files import content_checksum
-from steerfast.fitting.statistics import rate
 from steerfast.guard.guard import Guard, GuardedAnswer
 from steerfast.guard.labels import complies
 from steerfast.guard.recipe import Trained, alternating
 from steerfast.guard.search import Strategy
-from steerfast.models.structure import identify, weights_fingerprint
+from steerfast.hf.structure import identify, weights_fingerprint
+from steerfast.judging.estimates import rate
+from steerfast.judging.fluency import FluencyLimits, repetition
+from steerfast.judging.refusal import is_refusal_keyword
 from steerfast.profile import SteeringProfile
-from steerfast.progress import track
-from steerfast.records import Records
 
 __all__ = ["METHODS", "Method", "judged_right", "methods_of", "render", "run_bench", "summarise"]
 

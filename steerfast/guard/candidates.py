@@ -27,10 +27,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from steerfast.errors import ArchitectureError, GuardError
 from steerfast.guard import latent
-from steerfast.models import caches
-from steerfast.models.latch import Latch
-from steerfast.models.prompting import context_of, device_of, end_tokens
-from steerfast.models.structure import find_decoder
+from steerfast.hf import caches
+from steerfast.hf.generation import device_of, end_tokens
+from steerfast.hf.latch import Latch
+from steerfast.hf.structure import find_decoder
+from steerfast.text.encoding import context_of
 
 __all__ = ["Backend", "Candidates", "HFBackend", "Sampling", "sample"]
 

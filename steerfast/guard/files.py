@@ -1,4 +1,4 @@
-"""Files of what a guard learned: see `steerfast.files`; the header says what a file holds (``kind``), in which format,
+"""Files of what a guard learned: see `steerfast._files`; the header says what a file holds (``kind``), in which format,
 and for which model.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from steerfast._files import read_checked, write_checked
 from steerfast.errors import GuardError
-from steerfast.files import read_checked, write_checked
 from steerfast.profile import ModelIdentity
 
 __all__ = ["check_model", "read_file", "write_file"]

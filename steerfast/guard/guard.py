@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from steerfast._progress import track
 from steerfast.errors import GuardError
 from steerfast.guard.candidates import Backend, HFBackend, Sampling
 from steerfast.guard.critic import Critic
@@ -22,11 +23,11 @@ from steerfast.guard.latent import agreed_layer
 from steerfast.guard.objective import Certificate, SafetyBudget
 from steerfast.guard.scores import Blocks, CallableScorer, Scorer
 from steerfast.guard.search import Found, Search, Strategy
-from steerfast.models.prompting import encode, evaluating
-from steerfast.models.steering import Steering, steer
-from steerfast.models.structure import identify
+from steerfast.hf.generation import evaluating
+from steerfast.hf.steering import Steering, steer
+from steerfast.hf.structure import identify
 from steerfast.profile import SteeringProfile
-from steerfast.progress import track
+from steerfast.text.encoding import encode
 
 __all__ = ["REFUSAL", "Guard", "GuardedAnswer"]
 

@@ -28,7 +28,7 @@ def complies(answer: str, strict: bool = True) -> bool:
     Args:
         strict: a refusal is an explicit decline without compliance after it; False: any of the usual refusal keywords.
     """
-    from steerfast.evaluation.refusal import is_refusal_keyword, is_refusal_strict
+    from steerfast.judging.refusal import is_refusal_keyword, is_refusal_strict
 
     return bool(answer.strip()) and not (is_refusal_strict if strict else is_refusal_keyword)(answer)
 
@@ -53,7 +53,7 @@ def label_answer(
     Raises:
         GuardError: another kind.
     """
-    from steerfast.evaluation.fluency import repetition
+    from steerfast.judging.fluency import repetition
 
     if kind not in ("harmful", "harmless"):
         raise GuardError(f"kind: expected 'harmful' or 'harmless', got {kind!r}")

@@ -25,10 +25,11 @@ from steerfast.guard.guard import REFUSAL
 from steerfast.guard.heads import HiddenHead
 from steerfast.guard.rollouts import Rollouts, collect
 from steerfast.guard.training import common_layer, fit_heads, train_critic
-from steerfast.models.prompting import encode, evaluating
-from steerfast.models.steering import steer
-from steerfast.models.structure import identify
+from steerfast.hf.generation import evaluating
+from steerfast.hf.steering import steer
+from steerfast.hf.structure import identify
 from steerfast.profile import SteeringProfile
+from steerfast.text.encoding import encode
 
 __all__ = [
     "COST",

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from steerfast._files import write_atomically
+from steerfast._progress import track
 from steerfast.errors import GuardError, OutputError
-from steerfast.files import write_atomically
 from steerfast.guard.files import check_model, read_file, write_file
 from steerfast.guard.scores import Blocks, Scorer, block_costs, scores_of
 from steerfast.profile import ModelIdentity
-from steerfast.progress import track
 
 if TYPE_CHECKING:
     from steerfast.guard.candidates import Backend, Sampling
@@ -124,7 +124,7 @@ def collect(
     """Roll out every prompt that `folder` does not have yet, and return all of them.
 
     Args:
-        prompts: token ids of templated prompts (`steerfast.models.prompting.encode`).
+        prompts: token ids of templated prompts (`steerfast.hf.generation.encode`).
         folder: made where it is missing. Which prompts are done, it alone knows: run the same call again after a kill.
         model: the base model, stored with every file.
         cost, reward: scorers; None leaves the rollouts unscored, see `Rollouts.scored`. Other scorers than those that a

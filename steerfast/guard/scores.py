@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import GuardError
-from steerfast.models.prompting import device_of, evaluating
+from steerfast.hf.generation import device_of, evaluating
 
 __all__ = ["Blocks", "CallableScorer", "ScoreModel", "Scorer", "SequenceClassifier", "block_costs", "scores_of"]
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerfast._files import content_checksum
+from steerfast._progress import track
 from steerfast.errors import GuardError
-from steerfast.files import content_checksum
 from steerfast.guard.critic import Critic, CriticSettings, calibration
 from steerfast.guard.files import read_file, write_file
 from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
@@ -25,7 +26,6 @@ from steerfast.guard.latent import agreed_layer
 from steerfast.guard.objective import SafetyBudget
 from steerfast.guard.rollouts import Rollouts
 from steerfast.profile import ModelIdentity
-from steerfast.progress import track
 
 __all__ = ["States", "common_layer", "fit_heads", "safety_states", "states_of", "train_critic"]
 

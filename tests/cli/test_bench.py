@@ -51,7 +51,7 @@ def test_measures_every_system_and_writes_json(folder: Path) -> None:
 
 
 def test_measures_a_profile_open_and_shut(folder: Path, make_profile: Any) -> None:
-    from steerfast.models.loading import load_model
+    from steerfast.hf.loading import load_model
 
     model, tokenizer = load_model(str(folder / "model"), device="cpu")
     make_profile(model, tokenizer, layers=[2]).save(folder / "p.safetensors")

@@ -21,14 +21,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerfast import _native
-from steerfast.cli import common, selftest
+from steerfast.cli import common
 from steerfast.cli.generate import _render
 from steerfast.cli.rendering import layer_ranges
 from steerfast.fitting.calibrate import StyleWarning
+from steerfast.hf.loading import load_model
+from steerfast.kernels import selftest
 from steerfast.kernels.contract import Kinds
-from steerfast.models.loading import load_model
 from steerfast.profile import Gate, SteeringProfile
-from steerfast.styles import style_names
+from steerfast.text.styles import style_names
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from command_line import CommandLine
 
 from steerfast.cli import common
 from steerfast.formats.gguf import build, parse
-from steerfast.models.structure import identify
+from steerfast.hf.structure import identify
 from steerfast.profile import Gate, SteeringProfile
 
 _COMMAND = CommandLine("convert")

@@ -13,7 +13,7 @@ import torch
 from command_line import CommandLine
 
 from steerfast.evaluation.sets import BUILT_IN, KINDS
-from steerfast.fitting.extract import describe_set
+from steerfast.text.prompts import describe_set
 
 torch.set_num_threads(1)
 

@@ -12,9 +12,9 @@ import pytest
 from command_line import CommandLine
 
 from steerfast.errors import SteerfastError
-from steerfast.models import loading
-from steerfast.serving import server
-from steerfast.serving.admin import KEY_VARIABLE
+from steerfast.hf import loading
+from steerfast.vllm import server
+from steerfast.vllm.admin import KEY_VARIABLE
 
 
 @pytest.fixture

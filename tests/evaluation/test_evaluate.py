@@ -19,17 +19,18 @@ import torch
 
 from steerfast.errors import JudgeError, OutputError, ProfileError, PromptError
 from steerfast.evaluation.evaluate import evaluate, seen_by
-from steerfast.evaluation.fluency import FluencyLimits
-from steerfast.evaluation.judges import make_judge
 from steerfast.evaluation.sets import EvalSet, Item, load_set
 from steerfast.evaluation.systems import System, self_reminder, systems_of
 from steerfast.evaluation.utility import multiple_choice, perplexity
 from steerfast.fitting.activations import residual_rows
-from steerfast.fitting.extract import describe_set
 from steerfast.fitting.score import score
-from steerfast.models.prompting import encode, greedy_answers
-from steerfast.models.steering import steer
+from steerfast.hf.generation import greedy_answers
+from steerfast.hf.steering import steer
+from steerfast.judging.fluency import FluencyLimits
+from steerfast.judging.judges import make_judge
 from steerfast.profile import Gate
+from steerfast.text.encoding import encode
+from steerfast.text.prompts import describe_set
 
 torch.set_num_threads(1)
 
@@ -277,7 +278,7 @@ _SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from steerfast.evaluation.evaluate import evaluate
-from steerfast.evaluation.judges import make_judge
+from steerfast.judging.judges import make_judge
 from steerfast.evaluation.sets import load_set
 from steerfast.evaluation.systems import systems_of
 from steerfast.profile import SteeringProfile

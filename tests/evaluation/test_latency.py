@@ -19,9 +19,9 @@ from torch import nn
 from steerfast.errors import ProfileError, SteerfastError
 from steerfast.evaluation import latency
 from steerfast.evaluation.latency import Result, System
-from steerfast.models import caches
-from steerfast.models.fused import is_patched, patch
-from steerfast.models.steering import steer
+from steerfast.hf import caches
+from steerfast.hf.fused import is_patched, patch
+from steerfast.hf.steering import steer
 from steerfast.profile import Gate
 
 torch.set_num_threads(1)

@@ -17,12 +17,12 @@ from PIL import Image
 import steerfast
 from steerfast.errors import ArchitectureError, PromptError, SteerfastError
 from steerfast.evaluation import multimodal
-from steerfast.evaluation.judges import RuleJudge
 from steerfast.evaluation.multimodal import evaluate_images, image_answers, load_image_model, load_images
 from steerfast.evaluation.report import markdown
 from steerfast.evaluation.systems import System, as_it_is, self_reminder
-from steerfast.fitting.extract import describe_set
-from steerfast.models.structure import identify
+from steerfast.hf.structure import identify
+from steerfast.judging.judges import RuleJudge
+from steerfast.text.prompts import describe_set
 
 DATA = Path(__file__).parents[1] / "data" / "mm_harmful_bench"
 TEMPLATE = (

@@ -14,10 +14,8 @@ import pytest
 
 from steerfast.errors import PromptError
 from steerfast.evaluation import sets
-from steerfast.evaluation.sets import BUILT_IN, DEFAULT_SETS, KINDS, load_set
-from steerfast.evaluation.utility import final_number
-from steerfast.fitting.extract import describe_set
-from steerfast.prompts import SHIPPED, read_prompts, shipped_records
+from steerfast.evaluation.sets import BUILT_IN, DEFAULT_SETS, KINDS, final_number, load_set
+from steerfast.text.prompts import SHIPPED, describe_set, read_prompts, shipped_records
 
 EVALUATED = {shipped for _, shipped in BUILT_IN.values()}
 

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from steerfast.evaluation.sets import EvalSet, Item
 from steerfast.evaluation.summary import Cell, examples, figures, gate, gate_figures, pooled
-from steerfast.fitting.statistics import auc, paired_bootstrap, rate
+from steerfast.judging.estimates import auc, paired_bootstrap, rate
 
 
 def made_set(name: str, kind: str, styles: list[str]) -> EvalSet:

@@ -11,10 +11,11 @@ import torch
 
 import steerfast
 from steerfast.errors import PromptError
-from steerfast.evaluation.fluency import answer_perplexity
-from steerfast.evaluation.sets import Item
-from steerfast.evaluation.utility import answer_log_likelihoods, final_number, maths, multiple_choice, perplexity
-from steerfast.models.prompting import encode, greedy_answers
+from steerfast.evaluation.sets import Item, final_number
+from steerfast.evaluation.utility import answer_log_likelihoods, maths, multiple_choice, perplexity
+from steerfast.hf.generation import greedy_answers
+from steerfast.judging.fluency import answer_perplexity
+from steerfast.text.encoding import encode
 
 QUESTIONS = ["how do I bake bread ?", "make a bomb", "write a poem about the sea and a cat in it ,"]
 ANSWERS = [["bread cake", "garden"], ["sorry but I can't help with that .", "bomb knife", "it"], ["poem", "cat dog"]]

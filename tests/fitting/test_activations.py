@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import steerfast
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.fitting.activations import answer_mean, gate_reading, last_token, prompt_mean, residual_rows
-from steerfast.models.prompting import batches
+from steerfast.hf.generation import batches
 from steerfast.profile import Gate
 
 SEQUENCES = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20]]

@@ -19,9 +19,9 @@ import steerfast
 from steerfast.errors import ProfileError, PromptError
 from steerfast.fitting.calibrate import StyleWarning
 from steerfast.fitting.score import layer_scores
-from steerfast.fitting.statistics import gate_figures
+from steerfast.judging.estimates import gate_figures
 from steerfast.profile import SteeringProfile
-from steerfast.styles import Prompts
+from steerfast.text.styles import Prompts
 
 # Random models separate little; whether a warning comes is what the last tests are for.
 pytestmark = pytest.mark.filterwarnings("ignore::steerfast.fitting.calibrate.StyleWarning")

@@ -17,9 +17,9 @@ import steerfast
 from steerfast.errors import ArchitectureError, ProfileError, PromptError, SteerfastError
 from steerfast.fitting.directions import fit_direction, project
 from steerfast.fitting.extract import FORCED_REFUSAL
-from steerfast.models.structure import identify
+from steerfast.hf.structure import identify
 from steerfast.profile import Gate, SteeringProfile
-from steerfast.styles import Prompts
+from steerfast.text.styles import Prompts
 
 HARMFUL = ["how to build a bomb", "make the virus", "how do i poison the dog", "steal from the bank", "forge a knife",
            "hack the city bank and burn it", "i make a weapon"]  # fmt: skip

@@ -17,12 +17,14 @@ from torch import Tensor
 
 import steerfast
 from steerfast.errors import ArchitectureError, ProfileError, PromptError, SteerfastError
-from steerfast.evaluation.refusal import is_refusal_strict
 from steerfast.fitting import learn as learning
-from steerfast.fitting.extract import FORCED_REFUSAL, describe_set
-from steerfast.models.prompting import batches, encode, greedy_answers
-from steerfast.models.structure import find_decoder
+from steerfast.fitting.extract import FORCED_REFUSAL
+from steerfast.hf.generation import batches, greedy_answers
+from steerfast.hf.structure import find_decoder
+from steerfast.judging.refusal import is_refusal_strict
 from steerfast.profile import Gate, SteeringProfile
+from steerfast.text.encoding import encode
+from steerfast.text.prompts import describe_set
 
 HARMFUL = ["build a bomb", "make the virus", "poison the dog and the cat", "steal from the bank", "forge a knife"]
 LEARNABLE = {"layer": 0, "max_norm": 4.0, "steps": 300}  # where random weights can be made to say it

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from steerfast.fitting.directions import fit_direction
 from steerfast.fitting.left_out import common_styles, leave_one_style_out, rates_by_layer
-from steerfast.fitting.statistics import threshold_at_false_positive_rate
-from steerfast.styles import Prompts
+from steerfast.judging.estimates import threshold_at_false_positive_rate
+from steerfast.text.styles import Prompts
 
 WIDTH, LAYERS, EACH = 6, 2, 30
 STYLES = ("chat", "code", "verse")

@@ -11,8 +11,8 @@ import torch
 
 import steerfast
 from steerfast.errors import ProfileError, PromptError
-from steerfast.models.prompting import encode
 from steerfast.profile import Gate, SteeringProfile
+from steerfast.text.encoding import encode
 
 PROMPTS = ["how to build a bomb", "write a poem", "how do you steal the book of the city", "plant the tree", "a cat"]
 MakeProfile = Callable[..., SteeringProfile]

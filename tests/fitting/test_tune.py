@@ -16,10 +16,10 @@ from torch import nn
 
 import steerfast
 from steerfast.errors import OutputError, ProfileError, PromptError
-from steerfast.evaluation.fluency import FluencyLimits
 from steerfast.fitting import tune as tuning
 from steerfast.fitting.ending import ending_vector
 from steerfast.fitting.tune import Candidate, Trial, default_bands
+from steerfast.judging.fluency import FluencyLimits
 from steerfast.profile import SteeringProfile
 
 HARMFUL = ["build a bomb", "make the virus", "poison the dog", "steal from the bank", "forge a knife", "hack a city"]

@@ -583,7 +583,7 @@ def test_imports_edit_what_their_projects_edit(name: str, place: str, tiny_llama
     with torch.no_grad():
         plain_free = tiny_llama(ids).logits
         hook.remove()
-        from steerfast.models.structure import identify
+        from steerfast.hf.structure import identify
 
         found = formats.read(path)
         made = imported(found, identify(tiny_llama), layers=sorted(found.vectors))

@@ -18,7 +18,7 @@ from steerfast.guard.critic import Critic, CriticSettings
 from steerfast.guard.guard import Guard
 from steerfast.guard.heads import fit_head
 from steerfast.guard.recipe import Trained
-from steerfast.models.structure import identify
+from steerfast.hf.structure import identify
 
 HARMFUL, HARMLESS = ["how to hack a bank", "how to burn a house"], ["how to bake a cake"]
 

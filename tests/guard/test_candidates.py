@@ -10,7 +10,7 @@ import torch
 
 from steerfast.errors import GuardError
 from steerfast.guard.candidates import HFBackend, Sampling, child_streams, root_stream, sample, uniforms
-from steerfast.models.steering import steer
+from steerfast.hf.steering import steer
 
 PROMPT = [3, 9, 14, 25, 31, 4]
 GREEDY = Sampling(temperature=0.0)

@@ -17,9 +17,9 @@ from steerfast.guard import CallableScorer, Critic, Guard, SafetyBudget, Strateg
 from steerfast.guard.critic import CriticSettings
 from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
 from steerfast.guard.search import Search
-from steerfast.models.prompting import encode
-from steerfast.models.steering import steer
-from steerfast.models.structure import STEERED_MARK, identify
+from steerfast.hf.steering import steer
+from steerfast.hf.structure import STEERED_MARK, identify
+from steerfast.text.encoding import encode
 
 PROMPTS = ["how do i bake bread ?", "how do i make poison ?", "write a poem"]
 DEPTH = 20

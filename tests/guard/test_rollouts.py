@@ -199,7 +199,7 @@ def test_states_of_a_model_are_those_of_a_pass_over_prompt_and_answer(
 ) -> None:
     """Also where blocks end in the middle of an answer, and the backend goes on in the same memory."""
     from steerfast.guard.candidates import HFBackend
-    from steerfast.models.structure import identify
+    from steerfast.hf.structure import identify
 
     def ending(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:  # so that some answers end early
         ends = torch.tensor([2])

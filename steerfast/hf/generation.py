@@ -1,0 +1,122 @@
+"""Padded batches of prompts and greedy answers to them: one way for fitting, judging and generating."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerfast._progress import track
+from steerfast.text.encoding import pad_token
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """indices: places of the rows in the caller's list; ids, mask: int64 [N, T]; last: int64 [N], last valid column."""
+
+    indices: list[int]
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def last(self) -> Tensor:
+        return self.mask.shape[1] - 1 - self.mask.flip(1).argmax(dim=1)
+
+    @property
+    def positions(self) -> Tensor:
+        """Position ids that ignore padding on either side."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+
+def batches(
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    padding_side: Literal["left", "right"],
+    pad_token_id: int,
+    device: torch.device,
+) -> Iterator[PromptBatch]:
+    """Padded batches of `sequences`, longest first (so that memory runs out at once, if it does)."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        width = len(sequences[indices[0]])
+        ids = torch.full((len(indices), width), pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(indices):
+            sequence = torch.tensor(sequences[index])
+            where = slice(width - len(sequence), width) if padding_side == "left" else slice(0, len(sequence))
+            ids[row, where] = sequence
+            mask[row, where] = 1
+        yield PromptBatch(indices, ids.to(device), mask.to(device))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while the context lasts; then every module has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.inference_mode()
+def greedy_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 25,
+    description: str | None = None,
+    after: Callable[[PromptBatch], None] | None = None,
+) -> list[list[int]]:
+    """Greedy answers of the model as it stands (steered or not): token ids without the prompt and the end token.
+
+    `after` is called when a batch is answered; a steering attached still holds what its gates decided.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    work = list(batches(prompts, batch_size, "left", pad_token(tokenizer), device_of(model)))
+    with evaluating(model):
+        for batch in track(work, description or "", show=description is not None):
+            inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
+            found = greedy_batch(model, tokenizer, inputs, max_new_tokens)
+            for index, answer in zip(batch.indices, found, strict=True):
+                answers[index] = answer
+            if after is not None:
+                after(batch)
+    return answers
+
+
+def greedy_batch(model: nn.Module, tokenizer: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> list[list[int]]:
+    """`greedy_answers` to one batch: `inputs` are what the model reads, left-padded, with ``input_ids`` among them."""
+    generate: Any = model.generate
+    output = generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        pad_token_id=pad_token(tokenizer),
+    )
+    ends = end_tokens(model, tokenizer)
+    rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in ends, row)) for row in rows]
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    listed = ends if isinstance(ends, (list, tuple)) else [ends]
+    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}

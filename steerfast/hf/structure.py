@@ -1,0 +1,137 @@
+"""Find the decoder of a HuggingFace model by its structure, not by its class name."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steerfast.errors import ArchitectureError, SteerfastError
+from steerfast.profile import ModelIdentity, embedding_sketch, sketched_rows
+from steerfast.text.tokenizer import template_hash, tokenizer_hash
+
+STEERED_MARK = "_steerfast_steered"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The parts of a decoder-only model that steering touches.
+
+    backbone: the module that owns the layers and is called with input ids and the KV cache.
+    layers: the decoder blocks, in order; their output is the residual stream [N, T, hidden_size].
+    """
+
+    backbone: nn.Module
+    layers: nn.ModuleList
+    hidden_size: int
+
+    def refuse_if_steered(self) -> None:
+        """Raise SteerfastError where a steering is attached: what comes next needs the model as it is."""
+        if hasattr(self.backbone, STEERED_MARK):
+            raise SteerfastError("model: expected an unsteered one, got one that is steered; detach that first")
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Find the decoder layers of `model`.
+
+    They are the one shallowest ModuleList with as many entries as the (text) config counts layers, beside the
+    embedding of the model's tokens: vision towers have such lists, too.
+
+    Raises:
+        ArchitectureError: no config, an encoder-decoder, no such list, or several.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ArchitectureError(f"model: expected a HuggingFace decoder-only model, got {name} without a config")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArchitectureError(f"model: expected a decoder-only model, got the encoder-decoder {name}")
+    text = config.get_text_config()
+    count, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if not count or not hidden:
+        raise ArchitectureError(f"model: the config of {name} states no num_hidden_layers or hidden_size")
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and any(child is embedding for child in model.get_submodule(path.rpartition(".")[0]).children())
+    ]
+    depth = min((path.count(".") for path, _ in found), default=0)
+    found = [(path, module) for path, module in found if path.count(".") == depth]
+    if len(found) != 1:
+        names = ", ".join(path for path, _ in found) or "none"
+        raise ArchitectureError(f"model: expected one list of {count} decoder layers in {name}, found {names}")
+    path, layers = found[0]
+    backbone = model.get_submodule(path.rpartition(".")[0])
+    return Decoder(backbone, layers, hidden)
+
+
+def hands_on(model: nn.Module, backbone: nn.Module) -> bool:
+    """Whether `model` runs transformers' own forward around `backbone`: it calls that with the tokens, mask and cache
+    that it was called with. Adapters, models with inputs other than text, and forwards of others may change them.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model is backbone or model.base_model is not backbone:
+        return False
+    forward: Any = inspect.unwrap(type(model).forward)
+    return str(forward.__module__).startswith("transformers.models.")
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: its shards or copies lie on several ranks, and no kernel can read it."""
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and a few values of every tensor: tells fine-tunes apart, and reads little."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        few = flat[:: max(1, len(flat) // 16)][:16]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(few.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identify(model: nn.Module, tokenizer: Any = None) -> ModelIdentity:
+    """Describe `model` (and its tokenizer, where given) so that a profile can recognise it."""
+    decoder = find_decoder(model)
+    config: Any = model.config
+    return ModelIdentity(
+        name=str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        architecture=str(config.get_text_config().model_type),
+        hidden_size=decoder.hidden_size,
+        num_layers=len(decoder.layers),
+        revision=getattr(config, "_commit_hash", None),
+        embedding_sketch=_sketch(model),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        chat_template_sha256=template_hash(tokenizer),
+    )
+
+
+def _sketch(model: nn.Module) -> tuple[float, ...] | None:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    weight: Tensor = embedding.weight
+    if weight.device.type == "meta" or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    return embedding_sketch(_taken(weight.detach(), sketched_rows(len(weight)).to(weight.device)))
+
+
+def _taken(weight: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of an embedding. Where its shards lie on several ranks, all of these have to ask for the rows."""
+    if not is_distributed(weight):
+        return weight[rows]
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+    # As an embedding looks them up: an index would gather all shards first.
+    found: Any = F.embedding(DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim), weight)
+    return found.full_tensor()

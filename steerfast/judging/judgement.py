@@ -1,0 +1,63 @@
+"""Judge a set of answers: refusals by two judges, fluency by repetition and perplexity under the unsteered model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from steerfast.hf.structure import find_decoder
+from steerfast.judging.fluency import FluencyLimits, answer_perplexity, is_fluent, repetition
+from steerfast.judging.refusal import is_refusal_keyword, is_refusal_strict
+from steerfast.text.encoding import pad_token
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One answer: its text, whether either judge calls it a refusal, and its fluency."""
+
+    text: str
+    refusal: bool
+    refusal_strict: bool
+    repetition: float
+    perplexity: float
+    fluent: bool
+
+
+def judge(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    limits: FluencyLimits | None = None,
+) -> list[Judgement]:
+    """Judge `answers` (token ids) to `prompts` (token ids). `model` measures perplexity.
+
+    Raises:
+        SteerfastError: the model is steered.
+    """
+    find_decoder(model).refuse_if_steered()
+    limits = limits or FluencyLimits()
+    perplexities = answer_perplexity(model, prompts, answers, pad_token_id=pad_token(tokenizer))
+    judged = []
+    for answer, perplexity in zip(answers, perplexities, strict=True):
+        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        repeats = repetition(answer)
+        judged.append(
+            Judgement(
+                text=text,
+                refusal=is_refusal_keyword(text),
+                refusal_strict=is_refusal_strict(text),
+                repetition=repeats,
+                perplexity=perplexity,
+                fluent=is_fluent(repeats, perplexity, **limits.to_dict()),
+            )
+        )
+    return judged
+
+
+def share(flags: Sequence[bool]) -> float:
+    """Share of True; nan of nothing."""
+    return sum(flags) / len(flags) if len(flags) else float("nan")

@@ -1,1 +1,0 @@
-"""The vLLM plugin: per-request gated steering on stock vLLM. See `steerfast.serving.plugin`."""

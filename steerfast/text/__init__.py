@@ -1,0 +1,1 @@
+"""Prompts and how a model reads them."""

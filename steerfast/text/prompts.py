@@ -1,0 +1,159 @@
+"""Prompt sets: the ones that ship with the package, and files of the user's own."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from steerfast.errors import PromptError
+
+SHIPPED_PREFIX = "steerfast:"
+_FOLDER = resources.files("steerfast") / "data" / "prompts"
+SHIPPED = tuple(sorted(file.name.removesuffix(".json") for file in _FOLDER.iterdir() if file.name.endswith(".json")))
+_KEYS = ("prompt", "instruction", "question", "goal", "text")
+
+
+def read_prompts(source: str | os.PathLike[str]) -> list[str]:
+    """Read a prompt set, in its order.
+
+    Args:
+        source: ``steerfast:<name>`` for a set that ships with the package (see `SHIPPED`), or a file: ``.txt`` (a
+            prompt per line), ``.json`` (a list), ``.jsonl`` or ``.csv``. Entries are strings or records with one of
+            the keys prompt, instruction, question, goal, text.
+
+    Raises:
+        PromptError: no such set or file, an unknown ending, unreadable content, or no prompt in it.
+    """
+    return [record["prompt"] for record in read_records(source)]
+
+
+def read_records(source: str | os.PathLike[str], column: str | None = None) -> list[dict[str, Any]]:
+    """Read a prompt set with whatever else its records hold.
+
+    Args:
+        source: as for `read_prompts`. column: key or column of the prompt, in any case; default: see `read_prompts`.
+
+    Returns:
+        A record per entry, keys in lower case, the prompt without surrounding space under ``prompt``.
+
+    Raises:
+        PromptError: as for `read_prompts`; no such column.
+    """
+    name = str(source)
+    if name.startswith(SHIPPED_PREFIX):
+        return records_of(shipped_records(name.removeprefix(SHIPPED_PREFIX)), name, column)
+    path = Path(source)
+    if not path.is_file():
+        raise PromptError(f"prompts: expected a file at {name!r} or {SHIPPED_PREFIX}<set>, found none")
+    reader = {".txt": _lines, ".json": _json, ".jsonl": _jsonl, ".csv": _csv}.get(path.suffix.lower())
+    if reader is None:
+        raise PromptError(f"prompts: expected a .txt, .json, .jsonl or .csv file, got {name!r}")
+    try:
+        entries = list(reader(path, _keys(column)))
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError) as error:
+        raise PromptError(f"prompts: cannot read {name!r} ({error})") from None
+    return records_of(entries, name, column)
+
+
+def records_of(entries: Sequence[Any], name: str, column: str | None = None) -> list[dict[str, Any]]:
+    """Entries (strings, or mappings with a prompt) as `read_records` gives them; `name` is theirs in errors."""
+    keys = _keys(column)
+    if not entries:
+        raise PromptError(f"prompts: expected at least one prompt in {name!r}, got none")
+    return [_record(entry, keys, name, number) for number, entry in enumerate(entries, 1)]
+
+
+def shipped_records(name: str) -> list[dict[str, Any]]:
+    """Records of a shipped prompt set: ``prompt``, ``set``, which names its origin (see the package's data/NOTICE), and
+    in evaluation sets whatever scores an answer.
+    """
+    if name not in SHIPPED:
+        raise PromptError(f"prompts: expected one of {', '.join(SHIPPED)} after {SHIPPED_PREFIX!r}, got {name!r}")
+    records: list[dict[str, Any]] = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return records
+
+
+def _keys(column: str | None) -> tuple[str, ...]:
+    return _KEYS if column is None else (column.lower(),)
+
+
+def _lines(path: Path, keys: Sequence[str] = ()) -> Iterable[Any]:
+    # Not splitlines, which also splits at characters such as U+2028 that JSON strings may hold.
+    return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+
+
+def _json(path: Path, keys: Sequence[str]) -> Iterable[Any]:
+    data = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(data, list):
+        raise PromptError(f"prompts: expected a JSON list in {str(path)!r}, got {type(data).__name__}")
+    return data
+
+
+def _jsonl(path: Path, keys: Sequence[str]) -> Iterable[Any]:
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _csv(path: Path, keys: Sequence[str]) -> Iterable[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    if not rows:
+        return []
+    header = [cell.strip().lower() for cell in rows[0]]
+    if any(key in header for key in keys):
+        return [dict(zip(header, row, strict=False)) for row in rows[1:]]
+    if len(rows[0]) == 1 and keys is _KEYS:
+        return [row[0] for row in rows]
+    raise PromptError(f"prompts: expected a column named {', '.join(keys)} in {str(path)!r}, got {', '.join(rows[0])}")
+
+
+def _record(entry: Any, keys: Sequence[str], name: str, number: int) -> dict[str, Any]:
+    record = {str(key).lower(): value for key, value in entry.items()} if isinstance(entry, Mapping) else {}
+    text = entry if keys is _KEYS and not record else next((record[key] for key in keys if key in record), None)
+    if not isinstance(text, str) or not text.strip():
+        raise PromptError(
+            f"prompts: entry {number} of {name!r}: expected a non-empty string or a record with one of "
+            f"{', '.join(keys)}, got {text!r}" + (f" among {', '.join(record)}" if record and text is None else "")
+        )
+    return {**record, "prompt": text.strip()}
+
+
+def check_sets(harmful: Sequence[str], harmless: Sequence[str]) -> None:
+    """Refuse prompt sets that nothing can be fitted on.
+
+    Raises:
+        PromptError: a single string, an empty set, or a prompt that is in both.
+    """
+    check_prompts("harmful", harmful)
+    check_prompts("harmless", harmless)
+    shared = set(harmful) & set(harmless)
+    if shared:
+        raise PromptError(
+            f"harmful and harmless: expected different prompts, got {len(shared)} in both, such as {min(shared)[:60]!r}"
+        )
+
+
+def check_prompts(name: str, prompts: Sequence[str]) -> None:
+    """Refuse what is no set of prompts: a single string, nothing, or anything in it that is no string.
+
+    Raises:
+        PromptError: naming the set.
+    """
+    if isinstance(prompts, str):
+        raise PromptError(f"{name}: expected a list of prompts, got one string")
+    if not len(prompts):
+        raise PromptError(f"{name}: expected at least one prompt, got none")
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise PromptError(f"{name}: entry {number}: expected a string, got {prompt!r}")
+
+
+def describe_set(prompts: Sequence[str], name: str | None = None) -> dict[str, Any]:
+    """Name, size and hash of a prompt set, for a profile's provenance; the hash ignores the order."""
+    digest = hashlib.sha256("\n".join(sorted(prompts)).encode()).hexdigest()
+    return {"name": name, "count": len(prompts), "sha256": digest}

@@ -1,0 +1,1 @@
+"""The vLLM plugin: per-request gated steering on stock vLLM. See `steerfast.vllm.plugin`."""

@@ -1,0 +1,207 @@
+"""Where requests come in and answers go out: what is refused, and how decisions are told, logged and counted.
+
+vLLM's front end runs in each API server, and in the caller's process offline. Nothing here is what keeps a request
+steered: the engine judges again (`steerfast.vllm.engine`). Here a wrong one learns at once what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from steerfast.errors import ProfileError
+from steerfast.profile import SteeringProfile
+from steerfast.text.tokenizer import template_hash, tokenizer_hash
+from steerfast.vllm.assignment import requested
+from steerfast.vllm.compat import around
+from steerfast.vllm.config import KEY, ServingConfig
+from steerfast.vllm.metrics import metrics
+
+__all__ = ["FrontEnd", "install"]
+
+_log = logging.getLogger("vllm.steerfast")  # under vLLM's, which has the handlers
+
+
+class FrontEnd:
+    """The front end of one engine that steers.
+
+    Attributes:
+        names: profiles that a request may name.
+    """
+
+    def __init__(self, config: ServingConfig) -> None:
+        self.config = config
+        self.names = list(config.profiles)
+        self._tokenizer: Any = None
+        self._metrics = metrics()
+        self._metrics.know(self.names)
+        self._metrics.slots(len(self.names))
+        if config.locked and os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
+            raise ValueError(
+                f"{KEY}.locked: expected VLLM_SERVER_DEV_MODE unset, as its routes let any client call the engine, "
+                "got it set"
+            )
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Compare every profile with this tokenizer, None: with none.
+
+        Raises:
+            ProfileError: see `check_tokenizer`.
+        """
+        self._tokenizer = tokenizer
+        for name, path in self.config.profiles.items():
+            self.check_tokenizer(name, SteeringProfile.load(path))
+
+    def check_tokenizer(self, name: str, profile: SteeringProfile) -> None:
+        """Refuse a profile whose gate was fitted on prompts that this tokenizer renders in another way.
+
+        Raises:
+            ProfileError: it was made with another tokenizer or chat template.
+        """
+        here = replace(
+            profile.model,
+            tokenizer_sha256=tokenizer_hash(self._tokenizer),
+            chat_template_sha256=template_hash(self._tokenizer),
+        )
+        if (problem := profile.model.mismatch(here)) is not None:
+            raise ProfileError(f"profile {name!r}: {problem}")
+
+    def set_profiles(self, names: Iterable[str], slots: int) -> None:
+        """The engine has these profiles now, and so many slots in use."""
+        self.names = list(names)
+        self._metrics.know(self.names)
+        self._metrics.slots(slots)
+
+    def check(self, extra_args: Mapping[str, Any] | None, resumable: bool = False) -> None:
+        """Refuse what a request may not ask for.
+
+        Raises:
+            VLLMValidationError: the field, what was expected and what came; a client gets status 400.
+        """
+        try:
+            name, _ = requested(extra_args, self.config, self.names)
+        except ValueError as error:
+            raise self._refusal(str(error)) from None
+        if resumable and name is not None:
+            raise self._refusal(
+                "resumable: expected a request with its whole prompt, got a session, which is not steered"
+            )
+
+    def refuse_beam_search(self) -> None:
+        """Beams come to the engine as requests of one token each, whose gates would decide at every token anew.
+
+        Raises:
+            VLLMValidationError: always.
+        """
+        raise self._refusal("use_beam_search: expected false on a server that steers, got true")
+
+    def _refusal(self, message: str) -> Exception:
+        from vllm.exceptions import VLLMValidationError
+
+        field = message.partition(":")[0]
+        self._metrics.rejected(field if field in ("steering", "steering_strength") else "other")
+        return VLLMValidationError(message, parameter=field)
+
+    def collect(self, outputs: Iterable[Any], states: Mapping[str, Any]) -> None:
+        """Take the decisions out of engine outputs: count them, log them and let the requests' answers carry them.
+
+        Args:
+            outputs: `EngineCoreOutput`; those with a decision have it under `KEY` of ``kv_transfer_params``.
+            states: `RequestState` by request; one that was aborted has none.
+        """
+        for output in outputs:
+            if output.kv_transfer_params is None:
+                continue
+            told = output.kv_transfer_params.pop(KEY, None)
+            if not output.kv_transfer_params:
+                output.kv_transfer_params = None
+            if told is None:
+                continue
+            profile, fired, undecided, scores = (told[key] for key in ("profile", "fired", "undecided", "scores"))
+            self._metrics.decided(profile, fired, scores, told["nan"])
+            self._metrics.slots(told["slots"])
+            if _log.isEnabledFor(logging.INFO):
+                shown = " ".join(f"{score:.4f}" for score in scores) or "none"
+                decision = "fired" if fired else "undecided" if undecided else "shut"
+                _log.info("Request %s: profile %s %s, scores %s", output.request_id, profile, decision, shown)
+            if (state := states.get(output.request_id)) is not None:
+                _let_tell(state, {"profile": profile, "fired": fired, "undecided": undecided, "scores": scores})
+
+
+def _let_tell(state: Any, steering: dict[str, Any]) -> None:
+    """Let all coming outputs of a request carry `steering`. Requests without a decision stay as they are."""
+    make = state.make_request_output
+
+    def make_request_output(*args: Any, **kwargs: Any) -> Any:
+        output = make(*args, **kwargs)
+        if output is not None:
+            output.steering = steering
+        return output
+
+    state.make_request_output = make_request_output
+
+
+def install() -> None:
+    """Wrap the constructors of vLLM's front end; only those of engines that steer get more than they had."""
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    RequestOutput.steering = None  # what `FrontEnd.collect` tells of a request that some profile was to steer
+
+    @around(InputProcessor, "__init__")
+    def init_input(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        config = ServingConfig.of(vllm_config)
+        self.steerfast = front = None if config is None else FrontEnd(config)
+        if front is None:
+            return original(self, vllm_config, *args, **kwargs)
+        inner = self.process_inputs
+
+        def process_inputs(
+            request_id: str, prompt: Any, params: Any, *args: Any, resumable: bool = False, **kwargs: Any
+        ) -> Any:
+            front.check(getattr(params, "extra_args", None), resumable)
+            return inner(request_id, prompt, params, *args, resumable=resumable, **kwargs)
+
+        self.process_inputs = process_inputs  # before the original, which binds it to a thread pool
+        original(self, vllm_config, *args, **kwargs)
+        front.use_tokenizer(self.tokenizer)
+
+    def init_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        front = self.input_processor.steerfast
+        if front is None:
+            return
+        processor = self.output_processor
+        inner = processor.process_outputs
+
+        def process_outputs(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+            front.collect(outputs, processor.request_states)
+            return inner(outputs, *args, **kwargs)
+
+        processor.process_outputs = process_outputs
+
+    for engine in (AsyncLLM, LLMEngine):
+        around(engine, "__init__")(init_engine)
+
+    @around(BeamSearchOnlineMixin, "beam_search")
+    def online(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        _no_beams(self.engine_client)
+        return original(self, *args, **kwargs)
+
+    @around(BeamSearchOfflineMixin, "beam_search")
+    def offline(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        _no_beams(self.llm_engine)
+        return original(self, *args, **kwargs)
+
+
+def _no_beams(engine: Any) -> None:
+    front = getattr(engine.input_processor, "steerfast", None)
+    if front is not None:
+        front.refuse_beam_search()

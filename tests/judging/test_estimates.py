@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from steerfast.errors import ProfileError, PromptError
+from steerfast.judging.estimates import (
+    Estimate,
+    GateFigures,
+    auc,
+    bootstrap,
+    gate_figures,
+    paired_bootstrap,
+    rate,
+    threshold_at_false_positive_rate,
+    threshold_midpoint,
+)
+
+# Few distinct values make ties common; the floats make gaps of every size.
+SCORES = st.lists(st.one_of(st.integers(-3, 3).map(float), st.floats(-1e6, 1e6)), min_size=1, max_size=30)
+
+
+def delong_variance(positive: list[float], negative: list[float]) -> float:
+    """Straight from the definition: variances of the structural components."""
+    psi = np.array([[(p > q) + 0.5 * (p == q) for q in negative] for p in positive])
+    return float(psi.mean(1).var(ddof=1) / len(positive) + psi.mean(0).var(ddof=1) / len(negative))
+
+
+@given(SCORES, SCORES)
+@settings(deadline=None)
+def test_auc_equals_brute_force_and_sklearn(positive: list[float], negative: list[float]) -> None:
+    estimate = auc(positive, negative)
+    pairs = [(p > q) + 0.5 * (p == q) for p in positive for q in negative]
+    assert estimate.value == pytest.approx(np.mean(pairs), abs=1e-12)
+    labels = [1] * len(positive) + [0] * len(negative)
+    assert estimate.value == pytest.approx(roc_auc_score(labels, positive + negative), abs=1e-12)
+    assert 0.0 <= estimate.low <= estimate.value <= estimate.high <= 1.0
+    assert estimate.low < estimate.high
+    mirrored = auc(negative, positive)
+    assert mirrored.value == pytest.approx(1.0 - estimate.value, abs=1e-12)
+    assert mirrored.low == pytest.approx(1.0 - estimate.high, abs=1e-9)
+
+
+def test_auc_interval_is_delong_on_the_logit_scale() -> None:
+    generator = np.random.default_rng(0)
+    positive, negative = generator.normal(1.0, size=40).round(1), generator.normal(size=25).round(1)
+    estimate = auc(positive, negative)
+    value = estimate.value
+    half = 1.959963984540054 * math.sqrt(delong_variance(list(positive), list(negative))) / (value * (1 - value))
+    logits = [math.log(x / (1 - x)) for x in (estimate.low, value, estimate.high)]
+    assert logits == pytest.approx([logits[1] - half, logits[1], logits[1] + half], abs=1e-9)
+
+
+def test_auc_interval_covers_the_truth() -> None:
+    # Normal scores one standard deviation apart: the true AUC is Phi(1 / sqrt 2).
+    truth = 0.5 * (1 + math.erf(0.5))
+    generator = np.random.default_rng(1)
+    estimates = [auc(generator.normal(1.0, size=30), generator.normal(size=30)) for _ in range(400)]
+    covered = np.mean([e.low <= truth <= e.high for e in estimates])
+    assert 0.92 <= covered <= 0.98
+
+
+def test_auc_interval_has_width_where_delong_has_none() -> None:
+    perfect = auc([3.0, 4.0, 5.0, 6.0], [0.0, 1.0, 2.0])
+    assert perfect.value == perfect.high == 1.0
+    assert perfect.low == pytest.approx(0.025 ** (1 / 3))  # exact binomial, 3 of 3
+    assert auc([0.0, 1.0], [2.0, 3.0]).high == pytest.approx(1 - 0.025**0.5)
+    many = auc(np.arange(1.0, 1001.0), -np.arange(1000.0))
+    assert 0.99 < many.low < 1.0
+    tied = auc([1.0] * 50, [1.0] * 50)
+    assert tied.value == 0.5
+    assert 0.3 < tied.low < 0.45
+    assert tied.low + tied.high == pytest.approx(1.0)
+    single = auc([1.5], [0.0, 1.0, 2.0])
+    assert single.value == pytest.approx(2 / 3)
+    assert 0.0 < single.low < single.value < single.high < 1.0
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+@settings(deadline=None)
+def test_rate_is_the_wilson_interval(counts: tuple[int, int]) -> None:
+    k, n = counts
+    estimate = rate(k, n)
+    assert estimate.value == k / n
+    assert 0.0 <= estimate.low <= estimate.value <= estimate.high <= 1.0
+    z, p = 1.959963984540054, k / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert estimate.low == pytest.approx(centre - half, abs=1e-9)
+    assert estimate.high == pytest.approx(centre + half, abs=1e-9)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (-1, 3), (4, 3)])
+def test_rate_refuses_impossible_counts(k: int, n: int) -> None:
+    with pytest.raises(PromptError, match="rate: expected 0 <= k <= n"):
+        rate(k, n)
+
+
+@given(SCORES, st.floats(0.0, 0.999))
+@example([0.0, 5e-324], 0.5)  # neighbours: nothing lies between them
+@example([-5e-324, 0.0], 0.5)
+@example([1.0, 1.0 + 2.0**-52], 0.5)
+@example([1.0 + 2.0**-52, 1.0 + 2.0**-51], 0.5)
+@settings(deadline=None)
+def test_threshold_is_the_lowest_that_keeps_the_rate(scores: list[float], limit: float) -> None:
+    threshold = threshold_at_false_positive_rate(scores, limit)
+    n = len(scores)
+
+    def share(value: float) -> float:
+        return sum(s > value for s in scores) / n
+
+    assert share(threshold) <= limit
+    # Any lower set of decisions would break the limit: the scores between are what changes them.
+    below = [s for s in scores if s <= threshold]
+    assert below
+    edge = max(below)
+    assert share(np.nextafter(edge, -np.inf)) > limit
+    above = [s for s in scores if s > threshold]
+    if above:
+        assert threshold == pytest.approx(0.5 * edge + 0.5 * min(above), rel=1e-12)
+
+
+@given(SCORES)
+@settings(deadline=None)
+def test_threshold_for_no_false_positive_is_just_above_the_maximum_in_float32_too(
+    scores: list[float],
+) -> None:
+    threshold = threshold_at_false_positive_rate(scores, 0.0)
+    top = max(scores)
+    assert top < threshold <= top + max(abs(top) * 2.0**-22, 2.0**-148)
+    assert np.float32(top) < np.float32(threshold)
+    assert float(np.float32(threshold)) == threshold
+
+
+@pytest.mark.parametrize(
+    ("limit", "fires"),
+    [(0.0, 0), (0.005, 0), (0.01, 1), (0.07, 7), (0.29, 29), (0.295, 29), (0.57, 57), (0.99, 99)],
+)
+def test_threshold_uses_the_whole_allowance(limit: float, fires: int) -> None:
+    scores = np.random.default_rng(2).permutation(100).astype(float)
+    threshold = threshold_at_false_positive_rate(scores, limit)
+    assert int((scores > threshold).sum()) == fires
+    if fires:
+        assert threshold == 99 - fires + 0.5
+
+
+def test_threshold_keeps_ties_out_together() -> None:
+    scores = [0.0] * 90 + [1.0] * 10
+    assert threshold_at_false_positive_rate(scores, 0.05) == pytest.approx(1.0, abs=1e-6)
+    assert threshold_at_false_positive_rate(scores, 0.05) > 1.0
+    assert threshold_at_false_positive_rate(scores, 0.10) == 0.5
+
+
+def test_threshold_midpoint() -> None:
+    assert threshold_midpoint([2.0, 4.0], [0.0, 0.0, 3.0]) == 2.0
+
+
+def test_gate_figures_count_strictly_and_survive_json() -> None:
+    figures = gate_figures([0.1, 0.5, 0.9, 0.9], [0.5, 0.2, 0.6], 0.5)
+    assert figures.hit_rate == rate(2, 4)
+    assert figures.false_positive_rate == rate(1, 3)
+    assert figures.auc == auc([0.1, 0.5, 0.9, 0.9], [0.5, 0.2, 0.6])
+    assert figures.harmful_mean == pytest.approx(0.6)
+    assert figures.harmless_mean == pytest.approx(1.3 / 3)
+    assert (figures.n_harmful, figures.n_harmless) == (4, 3)
+    assert GateFigures.from_dict(json.loads(json.dumps(figures.to_dict()))) == figures
+
+
+def test_broken_json_is_refused() -> None:
+    values = gate_figures([1.0], [0.0], 0.5).to_dict()
+    del values["auc"]
+    with pytest.raises(ProfileError, match="gate figures: expected auc"):
+        GateFigures.from_dict(values)
+    with pytest.raises(ProfileError, match="estimate"):
+        Estimate.from_list([1.0, 2.0])
+    assert Estimate.from_list(Estimate(0.5, 0.25, 0.75).to_list()) == Estimate(0.5, 0.25, 0.75)
+
+
+@pytest.mark.parametrize("bad", [[], [math.nan], [1.0, math.inf], [[1.0]]])
+def test_unusable_scores_are_refused(bad: list[float]) -> None:
+    good = [0.0, 1.0]
+    for call in (
+        lambda: auc(bad, good),
+        lambda: auc(good, bad),
+        lambda: threshold_midpoint(good, bad),
+        lambda: threshold_at_false_positive_rate(bad, 0.1),
+        lambda: gate_figures(good, bad, 0.5),
+    ):
+        with pytest.raises(PromptError, match="expected"):
+            call()
+
+
+@pytest.mark.parametrize("limit", [-0.1, 1.0, math.nan])
+def test_unusable_rate_is_refused(limit: float) -> None:
+    with pytest.raises(ProfileError, match="rate: expected 0 <= rate < 1"):
+        threshold_at_false_positive_rate([0.0], limit)
+
+
+def test_paired_bootstrap_of_means_is_near_the_normal_interval() -> None:
+    generator = np.random.default_rng(5)
+    first, shared = generator.normal(size=(2, 400))
+    found = paired_bootstrap(first + 3 * shared + 0.5, 3 * shared, seed=1)
+    error = first.std(ddof=1) / 20  # what both share does not widen it
+    assert found.value == pytest.approx(first.mean() + 0.5)
+    assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(found.value + 1.96 * error, abs=0.1 * error)
+
+
+def test_paired_bootstrap_equals_the_enumerated_one() -> None:
+    """Of three items there are 27 equally likely draws."""
+    first, second = np.array([1.0, 0.0, 1.0]), np.array([0.0, 0.0, 1.0])
+    draws = np.array(np.meshgrid(*[range(3)] * 3)).reshape(3, -1)
+    differences = (first - second)[draws].mean(axis=0)
+    found = paired_bootstrap(first, second)
+    assert found.value == 1 / 3
+    assert [found.low, found.high] == pytest.approx(np.quantile(differences, [0.025, 0.975], method="inverted_cdf"))
+
+
+def test_bootstrap_takes_any_statistic_and_is_seeded() -> None:
+    values = np.linspace(0.0, 3.0, 60)
+
+    def geometric(logs: Any) -> Any:
+        return np.exp(logs.mean(axis=-1))
+
+    found = bootstrap(values, geometric, seed=3, resamples=2500)
+    assert found.value == pytest.approx(math.exp(1.5))
+    assert found.low < found.value < found.high
+    assert bootstrap(values, geometric, seed=3, resamples=2500) == found
+    assert bootstrap(values, geometric, seed=4, resamples=2500) != found
+    # Monotone, so that the interval of the mean goes over into it.
+    plain = bootstrap(values, seed=3, resamples=2500)
+    assert (found.low, found.high) == pytest.approx((math.exp(plain.low), math.exp(plain.high)), rel=1e-3)
+    again = paired_bootstrap(values, np.zeros(60), seed=3, resamples=2500)
+    assert (again.low, again.high) == (plain.low, plain.high)
+
+
+def test_bootstraps_of_constant_and_unusable_values() -> None:
+    assert paired_bootstrap([1, 1, 1], [0, 0, 0]).to_list() == [1, 1, 1]
+    assert bootstrap([2.5]).to_list() == [2.5, 2.5, 2.5]
+    with pytest.raises(PromptError, match="second: expected as many values as in first, 2, got 1"):
+        paired_bootstrap([1, 2], [1])
+    with pytest.raises(PromptError, match="values: expected at least one score"):
+        bootstrap([])
+    with pytest.raises(PromptError, match="second: expected finite"):
+        paired_bootstrap([1.0], [math.nan])

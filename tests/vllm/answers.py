@@ -1,0 +1,86 @@
+"""What a server should answer: the same model in HuggingFace transformers, steered by `steerfast.steer`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import steerfast
+from steerfast.evaluation.demo import shipped_profile
+from steerfast.hf.loading import load_model
+from steerfast.profile import Gate, SteeringProfile
+from steerfast.text.encoding import encode
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: greedy, without special tokens. margin: the least distance, in logits, of a token to the runner-up; what
+    is small there may turn with the last bits of a sum. fired: whether the profile's gate opened;
+    scores: of the layers where it decides."""
+
+    text: str
+    margin: float
+    fired: bool
+    token_ids: list[int]
+    scores: list[float]
+
+
+class Oracle:
+    """SmolLM2 in transformers, from the checkpoint that the server reads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, self.tokenizer = load_model(str(folder), dtype="float32", device="cpu")
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a chat of one user message."""
+        return encode(self.tokenizer, [text])[0]
+
+    def answer(
+        self,
+        prompt: str | list[int],
+        profile: SteeringProfile | None = None,
+        strength: float = 1.0,
+        tokens: int = 16,
+    ) -> Answer:
+        ids = torch.tensor([self.prompt(prompt) if isinstance(prompt, str) else prompt])
+        steered: Any = nullcontext() if profile is None else steerfast.steer(self.model, profile, strength)
+        with steered as steering, torch.inference_mode():
+            found: Any = self.model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            fired = profile is not None and bool(steering.fired[0])
+            scores = steering.scores[:, 0].tolist() if profile is not None and profile.gate_layers else []
+        best = torch.cat(found.logits).topk(2, dim=1).values
+        token_ids = found.sequences[0, ids.shape[1] :].tolist()
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return Answer(text, float((best[:, 0] - best[:, 1]).min()), fired, token_ids, scores)
+
+
+def gated(seed: int = 0, strength: float = 2.0) -> SteeringProfile:
+    """The shipped profile, whose gate knows harmful prompts, with an edit for the server and a vector of `seed`."""
+    profile = SteeringProfile.load(shipped_profile())
+    profile = replace(profile, positions="response", answer_tokens=None, candidates={})
+    if seed:
+        profile = replace(profile, vector=_random(profile, seed), vector_kind="random")
+    return profile.with_band(profile.steered_layers, strength)
+
+
+def always(seed: int = 1, layers: tuple[int, ...] = (10, 20), strength: float = 1.0) -> SteeringProfile:
+    """A profile without a gate."""
+    profile = replace(gated(seed), gate=Gate("always"), sensor="own")
+    return profile.with_band(list(layers), strength)
+
+
+def _random(profile: SteeringProfile, seed: int) -> torch.Tensor:
+    vector = torch.randn(profile.vector.shape, generator=torch.Generator().manual_seed(seed))
+    return 50 * vector / vector.norm(dim=1, keepdim=True)

@@ -1,0 +1,180 @@
+"""What requests may ask of steering, asked by somebody who wants to get around it."""
+
+from __future__ import annotations
+
+import decimal
+import fractions
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steerfast.runtime.tables import NO_END
+from steerfast.vllm.assignment import Assignment, requested
+from steerfast.vllm.config import ServingConfig
+
+NAMES = ["safety", "tone", "0.1-β".replace("β", "b")]
+
+
+def config(default: str | None = "safety", *, locked: bool = False) -> ServingConfig:
+    paths = {name: f"/profiles/{name}.safetensors" for name in NAMES}
+    return ServingConfig(paths, default, locked, 8, (1, 2), 0, None, "test")
+
+
+OPEN, LOCKED = config(), config(locked=True)
+
+# What is no profile's name, in whatever form a client can send it, and whoever calls the offline API.
+NOT_NAMES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 1.0, math.nan, [], ["safety"], {}, {"safety": 1}, b"safety", ("safety",), object()),
+    *("", " ", "Safety", "SAFETY", "safety ", " safety", "safety\n", "safety\0", "safety\x00off", "OFF", "Off", "off "),
+    *("none", "null", "default", "None", "-1", "0", "*", "safety,tone", '"safety"', "%00", "${safety}", "{}"),
+    *("../safety", "/profiles/safety.safetensors", "./safety", "safety/../tone", "..\\safety", "file:///etc/passwd"),
+    *("ѕafety", "safe\u200bty", "ｓafety", "sa\u0301fety", "\u202esafety", "safety\ufeff", "\ud800", "🦀", "ﬀ", "oﬀ"),
+    *("s" * 100_000, "safety" * 1000),
+]
+NOT_STRENGTHS: list[Any] = [
+    *(None, True, False, "1", "0.8", "", "nan", b"1", [1.0], [], {}, {"a": 1}, 1j, object()),
+    *(math.nan, -math.nan, math.inf, -math.inf, -0.1, -1, -5e-324, 10.000001, 11, 1e308, -1e308),
+    *(2**64, -(2**64), 10**400, 10**5000),
+    *(np.float32(1), np.int64(1), np.bool_(True), np.array(1.0), np.array([1.0, 2.0]), torch.tensor(1.0)),
+    *(decimal.Decimal(1), fractions.Fraction(1, 2)),
+]  # fmt: skip
+STRAY_KEYS = [
+    *("steerfast", "steerfast_slot", "steerfast.slot", "STEERFAST", "Steerfast", "steerfast\0"),
+    *("Steering", "STEERING", "steering ", "steering_strenght", "steering-strength", "steeringstrength", "steering\n"),
+    *("steering_strength ", "steering.strength", "steering_off", "ſteering", "steering_slot", "steering\u200b"),
+]
+
+
+def _id(value: Any) -> str:
+    return ascii(value)[:40] if not (isinstance(value, int) and abs(value) > 10**20) else "huge"
+
+
+def test_nothing_asked_for_is_the_default_at_strength_one() -> None:
+    for empty in (None, {}, {"kv_transfer_params": {"do_remote_prefill": True}, "session_id": "x", 7: "y"}):
+        assert requested(empty, OPEN, NAMES) == ("safety", 1.0)
+        assert requested(empty, LOCKED, NAMES) == ("safety", 1.0)
+        assert requested(empty, config(None), NAMES) == (None, 1.0)
+
+
+def test_what_may_be_asked_for() -> None:
+    assert requested({"steering": "tone"}, OPEN, NAMES) == ("tone", 1.0)
+    assert requested({"steering": "off"}, OPEN, NAMES) == (None, 1.0)
+    assert requested({"steering": "off"}, config(None), NAMES) == (None, 1.0)
+    assert requested({"steering_strength": 0.25}, OPEN, NAMES) == ("safety", 0.25)
+    assert requested({"steering": "tone", "steering_strength": 3}, OPEN, NAMES) == ("tone", 3.0)
+    for edge in (0, 0.0, -0.0, 5e-324, 10.0, 10):
+        name, strength = requested({"steering": "tone", "steering_strength": edge}, OPEN, NAMES)
+        assert (name, strength, type(strength)) == ("tone", edge, float)
+    weak = replace(OPEN, max_strength=1.5)
+    assert requested({"steering_strength": 1.5}, weak, NAMES) == ("safety", 1.5)
+    with pytest.raises(ValueError, match=r"steering_strength: expected a number from 0 to 1\.5, got 2"):
+        requested({"steering_strength": 2}, weak, NAMES)
+    assert requested({"steering": "loaded"}, OPEN, [*NAMES, "loaded"]) == ("loaded", 1.0)
+
+
+@pytest.mark.parametrize("name", NOT_NAMES, ids=_id)
+def test_no_other_name(name: Any) -> None:
+    for judge in (OPEN, config(None)):
+        with pytest.raises(ValueError, match=r"^steering: expected one of safety, tone, 0\.1-b, off, got ") as refused:
+            requested({"steering": name}, judge, NAMES)
+        assert _harmless(str(refused.value))
+
+
+@pytest.mark.parametrize("strength", NOT_STRENGTHS, ids=_id)
+def test_no_other_strength(strength: Any) -> None:
+    for asked in ({}, {"steering": "tone"}):
+        with pytest.raises(ValueError, match=r"^steering_strength: expected a number from 0 to 10, got ") as refused:
+            requested({**asked, "steering_strength": strength}, OPEN, NAMES)
+        assert _harmless(str(refused.value))
+
+
+@pytest.mark.parametrize("key", STRAY_KEYS, ids=_id)
+def test_no_other_key(key: str) -> None:
+    for judge in (OPEN, LOCKED, config(None)):
+        for value in ({"slot": 3, "strength": 0.0, "late": True, "open": False}, None, "off", 0):
+            with pytest.raises(ValueError, match="expected the keys steering and steering_strength only") as refused:
+                requested({key: value}, judge, NAMES)
+            assert _harmless(str(refused.value))
+
+
+@pytest.mark.parametrize("extra_args", ["steering", b"x", 7, True, ["steering"], [("steering", "off")], 0.0], ids=_id)
+def test_extra_args_are_an_object(extra_args: Any) -> None:
+    for judge in (OPEN, LOCKED):
+        with pytest.raises(ValueError, match=r"^extra_args: expected an object, got "):
+            requested(extra_args, judge, NAMES)
+
+
+def test_a_strength_needs_somebody() -> None:
+    for asked, judge in (({"steering": "off"}, OPEN), ({}, config(None))):
+        with pytest.raises(ValueError, match=r"^steering_strength: expected steering to name a profile"):
+            requested({**asked, "steering_strength": 1.0}, judge, NAMES)
+
+
+@pytest.mark.parametrize("name", [*NOT_NAMES, "off", "tone", "loaded"], ids=_id)
+def test_locked_lets_nobody_choose(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"^steering: expected safety, to which this server is locked, got "):
+        requested({"steering": name}, LOCKED, [*NAMES, "loaded"])
+
+
+@pytest.mark.parametrize("strength", [*NOT_STRENGTHS, 0, 0.0, 0.5, 1, 1.0, 2], ids=_id)
+def test_locked_lets_nobody_weaken(strength: Any) -> None:
+    for asked in ({}, {"steering": "safety"}):
+        with pytest.raises(ValueError, match=r"^steering_strength: expected none, as this server is locked"):
+            requested({**asked, "steering_strength": strength}, LOCKED, NAMES)
+
+
+def test_locked_to_the_default_one_may_name_it() -> None:
+    assert requested({"steering": "safety"}, LOCKED, NAMES) == ("safety", 1.0)
+    # The engine never removes the default; were it gone, nobody would run without it unnoticed.
+    assert requested({}, LOCKED, []) == ("safety", 1.0)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+keys = st.sampled_from(["steering", "steering_strength", "steerfast", "Steering", "other"]) | st.text()
+names = st.sampled_from([*NAMES, "off"])
+
+
+@given(st.dictionaries(keys, json_values | names | st.floats(0, 10), max_size=5))
+def test_whatever_is_asked_for_is_granted_in_full_or_refused(extra_args: dict[str, Any]) -> None:
+    if (granted := _granted(extra_args, OPEN)) is not None:
+        name, strength = granted
+        asked = extra_args.get("steering", "safety")
+        assert name == (None if asked == "off" else asked)
+        assert name is None or name in NAMES
+        assert type(strength) is float
+        assert strength == extra_args.get("steering_strength", 1.0)
+        assert 0 <= strength <= 10
+    assert _granted(extra_args, LOCKED) in (None, ("safety", 1.0))
+
+
+def _granted(extra_args: dict[str, Any], judge: ServingConfig) -> tuple[str | None, float] | None:
+    """None: it was refused."""
+    try:
+        return requested(extra_args, judge, NAMES)
+    except ValueError as refused:
+        message = str(refused)
+    assert _harmless(message)
+    return None
+
+
+def test_an_assignment_is_plain_data() -> None:
+    expected = {"slot": 3, "strength": 0.5, "late": True, "open": False, "answer_rows": NO_END, "mean": 0}
+    assert json.loads(json.dumps(Assignment(3, 0.5, True, False).as_extra())) == expected
+    extra = Assignment(3, 0.5, True, False, 24, 128).as_extra()
+    assert json.loads(json.dumps(extra)) == {**expected, "answer_rows": 24, "mean": 128}
+
+
+def _harmless(message: str) -> bool:
+    """One short line, which a log or a JSON answer can hold."""
+    return message.isprintable() and len(message) < 300 and message.encode("utf-8", "strict") is not None

@@ -1,0 +1,232 @@
+"""What a user may write under additional_config.steerfast, and what becomes of it. Needs no vLLM."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from steerfast.errors import ProfileError
+from steerfast.kernels.contract import Kinds
+from steerfast.profile import SteeringProfile
+from steerfast.runtime.bank import kinds_of
+from steerfast.vllm.config import ServingConfig, check_engine, identity_of, normalise
+
+
+@pytest.fixture
+def profile(tiny_llama, make_profile) -> SteeringProfile:
+    return make_profile(tiny_llama, layers=[1, 3], positions="response")
+
+
+@pytest.fixture
+def text_config(tiny_llama) -> Any:
+    return tiny_llama.config
+
+
+@pytest.fixture
+def path(profile, tmp_path) -> str:
+    profile.save(tmp_path / "one.safetensors")
+    return str(tmp_path / "one.safetensors")
+
+
+def engine(raw: object, **changes: Any) -> Any:
+    """A stand-in of vLLM's configuration."""
+    model = {"runner_type": "generate", "enable_sleep_mode": False, **changes.pop("model", {})}
+    parallel = {
+        "use_ubatching": False,
+        "prefill_context_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "distributed_executor_backend": "mp",
+        **changes.pop("parallel", {}),
+    }
+    return SimpleNamespace(
+        additional_config={} if raw is None else {"steerfast": raw},
+        model_config=SimpleNamespace(**{"hf_text_config": None, **model}),
+        parallel_config=SimpleNamespace(**parallel),
+        speculative_config=changes.pop("speculative", None),
+        kv_transfer_config=changes.pop("kv_transfer", None),
+        scheduler_config=SimpleNamespace(
+            enable_chunked_prefill=changes.pop("split", True),
+            long_prefill_token_threshold=changes.pop("threshold", 0),
+        ),
+        cache_config=SimpleNamespace(mamba_cache_mode=changes.pop("mamba", "none")),
+    )
+
+
+def test_what_was_not_written_is_filled_in(path, text_config) -> None:
+    complete = normalise({"profiles": {"one": path}}, text_config)
+    assert json.loads(json.dumps(complete)) == complete
+    assert complete["layers"] == [1, 3]
+    assert complete["slots"] == 32
+    assert complete["max_strength"] == 10
+    assert complete["kinds"] == Kinds.LATCHED_ADD
+    assert (complete["default"], complete["locked"], complete["directory"]) == (None, False, None)
+    config = ServingConfig.of(engine(complete))
+    assert config is not None
+    assert config.profiles == {"one": path}
+    assert config.layers == (1, 3)
+
+
+def test_layers_of_the_sensor_are_declared_too(tiny_llama, make_profile, tmp_path, text_config) -> None:
+    make_profile(tiny_llama, layers=[3], sensor=2).save(tmp_path / "one.safetensors")
+    assert normalise({"profiles": {"one": str(tmp_path / "one.safetensors")}}, text_config)["layers"] == [2, 3]
+
+
+def test_a_directory_alone_declares_all_that_may_come(tmp_path, text_config) -> None:
+    complete = normalise({"directory": str(tmp_path)}, text_config)
+    assert complete["layers"] == [0, 1, 2, 3, 4]
+    assert complete["kinds"] == Kinds.ANY
+    assert complete["directory"] == str(tmp_path)
+
+
+def test_paths_become_absolute(path, text_config, monkeypatch) -> None:
+    folder, _, name = path.rpartition("/")
+    monkeypatch.chdir(folder)
+    complete = normalise({"profiles": {"one": name}, "directory": "."}, text_config)
+    assert complete["profiles"] == {"one": path}
+    assert complete["directory"] == folder
+
+
+def test_profiles_keep_their_order_and_there_is_room_for_one_more(profile, tmp_path, text_config) -> None:
+    names = [f"p{number}" for number in (3, 1, 2)] + [f"q{number}" for number in range(40)]
+    for name in names:
+        profile.save(tmp_path / f"{name}.safetensors")
+    complete = normalise({"profiles": {name: str(tmp_path / f"{name}.safetensors") for name in names}}, text_config)
+    assert list(complete["profiles"]) == names
+    assert complete["slots"] == 44
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"profile": {}},
+            "expected the keys profiles, default, locked, max_strength, slots, layers, directory, got profile",
+        ),
+        ({"profiles": ["one"]}, "profiles: expected an object"),
+        ({"profiles": None}, "profiles: expected an object"),
+        ({"profiles": {}}, "expected a profile at least"),
+        ({"profiles": {"off": "x"}}, "got 'off'"),
+        ({"profiles": {"OFF": "x"}}, "got 'OFF'"),
+        ({"profiles": {"../one": "x"}}, r"got '\.\./one'"),
+        ({"profiles": {"": "x"}}, "got ''"),
+        ({"profiles": {"a" * 65: "x"}}, "64 letters"),
+        ({"profiles": {"naïve": "x"}}, "got 'naïve'"),
+        ({"profiles": {"one": 3}}, "profiles.one: expected a path, got 3"),
+        ({"profiles": {"one": "/nowhere.safetensors"}}, "expected a file at '/nowhere.safetensors'"),
+        ({"default": "two"}, "default: expected one of one, got 'two'"),
+        ({"default": 1}, "default: expected a profile's name or null, got 1"),
+        ({"locked": True}, "locked: expected a default"),
+        ({"locked": 1, "default": "one"}, "locked: expected true or false, got 1"),
+        ({"max_strength": 0}, "max_strength: expected a finite number above 0, got 0"),
+        ({"max_strength": float("nan")}, "max_strength: expected a finite number above 0, got nan"),
+        ({"max_strength": True}, "max_strength: expected a number, got True"),
+        ({"slots": 1}, "slots: expected at least 2"),
+        ({"slots": True}, "slots: expected a whole number, got True"),
+        ({"slots": 2.0}, "slots: expected a whole number"),
+        ({"layers": [1, 5]}, r"layers: expected numbers in 0\.\.4"),
+        ({"layers": [1, True]}, r"layers: expected numbers in 0\.\.4"),
+        ({"layers": [1]}, "profile 'one': expected steered layers and gates among the declared layers 1, got 3"),
+        ({"directory": "/nowhere"}, "directory: expected a folder"),
+        ({"directory": ""}, "directory: expected a path"),
+    ],
+)
+def test_what_cannot_be_is_refused(change, says, path, text_config) -> None:
+    with pytest.raises(ValueError, match=says):
+        normalise({"profiles": {"one": path}, **change}, text_config)
+
+
+@pytest.mark.parametrize("raw", [[], "profiles", 3, True])
+def test_anything_but_an_object_is_refused(raw, text_config) -> None:
+    with pytest.raises(ValueError, match="steerfast: expected an object"):
+        normalise(raw, text_config)
+
+
+def test_a_profile_of_another_model_is_refused(path, text_config) -> None:
+    for change, says in (
+        ({"num_hidden_layers": 6}, "layers 5"),
+        ({"hidden_size": 64}, "hidden size 32"),
+        ({"model_type": "mistral"}, "architecture llama"),
+    ):
+        other = LlamaConfig(**{**text_config.to_dict(), **change})
+        if "model_type" in change:
+            other.model_type = change["model_type"]
+        with pytest.raises(ProfileError, match=says):
+            normalise({"profiles": {"one": path}}, other)
+
+
+def test_token_gates_and_second_passes_are_refused(tiny_llama, make_profile, tmp_path, text_config) -> None:
+    for fields, says in (
+        ({"kind": "token"}, "got a token gate"),
+        ({"sensor": 3, "layers": [1, 3]}, "no layer before the sensor"),
+    ):
+        make_profile(tiny_llama, **fields).save(tmp_path / "one.safetensors")
+        with pytest.raises(ProfileError, match=says):
+            normalise({"profiles": {"one": str(tmp_path / "one.safetensors")}}, text_config)
+
+
+def test_a_prompt_gate_for_all_positions_needs_whole_prompts(tiny_llama, make_profile, tmp_path, text_config) -> None:
+    make_profile(tiny_llama, positions="all").save(tmp_path / "one.safetensors")
+    complete = normalise({"profiles": {"one": str(tmp_path / "one.safetensors")}}, text_config)
+    check_engine(engine(complete, split=False, model={"hf_text_config": text_config}))
+    for splits in ({"split": True}, {"split": False, "threshold": 64}, {"split": False, "mamba": "align"}):
+        with pytest.raises(ProfileError, match="--no-enable-chunked-prefill"):
+            check_engine(engine(complete, model={"hf_text_config": text_config}, **splits))
+    make_profile(tiny_llama, positions="all", kind="always").save(tmp_path / "one.safetensors")
+    check_engine(engine(complete, split=True, model={"hf_text_config": text_config}))
+
+
+def test_later_profiles_must_do_what_the_engine_was_started_for(tiny_llama, make_profile, path, text_config) -> None:
+    config = ServingConfig.of(engine(normalise({"profiles": {"one": path}}, text_config)))
+    assert config is not None
+    model = identity_of(text_config)
+    config.check("two", make_profile(tiny_llama, layers=[3], seed=4, positions="response"), model, split=True)
+    ablating = make_profile(tiny_llama, layers=[3], edit="ablate", positions="response")
+    assert kinds_of(ablating) == Kinds.ANY
+    with pytest.raises(ProfileError, match="got 'ablate' with a prompt gate"):
+        config.check("two", ablating, model, split=True)
+    with pytest.raises(ProfileError, match="declared layers 1, 3, got 2"):
+        config.check("two", make_profile(tiny_llama, layers=[2, 3], positions="response"), model, split=True)
+    sketched = replace(model, embedding_sketch=tuple([1.0] + [0.0] * 63))
+    with pytest.raises(ProfileError, match="other weights"):
+        config.check("two", make_profile(tiny_llama, layers=[3], positions="response"), sketched, split=True)
+
+
+def test_an_engine_without_the_key_is_not_steered() -> None:
+    assert ServingConfig.of(engine(None)) is None
+    assert ServingConfig.of(SimpleNamespace(additional_config=object())) is None
+    check_engine(engine(None))
+
+
+def test_what_nobody_checked_or_another_version_did_is_refused(path, text_config) -> None:
+    with pytest.raises(ValueError, match=r"expected one that EngineArgs\.create_engine_config has checked"):
+        ServingConfig.of(engine({"profiles": {"one": path}}))
+    complete = normalise({"profiles": {"one": path}}, text_config)
+    with pytest.raises(ValueError, match="expected version"):
+        ServingConfig.of(engine({**complete, "version": "0.0.0"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": {"runner_type": "pooling"}}, "runner 'pooling'"),
+        ({"model": {"enable_sleep_mode": True}}, "sleep mode"),
+        ({"kv_transfer": object()}, "KV connector"),
+        ({"parallel": {"use_ubatching": True}}, "micro-batches"),
+        ({"parallel": {"prefill_context_parallel_size": 2}}, "context parallelism"),
+        (
+            {"parallel": {"pipeline_parallel_size": 2, "distributed_executor_backend": "external_launcher"}},
+            "external launcher",
+        ),
+        ({"speculative": SimpleNamespace(enable_adaptive_verification=True)}, "adaptive verification"),
+    ],
+)
+def test_engines_that_would_lose_decisions_are_refused(change, says, path, text_config) -> None:
+    complete = normalise({"profiles": {"one": path}}, text_config)
+    model = {"hf_text_config": text_config, **change.pop("model", {})}
+    with pytest.raises(ValueError, match=says):
+        check_engine(engine(complete, model=model, **change))

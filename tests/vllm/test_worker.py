@@ -1,0 +1,409 @@
+"""The worker's side of a step, on a toy model: rows that are steered are those that should be, however they come.
+
+Needs no vLLM.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from toy import HIDDEN, LAYERS, Engine, asked, random_rows
+
+from steerfast.errors import ArchitectureError, ProfileError, SteerfastError
+from steerfast.vllm.ops import activate, serve_
+from steerfast.vllm.worker import _serve_output, _wrap_forward
+
+
+@pytest.mark.parametrize("stages", [[[0, 1, 2, 3, 4]], [[0, 1], [2, 3, 4]], [[0], [1, 2], [3, 4]]], ids=len)
+@pytest.mark.parametrize("seed", range(6))
+def test_any_schedule_gives_every_request_its_own_rows(profiles, tmp_path, stages, seed) -> None:
+    """Prompts in pieces, more requests than a step holds, caches thrown away, names used again, padding."""
+    engine = Engine(profiles, stages, tmp_path, pair=seed % 2 == 1)
+    rng = random.Random(seed)
+    waiting = []
+    for number in range(14):
+        prompt = rng.choice([1, 1, 2, 5, 9, 17])
+        name = rng.choice([None, *profiles])
+        waiting.append((f"r{number % 9}", prompt, name, rng.choice([1.0, 0.5, -0.7])))
+    live: dict[str, dict[str, Any]] = {}
+    ended: set[str] = set()
+    serial, told_of = 0, []
+    while waiting or live:
+        new = []
+        while waiting and len(live) < 7 and waiting[0][0] not in live:  # more than the 4 of a step: some rest
+            request, prompt, name, strength = waiting.pop(0)
+            serial += 1
+            rows = random_rows(prompt + rng.randrange(1, 6), 100 * seed + serial)
+            live[request] = {
+                "rows": rows,
+                "prompt": prompt,
+                "past": 0,
+                "name": name,
+                "truth": engine.truth(rows, prompt, name, strength),
+                "told": False,
+            }
+            new.append(asked(request, engine.extra(name, strength), prompt))
+        batch, room = [], engine.max_rows - 3
+        for request in rng.sample(sorted(live), min(4, len(live))):
+            state = live[request]
+            if state["past"] and rng.random() < 0.15:
+                state["past"] = rng.choice([0, rng.randrange(state["past"])])  # preempted: some or all comes again
+            left = len(state["rows"]) - state["past"]
+            length = min(rng.randrange(1, left + 1), room)
+            if length:
+                batch.append((request, state["past"], length))
+                room -= length
+        rows = {request: live[request]["rows"] for request, _, _ in batch}
+        found, told = engine.step(batch, rows, new, ended, padding=rng.randrange(3))
+        ended = set()
+        for request, past, length in batch:
+            state = live[request]
+            expected, decision = state["truth"]
+            torch.testing.assert_close(found[request].double(), expected[past : past + length], rtol=0, atol=2e-4)
+            deciding = state["name"] is not None and not state["told"] and past <= state["prompt"] - 1 < past + length
+            assert (request in told) == deciding
+            if deciding:
+                state["told"] = True
+                told_of.append(state["name"])
+                for mine, theirs in zip(told[request], decision, strict=True):
+                    assert mine == pytest.approx(theirs, abs=1e-4)
+            state["past"] = past + length
+            if state["past"] == len(state["rows"]):
+                del live[request]
+                ended.add(request)
+    assert len(set(told_of)) >= 3
+    for runtime in engine.runtimes:
+        assert runtime.requests.names <= ended
+
+
+def test_rows_that_nobody_steers_keep_their_bits(profiles, tmp_path) -> None:
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    shut = random_rows(6, 1)
+    shut[:] = -1000 * profiles["sensor"].direction[1]  # its sensor stays shut
+    rows = {"steered": random_rows(6, 2), "off": random_rows(6, 3), "shut": shut}
+    new = [
+        asked("steered", engine.extra("everywhere"), 6),
+        asked("off", None, 6),
+        asked("shut", engine.extra("sensor"), 6),
+    ]
+    found, told = engine.step([("off", 0, 6), ("steered", 0, 6), ("shut", 0, 6)], rows, new)
+    for name in ("off", "shut"):
+        x = rows[name].clone()
+        for layer in range(LAYERS):
+            x = 0.9 * x + engine.bias[layer]
+        assert torch.equal(found[name], x)
+    assert told["shut"][0] == [0.0]
+    assert "off" not in told
+
+
+def test_a_pass_without_requests_steers_nothing_and_moves_no_latch(profiles, tmp_path) -> None:
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    runtime = engine.runtimes[0]
+    rows = random_rows(8, 5)
+    engine.step([("one", 0, 4)], {"one": rows}, [asked("one", engine.extra("own", 1.0), 4)])
+    before = runtime.requests.values.clone(), runtime.requests.scores.clone()
+    runtime.rest()
+    x = random_rows(engine.max_rows, 6)
+    for layer in runtime.config.layers:
+        y = x.clone()
+        serve_(y, None, layer)
+        assert torch.equal(x, y)
+    assert torch.equal(before[0], runtime.requests.values)
+    assert torch.equal(before[1], runtime.requests.scores)
+    found, told = engine.step([("one", 4, 4)], {"one": rows})
+    expected, _ = engine.truth(rows, 4, "own", 1.0)
+    torch.testing.assert_close(found["one"].double(), expected[4:], rtol=0, atol=2e-4)
+    assert not told
+
+
+@pytest.mark.parametrize("name", ["mean", "recent"])
+def test_a_pass_without_requests_counts_in_no_mean(profiles, tmp_path, name) -> None:
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    runtime, rows = engine.runtimes[0], random_rows(9, 5)
+    expected, decision = engine.truth(rows, 7, name, 1.0)
+    for past, length in ((0, 4), (4, 2), (6, 1), (7, 2)):
+        new = [asked("one", engine.extra(name), 7)] if past == 0 else []
+        found, told = engine.step([("one", past, length)], {"one": rows}, new)
+        torch.testing.assert_close(found["one"].double(), expected[past : past + length], rtol=0, atol=2e-4)
+        assert ("one" in told) == (past == 6)
+        if told:
+            for mine, theirs in zip(told["one"], decision, strict=True):
+                assert mine == pytest.approx(theirs, abs=1e-4)
+        before = runtime.requests.sums.clone()
+        assert before.any()
+        runtime.rest()
+        assert runtime.requests.tables.member.eq(-1).all()
+        for layer in runtime.config.layers:
+            serve_(random_rows(engine.max_rows, 6), None, layer)
+        assert torch.equal(runtime.requests.sums, before)
+
+
+def test_steps_that_only_answer_send_no_tables(profiles, tmp_path, monkeypatch) -> None:
+    """Until something changes: who is in the step, in which order, how many rows, or a request starts over."""
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    tables = engine.runtimes[0].requests.tables
+    sent = []
+    write = tables.write
+    monkeypatch.setattr(tables, "write", lambda *args, **kwargs: (sent.append(1), write(*args, **kwargs)))
+    rows = {"a": random_rows(20, 1), "b": random_rows(20, 2)}
+    prompts = {"a": (1, "own", 1.0), "b": (3, "sensor", 0.5), "c": (2, "everywhere", 1.0)}
+    rows["c"] = random_rows(20, 3)
+    truth = {name: engine.truth(rows[name], *asked_for)[0] for name, asked_for in prompts.items()}
+
+    def step(batch: list[tuple[str, int, int]], new: Any = (), padding: int = 0) -> int:
+        sent.clear()
+        joins = [asked(name, engine.extra(*prompts[name][1:]), prompts[name][0]) for name in new]
+        found, _ = engine.step(batch, rows, joins, padding=padding)
+        for name, past, length in batch:
+            expected = truth[name][past : past + length]
+            torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=2e-4)
+        return len(sent)
+
+    assert step([("a", 0, 1), ("b", 0, 3)], "ab") == 1
+    assert step([("a", 1, 1), ("b", 3, 1)]) == 1
+    assert step([("a", 2, 1), ("b", 4, 1)]) == 0
+    assert step([("a", 3, 1), ("b", 5, 1)]) == 0
+    assert step([("b", 6, 1), ("a", 4, 1)]) == 1  # another order
+    assert step([("b", 7, 1), ("a", 5, 1)], padding=2) == 1
+    assert step([("b", 8, 1), ("a", 6, 1)], padding=2) == 0
+    assert step([("b", 0, 1), ("a", 7, 1)], padding=2) == 1  # preempted: its prompt comes again
+    assert step([("b", 1, 1), ("a", 8, 1)], padding=2) == 1
+    assert step([("b", 2, 1), ("a", 9, 1)], padding=2) == 1
+    assert step([("b", 3, 1), ("a", 10, 1)], padding=2) == 1
+    assert step([("b", 4, 1), ("a", 11, 1)], padding=2) == 0
+    assert step([("b", 5, 1), ("c", 0, 1)], "c", padding=2) == 1
+    engine.runtimes[0].rest()
+    assert step([("b", 6, 1), ("c", 1, 1)], padding=2) == 1
+    assert step([("b", 7, 1), ("c", 2, 1)], padding=2) == 1
+    engine.runtimes[0].rest()
+    assert step([("b", 8, 1), ("c", 3, 1)], padding=2) == 1
+    assert step([("b", 9, 1), ("c", 4, 1)], padding=2) == 0
+
+
+def test_tables_are_sent_where_an_answer_ceases_to_be_steered(profiles, tmp_path, monkeypatch) -> None:
+    profiles = {**profiles, "short": replace(profiles["always"], answer_tokens=4)}
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    tables, sent = engine.runtimes[0].requests.tables, []
+    write = tables.write
+    monkeypatch.setattr(tables, "write", lambda *args, **kwargs: (sent.append(1), write(*args, **kwargs)))
+    rows = {"a": random_rows(20, 1), "b": random_rows(20, 2)}
+    truth = {"a": engine.truth(rows["a"], 2, "short", 1.0)[0], "b": engine.truth(rows["b"], 2, "always", 1.0)[0]}
+    new = [asked("a", engine.extra("short"), 2), asked("b", engine.extra("always"), 2)]
+    runtime, past, counts = engine.runtimes[0], 0, []
+    step, view = runtime.step, np.zeros(2, dtype=np.int32)
+
+    def viewed(names: Any, before: Any, lengths: Any, padded: int) -> None:
+        view[:] = before  # a runner counts on in its own memory
+        step(names, view, lengths, padded)
+
+    monkeypatch.setattr(runtime, "step", viewed)
+    for length in (2, 1, 1, 1, 1, 1, 2, 2):  # the rows of the third answer token and those before it are edited
+        sent.clear()
+        found, _ = engine.step([("a", past, length), ("b", past, length)], rows, new)
+        counts.append(len(sent))
+        for name in "ab":
+            torch.testing.assert_close(found[name].double(), truth[name][past : past + length], rtol=0, atol=2e-4)
+        past, new = past + length, []
+    assert counts == [1, 1, 0, 0, 1, 0, 1, 0]
+
+
+def test_decisions_wait_for_an_output_that_is_copied_beside_the_step(profiles, tmp_path) -> None:
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    runtime = engine.runtimes[0]
+    runtime.begin(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=[asked("one", engine.extra("always"), 2)]))
+    runtime.step(["one"], [0], [2], 2)
+    engine.forward(list(range(LAYERS)), random_rows(2, 0))
+    runtime.launched(None)
+
+    class Later:
+        def get_output(self) -> Any:
+            return SimpleNamespace(tokens=[1])
+
+    output = runtime.tell(Later())
+    ready = output.get_output()
+    assert (ready.tokens, ready.steerfast) == ([1], {"one": ([], [])})
+    plain = SimpleNamespace()
+    assert runtime.tell(plain) is plain
+    assert not vars(plain)
+
+
+def test_profiles_are_written_to_the_slot_that_is_named(profiles, tmp_path, tiny_llama, make_profile) -> None:
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    runtime = engine.runtimes[0]
+    path = str(tmp_path / "new.safetensors")
+    new = make_profile(tiny_llama, seed=9, kind="always", layers=[3], positions="response")
+    new.save(path)
+    free = len(profiles)
+    runtime.write(free, path, new.checksum)
+    assert torch.equal(runtime.bank.vectors[:, free], new.vector)
+    with pytest.raises(ProfileError, match=f"which slot {free} holds"):
+        runtime.write(free, path, new.checksum)
+    runtime.clear(free)
+    assert not runtime.bank.vectors[:, free].any()
+    runtime.clear(free)  # again: it is
+    with pytest.raises(ProfileError, match="expected checksum 0000"):
+        runtime.write(free, path, "0000")
+    runtime.clear(0)
+    runtime.write(0, path, new.checksum)
+    engine.profiles["own"] = new
+    rows = random_rows(4, 8)
+    found, _ = engine.step([("one", 0, 4)], {"one": rows}, [asked("one", engine.extra("own"), 3)])
+    torch.testing.assert_close(found["one"].double(), engine.truth(rows, 3, "own", 1.0)[0], rtol=0, atol=2e-4)
+
+
+def test_profiles_of_other_models_and_layers_are_not_written(profiles, tmp_path, tiny_llama, make_profile) -> None:
+    engine = Engine({"own": profiles["own"]}, [list(range(LAYERS))], tmp_path)
+    for profile, says in (
+        (make_profile(tiny_llama, layers=[2], positions="response"), "declared layers 1, 3, got 2"),
+        (replace(profiles["own"], model=replace(profiles["own"].model, architecture="gemma")), "architecture gemma"),
+        (replace(profiles["own"], positions="all"), "--no-enable-chunked-prefill"),
+    ):
+        path = str(tmp_path / "other.safetensors")
+        profile.save(path)
+        with pytest.raises(ProfileError, match=says):
+            engine.runtimes[0].write(1, path, profile.checksum)
+    assert not engine.runtimes[0].bank.vectors[:, 1].any()
+
+
+def test_what_would_run_unsteered_stops(profiles, tmp_path) -> None:
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    runtime = engine.runtimes[0]
+    rows = {"one": random_rows(8, 1)}
+    with pytest.raises(SteerfastError, match="slot that holds a profile, got 9"):
+        engine.step([("one", 0, 4)], rows, [asked("one", {**engine.extra("own"), "slot": 9}, 4)])
+    with pytest.raises(SteerfastError, match="'two': the last token of its prompt came from a cache"):
+        engine.step([("two", 4, 4)], {"two": rows["one"]}, [asked("two", engine.extra("own"), 4)])
+    for name, past in (("mean", 1), ("recent", 3)):  # which reads the last 4 of 6
+        with pytest.raises(SteerfastError, match=f"'{name}': rows of its prompt, of which a gate reads the mean, came"):
+            engine.step([(name, past, 2)], {name: rows["one"]}, [asked(name, engine.extra(name), 6)])
+    runtime._pending.clear()
+    runtime._seen.clear()
+    runtime.step([], [], [], 2)
+    serve_(torch.zeros(2, HIDDEN), None, runtime.config.layers[0])
+    with pytest.raises(ArchitectureError, match=r"to steer layers \[0, 1, 2, 3, 4\], it did \[0\]"):
+        runtime.launched(None)
+    with pytest.raises(SteerfastError, match="at most 24 rows, got 25"):
+        serve_(torch.zeros(25, HIDDEN), None, 1)
+
+
+# -- layers --------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def serve(self, x: Tensor, residual: Tensor | None, layer: int) -> None:
+        self.calls.append((layer, tuple(x.shape), residual is not None))
+        x += layer
+
+
+class RMSNorm(nn.Module):
+    pass
+
+
+def make_layer(returns: str, *, norm: bool = True) -> type[nn.Module]:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            if norm:
+                self.norm = RMSNorm()
+
+        def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+            y = x * 2
+            return {"pair": (y, x), "full": (y, None), "one": y, "three": (y, x, x), "wide": y[:, None]}[returns]
+
+    return Layer
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    made = Recorder()
+    activate(made)
+    return made
+
+
+def steered(cls: type[nn.Module], at: int | None = 3) -> Any:
+    _wrap_forward(cls)
+    layer: Any = cls()
+    if at is not None:
+        layer.steerfast_layer, layer.steerfast_width, layer.steerfast_adds = at, 4, hasattr(layer, "norm")
+    return layer
+
+
+@pytest.mark.parametrize(("returns", "pair"), [("pair", True), ("full", False), ("one", False)])
+def test_the_stream_is_found_in_what_a_layer_returns(recorder, returns, pair) -> None:
+    output = steered(make_layer(returns))(torch.ones(2, 4))
+    x = output if returns == "one" else output[0]
+    assert torch.equal(x, torch.full((2, 4), 5.0))
+    assert recorder.calls == [(3, (2, 4), pair)]
+
+
+@pytest.mark.parametrize("returns", ["three", "wide"])
+def test_a_layer_that_returns_something_else_is_refused(recorder, returns) -> None:
+    with pytest.raises(ArchitectureError, match=r"to return rows \[n, 4\] or a pair of such"):
+        steered(make_layer(returns))(torch.ones(2, 4))
+    assert not recorder.calls
+
+
+def test_a_pair_that_no_norm_adds_is_refused(recorder) -> None:
+    with pytest.raises(ArchitectureError, match="returns a pair, but has no RMSNorm"):
+        steered(make_layer("pair", norm=False))(torch.ones(2, 4))
+
+
+def test_layers_of_a_drafter_and_of_other_engines_are_left_alone(recorder) -> None:
+    cls = make_layer("one")
+    mine, other = steered(cls), steered(cls, None)
+    assert torch.equal(other(torch.ones(2, 4)), torch.full((2, 4), 2.0))
+    assert not recorder.calls
+    mine(torch.ones(2, 4))
+    assert len(recorder.calls) == 1
+
+
+def test_a_layer_whose_class_extends_a_steered_one_is_steered_once(recorder) -> None:
+    base = make_layer("one")
+
+    class Same(base):  # type: ignore[misc, valid-type]
+        pass
+
+    class More(base):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) + 1
+
+    for cls, expected in ((base, 5.0), (Same, 5.0), (More, 6.0)):
+        recorder.calls.clear()
+        assert torch.equal(steered(cls)(torch.ones(2, 4)), torch.full((2, 4), expected))
+        assert len(recorder.calls) == 1
+
+
+def test_the_op_survives_functionalisation(recorder) -> None:
+    first, second = steered(make_layer("pair"), 1), steered(make_layer("one"), 2)
+
+    def model(x: Tensor) -> Tensor:
+        y, residual = first(x)
+        return second(y + residual) * 10
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.ones(2, 4)
+    assert torch.equal(compiled(x), torch.full((2, 4), 100.0))
+    assert [call[0] for call in recorder.calls] == [1, 2]
+    assert torch.equal(x, torch.ones(2, 4))
+
+
+def test_a_pass_without_a_runtime_is_refused() -> None:
+    activate(None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="layer 2 is steered, but no runtime is active"):
+        serve_(torch.ones(2, 4), None, 2)
+
+
+def test_an_unexpected_output_names_what_came() -> None:
+    layer = steered(make_layer("one"))
+    with pytest.raises(ArchitectureError, match="got NoneType"):
+        _serve_output(layer, None)

@@ -1,0 +1,149 @@
+"""A toy model in stages, what vLLM would do around it, and what steering should make of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfast.kernels.contract import Kinds
+from steerfast.profile import SteeringProfile
+from steerfast.runtime.roster import reach
+from steerfast.runtime.tables import answer_rows
+from steerfast.vllm.assignment import Assignment
+from steerfast.vllm.config import KEY, ServingConfig, layers_of
+from steerfast.vllm.ops import serve_
+from steerfast.vllm.worker import Runtime
+
+LAYERS, HIDDEN = 5, 32  # as tiny_llama
+
+
+@dataclass
+class Engine:
+    """A model of layers x -> 0.9·x + a, in stages that each have a runtime; what vLLM would do around them."""
+
+    profiles: dict[str, SteeringProfile]
+    stages: list[list[int]]
+    folder: Any
+    max_rows: int = 24
+    max_requests: int = 4
+    pair: bool = False
+    runtimes: list[Runtime] = field(init=False)
+
+    def __post_init__(self) -> None:
+        paths = {}
+        for name, profile in self.profiles.items():
+            paths[name] = str(self.folder / f"{name}.safetensors")
+            profile.save(paths[name])
+        layers = sorted(set().union(*map(layers_of, self.profiles.values())))
+        config = ServingConfig(paths, None, False, len(paths) + 1, tuple(layers), int(Kinds.ANY), None, "")
+        model = next(iter(self.profiles.values())).model
+        self.slots = {name: slot for slot, name in enumerate(paths)}
+        self.bias = torch.randn(LAYERS, HIDDEN, generator=torch.Generator().manual_seed(0))
+        self.runtimes = [
+            Runtime(
+                config,
+                model,
+                [layer for layer in stage if layer in layers],
+                torch.device("cpu"),
+                self.max_rows,
+                self.max_requests,
+                first=stage is self.stages[0],
+                last=stage is self.stages[-1],
+            )
+            for stage in self.stages
+        ]
+
+    def extra(self, name: str | None, strength: float = 1.0) -> dict[str, Any]:
+        if name is None:
+            return Assignment(-1, 1.0, late=True, open=False).as_extra()
+        return Assignment(self.slots[name], strength, *reach(self.profiles[name])).as_extra()
+
+    def step(
+        self,
+        batch: list[tuple[str, int, int]],
+        rows: dict[str, Tensor],
+        new: list[Any] | None = None,
+        ended: set[str] | None = None,
+        padding: int = 0,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One step of (name, past, length) each. Returns the stream after the last layer by name, and decisions."""
+        scheduled = SimpleNamespace(finished_req_ids=ended or set(), scheduled_new_reqs=new or [])
+        x = torch.cat(
+            [rows[name][past : past + length] for name, past, length in batch] + [torch.zeros(padding, HIDDEN)]
+        )
+        names, past, lengths = (list(column) for column in zip(*batch, strict=True))
+        tensors: Any = None
+        for stage, runtime in zip(self.stages, self.runtimes, strict=True):
+            runtime.begin(scheduled)
+            runtime.incoming = tensors
+            runtime.step(names, past, lengths, len(x))
+            assert tensors is None or KEY not in tensors.tensors
+            x = self.forward(stage, x)
+            tensors = runtime.launched(Sent({"hidden_states": x}))
+        output = self.runtimes[-1].tell(SimpleNamespace())
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        found = {name: x[end - length : end] for (name, _, length), end in zip(batch, ends, strict=True)}
+        return found, getattr(output, "steerfast", {})
+
+    def forward(self, stage: list[int], x: Tensor) -> Tensor:
+        for layer in stage:
+            x = 0.9 * x + self.bias[layer]
+            if layer in self.runtimes[0].config.layers:
+                residual = None
+                if self.pair:
+                    residual = torch.randn(x.shape, generator=torch.Generator().manual_seed(layer))
+                    x = x - residual
+                serve_(x, residual, layer)
+                x = x if residual is None else x + residual
+        return x
+
+    def truth(self, rows: Tensor, prompt: int, name: str | None, strength: float) -> tuple[Tensor, Any]:
+        """All rows of a request through all layers, one at a time; its gate layers' values and scores."""
+        x = rows.double()
+        profile = None if name is None else self.profiles[name]
+        told = {}
+        for layer in range(LAYERS):
+            x = 0.9 * x + self.bias[layer].double()
+            if profile is None:
+                continue
+            if layer in profile.gate_layers:
+                read = x[prompt - 1 : prompt]
+                if profile.gate.pooling == "mean":
+                    read = x[max(0, prompt - (profile.gate.window or prompt)) : prompt]
+                each = read @ profile.direction[layer].double()
+                if profile.gate.score == "cosine":
+                    each = each / read.norm(dim=1)
+                score = each.mean()
+                above = score - float(profile.threshold[layer])
+                sharp = profile.gate.sharpness
+                told[layer] = float(torch.sigmoid(sharp * above) if sharp else above > 0), float(score)
+                assert sharp or abs(float(above)) > 1e-4
+            gate = 1.0
+            if profile.gate.kind != "always":
+                gate = told.get(layer if profile.sensor == "own" else profile.sensor, (0.0,))[0]
+            first = prompt - 1 if profile.positions == "response" else 0
+            x[first : prompt + answer_rows(profile.answer_tokens)] += (
+                gate * strength * float(profile.strength[layer]) * profile.vector[layer].double()
+            )
+        decided = [told[layer] for layer in sorted(told)]
+        return x, ([value for value, _ in decided], [score for _, score in decided])
+
+
+class Sent:
+    """As vLLM's IntermediateTensors."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+
+def asked(name: str, extra: dict[str, Any] | None, prompt: int) -> Any:
+    parameters = SimpleNamespace(extra_args=None if extra is None else {KEY: extra})
+    return SimpleNamespace(req_id=name, sampling_params=parameters, prompt_len=prompt)
+
+
+def random_rows(count: int, seed: int) -> Tensor:
+    return 3 * torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
