@@ -85,11 +85,11 @@ STEER_ONE_ROW = """
 import torch, steerfast
 from steerfast import _native
 from steerfast.kernels.steer import steer_
-from steerfast.kernels.contract import STRENGTH, TABLE_WIDTH
+from steerfast.kernels.contract import STRENGTH, TABLE_WIDTH, Operands
 x, table, rows = torch.zeros(1, 8), torch.zeros(1, TABLE_WIDTH), torch.zeros(1, 2, dtype=torch.int32)
 table[0, STRENGTH] = 2
 one, vector = torch.ones(1, 1), torch.ones(1, 8)
-steer_(x, None, rows, one, one, vector, vector, table)
+steer_(x, None, Operands(rows, one, one, vector, vector, table))
 assert x.tolist() == [[2.0] * 8]
 print(steerfast.__file__, _native.available, _native.isa(), _native.reason)
 """
