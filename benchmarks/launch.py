@@ -9,7 +9,6 @@ One JSON line per op and provider, microseconds of host time per call:
     unchecked    the function for callers that own their buffers; on CUDA it goes past the dispatcher
     checked      the public function, which checks every argument
     fn[grid]     the same Triton kernel launched as Triton does it (CUDA, fused op)
-    cuda         the fused op's CUDA C++ form, through torch's dispatcher, where it was built
     torch        the op in plain torch
     empty        an empty Triton kernel with as many arguments, launched as Triton does it (CUDA)
 
@@ -39,7 +38,6 @@ import torch
 from cases import EPS, FUSED, GATES, STEER, Buffers, Case, Tensors
 from report import Report, parser, spread
 
-from steerfast import _native
 from steerfast.kernels import add_steer_rms_norm as fused
 from steerfast.kernels import gate, steer
 from steerfast.kernels.contract import Kinds, Norm
@@ -69,8 +67,6 @@ def providers(o: Tensors, b: Buffers) -> dict[str, Callable[[], Any]]:
             from baselines import empty
 
             ways["fn[grid]"] = lambda *_: launch_as_triton_does(o, b)
-            if _native.cuda_available:
-                ways["cuda"] = lambda *_: ops.add_steer_rms_norm_cuda.default(*flat[:-1])
             ways["empty"] = lambda *_: empty(b.x, b.residual, (o.weight, *tables), EPS)
     elif o.case.op == STEER:
         arguments = (b.x, None, o.operands)

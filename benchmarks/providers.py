@@ -3,7 +3,6 @@
     steerfast            our op
     steerfast-unsteered  the fused op without slots (K = 0)
     steerfast-any        the fused op compiled for every kind of edit and gate (Kinds.ANY)
-    steerfast-cuda       the fused op's CUDA C++ form, where it was built
     norm                 residual add and RMSNorm without steering: a fused Triton kernel, in place as serving engines
                          have it; on a CPU torch's add and rms_norm
     norm+add             the same after a separate elementwise steering add to the block's output
@@ -28,7 +27,6 @@ from cases import EPS, FUSED, GATES, PROMPT, STEER, Buffers, Tensors
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from steerfast import _native
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked
 from steerfast.kernels.contract import STRENGTH, THRESHOLD, GateOperands, Norm
 from steerfast.kernels.gate import gate_unchecked_
@@ -58,13 +56,8 @@ def _fused(o: Tensors) -> dict[str, Call]:
         steer_unchecked_(y, None, o.operands)
         return rms_norm(y, o.weight.shape, o.weight, EPS), y
 
-    found: dict[str, Call] = {}
-    if o.device == "cuda" and _native.cuda_available:
-        in_cuda = torch.ops.steerfast.add_steer_rms_norm_cuda.default
-        found["steerfast-cuda"] = lambda b: in_cuda(b.x, b.residual, o.weight, *o.operands[:-1], EPS, LLAMA)
     return {
         "steerfast": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, o.operands, EPS, LLAMA),
-        **found,
         "steerfast-unsteered": lambda b: add_steer_rms_norm_unchecked(
             b.x, b.residual, o.weight, o.unsteered, EPS, LLAMA
         ),

@@ -2,18 +2,15 @@
 
 Numerics contract, for row ``r``: ``y = x[r] + residual[r]`` in float32, not rounded; ``s`` is y rounded to the dtype of
 x (the row the unsteered model has); y is displaced by each of the row's slots as :mod:`.edits` defines; the new
-residual is y rounded once. Then, with ``w`` the norm's weight and all of it float32,
+residual ``n`` is y rounded once. Then, with ``w`` the norm's weight and all of it float32,
 
-    n       the new residual, or y itself
     rstd    1 / sqrt(sum(n*n) / H + eps)
     normed  n * rstd * w, rounded once or twice
 
-                  n              n * rstd              weight
-    LLAMA         new residual   rounded to dtype      w          transformers' Llama, Mistral, Qwen2, Phi3
-    GEMMA         new residual   float32               1 + w      transformers' Gemma
-    VLLM          new residual   float32               w          vLLM's CUDA kernel
-    FLASHINFER    y              float32               w          FlashInfer
-    VLLM_IR       y              rounded to dtype      w          the native form of vLLM's norm
+                  n * rstd              weight
+    LLAMA         rounded to dtype      w          transformers' Llama, Mistral, Qwen2, Phi3
+    GEMMA         float32               1 + w      transformers' Gemma
+    VLLM          float32               w          vLLM's CUDA kernel
 
 A row without a displacement has the bits of the same op without slots (K = 0): the new residual of such a row is
 x + residual rounded once.
@@ -82,8 +79,6 @@ __all__ = [
 ]
 
 Normed = tuple[torch.Tensor, torch.Tensor]  # normalised rows, new residual
-NORM_OF_ROUNDED = tuple(map(int, (Norm.LLAMA, Norm.GEMMA, Norm.VLLM)))
-ROUND_BEFORE_WEIGHT = tuple(map(int, (Norm.LLAMA, Norm.VLLM_IR)))
 
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -135,8 +130,6 @@ def reference_prompt(
 
 if triton is not None:
     _GEMMA = tl.constexpr(int(Norm.GEMMA))
-    _FLASHINFER = tl.constexpr(int(Norm.FLASHINFER))
-    _VLLM_IR = tl.constexpr(int(Norm.VLLM_IR))
     _LLAMA = tl.constexpr(int(Norm.LLAMA))
     _ANY = tl.constexpr(int(Kinds.ANY))
 
@@ -271,15 +264,13 @@ if triton is not None:
         )
         new_residual = y.to(dtype)
         tl.store(new_residual_ptr + row * H + columns, new_residual, mask=inside)
-        n = y
-        if (NORM != _FLASHINFER) & (NORM != _VLLM_IR):
-            n = new_residual.to(tl.float32)
+        n = new_residual.to(tl.float32)
         mean = tl.div_rn(tl.sum(product(n, n, NVIDIA), axis=0), tl.full((), H, tl.float32))
         rstd = tl.div_rn(tl.full((), 1.0, tl.float32), tl.sqrt_rn(mean + tl.full((), eps, tl.float32)))
         normed = n * rstd
         if (KINDS == _ANY) | (K > 1):
             weight = load_row(weight_ptr, 0, 0, inside, columns, H, True)
-        if (NORM == _LLAMA) | (NORM == _VLLM_IR):
+        if NORM == _LLAMA:
             normed = normed.to(dtype).to(tl.float32)
         if NORM == _GEMMA:
             weight = 1.0 + weight
@@ -373,9 +364,9 @@ def add_steer_rms_norm_torch(
     """
     y, _ = _displaced_sum(x, residual, operands)
     new_residual = y.to(x.dtype)
-    n = new_residual.float() if norm in NORM_OF_ROUNDED else y
+    n = new_residual.float()
     normed = n * (1.0 / ((n * n).mean(-1, keepdim=True) + eps).sqrt())
-    if norm in ROUND_BEFORE_WEIGHT:
+    if norm == int(Norm.LLAMA):
         normed = normed.to(x.dtype).float()
     w = weight.float() + 1.0 if norm == int(Norm.GEMMA) else weight.float()
     return (normed * w).to(x.dtype), new_residual

@@ -77,8 +77,6 @@ class Norm(IntEnum):
     LLAMA = 0
     GEMMA = 1
     VLLM = 2
-    FLASHINFER = 3
-    VLLM_IR = 4
 
 
 # Columns of `table`: what a slot needs besides its two vectors of H numbers.

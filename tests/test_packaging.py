@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -110,7 +109,7 @@ def test_pure_wheel(checkout: Path, tmp_path: Path) -> None:
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "steerfast").rglob("*.py")}
     package |= {str(path.relative_to(ROOT)) for path in (ROOT / "steerfast/data").rglob("*") if path.is_file()}
     assert package <= set(names)
-    assert not [name for name in names if name.endswith((".so", ".cpp", ".h", ".cu", ".cuh"))]
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
 
     install(wheel, tmp_path / "site")
     result = run_installed(tmp_path / "site", STEER_ONE_ROW)
@@ -141,15 +140,7 @@ def test_an_unknown_build_is_refused(checkout: Path) -> None:
     result, wheels = build(checkout, STEERFAST_BUILD="tpu")
     assert result.returncode != 0
     assert wheels == []
-    assert "STEERFAST_BUILD: expected auto, cpu, cuda or 0, got 'tpu'" in result.stdout + result.stderr
-
-
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can be linked with CUDA")
-def test_a_cuda_build_needs_a_torch_with_cuda(checkout: Path) -> None:
-    result, wheels = build(checkout, STEERFAST_BUILD="cuda")
-    assert result.returncode != 0
-    assert wheels == []
-    assert "STEERFAST_BUILD=cuda: the CUDA op cannot be built" in result.stdout + result.stderr
+    assert "STEERFAST_BUILD: expected auto, cpu or 0, got 'tpu'" in result.stdout + result.stderr
 
 
 def test_native_wheel_serves_every_python(checkout: Path, tmp_path: Path) -> None:

@@ -601,13 +601,12 @@ def judge_norm(
     rounded = half * want_residual.abs() + want.error + smallest(dtype)
     assert_within(new_residual[sure], want_residual[sure], rounded[sure], "new residual")
     # What is off in n is off in n*rstd, and in rstd by its share of the sum of squares; then one or two roundings.
-    off = rounded if case.norm in norm_module.NORM_OF_ROUNDED else want.error
     squares = want_residual.square().sum(1, keepdim=True) + want_residual.shape[1] * case.eps
     rstd = (want_residual.shape[1] / squares).sqrt()
     w = case.weight.double().abs() if case.norm != Norm.GEMMA else (case.weight.double() + 1).abs()
-    rstd_error = (off * want_residual.abs()).sum(1, keepdim=True) / squares + SUM
-    roundings = half * (2 if case.norm in norm_module.ROUND_BEFORE_WEIGHT else 1) + PRODUCT
-    tolerance = rstd * off * w * (1 + rstd_error) + (rstd_error + 1.01 * roundings) * want_normed.abs()
+    rstd_error = (rounded * want_residual.abs()).sum(1, keepdim=True) / squares + SUM
+    roundings = half * (2 if case.norm == Norm.LLAMA else 1) + PRODUCT
+    tolerance = rstd * rounded * w * (1 + rstd_error) + (rstd_error + 1.01 * roundings) * want_normed.abs()
     tolerance += smallest(dtype) * (1 + w)
     assert_within(normed[sure], want_normed[sure], tolerance[sure], "normed")
 

@@ -99,13 +99,7 @@ WRONG: list[tuple[tuple[str, ...], str, Any, type[Exception], str]] = [
     (ALL, "table", Z(3, 16).half(), TypeError, "table: expected float32, got torch.float16"),
     (NORMS, "eps", -1e-6, ValueError, "eps: expected a number >= 0, got -1e-06"),
     (NORMS, "eps", float("nan"), ValueError, "eps: expected a number >= 0, got nan"),
-    (
-        NORMS,
-        "norm",
-        5,
-        ValueError,
-        "norm: expected one of LLAMA (0), GEMMA (1), VLLM (2), FLASHINFER (3), VLLM_IR (4), got 5",
-    ),
+    (NORMS, "norm", 3, ValueError, "norm: expected one of LLAMA (0), GEMMA (1), VLLM (2), got 3"),
     (
         ("steer_", "add_steer_rms_norm"),
         "kinds",
@@ -232,7 +226,7 @@ def test_cpp_ignores_indices_that_nothing_uses() -> None:
             (EDITS, "strength", Z(3, 2), "strength: expected a contiguous tensor"),
             (EDITS, "values", Z(4, 2).half(), "values: expected a contiguous tensor"),
             (NORMS, "weight", Z(15), "weight: expected a contiguous tensor"),
-            (NORMS, "norm", 5, "norm: expected a choice from 0 to 4, got 5"),
+            (NORMS, "norm", 3, "norm: expected a choice from 0 to 2, got 3"),
             (("steer_", "add_steer_rms_norm"), "kinds", 2, "kinds: expected a choice from 0 to 1, got 2"),
             (("gate_",), "slot", Z(4, 5, dtype=INT), "slot: expected 0 to 4 slots per row"),
             (("gate_",), "row", Z(4, dtype=torch.int64), "row: expected a contiguous tensor"),
