@@ -237,7 +237,8 @@ def mean_gate_unchecked_(
 
     Args:
         x, residual, gates: as of :func:`gate_`.
-        member: [rows] int32, the sequence whose mean a row is part of; -1: none.
+        member: [rows] int32, the sequence whose mean a row is part of; -1: none. Or [rows * K], where each row may be
+            part of K means, one after the other.
         total: [n] int32, of how many rows a sequence's mean is taken.
         closes: [n] bool, whether the last of them is among x.
         sums: [n, K] float64, of the rows that came before; written.
@@ -247,8 +248,11 @@ def mean_gate_unchecked_(
         return
     counts = member >= 0
     sequence = torch.where(counts, member, 0)
-    row = torch.where(counts, torch.arange(len(x), dtype=torch.int32, device=x.device), -1)
-    each = torch.zeros(len(x), slot.shape[1], dtype=torch.float32, device=x.device)  # a row that does not count adds 0
+    at = torch.arange(len(member), dtype=torch.int32, device=x.device)
+    row = torch.where(counts, at if len(member) == len(x) else at // (len(member) // len(x)), -1)
+    each = torch.zeros(
+        len(row), slot.shape[1], dtype=torch.float32, device=x.device
+    )  # a row that does not count adds 0
     of_rows = GateOperands(slot.index_select(0, sequence), directions, table, each, torch.zeros_like(each))
     gate_unchecked_(x, residual, row, of_rows)
     sums.index_add_(0, sequence, each.double())
