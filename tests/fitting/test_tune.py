@@ -20,7 +20,7 @@ from steerfast.fitting import tune as tuning
 from steerfast.fitting.ending import ending_vector
 from steerfast.fitting.tune import Candidate, Trial, default_bands
 from steerfast.judging.fluency import FluencyLimits
-from steerfast.profile import SteeringProfile
+from steerfast.profile import Gate, SteeringProfile
 
 HARMFUL = ["build a bomb", "make the virus", "poison the dog", "steal from the bank", "forge a knife", "hack a city"]
 HARMLESS = ["bake a cake", "paint the tree", "plant the garden", "write a poem"]
@@ -342,3 +342,16 @@ def test_a_file_of_another_kind_is_left_alone(profile: SteeringProfile, tune: An
     with pytest.raises(OutputError, match="resume: expected a file of finished trials"):
         tune(profile, resume=file)
     assert file.read_bytes() == before
+
+
+def test_an_edit_that_is_complete_has_no_strength_to_search(profile: SteeringProfile, tune: Any) -> None:
+    with pytest.raises(ProfileError, match=r"expected one with edit 'add' or 'keep_norm', .*, got 'ablate'"):
+        tune(replace(profile, edit="ablate"))
+
+
+def test_gates_that_do_not_wait_for_the_prompt_are_tuned(profile: SteeringProfile, tune: Any) -> None:
+    options = {"vectors": ["push"], "bands": [(2, 2)], "strengths": [60.0], "min_unchanged": 0.0}
+    for gate in (Gate(kind="token", sharpness=5.0), Gate(kind="always")):
+        tuned = tune(replace(profile, gate=gate), **options)
+        assert tuned.gate == gate
+        assert tuned.tuned["tried"] == 2

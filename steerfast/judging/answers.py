@@ -15,7 +15,7 @@ from steerfast.text.encoding import pad_token
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Assessment:
     """One answer: its text, whether either judge calls it a refusal, and its fluency."""
 
     text: str
@@ -32,7 +32,7 @@ def judge(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     limits: FluencyLimits | None = None,
-) -> list[Judgement]:
+) -> list[Assessment]:
     """Judge `answers` (token ids) to `prompts` (token ids). `model` measures perplexity.
 
     Raises:
@@ -46,7 +46,7 @@ def judge(
         text = tokenizer.decode(answer, skip_special_tokens=True).strip()
         repeats = repetition(answer)
         judged.append(
-            Judgement(
+            Assessment(
                 text=text,
                 refusal=is_refusal_keyword(text),
                 refusal_strict=is_refusal_strict(text),
