@@ -167,8 +167,7 @@ def tune(
     record = _record(finals, unchanged, len(candidates), chosen)
     names = chosen.names or {}
     sets = {
-        "harmful": describe_set(harmful, names.get("harmful")),
-        "harmless": describe_set(harmless, names.get("harmless")),
+        role: describe_set(given, names.get(role)) for role, given in (("harmful", harmful), ("harmless", harmless))
     }
     return replace(tuned, candidates={}, tuned={**record, **sets})
 

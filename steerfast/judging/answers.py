@@ -1,4 +1,4 @@
-"""Judge a set of answers: refusals by two judges, fluency by repetition and perplexity under the unsteered model."""
+"""Assess answers: refusal by two judges, fluency by repetition and perplexity under the unsteered model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steerfast.text.encoding import pad_token
 
 @dataclass(frozen=True)
 class Assessment:
-    """One answer: its text, whether either judge calls it a refusal, and its fluency."""
+    """An answer, its refusal by each of two judges, and its fluency."""
 
     text: str
     refusal: bool
@@ -59,5 +59,5 @@ def judge(
 
 
 def share(flags: Sequence[bool]) -> float:
-    """Share of True; nan of nothing."""
+    """Return the share of True; nan for no flags."""
     return sum(flags) / len(flags) if len(flags) else float("nan")
