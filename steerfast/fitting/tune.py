@@ -35,7 +35,7 @@ _FINALISTS = 6
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Setting:
     """One setting to try: layers first..last at `strength` each, and the end of the turn raised by `ending` logits."""
 
     vector: str
@@ -61,7 +61,7 @@ class Candidate:
 class Trial:
     """Figures of a candidate on `n` harmful prompts; shares of all of them, fired or not."""
 
-    candidate: Candidate
+    candidate: Setting
     n: int
     refusal: float
     refusal_strict: float
@@ -150,7 +150,7 @@ def tune(
     prompts = encode(tokenizer, harmful, model, room=chosen.max_new_tokens)
     log = _TrialLog(chosen.resume, _search_settings(profile, model, prompts, chosen))
 
-    def trials(candidates: Sequence[Candidate], tried: Sequence[Sequence[int]], description: str) -> list[Trial]:
+    def trials(candidates: Sequence[Setting], tried: Sequence[Sequence[int]], description: str) -> list[Trial]:
         done = []
         for candidate in track(candidates, description, show=chosen.progress):
             trial = log.find(candidate, len(tried))
@@ -247,7 +247,7 @@ def default_bands(layers: int, first: int, has_vector: Sequence[bool] | None = N
     return sorted(bands)
 
 
-def _candidates(profile: SteeringProfile, options: TuneOptions) -> list[Candidate]:
+def _candidates(profile: SteeringProfile, options: TuneOptions) -> list[Setting]:
     first = 0 if profile.sensor == "own" or profile.gate.kind == "always" else profile.sensor
     bands = None if options.bands is None else list(options.bands)
     answer_tokens = options.answer_tokens or [profile.answer_tokens]
@@ -271,7 +271,7 @@ def _candidates(profile: SteeringProfile, options: TuneOptions) -> list[Candidat
             )
             for total, positions, tokens, ending in choices:
                 strength = round(total / (band[1] - band[0] + 1), 4)
-                candidates.append(Candidate(kind, *band, strength, positions, tokens, ending))
+                candidates.append(Setting(kind, *band, strength, positions, tokens, ending))
     return candidates
 
 
@@ -286,7 +286,7 @@ def _check_band(band: tuple[int, int], kind: str, has_vector: Sequence[bool], le
 
 
 def _try(
-    candidate: Candidate,
+    candidate: Setting,
     profile: SteeringProfile,
     model: nn.Module,
     tokenizer: Any,
@@ -332,13 +332,13 @@ class _TrialLog:
     def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
         self._records = Records(path, "trials")
         self._settings = settings
-        self._trials: dict[tuple[Candidate, int], Trial] = {}
+        self._trials: dict[tuple[Setting, int], Trial] = {}
         for record in self._records.found:
             if record.get("settings") == settings:
-                trial = Trial(**{**record["trial"], "candidate": Candidate(**record["trial"]["candidate"])})
+                trial = Trial(**{**record["trial"], "candidate": Setting(**record["trial"]["candidate"])})
                 self._trials[trial.candidate, trial.n] = trial
 
-    def find(self, candidate: Candidate, n: int) -> Trial | None:
+    def find(self, candidate: Setting, n: int) -> Trial | None:
         return self._trials.get((candidate, n))
 
     def add(self, trial: Trial) -> None:

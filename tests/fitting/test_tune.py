@@ -18,7 +18,7 @@ import steerfast
 from steerfast.errors import OutputError, ProfileError, PromptError
 from steerfast.fitting import tune as tuning
 from steerfast.fitting.ending import ending_vector
-from steerfast.fitting.tune import Candidate, Trial, default_bands
+from steerfast.fitting.tune import Setting, Trial, default_bands
 from steerfast.judging.fluency import FluencyLimits
 from steerfast.profile import Gate, SteeringProfile
 
@@ -60,7 +60,7 @@ def test_the_planted_refusal_is_found(profile: SteeringProfile, tune: Any, tiny_
     assert best["refusal"] == best["refusal_strict"] == best["fluent"] == best["harmless_unchanged"] == 1.0
     assert best["tried"] == 2 * 2 * 2 * 2
     assert (best["harmful"]["name"], best["harmful"]["count"], best["harmless"]["count"]) == ("planted", 6, 4)
-    candidate = Candidate(**best["candidate"])
+    candidate = Setting(**best["candidate"])
     assert candidate.strength == 60.0 / (candidate.last - candidate.first + 1)
     assert tuned.steered_layers == list(range(candidate.first, candidate.last + 1))
     assert tuned.strength[candidate.first] == candidate.strength
@@ -116,7 +116,7 @@ def test_endings_are_tried_beside_the_edit(
 
 
 def trial(refusal: float, fluent: float, strength: float = 1.0, keyword: float | None = None) -> Trial:
-    candidate = Candidate("ssv", 1, 2, strength, "all")
+    candidate = Setting("ssv", 1, 2, strength, "all")
     return Trial(candidate, 10, refusal if keyword is None else keyword, refusal, fluent)
 
 
@@ -213,12 +213,12 @@ def test_another_models_profile(make_llama: Any, make_profile: Callable[..., Ste
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Candidate, int]]:
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Setting, int]]:
     """What was really run."""
-    runs: list[tuple[Candidate, int]] = []
+    runs: list[tuple[Setting, int]] = []
     run = tuning._try
 
-    def counting(candidate: Candidate, profile: Any, model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Trial:
+    def counting(candidate: Setting, profile: Any, model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Trial:
         runs.append((candidate, len(prompts)))
         return run(candidate, profile, model, tokenizer, prompts, *rest)
 
