@@ -64,7 +64,6 @@ _STRENGTHS = common.Items("strengths", common.finite, "finite numbers like 0.5,1
     help="keywords, strict, classifier:MODEL[#LABEL] or openai:MODEL[@URL]; the first one's verdicts make the rates; "
     "may be repeated.",
 )
-@click.option("--requests-per-minute", type=click.FloatRange(0, min_open=True), help="Most that an openai judge makes.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most prompts of each set.  [default: all]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
 @click.option(
@@ -97,7 +96,6 @@ def command(
     sources: tuple[str, ...],
     images: str | None,
     judges: tuple[str, ...],
-    requests_per_minute: float | None,
     limit: int | None,
     max_new_tokens: int,
     maths_max_new_tokens: int,
@@ -156,7 +154,7 @@ def command(
     if html_file is not None:
         report.check_html(html_file)
     systems, left_out = systems_of(loaded, weights, wanted)
-    judged_by = [make_judge(judge, cache=resume, requests_per_minute=requests_per_minute) for judge in judges]
+    judged_by = [make_judge(judge, cache=resume) for judge in judges]
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,

@@ -19,8 +19,8 @@ from steerfast.evaluation.latency import alternating, milliseconds_per_token
 from steerfast.fitting.score import score
 from steerfast.hf.generation import greedy_answers
 from steerfast.hf.steering import steer
+from steerfast.judging.answers import Assessment, judge, share
 from steerfast.judging.estimates import auc
-from steerfast.judging.judgement import Judgement, judge, share
 from steerfast.profile import SteeringProfile
 from steerfast.text.encoding import encode
 from steerfast.text.prompts import read_prompts
@@ -130,7 +130,7 @@ def _latency(
     }
 
 
-def _examples(texts: dict[str, list[str]], judged: dict[str, dict[str, list[Judgement]]]) -> list[dict[str, str]]:
+def _examples(texts: dict[str, list[str]], judged: dict[str, dict[str, list[Assessment]]]) -> list[dict[str, str]]:
     """Two harmful prompts whose answer steering changed where it did, and a harmless one."""
     before, after = judged["before"], judged["after"]
     moved = [i for i, (b, a) in enumerate(zip(before["harmful"], after["harmful"], strict=True)) if b.text != a.text]
