@@ -17,7 +17,7 @@ from pathlib import Path
 
 from steerfast._files import write_atomically
 from steerfast.errors import OutputError, ProfileError
-from steerfast.formats.base import Condition, Format, Imported, Malformed, content, rows_of
+from steerfast.formats.base import Condition, Format, Imported, Malformed, content, export_rows
 from steerfast.formats.gguf import EASYSTEER, GGUF
 from steerfast.formats.jsonfile import RHIZONYMPH, SVEC, VLLM_LENS, condition_file, condition_of
 from steerfast.formats.torchfile import HOTWIRE, ROTALABS, STEERING_VECTORS
@@ -94,7 +94,7 @@ def write(
         raise ProfileError(f"format: {known.name} files are pickles and only read, expected another format")
     if condition is not None and known is not SVEC:
         raise ProfileError(f"condition: only svec has files for it, got {known.name}")
-    rows = rows_of(profile, gate_apart=condition is not None)
+    rows = export_rows(profile, gate_apart=condition is not None)
     try:
         made, notes = known.encode(rows)
         gate, how = condition_file(profile) if condition is not None else (b"", [])

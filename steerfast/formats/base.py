@@ -1,4 +1,4 @@
-"""What every format shares: what a file says (`Imported`), what is written (`Rows`), and careful reading."""
+"""What every format shares: what a file says (`Imported`), what is written (`ExportRows`), and careful reading."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _placed(values: Mapping[int, Tensor] | Mapping[int, float], rows: Tensor) ->
 
 
 @dataclass(frozen=True)
-class Rows:
+class ExportRows:
     """What a profile adds where its gate is open, ready to be written: strength times vector.
 
     rows: 0-based block -> float32 [H], ascending.
@@ -182,7 +182,7 @@ class Rows:
         return torch.stack(list(self.rows.values())).numpy()
 
 
-def rows_of(profile: SteeringProfile, *, gate_apart: bool = False) -> Rows:
+def export_rows(profile: SteeringProfile, *, gate_apart: bool = False) -> ExportRows:
     """The vectors to write, and what is lost by it; `gate_apart`: not the gate, it is written to a file of its own.
 
     Raises:
@@ -215,7 +215,7 @@ def rows_of(profile: SteeringProfile, *, gate_apart: bool = False) -> Rows:
         notes.append("keep_norm is lost: vectors will be added without scaling rows back to their norm")
     if profile.candidates:
         notes.append(f"candidate vectors are lost: {', '.join(sorted(profile.candidates))}")
-    return Rows(profile, rows, tuple(notes))
+    return ExportRows(profile, rows, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Format:
     layers: str
     detects: Callable[[Path, bytes], bool]
     read: Callable[[Path, bytes], Imported]
-    encode: Callable[[Rows], tuple[bytes | dict[str, bytes], list[str]]] | None = None
+    encode: Callable[[ExportRows], tuple[bytes | dict[str, bytes], list[str]]] | None = None
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from steerfast.formats.base import (
     Format,
     Imported,
     Malformed,
-    Rows,
+    ExportRows,
     base64_bytes,
     checked_shape,
     floats,
@@ -94,7 +94,7 @@ def condition_file(profile: SteeringProfile) -> tuple[bytes, list[str]]:
     return data, notes + lost + [f"conditional activation steering compares absolute cosines{of}: try the threshold"]
 
 
-def _encode_svec(written: Rows) -> tuple[bytes, list[str]]:
+def _encode_svec(written: ExportRows) -> tuple[bytes, list[str]]:
     data, lost = _svec(written.hint, written.rows, written.profile.model.num_layers)
     layers = [layer + 1 for layer in written.rows if layer + 1 < written.profile.model.num_layers]
     return data, [f"behavior_layer_ids={layers}: inputs of 0-based blocks", *lost]
@@ -188,7 +188,7 @@ def _inflated(data: bytes, most: int) -> bytes:
     return raw
 
 
-def _encode_lens(written: Rows) -> tuple[bytes, list[str]]:
+def _encode_lens(written: ExportRows) -> tuple[bytes, list[str]]:
     rows = written.stacked()
     activations = {
         "data": base64.b64encode(rows.astype("<f4").tobytes()).decode(),
@@ -272,7 +272,7 @@ def _listed_rows(rows: dict[str, Any]) -> Iterator[tuple[int, Tensor, float]]:
         yield layer_number(layer), floats(f"layer {layer}", entry), scale
 
 
-def _encode_module(written: Rows) -> tuple[bytes, list[str]]:
+def _encode_module(written: ExportRows) -> tuple[bytes, list[str]]:
     rows = written.stacked()
     hook = {
         "dtype": "float32",

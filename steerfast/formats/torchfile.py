@@ -26,7 +26,7 @@ from steerfast.formats.base import (
     Format,
     Imported,
     Malformed,
-    Rows,
+    ExportRows,
     content,
     json_bytes,
     json_object,
@@ -186,7 +186,7 @@ def _read_hotwire(path: Path, data: bytes) -> Imported:
     return Imported({layer: row for layer, row in enumerate(rows) if bool(row.any())}, notes=notes)
 
 
-def _encode_hotwire(written: Rows) -> tuple[bytes, list[str]]:
+def _encode_hotwire(written: ExportRows) -> tuple[bytes, list[str]]:
     model = written.profile.model
     rows = torch.zeros(model.num_layers, model.hidden_size)
     for layer, row in written.rows.items():
@@ -231,7 +231,7 @@ def _read_rotalabs(path: Path, data: bytes) -> Imported:
     return Imported(vectors, dict.fromkeys(vectors, 1.0), notes=tuple(notes))
 
 
-def _encode_rotalabs(written: Rows) -> tuple[dict[str, bytes], list[str]]:
+def _encode_rotalabs(written: ExportRows) -> tuple[dict[str, bytes], list[str]]:
     kind, model = written.profile.vector_kind, written.profile.model.name
     about = {"behavior": kind, "model_name": model}
     files = {"metadata.json": json_bytes({**about, "layers": list(written.rows)})}

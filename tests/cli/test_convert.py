@@ -33,7 +33,7 @@ def profile(tiny_llama: Any, make_profile: Callable[..., SteeringProfile], tmp_p
 def vectors(profile: SteeringProfile, tmp_path: Path) -> dict[int, torch.Tensor]:
     """In the file v.gguf: vectors of blocks 1 and 3."""
     rows = {layer: np.full(profile.model.hidden_size, 0.1 * layer, "f4") for layer in (1, 3)}
-    values: dict[str, str | int] = {"general.architecture": "controlvector", "controlvector.model_hint": "llama"}
+    values: dict[str, str | int] = {"controlvector.model_hint": "llama"}
     (tmp_path / "v.gguf").write_bytes(build(values, {f"direction.{layer}": row for layer, row in rows.items()}))
     return {layer: torch.from_numpy(row) for layer, row in rows.items()}
 
@@ -46,7 +46,7 @@ def test_export_says_that_the_gate_is_lost(profile: SteeringProfile, tmp_path: P
     assert (data["from"], data["to"], data["gate"], data["gate_lost"]) == ("steerfast", "gguf", "prompt", True)
     assert data["layers"] == [1, 2]
     assert [f"steerfast: note: {note}" for note in data["notes"]] == result.stderr.splitlines()
-    tensors = parse((tmp_path / "v.gguf").read_bytes())[1]
+    tensors = parse(tmp_path / "v.gguf")[1]
     assert {name: row.tolist() for name, row in tensors.items()} == {
         f"direction.{layer}": (0.5 * profile.vector[layer]).tolist() for layer in (1, 2)
     }
@@ -117,7 +117,7 @@ def test_between_other_projects(profile: SteeringProfile, vectors: dict[int, tor
     data = json.loads(result.stdout)
     assert (data["from"], data["to"], data["gate_lost"]) == ("gguf", "rhizonymph", False)
     done(tmp_path / "m.json", tmp_path / "w.gguf", *like)
-    tensors = parse((tmp_path / "w.gguf").read_bytes())[1]
+    tensors = parse(tmp_path / "w.gguf")[1]
     assert {int(name[10:]): row.tolist() for name, row in tensors.items()} == {
         layer: row.tolist() for layer, row in vectors.items()
     }
