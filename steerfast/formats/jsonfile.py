@@ -32,7 +32,7 @@ from steerfast.formats.base import (
 from steerfast.profile import SteeringProfile
 
 # -- .svec -----------------------------------------------------------------------------------------
-# Conditional activation steering edits and reads what goes into block L, which is what comes out of block L - 1.
+# Conditional activation steering edits and reads the input of block L, which is the output of block L - 1.
 
 _SVEC_LAYERS = "layers: L is the input of 0-based block L, the output of block L - 1"
 
@@ -51,7 +51,7 @@ def _read_svec(path: Path, data: bytes) -> Imported:
 
 
 def condition_of(imported: Imported, layer: int, threshold: float) -> Condition:
-    """The gate of a condition vector: at 0-based block `layer` the cosine has to exceed `threshold`.
+    """Return the gate of a condition vector: it opens where the cosine at 0-based block `layer` exceeds `threshold`.
 
     Raises:
         ProfileError: the file has no vector there.
@@ -73,10 +73,10 @@ def condition_of(imported: Imported, layer: int, threshold: float) -> Condition:
 
 
 def condition_file(profile: SteeringProfile) -> tuple[bytes, list[str]]:
-    """The directions of a profile's gates as a .svec, and how to use them.
+    """Return the directions of a profile's gates as a .svec, and notes on their use.
 
     Raises:
-        ProfileError: no gate, or one that this cannot say.
+        ProfileError: no gate, or a gate that does not read cosines.
     """
     layers, model = profile.gate_layers, profile.model
     if not layers or profile.gate.score != "cosine":

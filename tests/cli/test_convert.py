@@ -111,6 +111,20 @@ def test_shift_layers_and_strength(
     assert found.model == identify(tiny_llama)
 
 
+def test_edits_and_gates(profile: SteeringProfile, vectors: dict[int, torch.Tensor], tmp_path: Path) -> None:
+    out, like = tmp_path / "out.safetensors", ("--like", tmp_path / "p.safetensors")
+    clamp = ("--edit", "clamp", "--low", "-1", "--high", 2)
+    done(tmp_path / "v.gguf", out, *like, *clamp, "--keep-gate", "--gate-kind", "token", "--sharpness", 4)
+    found = SteeringProfile.load(out)
+    assert (found.edit, found.low, found.high) == ("clamp", -1.0, 2.0)
+    assert found.gate == Gate("token", profile.gate.score, 4.0)
+    rotate = ("--edit", "rotate", "--angle", 30, "--keep-gate", "--gate-kind", "always")
+    done(tmp_path / "v.gguf", out, *like, *rotate)
+    found = SteeringProfile.load(out)
+    assert (found.edit, found.angle, found.gate) == ("rotate", 30.0, Gate("always"))
+    assert "only a clamp has limits" in failed(1, tmp_path / "v.gguf", out, *like, "--edit", "ablate", "--low", 1)
+
+
 def test_between_other_projects(profile: SteeringProfile, vectors: dict[int, torch.Tensor], tmp_path: Path) -> None:
     like = ("--like", tmp_path / "p.safetensors")
     result = done(tmp_path / "v.gguf", tmp_path / "m.json", "--to", "rhizonymph", *like, "--json", "-")
@@ -153,6 +167,8 @@ def test_wrong_usage(profile: SteeringProfile, vectors: dict[int, torch.Tensor],
         ((own, tmp_path / "x.pkl", "--to", "steering-vectors"), "'steering-vectors' is not one of"),
         ((other, out, "--model", "m", "--keep-gate"), "--keep-gate: expected with --like"),
         ((other, out, "--like", own, "--threshold", "1"), "expected all of them or none"),
+        ((other, out, "--like", own, "--gate-kind", "token"), "--gate-kind: expected with --keep-gate or --condition"),
+        ((own, tmp_path / "x.gguf", "--edit", "ablate"), "--edit: expected for other projects' files only"),
         ((other, out, "--like", own, "--layers", "5-1"), "expected layers such as"),
         ((other, out, "--like", own, "--layers", "0-999999999"), "expected layers such as"),
         ((other, other, "--like", own, "--to", "gguf"), "OUTPUT: expected a file of its own"),
