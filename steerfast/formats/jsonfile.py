@@ -13,10 +13,10 @@ from torch import Tensor
 from steerfast.errors import ProfileError
 from steerfast.formats.base import (
     Condition,
+    ExportRows,
     Format,
     Imported,
     Malformed,
-    ExportRows,
     base64_bytes,
     checked_shape,
     floats,

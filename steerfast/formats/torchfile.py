@@ -23,10 +23,10 @@ from torch import Tensor
 
 from steerfast.formats.base import (
     MOST_BYTES,
+    ExportRows,
     Format,
     Imported,
     Malformed,
-    ExportRows,
     content,
     json_bytes,
     json_object,

@@ -154,7 +154,9 @@ def test_the_command_names_every_format() -> None:
     from steerfast.cli import convert
 
     assert set(convert._read_formats()) - {"steerfast"} == formats.FORMATS.keys()
-    assert set(convert._written_formats()) - {"steerfast"} == {n for n, known in formats.FORMATS.items() if known.encode}
+    assert set(convert._written_formats()) - {"steerfast"} == {
+        n for n, known in formats.FORMATS.items() if known.encode
+    }
 
 
 # ---- imports -------------------------------------------------------------------------------------
@@ -227,7 +229,9 @@ def test_an_import_steers_by_any_edit_and_gate(edit: Any, gate: Any, make_profil
     expected = replace(
         imported(found, like.model, gate=like),
         **edit,
-        gate=Gate("always") if kind == "always" else replace(like.gate, kind=kind, sharpness=gate.get("sharpness", 0.0)),
+        gate=Gate("always")
+        if kind == "always"
+        else replace(like.gate, kind=kind, sharpness=gate.get("sharpness", 0.0)),
     )
     assert (made.edit, made.low, made.high, made.angle) == (expected.edit, expected.low, expected.high, expected.angle)
     assert made.gate == expected.gate

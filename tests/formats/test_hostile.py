@@ -98,9 +98,15 @@ BODY = ROW.tobytes()
             gguf(info(), body=BODY, values=2, extra=text("general.alignment") + struct.pack("<II", 4, 0)),
             "general.alignment: expected a size in bytes, got 0",
         ),
-        (gguf(info(), body=BODY, first=architecture("llama")), "general.architecture: expected 'controlvector', got 'llama'"),
+        (
+            gguf(info(), body=BODY, first=architecture("llama")),
+            "general.architecture: expected 'controlvector', got 'llama'",
+        ),
         (gguf(info(), body=BODY, values=0, first=b""), "general.architecture: expected 'controlvector', got None"),
-        (gguf(info(), body=BODY, values=2, extra=text("a") + struct.pack("<IIQ", 9, 0, 1 << 20) + bytes(1 << 20)), "at most"),
+        (
+            gguf(info(), body=BODY, values=2, extra=text("a") + struct.pack("<IIQ", 9, 0, 1 << 20) + bytes(1 << 20)),
+            "at most",
+        ),
         (gguf(info(), body=BODY, values=2, extra=text("a") + struct.pack("<IIQ", 9, 9, 0)), "array: expected scalars"),
         (gguf(info(offset=(1 << 64) - 32), body=BODY), "truncated"),
         (gguf(info(size=1 << 61), body=BODY), "truncated"),
