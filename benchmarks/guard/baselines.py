@@ -1,7 +1,7 @@
 """Baselines that guide single tokens, on the guard's engine: ARGS and RE-Control.
 
-ARGS (arXiv 2402.01694) adds the reward of each likely token to its logit. RE-Control (arXiv 2406.05954) edits the hidden
-state that enters the language-model head by gradient ascent on a value of it.
+ARGS (arXiv 2402.01694) adds the reward of each likely token to its logit. RE-Control (arXiv 2406.05954) edits the
+hidden state that enters the language-model head by gradient ascent on a value of it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     profile, notes = formats.read("vector.gguf").profile(model_identity)
     notes = formats.write(profile, "vector.gguf")
 
-Files may come from strangers: nothing in them is run, sizes are checked before memory is allocated, and content that a
-profile cannot hold is refused by name. Layer numbers become 0-based decoder blocks whose output is edited; notes say how.
+Files may come from strangers: nothing in them is run, sizes are checked before memory is allocated, and content that
+a profile cannot hold is refused. Layer numbers become 0-based decoder blocks whose output is edited; notes say so.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def parse(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _reader_class() -> Any:
     gguf = _package()
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
         """Read a file whose counts and offsets may lie: nothing past its end, and no long header."""
 
         reads = 0

@@ -1,4 +1,4 @@
-"""Guard a model's answers: decode plainly if the gate stays shut, steer and search if it fires, search if it abstains."""
+"""Guard answers: decode plainly if the gate stays shut, steer and search if it fires, search if it abstains."""
 
 from __future__ import annotations
 

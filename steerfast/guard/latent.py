@@ -6,8 +6,8 @@ float32 [n, S], in parts of H numbers (the base model's hidden size), in this or
     mean    the mean of those rows over the answer's tokens; of an empty answer, the prompt's last row
     prompt  the row of the prompt's last token, as it leaves decoder layer `prompt_layer`
 
-If `prompt_layer` is None the state is the last row alone: S = H, otherwise S = 3H. Everything that gives or reads states
-has the same `prompt_layer`.
+If `prompt_layer` is None the state is the last row alone: S = H, otherwise S = 3H. All parts that give or read states
+have the same `prompt_layer`.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class ScoredAnswer:
     """One answer, or the beginning of one.
 
     tokens: without the prompt; the end token is the last one of a finished answer. cost, reward: of all tokens so far.
-    z: safety state after the last token. p_safe: the critic's output (without a critic: 1.0 within the budget, else 0.0).
+    z: safety state after the last token. p_safe: the critic's output (without it: 1.0 within the budget, else 0.0).
     blocks: (tokens, cost) of each block, from which `z` follows. hidden: latent state float32 [S], if known.
     parent: its place among the candidates that it grew from.
     """

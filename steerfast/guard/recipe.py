@@ -107,14 +107,13 @@ class GatherOptions(RolloutOptions):
 
 
 class _Origin(NamedTuple):
-    """A set of rollouts. strength: of the profile's steering; None: not steered. asked: (prompt, label). count: answers
-    per prompt."""
+    """A set of rollouts. strength: of the steering; None: not steered. asked: (prompt, label). answers: per prompt."""
 
     name: str
     backend: Any
     strength: float | None
     asked: list[tuple[str, str]]
-    count: int
+    answers: int
 
 
 def gather(
@@ -156,7 +155,7 @@ def gather(
                 identity,
                 questions=questions,
                 labels=labels,
-                **{**same, "rollouts": origin.count},
+                **{**same, "rollouts": origin.answers},
             )
     return found
 

@@ -35,8 +35,8 @@ _SETTINGS = "settings.json"
 class Rollouts:
     """Answers to one prompt, and the states at the ends of their blocks, one answer after the other.
 
-    prompt: token ids. question: the prompt as the user wrote it. label: the prompt's kind (``harmful`` or ``harmless``).
-    answers: token ids, n. finished: bool [n]; the others reached the depth. owner: int64 [states], the answer of a state.
+    prompt: token ids. question: the prompt as the user wrote it. label: ``harmful`` or ``harmless``.
+    answers: token ids, n. finished: bool [n]; the others reached the depth. owner: int64 [states], the state's answer.
     ends: int64 [states], tokens of the answer there; ascending in an answer, the last one its length.
     hidden: latent states float32 [states, S] of this prompt_layer, see `steerfast.guard.latent`.
     cost: float32 [states], of each block (+inf: unknown); None: not scored.

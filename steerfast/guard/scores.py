@@ -1,7 +1,7 @@
 """Reward and cost of answers so far: the protocol of scorers, and adapters to it.
 
-A score belongs to the whole answer up to the end of a block; a block's cost is the difference of two such scores, and the
-differences sum up to the cost of the answer. Scorers fail closed: a cost that is not finite counts as +inf, such a reward
+A score belongs to the whole answer up to the end of a block; a block's cost is the difference of two such scores, the
+differences sum up to the answer's cost. Scorers fail closed: a cost that is not finite counts as +inf, such a reward
 as -inf. Models with another tokenizer read the text, tokenised again.
 """
 
@@ -79,7 +79,7 @@ def block_costs(scorer: Scorer, now: Tensor, before: Tensor) -> Tensor:
 
     Args:
         now: `scores_of` at the block's end.
-        before: `scores_of` at its beginning, 0 for the first block: so the costs of an answer sum up to its score, and a
+        before: `scores_of` at its beginning, 0 for the first block: so the costs of an answer sum up to its score, a
             harmful prompt buys no tolerance. Not read if the scorer is not cumulative.
     """
     if not getattr(scorer, "cumulative", True):
@@ -209,8 +209,8 @@ def _label_number(label: str | int | None, names: dict[int, str]) -> int:
 class ScoreModel(_TextModel):
     """A PKU-SafeRLHF score model (`steerfast.guard.beaver.LlamaForScore`) as a scorer.
 
-    It reads the conversation in its training format, with an end token after finished answers. Cost models give positive
-    costs to unsafe answers.
+    It reads the conversation in its training format, with an end token after finished answers. Cost models give
+    positive costs to unsafe answers.
     """
 
     PROMPT = "BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:"

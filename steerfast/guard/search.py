@@ -1,7 +1,7 @@
 """Blockwise search among candidates: InferenceGuard and sampling baselines, on one engine.
 
-A `Strategy` says which candidates are searched and how they are ranked. `Search` runs it: candidates grow by a block, the
-block is charged to their budgets, the best ones go on. Tokens come from a backend.
+A `Strategy` says which candidates are searched and how they are ranked. `Search` runs it: candidates grow by a block,
+the block is charged to their budgets, the best ones go on. Tokens come from a backend.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Strategy:
 
     candidates: N. keep: K candidates go on after each block; None: N/4. block: L tokens. depth: at most D tokens.
     widths: numbers of candidates of a block, tried in turn until one of them is safe; (): N at once.
-    safety: the ranking of candidates. ``none``: the reward. ``lagrangian``: reward − multiplier · cost. ``cost``: −cost.
+    safety: ranks candidates. ``none``: the reward. ``lagrangian``: reward − multiplier · cost. ``cost``: −cost.
         ``augmented``: the safety state's order, see `steerfast.guard.objective.best_first`.
     critic: whether the critic judges unfinished candidates; otherwise their reward and budget so far do.
     retries: M more rounds for a block without a safe candidate. A token's logit then loses `penalty` times the share of
@@ -170,8 +170,8 @@ class SearchResult:
 class _Beams:
     """Candidates and their scores.
 
-    score: the cost scorer's score at the last block's end; the next block's cost is the difference to it. The others: as
-    in `ScoredAnswer`. All on the CPU; all except `blocks` and `parents` are float32 [n].
+    score: the cost scorer's score at the last block's end, from which the next block's cost is taken. The others: see
+    `ScoredAnswer`. All on the CPU; all except `blocks` and `parents` are float32 [n].
     """
 
     candidates: Candidates

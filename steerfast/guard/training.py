@@ -1,14 +1,14 @@
 """Train heads and a critic on rollouts: labels; states and targets; epochs, checkpoints, calibration.
 
-The critic's targets are Monte-Carlo: whether the rollout ended within its budget (z_T > 0), and its reward discounted to
-the state. A killed training continues from its last epoch and ends with the same bits.
+The critic's targets are Monte-Carlo: whether the rollout ended within its budget (z_T > 0), and its reward discounted
+to the state. A killed training continues from its last epoch and ends with the same bits.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ class States:
 
     def select(self, mask: Tensor) -> States:
         """Return the states where a mask is True."""
-        parts = (part[mask] for part in (self.hidden, self.z, self.safe, self.value, self.prompt))
-        return States(*parts, self.dropped)
+        parts = {name: getattr(self, name)[mask] for name in ("hidden", "z", "safe", "value", "prompt")}
+        return replace(self, **parts)
 
 
 def safety_states(rollouts: Rollouts, safety: SafetyBudget) -> Tensor:

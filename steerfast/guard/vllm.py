@@ -1,7 +1,7 @@
 """Candidates of a vLLM engine (offline), by its own parallel sampling; the search code is the same.
 
-Candidates with the same beginning are one request with as many samples; with prefix caching, that beginning is read from
-the cache, prompt included. The engine returns no hidden states, so scorers have to read text.
+Candidates with the same beginning are one request with as many samples; with prefix caching, that beginning is read
+from the cache, prompt included. The engine returns no hidden states, so scorers have to read text.
 """
 
 from __future__ import annotations
