@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from steerfast.cli.common import CommandGroup
+from steerfast.cli.group import CommandGroup
 
 
 @click.group(
