@@ -54,11 +54,7 @@ def run_demo(
         PromptError: no prompts, or more than the sets hold.
         ProfileError: a profile of another model.
     """
-    sets = {label: read_prompts(f"steerfast:{label}_demo") for label in ("harmful", "harmless")}
-    most = min(len(texts) for texts in sets.values())
-    if not 1 <= prompts <= most:
-        raise PromptError(f"prompts: expected 1 to {most}, got {prompts}")
-    texts = {label: texts[:prompts] for label, texts in sets.items()}
+    texts = _demo_prompts(prompts)
     ids = {label: encode(tokenizer, chosen, model, room=max_new_tokens) for label, chosen in texts.items()}
 
     def answers(what: str) -> dict[str, list[list[int]]]:
@@ -79,20 +75,12 @@ def run_demo(
     }
     fired = [i for i, opened in enumerate(scores["harmful"].fired.tolist()) if opened]
 
-    def shares(label: str, *figures: str) -> dict[str, float]:
-        found = {}
-        for figure, when in itertools.product(figures, judged):
-            name, _, strict = figure.partition("_")
-            key = "_".join(filter(None, (name, when, strict)))
-            found[key] = share([getattr(judgement, figure) for judgement in judged[when][label]])
-        return found
-
     unchanged = share([a == b for a, b in zip(before["harmless"], after["harmless"], strict=True)])
     return {
         "model": profile.model.name,
         "max_new_tokens": max_new_tokens,
-        "harmful": {"n": prompts, **shares("harmful", "refusal", "refusal_strict", "fluent")},
-        "harmless": {"n": prompts, "unchanged": unchanged, **shares("harmless", "refusal")},
+        "harmful": {"n": prompts, **_shares(judged, "harmful", "refusal", "refusal_strict", "fluent")},
+        "harmless": {"n": prompts, "unchanged": unchanged, **_shares(judged, "harmless", "refusal")},
         "gate": {
             "auc": auc(scores["harmful"].scores.numpy(), scores["harmless"].scores.numpy()).value,
             "hit_rate": share(scores["harmful"].fired.tolist()),
@@ -101,6 +89,25 @@ def run_demo(
         "latency": _latency(model, profile, [ids["harmful"][i] for i in fired or range(prompts)], progress),
         "examples": _examples(texts, judged),
     }
+
+
+def _demo_prompts(prompts: int) -> dict[str, list[str]]:
+    """Return the first prompts of the shipped ``demo`` sets by label."""
+    sets = {label: read_prompts(f"steerfast:{label}_demo") for label in ("harmful", "harmless")}
+    most = min(len(texts) for texts in sets.values())
+    if not 1 <= prompts <= most:
+        raise PromptError(f"prompts: expected 1 to {most}, got {prompts}")
+    return {label: texts[:prompts] for label, texts in sets.items()}
+
+
+def _shares(judged: dict[str, dict[str, list[Judgement]]], label: str, *figures: str) -> dict[str, float]:
+    """Return the share of 1 of each figure, unsteered and steered: ``refusal_steered_strict``."""
+    found = {}
+    for figure, when in itertools.product(figures, judged):
+        name, _, strict = figure.partition("_")
+        key = "_".join(filter(None, (name, when, strict)))
+        found[key] = share([getattr(judgement, figure) for judgement in judged[when][label]])
+    return found
 
 
 def _latency(

@@ -399,7 +399,7 @@ def _draw_layers(figure: Any, axes: Any, curves: Mapping[str, _Points], deciding
         axes.plot(x, y, linewidth=1.6, marker="o", markersize=2.6, label=name, **style)
         if None not in low:
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        lowest = min(lowest, *y)
+        lowest = min(lowest, *y, *(end for end in low if end is not None))
     for layer in deciding:
         axes.axvline(layer, color=COLOURS["ink"], linewidth=1, linestyle="--")
     axes.set_ylim(max(0, min(lowest - 0.04, 0.88)), 1.01)
