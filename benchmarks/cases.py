@@ -17,7 +17,7 @@ from steerfast.kernels.contract import (
     THRESHOLD,
     VECTOR_DIRECTION,
     VECTOR_SQ,
-    Gate,
+    GateKind,
     GateOperands,
     Kinds,
     Operands,
@@ -87,7 +87,7 @@ class Tensors:
         vectors = torch.randn(SLOTS, case.hidden, generator=g) * 1e-4
         directions = torch.nn.functional.normalize(torch.randn(SLOTS, case.hidden, generator=g))
         table = torch.zeros(SLOTS, TABLE_WIDTH)
-        table[:, STRENGTH], table[:, THRESHOLD], table[:, GATE] = 1.0, -2.0, float(Gate.PROMPT)
+        table[:, STRENGTH], table[:, THRESHOLD], table[:, GATE] = 1.0, -2.0, float(GateKind.PROMPT)
         vectors, directions = vectors.to(case.dtype), directions.to(case.dtype)
         v, d = vectors.float(), directions.float()
         table[:, VECTOR_SQ], table[:, VECTOR_DIRECTION] = (v * v).sum(1), (v * d).sum(1)

@@ -24,22 +24,23 @@ from steerfast.kernels.contract import (
     EDIT,
     GATE,
     HIGH,
+    LOW,
     STRENGTH,
     TABLE_WIDTH,
     THRESHOLD,
     VECTOR_DIRECTION,
     VECTOR_SQ,
-    Edit,
-    Gate,
+    GateKind,
     GateOperands,
     Kinds,
     Norm,
     Operands,
 )
+from steerfast.kernels.edit_kinds import EDITS
 from steerfast.kernels.gate import gate_, gate_torch_
 from steerfast.kernels.steer import steer_, steer_torch_
 
-SLOTS = 5
+SLOTS = len(EDITS)
 EPS = 1e-6
 norms = cycle(Norm)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -58,9 +59,9 @@ def launch_all(rows: int, hidden: int, stack: int, dtype: torch.dtype, strided: 
     x, residual, weight = stream(), stream(), normal(hidden)
     vectors, directions = normal(SLOTS, hidden), normal(SLOTS, hidden)
     table = torch.zeros(SLOTS, TABLE_WIDTH)
-    table[:, STRENGTH], table[:, HIGH], table[:, THRESHOLD] = 0.5, 1.0, -1e4  # far from any score: gates are open
-    table[:, EDIT] = torch.tensor([Edit.ADD, Edit.CLAMP, Edit.KEEP_NORM, Edit.ROTATE, Edit.ADD])
-    table[:, GATE] = torch.tensor([Gate.TOKEN, Gate.PROMPT, Gate.ALWAYS, Gate.TOKEN, Gate.PROMPT])
+    table[:, STRENGTH], table[:, THRESHOLD] = 0.5, -1e4  # far from any score: gates are open
+    for row, edit, gate in zip(table, EDITS.values(), cycle(reversed(GateKind)), strict=False):
+        row[EDIT], row[GATE], (row[LOW], row[HIGH]) = edit.id, gate, edit.columns(**edit.example)
     v, d = vectors.float().cpu(), directions.float().cpu()
     table[:, VECTOR_SQ], table[:, VECTOR_DIRECTION], table[:, DIRECTION_SQ] = (
         (v * v).sum(1), (v * d).sum(1), (d * d).sum(1),

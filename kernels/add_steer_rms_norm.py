@@ -32,7 +32,7 @@ import torch
 from .contract import (
     FLOAT_DTYPES,
     GATE,
-    Gate,
+    GateKind,
     Kinds,
     Norm,
     Operands,
@@ -120,7 +120,7 @@ def reference_prompt(
     for q, p in enumerate(deciding.tolist()):
         for k, slot in enumerate(rows[p, 1:].tolist() if p >= 0 else []):
             numbers = table[slot].double().cpu()
-            if slot >= 0 and numbers[GATE] == Gate.PROMPT:
+            if slot >= 0 and numbers[GATE] == GateKind.PROMPT:
                 scores[q, k], values[q, k] = reference_gate(s[p], directions[slot].double().cpu(), numbers)
     normed, stream = reference(x, residual, weight, operands._replace(values=values), eps, norm)
     return normed, stream, scores, values
@@ -421,7 +421,7 @@ def add_steer_rms_norm_prompt_torch(
         for k in range(slots.shape[1]):
             slot = torch.where(slots[:, k] >= 0, slots[:, k], 0)
             numbers = table.index_select(0, slot)
-            decides = (deciding >= 0) & (slots[:, k] >= 0) & (numbers[:, GATE] == int(Gate.PROMPT))
+            decides = (deciding >= 0) & (slots[:, k] >= 0) & (numbers[:, GATE] == int(GateKind.PROMPT))
             score, value = torch_gate(s.detach(), directions.index_select(0, slot).float(), numbers)
             for latch, new in ((scores, score), (values, value)):
                 latch[:, k].copy_(torch.where(decides, new, latch[:, k]))

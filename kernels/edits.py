@@ -50,8 +50,8 @@ from .contract import (
     THRESHOLD,
     VECTOR_DIRECTION,
     VECTOR_SQ,
-    Edit,
-    Gate,
+    EditId,
+    GateKind,
     Kinds,
     Operands,
     Score,
@@ -109,13 +109,13 @@ def reference_displacement(
     """How far one slot moves the float64 row s [H]: float64 [H]."""
     edit = int(numbers[EDIT])
     still = torch.zeros_like(s)
-    if edit == Edit.ADD:
+    if edit == EditId.ADD:
         return beta * vector
     vv, low, high = float(vector @ vector), float(numbers[LOW]), float(numbers[HIGH])
-    if edit == Edit.CLAMP:
+    if edit == EditId.CLAMP:
         along = float(s @ vector) / vv if vv else 0.0
         return beta * (min(max(along, low), high) - along) * vector
-    if edit == Edit.KEEP_NORM:
+    if edit == EditId.KEEP_NORM:
         moved = s + beta * vector
         if float(moved @ moved) <= CANCELLED * (float(s @ s) + beta * beta * vv):
             return still
@@ -142,16 +142,16 @@ def reference_rows(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> torc
                 continue
             vector, direction, numbers = (t[slot].double().cpu() for t in (vectors, directions, table))
             kind = int(numbers[GATE])
-            if kind == Gate.ALWAYS:
+            if kind == GateKind.ALWAYS:
                 gate = 1.0
-            elif kind == Gate.TOKEN and kinds == Kinds.ANY:
+            elif kind == GateKind.TOKEN and kinds == Kinds.ANY:
                 gate = reference_gate(s[r], direction, numbers)[1]
             else:
                 gate = float(values[sequence, k])
             beta = gate * float(numbers[STRENGTH]) * float(strength[sequence, k]) if gate else 0.0
             if beta:
                 if kinds == Kinds.LATCHED_ADD:
-                    numbers[EDIT] = Edit.ADD
+                    numbers[EDIT] = EditId.ADD
                 y[r] += reference_displacement(s[r], vector, direction, numbers, beta)
     return y
 
@@ -160,12 +160,12 @@ def reference_rows(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> torc
 
 if triton is not None:
     _COSINE = tl.constexpr(float(Score.COSINE))
-    _ALWAYS = tl.constexpr(float(Gate.ALWAYS))
-    _PROMPT = tl.constexpr(float(Gate.PROMPT))
-    _TOKEN = tl.constexpr(float(Gate.TOKEN))
-    _ADD = tl.constexpr(float(Edit.ADD))
-    _CLAMP = tl.constexpr(float(Edit.CLAMP))
-    _KEEP_NORM = tl.constexpr(float(Edit.KEEP_NORM))
+    _ALWAYS = tl.constexpr(float(GateKind.ALWAYS))
+    _PROMPT = tl.constexpr(float(GateKind.PROMPT))
+    _TOKEN = tl.constexpr(float(GateKind.TOKEN))
+    _ADD = tl.constexpr(float(EditId.ADD))
+    _CLAMP = tl.constexpr(float(EditId.CLAMP))
+    _KEEP_NORM = tl.constexpr(float(EditId.KEEP_NORM))
     _LATCHED_ADD = tl.constexpr(int(Kinds.LATCHED_ADD))
     _THRESHOLD = tl.constexpr(THRESHOLD)
     _SHARPNESS = tl.constexpr(SHARPNESS)
@@ -427,16 +427,16 @@ def torch_coefficients(
         """1 where a formula is not wanted, so that neither its value nor its gradient can be undefined there."""
         return torch.where(where, tensor, 1.0)
 
-    clamps = (edit == int(Edit.CLAMP)) & (vv > 0)
+    clamps = (edit == int(EditId.CLAMP)) & (vv > 0)
     along = xv / only(clamps, vv)
     clamped = beta * (torch.minimum(torch.maximum(along, low), high) - along)
 
     full = xx + beta * (2 * xv + beta * vv)
-    keeps = (edit == int(Edit.KEEP_NORM)) & ~(full <= CANCELLED * (xx + beta * beta * vv))
+    keeps = (edit == int(EditId.KEEP_NORM)) & ~(full <= CANCELLED * (xx + beta * beta * vv))
     ratio = torch.where(xx == 0, 0.0, (only(keeps & (xx != 0), xx) / only(keeps, full)).sqrt())
 
     across = dd - vd * vd / only(vv > 0, vv)
-    plane = (edit == int(Edit.ROTATE)) & (vv > 0) & ~(across <= CANCELLED * dd)
+    plane = (edit == int(EditId.ROTATE)) & (vv > 0) & ~(across <= CANCELLED * dd)
     vv, low, high = only(plane, vv), only(plane, low), only(plane, high)  # the limits of a CLAMP may be infinite
     root, rest = vv.sqrt(), only(plane, across).sqrt()
     p1, p2 = xv / root, (xd - xv * vd / vv) / rest
@@ -449,7 +449,7 @@ def torch_coefficients(
     turn = (q2 * rho / length - p2) / rest
     back = (q1 * rho / length - p1) / root - turn * vd / vv
 
-    b = torch.where(edit == int(Edit.ADD), beta, 0.0)
+    b = torch.where(edit == int(EditId.ADD), beta, 0.0)
     b = torch.where(clamps, clamped, b)
     b = torch.where(keeps, ratio * beta, b)
     b = torch.where(turns, back, b)
@@ -475,7 +475,7 @@ def torch_displaced(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> tup
         v, d = vectors.index_select(0, slot).float(), directions.index_select(0, slot).float()
         flat = s.reshape(v.shape)
         own = torch_gate(flat.detach(), d, numbers)[1]
-        beta = torch_scaled(torch.where(numbers[:, GATE] == int(Gate.TOKEN), own, gates[:, k]), alphas[:, k])
+        beta = torch_scaled(torch.where(numbers[:, GATE] == int(GateKind.TOKEN), own, gates[:, k]), alphas[:, k])
         scale, b, c = torch_coefficients(flat, v, d, beta, numbers)
         moves = ((rows[:, 1 + k] >= 0) & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))).view(each)
         scale, b, c = scale.view(each), b.view(each), c.view(each)
@@ -518,7 +518,7 @@ def _torch_latched(
     slot = _used(rows[:, 1:])
     sequence = torch.where((rows[:, 1:] >= 0).any(dim=1), rows[:, 0], 0)  # of a row without a slot it may be anything
     numbers = torch_numbers(table, rows[:, 1:])
-    gate = torch.where(numbers[..., GATE] == int(Gate.ALWAYS), 1.0, values.index_select(-2, sequence))
+    gate = torch.where(numbers[..., GATE] == int(GateKind.ALWAYS), 1.0, values.index_select(-2, sequence))
     return slot, numbers, gate, numbers[..., STRENGTH] * strength.index_select(0, sequence)
 
 

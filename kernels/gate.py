@@ -18,7 +18,7 @@ import torch
 
 from .contract import (
     GATE,
-    Gate,
+    GateKind,
     GateOperands,
     check_bank,
     check_like,
@@ -58,7 +58,7 @@ def reference(
             if s >= 0:
                 numbers = table[s].double().cpu()
                 score, value = reference_gate(stream[r], directions[s].double().cpu(), numbers)
-                scores[i, k], values[i, k] = score, 1.0 if numbers[GATE] == Gate.ALWAYS else value
+                scores[i, k], values[i, k] = score, 1.0 if numbers[GATE] == GateKind.ALWAYS else value
     return scores, values
 
 
@@ -141,7 +141,7 @@ def gate_torch_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tenso
         index = torch.where(used, slot[:, k], 0)
         numbers = table.index_select(0, index)
         score, value = torch_gate(s, directions.index_select(0, index).float(), numbers)
-        value = torch.where(numbers[:, GATE] == int(Gate.ALWAYS), 1.0, value)
+        value = torch.where(numbers[:, GATE] == int(GateKind.ALWAYS), 1.0, value)
         for latch, new in ((scores, score), (values, value)):
             latch[:, k].copy_(torch.where(decides, torch.where(used, new, 0.0), latch[:, k]))
 

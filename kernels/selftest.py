@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -18,28 +19,30 @@ from steerfast.kernels.contract import (
     FLOAT_DTYPES,
     SHARPNESS,
     TABLE_WIDTH,
-    Edit,
-    Gate,
+    GateKind,
     GateOperands,
     Kinds,
     Norm,
     Operands,
     Score,
 )
+from steerfast.kernels.edit_kinds import EDITS
 from steerfast.kernels.edits import reference_stream
 
 _ROWS, _HIDDEN, _SEQUENCES, _EPS = 8, 576, 4, 1e-5
 # Float32 may lose this share of the sum of a row's terms: 64 roundings of 2^-24.
 _SUM = 64 * 2.0**-24
 _ROW = 2.0**-17  # ... and an edit, which takes several sums, this share of the row's largest number
-# Gate, score, edit, threshold, sharpness, strength, low, high: every gate and every edit.
-_SLOTS = (
-    (Gate.PROMPT, Score.COSINE, Edit.ADD, 0.0, 0.0, 0.75, 0.0, 0.0),
-    (Gate.TOKEN, Score.DOT, Edit.ADD, 0.1, 4.0, -1.5, 0.0, 0.0),
-    (Gate.ALWAYS, Score.COSINE, Edit.CLAMP, 0.0, 0.0, 1.0, -0.1, 0.2),
-    (Gate.PROMPT, Score.DOT, Edit.KEEP_NORM, 0.0, 2.0, 1.0, 0.0, 0.0),
-    (Gate.TOKEN, Score.COSINE, Edit.ROTATE, 0.0, 3.0, 1.0, 0.6, 0.8),
+# Gate, score, threshold, sharpness, strength: every gate, hard and soft.
+_GATES = (
+    (GateKind.PROMPT, Score.COSINE, 0.0, 0.0, 0.75),
+    (GateKind.TOKEN, Score.DOT, 0.1, 4.0, -1.5),
+    (GateKind.ALWAYS, Score.COSINE, 0.0, 0.0, 1.0),
+    (GateKind.PROMPT, Score.DOT, 0.0, 2.0, 1.0),
+    (GateKind.TOKEN, Score.COSINE, 0.0, 3.0, 1.0),
 )
+# ... and every edit: its number, LOW and HIGH.
+_SLOTS = [(*gate, e.id, *e.columns(**e.example)) for gate, e in zip(cycle(_GATES), EDITS.values(), strict=False)]
 
 # What an op gave, what it should have given, and how far the two may be apart.
 _Outcome = tuple[Tensor, Tensor, Tensor]
@@ -148,7 +151,7 @@ class _Case:
         vectors, directions = numbers(len(_SLOTS), _HIDDEN), normalize(numbers(len(_SLOTS), _HIDDEN), dim=1)
         squares = (vectors.square().sum(1), (vectors * directions).sum(1), directions.square().sum(1))
         table = torch.zeros(len(_SLOTS), TABLE_WIDTH)
-        gate, score, edit, threshold, sharpness, strength, low, high = torch.tensor(_SLOTS).T
+        gate, score, threshold, sharpness, strength, edit, low, high = torch.tensor(_SLOTS).T
         columns = (threshold, sharpness, strength, *squares, low, high, gate, score, edit)
         table[:, : len(columns)] = torch.stack(columns, dim=1)
 

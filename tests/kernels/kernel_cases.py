@@ -34,8 +34,8 @@ from steerfast.kernels.contract import (
     THRESHOLD,
     VECTOR_DIRECTION,
     VECTOR_SQ,
-    Edit,
-    Gate,
+    EditId,
+    GateKind,
     GateOperands,
     Kinds,
     Norm,
@@ -217,7 +217,7 @@ class Case:
     def plain(self, **changes: float) -> Case:
         """All slots ADD with an ALWAYS gate of strength 1, but for table columns given by name."""
         table = self.table.clone()
-        for column, value in {"EDIT": Edit.ADD, "GATE": Gate.ALWAYS, "STRENGTH": 1.0, **changes}.items():
+        for column, value in {"EDIT": EditId.ADD, "GATE": GateKind.ALWAYS, "STRENGTH": 1.0, **changes}.items():
             table[:, COLUMNS[column]] = value
         return replace(self, table=table, strength=torch.ones_like(self.strength))
 
@@ -256,8 +256,8 @@ def make_case(
     sequences: int = 4,
     strided: bool = False,
     pair: bool = False,
-    gates: Sequence[Gate] = tuple(Gate),
-    edits: Sequence[Edit] = tuple(Edit),
+    gates: Sequence[GateKind] = tuple(GateKind),
+    edits: Sequence[EditId] = tuple(EditId),
     kinds: Kinds = Kinds.ANY,
     norm: Norm = Norm.LLAMA,
     shared: bool = False,
@@ -290,7 +290,7 @@ def make_case(
     table[:, GATE] = pick(gates, slots).float()
     table[:, SCORE] = pick(list(Score), slots).float()
     table[:, EDIT] = pick(edits, slots).float()
-    turns = table[:, EDIT] == Edit.ROTATE
+    turns = table[:, EDIT] == EditId.ROTATE
     table[:, LOW] = torch.where(turns, angle.cos(), clips[:, 0])
     table[:, HIGH] = torch.where(turns, angle.sin(), clips[:, 1])
     table = with_products(table, vectors, directions)
@@ -381,17 +381,17 @@ def read_gate(s: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor, s
 
 
 def coefficients(
-    edit: Edit, beta: float, xx: float, xd: float, xv: float, vv: float, vd: float, dd: float, low: float, high: float
+    edit: EditId, beta: float, xx: float, xd: float, xv: float, vv: float, vd: float, dd: float, low: float, high: float
 ) -> tuple[float, float, float]:
     """a - 1, b and c of an edit's displacement (a - 1)*s + b*v + c*d, by the formulas of kernels/edits.py."""
     still = (0.0, 0.0, 0.0)
     if beta == 0:
         return still
-    if edit == Edit.ADD:
+    if edit == EditId.ADD:
         return (0.0, beta, 0.0)
-    if edit == Edit.CLAMP:
+    if edit == EditId.CLAMP:
         return (0.0, beta * (min(max(xv / vv, low), high) - xv / vv), 0.0) if vv > 0 else still
-    if edit == Edit.KEEP_NORM:
+    if edit == EditId.KEEP_NORM:
         full = xx + beta * (2 * xv + beta * vv)
         if full <= 2.0**-16 * (xx + beta * beta * vv):
             return still
@@ -411,14 +411,14 @@ def coefficients(
 
 
 def bounded_coefficients(
-    edit: Edit, beta: float, beta_error: float, s: torch.Tensor, v: torch.Tensor, d: torch.Tensor, numbers: list[float],
-    stream_error: float,
+    edit: EditId, beta: float, beta_error: float, s: torch.Tensor, v: torch.Tensor, d: torch.Tensor,
+    numbers: list[float], stream_error: float,
 ) -> tuple[tuple[float, float, float], list[float]]:  # fmt: skip
     """The coefficients of one slot, and how far float32 may be off: what the error of each number they are made of
     does to them, and their own roundings."""
     vv, vd, dd = numbers[VECTOR_SQ], numbers[VECTOR_DIRECTION], numbers[DIRECTION_SQ]
     arguments = [beta, float(s @ s), float(s @ d), float(s @ v), vv, vd, dd, numbers[LOW], numbers[HIGH]]
-    if edit == Edit.ADD:
+    if edit == EditId.ADD:
         return (0.0, beta, 0.0), [0.0, beta_error, 0.0]
     sum_error = SUM + stream_error
     off = [
@@ -433,9 +433,9 @@ def bounded_coefficients(
     ]
     here = coefficients(edit, *arguments)
     errors = [PRODUCT * abs(x) for x in here]
-    if edit == Edit.KEEP_NORM:
+    if edit == EditId.KEEP_NORM:
         errors[0] += PRODUCT * (1 + abs(here[0]))
-    if edit == Edit.ROTATE and vv > 0 and any(here):
+    if edit == EditId.ROTATE and vv > 0 and any(here):
         rho = math.hypot(arguments[3] / math.sqrt(vv), arguments[2])
         errors[1] += 4 * PRODUCT * rho / math.sqrt(vv)
         errors[2] += 4 * PRODUCT * rho / math.sqrt(dd - vd * vd / vv)
@@ -478,9 +478,9 @@ def expected_rows(
             v, d = case.vectors[slot].double(), case.directions[slot].double()
             numbers = case.table[slot].tolist()
             gate, gate_error = float(values[q, k]), float(values_error[q, k])
-            if numbers[GATE] == Gate.ALWAYS:
+            if numbers[GATE] == GateKind.ALWAYS:
                 gate, gate_error = 1.0, 0.0
-            elif numbers[GATE] == Gate.TOKEN and kinds == Kinds.ANY:
+            elif numbers[GATE] == GateKind.TOKEN and kinds == Kinds.ANY:
                 reading = read_gate(s[r], d, case.table[slot], stream_error)
                 gate, gate_error = reading.value, reading.value_error
             alpha = numbers[STRENGTH] * float(case.strength[q, k])
@@ -488,7 +488,7 @@ def expected_rows(
                 sure[r] = False
                 continue
             beta = gate * alpha
-            edit = Edit.ADD if kinds == Kinds.LATCHED_ADD else Edit(int(numbers[EDIT]))
+            edit = EditId.ADD if kinds == Kinds.LATCHED_ADD else EditId(int(numbers[EDIT]))
             by, off = bounded_coefficients(
                 edit, beta, abs(alpha) * gate_error + PRODUCT * abs(beta), s[r], v, d, numbers, stream_error
             )
@@ -534,7 +534,7 @@ def check_gate(implementation: Implementation, case: Case) -> None:
                 continue
             reading = read_gate(s[r], case.directions[slot], case.table[slot], stream_error)
             assert abs(float(scores[i, k]) - float(want_scores[i, k])) <= reading.score_error
-            always = case.table[slot, GATE] == Gate.ALWAYS
+            always = case.table[slot, GATE] == GateKind.ALWAYS
             assert abs(float(values[i, k]) - float(want_values[i, k])) <= (0 if always else reading.value_error)
 
 
@@ -568,7 +568,7 @@ def check_prompt(implementation: Implementation, case: Case) -> None:
     for q, p in enumerate(case.deciding.tolist()):
         for k in range(values.shape[1]):
             slot = int(case.rows[p, 1 + k]) if p >= 0 else -1
-            if slot < 0 or case.table[slot, GATE] != Gate.PROMPT:
+            if slot < 0 or case.table[slot, GATE] != GateKind.PROMPT:
                 assert_same_bits(scores[q, k], case.scores[q, k])
                 assert_same_bits(values[q, k], case.values[q, k])
                 continue
