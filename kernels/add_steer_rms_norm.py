@@ -54,7 +54,7 @@ from .edits import (
     torch_gate,
     torch_stream,
 )
-from .launch import Launcher, eager_cuda, inductor_fuses, launch_shape, layout, nvidia
+from .launch import Launcher, eager_cuda, inductor_fuses, launch_shape, layout, nvidia, reported
 
 try:
     import triton
@@ -549,6 +549,7 @@ def add_steer_rms_norm_prompt(
     )
 
 
+@reported
 def add_steer_rms_norm_unchecked(
     x: torch.Tensor,
     residual: torch.Tensor,

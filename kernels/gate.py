@@ -29,7 +29,7 @@ from .contract import (
     library,
 )
 from .edits import reference_gate, reference_stream, torch_gate, torch_numbers, torch_opened, torch_stream
-from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia
+from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia, reported
 
 try:
     import triton
@@ -211,6 +211,7 @@ def gate_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gat
     _op(x, residual, row, *gates)
 
 
+@reported
 def gate_unchecked_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
     """:func:`gate_` for callers that own their buffers: no checks, and eager CUDA rows go to the kernel without the
     dispatcher.

@@ -26,7 +26,7 @@ from .contract import (
     tensors,
 )
 from .edits import reference_rows, reference_stream, torch_displaced, torch_stream
-from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia
+from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia, reported
 
 try:
     import triton
@@ -207,6 +207,7 @@ def steer_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -
     torch.ops.steerfast.steer_.default(x, residual, *operands)
 
 
+@reported
 def steer_unchecked_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
     """:func:`steer_` for callers that own their buffers: no checks, and eager CUDA rows go to the kernel without the
     dispatcher.
