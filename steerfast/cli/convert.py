@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from steerfast.cli import common
-from steerfast.cli.lazy_choice import LazyChoice
+from steerfast.cli.lazy_choice import LazyChoice, edit_names
 from steerfast.cli.tune import band
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ _OF_IMPORTS = (
     "model_name", "like", "keep_gate", "layers", "strength", "layer_shift", "condition_layer", "threshold",
     "edit", "low", "high", "angle", "gate_kind", "sharpness",
 )  # fmt: skip
-_EDITS = ("add", "ablate", "clamp", "keep_norm", "rotate")
 _KINDS = ("prompt", "token", "always")
 
 
@@ -65,7 +64,7 @@ def _band(entry: str) -> tuple[int, int]:
     metavar="N",
     help="Added to every layer number, for files that count in another way than their format.",
 )
-@click.option("--edit", type=click.Choice(_EDITS), help="What an open gate does with the vectors.  [default: add]")
+@click.option("--edit", type=LazyChoice(edit_names), help="What an open gate does with the vectors.  [default: add]")
 @click.option("--low", type=float, metavar="NUMBER", help="Least coefficient along the vector, for --edit clamp.")
 @click.option("--high", type=float, metavar="NUMBER", help="Largest coefficient, for --edit clamp.")
 @click.option("--angle", type=float, metavar="DEGREES", help="Target angle to the vector, for --edit rotate.")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from steerfast.cli import common
+from steerfast.cli.lazy_choice import LazyChoice, edit_names
 
 
 @click.command("extract")
@@ -38,10 +39,12 @@ from steerfast.cli import common
     metavar="TOKENS",
     help="For --pooling mean: how many of the last tokens of a prompt.  [default: all]",
 )
-@common.choice_option(
+@click.option(
     "--edit",
-    ["add", "keep_norm", "ablate", "clamp", "rotate"],
-    "How an open gate changes a row of the residual stream.",
+    type=LazyChoice(edit_names),
+    default="add",
+    show_default=True,
+    help="How an open gate changes a row of the residual stream.",
 )
 @click.option("--low", type=float, metavar="NUMBER", help="Lower limit of --edit clamp, in units of the vector.")
 @click.option("--high", type=float, metavar="NUMBER", help="Upper limit of --edit clamp, in units of the vector.")

@@ -26,3 +26,10 @@ class LazyChoice(click.ParamType):
         if value not in names:
             self.fail(f"{value!r} is not one of {', '.join(map(repr, names))}.", param, ctx)
         return value
+
+
+def edit_names() -> list[str]:
+    """Return the kinds of edits, `add` first."""
+    from steerfast.profile import EDITS
+
+    return list(EDITS)

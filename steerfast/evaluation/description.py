@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from steerfast.profile import Gate, SteeringProfile
+from steerfast.profile import EDITS, Gate, SteeringProfile
 
 __all__ = ["SETS", "edit", "gate_figures", "layer_ranges", "layers", "positions", "reading", "summary", "warnings"]
 
@@ -41,10 +41,7 @@ def positions(profile: SteeringProfile) -> str:
 
 def edit(profile: SteeringProfile) -> str:
     """Return the kind of edit and its parameters: ``clamp to -1..2``."""
-    if profile.edit == "clamp":
-        limits = [f"{limit:g}" if math.isfinite(limit) else "" for limit in (profile.low, profile.high)]
-        return f"clamp to {limits[0]}" if profile.low == profile.high else f"clamp to {'..'.join(limits)}"
-    return profile.edit if profile.angle is None else f"{profile.edit} to {profile.angle:g} degrees"
+    return EDITS[profile.edit].describe(profile)
 
 
 def warnings(profile: SteeringProfile) -> list[str]:
@@ -84,9 +81,11 @@ def summary(profile: SteeringProfile) -> dict[str, Any]:
         "model": model,
         "gate": asdict(profile.gate),
         "edit": profile.edit,
-        "low": profile.low if math.isfinite(profile.low) else None,
-        "high": profile.high if math.isfinite(profile.high) else None,
-        "angle": profile.angle,
+        **{
+            name: value if value is not None and math.isfinite(value) else None
+            for kind in EDITS.values()
+            for name, value in kind.given(profile).items()
+        },
         "sensor": profile.sensor,
         "positions": profile.positions,
         "answer_tokens": profile.answer_tokens,

@@ -21,7 +21,7 @@ from steerfast._files import write_atomically
 from steerfast.errors import OutputError, SteerfastError
 from steerfast.evaluation.description import SETS, edit, gate_figures, layer_ranges, layers, reading
 from steerfast.evaluation.systems import UNSTEERED
-from steerfast.profile import SteeringProfile
+from steerfast.profile import EDITS, SteeringProfile
 
 __all__ = ["COLOURS", "Picture", "draw", "known", "primary", "save_plot"]
 
@@ -530,7 +530,7 @@ def _draw_edits(axes: Any, profile: SteeringProfile) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     rows = layers(profile)
-    adds = profile.edit in ("add", "keep_norm")
+    adds = EDITS[profile.edit].adds
     relative = adds and all(row["residual_norm"] > 0 for row in rows)
     sizes = [row["strength"] * (row["vector_norm"] if adds else 1.0) for row in rows]
     if relative:

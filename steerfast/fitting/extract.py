@@ -19,7 +19,7 @@ from steerfast.fitting.left_out import FitGate, Masks, in_plain_style, leave_one
 from steerfast.hf.generation import PromptBatch, greedy_answers
 from steerfast.hf.structure import identify
 from steerfast.judging.estimates import threshold_midpoint
-from steerfast.profile import Gate, ModelIdentity, SteeringProfile
+from steerfast.profile import EDITS, Gate, ModelIdentity, SteeringProfile
 from steerfast.text.encoding import encode, pad_token
 from steerfast.text.prompts import check_sets, describe_set
 from steerfast.text.styles import Prompts
@@ -68,7 +68,7 @@ class ExtractOptions:
     score: Literal["cosine", "dot"] = "cosine"
     pooling: Literal["last", "mean"] = "last"
     window: int | None = None
-    edit: Literal["add", "ablate", "clamp", "keep_norm", "rotate"] = "add"
+    edit: str = "add"
     low: float = -inf
     high: float = inf
     angle: float | None = None
@@ -287,7 +287,7 @@ def _with_vectors(
     strength = torch.zeros(layers, dtype=torch.float32, device="cpu")
     first, last = (round(share * layers) for share in _UNTUNED_BAND)
     band = slice(first, max(first + 1, last))
-    adds = options.edit in ("add", "keep_norm")
+    adds = EDITS[options.edit].adds
     strength[band] = _UNTUNED_STRENGTH * (lengths[band].float() if options.unit_norm else 1.0) if adds else 1.0
     return replace(
         profile,

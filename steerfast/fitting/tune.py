@@ -25,7 +25,7 @@ from steerfast.hf.steering import steer
 from steerfast.hf.structure import weights_fingerprint
 from steerfast.judging.answers import judge, share
 from steerfast.judging.fluency import FluencyLimits
-from steerfast.profile import SteeringProfile
+from steerfast.profile import EDITS, SteeringProfile
 from steerfast.text.encoding import encode
 from steerfast.text.prompts import check_sets, describe_set
 
@@ -173,7 +173,7 @@ def tune(
 
 
 def _check_edit(profile: SteeringProfile) -> None:
-    if profile.edit not in ("add", "keep_norm"):
+    if not EDITS[profile.edit].adds:
         raise ProfileError(
             f"profile: expected one with edit 'add' or 'keep_norm', whose strength can be searched, got "
             f"{profile.edit!r}, which is complete at strength 1; choose its layers with SteeringProfile.with_band"
@@ -321,7 +321,7 @@ def _fingerprint(profile: SteeringProfile) -> str:
     kinds = {profile.vector_kind: profile.vector, **profile.candidates}
     for tensor in (profile.direction, profile.threshold, *(kinds[kind] for kind in sorted(kinds))):
         digest.update(tensor.contiguous().numpy().tobytes())
-    edit = (profile.edit, profile.low, profile.high, profile.angle)
+    edit = (profile.edit, *EDITS[profile.edit].given(profile).values())
     digest.update(f"{profile.sensor} {profile.gate} {edit}".encode())
     return digest.hexdigest()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import ProfileError
-from steerfast.profile import Gate, ModelIdentity, SteeringProfile
+from steerfast.profile import EDITS, Gate, ModelIdentity, SteeringProfile
 
 # A vector for each of 126 layers of 16384 is 8 MB, its JSON 45 MB.
 MOST_BYTES = 256 << 20
@@ -64,7 +64,7 @@ class ImportOptions:
     gate: Condition | SteeringProfile | None = None
     gate_kind: Literal["prompt", "token", "always"] | None = None
     sharpness: float | None = None
-    edit: Literal["add", "ablate", "clamp", "keep_norm", "rotate"] = "add"
+    edit: str = "add"
     low: float = -math.inf
     high: float = math.inf
     angle: float | None = None
@@ -155,13 +155,12 @@ class Imported:
         strengths = {layer: value for layer, value in strengths.items() if layer in vectors and vectors[layer].any()}
         if options.strength is not None:
             return vectors, dict.fromkeys(strengths, options.strength)
-        if options.edit not in _ADDING and any(value != 1 for value in strengths.values()):
+        if not EDITS[options.edit].adds and any(value != 1 for value in strengths.values()):
             notes.append(f"the file's strengths are left out: they scale an addition, {options.edit} is done at 1")
             strengths = dict.fromkeys(strengths, 1.0)
         return vectors, strengths
 
 
-_ADDING = ("add", "keep_norm")
 _GATE_FIELDS = ("gate", "direction", "threshold", "abstain", "sensor", "norm", "calibration")
 
 
@@ -240,7 +239,8 @@ def export_rows(profile: SteeringProfile, *, gate_apart: bool = False) -> Export
     Raises:
         ProfileError: the profile's edit is no addition, or the profile adds nothing.
     """
-    if profile.edit not in ("add", "keep_norm"):
+    kind = EDITS[profile.edit]
+    if not kind.adds:
         raise ProfileError(f"edit: other formats hold vectors to add, expected 'add', got {profile.edit!r}")
     steered = profile.steered_layers
     if steered:
@@ -263,8 +263,8 @@ def export_rows(profile: SteeringProfile, *, gate_apart: bool = False) -> Export
         notes.append("positions are lost: the whole prompt will be steered too")
     if profile.answer_tokens is not None:
         notes.append(f"answer_tokens is lost: all of an answer will be steered, not {profile.answer_tokens} tokens")
-    if profile.edit == "keep_norm":
-        notes.append("keep_norm is lost: vectors will be added without scaling rows back to their norm")
+    if kind.reads_sums:
+        notes.append(f"{kind.name} is lost: vectors will be added without scaling rows back to their norm")
     if profile.candidates:
         notes.append(f"candidate vectors are lost: {', '.join(sorted(profile.candidates))}")
     return ExportRows(profile, rows, tuple(notes))
