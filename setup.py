@@ -168,8 +168,9 @@ def native() -> dict[str, Any]:
     return extensions(cuda=why is None)
 
 
-# kernels/ lies beside the package and has no __init__.py, so that a program that runs from here never takes
-# the folder for the distribution `kernels`.
+# kernels/ lies beside the package and has no __init__.py, so that a program started from this folder never takes it
+# for the distribution `kernels`. The folders of data have none either; setuptools wants them listed.
 packages = [*find_packages(include=["steerfast", "steerfast.*"]), "steerfast.kernels"]
+packages += ["steerfast.data", "steerfast.data.prompts"]
 
 setup(packages=packages, package_dir={"steerfast.kernels": "kernels"}, **native())
