@@ -1,4 +1,4 @@
-"""The sizes and the names that CONTRIBUTING.md asks for, and what kernels/ may import. `lint-imports` checks the rest."""
+"""The sizes and names that CONTRIBUTING.md asks for, and the imports of kernels/; `lint-imports` checks the rest."""
 
 from __future__ import annotations
 
