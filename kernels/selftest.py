@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from steerfast import _native
 from steerfast.kernels import add_steer_rms_norm as norms
 from steerfast.kernels import gate as gates
 from steerfast.kernels import steer as edits
@@ -75,8 +74,11 @@ class Check:
         return asdict(self)
 
 
-def implementations() -> list[Implementation]:
-    """Return all implementations of the ops, live or not."""
+def implementations(cpp_absent: str | None) -> list[Implementation]:
+    """Return all implementations of the ops, live or not.
+
+    cpp_absent: the reason why the C++ ops are absent, None where they are loaded.
+    """
     cuda = None if torch.cuda.is_available() else "no CUDA device"
     if gates.triton is None:
         cuda = "triton is not installed"
@@ -95,7 +97,7 @@ def implementations() -> list[Implementation]:
     )
     return [
         Implementation("torch", None, "cpu", dict(zip(OPS, plain, strict=True))),
-        Implementation("cpp", _native.reason, "cpu", dict(zip(OPS, cpp, strict=True))),
+        Implementation("cpp", cpp_absent, "cpu", dict(zip(OPS, cpp, strict=True))),
         Implementation("triton", cuda, "cuda", dict(zip(OPS, triton, strict=True))),
     ]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,9 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
 from steerfast import _moved, _native  # noqa: E402, F401 (_native registers the C++ ops where they were built)
 
 _moved.install()
+if os.environ.get("STEERFAST_DEBUG", "0") != "0":  # print each step's plan, its decisions and launches
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("steerfast").setLevel(logging.DEBUG)
 
 if TYPE_CHECKING:
     from steerfast.errors import ArchitectureError, OutputError, ProfileError, PromptError, SteerfastError

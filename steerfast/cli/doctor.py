@@ -28,10 +28,11 @@ def command(context: click.Context, json_file: str | None) -> None:
       steerfast doctor --json doctor.json
     """
     common.check_outputs({"--json": json_file})
+    from steerfast import _native
     from steerfast.kernels import contract, selftest
 
     isa, isa_problem = _isa()
-    found = selftest.implementations()
+    found = selftest.implementations(_native.reason)
     checks = [check for each in found if each.absent is None for check in selftest.self_test(each)]
     passed = all(check.passed for check in checks)
     result: dict[str, Any] = {

@@ -8,6 +8,7 @@ the backbone.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from steerfast.hf.structure import STEERED_MARK, Decoder, hands_on
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 
 __all__ = ["StepHooks"]
+
+_log = logging.getLogger("steerfast.step")
 
 
 class StepHooks:
@@ -135,6 +138,8 @@ class StepHooks:
                 output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else None,)
             )
             cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
+        if _log.isEnabledFor(logging.DEBUG) and self._stepper.step is not None and self._stepper.step.deciders:
+            _log.debug("decided: %s", self._stepper.latch)
         if cache is not None:
             assert self._stepper.latch is not None
             latches.attach(cache, self._stepper.latch, self._stepper.held)

@@ -40,6 +40,13 @@ class Latch(Decisions):
         """Drop the counter: a copied tensor counts its versions anew."""
         return {**vars(self), "counter": None}
 
+    def __str__(self) -> str:
+        """Say for each sequence which layers' gates are open, and the scores behind them."""
+        values, scores = self.by_sequence(self.values.cpu()), self.by_sequence(self.scores.cpu())
+        read = (scores != float("-inf")).any(dim=1).any(dim=1).nonzero().flatten().tolist()
+        is_open = (values >= 0.5).any(dim=0).tolist()
+        return f"open {is_open}, scores by layer { ({layer: scores[layer].tolist() for layer in read}) }"
+
     @property
     def sequences(self) -> int:
         """N."""

@@ -10,7 +10,6 @@ import functools
 import inspect
 import logging
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +35,6 @@ from steerfast.runtime.tables import RowTable, prompt_rows, response_rows
 __all__ = ["GeneratedPrompt", "Stepper", "arguments", "is_flat", "tokens_of"]
 
 _log = logging.getLogger("steerfast.step")
-if os.environ.get("STEERFAST_DEBUG") == "1":
-    logging.basicConfig()
-    _log.setLevel(logging.DEBUG)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +149,8 @@ class Stepper:
             assert latch is not None  # where nothing is decided, something was
             self._decode(call, plan, latch)
         if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s, reach %s, rows %s", "prefill" if columns else "decode", plan.reach, tuple(tokens.shape[:2]))
+            what = f"prefill, {columns} prompt columns" if columns > 0 else f"decode after {call.past} tokens"
+            _log.debug("%s: rows %s, stacks %s, %s", what, list(tokens.shape[:2]), plan.stacks, plan.reach)
         return True
 
     def repeats(self, tokens: Tensor, cache: Any) -> bool:

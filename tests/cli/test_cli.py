@@ -649,7 +649,7 @@ def test_doctor_passes_and_names_what_is_live(tmp_path: Path) -> None:
 
 
 def test_doctor_fails_where_an_op_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = selftest.implementations()[0]
+    right = selftest.implementations(None)[0]
 
     def wrong_gate(*inputs: Any) -> None:
         right.ops["gate_"](*inputs)
@@ -664,7 +664,7 @@ def test_doctor_fails_where_an_op_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
     wrong = {"gate_": wrong_gate, "steer_": no_steer, "add_steer_rms_norm": wrong_norm}
     broken = replace(right, name="broken", ops={**right.ops, **wrong})
-    monkeypatch.setattr(selftest, "implementations", lambda: [right, broken])
+    monkeypatch.setattr(selftest, "implementations", lambda _: [right, broken])
     result = run("doctor", "--json", "-")
     assert result.exit_code == 1
     data = json.loads(result.stdout)
