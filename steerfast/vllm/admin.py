@@ -19,6 +19,7 @@ from typing import Any
 
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
+from steerfast.vllm import compat
 from steerfast.vllm.engine import inside
 
 __all__ = ["KEY_VARIABLE", "PATH", "Admin", "plugin"]
@@ -118,11 +119,9 @@ class Admin:
         return profiles
 
     async def _call(self, method: str, *arguments: str) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             return await self._engine.engine_core.call_utility_async(method, *arguments)
-        except EngineDeadError as error:
+        except compat.EngineDeadError as error:
             raise _Refused(503, str(error)) from None
         except Exception as error:  # what the engine process raised, of which only the text comes here
             raise _Refused(400, str(error).removeprefix(f"Call to {method} method failed: ")) from None

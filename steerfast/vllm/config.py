@@ -290,9 +290,8 @@ def check_engine(vllm_config: Any) -> None:
 
 def install() -> None:
     """Let `EngineArgs.create_engine_config` check and complete the configuration of steering."""
-    from vllm.engine.arg_utils import EngineArgs
 
-    @around(EngineArgs, "create_engine_config")
+    @around("EngineArgs", "create_engine_config")
     def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
         config = vllm_config.additional_config

@@ -27,8 +27,9 @@ from typing import Any
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.tables import NO_END
+from steerfast.vllm import compat
 from steerfast.vllm.assignment import Assignment, requested
-from steerfast.vllm.compat import around, expect
+from steerfast.vllm.compat import around
 from steerfast.vllm.config import KEY, ServingConfig, check_name, identity_of, splits_prompts
 from steerfast.vllm.registry import Registry, Version
 
@@ -314,41 +315,33 @@ def _steering(core: Any) -> Steering:
 
 def install() -> None:
     """Let the engine cores of configured engines steer; those of others pass through."""
-    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
-    from vllm.v1.core.sched.interface import SchedulerInterface
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.request import Request
-
-    expect(Request, "update_block_hashes")
-    expect(KVCacheCoordinator, "cache_blocks")
-    Request.steerfast = None  # a `_Held`, if somebody steers it
-    SchedulerInterface.steerfast = None  # a `Steering`, of an engine that steers
+    compat.Request.steerfast = None  # a `_Held`, if somebody steers it
+    compat.SchedulerInterface.steerfast = None  # a `Steering`, of an engine that steers
     for function in (steerfast_profiles, steerfast_load, steerfast_replace, steerfast_remove):
-        setattr(EngineCore, function.__name__, function)
+        setattr(compat.EngineCore, function.__name__, function)
 
     # The first that an engine core does with its configuration. (Its process calls this within EngineCore.__init__.)
-    @around(EngineCore, "_initialize_kv_caches")
+    @around("EngineCore", "_initialize_kv_caches")
     def initialize(original: Any, self: Any, vllm_config: Any) -> Any:
         if ServingConfig.of(vllm_config) is None:
             return original(self, vllm_config)
         scheduler = vllm_config.scheduler_config.get_scheduler_cls()
         wrapped = ("update_from_output", "_free_request")
-        own = issubclass(scheduler, Scheduler)
-        if not own or any(getattr(scheduler, name) is not getattr(Scheduler, name) for name in wrapped):
+        own = issubclass(scheduler, compat.Scheduler)
+        if not own or any(getattr(scheduler, name) is not getattr(compat.Scheduler, name) for name in wrapped):
             raise ValueError(f"{KEY}: expected vLLM's own scheduler, got {scheduler.__name__}")
         if not all(self.model_executor.collective_rpc("steerfast_steers")):
             raise ValueError(f"{KEY}: expected all workers to steer, some do not: is the plugin installed for all?")
         return original(self, vllm_config)
 
-    @around(Scheduler, "__init__")
+    @around("Scheduler", "__init__")
     def init_scheduler(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         if (config := ServingConfig.of(vllm_config)) is not None:
             self.steerfast = Steering(config, vllm_config, self)
 
     # Where a request is read, in a thread of its own, so that hashing long prompts keeps no step waiting.
-    @around(EngineCore, "preprocess_add_request")
+    @around("EngineCore", "preprocess_add_request")
     def preprocess(original: Any, self: Any, request: Any) -> Any:
         steering = self.scheduler.steerfast
         version = None if steering is None else steering.assign(request)
@@ -363,7 +356,7 @@ def install() -> None:
         return made, wave
 
     # From here on the scheduler has it, unless that refuses it, or takes it for a message to another request.
-    @around(EngineCore, "add_request")
+    @around("EngineCore", "add_request")
     def add_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         if request.steerfast is None:
             return original(self, request, *args, **kwargs)
@@ -375,14 +368,14 @@ def install() -> None:
                 self.scheduler.steerfast.leave(request)
 
     # The one way out: finished, failed or aborted.
-    @around(Scheduler, "_free_request")
+    @around("Scheduler", "_free_request")
     def free_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.steerfast is not None:
             self.steerfast.leave(request)
         return original(self, request, *args, **kwargs)
 
     # Decisions come with the tokens of their step, and have to be known before these fill blocks.
-    @around(Scheduler, "update_from_output")
+    @around("Scheduler", "update_from_output")
     def update_from_output(original: Any, self: Any, scheduled: Any, output: Any) -> Any:
         if self.steerfast is None:
             return original(self, scheduled, output)
@@ -393,7 +386,7 @@ def install() -> None:
         return outputs
 
     # Between two steps, where workers can be told to empty slots.
-    @around(EngineCore, "post_step")
+    @around("EngineCore", "post_step")
     def post_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if self.scheduler.steerfast is not None and self.scheduler.steerfast.registry.spoilt:

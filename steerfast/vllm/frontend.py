@@ -15,6 +15,7 @@ from typing import Any
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 from steerfast.text.tokenizer import template_hash, tokenizer_hash
+from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import KEY, ServingConfig
@@ -99,11 +100,9 @@ class FrontEnd:
         raise self._refusal("use_beam_search: expected false on a server that steers, got true")
 
     def _refusal(self, message: str) -> Exception:
-        from vllm.exceptions import VLLMValidationError
-
         field = message.partition(":")[0]
         self._metrics.rejected(field if field in ("steering", "steering_strength") else "other")
-        return VLLMValidationError(message, parameter=field)
+        return compat.VLLMValidationError(message, parameter=field)
 
     def collect(self, outputs: Iterable[Any], states: Mapping[str, Any]) -> None:
         """Take the decisions out of engine outputs: count them, log them and let the requests' answers carry them.
@@ -146,16 +145,9 @@ def _let_tell(state: Any, steering: dict[str, Any]) -> None:
 
 def install() -> None:
     """Wrap the constructors of vLLM's front end; only those of engines that steer get more than they had."""
-    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
-    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-    from vllm.outputs import RequestOutput
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.llm_engine import LLMEngine
+    compat.RequestOutput.steering = None  # what `FrontEnd.collect` tells of a request that some profile was to steer
 
-    RequestOutput.steering = None  # what `FrontEnd.collect` tells of a request that some profile was to steer
-
-    @around(InputProcessor, "__init__")
+    @around("InputProcessor", "__init__")
     def init_input(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         config = ServingConfig.of(vllm_config)
         self.steerfast = front = None if config is None else FrontEnd(config)
@@ -187,15 +179,15 @@ def install() -> None:
 
         processor.process_outputs = process_outputs
 
-    for engine in (AsyncLLM, LLMEngine):
+    for engine in ("AsyncLLM", "LLMEngine"):
         around(engine, "__init__")(init_engine)
 
-    @around(BeamSearchOnlineMixin, "beam_search")
+    @around("BeamSearchOnlineMixin", "beam_search")
     def online(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         _no_beams(self.engine_client)
         return original(self, *args, **kwargs)
 
-    @around(BeamSearchOfflineMixin, "beam_search")
+    @around("BeamSearchOfflineMixin", "beam_search")
     def offline(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         _no_beams(self.llm_engine)
         return original(self, *args, **kwargs)

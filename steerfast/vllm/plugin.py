@@ -8,12 +8,14 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Install all parts; once per process, however often it is called.
+    """Install all parts, once per process, however often vLLM calls this.
 
     Raises:
-        AttributeError: this vLLM lacks what a part wraps. It then does not start.
+        AttributeError: this vLLM differs from what steerfast expects; it then does not start.
     """
-    from steerfast.vllm import config, engine, frontend, worker
+    from steerfast.vllm import compat, config, engine, frontend, worker
 
+    compat.check_version()
+    compat.check()
     for part in (config, worker, engine, frontend):
         part.install()

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from steerfast.errors import SteerfastError
+from steerfast.vllm import compat
 from steerfast.vllm.config import KEY
 
 __all__ = ["allowed_plugins", "merged", "serve"]
@@ -69,18 +70,12 @@ def serve(model: str, steering: Mapping[str, Any], arguments: Sequence[str] = ()
     if plugins is not None:
         os.environ["VLLM_PLUGINS"] = plugins
 
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-
-    cli_env_setup()
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser, command = FlexibleArgumentParser(), ServeSubcommand()
+    compat.cli_env_setup()  # before anything else of vLLM is imported
+    parser, command = compat.FlexibleArgumentParser(), compat.ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", model, *arguments])
     args.additional_config = merged(args.additional_config, steering)
-    configure_logging_from_args(args)
+    compat.configure_logging_from_args(args)
     try:
         command.validate(args)
         command.cmd(args)

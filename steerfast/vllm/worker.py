@@ -25,6 +25,7 @@ from steerfast.profile import ModelIdentity, SteeringProfile, embedding_sketch, 
 from steerfast.runtime.bank import Bank
 from steerfast.runtime.roster import Request, Requests
 from steerfast.runtime.tables import UNSTEERED
+from steerfast.vllm import compat
 from steerfast.vllm.assignment import Assignment
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import KEY, ServingConfig, identity_of, splits_prompts
@@ -404,12 +405,11 @@ def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
     Raises:
         ArchitectureError: there is none, or several.
     """
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from vllm.model_executor.models.utils import PPMissingLayer
+    kinds = compat.VocabParallelEmbedding, compat.PPMissingLayer
 
     def embeds(parent: nn.Module) -> bool:
         beside = [child for child in parent.children() if not isinstance(child, nn.ModuleList)]
-        return any(isinstance(part, (VocabParallelEmbedding, PPMissingLayer)) for c in beside for part in c.modules())
+        return any(isinstance(part, kinds) for c in beside for part in c.modules())
 
     found = [
         (path, module)
@@ -430,9 +430,7 @@ def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
 
 def _steer_layers(layers: nn.ModuleList, declared: Iterable[int], hidden_size: int) -> list[int]:
     """Let the declared layers that are here call the op on what they return; return their numbers."""
-    from vllm.model_executor.models.utils import PPMissingLayer
-
-    here = [at for at in declared if not isinstance(layers[at], PPMissingLayer)]
+    here = [at for at in declared if not isinstance(layers[at], compat.PPMissingLayer)]
     for at in here:
         layer: Any = layers[at]
         _wrap_forward(type(layer))
@@ -475,10 +473,8 @@ def _serve_output(layer: Any, output: Any) -> None:
 
 def _sketch(model: nn.Module, vocabulary: int) -> tuple[float, ...] | None:
     """The sketch of the model's embedding, None where it lies on another stage. All ranks of a stage have to ask."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
     for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+        if isinstance(module, compat.VocabParallelEmbedding) and not isinstance(module, compat.ParallelLMHead):
             if not 0 < vocabulary <= module.org_vocab_size:
                 return None
             with torch.inference_mode():
@@ -496,13 +492,12 @@ def attach(runner: Any, config: ServingConfig) -> Runtime:
         ArchitectureError: its model cannot be steered.
         ProfileError: a profile is another model's.
     """
-    from vllm.distributed.parallel_state import get_pp_group
-
+    compat.check_runner(runner)
     vllm_config, model = runner.vllm_config, runner.get_model()
     text_config = vllm_config.model_config.hf_text_config
     identity = replace(identity_of(text_config), embedding_sketch=_sketch(model, text_config.vocab_size))
     here = _steer_layers(find_layers(model, identity.num_layers), config.layers, identity.hidden_size)
-    scheduler, stage = vllm_config.scheduler_config, get_pp_group()
+    scheduler, stage = vllm_config.scheduler_config, compat.get_pp_group()
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     runtime = Runtime(
         config,
@@ -525,7 +520,7 @@ def attach(runner: Any, config: ServingConfig) -> Runtime:
 
 def _adapt(runner: Any, runtime: Runtime) -> None:
     """Have a runner tell its steps."""
-    (_adapt_v1 if hasattr(runner, "_preprocess") else _adapt_v2)(runner, runtime)
+    (_adapt_v1 if compat.is_v1(runner) else _adapt_v2)(runner, runtime)
     execute_model, sample_tokens = runner.execute_model, runner.sample_tokens
 
     def execute(scheduled: Any, intermediate_tensors: Any = None, **kwargs: Any) -> Any:
@@ -607,13 +602,11 @@ def steerfast_clear(worker: Any, slot: int) -> None:
 
 def install() -> None:
     """Let workers of configured engines steer, and take `steerfast_*` by collective_rpc."""
-    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
-
     for function in (steerfast_steers, steerfast_write, steerfast_clear):
-        setattr(WorkerBase, function.__name__, function)
+        setattr(compat.WorkerBase, function.__name__, function)
 
     # Not init_worker: a worker's process loads its plugins in the middle of that.
-    @around(WorkerWrapperBase, "init_device")
+    @around("WorkerWrapperBase", "init_device")
     def init_device(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         config = ServingConfig.of(self.vllm_config)
