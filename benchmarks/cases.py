@@ -18,6 +18,9 @@ from steerfast.kernels.contract import (
     VECTOR_DIRECTION,
     VECTOR_SQ,
     Gate,
+    GateOperands,
+    Kinds,
+    Operands,
 )
 
 SLOTS = 256
@@ -65,7 +68,7 @@ class Buffers(NamedTuple):
     residual: Tensor
 
 
-class Operands:
+class Tensors:
     """What a call reads besides its rows.
 
     Up to 256 sequences of equal lengths share the rows. A sequence names one profile behind a prompt gate, whose latch
@@ -102,6 +105,10 @@ class Operands:
         self.strength = torch.ones(SEQUENCES, 1, device=device)
         self.none = torch.ones(SEQUENCES, 0, device=device)
         self.vectors, self.directions, self.table = vectors.to(device), directions.to(device), table.to(device)
+        bank = (self.vectors, self.directions, self.table)
+        latched, self.any = (Operands(self.rows, self.values, self.strength, *bank, int(kinds)) for kinds in Kinds)
+        self.operands = latched
+        self.unsteered = Operands(self.no_slots, self.none, self.none, *bank, int(Kinds.LATCHED_ADD))
         # For plain torch, worked out beforehand in its favour: each row's vector and coefficient.
         self.slot = slot[sequence].clamp(min=0).to(device)
         self.beta = moves[sequence].to(device, case.dtype)[:, None]
@@ -116,6 +123,7 @@ class Operands:
         self.gate_values = torch.zeros(case.rows, 1, device=device)
         self.scores = torch.zeros(SEQUENCES, 1, device=device)
         self.latch = torch.zeros(SEQUENCES, 1, device=device)
+        self.gates = GateOperands(self.gate_slot, self.directions, self.table, self.gate_scores, self.gate_values)
 
     def buffers(self, count: int) -> list[Buffers]:
         case = self.case

@@ -24,16 +24,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import EPS, FUSED, Case, Operands
+from cases import EPS, FUSED, Case, Tensors
 from report import Report, parser, spread
 from torch import Tensor, nn
 
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_torch
-from steerfast.kernels.contract import Kinds, Norm
+from steerfast.kernels.contract import Kinds, Norm, Operands
 
 Seam = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 BUFFERS = ("weight", "rows", "no_slots", "values", "strength", "none", "vectors", "directions", "table")
-SETTINGS = (EPS, int(Norm.LLAMA), int(Kinds.LATCHED_ADD))
+NORM, KINDS = int(Norm.LLAMA), int(Kinds.LATCHED_ADD)
 
 
 class Stack(nn.Module):
@@ -42,7 +42,7 @@ class Stack(nn.Module):
     What the seam reads are the module's buffers, as in a model: a CUDA graph finds those in place and copies inputs.
     """
 
-    def __init__(self, seam: Seam, o: Operands, inner: int, blocks: int) -> None:
+    def __init__(self, seam: Seam, o: Tensors, inner: int, blocks: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         hidden, dtype = o.case.hidden, o.case.dtype
@@ -62,17 +62,17 @@ class Stack(nn.Module):
 
 def op(x: Tensor, residual: Tensor, m: Any) -> tuple[Tensor, Tensor]:
     tables = (m.rows, m.values, m.strength, m.vectors, m.directions, m.table)
-    return torch.ops.steerfast.add_steer_rms_norm.default(x, residual, m.weight, *tables, *SETTINGS)
+    return torch.ops.steerfast.add_steer_rms_norm.default(x, residual, m.weight, *tables, EPS, NORM, KINDS)
 
 
 def in_torch(x: Tensor, residual: Tensor, m: Any) -> tuple[Tensor, Tensor]:
-    tables = (m.rows, m.values, m.strength, m.vectors, m.directions, m.table)
-    return add_steer_rms_norm_torch(x, residual, m.weight, *tables, *SETTINGS)
+    operands = Operands(m.rows, m.values, m.strength, m.vectors, m.directions, m.table, KINDS)
+    return add_steer_rms_norm_torch(x, residual, m.weight, operands, EPS, NORM)
 
 
 def unsteered(x: Tensor, residual: Tensor, m: Any) -> tuple[Tensor, Tensor]:
-    tables = (m.no_slots, m.none, m.none, m.vectors, m.directions, m.table)
-    return add_steer_rms_norm_torch(x, residual, m.weight, *tables, *SETTINGS)
+    operands = Operands(m.no_slots, m.none, m.none, m.vectors, m.directions, m.table, KINDS)
+    return add_steer_rms_norm_torch(x, residual, m.weight, operands, EPS, NORM)
 
 
 SEAMS: dict[str, Seam] = {"op": op, "torch": in_torch, "unsteered": unsteered}
@@ -112,7 +112,7 @@ def rounds(models: dict[str, Callable[[], Any]], device: str, seconds: float) ->
 def measure(case: Case, mode: str, given: Any, report: Report) -> None:
     record = {**case.record(), "op": "compiled", "inner": given.inner, "blocks": given.blocks, "mode": mode}
     torch._dynamo.reset()
-    operands = Operands(case, given.device)
+    operands = Tensors(case, given.device)
     x, residual = operands.buffers(1)[0].pair.clone().unbind()
     models: dict[str, Callable[[], Any]] = {}
     for name, seam in SEAMS.items():

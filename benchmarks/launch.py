@@ -9,7 +9,6 @@ One JSON line per op and provider, microseconds of host time per call:
     unchecked    the function for callers that own their buffers; on CUDA it goes past the dispatcher
     checked      the public function, which checks every argument
     fn[grid]     the same Triton kernel launched as Triton does it (CUDA, fused op)
-    cuda         the fused op's CUDA C++ form, through torch's dispatcher, where it was built
     torch        the op in plain torch
     empty        an empty Triton kernel with as many arguments, launched as Triton does it (CUDA)
 
@@ -36,10 +35,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import EPS, FUSED, GATES, STEER, Buffers, Case, Operands
+from cases import EPS, FUSED, GATES, STEER, Buffers, Case, Tensors
 from report import Report, parser, spread
 
-from steerfast import _native
 from steerfast.kernels import add_steer_rms_norm as fused
 from steerfast.kernels import gate, steer
 from steerfast.kernels.contract import Kinds, Norm
@@ -50,16 +48,17 @@ STEP = 32  # layers
 BATCH = 10  # calls between two looks at the clock: few enough that a GPU's launch queue never fills up
 
 
-def providers(o: Operands, b: Buffers) -> dict[str, Callable[[], Any]]:
+def providers(o: Tensors, b: Buffers) -> dict[str, Callable[[], Any]]:
     """Calls of the case's op, by name."""
     ops = torch.ops.steerfast
-    tables = (o.rows, o.values, o.strength, o.vectors, o.directions, o.table)
-    kinds, norm = int(Kinds.LATCHED_ADD), int(Norm.LLAMA)
+    *tables, kinds = o.operands
+    norm = int(Norm.LLAMA)
     arguments: tuple[Any, ...]
     if o.case.op == FUSED:
-        arguments = (b.x, b.residual, o.weight, *tables, EPS, norm, kinds)
+        arguments = (b.x, b.residual, o.weight, o.operands, EPS, norm)
+        flat = (b.x, b.residual, o.weight, *tables, EPS, norm, kinds)
         ways = {
-            "op": ops.add_steer_rms_norm.default,
+            "op": lambda *_: ops.add_steer_rms_norm.default(*flat),
             "unchecked": fused.add_steer_rms_norm_unchecked,
             "checked": fused.add_steer_rms_norm,
             "torch": fused.add_steer_rms_norm_torch,
@@ -68,21 +67,19 @@ def providers(o: Operands, b: Buffers) -> dict[str, Callable[[], Any]]:
             from baselines import empty
 
             ways["fn[grid]"] = lambda *_: launch_as_triton_does(o, b)
-            if _native.cuda_available:
-                ways["cuda"] = lambda *arguments: ops.add_steer_rms_norm_cuda.default(*arguments[:-1])
             ways["empty"] = lambda *_: empty(b.x, b.residual, (o.weight, *tables), EPS)
     elif o.case.op == STEER:
-        arguments = (b.x, None, *tables, kinds)
+        arguments = (b.x, None, o.operands)
         ways = {
-            "op": ops.steer_.default,
+            "op": lambda *_: ops.steer_.default(b.x, None, *tables, kinds),
             "unchecked": steer.steer_unchecked_,
             "checked": steer.steer_,
             "torch": steer.steer_torch_,
         }
     else:
-        arguments = (b.x, None, o.gate_row, o.gate_slot, o.directions, o.table, o.gate_scores, o.gate_values)
+        arguments = (b.x, None, o.gate_row, o.gates)
         ways = {
-            "op": ops.gate_.default,
+            "op": lambda *_: ops.gate_.default(b.x, None, o.gate_row, *o.gates),
             "unchecked": gate.gate_unchecked_,
             "checked": gate.gate_,
             "torch": gate.gate_torch_,
@@ -153,7 +150,7 @@ def steps() -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def launch_as_triton_does(o: Operands, b: Buffers) -> None:
+def launch_as_triton_does(o: Tensors, b: Buffers) -> None:
     """The fused op's kernel with the arguments the op gives it, bound and inspected by Triton."""
     shape = launch_shape(o.case.hidden, o.case.dtype)
     normed, new_residual = b.x.new_empty(b.x.shape), b.x.new_empty(b.x.shape)
@@ -200,7 +197,7 @@ def main() -> int:
             for op in (FUSED, STEER, GATES):
                 case = Case(op, rows, hidden)
                 record = {"rows": rows, "hidden": hidden, "dtype": "bfloat16"}
-                operands = Operands(case, given.device)
+                operands = Tensors(case, given.device)
                 calls = {
                     name: call
                     for name, call in providers(operands, operands.buffers(1)[0]).items()

@@ -24,7 +24,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from cases import FUSED, PROMPT, STEER, Case, Operands
+from cases import FUSED, PROMPT, STEER, Case, Tensors
 from providers import OPS, forget_compiled, providers
 from report import Report, parser, spread
 from timing import CPU_CACHE, copy_bandwidth, time_in_graph, time_on_cpu, time_on_cuda
@@ -52,7 +52,7 @@ def sweep(hidden_sizes: list[int], rows: list[int], ops: list[str], dtype: torch
 
 def measure(case: Case, device: str, seconds: float, bandwidth: float, report: Report) -> None:
     """Time every provider of a case and report a line for each."""
-    operands = Operands(case, device)
+    operands = Tensors(case, device)
     count = 1
     if device == "cpu" and case.cache == "cold":
         count = CPU_CACHE // (2 * case.rows * case.hidden * case.dtype.itemsize) + 1

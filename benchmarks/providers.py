@@ -3,7 +3,6 @@
     steerfast            our op
     steerfast-unsteered  the fused op without slots (K = 0)
     steerfast-any        the fused op compiled for every kind of edit and gate (Kinds.ANY)
-    steerfast-cuda       the fused op's CUDA C++ form, where it was built
     norm                 residual add and RMSNorm without steering: a fused Triton kernel, in place as serving engines
                          have it; on a CPU torch's add and rms_norm
     norm+add             the same after a separate elementwise steering add to the block's output
@@ -24,30 +23,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import EPS, FUSED, GATES, PROMPT, STEER, Buffers, Operands
+from cases import EPS, FUSED, GATES, PROMPT, STEER, Buffers, Tensors
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from steerfast import _native
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked
-from steerfast.kernels.contract import STRENGTH, THRESHOLD, Kinds, Norm
+from steerfast.kernels.contract import STRENGTH, THRESHOLD, GateOperands, Norm
 from steerfast.kernels.gate import gate_unchecked_
 from steerfast.kernels.steer import steer_unchecked_
 
 Call = Callable[[Buffers], Any]
 
 OPS = (FUSED, PROMPT, STEER, GATES)
-LATCHED_ADD, ANY, LLAMA = int(Kinds.LATCHED_ADD), int(Kinds.ANY), int(Norm.LLAMA)
+LLAMA = int(Norm.LLAMA)
 
 
-def providers(o: Operands) -> dict[str, Call]:
+def providers(o: Tensors) -> dict[str, Call]:
     """The providers of the case's op, by name; each takes the rows of one call."""
     return {FUSED: _fused, PROMPT: _prompt, STEER: _steer, GATES: _gate}[o.case.op](o)
 
 
-def _fused(o: Operands) -> dict[str, Call]:
-    slots = (o.rows, o.values, o.strength, o.vectors, o.directions, o.table, EPS, LLAMA)
-    no_slots = (o.no_slots, o.none, o.none, o.vectors, o.directions, o.table, EPS, LLAMA, LATCHED_ADD)
+def _fused(o: Tensors) -> dict[str, Call]:
     plain = (o.weight, o.rows, o.values, o.strength, o.vectors, o.table)
     add, norm = _elementwise_add(o), _norm(o)
 
@@ -57,18 +53,15 @@ def _fused(o: Operands) -> dict[str, Call]:
 
     def separate(b: Buffers) -> Any:
         y = b.x + b.residual
-        steer_unchecked_(y, None, *slots[:-2], LATCHED_ADD)
+        steer_unchecked_(y, None, o.operands)
         return rms_norm(y, o.weight.shape, o.weight, EPS), y
 
-    found: dict[str, Call] = {}
-    if o.device == "cuda" and _native.cuda_available:
-        in_cuda = torch.ops.steerfast.add_steer_rms_norm_cuda.default
-        found["steerfast-cuda"] = lambda b: in_cuda(b.x, b.residual, o.weight, *slots)
     return {
-        "steerfast": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, *slots, LATCHED_ADD),
-        **found,
-        "steerfast-unsteered": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, *no_slots),
-        "steerfast-any": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, *slots, ANY),
+        "steerfast": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, o.operands, EPS, LLAMA),
+        "steerfast-unsteered": lambda b: add_steer_rms_norm_unchecked(
+            b.x, b.residual, o.weight, o.unsteered, EPS, LLAMA
+        ),
+        "steerfast-any": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, o.any, EPS, LLAMA),
         "norm": norm,
         "norm+add": norm_add,
         "separate": separate,
@@ -79,16 +72,17 @@ def _fused(o: Operands) -> dict[str, Call]:
     }
 
 
-def _prompt(o: Operands) -> dict[str, Call]:
+def _prompt(o: Tensors) -> dict[str, Call]:
     tables = (o.strength, o.vectors, o.directions, o.table, EPS, LLAMA)
     fused = torch.ops.steerfast.add_steer_rms_norm.prompt
     slot = o.gate_slot.new_full((len(o.deciding), 1), -1)
+    gates, decided = GateOperands(slot, o.directions, o.table, o.scores, o.latch), o.any._replace(values=o.latch)
     used = o.deciding >= 0
     slot[used] = o.gate_slot[o.deciding[used].long()]
 
     def separate(b: Buffers) -> Any:
-        gate_unchecked_(b.x, b.residual, o.deciding, slot, o.directions, o.table, o.scores, o.latch)
-        return add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, o.rows, o.latch, *tables, ANY)
+        gate_unchecked_(b.x, b.residual, o.deciding, gates)
+        return add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, decided, EPS, LLAMA)
 
     return {
         "steerfast": lambda b: fused(b.x, b.residual, o.weight, o.rows, o.deciding, o.scores, o.latch, *tables),
@@ -98,11 +92,10 @@ def _prompt(o: Operands) -> dict[str, Call]:
     }
 
 
-def _steer(o: Operands) -> dict[str, Call]:
-    tables = (o.rows, o.values, o.strength, o.vectors, o.directions, o.table)
+def _steer(o: Tensors) -> dict[str, Call]:
     plain = (o.rows, o.values, o.strength, o.vectors, o.table)
     found: dict[str, Call] = {
-        "steerfast": lambda b: steer_unchecked_(b.x, None, *tables, LATCHED_ADD),
+        "steerfast": lambda b: steer_unchecked_(b.x, None, o.operands),
         "add": _elementwise_add(o),
         "torch": lambda b: torch_steer_(b.x, *plain),
         "torch.compile": lambda b: compiled(torch_steer_)(b.x, *plain),
@@ -113,20 +106,18 @@ def _steer(o: Operands) -> dict[str, Call]:
     return found
 
 
-def _gate(o: Operands) -> dict[str, Call]:
+def _gate(o: Tensors) -> dict[str, Call]:
     written = (o.gate_scores, o.gate_values)
     plain = (o.gate_slot[:, 0], o.directions, o.table)
     return {
-        "steerfast": lambda b: gate_unchecked_(
-            b.x, None, o.gate_row, o.gate_slot, o.directions, o.table, o.gate_scores, o.gate_values
-        ),
+        "steerfast": lambda b: gate_unchecked_(b.x, None, o.gate_row, o.gates),
         "torch": lambda b: torch_gate_(b.x, *plain, *written),
         "torch.compile": lambda b: compiled(torch_gate_)(b.x, *plain, *written),
         **_empty(o),
     }
 
 
-def _norm(o: Operands) -> Call:
+def _norm(o: Tensors) -> Call:
     if o.device == "cuda":
         from baselines import add_rms_norm_
 
@@ -139,14 +130,14 @@ def _norm(o: Operands) -> Call:
     return norm
 
 
-def _elementwise_add(o: Operands) -> Call:
+def _elementwise_add(o: Tensors) -> Call:
     if o.moved_rows == o.case.rows and o.moving_profiles == 1:
         vector = o.vectors[0]
         return lambda b: b.x.add_(vector)
     return lambda b: b.x.addcmul_(o.vectors.index_select(0, o.slot), o.beta)
 
 
-def _empty(o: Operands) -> dict[str, Call]:
+def _empty(o: Tensors) -> dict[str, Call]:
     if o.device != "cuda":
         return {}
     from baselines import empty

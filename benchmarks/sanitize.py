@@ -31,8 +31,10 @@ from steerfast.kernels.contract import (
     VECTOR_SQ,
     Edit,
     Gate,
+    GateOperands,
     Kinds,
     Norm,
+    Operands,
 )
 from steerfast.kernels.gate import gate_, gate_torch_
 from steerfast.kernels.steer import steer_, steer_torch_
@@ -70,45 +72,43 @@ def launch_all(rows: int, hidden: int, stack: int, dtype: torch.dtype, strided: 
     slot = slot.int().to(device).contiguous()
     index = sequence[:, 0].int().to(device)
     values, strength = torch.rand(rows, stack, generator=g).to(device), torch.ones(rows, stack, device=device)
-    operands = (record, values, strength, vectors, directions, table)
+    each = [Operands(record, values, strength, vectors, directions, table, int(kinds)) for kinds in Kinds]
     launches = 0
 
     def agree(what: str, got: Tensor, expected: Tensor) -> None:
         close = TOLERANCE[dtype]
         torch.testing.assert_close(got, expected, rtol=close, atol=close, msg=lambda text: f"{what}: {text}")
 
-    for kinds in Kinds:
+    for operands in each:
         norm = next(norms)
-        got = add_steer_rms_norm(x, residual, weight, *operands, EPS, norm, kinds)
-        expected = add_steer_rms_norm_torch(x, residual, weight, *operands, EPS, int(norm), int(kinds))
+        got = add_steer_rms_norm(x, residual, weight, operands, EPS, norm)
+        expected = add_steer_rms_norm_torch(x, residual, weight, operands, EPS, int(norm))
         for name, one, other in zip(("normed", "residual"), got, expected, strict=True):
-            agree(f"add_steer_rms_norm {norm.name} {kinds.name} {name}", one, other)
+            agree(f"add_steer_rms_norm {norm.name} {Kinds(operands.kinds).name} {name}", one, other)
         launches += 1
 
     def latches() -> tuple[Tensor, Tensor]:
         return torch.zeros(rows, stack, device=device), values.clone()
 
     (scores, latch), (plain_scores, plain_latch) = latches(), latches()
-    tables = (strength, vectors, directions, table, EPS)
-    got = add_steer_rms_norm_prompt(x, residual, weight, record, index, scores, latch, *tables)
-    expected = add_steer_rms_norm_prompt_torch(
-        x, residual, weight, record, index, plain_scores, plain_latch, *tables, int(Norm.LLAMA)
-    )
+    mine, theirs = (each[Kinds.ANY]._replace(values=values) for values in (latch, plain_latch))
+    got = add_steer_rms_norm_prompt(x, residual, weight, mine, index, scores, EPS)
+    expected = add_steer_rms_norm_prompt_torch(x, residual, weight, theirs, index, plain_scores, EPS, int(Norm.LLAMA))
     for one, other in zip((*got, latch), (*expected, plain_latch), strict=True):
         agree("add_steer_rms_norm.prompt", one, other)
     launches += 1
 
     for other_rows in (None, residual):
         (scores, latch), (plain_scores, plain_latch) = latches(), latches()
-        gate_(x, other_rows, index, slot, directions, table, scores, latch)
-        gate_torch_(x, other_rows, index, slot, directions, table, plain_scores, plain_latch)
+        gate_(x, other_rows, index, GateOperands(slot, directions, table, scores, latch))
+        gate_torch_(x, other_rows, index, GateOperands(slot, directions, table, plain_scores, plain_latch))
         agree("gate_", latch, plain_latch)
         launches += 1
-        for kinds in Kinds:
+        for operands in each:
             steered, plain = x.clone(memory_format=torch.preserve_format), x.clone()
-            steer_(steered, other_rows, *operands, kinds)
-            steer_torch_(plain, other_rows, *operands, int(kinds))
-            agree(f"steer_ {kinds.name}", steered, plain)
+            steer_(steered, other_rows, operands)
+            steer_torch_(plain, other_rows, operands)
+            agree(f"steer_ {Kinds(operands.kinds).name}", steered, plain)
             launches += 1
     return launches
 

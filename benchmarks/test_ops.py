@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FUSED, GATES, STEER, Case, Operands
+from cases import FUSED, GATES, STEER, Case, Tensors
 from providers import providers
 
 pytest.importorskip("pytest_benchmark")
@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize(("op", "provider"), [(op, name) for op, names in PROVIDERS.items() for name in names])
 def test_op(benchmark: Any, op: str, provider: str, rows: int) -> None:
     case = Case(op, rows, 4096)
-    operands = Operands(case, DEVICE)
+    operands = Tensors(case, DEVICE)
     (buffers,) = operands.buffers(1)
     call = providers(operands)[provider]
 

@@ -9,7 +9,7 @@ enum class Score { dot, cosine };
 enum class Gate { always, prompt, token };
 enum class Edit { add, clamp, keep_norm, rotate };
 enum class Kinds { latched_add, any };
-enum class Norm { llama, gemma, vllm, flashinfer, vllm_ir };
+enum class Norm { llama, gemma, vllm };
 
 // the columns of the table
 enum Column : int {
@@ -29,8 +29,5 @@ enum Column : int {
 
 constexpr int max_stack = 4;  // slots that may edit one row
 constexpr int max_hidden_size = 32768;
-
-// These norm the row before it is rounded to its dtype, the others after.
-constexpr bool norms_unrounded(Norm norm) { return norm == Norm::flashinfer || norm == Norm::vllm_ir; }
 
 }  // namespace steerfast

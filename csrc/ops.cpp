@@ -100,7 +100,7 @@ void steer_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor
 
 std::tuple<Tensor, Tensor> norm(steerfast::NormArgs& args, const Tensor& x, const Tensor& weight, double eps,
                                 int64_t norm) {
-  check_choice("norm", norm, 5);
+  check_choice("norm", norm, 3);
   args.norm = steerfast::Norm(norm);
   args.eps = float(eps);
   args.weight_dtype = dtype("weight", weight);

@@ -2,18 +2,15 @@
 
 Numerics contract, for row ``r``: ``y = x[r] + residual[r]`` in float32, not rounded; ``s`` is y rounded to the dtype of
 x (the row the unsteered model has); y is displaced by each of the row's slots as :mod:`.edits` defines; the new
-residual is y rounded once. Then, with ``w`` the norm's weight and all of it float32,
+residual ``n`` is y rounded once. Then, with ``w`` the norm's weight and all of it float32,
 
-    n       the new residual, or y itself
     rstd    1 / sqrt(sum(n*n) / H + eps)
     normed  n * rstd * w, rounded once or twice
 
-                  n              n * rstd              weight
-    LLAMA         new residual   rounded to dtype      w          transformers' Llama, Mistral, Qwen2, Phi3
-    GEMMA         new residual   float32               1 + w      transformers' Gemma
-    VLLM          new residual   float32               w          vLLM's CUDA kernel
-    FLASHINFER    y              float32               w          FlashInfer
-    VLLM_IR       y              rounded to dtype      w          the native form of vLLM's norm
+                  n * rstd              weight
+    LLAMA         rounded to dtype      w          transformers' Llama, Mistral, Qwen2, Phi3
+    GEMMA         float32               1 + w      transformers' Gemma
+    VLLM          float32               w          vLLM's CUDA kernel
 
 A row without a displacement has the bits of the same op without slots (K = 0): the new residual of such a row is
 x + residual rounded once.
@@ -26,6 +23,7 @@ writes is read by another: the outputs are fresh tensors, and the latch of a seq
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -37,6 +35,7 @@ from .contract import (
     Gate,
     Kinds,
     Norm,
+    Operands,
     check_choice,
     check_like,
     check_operands,
@@ -44,6 +43,7 @@ from .contract import (
     check_rows,
     check_separate,
     library,
+    tensors,
 )
 from .edits import (
     reference_gate,
@@ -78,8 +78,7 @@ __all__ = [
     "reference_prompt",
 ]
 
-NORM_OF_ROUNDED = tuple(map(int, (Norm.LLAMA, Norm.GEMMA, Norm.VLLM)))
-ROUND_BEFORE_WEIGHT = tuple(map(int, (Norm.LLAMA, Norm.VLLM_IR)))
+Normed = tuple[torch.Tensor, torch.Tensor]  # normalised rows, new residual
 
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -89,15 +88,9 @@ def reference(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
+    operands: Operands,
     eps: float,
     norm: int = Norm.LLAMA,
-    kinds: int = Kinds.ANY,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What :func:`add_steer_rms_norm` means, without a rounding: normed and new residual, float64 [rows, H] on the CPU.
 
@@ -105,7 +98,7 @@ def reference(
     """
     y = x.double().cpu() + residual.double().cpu()
     s = reference_stream(x, residual)
-    y = reference_rows(y, s, rows, values, strength, vectors, directions, table, kinds)
+    y = reference_rows(y, s, operands)
     w = weight.double().cpu() + (1 if norm == Norm.GEMMA else 0)
     return y * torch.rsqrt(y.square().mean(1, keepdim=True) + eps) * w, y
 
@@ -114,27 +107,22 @@ def reference_prompt(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    rows: torch.Tensor,
+    operands: Operands,
     deciding: torch.Tensor,
     scores: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
     eps: float,
     norm: int = Norm.LLAMA,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the overload ``prompt`` means: normed, new residual, and what it leaves in scores and values, float64."""
     s = reference_stream(x, residual)
+    rows, values, *_, directions, table, _ = operands
     scores, values = scores.double().cpu().clone(), values.double().cpu().clone()
     for q, p in enumerate(deciding.tolist()):
         for k, slot in enumerate(rows[p, 1:].tolist() if p >= 0 else []):
             numbers = table[slot].double().cpu()
             if slot >= 0 and numbers[GATE] == Gate.PROMPT:
                 scores[q, k], values[q, k] = reference_gate(s[p], directions[slot].double().cpu(), numbers)
-    operands = (rows, values, strength, vectors, directions, table)
-    normed, stream = reference(x, residual, weight, *operands, eps, norm, Kinds.ANY)
+    normed, stream = reference(x, residual, weight, operands._replace(values=values), eps, norm)
     return normed, stream, scores, values
 
 
@@ -142,8 +130,6 @@ def reference_prompt(
 
 if triton is not None:
     _GEMMA = tl.constexpr(int(Norm.GEMMA))
-    _FLASHINFER = tl.constexpr(int(Norm.FLASHINFER))
-    _VLLM_IR = tl.constexpr(int(Norm.VLLM_IR))
     _LLAMA = tl.constexpr(int(Norm.LLAMA))
     _ANY = tl.constexpr(int(Kinds.ANY))
 
@@ -278,15 +264,13 @@ if triton is not None:
         )
         new_residual = y.to(dtype)
         tl.store(new_residual_ptr + row * H + columns, new_residual, mask=inside)
-        n = y
-        if (NORM != _FLASHINFER) & (NORM != _VLLM_IR):
-            n = new_residual.to(tl.float32)
+        n = new_residual.to(tl.float32)
         mean = tl.div_rn(tl.sum(product(n, n, NVIDIA), axis=0), tl.full((), H, tl.float32))
         rstd = tl.div_rn(tl.full((), 1.0, tl.float32), tl.sqrt_rn(mean + tl.full((), eps, tl.float32)))
         normed = n * rstd
         if (KINDS == _ANY) | (K > 1):
             weight = load_row(weight_ptr, 0, 0, inside, columns, H, True)
-        if (NORM == _LLAMA) | (NORM == _VLLM_IR):
+        if NORM == _LLAMA:
             normed = normed.to(dtype).to(tl.float32)
         if NORM == _GEMMA:
             weight = 1.0 + weight
@@ -299,21 +283,16 @@ def add_steer_rms_norm_triton(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
+    operands: Operands,
     eps: float,
     norm: int,
-    kinds: int,
     deciding: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`add_steer_rms_norm` as a Triton kernel, one program per row; where deciding and scores are given,
     :func:`add_steer_rms_norm_prompt`. Arguments are taken as checked.
     """
+    rows, values, strength, vectors, directions, table, kinds = operands
     *leading, hidden_size = x.shape
     count = prod(leading)
     address, contiguous, strides = layout(x, residual)
@@ -358,20 +337,14 @@ def add_steer_rms_norm_prompt_triton(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    rows: torch.Tensor,
+    operands: Operands,
     deciding: torch.Tensor,
     scores: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
     eps: float,
     norm: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`add_steer_rms_norm_prompt` as a Triton kernel. Arguments are taken as checked."""
-    operands = (rows, values, strength, vectors, directions, table)
-    return add_steer_rms_norm_triton(x, residual, weight, *operands, eps, norm, int(Kinds.ANY), deciding, scores)
+    return add_steer_rms_norm_triton(x, residual, weight, operands, eps, norm, deciding, scores)
 
 
 # ---- torch -------------------------------------------------------------------------------------------------
@@ -381,48 +354,31 @@ def add_steer_rms_norm_torch(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
+    operands: Operands,
     eps: float,
     norm: int,
-    kinds: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`add_steer_rms_norm` in plain torch, on any device, without a synchronisation.
 
     Differentiable in x, residual and weight; gates carry no gradient. Arguments are taken as checked.
     """
-    y, _ = _displaced_sum(x, residual, rows, values, strength, vectors, directions, table, kinds)
+    y, _ = _displaced_sum(x, residual, operands)
     new_residual = y.to(x.dtype)
-    n = new_residual.float() if norm in NORM_OF_ROUNDED else y
+    n = new_residual.float()
     normed = n * (1.0 / ((n * n).mean(-1, keepdim=True) + eps).sqrt())
-    if norm in ROUND_BEFORE_WEIGHT:
+    if norm == int(Norm.LLAMA):
         normed = normed.to(x.dtype).float()
     w = weight.float() + 1.0 if norm == int(Norm.GEMMA) else weight.float()
     return (normed * w).to(x.dtype), new_residual
 
 
-def add_steer_torch(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    kinds: int,
-) -> torch.Tensor:
+def add_steer_torch(x: torch.Tensor, residual: torch.Tensor, operands: Operands) -> torch.Tensor:
     """The new residual of :func:`add_steer_rms_norm_torch` alone, for a compiler that fuses the norm by itself.
 
     x and residual may be of any float dtypes; the result has the one that their sum has, and rows that are not
     displaced are that sum.
     """
-    operands = (rows, values, strength, vectors, directions, table, kinds)
-    return _rounded_sum(x, residual, *_displaced_sum(x, residual, *operands))
+    return _rounded_sum(x, residual, *_displaced_sum(x, residual, operands))
 
 
 def add_scaled_torch(
@@ -440,28 +396,24 @@ def _rounded_sum(x: torch.Tensor, residual: torch.Tensor, y: torch.Tensor, chang
     return torch.where(changed, y.to(stream.dtype), stream)
 
 
-def _displaced_sum(x: torch.Tensor, residual: torch.Tensor, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _displaced_sum(x: torch.Tensor, residual: torch.Tensor, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """y, displaced: float32, of the shape of x; and which rows were: bool [..., 1]."""
     y = x.float() + residual.float()
-    return torch_displaced(y, y.to(x.dtype).float(), *operands)
+    return torch_displaced(y, y.to(x.dtype).float(), operands)
 
 
 def add_steer_rms_norm_prompt_torch(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    rows: torch.Tensor,
+    operands: Operands,
     deciding: torch.Tensor,
     scores: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
     eps: float,
     norm: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`add_steer_rms_norm_prompt` in plain torch. Arguments are taken as checked."""
+    rows, values, *_, directions, table, _ = operands
     if len(x) and len(deciding):
         at = torch.where(deciding >= 0, deciding, 0)
         s = torch_stream(x.index_select(0, at), residual.index_select(0, at))
@@ -473,11 +425,30 @@ def add_steer_rms_norm_prompt_torch(
             score, value = torch_gate(s.detach(), directions.index_select(0, slot).float(), numbers)
             for latch, new in ((scores, score), (values, value)):
                 latch[:, k].copy_(torch.where(decides, new, latch[:, k]))
-    operands = (rows, values, strength, vectors, directions, table)
-    return add_steer_rms_norm_torch(x, residual, weight, *operands, eps, norm, int(Kinds.ANY))
+    return add_steer_rms_norm_torch(x, residual, weight, operands, eps, norm)
 
 
 # ---- registration ------------------------------------------------------------------------------------------
+
+
+def _flat(run: Callable[..., Normed]) -> Callable[..., Normed]:
+    """Adapt `run` to the op's schema, which is flat."""
+
+    def flat(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Normed:
+        *read, eps, norm, kinds = rest
+        return run(x, residual, weight, Operands._make((*read, kinds)), eps, norm)
+
+    return flat
+
+
+def _flat_prompt(run: Callable[..., Normed]) -> Callable[..., Normed]:
+    """Adapt `run` to the schema of the overload ``prompt``, which is flat."""
+
+    def flat(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Normed:
+        rows, deciding, scores, *read, eps, norm = rest
+        return run(x, residual, weight, Operands(rows, *read), deciding, scores, eps, norm)
+
+    return flat
 
 
 def _fake(x: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -493,11 +464,11 @@ library.define(
     "Tensor(a!) scores, Tensor(b!) values, Tensor strength, Tensor vectors, Tensor directions, Tensor table, "
     "float eps, int norm) -> (Tensor, Tensor)"
 )
-library.impl("add_steer_rms_norm", add_steer_rms_norm_torch, "CompositeExplicitAutograd")
-library.impl("add_steer_rms_norm.prompt", add_steer_rms_norm_prompt_torch, "CompositeExplicitAutograd")
+library.impl("add_steer_rms_norm", _flat(add_steer_rms_norm_torch), "CompositeExplicitAutograd")
+library.impl("add_steer_rms_norm.prompt", _flat_prompt(add_steer_rms_norm_prompt_torch), "CompositeExplicitAutograd")
 if triton is not None:
-    library.impl("add_steer_rms_norm", add_steer_rms_norm_triton, "CUDA")
-    library.impl("add_steer_rms_norm.prompt", add_steer_rms_norm_prompt_triton, "CUDA")
+    library.impl("add_steer_rms_norm", _flat(add_steer_rms_norm_triton), "CUDA")
+    library.impl("add_steer_rms_norm.prompt", _flat_prompt(add_steer_rms_norm_prompt_triton), "CUDA")
 torch.library.register_fake("steerfast::add_steer_rms_norm", _fake, lib=library)
 torch.library.register_fake("steerfast::add_steer_rms_norm.prompt", _fake, lib=library)
 _op = torch.ops.steerfast.add_steer_rms_norm.default
@@ -510,15 +481,9 @@ def add_steer_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
+    operands: Operands,
     eps: float,
     norm: int = Norm.LLAMA,
-    kinds: int = Kinds.ANY,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the residual, steer, and normalise for the next block.
 
@@ -530,16 +495,9 @@ def add_steer_rms_norm(
             free.
         residual: [rows, H] like x, what it is added to.
         weight: [H] float32, bfloat16 or float16, of the norm.
-        rows: [rows, 1 + K] int32, K from 0 to 4: each row's index in ``values`` and ``strength``, then its slots; -1:
-            none. A slot, or a used sequence, out of range is an error on a CPU and undefined on a GPU.
-        values: [n, K] float32, latched gate values from 0 to 1.
-        strength: [n, K] float32, multiplies the strengths of the slots.
-        vectors: [slots, H] float32, bfloat16 or float16, in units of the residual stream.
-        directions: [slots, H], dtype of ``vectors``, unit norm by convention; read by token gates and by ROTATE.
-        table: [slots, TABLE_WIDTH] float32, see :mod:`.contract`.
+        operands: how the rows are edited, see :class:`.contract.Operands`.
         eps: added to the mean square, >= 0.
         norm: :class:`Norm`.
-        kinds: :class:`Kinds`. LATCHED_ADD treats every slot as one that adds by its latched value.
 
     Returns:
         The normalised rows and the new residual, [rows, H] in the dtype of x, contiguous.
@@ -548,27 +506,21 @@ def add_steer_rms_norm(
         TypeError: a dtype is wrong.
         ValueError: a shape, stride, device or choice is wrong; the message names the argument.
     """
-    _check(x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm)
-    arguments = (x, residual, weight, rows, values, strength, vectors, directions, table, float(eps), int(norm))
-    check_choice("kinds", kinds, Kinds)
+    _check(x, residual, weight, operands, eps, norm)
+    *read, kinds = operands
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad)
     if wants_gradient or inductor_fuses(x, kinds):
-        return add_steer_rms_norm_torch(*arguments, int(kinds))
-    return torch.ops.steerfast.add_steer_rms_norm.default(*arguments, int(kinds))
+        return add_steer_rms_norm_torch(x, residual, weight, operands, float(eps), int(norm))
+    return _op(x, residual, weight, *read, float(eps), int(norm), int(kinds))
 
 
 def add_steer_rms_norm_prompt(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    rows: torch.Tensor,
+    operands: Operands,
     deciding: torch.Tensor,
     scores: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
     eps: float,
     norm: int = Norm.LLAMA,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -577,65 +529,52 @@ def add_steer_rms_norm_prompt(
     Args:
         deciding: [n] int32, the row of x that decides for each sequence; -1: the latched values hold.
         scores: [n, K] float32; written for PROMPT slots of the deciding rows.
-        values: [n, K] float32; written likewise, read for sequences that do not decide.
+        operands: ``values`` are written likewise, and read for sequences that do not decide; ``kinds`` must be ANY.
 
-    The other arguments, the result and the errors are those of :func:`add_steer_rms_norm`; ``kinds`` is ANY.
+    The other arguments, the result and the errors are those of :func:`add_steer_rms_norm`.
     """
-    _check(x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm)
-    check_like("deciding", deciding, values.shape[:1], (torch.int32,), x.device)
-    check_like("scores", scores, values.shape, (torch.float32,), x.device)
+    _check(x, residual, weight, operands, eps, norm)
+    if operands.kinds != int(Kinds.ANY):
+        raise ValueError(f"kinds: expected ANY ({int(Kinds.ANY)}) where prompt gates decide, got {operands.kinds}")
+    check_like("deciding", deciding, operands.values.shape[:1], (torch.int32,), x.device)
+    check_like("scores", scores, operands.values.shape, (torch.float32,), x.device)
     if not torch.compiler.is_compiling():
-        read: dict[str, torch.Tensor | None] = {"x": x, "residual": residual, "weight": weight, "rows": rows}
-        read |= {"deciding": deciding, "strength": strength, "vectors": vectors, "directions": directions}
-        check_separate({"scores": scores, "values": values}, {**read, "table": table})
-    arguments = (x, residual, weight, rows, deciding, scores, values, strength, vectors, directions, table)
+        read = {"x": x, "residual": residual, "weight": weight, "deciding": deciding, **tensors(operands)}
+        check_separate({"scores": scores, "values": read.pop("values")}, read)
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
-        return add_steer_rms_norm_prompt_torch(*arguments, float(eps), int(norm))
-    return torch.ops.steerfast.add_steer_rms_norm.prompt(*arguments, float(eps), int(norm))
+        return add_steer_rms_norm_prompt_torch(x, residual, weight, operands, deciding, scores, float(eps), int(norm))
+    rows, *rest, _ = operands
+    return torch.ops.steerfast.add_steer_rms_norm.prompt(
+        x, residual, weight, rows, deciding, scores, *rest, float(eps), int(norm)
+    )
 
 
 def add_steer_rms_norm_unchecked(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
+    operands: Operands,
     eps: float,
     norm: int,
-    kinds: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`add_steer_rms_norm` for callers that own their buffers: no checks, no gradient, and eager CUDA rows go to
     the kernel without the dispatcher. x and residual may also be contiguous [..., H]; the results have their shape.
     """
-    operands = (x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm, kinds)
     if eager_cuda(x):
-        return add_steer_rms_norm_triton(*operands)
-    if inductor_fuses(x, kinds):
-        return add_steer_rms_norm_torch(*operands)
-    return _op(*operands)
+        return add_steer_rms_norm_triton(x, residual, weight, operands, eps, norm)
+    if inductor_fuses(x, operands.kinds):
+        return add_steer_rms_norm_torch(x, residual, weight, operands, eps, norm)
+    rows, values, strength, vectors, directions, table, kinds = operands
+    return _op(x, residual, weight, rows, values, strength, vectors, directions, table, eps, norm, kinds)
 
 
 def _check(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    eps: float,
-    norm: int,
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, operands: Operands, eps: float, norm: int
 ) -> None:
     check_rows(x)
     check_residual(x, residual)
     check_like("weight", weight, (x.shape[1],), FLOAT_DTYPES, x.device)
-    check_operands(x, rows, values, strength, vectors, directions, table)
+    check_operands(x, operands)
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
     check_choice("norm", norm, Norm)

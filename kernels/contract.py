@@ -2,22 +2,16 @@
 
 This module imports torch alone, so that the ops can be used and tested without the rest of the package.
 
-The operands that all ops share, for n sequences of which each may carry up to K = 4 profiles at once:
-
-    rows        int32 [rows, 1 + K]    per row: its sequence, then the slots that may edit it; -1: none
-    strength    float32 [n, K]         multiplies the slots' own strengths
-    values      float32 [n, K]         latched gate values, 0 shut to 1 open
-    vectors     [slots, H]             steering vectors, in units of the residual stream
-    directions  [slots, H]             gate directions, unit norm by convention
-    table       float32 [slots, TABLE_WIDTH]   the numbers of a slot, in the columns below
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "DIRECTION_SQ",
@@ -36,8 +30,10 @@ __all__ = [
     "VECTOR_SQ",
     "Edit",
     "Gate",
+    "GateOperands",
     "Kinds",
     "Norm",
+    "Operands",
     "Score",
     "implementations",
     "library",
@@ -81,8 +77,6 @@ class Norm(IntEnum):
     LLAMA = 0
     GEMMA = 1
     VLLM = 2
-    FLASHINFER = 3
-    VLLM_IR = 4
 
 
 # Columns of `table`: what a slot needs besides its two vectors of H numbers.
@@ -104,6 +98,50 @@ MAX_HIDDEN_SIZE = 32768  # one GPU program holds a row; beyond 16384 (8192 in fl
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+
+class Operands(NamedTuple):
+    """Say how rows are edited: n sequences, each with up to K profiles at once (0 <= K <= MAX_STACK).
+
+    Build it once and keep it: it holds no row of the residual stream.
+
+    Attributes:
+        rows: int32 [rows, 1 + K], for each row its sequence, then its slots; -1: no slot. A slot, or a used sequence,
+            that is out of range is an error on a CPU and undefined on a GPU.
+        values: float32 [n, K], latched gate values from 0 (shut) to 1 (open).
+        strength: float32 [n, K], multiplies the strengths of the slots.
+        vectors: [slots, H] float32, bfloat16 or float16, steering vectors in units of the residual stream.
+        directions: [slots, H], dtype of `vectors`, unit norm by convention; token gates and ROTATE read them.
+        table: float32 [slots, TABLE_WIDTH], the numbers of each slot, in the columns above.
+        kinds: a `Kinds`. LATCHED_ADD treats every slot as an addition by its latched value.
+    """
+
+    rows: Tensor
+    values: Tensor
+    strength: Tensor
+    vectors: Tensor
+    directions: Tensor
+    table: Tensor
+    kinds: int = int(Kinds.ANY)
+
+
+class GateOperands(NamedTuple):
+    """Say which slots the gates of n sequences read, and where their decisions are stored.
+
+    Attributes:
+        slot: int32 [n, K], the slots of each sequence; -1: no slot.
+        directions: [slots, H] float32, bfloat16 or float16, unit norm by convention.
+        table: float32 [slots, TABLE_WIDTH], as in `Operands`.
+        scores: float32 [n, K], written.
+        values: float32 [n, K], gate values from 0 to 1, written.
+    """
+
+    slot: Tensor
+    directions: Tensor
+    table: Tensor
+    scores: Tensor
+    values: Tensor
+
+
 library = torch.library.Library("steerfast", "FRAGMENT")
 
 
@@ -123,7 +161,7 @@ def implementations(op: str) -> dict[str, bool]:
 # ---- argument checks ---------------------------------------------------------------------------------------
 
 
-def check_rows(x: torch.Tensor, name: str = "x") -> None:
+def check_rows(x: Tensor, name: str = "x") -> None:
     """``x`` must be [rows, H], of a float dtype, with the H numbers of a row next to each other."""
     if x.dim() != 2:
         raise ValueError(f"{name}: expected 2 dimensions [rows, H], got shape {list(x.shape)}")
@@ -135,7 +173,7 @@ def check_rows(x: torch.Tensor, name: str = "x") -> None:
         raise ValueError(f"{name}: expected stride 1 in the last dimension, got strides {list(x.stride())}")
 
 
-def check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
+def check_residual(x: Tensor, residual: Tensor) -> None:
     """``residual`` must be rows like ``x``: same shape, dtype and device; its row stride is free."""
     check_rows(residual, "residual")
     if residual.shape != x.shape:
@@ -146,14 +184,14 @@ def check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
         raise ValueError(f"residual: expected device {x.device} like x, got {residual.device}")
 
 
-def check_apart(x: torch.Tensor, name: str = "x") -> None:
+def check_apart(x: Tensor, name: str = "x") -> None:
     """The rows of ``x``, which is written to, must not overlap."""
     if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
         raise ValueError(f"{name}: expected rows that do not overlap, got strides {list(x.stride())}")
 
 
 def check_like(
-    name: str, tensor: torch.Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
+    name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     """``tensor`` must be contiguous, of exactly this shape, of one of these dtypes, and on this device."""
     if tensor.dtype not in dtypes:
@@ -171,7 +209,7 @@ def check_stack(name: str, stack: int) -> None:
         raise ValueError(f"{name}: expected 0 to {MAX_STACK} slots per row, got {stack}")
 
 
-def check_bank(x: torch.Tensor, table: torch.Tensor, **banks: torch.Tensor) -> None:
+def check_bank(x: Tensor, table: Tensor, **banks: Tensor) -> None:
     """``table`` must be float32 [slots >= 1, TABLE_WIDTH], and each bank [slots, H] of one float dtype."""
     slots = table.shape[0] if table.dim() else 0
     if slots < 1:
@@ -183,16 +221,9 @@ def check_bank(x: torch.Tensor, table: torch.Tensor, **banks: torch.Tensor) -> N
         dtypes = (bank.dtype,)
 
 
-def check_operands(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-) -> None:
-    """The operands that :mod:`.steer` and :mod:`.add_steer_rms_norm` share, for rows ``x`` already checked."""
+def check_operands(x: Tensor, operands: Operands) -> None:
+    """Raise where `operands` do not fit rows `x` [rows, H], which are checked already."""
+    rows, values, strength, vectors, directions, table, kinds = operands
     if rows.dim() != 2:
         raise ValueError(f"rows: expected 2 dimensions [rows, 1 + K], got shape {list(rows.shape)}")
     stack = rows.shape[1] - 1
@@ -202,9 +233,15 @@ def check_operands(
     check_like("values", values, (sequences, stack), (torch.float32,), x.device)
     check_like("strength", strength, (sequences, stack), (torch.float32,), x.device)
     check_bank(x, table, vectors=vectors, directions=directions)
+    check_choice("kinds", kinds, Kinds)
 
 
-def check_separate(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor | None]) -> None:
+def tensors(operands: Operands | GateOperands) -> dict[str, Tensor]:
+    """Return the tensors of `operands` by name."""
+    return {name: value for name, value in operands._asdict().items() if isinstance(value, Tensor)}
+
+
+def check_separate(written: dict[str, Tensor], read: Mapping[str, Tensor | None]) -> None:
     """No tensor that is written may start in the memory of another argument: its readers would race with it."""
     starts = {name: tensor.data_ptr() for name, tensor in read.items() if tensor is not None and tensor.numel()}
     for name, tensor in written.items():

@@ -53,6 +53,7 @@ from .contract import (
     Edit,
     Gate,
     Kinds,
+    Operands,
     Score,
 )
 
@@ -131,18 +132,9 @@ def reference_displacement(
     return turn[0] * e1 + turn[1] * e2
 
 
-def reference_rows(
-    y: torch.Tensor,
-    s: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    kinds: int,
-) -> torch.Tensor:
-    """The float64 rows y [rows, H], displaced by every slot of theirs, one after the other."""
+def reference_rows(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> torch.Tensor:
+    """Return the float64 rows y [rows, H], displaced by each of their slots, one after the other."""
+    rows, values, strength, vectors, directions, table, kinds = operands
     y = y.clone()
     for r, (sequence, *slots) in enumerate(rows.tolist()):
         for k, slot in enumerate(slots):
@@ -464,22 +456,13 @@ def torch_coefficients(
     return torch.where(keeps, ratio - 1, 0.0), b, torch.where(turns, turn, 0.0)
 
 
-def torch_displaced(
-    y: torch.Tensor,
-    s: torch.Tensor,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    kinds: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def torch_displaced(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 rows y [..., H] after all displacements, and which of them were displaced, bool [..., 1].
 
     Without a synchronisation, on any device, and differentiable in y and s; gates carry no gradient. y keeps its shape
     throughout: made flat and not flat again, Inductor copies it before every matrix product that reads it.
     """
+    rows, values, strength, vectors, directions, table, kinds = operands
     if kinds == int(Kinds.LATCHED_ADD) and len(values):
         return torch_added(y, rows, torch_scales(rows, values, strength, table), vectors)
     each = (*y.shape[:-1], 1)

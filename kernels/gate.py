@@ -12,11 +12,14 @@ Same row, same bits, in any batch and at any position of it: in C++, and in Trit
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .contract import (
     GATE,
     Gate,
+    GateOperands,
     check_bank,
     check_like,
     check_residual,
@@ -43,16 +46,10 @@ __all__ = ["gate_", "gate_torch_", "gate_triton_", "gate_unchecked_", "mean_gate
 
 
 def reference(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    row: torch.Tensor,
-    slot: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    scores: torch.Tensor,
-    values: torch.Tensor,
+    x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What :func:`gate_` leaves in scores and values, float64 [n, K] on the CPU, one sequence after the other."""
+    slot, directions, table, scores, values = gates
     stream = reference_stream(x, residual)
     scores, values = scores.double().cpu().clone(), values.double().cpu().clone()
     for i, (r, slots) in enumerate(zip(row.tolist(), slot.tolist(), strict=True)):
@@ -108,17 +105,9 @@ if triton is not None:
     launch = Launcher(gate_kernel)
 
 
-def gate_triton_(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    row: torch.Tensor,
-    slot: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    scores: torch.Tensor,
-    values: torch.Tensor,
-) -> None:
+def gate_triton_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
     """:func:`gate_` as a Triton kernel, one program per sequence. Arguments are taken as checked."""
+    slot, directions, table, scores, values = gates
     count, hidden_size = row.shape[0], x.shape[1]
     if not count:
         return
@@ -139,19 +128,11 @@ def gate_triton_(
 # ---- torch -------------------------------------------------------------------------------------------------
 
 
-def gate_torch_(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    row: torch.Tensor,
-    slot: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    scores: torch.Tensor,
-    values: torch.Tensor,
-) -> None:
+def gate_torch_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
     """:func:`gate_` in plain torch, for any device, without a synchronisation; arguments taken as checked."""
     if not len(row) or not len(x):
         return
+    slot, directions, table, scores, values = gates
     decides = row >= 0
     at = torch.where(decides, row, 0)
     s = torch_stream(x.index_select(0, at), None if residual is None else residual.index_select(0, at))
@@ -168,6 +149,11 @@ def gate_torch_(
 # ---- registration ------------------------------------------------------------------------------------------
 
 
+def _flat(run: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, GateOperands], None]) -> Callable[..., None]:
+    """Adapt `run` to the op's schema, which is flat."""
+    return lambda x, residual, row, *gates: run(x, residual, row, GateOperands(*gates))
+
+
 def _fake(*arguments: object) -> None:
     return None
 
@@ -177,25 +163,17 @@ library.define(
     "Tensor(a!) scores, Tensor(b!) values) -> ()"
 )
 # The C++ extension registers itself for CPU. Like it and Triton, plain torch leaves no trace for a backward pass.
-library.impl("gate_", torch.no_grad()(gate_torch_), "CompositeExplicitAutograd")
+library.impl("gate_", torch.no_grad()(_flat(gate_torch_)), "CompositeExplicitAutograd")
 if triton is not None:
-    library.impl("gate_", gate_triton_, "CUDA")
+    library.impl("gate_", _flat(gate_triton_), "CUDA")
 torch.library.register_fake("steerfast::gate_", _fake, lib=library)
+_op = torch.ops.steerfast.gate_.default
 
 
 # ---- public ------------------------------------------------------------------------------------------------
 
 
-def gate_(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    row: torch.Tensor,
-    slot: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    scores: torch.Tensor,
-    values: torch.Tensor,
-) -> None:
+def gate_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
     """Score the deciding row of each sequence and latch how far its gates open.
 
     :func:`gate_unchecked_` is the same without the checks, for callers that own their buffers.
@@ -205,17 +183,14 @@ def gate_(
         residual: None, or rows like x: the gate then reads their sum, rounded to their dtype.
         row: [n] int32, the deciding row of each sequence, -1: none in this step; outside x: an error on a CPU,
             undefined on a GPU.
-        slot: [n, K] int32, the slots of each sequence; -1: none.
-        directions: [slots, H] float32, bfloat16 or float16, unit norm by convention.
-        table: [slots, TABLE_WIDTH] float32, see :mod:`.contract`.
-        scores: [n, K] float32, written.
-        values: [n, K] float32, gate values from 0 to 1, written.
+        gates: the slots to read, and the memory for their decisions, see :class:`.contract.GateOperands`.
 
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape, stride, device or choice is wrong, or scores or values share memory with another
             argument; the message names the argument.
     """
+    slot, directions, table, scores, values = gates
     check_rows(x)
     if residual is not None:
         check_residual(x, residual)
@@ -233,24 +208,17 @@ def gate_(
     if not torch.compiler.is_compiling():
         read = {"x": x, "residual": residual, "row": row, "slot": slot, "directions": directions, "table": table}
         check_separate({"scores": scores, "values": values}, read)
-    torch.ops.steerfast.gate_.default(x, residual, row, slot, directions, table, scores, values)
+    _op(x, residual, row, *gates)
 
 
-def gate_unchecked_(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    row: torch.Tensor,
-    slot: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    scores: torch.Tensor,
-    values: torch.Tensor,
-) -> None:
+def gate_unchecked_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
     """:func:`gate_` for callers that own their buffers: no checks, and eager CUDA rows go to the kernel without the
     dispatcher.
     """
-    run = gate_triton_ if eager_cuda(x) else torch.ops.steerfast.gate_.default
-    run(x, residual, row, slot, directions, table, scores, values)
+    if eager_cuda(x):
+        gate_triton_(x, residual, row, gates)
+    else:
+        _op(x, residual, row, *gates)
 
 
 def mean_gate_unchecked_(
@@ -259,12 +227,8 @@ def mean_gate_unchecked_(
     member: torch.Tensor,
     total: torch.Tensor,
     closes: torch.Tensor,
-    slot: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
     sums: torch.Tensor,
-    scores: torch.Tensor,
-    values: torch.Tensor,
+    gates: GateOperands,
 ) -> None:
     """Add each row's score to its sequence's sum; where that is complete, latch the mean and how far gates open for it.
 
@@ -272,19 +236,25 @@ def mean_gate_unchecked_(
     prompt is split into steps, do not show in a float32 mean but by rounding.
 
     Args:
-        x, residual, slot, directions, table, scores, values: as of :func:`gate_`.
-        member: [rows] int32, the sequence whose mean a row is part of; -1: none.
+        x, residual, gates: as of :func:`gate_`.
+        member: [rows] int32, the sequence whose mean a row is part of; -1: none. Or [rows * K], where each row may be
+            part of K means, one after the other.
         total: [n] int32, of how many rows a sequence's mean is taken.
         closes: [n] bool, whether the last of them is among x.
         sums: [n, K] float64, of the rows that came before; written.
     """
+    slot, directions, table, scores, values = gates
     if not len(x) or not len(slot):
         return
     counts = member >= 0
     sequence = torch.where(counts, member, 0)
-    row = torch.where(counts, torch.arange(len(x), dtype=torch.int32, device=x.device), -1)
-    each = torch.zeros(len(x), slot.shape[1], dtype=torch.float32, device=x.device)  # a row that does not count adds 0
-    gate_unchecked_(x, residual, row, slot.index_select(0, sequence), directions, table, each, torch.zeros_like(each))
+    at = torch.arange(len(member), dtype=torch.int32, device=x.device)
+    row = torch.where(counts, at if len(member) == len(x) else at // (len(member) // len(x)), -1)
+    each = torch.zeros(
+        len(row), slot.shape[1], dtype=torch.float32, device=x.device
+    )  # a row that does not count adds 0
+    of_rows = GateOperands(slot.index_select(0, sequence), directions, table, each, torch.zeros_like(each))
+    gate_unchecked_(x, residual, row, of_rows)
     sums.index_add_(0, sequence, each.double())
     mean = (sums / total[:, None]).float()
     for latch, new in ((scores, mean), (values, torch_opened(mean, torch_numbers(table, slot)))):

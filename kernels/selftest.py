@@ -14,7 +14,18 @@ from steerfast import _native
 from steerfast.kernels import add_steer_rms_norm as norms
 from steerfast.kernels import gate as gates
 from steerfast.kernels import steer as edits
-from steerfast.kernels.contract import FLOAT_DTYPES, SHARPNESS, TABLE_WIDTH, Edit, Gate, Kinds, Norm, Score
+from steerfast.kernels.contract import (
+    FLOAT_DTYPES,
+    SHARPNESS,
+    TABLE_WIDTH,
+    Edit,
+    Gate,
+    GateOperands,
+    Kinds,
+    Norm,
+    Operands,
+    Score,
+)
 from steerfast.kernels.edits import reference_stream
 
 _ROWS, _HIDDEN, _SEQUENCES, _EPS = 8, 576, 4, 1e-5
@@ -66,19 +77,13 @@ def implementations() -> list[Implementation]:
     cuda = None if torch.cuda.is_available() else "no CUDA device"
     if gates.triton is None:
         cuda = "triton is not installed"
-    ops = torch.ops.steerfast
     plain = (
         gates.gate_torch_,
         edits.steer_torch_,
         norms.add_steer_rms_norm_torch,
         norms.add_steer_rms_norm_prompt_torch,
     )
-    cpp = (
-        ops.gate_.default,
-        ops.steer_.default,
-        ops.add_steer_rms_norm.default,
-        ops.add_steer_rms_norm.prompt,
-    )
+    cpp = (gates.gate_unchecked_, edits.steer_unchecked_, norms.add_steer_rms_norm_unchecked, _prompt_op)
     triton = (
         gates.gate_triton_,
         edits.steer_triton_,
@@ -90,6 +95,13 @@ def implementations() -> list[Implementation]:
         Implementation("cpp", _native.reason, "cpu", dict(zip(OPS, cpp, strict=True))),
         Implementation("triton", cuda, "cuda", dict(zip(OPS, triton, strict=True))),
     ]
+
+
+def _prompt_op(x: Tensor, residual: Tensor, weight: Tensor, operands: Operands, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Call the op `add_steer_rms_norm.prompt`, whose schema is flat."""
+    deciding, scores, eps, norm = rest
+    rows, *read, _ = operands
+    return torch.ops.steerfast.add_steer_rms_norm.prompt(x, residual, weight, rows, deciding, scores, *read, eps, norm)
 
 
 def self_test(implementation: Implementation) -> Iterator[Check]:
@@ -162,9 +174,9 @@ class _Case:
         )
         return cls(**{name: tensor.to(device) for name, tensor in vars(case).items()})
 
-    @property
-    def operands(self) -> tuple[Tensor, ...]:
-        return self.rows, self.values, self.strength, self.vectors, self.directions, self.table
+    def operands(self, kinds: Kinds, values: Tensor | None = None) -> Operands:
+        values = self.values if values is None else values
+        return Operands(self.rows, values, self.strength, self.vectors, self.directions, self.table, int(kinds))
 
     def latch(self) -> tuple[Tensor, Tensor]:
         """Scores and values [n, K] that an op may write."""
@@ -184,9 +196,10 @@ def _gate(run: Callable[..., None], dtype: torch.dtype, device: str) -> Iterator
         case = _Case.make(dtype, device, stack)
         for residual in (None, case.residual):
             scores, values = case.latch()
-            inputs = (case.x, residual, case.deciding, case.slot, case.directions, case.table)
-            want = gates.reference(*inputs, scores, values)
-            run(*inputs, scores, values)
+            inputs = (case.x, residual, case.deciding)
+            operands = GateOperands(case.slot, case.directions, case.table, scores, values)
+            want = gates.reference(*inputs, operands)
+            run(*inputs, operands)
             yield from zip((scores, values), want, case.gate_limits(residual), strict=True)
 
 
@@ -195,15 +208,15 @@ def _steer(run: Callable[..., None], dtype: torch.dtype, device: str) -> Iterato
         case = _Case.make(dtype, device, stack)
         for residual in (None, case.residual):
             y = case.x.clone()
-            want = edits.reference(y, residual, *case.operands, kinds)
-            run(y, residual, *case.operands, int(kinds))
+            want = edits.reference(y, residual, case.operands(kinds))
+            run(y, residual, case.operands(kinds))
             yield y, want, _limit(want, case, 0.501)
 
 
 def _norm(run: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, device: str) -> Iterator[_Outcome]:
     for stack, kinds, kind in ((1, Kinds.LATCHED_ADD, Norm.LLAMA), *((2, Kinds.ANY, kind) for kind in Norm)):
         case = _Case.make(dtype, device, stack)
-        inputs = (case.x, case.residual, case.weight, *case.operands, _EPS, int(kind), int(kinds))
+        inputs = (case.x, case.residual, case.weight, case.operands(kinds), _EPS, int(kind))
         yield from _normed(run(*inputs), norms.reference(*inputs), case)
 
 
@@ -211,8 +224,8 @@ def _norm_prompt(run: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, 
     for stack in (1, 2):
         case = _Case.make(dtype, device, stack)
         scores, values = case.latch()
-        operands = (case.strength, case.vectors, case.directions, case.table, _EPS, int(Norm.LLAMA))
-        inputs = (case.x, case.residual, case.weight, case.rows, case.deciding, scores, values, *operands)
+        operands = case.operands(Kinds.ANY, values)
+        inputs = (case.x, case.residual, case.weight, operands, case.deciding, scores, _EPS, int(Norm.LLAMA))
         *want, want_scores, want_values = norms.reference_prompt(*inputs)
         yield from _normed(run(*inputs), want, case)
         yield from zip((scores, values), (want_scores, want_values), case.gate_limits(case.residual), strict=True)

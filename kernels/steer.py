@@ -11,17 +11,19 @@ writes it back as it was.) No gate is computed from another row here: in place, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .contract import (
-    Kinds,
+    Operands,
     check_apart,
-    check_choice,
     check_operands,
     check_residual,
     check_rows,
     check_separate,
     library,
+    tensors,
 )
 from .edits import reference_rows, reference_stream, torch_displaced, torch_stream
 from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia
@@ -40,20 +42,10 @@ __all__ = ["reference", "steer_", "steer_torch_", "steer_triton_", "steer_unchec
 # ---- reference ---------------------------------------------------------------------------------------------
 
 
-def reference(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    kinds: int = Kinds.ANY,
-) -> torch.Tensor:
+def reference(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> torch.Tensor:
     """What :func:`steer_` leaves in x, float64 [rows, H] on the CPU, one row after the other."""
     s = reference_stream(x, residual)
-    return reference_rows(x.double().cpu(), s, rows, values, strength, vectors, directions, table, kinds)
+    return reference_rows(x.double().cpu(), s, operands)
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
@@ -122,18 +114,9 @@ if triton is not None:
     launch = Launcher(steer_kernel)
 
 
-def steer_triton_(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    kinds: int,
-) -> None:
+def steer_triton_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
     """:func:`steer_` as a Triton kernel, one program per row. Arguments are taken as checked."""
+    rows, values, strength, vectors, directions, table, kinds = operands
     count, hidden_size = x.shape
     stack = rows.shape[1] - 1
     if not count or not stack:
@@ -155,17 +138,7 @@ def steer_triton_(
 # ---- torch -------------------------------------------------------------------------------------------------
 
 
-def steer_torch_(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    kinds: int,
-) -> None:
+def steer_torch_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
     """:func:`steer_` in plain torch, on any device, without a synchronisation; arguments taken as checked.
 
     Differentiable in x and residual; gates carry no gradient.
@@ -174,11 +147,16 @@ def steer_torch_(
         return
     before = x.clone() if torch.is_grad_enabled() and x.requires_grad else x  # sums keep it for the backward pass
     s = torch_stream(before, residual)
-    y, changed = torch_displaced(before.float(), s, rows, values, strength, vectors, directions, table, kinds)
+    y, changed = torch_displaced(before.float(), s, operands)
     x.copy_(torch.where(changed, y.to(x.dtype), before))
 
 
 # ---- registration ------------------------------------------------------------------------------------------
+
+
+def _flat(run: Callable[[torch.Tensor, torch.Tensor | None, Operands], None]) -> Callable[..., None]:
+    """Adapt `run` to the op's schema, which is flat."""
+    return lambda x, residual, *operands: run(x, residual, Operands(*operands))
 
 
 def _fake(*arguments: object) -> None:
@@ -190,26 +168,17 @@ library.define(
     "Tensor directions, Tensor table, int kinds) -> ()"
 )
 # The C++ extension registers itself for CPU. Like it and Triton, plain torch leaves no trace for a backward pass.
-library.impl("steer_", torch.no_grad()(steer_torch_), "CompositeExplicitAutograd")
+library.impl("steer_", torch.no_grad()(_flat(steer_torch_)), "CompositeExplicitAutograd")
 if triton is not None:
-    library.impl("steer_", steer_triton_, "CUDA")
+    library.impl("steer_", _flat(steer_triton_), "CUDA")
 torch.library.register_fake("steerfast::steer_", _fake, lib=library)
+_op = torch.ops.steerfast.steer_.default
 
 
 # ---- public ------------------------------------------------------------------------------------------------
 
 
-def steer_(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    kinds: int = Kinds.ANY,
-) -> None:
+def steer_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
     """Steer the rows of ``x`` in place.
 
     The op has no backward pass: gradients pass through it unchanged, and none flows through a gate; see
@@ -219,14 +188,7 @@ def steer_(
     Args:
         x: [rows, H] float32, bfloat16 or float16; the last dimension contiguous, rows apart from each other.
         residual: None, or rows like x that x is going to be added to; only read.
-        rows: [rows, 1 + K] int32, K from 0 to 4: each row's index in ``values`` and ``strength``, then its slots; -1:
-            none. A slot, or a used sequence, out of range is an error on a CPU and undefined on a GPU.
-        values: [n, K] float32, latched gate values from 0 to 1.
-        strength: [n, K] float32, multiplies the strengths of the slots.
-        vectors: [slots, H] float32, bfloat16 or float16, in units of the residual stream.
-        directions: [slots, H], dtype of ``vectors``, unit norm by convention; read by token gates and by ROTATE.
-        table: [slots, TABLE_WIDTH] float32, see :mod:`.contract`.
-        kinds: :class:`Kinds`. LATCHED_ADD treats every slot as one that adds by its latched value.
+        operands: how the rows are edited, see :class:`.contract.Operands`.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -237,29 +199,19 @@ def steer_(
     check_apart(x)
     if residual is not None:
         check_residual(x, residual)
-    check_operands(x, rows, values, strength, vectors, directions, table)
-    check_choice("kinds", kinds, Kinds)
+    check_operands(x, operands)
     if not torch.compiler.is_compiling():
-        read = {"residual": residual, "rows": rows, "values": values, "strength": strength}
-        check_separate({"x": x}, {**read, "vectors": vectors, "directions": directions, "table": table})
+        check_separate({"x": x}, {"residual": residual, **tensors(operands)})
         if x.requires_grad and torch.is_grad_enabled():
             torch.autograd.graph.increment_version(x)  # so that a backward pass that saved the old x says so
-    torch.ops.steerfast.steer_.default(x, residual, rows, values, strength, vectors, directions, table, int(kinds))
+    torch.ops.steerfast.steer_.default(x, residual, *operands)
 
 
-def steer_unchecked_(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    rows: torch.Tensor,
-    values: torch.Tensor,
-    strength: torch.Tensor,
-    vectors: torch.Tensor,
-    directions: torch.Tensor,
-    table: torch.Tensor,
-    kinds: int,
-) -> None:
+def steer_unchecked_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
     """:func:`steer_` for callers that own their buffers: no checks, and eager CUDA rows go to the kernel without the
     dispatcher.
     """
-    run = steer_triton_ if eager_cuda(x) else torch.ops.steerfast.steer_.default
-    run(x, residual, rows, values, strength, vectors, directions, table, kinds)
+    if eager_cuda(x):
+        steer_triton_(x, residual, operands)
+    else:
+        _op(x, residual, *operands)

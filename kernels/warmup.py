@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from .add_steer_rms_norm import add_steer_rms_norm_prompt_triton, add_steer_rms_norm_triton
-from .contract import MAX_STACK, TABLE_WIDTH, Kinds, Norm
+from .contract import MAX_STACK, TABLE_WIDTH, GateOperands, Kinds, Norm, Operands
 from .gate import gate_triton_
 from .steer import steer_triton_
 
@@ -65,21 +65,21 @@ def warmup(
         rows = torch.full((1, 1 + stack), -1, dtype=torch.int32, device=device)
         slot = torch.full((1, stack), -1, dtype=torch.int32, device=device)
         values, strength, scores = torch.zeros(3, 1, stack, device=device).unbind()
-        operands = (rows, values, strength, vectors, directions, table)
-        for kind, norm in product(kinds, norms):
-            add_steer_rms_norm_triton(x, residual, weight, *operands, 1e-6, int(norm), int(kind))
+        each = [Operands(rows, values, strength, vectors, directions, table, int(kind)) for kind in kinds]
+        for operands, norm in product(each, norms):
+            add_steer_rms_norm_triton(x, residual, weight, operands, 1e-6, int(norm))
             count += 1
         if stack == 0:
             continue
-        for norm in norms if Kinds.ANY in kinds else ():
-            decided = (rows, row, scores, *operands[1:])
-            add_steer_rms_norm_prompt_triton(x, residual, weight, *decided, 1e-6, int(norm))
-            count += 1
+        for operands, norm in product(each, norms):
+            if operands.kinds == Kinds.ANY:
+                add_steer_rms_norm_prompt_triton(x, residual, weight, operands, row, scores, 1e-6, int(norm))
+                count += 1
         for pair in pairs:
             second = residual if pair else None
-            gate_triton_(x, second, row, slot, directions, table, scores, values)
-            for kind in kinds:
-                steer_triton_(x, second, *operands, int(kind))
-            count += 1 + len(kinds)
+            gate_triton_(x, second, row, GateOperands(slot, directions, table, scores, values))
+            for operands in each:
+                steer_triton_(x, second, operands)
+            count += 1 + len(each)
     torch.cuda.synchronize(device)
     return count

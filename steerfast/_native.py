@@ -1,8 +1,6 @@
-"""Loads the compiled ops, where the package was built with them.
+"""Load the C++ ops, where the package was built with them.
 
-Importing them registers them with torch: the C++ ops for CPU tensors, and one CUDA op under a name of its own,
-``steerfast::add_steer_rms_norm_cuda``. Without them the same ops run in Triton or plain torch, and nothing else
-changes.
+Importing them registers them with torch for CPU tensors. Without them the same ops run in plain torch.
 """
 
 from __future__ import annotations
@@ -10,33 +8,29 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 
-__all__ = ["available", "cuda_available", "cuda_reason", "isa", "reason"]
+__all__ = ["available", "isa", "reason"]
 
 
-def _obstacle(module: str, build: str) -> str | None:
-    """Load a compiled module; why that is impossible, or None when it is loaded."""
-    if find_spec(module) is None:
-        return f"this installation was built without them (STEERFAST_BUILD={build} builds them)"
+def _obstacle() -> str | None:
+    """Load the extension; return why that is impossible, None when it is loaded."""
+    if find_spec("steerfast._C") is None:
+        return "this installation was built without them (STEERFAST_BUILD=cpu builds them)"
     try:
         import torch  # noqa: F401 (brings the libraries that the extension links to)
 
-        import_module(module)
+        import_module("steerfast._C")
     except ImportError as error:
         return f"the built extension does not load: {error}"
     return None
 
 
-reason: str | None = _obstacle("steerfast._C", "cpu")
+reason: str | None = _obstacle()
 """Why the C++ ops are absent; None when they are loaded."""
 available: bool = reason is None
 
-cuda_reason: str | None = _obstacle("steerfast._C_cuda", "cuda")
-"""Why the CUDA op is absent; None when it is loaded."""
-cuda_available: bool = cuda_reason is None
-
 
 def isa() -> str | None:
-    """The instruction set the C++ ops use (``avx512``, ``avx2``, ``scalar``), None where they are absent.
+    """Return the instruction set of the C++ ops (``avx512``, ``avx2``, ``scalar``), None where they are absent.
 
     Raises:
         RuntimeError: the environment variable ``STEERFAST_CPU_ISA`` names one that does not exist or

@@ -351,9 +351,8 @@ STEERFAST_TARGET void steer_row(X* x, const Displacements<B>& moves, int64_t siz
 
 // ---- add, steer, and the sum of squares; then the norm, from what the first pass left in the cache ----
 
-// With `unrounded` the norm is that of y itself, which stays there; else that of the new residual.
 template <bool full, class X, class B>
-STEERFAST_INLINE void add_steer_block(Block& squares, X* out, float* unrounded, const X* x, const X* residual,
+STEERFAST_INLINE void add_steer_block(Block& squares, X* out, const X* x, const X* residual,
                                       const Displacements<B>& moves, int64_t i, int64_t rest) {
   Block y, other;
   get<full>(y, x + i, rest);
@@ -362,32 +361,31 @@ STEERFAST_INLINE void add_steer_block(Block& squares, X* out, float* unrounded, 
   displace<full>(y, moves, i, rest);
   clear_padding<full>(y, rest);
   put<full>(out + i, y, rest);
-  if (unrounded)
-    put<true>(unrounded + i, y, lanes);
-  else
-    STEERFAST_EACH_PART round_to(X(), y[k]);
-  STEERFAST_EACH_PART squares[k] += y[k] * y[k];
+  STEERFAST_EACH_PART {
+    round_to(X(), y[k]);
+    squares[k] += y[k] * y[k];
+  }
 }
 
 template <class X, class B>
-STEERFAST_TARGET float add_steer_row(X* out, float* unrounded, const X* x, const X* residual,
-                                     const Displacements<B>& moves, int64_t size) {
+STEERFAST_TARGET float add_steer_row(X* out, const X* x, const X* residual, const Displacements<B>& moves,
+                                     int64_t size) {
   Block squares = {};
   int64_t i = 0;
   for (; i + lanes <= size; i += lanes)
-    add_steer_block<true>(squares, out, unrounded, x, residual, moves, i, lanes);
-  if (i < size) add_steer_block<false>(squares, out, unrounded, x, residual, moves, i, size - i);
+    add_steer_block<true>(squares, out, x, residual, moves, i, lanes);
+  if (i < size) add_steer_block<false>(squares, out, x, residual, moves, i, size - i);
   return fold(squares);
 }
 
-template <Norm norm, bool full, class X, class N, class W>
-STEERFAST_INLINE void norm_block(X* out, const N* n, const W* weight, float rstd, int64_t rest) {
+template <Norm norm, bool full, class X, class W>
+STEERFAST_INLINE void norm_block(X* out, const X* n, const W* weight, float rstd, int64_t rest) {
   Block y, w;
   get<full>(y, n, rest);
   get<full>(w, weight, rest);
   STEERFAST_EACH_PART {
     y[k] *= rstd;
-    if (norm == Norm::llama || norm == Norm::vllm_ir) round_to(X(), y[k]);
+    if (norm == Norm::llama) round_to(X(), y[k]);
     if (norm == Norm::gemma) w[k] = 1.0f + w[k];
     y[k] *= w[k];
   }
@@ -396,9 +394,8 @@ STEERFAST_INLINE void norm_block(X* out, const N* n, const W* weight, float rstd
 
 template <Norm norm, class X, class W>
 STEERFAST_TARGET void norm_row(void* out_, const void* n_, const void* weight_, float rstd, int64_t size) {
-  typedef std::conditional_t<norms_unrounded(norm), float, X> N;
   X* out = (X*)out_;
-  const N* n = (const N*)n_;
+  const X* n = (const X*)n_;
   const W* weight = (const W*)weight_;
   int64_t i = 0;
   for (; i + lanes <= size; i += lanes) norm_block<norm, true>(out + i, n + i, weight + i, rstd, lanes);
@@ -412,9 +409,7 @@ STEERFAST_TARGET NormRow choose_norm(Norm norm) {
   switch (norm) {
     case Norm::llama: return norm_row<Norm::llama, X, W>;
     case Norm::gemma: return norm_row<Norm::gemma, X, W>;
-    case Norm::vllm: return norm_row<Norm::vllm, X, W>;
-    case Norm::flashinfer: return norm_row<Norm::flashinfer, X, W>;
-    default: return norm_row<Norm::vllm_ir, X, W>;
+    default: return norm_row<Norm::vllm, X, W>;
   }
 }
 
@@ -422,7 +417,7 @@ STEERFAST_TARGET NormRow choose_norm(Norm norm) {
 
 template <class X, class B>
 STEERFAST_TARGET void gate(const GateArgs& args, int64_t begin, int64_t end) {
-  Reader<X, B> reader(args, scratch(0, args.hidden_size));
+  Reader<X, B> reader(args, scratch(args.hidden_size));
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = args.row[i];
     if (row < 0) continue;
@@ -437,7 +432,7 @@ STEERFAST_TARGET void gate(const GateArgs& args, int64_t begin, int64_t end) {
 
 template <class X, class B>
 STEERFAST_TARGET void steer(const SteerArgs& args, int64_t begin, int64_t end) {
-  Editor<X, B> editor(args, scratch(0, args.hidden_size));
+  Editor<X, B> editor(args, scratch(args.hidden_size));
   Displacements<B> moves;
   for (int64_t r = begin; r < end; ++r) {
     editor.collect(moves, r);
@@ -448,9 +443,8 @@ STEERFAST_TARGET void steer(const SteerArgs& args, int64_t begin, int64_t end) {
 template <class X, class B>
 STEERFAST_TARGET void add_steer_rms_norm(const NormArgs& args, int64_t begin, int64_t end) {
   const int64_t size = args.hidden_size;
-  Editor<X, B> editor(args, scratch(0, size));
+  Editor<X, B> editor(args, scratch(size));
   Displacements<B> moves;
-  float* unrounded = norms_unrounded(args.norm) ? scratch(1, size) : nullptr;
   const NormRow norm = args.weight_dtype == DType::f32    ? choose_norm<X, float>(args.norm)
                        : args.weight_dtype == DType::bf16 ? choose_norm<X, bf16>(args.norm)
                                                           : choose_norm<X, f16>(args.norm);
@@ -459,9 +453,9 @@ STEERFAST_TARGET void add_steer_rms_norm(const NormArgs& args, int64_t begin, in
     const X* x = (const X*)args.x + r * args.x_stride;
     const X* residual = (const X*)args.residual + r * args.residual_stride;
     X* out = (X*)args.new_residual + r * size;
-    const float squares = add_steer_row(out, unrounded, x, residual, moves, size);
+    const float squares = add_steer_row(out, x, residual, moves, size);
     const float rstd = 1.0f / std::sqrt(squares / float(size) + args.eps);
-    norm((X*)args.normed + r * size, unrounded ? (const void*)unrounded : out, args.weight, rstd, size);
+    norm((X*)args.normed + r * size, out, args.weight, rstd, size);
   }
 }
 

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -92,11 +91,10 @@ inline Coefficients coefficients(const float* t, float beta, const Sums& sums) {
   return by;
 }
 
-// This thread's memory for a row in float32, whole blocks of it; a row of its own for each `which`.
-inline float* scratch(int which, int64_t size) {
+// This thread's memory for a row in float32, in whole blocks.
+inline float* scratch(int64_t size) {
   constexpr int64_t line = 64 / sizeof(float);
-  thread_local std::vector<float> rows[2];
-  std::vector<float>& row = rows[which];
+  thread_local std::vector<float> row;
   const size_t needed = (size + lanes - 1) / lanes * lanes + line;
   if (row.size() < needed) row.resize(needed);
   return (float*)((uintptr_t(row.data()) + 63) / 64 * 64);

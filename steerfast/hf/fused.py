@@ -24,13 +24,10 @@ from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.hf.families import FAMILIES, MULTIMODAL_FAMILIES, Family, family_of
 from steerfast.hf.structure import Decoder, find_decoder, is_distributed
 from steerfast.kernels.add_steer_rms_norm import add_scaled_torch, add_steer_rms_norm_unchecked, add_steer_torch
-from steerfast.kernels.contract import TABLE_WIDTH, Kinds
+from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Operands
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 
-__all__ = ["Operands", "Seam", "Settled", "is_fused", "is_patched", "patch", "settle", "steer_layer", "unpatch"]
-
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]
-"""rows, values, strength, vectors, directions, table and kinds, as the ops take them."""
+__all__ = ["Seam", "Settled", "is_fused", "is_patched", "patch", "settle", "steer_layer", "unpatch"]
 
 Steer = Callable[[int, Tensor, Tensor], Operands | None]
 """(layer, x, residual) -> what is edited, None: nothing. x, residual: [N, T, H]; the residual stream is their sum."""
@@ -94,19 +91,19 @@ class Seam:
             else:  # entering the context takes longer than the decision
                 operands = self.steer(self.layer, x, residual)
         if traced:  # a compiler fuses this with the norm by itself, so nothing is handed on
-            return residual + x if operands is None else add_steer_torch(x, residual, *operands)
+            return residual + x if operands is None else add_steer_torch(x, residual, operands)
         differentiable = grad and (x.requires_grad or residual.requires_grad)
         if fuse and not differentiable and (weight := self._weight(x, residual, grad)) is not None:
-            *tensors, kinds = _idle(x.device, *x.shape) if operands is None else operands
+            if operands is None:
+                operands = _idle(x.device, *x.shape)
             eps = getattr(self.norm, self._eps)
-            normed, stream = add_steer_rms_norm_unchecked(x, residual, weight, *tensors, eps, self._kind, kinds)
+            normed, stream = add_steer_rms_norm_unchecked(x, residual, weight, operands, eps, self._kind)
             self._stream, self._normed, self._version = stream, normed, _version(stream)
             return stream
         stream = residual + x
         if operands is not None:
-            *tensors, kinds = operands
             steer = steer_torch_ if differentiable else steer_unchecked_
-            steer(stream.view(-1, stream.shape[-1]), None, *tensors, int(kinds))
+            steer(stream.view(-1, stream.shape[-1]), None, operands)
         return stream
 
     def take(self, stream: Tensor) -> Tensor | None:
@@ -369,7 +366,8 @@ def _idle(device: torch.device, sequences: int, tokens: int, hidden_size: int) -
         record = torch.zeros(sequences * tokens, 1, dtype=torch.int32, device=device)
         empty = torch.zeros(0, 0, device=device)
         bank = torch.zeros(1, hidden_size, device=device)
-        return record, empty, empty, bank, bank, torch.zeros(1, TABLE_WIDTH, device=device), Kinds.LATCHED_ADD
+        table = torch.zeros(1, TABLE_WIDTH, device=device)
+        return Operands(record, empty, empty, bank, bank, table, int(Kinds.LATCHED_ADD))
 
 
 def _family(decoder: Decoder) -> Family:

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.hf import caches
 from steerfast.hf import latch as latches
-from steerfast.hf.fused import Operands, Settled, is_fused, settle, steer_layer
+from steerfast.hf.fused import Settled, is_fused, settle, steer_layer
 from steerfast.hf.latch import Latch
 from steerfast.hf.packed import INHERIT, PackedSteps, forget_manager, is_paged, steered_manager, steps_of
 from steerfast.hf.structure import STEERED_MARK, find_decoder, hands_on, identify
-from steerfast.kernels.contract import Kinds
+from steerfast.kernels.contract import GateOperands, Kinds, Operands
 from steerfast.kernels.edits import torch_scales
 from steerfast.kernels.gate import gate_unchecked_, mean_gate_unchecked_
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
@@ -853,8 +853,7 @@ class Steering:
         x = edited.view(-1, hidden.shape[-1])
         operands = self._operands(layer, x.detach(), None)
         if operands is not None:
-            *tensors, kinds = operands
-            (steer_torch_ if differentiable else steer_unchecked_)(x, None, *tensors, int(kinds))
+            (steer_torch_ if differentiable else steer_unchecked_)(x, None, operands)
         if edited is hidden:
             return None
         return edited if isinstance(output, Tensor) else (edited, *output[1:])
@@ -891,7 +890,7 @@ class Steering:
             values = self._latched(layer)[0]
             values = values if values.device == device else values.to(device)
         kinds = self._slots.kinds if compiling else plan.kinds
-        operands = (rows.rows, values, strength, bank.vectors, bank.directions, bank.table, kinds)
+        operands = Operands(rows.rows, values, strength, bank.vectors, bank.directions, bank.table, int(kinds))
         if knowable:
             self._known[layer, device] = operands
         return operands
@@ -906,15 +905,15 @@ class Steering:
         home, away = latch.values.device, x.device
         if home != away:
             values, scores, row, closes = values.to(away), scores.to(away), row.to(away), closes.to(away)
-        bank_of = (rows.slot, bank.directions, bank.table)
-        gate_unchecked_(x, residual, row, *bank_of, scores, values)
+        gates = GateOperands(rows.slot, bank.directions, bank.table, scores, values)
+        gate_unchecked_(x, residual, row, gates)
         means = self._slots.mean_layers if torch.compiler.is_compiling() else self._planned().means
         if layer in means:
             assert rows.member is not None
             assert rows.total is not None
             kept = None if self._sums is None else self._sums[layer, :, None]
             sums = torch.zeros_like(values, dtype=torch.float64) if kept is None else kept.to(away)
-            mean_gate_unchecked_(x, residual, rows.member, rows.total, closes, *bank_of, sums, scores, values)
+            mean_gate_unchecked_(x, residual, rows.member, rows.total, closes, sums, gates)
             if kept is not None and home != away:
                 kept.copy_(sums)
         if home != away:
@@ -942,7 +941,8 @@ class Steering:
         scores = x.new_full((len(x), 1), float("-inf"), dtype=torch.float32)
         values = self._values_of_rows(rows)
         before = torch.zeros_like(values)
-        gate_unchecked_(x, residual, deciding, rows.slot, bank.directions, bank.table, scores, before)
+        gates = GateOperands(rows.slot, bank.directions, bank.table, scores, before)
+        gate_unchecked_(x, residual, deciding, gates)
         values.copy_(torch.where(deciding[:, None] >= 0, before, values))
         for old, new in ((latch.scores[layer], scores), (latch.values[layer], before)):
             old.copy_(torch.maximum(old, new.view(len(plan.slots), width).amax(dim=1).to(old.device)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from steerfast.kernels import contract
 from steerfast.kernels.contract import Edit, Gate, Kinds, Score
 from steerfast.profile import SteeringProfile
 
-__all__ = ["Bank", "Deciding", "LayerBank", "kinds_of"]
+__all__ = ["Bank", "Deciders", "LayerBank", "Reach", "kinds_of"]
 
 _EDITS = {
     "add": Edit.ADD,
@@ -30,16 +31,64 @@ _EDITS = {
 }
 
 
-class Deciding(NamedTuple):
-    """Of each layer and sequence: where its slot's gate decides in a step.
+class Deciders(NamedTuple):
+    """Say which gates decide in a step. A decider is one profile on one sequence, see `steerfast.runtime.decide`.
 
-    row: int32 [layers, n], the row that the gate reads; -1: none. closes: bool [layers, n], whether it reads the mean
-    of rows up to this step. senses: bool [layers, n], whether one or the other is for all layers.
+    Attributes:
+        row: int32 [layers, n·K], the row that the gate reads; -1: none.
+        closes: bool [layers, n·K], whether the mean that the gate reads ends in this step.
+        senses: bool [layers, n·K], whether the decision is for all layers.
     """
 
     row: Tensor
     closes: Tensor
     senses: Tensor
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Say at which layers some profiles act.
+
+    Attributes:
+        gates: layers where a gate decides. means: those where it reads a mean. sensors: those where it decides for all.
+        edits: layers that are edited.
+        kinds: the fewest kinds of slots that hold the profiles.
+    """
+
+    gates: frozenset[int] = frozenset()
+    means: frozenset[int] = frozenset()
+    sensors: frozenset[int] = frozenset()
+    edits: frozenset[int] = frozenset()
+    kinds: Kinds = Kinds.LATCHED_ADD
+
+    @classmethod
+    def of(cls, profiles: Iterable[SteeringProfile]) -> Reach:
+        """Return where these profiles act."""
+        reach = cls()
+        for profile in profiles:
+            gates = frozenset(profile.gate_layers)
+            reach |= cls(
+                gates=gates,
+                means=gates if profile.gate.pooling == "mean" else frozenset(),
+                sensors=gates if profile.sensor != "own" and profile.gate.kind == "prompt" else frozenset(),
+                edits=frozenset(profile.steered_layers),
+                kinds=kinds_of(profile),
+            )
+        return reach
+
+    def __or__(self, other: Reach) -> Reach:
+        return Reach(
+            self.gates | other.gates,
+            self.means | other.means,
+            self.sensors | other.sensors,
+            self.edits | other.edits,
+            max(self.kinds, other.kinds),
+        )
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers where anything happens."""
+        return self.gates | self.edits
 
 
 @dataclass(frozen=True)
@@ -149,17 +198,20 @@ class Bank:
             return LayerBank(self.vectors[layer], self.directions[layer], self.table[layer], self.kinds)
         return self._layers[layer]
 
-    def deciding(self, row: Tensor, slot: Tensor) -> Deciding:
-        """Which gates of each layer decide, and what they read.
+    def deciders(self, row: Tensor, slot: Tensor) -> Deciders:
+        """Return the gates of each layer that decide, and what they read.
 
         Args:
-            row: int32 [n], the row at which each sequence's prompt gates decide; -1: none in this step.
-            slot: int32 [n], the slot of each sequence; -1: none.
+            row: int32 [n], the row at which the prompt gates of each sequence decide; -1: none in this step.
+            slot: int32 [n, K], the slots of each sequence; -1: none. [n]: K is 1.
         """
+        if slot.dim() == 2 and slot.shape[1] > 1:
+            row = row.repeat_interleave(slot.shape[1])
+        slot = slot.flatten()
         index = slot.long()
         here = self.gates[:, index] & (row >= 0) & (slot >= 0)
         closes = here & self.means[:, index]
-        return Deciding(torch.where(here & ~closes, row, -1), closes, here & self.sensors[:, index])
+        return Deciders(torch.where(here & ~closes, row, -1), closes, here & self.sensors[:, index])
 
     # -- changes -------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""Requests whose tokens come in packed steps: who steers each, and what its gate decided, for as long as it lives.
+"""The roster of an engine that packs: who steers each request, and what its gates decided, for as long as it lives.
 
-Engines that batch continuously put rows of different requests into each step, split prompts over several, and may
-compute a request's rows again after they threw its cache away. So a request keeps a column of its own from its first
-step to its last: there lie its slot, its strength and its decision, at addresses that never change.
+Engines that batch continuously put rows of different requests into each step and split prompts over several steps. They
+may compute a request's rows again after they dropped its cache. So a request keeps one column from its first step to
+its last: its slots, strengths and decisions lie there, at addresses that never change.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,52 +19,68 @@ from torch import Tensor
 
 from steerfast.errors import ProfileError, SteerfastError
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.bank import Bank, Deciding
-from steerfast.runtime.tables import NO_END, UNSTEERED, StepTables, answer_rows, mean_rows
+from steerfast.runtime.bank import Bank, Deciders, Reach
+from steerfast.runtime.span import Entry, Stack, slots_of
+from steerfast.runtime.step import Decisions, Step
+from steerfast.runtime.tables import PackedRows, StepTables
 
-__all__ = ["Request", "Requests", "check_packed", "reach"]
+__all__ = ["Request", "Roster", "check_packed"]
 
 _KEPT = 1 << 16  # decisions of ended requests; some 500 bytes each
 
 
 @dataclass
 class Request:
-    """What steers one request.
+    """Name the profiles on one request.
 
-    slot: of the bank; -1: nobody does. strength: multiplies the slot's own.
-    prompt_length: tokens of its prompt; the last of them decides.
-    late: whether it is steered from that token on (positions ``response``), and not in every row.
-    is_open: what its latch says before anything is decided: True where its slot has no gates.
-    answer_rows: how many rows after its prompt are steered.
-    mean: of how many of its prompt's last rows its gates read the mean, 0: none; `counted`: up to which row they have.
+    Attributes:
+        stack: its profiles; empty: it is not steered.
+        prompt_length: tokens of its prompt; the last of them decides.
+        column: its column of the roster, None: it has none now.
+        decided: its gates decided. counted: up to which row its prompt's means have been read.
     """
 
-    slot: int
-    strength: float
+    stack: Stack
     prompt_length: int
-    late: bool = True
-    is_open: bool = False
-    answer_rows: int = NO_END
-    mean: int = 0
     column: int | None = field(default=None, init=False)
     decided: bool = field(default=False, init=False)
     counted: int = field(default=0, init=False)
 
     @property
-    def mean_from(self) -> int:
-        """The first row that the mean takes."""
-        return max(0, self.prompt_length - self.mean)
+    def slots(self) -> set[int]:
+        """The slots that steer it."""
+        return slots_of([self.stack])
+
+    @property
+    def edit_end(self) -> int:
+        """The first row that no profile edits any more."""
+        return self.prompt_length + max((entry.span.answer_rows for entry in self.stack), default=0)
+
+    @property
+    def read_from(self) -> int:
+        """The first row that a mean takes; the prompt's length where no gate reads a mean."""
+        return max(0, self.prompt_length - max((entry.span.mean_rows for entry in self.stack), default=0))
+
+    @property
+    def reads_mean(self) -> bool:
+        """Whether a gate reads a mean."""
+        return any(entry.span.mean_rows for entry in self.stack)
 
 
-def reach(profile: SteeringProfile | None) -> tuple[bool, bool, int, int]:
-    """`late`, `is_open`, `answer_rows` and `mean` of a request that the profile steers; None: nobody does."""
-    if profile is None:
-        return True, False, NO_END, 0
-    rows, mean = answer_rows(profile.answer_tokens), mean_rows(profile.gate)
-    return profile.positions == "response", profile.gate.kind == "always", rows, mean
+class _Columns(NamedTuple):
+    """Spread the requests of a step over arrays: prompt, past and length [n], the entries of their stacks [n, K]."""
+
+    prompt: NDArray[np.int64]
+    past: NDArray[np.int64]
+    length: NDArray[np.int64]
+    slot: NDArray[np.int64]
+    strength: NDArray[np.float64]
+    after_prompt: NDArray[np.bool_]
+    answer_rows: NDArray[np.int64]
+    mean_rows: NDArray[np.int64]
 
 
-class Requests:
+class Roster:
     """The requests of one engine, by name, and the tables of its current step. Threads may share it.
 
     Args:
@@ -71,28 +88,29 @@ class Requests:
         max_rows: the most rows of a step.
         max_requests: the most requests of a step. Requests that rest between steps may be more: their decisions
             then wait on the host.
+        stack: K, the most profiles on a request.
 
     Attributes:
         tables: the step's rows, slots and strengths; a request's sequence number is its column.
-        values: float32 [layers, max_requests], latched gate values. scores: the same of what they were decided from.
-        sums: float64 [layers, max_requests], what gates that read a mean have added up.
-        decides: which gates decide in this step, [layers, max_requests] each.
+        values: float32 [layers, max_requests·K], latched gate values. scores: the scores behind them.
+        sums: float64 [layers, max_requests·K], scores added up by gates that read a mean.
+        deciders: which gates decide in this step, [layers, max_requests·K] each.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size is out of bounds.
     """
 
-    def __init__(self, bank: Bank, max_rows: int, max_requests: int) -> None:
+    def __init__(self, bank: Bank, max_rows: int, max_requests: int, stack: int = 1) -> None:
         device = bank.table.device
         layers = bank.table.shape[0]
         self.bank = bank
-        self.tables = StepTables(max_rows, max_requests, 1, device)
+        self.tables = StepTables(max_rows, max_requests, stack, device)
         with torch.inference_mode(False):  # so that they also serve a caller outside inference mode
-            shape = (layers, max_requests)
+            shape = (layers, max_requests * stack)
             self.values = torch.zeros(shape, dtype=torch.float32, device=device)
             self.scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
             self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
-            self.decides = Deciding(
+            self.deciders = Deciders(
                 torch.full(shape, -1, dtype=torch.int32, device=device),
                 torch.zeros(shape, dtype=torch.bool, device=device),
                 torch.zeros(shape, dtype=torch.bool, device=device),
@@ -100,19 +118,33 @@ class Requests:
         self._requests: dict[str, Request] = {}
         self._free = list(range(max_requests))
         self._ended: dict[str, int] = {}  # columns of requests that ended
-        self._host: dict[str, Tensor] = {}  # values, scores and sums, float64 [3, layers], that have no column
+        self._host: dict[str, Tensor] = {}  # values, scores and sums without a column, float64 [3, layers, K]
         self._deciding: list[Request] = []  # those that decide in this step
-        self._counting_now: list[tuple[Request, int]] = []  # those of which a mean takes rows of it, and how many then
+        self._counting: list[tuple[Request, int]] = []  # those whose means read rows of it, and how many then
         self._was_deciding = False
         self._launched = torch.cuda.Event() if device.type == "cuda" else None
         self._lock = threading.RLock()
+        self._steps: dict[tuple[int, bool], tuple[Reach, Step]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._requests
 
     @property
+    def stack(self) -> int:
+        """K, the most profiles on a request."""
+        return self.tables.stack
+
+    @property
+    def nbytes(self) -> int:
+        """Memory on the device."""
+        tables = self.tables
+        tensors = [self.values, self.scores, self.sums, *self.deciders]
+        tensors += [tables.rows, tables.deciding, tables.slot, tables.strength, tables.member, tables.total]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
     def names(self) -> set[str]:
-        """Those that have not ended."""
+        """Requests that have not ended."""
         with self._lock:
             return set(self._requests)
 
@@ -120,28 +152,30 @@ class Requests:
     def slots(self) -> set[int]:
         """Slots that steer some request."""
         with self._lock:
-            return {request.slot for request in self._requests.values()} - {UNSTEERED}
+            return slots_of(request.stack for request in self._requests.values())
 
     def add(self, name: str, request: Request, like: str | None = None) -> None:
-        """Let `name` be a request from the next step on; one that ended may have had the same name.
+        """Let `name` be a request from the next step on; a request that ended may have had the same name.
 
         Args:
-            like: one of the same prompt and profile, copies of whose rows it finds in its cache. A mean takes these
-                rows, too.
+            like: a request of the same prompt and profiles, whose cached rows were copied for this one. Means take
+                these rows, too.
 
         Raises:
-            ValueError: there is such a request.
+            ValueError: there is such a request, or its stack is longer than K.
         """
         with self._lock:
             if name in self._requests:
                 raise ValueError(f"name: expected a new one, got {name!r}")
+            if len(request.stack) > self.stack:
+                raise ValueError(f"stack: expected at most {self.stack} profiles, got {len(request.stack)}")
             self.forget(name)
             self._requests[name] = request
-            if like is not None and request.mean:
+            if like is not None and request.reads_mean:
                 self._continue(name, request, like)
 
     def end(self, names: Iterable[str]) -> None:
-        """Let these requests have no more steps; what they decided stays readable, of the last 65,536 of them."""
+        """Let these requests have no more steps; the decisions of the last 65,536 of them stay readable."""
         with self._lock:
             for name in self._requests.keys() & set(names):
                 request = self._requests.pop(name)
@@ -151,34 +185,37 @@ class Requests:
                     self.forget(name)
 
     def forget(self, name: str) -> None:
-        """Drop what a request that ended has decided."""
+        """Drop the decisions of a request that ended."""
         with self._lock:
             self._host.pop(name, None)
             if name in self._ended:
                 self._free.append(self._ended.pop(name))
 
     def decision(self, name: str) -> Tensor | None:
-        """Gate values and scores, float32 [2, layers] on the CPU; None where nothing is known or decided yet."""
+        """Return gate values and scores, float32 [2, layers] on the CPU, or [2, layers, K] if K is not 1.
+
+        None: nothing is known, or decided yet.
+        """
         with self._lock:
             request = self._requests.get(name)
             if request is not None and not request.decided:
                 return None
-            if name in self._host:
-                return self._host[name][:2].float()
+            latch = self._host.get(name)
             column = self._ended.get(name) if request is None else request.column
-            if column is None:
-                return None
-            if self._launched is not None:
-                self._launched.synchronize()
-            return torch.stack([self.values[:, column], self.scores[:, column]]).cpu()
+            if latch is None:
+                if column is None:
+                    return None
+                self._wait()
+                latch = self._latches([column])[0]
+            latch = latch[:2].float()
+            return latch[..., 0] if self.stack == 1 else latch
 
     def bounds(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """Tokens of the prompts of these requests, and the first row of each that is steered no more: [2, n]."""
+        """Return the prompt's length of these requests, and the first row of each that is edited no more: [2, n]."""
         with self._lock:
             requests = [self._requests[name] for name in names]
-        prompt = np.array([request.prompt_length for request in requests], dtype=np.int64)
-        answer = np.array([request.answer_rows for request in requests], dtype=np.int64)
-        return np.stack([prompt, prompt + answer])
+        ends = [(request.prompt_length, request.edit_end) for request in requests]
+        return np.array(ends, dtype=np.int64).reshape(-1, 2).T
 
     def step(
         self,
@@ -187,7 +224,7 @@ class Requests:
         lengths: Sequence[int] | NDArray[np.integer],
         padded_rows: int,
     ) -> bool:
-        """Set up the next step, on the device's current stream; call `launched` once its forward pass was.
+        """Set up the next step, on the device's current stream; call `launched` after its forward pass.
 
         Args:
             names: requests of the step, in the order of their rows.
@@ -206,97 +243,145 @@ class Requests:
         with self._lock:
             requests = [self._requests[name] for name in names]
             self._give_columns(names, requests)
-        slot = np.array([request.slot for request in requests], dtype=np.int64)
-        prompt, end = self.bounds(names)
-        late = np.array([request.late for request in requests], dtype=np.bool_)
-        decided = np.array([request.decided for request in requests], dtype=np.bool_)
-        before = np.asarray(past, dtype=np.int64)
-        last = prompt - 1 - before  # the row of this step that is the prompt's last
-        length = np.asarray(lengths, dtype=np.int64)
-        decides = ~decided & (slot >= 0) & (last >= 0) & (last < length)
-        counted = self._count(names, requests, prompt, before, length)
+        arrays = self._arrays(requests, past, lengths)
+        last = arrays.prompt - 1 - arrays.past  # the row of this step that is the prompt's last
+        undecided = np.array([not request.decided for request in requests], dtype=np.bool_)
+        decides = undecided & (arrays.slot >= 0).any(axis=1) & (last >= 0) & (last < arrays.length)
+        counted = self._count(names, requests, arrays)
+        total = np.minimum(arrays.prompt[:, None], arrays.mean_rows)
         self.tables.write(
-            lengths,
-            slot[:, None],
-            np.array([request.strength for request in requests], dtype=np.float64)[:, None],
-            np.where(decides, last, -1),
-            np.where(late, last.clip(0), 0)[:, None],
-            (end - before).clip(0)[:, None],
-            counted,
-            None if counted is None else [request.prompt_length - request.mean_from for request in requests],
-            columns=[request.column for request in requests],  # type: ignore[misc]
-            padded_rows=padded_rows,
+            PackedRows(
+                lengths,
+                arrays.slot,
+                arrays.strength,
+                np.where(decides, last, -1),
+                edited_from=np.where(arrays.after_prompt, last.clip(0)[:, None], 0),
+                edited_until=(arrays.prompt[:, None] + arrays.answer_rows - arrays.past[:, None]).clip(0),
+                counted=counted,
+                total=None if counted is None else total,
+                columns=[request.column for request in requests],  # type: ignore[misc]
+                padded_rows=padded_rows,
+            )
         )
         self._deciding = [request for request, now in zip(requests, decides, strict=True) if now]
         if self._deciding or self._was_deciding:
-            decided_here = self.bank.deciding(self.tables.deciding, self.tables.slot[:, 0])
-            for mine, now in zip(self.decides, decided_here, strict=True):
+            deciders = self.bank.deciders(self.tables.deciding, self.tables.slot)
+            for mine, now in zip(self.deciders, deciders, strict=True):
                 mine.copy_(now)
         self._was_deciding = bool(self._deciding)
         return self._was_deciding or counted is not None
 
-    def _count(
-        self,
-        names: Sequence[str],
-        requests: Sequence[Request],
-        prompt: NDArray[np.int64],
-        past: NDArray[np.int64],
-        length: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        """Which rows of each request a mean takes in this step: its prompt's that no step before had. None: no rows.
+    def current(self, width: int, deciding: bool, reach: Reach) -> Step:
+        """Return the step that `step` has set up, as layers read it.
 
-        A request's rows may be computed again, or stay in its cache: they count once.
+        Args:
+            width: its rows, padding included. deciding: whether gates are launched.
+            reach: where profiles act.
         """
-        self._counting_now = []
-        if not any(request.mean for request in requests):
+        known = self._steps.get((width, deciding))
+        if known is None or known[0] is not reach:
+            decisions = Decisions(self.values, self.scores, self.sums)
+            deciders = self.deciders if deciding else None
+            step = Step(reach, lambda _: self.bank, self.tables.of(width), self.tables.strength, decisions, deciders)
+            known = self._steps[width, deciding] = (reach, step)
+        return known[1]
+
+    def _arrays(
+        self,
+        requests: Sequence[Request],
+        past: Sequence[int] | NDArray[np.integer],
+        lengths: Sequence[int] | NDArray[np.integer],
+    ) -> _Columns:
+        empty = (Entry(),) * self.stack
+        stacks = [(*request.stack, *empty)[: self.stack] for request in requests]
+
+        def each(values: list[list[object]], dtype: type) -> NDArray[np.generic]:
+            return np.array(values, dtype=dtype).reshape(-1, self.stack)
+
+        spans = [[entry.span for entry in stack] for stack in stacks]
+        return _Columns(
+            np.array([request.prompt_length for request in requests], dtype=np.int64),
+            np.asarray(past, dtype=np.int64),
+            np.asarray(lengths, dtype=np.int64),
+            each([[entry.slot for entry in stack] for stack in stacks], np.int64),  # type: ignore[arg-type]
+            each([[entry.strength for entry in stack] for stack in stacks], np.float64),  # type: ignore[arg-type]
+            each([[span.after_prompt for span in row] for row in spans], np.bool_),  # type: ignore[arg-type]
+            each([[span.answer_rows for span in row] for row in spans], np.int64),  # type: ignore[arg-type]
+            each([[span.mean_rows for span in row] for row in spans], np.int64),  # type: ignore[arg-type]
+        )
+
+    def _count(
+        self, names: Sequence[str], requests: Sequence[Request], arrays: _Columns
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Return which rows of each request its means take in this step: rows of its prompt that no earlier step had.
+
+        A request's rows may be computed again, or stay in its cache: they count once. None: no row counts.
+        """
+        self._counting = []
+        if not any(request.reads_mean for request in requests):
             return None
-        first, until = np.zeros(len(requests), np.int64), np.zeros(len(requests), np.int64)
+        first, until = np.zeros_like(arrays.mean_rows), np.zeros_like(arrays.mean_rows)
         for i, (name, request) in enumerate(zip(names, requests, strict=True)):
-            if not request.mean or request.counted >= prompt[i]:
+            if not request.reads_mean or request.counted >= request.prompt_length:
                 continue
-            begin = max(request.counted, request.mean_from)
-            if past[i] > begin:
+            past = int(arrays.past[i])
+            if past > max(request.counted, request.read_from):
                 raise SteerfastError(
                     f"request {name!r}: rows of its prompt, of which a gate reads the mean, came from a cache"
                 )
-            first[i], until[i] = begin - past[i], min(prompt[i] - past[i], length[i])
-            self._counting_now.append((request, max(request.counted, int(past[i] + until[i]))))
+            end = min(request.prompt_length - past, int(arrays.length[i]))
+            begin = np.maximum(request.counted, request.prompt_length - arrays.mean_rows[i]) - past
+            reads = arrays.mean_rows[i] > 0
+            first[i], until[i] = np.where(reads, begin.clip(0), 0), np.where(reads, max(0, end), 0)
+            self._counting.append((request, max(request.counted, past + end)))
         return (first, until) if (until > first).any() else None
 
     def launched(self) -> None:
-        """The step's forward pass lies on the device's current stream: what it decides stands and can be read."""
+        """Note that the step's forward pass lies on the device's current stream: its decisions can be read."""
         with self._lock:
             if self._launched is not None:
                 self._launched.record()
             for request in self._deciding:
                 request.decided = True
-            for request, counted in self._counting_now:
+            for request, counted in self._counting:
                 request.counted = counted
-            self._deciding, self._counting_now = [], []
+            self._deciding, self._counting = [], []
+
+    def _wait(self) -> None:
+        if self._launched is not None:
+            self._launched.synchronize()
 
     def _continue(self, name: str, request: Request, like: str) -> None:
-        """Go on from what a mean took of another one's prompt, or from what it decided."""
+        """Continue the means of another request's prompt, or take its decisions."""
         other = self._requests.get(like)
         column = self._ended.get(like) if other is None else other.column
         if like in self._host:
             latch = self._host[like]
         elif column is not None:
-            if self._launched is not None:
-                self._launched.synchronize()
+            self._wait()
             latch = self._latches([column])[0]
         else:
             return
         self._host[name] = latch.clone()
-        if other is None or other.decided:  # of one that ended, nothing else is kept
+        if other is None or other.decided:  # of a request that ended, nothing else is kept
             request.decided, request.counted = True, request.prompt_length
         else:
             request.counted = other.counted
 
+    def columns(self, requests: Sequence[Request]) -> Tensor:
+        """Return where the deciders of these requests lie in `values`, int64 [len(requests)·K] on the device."""
+        return self._deciders_of([request.column for request in requests if request.column is not None])
+
+    def _deciders_of(self, columns: Sequence[int]) -> Tensor:
+        index = torch.tensor(columns, dtype=torch.int64, device="cpu")[:, None] * self.stack
+        return _sent((index + torch.arange(self.stack)).flatten(), self.values.device)
+
     def _latches(self, columns: Sequence[int]) -> Tensor:
-        """Values, scores and sums in these columns, float64 [columns, 3, layers] on the CPU."""
-        index = torch.tensor(columns).to(self.values.device)
+        """Return values, scores and sums in these columns, float64 [columns, 3, layers, K] on the CPU."""
+        index = self._deciders_of(columns)
         tensors = (self.values, self.scores, self.sums)
-        return torch.stack([t[:, index].T.double() for t in tensors], dim=1).cpu()
+        found = torch.stack([t[:, index].double() for t in tensors]).cpu()  # [3, layers, columns·K]
+        return found.unflatten(2, (-1, self.stack)).permute(2, 0, 1, 3)
 
     def _give_columns(self, names: Sequence[str], requests: Sequence[Request]) -> None:
         missing = [(name, request) for name, request in zip(names, requests, strict=True) if request.column is None]
@@ -306,16 +391,21 @@ class Requests:
             raise ValueError(f"names: expected at most {len(self.tables.slot)} requests, got {len(requests)}")
         if len(missing) > len(self._free):
             self._make_room(len(missing) - len(self._free), set(names))
-        layers, device = len(self.values), self.values.device
         latches = []
         for name, request in missing:
             request.column = self._free.pop()
-            start = [[float(request.is_open)], [float("-inf")], [0.0]]
-            fresh = torch.tensor(start, dtype=torch.float64, device="cpu").expand(3, layers)
-            latches.append(self._host.pop(name, fresh))
-        index = _sent(torch.tensor([request.column for _, request in missing], device="cpu"), device)
-        values, scores, sums = _sent(torch.stack(latches, dim=2), device)  # [3, layers, missing]
+            latch = self._host.pop(name, None)
+            latches.append(self._fresh(request) if latch is None else latch)
+        index = self._deciders_of([request.column for _, request in missing])  # type: ignore[misc]
+        values, scores, sums = _sent(torch.cat(latches, dim=2), self.values.device)  # [3, layers, missing·K]
         self.values[:, index], self.scores[:, index], self.sums[:, index] = values.float(), scores.float(), sums
+
+    def _fresh(self, request: Request) -> Tensor:
+        """Return the latch of a request that decided nothing, float64 [3, layers, K]."""
+        is_open = [float(entry.span.open) for entry in request.stack]
+        is_open += [0.0] * (self.stack - len(is_open))
+        start = torch.tensor([is_open, [float("-inf")] * self.stack, [0.0] * self.stack], dtype=torch.float64)
+        return start[:, None].expand(3, len(self.values), self.stack)
 
     def _make_room(self, count: int, busy: set[str]) -> None:
         """Move decisions to the host: of requests that ended, and where those are too few, of some that rest."""
@@ -334,16 +424,16 @@ class Requests:
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for what that still does."""
+    """Return a tensor of the host on a device, without waiting for the device's earlier work."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def check_packed(name: str, profile: SteeringProfile, *, split: bool = True, remedy: str = "") -> None:
-    """Raise ProfileError where packed steps cannot hold what the profile asks for.
+    """Raise ProfileError where packed steps cannot hold a profile.
 
     Args:
         name: of the argument that gave it.
-        split: whether a prompt may come in several steps. remedy: what the message says of that.
+        split: whether a prompt may come in several steps. remedy: text that the message adds about that.
     """
     if profile.gate.kind == "token":
         raise ProfileError(f"{name}: expected an always or prompt gate with continuous batching, got a token gate")

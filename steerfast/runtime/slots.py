@@ -1,48 +1,42 @@
-"""Profiles in use on a model: each has a slot in the banks on the model's devices until others need it."""
+"""Profiles in use on a model: each has a slot in the banks on the model's devices until others need the slot."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
 from steerfast.errors import ProfileError, SteerfastError
 from steerfast.kernels.contract import Kinds
 from steerfast.profile import ModelIdentity, SteeringProfile
-from steerfast.runtime.bank import Bank, kinds_of
-from steerfast.runtime.tables import UNSTEERED
+from steerfast.runtime.bank import Bank, Reach
+from steerfast.runtime.span import UNSTEERED
 
 __all__ = ["ProfileSlots"]
 
 _CHANGES = threading.RLock()
 """Held while profiles or banks are added: requests come from one thread, and banks are first asked for by another."""
 
-_SLOTS = 17  # 16 beside the model's own; those not used for longest make room for others
+_SLOTS = 17  # 16 beside the model's own; the slot that was unused for longest makes room for another profile
 
 
 class ProfileSlots:
-    """Which slot holds which profile, the same on all devices.
+    """Keep each profile in one slot, the same on all devices.
 
     Args:
         identity: of the model that the profiles have to fit.
         device: where the first bank is made, so that a profile which no bank can hold is refused at once.
 
     Attributes:
-        kinds: what the profiles do that have been here.
+        reach: where all profiles act that have been here.
         changes: how often a slot got another profile.
-        layers: where they steer or decide. gate_layers: where they decide. sensors: where one decides for all layers.
-        mean_layers: where one reads a mean.
     """
 
     def __init__(self, identity: ModelIdentity, device: torch.device) -> None:
         self.identity = identity
-        self.kinds = Kinds.LATCHED_ADD
+        self.reach = Reach()
         self.changes = 0
-        self.layers: set[int] = set()
-        self.gate_layers: set[int] = set()
-        self.sensors: set[int] = set()
-        self.mean_layers: set[int] = set()
         self._device = device
         self._profiles: list[SteeringProfile | None] = [None] * _SLOTS
         self._names: list[str] = [""] * _SLOTS  # their checksums, which take a hash over all they hold
@@ -56,20 +50,22 @@ class ProfileSlots:
         if not profile.steered_layers:
             raise ProfileError(f"{name}: expected a strength other than 0 in at least one layer, got none (run tune)")
 
-    def take(self, profiles: Sequence[SteeringProfile | None], held: set[int]) -> list[int]:
-        """The slot of each profile, -1 for None. Slots that are `held`, and those of `profiles`, keep what they hold.
+    def take(self, profiles: Mapping[str, SteeringProfile | None], held: set[int]) -> dict[str, int]:
+        """Return the slot of each profile, -1 for None, by the argument that gave it.
+
+        Slots that are `held`, and those of `profiles`, keep their profiles.
 
         Raises:
             ProfileError: a profile belongs to another model, steers no layer, or no bank can hold it.
             SteerfastError: too many profiles, or token gates together with others.
         """
-        for i, profile in enumerate(profiles):
+        for argument, profile in profiles.items():
             if profile is not None:
                 if not isinstance(profile, SteeringProfile):
-                    raise SteerfastError(f"steering[{i}]: expected a profile or None, got {type(profile).__name__}")
-                self.check(f"steering[{i}]", profile)
-        checksums = ["" if profile is None else profile.checksum for profile in profiles]
-        distinct = {name: profile for name, profile in zip(checksums, profiles, strict=True) if profile is not None}
+                    raise SteerfastError(f"{argument}: expected a profile or None, got {type(profile).__name__}")
+                self.check(argument, profile)
+        checksums = {argument: "" if profile is None else profile.checksum for argument, profile in profiles.items()}
+        distinct = {checksums[argument]: profile for argument, profile in profiles.items() if profile is not None}
         held = held - {UNSTEERED}
         most = min(_SLOTS - 1, _SLOTS - sum(self._names[slot] not in distinct for slot in held))
         if len(distinct) > most:
@@ -83,10 +79,10 @@ class ProfileSlots:
             for checksum, profile in distinct.items():
                 slots[checksum] = self._take(checksum, profile, held)
                 held.add(slots[checksum])
-        return [slots[checksum] for checksum in checksums]
+        return {argument: slots[checksum] for argument, checksum in checksums.items()}
 
     def _take(self, checksum: str, profile: SteeringProfile, held: set[int]) -> int:
-        """The slot of a profile; where it has none, the one not used for longest becomes its own, `held` ones aside."""
+        """Return the slot of a profile; a new profile takes the slot unused for longest that is not held."""
         if checksum in self._names:
             slot = self._names.index(checksum)
         else:
@@ -97,29 +93,24 @@ class ProfileSlots:
                 bank.replace(str(slot), profile) if str(slot) in bank.names else bank.add(str(slot), profile)
             self._profiles[slot], self._names[slot] = profile, checksum
             self.changes += 1
-            self.kinds = max(self.kinds, kinds_of(profile))
-            self.gate_layers.update(profile.gate_layers)
-            self.layers.update(profile.steered_layers, profile.gate_layers)
-            if profile.gate.pooling == "mean":
-                self.mean_layers.update(profile.gate_layers)
-            if isinstance(profile.sensor, int) and profile.gate.kind == "prompt":
-                self.sensors.add(profile.sensor)
+            if (reach := self.reach | Reach.of([profile])) != self.reach:
+                self.reach = reach
         self._used.remove(slot)
         self._used.append(slot)
         return slot
 
     def at(self, slot: int) -> SteeringProfile:
-        """The profile in a slot that holds one."""
+        """Return the profile in a slot that holds one."""
         profile = self._profiles[slot]
         assert profile is not None
         return profile
 
     def name(self, slot: int) -> str:
-        """What tells the profile in a slot from all others; "-" for slot -1."""
+        """Return a text that tells the profile in a slot from all others; "-" for slot -1."""
         return self._names[slot] if slot >= 0 else "-"
 
     def bank(self, device: torch.device) -> Bank:
-        """All profiles on `device`; a model may lie on several."""
+        """Return all profiles on `device`; a model may lie on several."""
         if device not in self._banks:
             with _CHANGES:
                 if device not in self._banks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,26 +17,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerfast.kernels.contract import MAX_STACK
-from steerfast.profile import Gate
+from steerfast.runtime.span import UNSTEERED
 
-__all__ = ["NO_END", "UNSTEERED", "Rows", "StepTables", "answer_rows", "mean_rows", "prompt_rows", "response_rows"]
+__all__ = ["PackedRows", "RowTable", "StepTables", "prompt_rows", "response_rows"]
 
-UNSTEERED = -1
 _INT32_MAX = 2**31 - 1
-NO_END = 2**30  # more rows than an answer has; twice as many are still an int32
 _ALIGNMENT = 4  # numbers: regions start at multiples of 16 bytes, as fresh tensors do
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A step's row tables, for n sequences of K slots each.
+class RowTable:
+    """Say which rows of a step belong to which of n sequences, and which of their up to K slots edit or read them.
 
-    Args:
-        rows: int32 [rows, 1 + K], the sequence of each row, then its slots; -1 where none edits it.
-        deciding: int32 [n], the row each sequence's prompt gate reads; -1 where the step holds no prompt token of it.
+    Attributes:
+        rows: int32 [rows, 1 + K], the sequence of each row, then its slots; -1: no edit.
+        deciding: int32 [n], the row that each sequence's prompt gates read; -1: the step holds no prompt row of it.
         slot: int32 [n, K], the slots whose gates the sequence decides.
-        member: int32 [rows], the sequence in whose prompt's mean score a row counts; -1: none. None: no row does.
-        total: int32 [n], of how many rows that mean is taken.
+        member: int32 [rows·K], the decider (`steerfast.runtime.decide`) in whose mean a row counts; -1: none. None: no
+            row counts in a mean.
+        total: int32 [n·K], how many rows that mean is taken of.
     """
 
     rows: Tensor
@@ -45,83 +44,164 @@ class Rows:
     member: Tensor | None = None
     total: Tensor | None = None
 
-    def to(self, device: torch.device) -> Rows:
+    def to(self, device: torch.device) -> RowTable:
+        """Return the same tables on a device."""
         tensors = (self.rows, self.deciding, self.slot, self.member, self.total)
-        return Rows(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
+        return RowTable(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
 
-    def each_for_itself(self) -> Rows:
-        """The same step with every row a sequence of its own that decides if it is steered, for token gates."""
+    def each_for_itself(self) -> RowTable:
+        """Return the same step with every row a sequence that decides if it is steered, for token gates."""
         index = torch.arange(len(self.rows), dtype=torch.int32, device=self.rows.device)
         slot = self.rows[:, 1:].contiguous()
         steered = (slot >= 0).any(dim=1)
-        return Rows(torch.cat([index[:, None], slot], dim=1), torch.where(steered, index, UNSTEERED), slot)
-
-
-def answer_rows(answer_tokens: int | None) -> int:
-    """How many rows of an answer are edited where so many of its tokens are chosen under steering: the first of them is
-    what the prompt's last row predicts.
-    """
-    return NO_END if answer_tokens is None else min(NO_END, answer_tokens - 1)
-
-
-def mean_rows(gate: Gate) -> int:
-    """Of how many of a prompt's last rows the gate reads the mean; 0: it reads none."""
-    if gate.pooling != "mean":
-        return 0
-    return NO_END if gate.window is None else min(NO_END, gate.window)
+        return RowTable(torch.cat([index[:, None], slot], dim=1), torch.where(steered, index, UNSTEERED), slot)
 
 
 def prompt_rows(
-    valid: Tensor, prompt_columns: int, slot: Tensor, late: Tensor, steered_answer: Tensor, mean: Tensor
-) -> Rows:
-    """Tables of a step that holds prompt tokens.
+    valid: Tensor, prompt_columns: int, slot: Tensor, after_prompt: Tensor, answer_rows: Tensor, mean_rows: Tensor
+) -> RowTable:
+    """Return the tables of a step that holds prompt rows.
 
     Args:
         valid: bool [N, T], False on padding (left, right or in between).
-        prompt_columns: columns before this one are prompt, later ones (drafted tokens) follow it.
-        slot: int32 [N], the slot of each sequence; -1: none.
-        late: bool [N], whether a sequence is steered from the prompt's last valid row on (positions ``response``), and
-            not in every valid row. One without a prompt token in this step has all its valid rows steered.
-        steered_answer: int32 [N], how many columns after the prompt a sequence is steered in.
-        mean: int32 [N], of how many of its prompt's last rows a mean is taken, see `mean_rows`.
+        prompt_columns: columns before this one are prompt; later ones (drafted tokens) follow it.
+        slot: int32 [N, K], the slots of each sequence; -1: none.
+        after_prompt: bool [N, K], whether a slot edits from the prompt's last valid row on, not every valid row.
+            Sequences without a prompt row in this step have all their valid rows edited.
+        answer_rows: int32 [N, K], how many columns after the prompt a slot edits.
+        mean_rows: int32 [N, K], how many of the prompt's last rows a mean is taken of.
     """
     count, width = valid.shape
+    stack = slot.shape[1]
     column = torch.arange(width, dtype=torch.int32, device=valid.device)
     prompt = valid & (column < prompt_columns)
     last = torch.where(prompt, column, -1).amax(dim=1)
-    steered = valid & ((column >= last[:, None]) | ~late[:, None])
-    steered &= column < prompt_columns + steered_answer[:, None]
+    edited = valid[..., None] & ((column[:, None] >= last[:, None, None]) | ~after_prompt[:, None])
+    edited &= column[:, None] < prompt_columns + answer_rows[:, None]
     start = torch.arange(count, dtype=torch.int32, device=valid.device) * width
-    decides = (last >= 0) & (slot >= 0)
-    rows = _rows(torch.where(steered, slot[:, None], UNSTEERED), torch.where(decides, start + last, UNSTEERED), slot)
+    decides = (last >= 0) & (slot >= 0).any(dim=1)
+    row_slot = torch.where(edited, slot[:, None], UNSTEERED)
+    rows = _row_table(row_slot, torch.where(decides, start + last, UNSTEERED), slot)
     rank = prompt.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)  # 1 at the last row of a prompt
-    counts = prompt & (rank <= mean[:, None])
-    member = torch.where(counts.flatten(), rows.rows[:, 0], UNSTEERED)
-    return replace(rows, member=member, total=counts.sum(dim=1, dtype=torch.int32))
+    counts = prompt[..., None] & (rank[..., None] <= mean_rows[:, None])
+    decider = torch.arange(count * stack, dtype=torch.int32, device=valid.device).view(count, 1, stack)
+    member = torch.where(counts, decider, UNSTEERED).flatten()
+    return replace(rows, member=member, total=counts.sum(dim=1, dtype=torch.int32).flatten())
 
 
-def response_rows(slot: Tensor, width: int, steered: Tensor) -> Rows:
-    """Tables of a step of `width` answer tokens of each sequence, by its slot int32 [N]: none decides.
+def response_rows(slot: Tensor, width: int, edited: Tensor) -> RowTable:
+    """Return the tables of a step of `width` answer rows of each sequence, in which no gate decides.
 
-    steered: int32 [N], how many of these rows are steered.
+    Args:
+        slot: int32 [N, K].
+        edited: int32 [N, K], how many of these rows a slot edits.
     """
     column = torch.arange(width, dtype=torch.int32, device=slot.device)
-    row_slot = torch.where(column < steered[:, None], slot[:, None], UNSTEERED)
-    return _rows(row_slot, torch.full_like(slot, UNSTEERED), slot)
+    row_slot = torch.where(column[:, None] < edited[:, None], slot[:, None], UNSTEERED)
+    return _row_table(row_slot, torch.full_like(slot[:, 0], UNSTEERED), slot)
 
 
-def _rows(row_slot: Tensor, deciding: Tensor, slot: Tensor) -> Rows:
-    """Rows of slots int32 [N, T]."""
-    sequence = torch.arange(len(row_slot), dtype=torch.int32, device=slot.device)[:, None].expand_as(row_slot)
-    return Rows(torch.stack([sequence, row_slot], dim=2).view(-1, 2), deciding, slot[:, None])
+def _row_table(row_slot: Tensor, deciding: Tensor, slot: Tensor) -> RowTable:
+    """Return tables for the slots of each row, int32 [N, T, K]."""
+    count, width, stack = row_slot.shape
+    sequence = torch.arange(count, dtype=torch.int32, device=slot.device)[:, None, None].expand(count, width, 1)
+    return RowTable(torch.cat([sequence, row_slot], dim=2).view(-1, 1 + stack), deciding, slot)
+
+
+Whole = Sequence[int] | NDArray[np.integer]
+Wholes = Sequence[Sequence[int]] | NDArray[np.integer]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Describe a step whose n sequences lie one after the other, each with K slots.
+
+    Attributes:
+        lengths: [n], rows of each sequence.
+        slots: [n, K], slots of each sequence as `Bank.slot` gives them; -1: none.
+        strengths: [n, K], finite; multiply the slots' own.
+        deciding: [n], which of its rows a sequence's prompt gates read, from 0; -1: none in this step.
+        edited_from: [n, K], the first of its rows that a slot edits, from 0; the length or more: none. Default: all.
+        edited_until: [n, K], the first of its rows that a slot no longer edits, from 0. Default: no limit.
+        counted: [n, K] and [n, K], the first of its rows that counts in a mean score, and the first after it that does
+            not, from 0. Default: none counts.
+        total: [n, K], how many rows that mean is taken of, over all steps. Default: 0.
+        columns: [n], distinct: where each sequence lies in the tables. Default: 0, 1, ...
+        padded_rows: rows of the launch, at least the sum of the lengths; rows beyond the sum are not edited.
+    """
+
+    lengths: Whole
+    slots: Wholes
+    strengths: Sequence[Sequence[float]] | NDArray[np.floating]
+    deciding: Whole
+    edited_from: Wholes | None = None
+    edited_until: Wholes | None = None
+    counted: tuple[Wholes, Wholes] | None = None
+    total: Wholes | None = None
+    columns: Whole | None = None
+    padded_rows: int | None = None
+
+    def checked(self, max_rows: int, max_sequences: int, stack: int) -> _Checked:
+        """Return the step as arrays.
+
+        Raises:
+            ValueError: a shape or number is out of bounds.
+        """
+        length = _whole("lengths", self.lengths, (None,), 0, max_rows)
+        count, used = len(length), int(length.sum())
+        if count > max_sequences:
+            raise ValueError(f"lengths: expected at most {max_sequences} sequences, got {count}")
+        if used > max_rows:
+            raise ValueError(f"lengths: expected at most {max_rows} rows in all, got {used}")
+        padded = used if self.padded_rows is None else self.padded_rows
+        if not used <= padded <= max_rows:
+            raise ValueError(f"padded_rows: expected {used} to {max_rows}, got {padded}")
+        shape = (count, stack)
+        slot = _whole("slots", self.slots, shape, UNSTEERED, _INT32_MAX)
+        deciding = _whole("deciding", self.deciding, (count,), -1, _INT32_MAX)
+        if (beyond := deciding >= length).any():
+            at = int(beyond.argmax())
+            raise ValueError(f"deciding: expected a row of sequence {at}, below {length[at]}, got {deciding[at]}")
+        first, until = (
+            None if given is None else _whole(name, given, shape, 0, _INT32_MAX)
+            for name, given in (("edited_from", self.edited_from), ("edited_until", self.edited_until))
+        )
+        counted = None if self.counted is None else _whole("counted", self.counted, (2, *shape), 0, _INT32_MAX)
+        total = np.zeros(shape, np.int64) if self.total is None else _whole("total", self.total, shape, 0, _INT32_MAX)
+        column = np.arange(count)
+        if self.columns is not None:
+            column = _whole("columns", self.columns, (count,), 0, max_sequences - 1)
+            if len(np.unique(column)) < count:
+                raise ValueError(f"columns: expected distinct ones, got {column.tolist()}")
+        with np.errstate(over="ignore"):
+            strength = _shaped("strengths", self.strengths, shape).astype(np.float32)
+        if not np.isfinite(strength).all():
+            raise ValueError(f"strengths: expected finite numbers, got {strength[~np.isfinite(strength)][0]}")
+        return _Checked(length, slot, strength, deciding, first, until, counted, total, column, used, padded)
+
+
+class _Checked(NamedTuple):
+    """Hold a `PackedRows` as arrays; used, padded: rows without and with padding."""
+
+    length: NDArray[np.int64]
+    slot: NDArray[np.int64]
+    strength: NDArray[np.float32]
+    deciding: NDArray[np.int64]
+    first: NDArray[np.int64] | None
+    until: NDArray[np.int64] | None
+    counted: NDArray[np.int64] | None
+    total: NDArray[np.int64]
+    column: NDArray[np.int64]
+    used: int
+    padded: int
 
 
 class StepTables:
     """A step's tables on a device, at addresses that never change, for serving engines and captured graphs.
 
-    Everything lies in one buffer: first what belongs to sequences, at the capacity's size, then the rows. So a step
-    is one copy of the part it uses, however many requests it serves. Launch the ops on ``rows[:n]``, where n is the
-    step's number of rows or the padded one of a graph.
+    Everything lies in one buffer: first the sequences, at the capacity's size, then the rows. So a step is one copy
+    of the part that it uses, however many requests it serves. Launch the ops on ``rows[:n]``, where n is the step's
+    number of rows or the padded one of a graph.
 
     Args:
         max_rows: the most rows of a step.
@@ -130,12 +210,13 @@ class StepTables:
         device: where the tables live.
 
     Attributes:
-        rows: int32 [max_rows, 1 + K], deciding: int32 [max_sequences], slot: int32 [max_sequences, K]: as in `Rows`.
+        rows: int32 [max_rows, 1 + K], deciding: int32 [max_sequences], slot: int32 [max_sequences, K]: as in
+            `RowTable`.
         strength: float32 [max_sequences, K].
-        member: int32 [max_rows], total: int32 [max_sequences]: as in `Rows`.
+        member: int32 [max_rows·K], total: int32 [max_sequences·K]: as in `RowTable`.
 
     Raises:
-        ValueError: a size that cannot be.
+        ValueError: a size is out of bounds.
     """
 
     def __init__(self, max_rows: int, max_sequences: int, stack: int, device: torch.device | str) -> None:
@@ -148,9 +229,9 @@ class StepTables:
             "deciding": (max_sequences,),
             "slot": (max_sequences, stack),
             "strength": (max_sequences, stack),
-            "total": (max_sequences,),
+            "total": (max_sequences * stack,),
             "rows": (max_rows, 1 + stack),
-            "member": (max_rows,),
+            "member": (max_rows * stack,),
         }
         device = torch.device(device)
         self._start: dict[str, int] = {}
@@ -176,114 +257,81 @@ class StepTables:
             host.regions = {name: region.numpy() for name, region in self._regions(host.buffer).items()}
             host.copied = torch.cuda.Event() if pinned else None
 
+    @property
+    def stack(self) -> int:
+        """K, the slots of a sequence."""
+        return self.slot.shape[1]
+
+    def of(self, width: int) -> RowTable:
+        """Return the tables of a step of `width` rows, padding included: views, which later steps change."""
+        member = self.member[: width * self.stack]
+        return RowTable(self.rows[:width], self.deciding, self.slot, member, self.total)
+
     def _regions(self, buffer: Tensor) -> dict[str, Tensor]:
         return {
             name: buffer[self._start[name] :][: math.prod(shape)].view(shape) for name, shape in self._shapes.items()
         }
 
-    def write(
-        self,
-        lengths: Sequence[int] | NDArray[np.integer],
-        slots: Sequence[Sequence[int]] | NDArray[np.integer],
-        strengths: Sequence[Sequence[float]] | NDArray[np.floating],
-        deciding: Sequence[int] | NDArray[np.integer],
-        steered_from: Sequence[Sequence[int]] | NDArray[np.integer] | None = None,
-        steered_until: Sequence[Sequence[int]] | NDArray[np.integer] | None = None,
-        counted: tuple[Sequence[int] | NDArray[np.integer], Sequence[int] | NDArray[np.integer]] | None = None,
-        total: Sequence[int] | NDArray[np.integer] | None = None,
-        *,
-        columns: Sequence[int] | NDArray[np.integer] | None = None,
-        padded_rows: int | None = None,
-    ) -> None:
-        """Send the tables of the next step, whose sequences lie one after the other, on the current stream.
-
-        Args:
-            lengths: [n], rows of each sequence.
-            slots: [n, K], slots of each sequence as `Bank.slot` gives them; -1: none.
-            strengths: [n, K], finite; multiply the slots' own.
-            deciding: [n], which of its rows a sequence's prompt gates read, from 0; -1: none in this step.
-            steered_from: [n, K], the first of its rows that a slot edits, from 0; the length or more: none. Default:
-                all of them.
-            steered_until: [n, K], the first of its rows that a slot edits no more, from 0. Default: none.
-            counted: [n] and [n], the first of its rows that counts in a sequence's mean score and the first after it
-                that does not, from 0. Default: none do.
-            total: [n], of how many rows that mean is taken, over all steps. Default: 0.
-            columns: [n], distinct: where each sequence lies in `deciding`, `slot` and `strength`. Default: 0, 1, ...
-            padded_rows: rows of the launch, at least the sum of the lengths; those beyond it are not steered.
+    def write(self, step: PackedRows) -> None:
+        """Send the tables of the next step to the device, on the current stream.
 
         Raises:
-            ValueError: a shape or number out of bounds; the tables are as they were.
+            ValueError: a shape or number is out of bounds; the tables stay what they were.
         """
-        stack = self.slot.shape[1]
-        length = _whole("lengths", lengths, (None,), 0, len(self.rows))
-        count, used = len(length), int(length.sum())
-        if count > len(self.slot):
-            raise ValueError(f"lengths: expected at most {len(self.slot)} sequences, got {count}")
-        if used > len(self.rows):
-            raise ValueError(f"lengths: expected at most {len(self.rows)} rows in all, got {used}")
-        padded = used if padded_rows is None else padded_rows
-        if not used <= padded <= len(self.rows):
-            raise ValueError(f"padded_rows: expected {used} to {len(self.rows)}, got {padded}")
-        slot = _whole("slots", slots, (count, stack), UNSTEERED, _INT32_MAX)
-        decides = _whole("deciding", deciding, (count,), -1, _INT32_MAX)
-        if (beyond := decides >= length).any():
-            at = int(beyond.argmax())
-            raise ValueError(f"deciding: expected a row of sequence {at}, below {length[at]}, got {decides[at]}")
-        first, until = (
-            None if given is None else _whole(name, given, (count, stack), 0, _INT32_MAX)
-            for name, given in (("steered_from", steered_from), ("steered_until", steered_until))
-        )
-        counts = None if counted is None else _whole("counted", counted, (2, count), 0, _INT32_MAX)
-        totals = np.zeros(count, np.int64) if total is None else _whole("total", total, (count,), 0, _INT32_MAX)
-        column = np.arange(count)
-        if columns is not None:
-            column = _whole("columns", columns, (count,), 0, len(self.slot) - 1)
-            if len(np.unique(column)) < count:
-                raise ValueError(f"columns: expected distinct ones, got {column.tolist()}")
-        with np.errstate(over="ignore"):
-            strength = _shaped("strengths", strengths, (count, stack)).astype(np.float32)
-        if not np.isfinite(strength).all():
-            raise ValueError(f"strengths: expected finite numbers, got {strength[~np.isfinite(strength)][0]}")
-
+        arrays = step.checked(len(self.rows), len(self.slot), self.stack)
         host = self._hosts[0]
         if host.copied is not None:
             host.copied.synchronize()
-        start = np.cumsum(length) - length
-        for name, content, unused in (
-            ("deciding", np.where(decides < 0, -1, start + decides), -1),
-            ("slot", slot, UNSTEERED),
-            ("strength", strength.view(np.int32), 0),
-            ("total", totals, 0),
-        ):
-            host.regions[name][:] = unused
-            host.regions[name][column] = content
-        rows = host.regions["rows"]
-        sequence = np.repeat(np.arange(count), length)
-        rows[:used, 0] = column[sequence]
-        rows[:used, 1:] = slot[sequence]
-        place = (np.arange(used) - start[sequence])[:, None]
-        if first is not None:
-            rows[:used, 1:][place < first[sequence]] = UNSTEERED
-        if until is not None:
-            rows[:used, 1:][place >= until[sequence]] = UNSTEERED
-        rows[used:padded, 0] = 0
-        rows[used:padded, 1:] = UNSTEERED
-        end = self._start["rows"] + padded * (1 + stack)
+        start = np.cumsum(arrays.length) - arrays.length
+        sequence = np.repeat(np.arange(len(arrays.length)), arrays.length)
+        place = (np.arange(arrays.used) - start[sequence])[:, None]
+        self._fill_sequences(host, arrays, start)
+        self._fill_rows(host, arrays, sequence, place)
+        end = self._start["rows"] + arrays.padded * (1 + self.stack)
         self._device[:end].copy_(host.buffer[:end], non_blocking=True)
-        if counts is not None or self._counted:
-            member = host.regions["member"][: max(padded, self._counted)]
-            member[:] = UNSTEERED
-            self._counted = 0
-            if counts is not None:
-                inside = (place[:, 0] >= counts[0][sequence]) & (place[:, 0] < counts[1][sequence])
-                member[:used][inside] = column[sequence][inside]
-                self._counted = padded
-            begin = self._start["member"]
-            part = slice(begin, begin + len(member))
-            self._device[part].copy_(host.buffer[part], non_blocking=True)
+        if arrays.counted is not None or self._counted:
+            self._send_members(host, arrays, sequence, place)
         if host.copied is not None:
             host.copied.record(torch.cuda.current_stream(self._device.device))
         self._hosts.append(self._hosts.pop(0))
+
+    def _fill_sequences(self, host: _Host, step: _Checked, start: NDArray[np.int64]) -> None:
+        stack = self.stack
+        for name, content, unused in (
+            ("deciding", np.where(step.deciding < 0, -1, start + step.deciding), -1),
+            ("slot", step.slot, UNSTEERED),
+            ("strength", step.strength.view(np.int32), 0),
+            ("total", step.total, 0),
+        ):
+            region = host.regions[name]
+            region[:] = unused
+            (region if name != "total" else region.reshape(-1, stack))[step.column] = content
+
+    def _fill_rows(self, host: _Host, step: _Checked, sequence: NDArray[np.int64], place: NDArray[np.int64]) -> None:
+        used, padded, rows = step.used, step.padded, host.regions["rows"]
+        rows[:used, 0] = step.column[sequence]
+        rows[:used, 1:] = step.slot[sequence]
+        if step.first is not None:
+            rows[:used, 1:][place < step.first[sequence]] = UNSTEERED
+        if step.until is not None:
+            rows[:used, 1:][place >= step.until[sequence]] = UNSTEERED
+        rows[used:padded, 0] = 0
+        rows[used:padded, 1:] = UNSTEERED
+
+    def _send_members(self, host: _Host, step: _Checked, sequence: NDArray[np.int64], place: NDArray[np.int64]) -> None:
+        stack = self.stack
+        member = host.regions["member"][: max(step.padded, self._counted) * stack]
+        member[:] = UNSTEERED
+        self._counted = 0
+        if step.counted is not None:
+            first, until = step.counted
+            inside = (place >= first[sequence]) & (place < until[sequence])
+            decider = step.column[sequence][:, None] * stack + np.arange(stack)
+            member[: step.used * stack].reshape(-1, stack)[inside] = decider[inside]
+            self._counted = step.padded
+        begin = self._start["member"]
+        part = slice(begin, begin + len(member))
+        self._device[part].copy_(host.buffer[part], non_blocking=True)
 
 
 @dataclass

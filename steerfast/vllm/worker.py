@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, ProfileError, SteerfastError
-from steerfast.kernels.contract import Kinds
+from steerfast.kernels.contract import GateOperands, Kinds, Operands
 from steerfast.kernels.gate import gate_unchecked_, mean_gate_unchecked_
 from steerfast.kernels.steer import steer_unchecked_
 from steerfast.profile import ModelIdentity, SteeringProfile, embedding_sketch, sketched_rows
@@ -212,25 +212,17 @@ class Runtime:
             raise SteerfastError(f"x: expected at most {len(tables.rows)} rows, got {len(x)}")
         # A captured graph decides in every replay, where rows are named.
         if view.gate and (self._deciding or (x.is_cuda and torch.cuda.is_current_stream_capturing())):
-            bank_of, latch = (tables.slot, view.directions, view.table), (view.scores, view.values)
-            gate_unchecked_(x, residual, view.deciding, *bank_of, *latch)
+            gates = GateOperands(tables.slot, view.directions, view.table, view.scores, view.values)
+            gate_unchecked_(x, residual, view.deciding, gates)
             if view.mean:
                 member = tables.member[: len(x)]
-                mean_gate_unchecked_(x, residual, member, tables.total, view.closes, *bank_of, view.sums, *latch)
+                mean_gate_unchecked_(x, residual, member, tables.total, view.closes, view.sums, gates)
             if view.sense:
                 values = self.requests.values
                 values.copy_(torch.where(view.senses, view.values[:, 0], values))
-        steer_unchecked_(
-            x,
-            residual,
-            tables.rows[: len(x)],
-            view.values,
-            tables.strength,
-            view.vectors,
-            view.directions,
-            view.table,
-            self._kinds,
-        )
+        bank = (view.vectors, view.directions, view.table)
+        operands = Operands(tables.rows[: len(x)], view.values, tables.strength, *bank, self._kinds)
+        steer_unchecked_(x, residual, operands)
 
     def launched(self, output: Any) -> Any:
         """The step's forward pass lies on the current stream; `output`: what the runner gave for it.

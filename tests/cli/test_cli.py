@@ -636,14 +636,14 @@ def test_doctor_fails_where_an_op_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
     def wrong_gate(*inputs: Any) -> None:
         right.ops["gate_"](*inputs)
-        inputs[-2].mul_(1.001)
+        inputs[-1].scores.mul_(1.001)
 
     def no_steer(*inputs: Any) -> None:
         raise RuntimeError("no kernel")
 
     def wrong_norm(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         normed, stream = right.ops["add_steer_rms_norm"](*inputs)
-        return normed, stream * 1.001 if inputs[-1] == Kinds.ANY else stream
+        return normed, stream * 1.001 if inputs[3].kinds == Kinds.ANY else stream
 
     wrong = {"gate_": wrong_gate, "steer_": no_steer, "add_steer_rms_norm": wrong_norm}
     broken = replace(right, name="broken", ops={**right.ops, **wrong})

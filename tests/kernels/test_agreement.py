@@ -206,9 +206,9 @@ def test_one_percent_off_in_a_gate_is_noticed(name: str, which: int, monkeypatch
 def convention(case: Case, y: torch.Tensor, norm: Norm) -> torch.Tensor:
     """The table in kernels/add_steer_rms_norm.py, spelled out for rows y in float32."""
     dtype, w = case.x.dtype, case.weight.float()
-    n = y.to(dtype).float() if norm in (Norm.LLAMA, Norm.GEMMA, Norm.VLLM) else y
+    n = y.to(dtype).float()
     scaled = n / (n.square().mean(1, keepdim=True) + case.eps).sqrt()
-    if norm in (Norm.LLAMA, Norm.VLLM_IR):
+    if norm == Norm.LLAMA:
         scaled = scaled.to(dtype).float()
     return (scaled * (1 + w if norm == Norm.GEMMA else w)).to(dtype)
 

@@ -12,15 +12,20 @@ from kernel_cases import Case, assert_same_bits, make_case
 
 from steerfast import _native
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm, add_steer_rms_norm_prompt
-from steerfast.kernels.contract import Gate
+from steerfast.kernels.contract import Gate, GateOperands, Operands
 from steerfast.kernels.gate import gate_
 from steerfast.kernels.steer import steer_
 
+# The public functions, by the flat arguments of the torch ops.
 PUBLIC: dict[str, Callable[..., Any]] = {
-    "gate_": gate_,
-    "steer_": steer_,
-    "add_steer_rms_norm": add_steer_rms_norm,
-    "prompt": add_steer_rms_norm_prompt,
+    "gate_": lambda x, residual, row, **gates: gate_(x, residual, row, GateOperands(**gates)),
+    "steer_": lambda x, residual, **operands: steer_(x, residual, Operands(**operands)),
+    "add_steer_rms_norm": lambda x, residual, weight, eps, norm, **operands: add_steer_rms_norm(
+        x, residual, weight, Operands(**operands), eps, norm
+    ),
+    "prompt": lambda x, residual, weight, deciding, scores, eps, norm, **operands: add_steer_rms_norm_prompt(
+        x, residual, weight, Operands(**operands), deciding, scores, eps, norm
+    ),
 }
 ops = torch.ops.steerfast
 DIRECT: dict[str, Callable[..., Any]] = {
@@ -29,14 +34,7 @@ DIRECT: dict[str, Callable[..., Any]] = {
     "add_steer_rms_norm": ops.add_steer_rms_norm.default,
     "prompt": ops.add_steer_rms_norm.prompt,
 }
-OPERANDS = ["values", "strength", "vectors", "directions", "table"]
-NAMES = {
-    "gate_": ["x", "residual", "row", "slot", "directions", "table", "scores", "values"],
-    "steer_": ["x", "residual", "rows", *OPERANDS, "kinds"],
-    "add_steer_rms_norm": ["x", "residual", "weight", "rows", *OPERANDS, "eps", "norm", "kinds"],
-    "prompt": ["x", "residual", "weight", "rows", "deciding", "scores", *OPERANDS, "eps", "norm"],
-}
-ALL, EDITS, NORMS = tuple(NAMES), ("steer_", "add_steer_rms_norm", "prompt"), ("add_steer_rms_norm", "prompt")
+ALL, EDITS, NORMS = tuple(DIRECT), ("steer_", "add_steer_rms_norm", "prompt"), ("add_steer_rms_norm", "prompt")
 INT = torch.int32
 
 
@@ -46,13 +44,7 @@ def make_arguments(op: str) -> tuple[Case, dict[str, Any]]:
     case.rows[:] = torch.tensor([[0, 0, 1], [1, 2, 0], [2, 1, 1], [3, 0, 2], [0, 0, 1], [-1, -1, -1]])
     case.deciding[:], case.row[:] = torch.tensor([4, -1, 2, 3]), torch.tensor([0, 1, 2, 3])
     case.slot[:] = torch.tensor([[0, 1], [2, 0], [1, 1], [-1, 2]])
-    values = {
-        "gate_": case.gate_arguments,
-        "steer_": case.steer_arguments,
-        "add_steer_rms_norm": case.norm_arguments,
-        "prompt": case.prompt_arguments,
-    }[op]()
-    return case, dict(zip(NAMES[op], values, strict=True))
+    return case, case.flat(DIRECT[op])
 
 
 Z = torch.zeros
@@ -107,13 +99,7 @@ WRONG: list[tuple[tuple[str, ...], str, Any, type[Exception], str]] = [
     (ALL, "table", Z(3, 16).half(), TypeError, "table: expected float32, got torch.float16"),
     (NORMS, "eps", -1e-6, ValueError, "eps: expected a number >= 0, got -1e-06"),
     (NORMS, "eps", float("nan"), ValueError, "eps: expected a number >= 0, got nan"),
-    (
-        NORMS,
-        "norm",
-        5,
-        ValueError,
-        "norm: expected one of LLAMA (0), GEMMA (1), VLLM (2), FLASHINFER (3), VLLM_IR (4), got 5",
-    ),
+    (NORMS, "norm", 3, ValueError, "norm: expected one of LLAMA (0), GEMMA (1), VLLM (2), got 3"),
     (
         ("steer_", "add_steer_rms_norm"),
         "kinds",
@@ -166,7 +152,13 @@ def test_refuses_memory_that_is_shared_with_what_is_written(op: str, name: str, 
 
 def test_bank_may_serve_as_vectors_and_directions() -> None:
     _, arguments = make_arguments("add_steer_rms_norm")
-    add_steer_rms_norm(**{**arguments, "directions": arguments["vectors"]})
+    PUBLIC["add_steer_rms_norm"](**{**arguments, "directions": arguments["vectors"]})
+
+
+def test_a_launch_that_decides_prompt_gates_takes_any_kind() -> None:
+    _, arguments = make_arguments("prompt")
+    with pytest.raises(ValueError, match=re.escape("kinds: expected ANY (1) where prompt gates decide, got 0")):
+        PUBLIC["prompt"](**arguments, kinds=0)
 
 
 # ---- what a direct call of the C++ ops checks ----------------------------------------------------------------
@@ -206,13 +198,7 @@ def test_cpp_ignores_indices_that_nothing_uses() -> None:
     case, _ = make_arguments("steer_")
     case.rows[5, 0], case.row[2], case.slot[2] = 99, -1, 99
     for op in ALL:
-        values = {
-            "gate_": case.gate_arguments,
-            "steer_": case.steer_arguments,
-            "add_steer_rms_norm": case.norm_arguments,
-            "prompt": case.prompt_arguments,
-        }[op]()
-        PUBLIC[op](*values)
+        PUBLIC[op](**case.flat(DIRECT[op]))
 
 
 @needs_cpp
@@ -240,7 +226,7 @@ def test_cpp_ignores_indices_that_nothing_uses() -> None:
             (EDITS, "strength", Z(3, 2), "strength: expected a contiguous tensor"),
             (EDITS, "values", Z(4, 2).half(), "values: expected a contiguous tensor"),
             (NORMS, "weight", Z(15), "weight: expected a contiguous tensor"),
-            (NORMS, "norm", 5, "norm: expected a choice from 0 to 4, got 5"),
+            (NORMS, "norm", 3, "norm: expected a choice from 0 to 2, got 3"),
             (("steer_", "add_steer_rms_norm"), "kinds", 2, "kinds: expected a choice from 0 to 1, got 2"),
             (("gate_",), "slot", Z(4, 5, dtype=INT), "slot: expected 0 to 4 slots per row"),
             (("gate_",), "row", Z(4, dtype=torch.int64), "row: expected a contiguous tensor"),

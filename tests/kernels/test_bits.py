@@ -88,7 +88,7 @@ for size in (1, 7, 111, 576, 769, 4096):
         for bank_dtype in DTYPES:
             for pair in (False, True):
                 case = make_case(7, size, dtype, bank_dtype, stack=3, slots=6, pair=pair, seed=size,
-                                 norm=Norm(size % 5), shared=True)
+                                 norm=Norm(size % len(Norm)), shared=True)
                 case.x[0, 0], case.x[1, -1] = float("nan"), float("inf")
                 for output in (*case.run_gate(CPP), case.run_steer(CPP), *case.run_norm(CPP), *case.run_prompt(CPP)):
                     digest.update(bits(output.nan_to_num(nan=12345.0)).numpy().tobytes())

@@ -194,12 +194,10 @@ def test_squares_beyond_float16_are_summed(implementation: Implementation) -> No
 
 
 def test_sums_beyond_float16_become_infinite(implementation: Implementation) -> None:
-    case = make_case(1, 7, torch.float16, sequences=1, slots=1, norm=Norm.FLASHINFER).plain()
+    case = make_case(1, 7, torch.float16, sequences=1, slots=1).plain()
     case.x[:], case.vectors[:], case.residual[:], case.rows[:] = 60000.0, 60000.0, 0.0, 0
     assert case.run_steer(implementation).isposinf().all()
-    normed, new_residual = case.run_norm(implementation)
-    assert new_residual.isposinf().all()
-    assert torch.isfinite(normed).all()  # the norm of the unrounded row
+    assert case.run_norm(implementation)[1].isposinf().all()
 
 
 @pytest.mark.parametrize("kinds", Kinds)

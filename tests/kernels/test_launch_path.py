@@ -67,7 +67,7 @@ class OnDevice:
         return OnDevice(function(*(a.tensor for a in arguments), **(keywords or {})))
 
 from steerfast.kernels import add_steer_rms_norm as fused, gate, launch, steer, warmup
-from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Norm
+from steerfast.kernels.contract import TABLE_WIDTH, GateOperands, Kinds, Norm, Operands
 
 plain = launch.Launcher.plain
 slow = []
@@ -89,18 +89,19 @@ def operands(rows, hidden=512, stack=1, dtype=torch.bfloat16, bank=torch.float32
     return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, OnDevice)})
 
 def run_all(o, kinds=tuple(Kinds), norms=(Norm.LLAMA,), pairs=(False, True)):
-    rest = (o.values, o.strength, o.vectors, o.directions, o.table)
+    read = (o.record, o.values, o.strength, o.vectors, o.directions, o.table)
     for kind in kinds:
+        given = Operands(*read, int(kind))
         for norm in norms:
-            fused.add_steer_rms_norm_triton(o.x, o.residual, o.weight, o.record, *rest, 1e-5, int(norm), int(kind))
+            fused.add_steer_rms_norm_triton(o.x, o.residual, o.weight, given, 1e-5, int(norm))
         for pair in pairs:
-            steer.steer_triton_(o.x, o.residual if pair else None, o.record, *rest, int(kind))
+            steer.steer_triton_(o.x, o.residual if pair else None, given)
     for norm in norms:
         fused.add_steer_rms_norm_prompt_triton(
-            o.x, o.residual, o.weight, o.record, o.row, o.scores, *rest, 1e-5, int(norm))
+            o.x, o.residual, o.weight, Operands(*read), o.row, o.scores, 1e-5, int(norm))
+    gates = GateOperands(o.slot, o.directions, o.table, o.scores, o.values)
     for pair in pairs:
-        gate.gate_triton_(
-            o.x, o.residual if pair else None, o.row, o.slot, o.directions, o.table, o.scores, o.values)
+        gate.gate_triton_(o.x, o.residual if pair else None, o.row, gates)
 """
 
 WARMUP = """
@@ -148,7 +149,8 @@ print(json.dumps([cold, warm, hooked, off, kept, unkept, compiled, len(compilati
 KEYS = """
 def kernel_of(o):
     launches.clear()
-    steer.steer_triton_(o.x, None, o.record, o.values, o.strength, o.vectors, o.directions, o.table, 0)
+    steer.steer_triton_(
+        o.x, None, Operands(o.record, o.values, o.strength, o.vectors, o.directions, o.table, 0))
     return launches[0]
 
 base = operands(6)

@@ -37,8 +37,7 @@ class Means:
     def arguments(self) -> tuple[Any, ...]:
         case = self.case
         residual = case.residual if case.pair else None
-        own = (self.member, self.total, self.closes, case.slot, case.directions, case.table, self.sums)
-        return (case.x, residual, *own, case.scores, case.values)
+        return (case.x, residual, self.member, self.total, self.closes, self.sums, case.gates)
 
     def part(self, start: int, end: int, closes: torch.Tensor) -> Means:
         """Some of its rows."""

@@ -9,7 +9,7 @@ import torch
 from kernel_cases import DTYPES, Case, Implementation, assert_same_bits, bits, make_case
 
 from steerfast.kernels import steer as steer_module
-from steerfast.kernels.contract import EDIT, GATE, SHARPNESS, Edit, Gate, Kinds, Norm
+from steerfast.kernels.contract import EDIT, GATE, SHARPNESS, Edit, Gate, GateOperands, Kinds, Norm
 
 NAN = float("nan")
 
@@ -39,9 +39,8 @@ def in_two_steps(implementation: Implementation, case: Case) -> tuple[torch.Tens
     at = case.deciding.clamp(min=0).long()
     slot = torch.where(decided(case), case.rows[at, 1:], -1)
     scores, values = torch.zeros_like(moved.scores), torch.zeros_like(moved.values)
-    implementation.gate_(
-        moved.x, moved.residual, moved.deciding, slot.to(moved.x.device), moved.directions, moved.table, scores, values
-    )
+    gates = GateOperands(slot.to(moved.x.device), moved.directions, moved.table, scores, values)
+    implementation.gate_(moved.x, moved.residual, moved.deciding, gates)
     which = decided(case).to(moved.x.device)
     moved = replace(
         moved,

@@ -38,24 +38,28 @@ def small_case(**options: Any) -> Case:
 def test_opcheck(device: str, pair: bool) -> None:
     case = small_case(dtype=torch.bfloat16, pair=pair).on(device)
     ops = torch.ops.steerfast
-    torch.library.opcheck(ops.gate_.default, case.gate_arguments())
     for kinds in Kinds:
-        torch.library.opcheck(ops.steer_.default, replace(case, kinds=kinds).steer_arguments())
-        torch.library.opcheck(ops.add_steer_rms_norm.default, replace(case, kinds=kinds).norm_arguments())
-    torch.library.opcheck(ops.add_steer_rms_norm.prompt, case.prompt_arguments())
+        of_kinds = replace(case, kinds=kinds)
+        for op in (
+            ops.gate_.default,
+            ops.steer_.default,
+            ops.add_steer_rms_norm.default,
+            ops.add_steer_rms_norm.prompt,
+        ):
+            torch.library.opcheck(op, tuple(of_kinds.flat(op).values()))
 
 
 def block(x: torch.Tensor, case: Case) -> tuple[torch.Tensor, ...]:
     """All ops: on intermediate rows, on rows, scores and values that are inputs of the graph, and in and out of it."""
     h = x + 1
-    gate_(h, case.residual, case.row, case.slot, case.directions, case.table, case.scores, case.values)
-    steer_(h, case.residual, case.rows, *case.operands(), case.kinds)
-    normed, residual = add_steer_rms_norm(h, case.residual, case.weight, case.rows, *case.operands(), case.eps)
+    gate_(h, case.residual, case.row, case.gates)
+    steer_(h, case.residual, case.operands())
+    normed, residual = add_steer_rms_norm(h, case.residual, case.weight, case.operands(Kinds.ANY), case.eps)
     h = normed * 2
     normed, residual = add_steer_rms_norm_prompt(
-        h, residual, case.weight, case.rows, case.deciding, case.scores, *case.operands(), case.eps, Norm.GEMMA
+        h, residual, case.weight, case.operands(Kinds.ANY), case.deciding, case.scores, case.eps, Norm.GEMMA
     )
-    steer_(x, None, case.rows, *case.operands(), Kinds.LATCHED_ADD)
+    steer_(x, None, case.operands(Kinds.LATCHED_ADD))
     return normed * 2, residual
 
 
@@ -105,12 +109,12 @@ def test_scales_of_all_layers_at_once(dtype: torch.dtype) -> None:
     scales = torch_scales(case.rows, values, case.strength, table)
     assert scales.shape == (3, *case.rows[:, 1:].shape)
     for layer in range(3):
-        operands = (case.rows, values[layer], case.strength, case.vectors, case.directions, table[layer], case.kinds)
-        want = norm_module.add_steer_torch(case.x, case.residual, *operands)
+        operands = case.operands()._replace(values=values[layer], table=table[layer])
+        want = norm_module.add_steer_torch(case.x, case.residual, operands)
         got = norm_module.add_scaled_torch(case.x, case.residual, case.rows, scales[layer], case.vectors)
         assert_same_bits(got, want)
         one_op = norm_module.add_steer_rms_norm_torch(
-            case.x, case.residual, case.weight, *operands[:-1], case.eps, int(Norm.LLAMA), case.kinds
+            case.x, case.residual, case.weight, operands, case.eps, int(Norm.LLAMA)
         )
         assert_same_bits(got, one_op[1])
         assert not torch.equal(got, (case.x.float() + case.residual.float()).to(dtype)) or layer == 2
@@ -155,12 +159,12 @@ def gradients(leaves: list[torch.Tensor], outputs: tuple[torch.Tensor, ...]) -> 
     return [gradient.double() for gradient in torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("norm", [Norm.LLAMA, Norm.GEMMA, Norm.FLASHINFER])
+@pytest.mark.parametrize("norm", Norm)
 @pytest.mark.parametrize("edit", Edit)
 def test_gradient_of_add_steer_rms_norm(edit: Edit, norm: Norm) -> None:
     case = gradient_case(edit)
     leaves = [t.clone().requires_grad_() for t in (case.x, case.residual, case.weight)]
-    outputs = add_steer_rms_norm(*leaves, case.rows, *case.operands(), case.eps, norm)
+    outputs = add_steer_rms_norm(*leaves, case.operands(), case.eps, norm)
     exact = [t.detach().double().requires_grad_() for t in leaves]
     y = exact[0] + exact[1]
     y = displaced(y, y, case, edit, float(case.table[0, 2]))
@@ -176,11 +180,9 @@ def test_gradient_of_prompt() -> None:
     for prompt in (True, False):
         leaves = [t.clone().requires_grad_() for t in (case.x, case.residual, case.weight)]
         if prompt:
-            outputs = add_steer_rms_norm_prompt(
-                *leaves, case.rows, case.deciding, case.scores, *case.operands(), case.eps
-            )
+            outputs = add_steer_rms_norm_prompt(*leaves, case.operands(), case.deciding, case.scores, case.eps)
         else:  # the latch that the first left
-            outputs = add_steer_rms_norm(*leaves, case.rows, *case.operands(), case.eps)
+            outputs = add_steer_rms_norm(*leaves, case.operands(), case.eps)
         both.append(gradients(leaves, outputs))
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b)
@@ -192,7 +194,7 @@ def test_gradient_of_steer_torch(edit: Edit, pair: bool) -> None:
     case = gradient_case(edit)
     leaves = [t.clone().requires_grad_() for t in ((case.x, case.residual) if pair else (case.x,))]
     x = leaves[0] * 1
-    steer_torch_(x, leaves[1] if pair else None, case.rows, *case.operands(), Kinds.ANY)
+    steer_torch_(x, leaves[1] if pair else None, case.operands())
     exact = [t.detach().double().requires_grad_() for t in leaves]
     s = exact[0] + exact[1] if pair else exact[0]
     wanted = displaced(s, exact[0], case, edit, float(case.table[0, 2]))
@@ -211,8 +213,8 @@ def test_gradient_is_finite_where_an_edit_is_undefined(edit: Edit) -> None:
     case.vectors[0], case.table[0, 3:5] = 0.0, 0.0  # a zero vector
     x = case.x.clone().requires_grad_()
     y = x * 1
-    steer_torch_(y, None, case.rows, *case.operands(), Kinds.ANY)
-    outputs = add_steer_rms_norm(x, case.residual, case.weight, case.rows, *case.operands(), case.eps)
+    steer_torch_(y, None, case.operands())
+    outputs = add_steer_rms_norm(x, case.residual, case.weight, case.operands(), case.eps)
     assert torch.isfinite(gradients([x], (y, *outputs))[0]).all()
 
 
@@ -220,11 +222,11 @@ def test_gradient_passes_through_steer() -> None:
     case = small_case()
     w = torch.randn(case.x.shape, requires_grad=True)
     x = w * 2
-    steer_(x, None, case.rows, *case.operands())
+    steer_(x, None, case.operands())
     x.sum().backward()
     assert (w.grad == 2).all()
     x = w.exp()  # its backward pass saved the value that the edit overwrites
-    steer_(x, None, case.rows, *case.operands())
+    steer_(x, None, case.operands())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         x.sum().backward()
 
@@ -250,10 +252,9 @@ def outcome(case: Case, functions: tuple[Callable[..., Any], ...], prompt: Calla
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_way_to_call_reaches_the_live_implementation(device: str, dtype: torch.dtype) -> None:
     case = small_case(dtype=dtype)
-    ops = torch.ops.steerfast
     live = TRITON if device == "cuda" else CPP if _native.available else TORCH
     public = (gate_, steer_, add_steer_rms_norm)
-    direct = (ops.gate_.default, ops.steer_.default, ops.add_steer_rms_norm.default)
+    direct = (CPP.gate_, CPP.steer_, CPP.add_steer_rms_norm)
     unchecked = (
         gate_module.gate_unchecked_,
         steer_module.steer_unchecked_,
@@ -261,7 +262,7 @@ def test_every_way_to_call_reaches_the_live_implementation(device: str, dtype: t
     )
     want = outcome(case.on(device), (live.gate_, live.steer_, live.add_steer_rms_norm), live.prompt)
     for functions in (public, direct, unchecked):
-        prompt = add_steer_rms_norm_prompt if functions is public else ops.add_steer_rms_norm.prompt
+        prompt = add_steer_rms_norm_prompt if functions is public else CPP.prompt
         for a, b in zip(outcome(case.on(device), functions, prompt), want, strict=True):
             assert_same_bits(a.cpu(), b.cpu())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steerfast.errors import ProfileError
 from steerfast.kernels import contract
-from steerfast.kernels.contract import Edit, Gate, Kinds, Score
+from steerfast.kernels.contract import Edit, Gate, Kinds, Operands, Score
 from steerfast.kernels.steer import reference, steer_
 from steerfast.profile import Gate as ProfileGate
 from steerfast.profile import SteeringProfile
@@ -38,7 +38,7 @@ def touched(bank: Bank, slots: list[int], x: Tensor, layer: int = 2) -> list[boo
     part = bank.layer(layer)
     rows = torch.tensor([[0, slot] for slot in slots], dtype=torch.int32)
     one = torch.ones(1, 1)
-    y = reference(x, None, rows, one, one, part.vectors, part.directions, part.table, part.kinds)
+    y = reference(x, None, Operands(rows, one, one, part.vectors, part.directions, part.table, part.kinds))
     return (y != x.double()).any(dim=1).tolist()
 
 
@@ -294,9 +294,8 @@ def test_a_captured_graph_sees_every_change(tiny_llama: Any, make_profile: MakeP
 
     def step() -> None:
         x.copy_(stock)
-        steer_(
-            x, None, tables.rows, values, tables.strength, part.vectors, part.directions, part.table, part.kinds
-        )  # fmt: skip
+        bank_of = (part.vectors, part.directions, part.table, part.kinds)
+        steer_(x, None, Operands(tables.rows, values, tables.strength, *bank_of))
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -307,9 +306,8 @@ def test_a_captured_graph_sees_every_change(tiny_llama: Any, make_profile: MakeP
         tables.write([3, 1], [[slot] for slot in slots], [[1.0], [0.5]], [-1, -1])
         graph.replay()
         rows = tables.rows.cpu()
-        want = reference(
-            stock, None, rows, values, tables.strength, part.vectors, part.directions, part.table, part.kinds
-        )  # fmt: skip
+        bank_of = (part.vectors, part.directions, part.table, part.kinds)
+        want = reference(stock, None, Operands(rows, values, tables.strength, *bank_of))
         torch.testing.assert_close(x.double().cpu(), want, rtol=1e-5, atol=1e-5)
         return (x != stock).any(dim=1).tolist()
 

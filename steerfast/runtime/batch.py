@@ -1,0 +1,260 @@
+"""The roster of padded batches: who steers each sequence of the next call, and the plan that follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfast.errors import SteerfastError
+from steerfast.kernels.contract import MAX_STACK
+from steerfast.profile import SteeringProfile
+from steerfast.runtime.bank import Reach
+from steerfast.runtime.roster import check_packed
+from steerfast.runtime.slots import ProfileSlots
+from steerfast.runtime.span import EditSpan, Entry, Stack, slots_of
+
+__all__ = ["INHERIT", "BatchRoster", "Buffers", "Plan", "Steered", "finite"]
+
+INHERIT: Any = object()
+"""Sentinel: an argument was not given, where None means that nobody steers."""
+
+Steered = SteeringProfile | None
+"""A profile, or None: not steered."""
+
+Assignment = tuple[Stack, ...]
+"""The stacks of a call: one per prompt, or one for all prompts."""
+
+_MOST_BUFFERS = 512  # each is cheap to make again
+
+
+class Buffers:
+    """Keep tensors that recur from step to step, such as the tables of a batch shape."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    def get(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Return the value of `key`, made once."""
+        if key not in self._kept:
+            if len(self._kept) > _MOST_BUFFERS:
+                self._kept.clear()
+            with torch.inference_mode(False):  # so that they also serve a caller outside inference mode
+                self._kept[key] = make()
+        return self._kept[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Say who steers each of n sequences, and where.
+
+    Attributes:
+        stacks: the profiles on each sequence.
+        profiles: the same, as profiles.
+        reach: where these profiles act.
+        owner: names them; decisions in a cache count only for the same owner.
+        by_token: each row decides for itself.
+        ahead: which sequences are steered before the layer that decides; empty: none.
+    """
+
+    stacks: tuple[Stack, ...]
+    profiles: tuple[tuple[SteeringProfile, ...], ...]
+    reach: Reach
+    owner: str
+    by_token: bool
+    ahead: tuple[bool, ...]
+
+    @property
+    def width(self) -> int:
+        """K, the most profiles on a sequence, at least 1."""
+        return max(1, *(len(stack) for stack in self.stacks)) if self.stacks else 1
+
+    def each(self, value: Callable[[Entry], Any]) -> list[list[Any]]:
+        """Return a value of each entry, [n][K], with that of an empty entry where there is none."""
+        width = self.width
+        return [[value(entry) for entry in (*stack, *[Entry()] * (width - len(stack)))] for stack in self.stacks]
+
+    def tensor(self, value: Callable[[Entry], Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return `each` as a tensor [n, K]."""
+        return torch.tensor(self.each(value), dtype=dtype, device=device).view(len(self.stacks), self.width)
+
+    def select(self, chosen: Sequence[int]) -> Plan:
+        """Return the plan of some of the sequences."""
+        stacks, profiles = (tuple(values[n] for n in chosen) for values in (self.stacks, self.profiles))
+        if (missing := self.width - max(map(len, stacks), default=0)) and self.width > 1:
+            stacks = ((*stacks[0], *[Entry()] * missing), *stacks[1:])  # so that K stays
+        return Plan(stacks, profiles, self.reach, self.owner, self.by_token, ())
+
+
+class BatchRoster:
+    """Assign profiles to the sequences of calls.
+
+    Args:
+        slots: the profiles in use.
+        strength: multiplies the profiles' strengths where a call names no strength.
+        attach: called when profiles came that act at layers without steering.
+
+    Attributes:
+        own: the stack of calls that name no profile.
+        held: returns slots that requests of other engines need.
+    """
+
+    def __init__(self, slots: ProfileSlots, strength: float, attach: Callable[[], None]) -> None:
+        self.slots = slots
+        self.strength = finite("strength", strength)
+        self.profile: SteeringProfile | None = None
+        self.held: Callable[[], set[int]] = set
+        self._attach = attach
+        self._contexts: list[Assignment] = []
+        self._own: Stack = ()
+        self._plans = Buffers()
+
+    @property
+    def own(self) -> Stack:
+        """The stack of sequences for which a call names no profile."""
+        return tuple(Entry(entry.slot, self.strength, entry.span) for entry in self._own)
+
+    def adopt(self, profile: SteeringProfile) -> None:
+        """Make `profile` the one of calls that name none."""
+        ((self._own,),) = [self.assign(profile, None)]
+        self.profile = profile
+
+    @contextmanager
+    def assigned(self, steering: Any, strength: Any) -> Iterator[None]:
+        """Steer the sequences of calls within the context; see `assign`."""
+        self._contexts.append(self.assign(steering, strength))
+        try:
+            yield
+        finally:
+            self._contexts.pop()
+
+    @property
+    def current(self) -> Assignment:
+        """The stacks of the next call, one per prompt or one for all."""
+        return self._contexts[-1] if self._contexts else (self.own,)
+
+    @property
+    def named(self) -> int | None:
+        """How many prompts a context names stacks for; None: it names one for all, or there is no context."""
+        return len(self._contexts[-1]) if self._contexts and len(self._contexts[-1]) != 1 else None
+
+    def assign(self, steering: Any, strength: Any) -> Assignment:
+        """Return the stacks of a call.
+
+        Args:
+            steering: a profile for all sequences, None, or a list with an entry per sequence: a profile, None, or a
+                list of up to 4 profiles (a stack).
+            strength: a number for all, or a list with an entry per sequence: a number, or a list of numbers, one per
+                profile of the stack. None: `strength`.
+
+        Raises:
+            ProfileError: a profile belongs to another model or steers no layer.
+            SteerfastError: lists of different lengths, too many profiles, or a strength that is not finite.
+        """
+        entries = [steering] if steering is None or isinstance(steering, SteeringProfile) else list(steering)
+        numbers = [strength] if strength is None or isinstance(strength, (int, float)) else list(strength)
+        for name, given in (("steering", entries), ("steering_strength", numbers)):
+            if not given:
+                raise SteerfastError(f"{name}: expected one entry per sequence, got an empty list")
+        if len(entries) != len(numbers) and 1 not in (len(entries), len(numbers)):
+            raise SteerfastError(
+                f"steering_strength: expected {len(entries)} numbers, one per profile, got {len(numbers)}"
+            )
+        profiles: dict[str, SteeringProfile | None] = {}
+        for i, entry in enumerate(entries):
+            profiles |= _labelled(f"steering[{i}]", entry)
+        count = max(len(entries), len(numbers))
+        strengths = [self._strengths(i, entries[i % len(entries)], numbers[i % len(numbers)]) for i in range(count)]
+        slots = self._take(profiles)
+        stacks = []
+        for i in range(count):
+            entry = entries[i % len(entries)]
+            labels = [label for label, profile in _labelled(f"steering[{i % len(entries)}]", entry).items() if profile]
+            stacks.append(
+                tuple(
+                    Entry(slots[label], number, EditSpan.of(self.slots.at(slots[label])))
+                    for label, number in zip(labels, strengths[i], strict=True)
+                )
+            )
+        return tuple(stacks)
+
+    def _strengths(self, i: int, entry: Any, number: Any) -> list[float]:
+        """Return a strength for each profile of the i-th stack."""
+        count = len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None)
+        if isinstance(number, (list, tuple)):
+            if len(number) != count:
+                raise SteerfastError(
+                    f"steering_strength[{i}]: expected {count} numbers, one per profile of the stack, got {len(number)}"
+                )
+            return [finite(f"steering_strength[{i}][{k}]", one) for k, one in enumerate(number)]
+        return [finite(f"steering_strength[{i}]", self.strength if number is None else number)] * count
+
+    def of_requests(self, count: int, steering: Any = INHERIT, strength: Any = None) -> list[Stack]:
+        """Return the stacks of `count` requests of continuous batching; errors as `assign`."""
+        if steering is INHERIT and strength is None:
+            stacks = self.current
+        else:
+            stacks = self.assign(self.profile if steering is INHERIT else steering, strength)
+        if len(stacks) not in (1, count):
+            raise SteerfastError(f"steering: expected {count} entries, one per request, got {len(stacks)}")
+        for slot in slots_of(stacks):
+            check_packed("steering", self.slots.at(slot))
+        return list(stacks) * (count // len(stacks))
+
+    def _take(self, profiles: dict[str, SteeringProfile | None]) -> dict[str, int]:
+        held = slots_of([self._own, *(stack for stacks in self._contexts for stack in stacks)]) | self.held()
+        slots = self.slots.take(profiles, held)
+        self._attach()
+        return slots
+
+    def plan(self, count: int, prompts: int | None) -> Plan:
+        """Return the plan of a step of `count` sequences; prompts with several sequences lie one after the other.
+
+        Raises:
+            SteerfastError: the call names stacks for another number of sequences.
+        """
+        stacks = self.current
+        if len(stacks) > 1 and (count % len(stacks) or (prompts or len(stacks)) != len(stacks)):
+            raise SteerfastError(f"steering: expected {prompts or count} entries, one per sequence, got {len(stacks)}")
+        names = ["+".join(self.slots.name(entry.slot) for entry in stack) or "-" for stack in stacks]
+        plan: Plan = self._plans.get((stacks, count, *names), lambda: self._make_plan(stacks, count, names))
+        return plan
+
+    def _make_plan(self, stacks: Assignment, count: int, names: list[str]) -> Plan:
+        repeats = count // len(stacks)
+        each = tuple(stack for stack in stacks for _ in range(repeats))
+        profiles = tuple(tuple(self.slots.at(entry.slot) for entry in stack) for stack in each)
+        all_profiles = {id(profile): profile for of_one in profiles for profile in of_one}.values()
+        ahead = tuple(any(profile.second_pass for profile in of_one) for of_one in profiles)
+        return Plan(
+            stacks=each,
+            profiles=profiles,
+            reach=Reach.of(all_profiles),
+            owner=names[0] if len(set(names)) == 1 else "|".join(names),
+            by_token=any(profile.gate.kind == "token" for profile in all_profiles),
+            ahead=ahead if any(ahead) else (),
+        )
+
+
+def _labelled(label: str, entry: Any) -> dict[str, Any]:
+    """Return the profiles of an entry of `steering` by the argument that names each."""
+    if not isinstance(entry, (list, tuple)):
+        return {label: entry}
+    if not 1 <= len(entry) <= MAX_STACK:
+        raise SteerfastError(f"{label}: expected a stack of 1 to {MAX_STACK} profiles, got {len(entry)}")
+    for k, profile in enumerate(entry):
+        if not isinstance(profile, SteeringProfile):
+            raise SteerfastError(f"{label}[{k}]: expected a profile, got {type(profile).__name__}")
+    return {f"{label}[{k}]": profile for k, profile in enumerate(entry)}
+
+
+def finite(name: str, strength: float) -> float:
+    """Return the number, or raise SteerfastError where it is not finite."""
+    if not math.isfinite(strength):
+        raise SteerfastError(f"{name}: expected a finite number, got {strength}")
+    return float(strength)
