@@ -1,17 +1,17 @@
-"""The steering that a request asks for, and the assignment that workers read."""
+"""The steering that a request asks for, and how workers read it."""
 
 from __future__ import annotations
 
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from steerfast.runtime.span import EditSpan
+from steerfast.runtime.span import EditSpan, Entry, Stack
 from steerfast.vllm.config import KEY, OFF, ServingConfig, split_names
 
-__all__ = ["STEERING", "STRENGTH", "Assignment", "requested"]
+__all__ = ["STEERING", "STRENGTH", "requested", "stack_from_extra", "stack_to_extra"]
 
 STEERING = "steering"
 STRENGTH = "steering_strength"
@@ -22,26 +22,14 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """The profiles that steer a request: all that workers know of it, one entry per profile of the stack.
+def stack_to_extra(stack: Stack) -> list[dict[str, Any]]:
+    """Return the profiles on a request as plain data, for ``SamplingParams.extra_args[KEY]``."""
+    return [asdict(entry) for entry in stack]
 
-    slots: of the bank. strengths: multiply the slots' own. spans: the rows that each edits and reads.
-    """
 
-    slots: tuple[int, ...] = ()
-    strengths: tuple[float, ...] = ()
-    spans: tuple[EditSpan, ...] = ()
-
-    def as_extra(self) -> dict[str, Any]:
-        """Return plain data, for ``SamplingParams.extra_args[KEY]``."""
-        return {"slots": [*self.slots], "strengths": [*self.strengths], "spans": [asdict(span) for span in self.spans]}
-
-    @classmethod
-    def from_extra(cls, extra: Mapping[str, Any]) -> Assignment:
-        """Read what `as_extra` returned."""
-        spans = tuple(EditSpan(**span) for span in extra["spans"])
-        return cls(tuple(extra["slots"]), tuple(extra["strengths"]), spans)
+def stack_from_extra(extra: Iterable[Mapping[str, Any]]) -> Stack:
+    """Read the data that `stack_to_extra` returned."""
+    return tuple(Entry(entry["slot"], entry["strength"], EditSpan(**entry["span"])) for entry in extra)
 
 
 def requested(extra_args: object, config: ServingConfig, names: Iterable[str]) -> list[tuple[str, float]]:

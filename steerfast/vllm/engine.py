@@ -25,9 +25,9 @@ from typing import Any
 
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.tables import NO_END
+from steerfast.runtime.span import NO_END, Entry, Stack
 from steerfast.vllm import compat
-from steerfast.vllm.assignment import Assignment, requested
+from steerfast.vllm.assignment import requested, stack_to_extra
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import KEY, ServingConfig, check_name, identity_of, split_names, splits_prompts
 from steerfast.vllm.registry import Registry, Version
@@ -59,7 +59,7 @@ class HeldProfiles:
 
     def unread_rows(self, prompt: int) -> int:
         """Return how many rows of a prompt of so many rows come before the first that is read or edited."""
-        return max(0, prompt - max(1, *(version.span.mean for version in self.versions)))
+        return max(0, prompt - max(1, *(version.span.mean_rows for version in self.versions)))
 
 
 class EngineSteering:
@@ -102,33 +102,34 @@ class EngineSteering:
         params = request.sampling_params
         if params is None:
             return ()
-        stack = requested(params.extra_args, self.config, self.registry.names)
-        if not stack:
+        asked = requested(params.extra_args, self.config, self.registry.names)
+        if not asked:
             return ()
         if request.resumable:
             raise ValueError("resumable: expected a request whose prompt is complete, got a session that is steered")
-        versions = self.registry.hold(*(name for name, _ in stack))
+        versions = self.registry.hold(*(name for name, _ in asked))
         whole = [each.name for each in versions if not (each.span.after_prompt or each.span.open)]
         if request.mm_features and whole:
             self.registry.release(*versions)
             raise ValueError(
                 f"steering: expected a prompt of text under profile {whole[0]!r}, which edits whole prompts, got more"
             )
-        strengths = tuple(strength for _, strength in stack)
-        slots, spans = zip(*((version.slot, version.span) for version in versions), strict=True)
+        stack = tuple(
+            Entry(version.slot, strength, version.span) for version, (_, strength) in zip(versions, asked, strict=True)
+        )
         request.sampling_params = copy(params)  # siblings of a request with n > 1 share theirs
-        extra = Assignment(slots, strengths, spans).as_extra()
-        request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: extra}
-        if not all(span.after_prompt for span in spans):
-            request.cache_salt = self._salt(request, versions, strengths)
+        request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: stack_to_extra(stack)}
+        if not all(entry.span.after_prompt for entry in stack):
+            request.cache_salt = self._salt(request, versions, stack)
         return versions
 
-    def _salt(self, request: Any, versions: Sequence[Version], strengths: Sequence[float]) -> str:
+    def _salt(self, request: Any, versions: Sequence[Version], stack: Stack) -> str:
         """Return the salt of a request whose prompt is edited: requests share blocks that are edited alike."""
         # A row must be edited alike in a prompt and in an answer: by all profiles, or the request shares no blocks.
-        spans = [version.span for version in versions]
+        spans = [entry.span for entry in stack]
         shared = all(span.open and not span.after_prompt and span.answer_rows == NO_END for span in spans)
-        edits = (f"{version.checksum}:{strength!r}" for version, strength in zip(versions, strengths, strict=True))
+        pairs = zip(versions, stack, strict=True)
+        edits = (f"{version.checksum}:{entry.strength!r}" for version, entry in pairs)
         alike = ":".join(edits) if shared else request.request_id
         return f"{KEY}:{self._secret}:{alike}:{request.cache_salt or ''}"
 

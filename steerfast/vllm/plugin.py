@@ -13,9 +13,9 @@ def register() -> None:
     Raises:
         AttributeError: this vLLM differs from what steerfast expects; it then does not start.
     """
-    from steerfast.vllm import compat, config, engine, frontend, worker
+    from steerfast.vllm import compat, config, engine, frontend, runners
 
     compat.check_version()
     compat.check()
-    for part in (config, worker, engine, frontend):
+    for part in (config, runners, engine, frontend):
         part.install()

@@ -6,7 +6,7 @@ import decimal
 import fractions
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steerfast.runtime.span import EditSpan
-from steerfast.vllm.assignment import Assignment, requested
+from steerfast.runtime.span import EditSpan, Entry
+from steerfast.vllm.assignment import requested, stack_from_extra, stack_to_extra
 from steerfast.vllm.config import ServingConfig
 
 NAMES = ["safety", "tone", "0.1-β".replace("β", "b")]
@@ -40,7 +40,8 @@ NOT_NAMES: list[Any] = [
     *("s" * 100_000, "safety" * 1000),
 ]
 NOT_STRENGTHS: list[Any] = [
-    *(None, True, False, "", "nan", "1,", ",1", "1, 1", "+1", "-1", "1_0", "1e0", "\uff11", "0x1", "inf", "11", b"1", [1.0], [], {}, {"a": 1}, 1j, object()),
+    *(None, True, False, "", "nan", b"1", [1.0], [], {}, {"a": 1}, 1j, object()),
+    *("1,", ",1", "1, 1", "+1", "-1", "1_0", "1e0", "\uff11", "0x1", "inf", "11", " 1", "1 "),
     *(math.nan, -math.nan, math.inf, -math.inf, -0.1, -1, -5e-324, 10.000001, 11, 1e308, -1e308),
     *(2**64, -(2**64), 10**400, 10**5000),
     *(np.float32(1), np.int64(1), np.bool_(True), np.array(1.0), np.array([1.0, 2.0]), torch.tensor(1.0)),
@@ -215,13 +216,18 @@ def test_the_default_may_be_a_stack() -> None:
             requested({"steering": other}, locked, NAMES)
 
 
-def test_an_assignment_is_plain_data() -> None:
-    spans = EditSpan(True, False), EditSpan(False, True, 24, 128)
-    assignment = Assignment((3, 1), (0.5, 2.0), spans)
-    extra = json.loads(json.dumps(assignment.as_extra()))
-    assert (extra["slots"], extra["strengths"]) == ([3, 1], [0.5, 2.0])
-    assert [EditSpan(**span) for span in extra["spans"]] == [*spans]
-    assert Assignment.from_extra(extra) == assignment
+def test_workers_read_plain_data() -> None:
+    stack = (Entry(3, 0.5, EditSpan(True, False)), Entry(1, 2.0, EditSpan(False, True, 24, 128)))
+    extra = json.loads(json.dumps(stack_to_extra(stack)))
+    assert extra == [
+        {"slot": 3, "strength": 0.5, "span": asdict(EditSpan())},
+        {
+            "slot": 1,
+            "strength": 2.0,
+            "span": {"after_prompt": False, "open": True, "answer_rows": 24, "mean_rows": 128},
+        },
+    ]
+    assert stack_from_extra(extra) == stack
 
 
 def _harmless(message: str) -> bool:

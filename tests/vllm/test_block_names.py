@@ -36,7 +36,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 
 from steerfast.profile import Gate
-from steerfast.vllm.assignment import Assignment
+from steerfast.runtime.span import Entry, Stack
+from steerfast.vllm.assignment import stack_from_extra
 
 BLOCK = 4
 WINDOW = 6  # no whole blocks
@@ -52,14 +53,14 @@ def decide(slot: int, prompt: tuple[int, ...]) -> bool:
     return hash((slot, *prompt, 7)) % 2 == 0
 
 
-def chain(tokens: list[int], prompt: int, stack: Assignment, fired: Sequence[bool]) -> list[int]:
+def chain(tokens: list[int], prompt: int, stack: Stack, fired: Sequence[bool]) -> list[int]:
     """Keys and values of all rows of one request, computed afresh."""
     rows, before = [], 0
     for number, token in enumerate(tokens):
         edits = [
-            (slot, strength)
-            for slot, strength, span, opened in zip(stack.slots, stack.strengths, stack.spans, fired, strict=True)
-            if opened and (number >= prompt - 1 or not span.after_prompt)
+            (entry.slot, entry.strength)
+            for entry, opened in zip(stack, fired, strict=True)
+            if opened and (number >= prompt - 1 or not entry.span.after_prompt)
         ]
         before = hash((before, token, *edits))
         rows.append(before)
@@ -73,7 +74,7 @@ class Served:
     tokens: list[int]
     prompt: int
     blocks: list[int]
-    stack: Assignment
+    stack: Stack
     fired: list[bool] | None = None
     reported: bool = False
     counted: int = 0  # rows of its prompt up to which it has been in steps
@@ -112,7 +113,7 @@ class Workers:
         past = {}
         for new in scheduled.scheduled_new_reqs:
             extra = (new.sampling_params.extra_args or {}).get("steerfast")
-            stack = Assignment() if extra is None else Assignment.from_extra(extra)
+            stack = () if extra is None else stack_from_extra(extra)
             prompt = list(new.prompt_token_ids)
             self.requests[new.req_id] = Served(prompt, len(prompt), list(new.block_ids[0]), stack)
             past[new.req_id] = new.num_computed_tokens
@@ -138,21 +139,21 @@ class Workers:
 
     def _rows(self, request: Served, past: int, count: int) -> tuple[list[int], Any]:
         decision, stack, last = None, request.stack, request.prompt - 1
-        if means := [span.mean for span in stack.spans if span.mean and request.fired is None]:
+        if means := [entry.span.mean_rows for entry in stack if entry.span.mean_rows and request.fired is None]:
             known = max(request.counted, request.prompt - max(means))
             assert past <= known, "rows whose mean is read came from a cache"
         request.counted = max(request.counted, min(past + count, request.prompt))
-        if stack.slots and past <= last < past + count and not request.reported:
+        if stack and past <= last < past + count and not request.reported:
             request.fired, request.reported = fired_of(stack, request.tokens[: request.prompt], self.decide), True
             decision = [
-                ([], []) if span.open else ([float(fired)], [0.25])
-                for span, fired in zip(stack.spans, request.fired, strict=True)
+                ([], []) if entry.span.open else ([float(fired)], [0.25])
+                for entry, fired in zip(stack, request.fired, strict=True)
             ]
         assert past + count <= len(request.tokens), "a token that nobody sampled"
-        fired = request.fired or [span.open for span in stack.spans]
+        fired = request.fired or [entry.span.open for entry in stack]
         rows = chain(request.tokens, request.prompt, stack, fired)
         if past:
-            assert not stack.slots or past <= last or request.fired is not None, "the deciding row came from a cache"
+            assert not stack or past <= last or request.fired is not None, "the deciding row came from a cache"
             at = request.blocks[(past - 1) // BLOCK], (past - 1) % BLOCK
             assert self.memory[at] == rows[past - 1], "what the cache holds is not what this request would compute"
         for number in range(past, past + count):
@@ -163,9 +164,9 @@ class Workers:
         return request.tokens[-1:], decision
 
 
-def fired_of(stack: Assignment, prompt: list[int], decide: Decide) -> list[bool]:
+def fired_of(stack: Stack, prompt: list[int], decide: Decide) -> list[bool]:
     """Whether each profile edits."""
-    return [span.open or decide(slot, tuple(prompt)) for slot, span in zip(stack.slots, stack.spans, strict=True)]
+    return [entry.span.open or decide(entry.slot, tuple(prompt)) for entry in stack]
 
 
 def _sampled(row: int) -> int:
@@ -318,7 +319,7 @@ def make(checkpoint: Path, saved: Any) -> Iterator[Callable[..., Engine]]:
         yield engine
 
 
-def truth(asked: Asked, stack: Assignment, decide: Decide = decide) -> tuple[list[int], list[bool]]:
+def truth(asked: Asked, stack: Stack, decide: Decide = decide) -> tuple[list[int], list[bool]]:
     """The answer, and which gates opened, with nothing cached."""
     tokens, prompt = list(asked.prompt), len(asked.prompt)
     fired = fired_of(stack, tokens, decide)
@@ -330,8 +331,7 @@ def truth(asked: Asked, stack: Assignment, decide: Decide = decide) -> tuple[lis
 def expected(engine: Engine, asked: Asked, decide: Decide = decide) -> tuple[list[int], list[bool]]:
     names = [] if asked.profile in (None, "off") else asked.profile.split(",")
     versions = [engine.steering.registry.current(name) for name in names]
-    slots, spans = [version.slot for version in versions], [version.span for version in versions]
-    return truth(asked, Assignment(tuple(slots), (asked.strength,) * len(slots), tuple(spans)), decide)
+    return truth(asked, tuple(Entry(each.slot, asked.strength, each.span) for each in versions), decide)
 
 
 def check_answers(engine: Engine, decide: Decide = decide) -> None:
@@ -627,7 +627,7 @@ def test_siblings_share_parameters_that_nobody_writes_to(make: Any, ahead: bool)
     for number in range(3):
         request = EngineCoreRequest(f"{number}_x", [0, 1, 1, 0], None, shared, None, 0.0, None, None, None)
         made, wave = engine.core.preprocess_add_request(request)
-        assert made.sampling_params.extra_args["steerfast"]["strengths"] == [2.0]
+        assert made.sampling_params.extra_args["steerfast"][0]["strength"] == 2.0
         engine.core.add_request(made, wave)
         engine.asked[f"{number}_x"] = Asked([0, 1, 1, 0], "gate", 2.0, 4)
     assert shared.extra_args == {"steering": "gate", "steering_strength": 2.0}
@@ -651,7 +651,7 @@ def test_engines_that_nobody_configured_are_as_they_were(checkpoint: Path, monke
     assert request.steerfast is None
     assert len(request.block_hashes) == 3
     engine.finish()
-    assert asked.answer == truth(asked, Assignment())[0]
+    assert asked.answer == truth(asked, ())[0]
     assert asked.reports == []
     with pytest.raises(ValueError, match=r"^engine: expected one that steers"):
         engine.core.steerfast_profiles()
