@@ -27,17 +27,21 @@ from steerfast.kernels.add_steer_rms_norm import add_scaled_torch, add_steer_rms
 from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Operands
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 
-__all__ = ["Seam", "Settled", "is_fused", "is_patched", "patch", "settle", "steer_layer", "unpatch"]
+__all__ = ["CompiledEdit", "Seam", "is_fused", "is_patched", "patch", "set_compiled_edit", "steer_layer", "unpatch"]
 
 Steer = Callable[[int, Tensor, Tensor], Operands | None]
 """(layer, x, residual) -> what is edited, None: nothing. x, residual: [N, T, H]; the residual stream is their sum."""
 
 
-class Settled(NamedTuple):
-    """What a compiled model adds in a step that decides nothing, where all edits are latched additions.
+class CompiledEdit(NamedTuple):
+    """Say what a compiled model adds in a step in which no gate decides and all edits are latched additions.
 
-    rows: as the ops take them. scales: float32 [layers, rows, K], by which each row's slots multiply their vectors.
-    vectors: [layers, slots, H]. All three lie where they lay before: a CUDA graph reads them there, and copies nothing.
+    All three tensors stay where they are: a CUDA graph reads them there, and copies nothing.
+
+    Attributes:
+        rows: int32 [rows, 1 + K], as the ops take them.
+        scales: float32 [layers, rows, K], by which the slots of each row multiply their vectors.
+        vectors: [layers, slots, H].
     """
 
     rows: Tensor
@@ -45,17 +49,17 @@ class Settled(NamedTuple):
     vectors: Tensor
 
 
-_settled: Settled | None = None
+_compiled_edit: CompiledEdit | None = None
 
 
-def settle(settled: Settled | None) -> None:
-    """What the layers of a model that is being traced add from here on; None: their seams say.
+def set_compiled_edit(edit: CompiledEdit | None) -> None:
+    """Set what the layers of a model that is being traced add from here on; None: their seams say.
 
-    A variable that the trace itself has set needs no guard where it is read. What a seam holds would be guarded in each
-    layer, before every step: 190 us of 42 ms with 30 layers, whose guards are in no cache any more by then.
+    A variable that the trace itself has set needs no guard where it is read. A seam's attribute would be guarded in
+    each layer, before every step: 190 us of 42 ms with 30 layers.
     """
-    global _settled
-    _settled = settled
+    global _compiled_edit
+    _compiled_edit = edit
 
 
 class Seam:
@@ -235,9 +239,9 @@ def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
             x = getattr(self, family.after_mlp)(x)
         if traced and not steered:
             return stream + x
-        if traced and (settled := _settled) is not None and settled.rows.device == x.device:
+        if traced and (edit := _compiled_edit) is not None and edit.rows.device == x.device:
             layer = self.self_attn.layer_idx  # which the attention has guarded
-            return add_scaled_torch(x, stream, settled.rows, settled.scales[layer], settled.vectors[layer])
+            return add_scaled_torch(x, stream, edit.rows, edit.scales[layer], edit.vectors[layer])
         if not traced and self._forward_hooks and _change_unseen():
             fuse = False
         return self.steerfast_outer.add(x, stream, fuse)

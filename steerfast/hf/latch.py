@@ -14,53 +14,75 @@ from typing import Any
 
 from torch import Tensor
 
+from steerfast.runtime.step import Decisions
 
-@dataclass
-class Latch:
-    """Decisions of one steering for the sequences of one cache.
 
-    owner: which steering decided (another one's decisions mean nothing to it).
-    values: float32 [gates, N], the gate values g. scores: float32 [gates, N], what they were decided from.
-    prompt: tokens of the cache before the answer.
-    tokens: how many the cache held when the latch was attached. counter: the tensor in which a static cache counts
-    them, and its version then: as long as that is the same, so is the count.
+@dataclass(eq=False)
+class Latch(Decisions):
+    """Decisions of one steering for the N sequences of one cache, with K profiles each.
+
+    Attributes:
+        owner: which steering decided; decisions of another steering do not count.
+        stack: K.
+        prompt: tokens of the cache before the answer.
+        tokens: how many tokens the cache held when the latch was attached.
+        counter: the tensor in which a static cache counts them, and its version then. While the version stays, so does
+            the count.
     """
 
-    owner: str
-    values: Tensor
-    scores: Tensor
+    owner: str = ""
+    stack: int = 1
     prompt: int = 0
     tokens: int = 0
     counter: tuple[Tensor, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied tensor counts its versions anew."""
+        """Drop the counter: a copied tensor counts its versions anew."""
         return {**vars(self), "counter": None}
 
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return self.values.shape[1] // self.stack
+
     def copy(self) -> Latch:
-        return Latch(self.owner, self.values.clone(), self.scores.clone(), self.prompt)
+        """Return decisions with memory of their own."""
+        return Latch(self.values.clone(), self.scores.clone(), None, self.owner, self.stack, self.prompt)
+
+    def by_sequence(self, tensor: Tensor) -> Tensor:
+        """Return a tensor [layers, N·K] as [layers, N, K]."""
+        return tensor.unflatten(1, (-1, self.stack))
 
     def select(self, index: Tensor) -> None:
-        self.values = self.values.index_select(1, index.to(self.values.device))
-        self.scores = self.scores.index_select(1, index.to(self.scores.device))
+        """Keep the sequences of an index, int64 [n], in its order."""
+        for name in ("values", "scores"):
+            tensor = self.by_sequence(getattr(self, name))
+            setattr(self, name, tensor.index_select(1, index.to(tensor.device)).flatten(1))
 
     def repeat(self, repeats: int) -> None:
-        self.values = self.values.repeat_interleave(repeats, dim=1)
-        self.scores = self.scores.repeat_interleave(repeats, dim=1)
+        """Repeat each sequence."""
+        for name in ("values", "scores"):
+            tensor = self.by_sequence(getattr(self, name))
+            setattr(self, name, tensor.repeat_interleave(repeats, dim=1).flatten(1))
+
+
+def attached(cache: Any) -> Latch | None:
+    """Return the latch on `cache`, or None."""
+    return getattr(cache, "steerfast_latch", None)
 
 
 def read(cache: Any, owner: str) -> Latch | None:
-    """The latch that `owner` left on `cache`, if any."""
-    latch = getattr(cache, "steerfast_latch", None)
+    """Return the latch that `owner` left on `cache`, or None."""
+    latch = attached(cache)
     return latch if latch is not None and latch.owner == owner else None
 
 
 def length(cache: Any) -> int:
-    """Tokens that `cache` holds. Static caches count on the device: that is not asked again where nothing changed."""
+    """Return how many tokens `cache` holds. Static caches count on the device; an unchanged count is not read again."""
     if not hasattr(cache, "get_seq_length"):
         return 0
     count = cache.get_seq_length()
-    latch: Latch | None = getattr(cache, "steerfast_latch", None)
+    latch = attached(cache)
     if isinstance(count, Tensor) and latch is not None and latch.counter is not None:
         counter, version = latch.counter
         if counter is count and counter._version == version:
@@ -69,9 +91,9 @@ def length(cache: Any) -> int:
 
 
 def attach(cache: Any, latch: Latch, tokens: int) -> None:
-    """Make `latch` part of `cache`, which holds so many tokens."""
+    """Make `latch` part of `cache`, which holds `tokens` tokens."""
     latch.tokens = tokens
-    if getattr(cache, "steerfast_latch", None) is latch:
+    if attached(cache) is latch:
         if latch.counter is not None:
             latch.counter = latch.counter[0], latch.counter[0]._version
         return
@@ -86,10 +108,10 @@ def attach(cache: Any, latch: Latch, tokens: int) -> None:
 
 @functools.cache
 def _latching(base: Any) -> Any:
-    """`base`, a cache class, with decisions that move along; the same class every time.
+    """Return `base`, a cache class, with decisions that move along; the same class every time.
 
-    It has itself all that `base` has found in its own: a compiler would guard, before each step, that no class has it
-    before the one where it was found.
+    The new class holds all attributes of `base` itself. Otherwise a compiler would guard, before each step, that no
+    class before `base` has them.
     """
 
     def reorder_cache(self: Any, beam_idx: Tensor) -> Any:

@@ -11,25 +11,23 @@ import copy
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from steerfast.errors import SteerfastError
 from steerfast.hf.latch import Latch
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.roster import Request, Requests, reach
-from steerfast.runtime.tables import UNSTEERED, Rows
+from steerfast.runtime.bank import Reach
+from steerfast.runtime.batch import INHERIT, BatchRoster
+from steerfast.runtime.roster import Request, Roster
+from steerfast.runtime.span import slots_of
 
-if TYPE_CHECKING:
-    from steerfast.hf.steering import Steering
-
-__all__ = ["INHERIT", "PackedSteps", "forget_manager", "is_paged", "steered_manager", "steps_of"]
-
-INHERIT: Any = object()
-"""For an argument whose None means something: it was not given."""
+__all__ = ["PackedRuns", "PackedSteps", "forget_manager", "is_paged", "steered_manager"]
 
 _ADDING = threading.Lock()
 """Held while requests take slots, until these are known to be held."""
@@ -38,50 +36,84 @@ _CHILD = "__child#"  # what transformers puts between a request's name and the n
 
 
 class PackedSteps:
-    """The requests of one paged cache.
+    """Keep the requests of one paged cache.
 
     Attributes:
+        roster: who steers them.
         deciding: whether gates are launched in the current step.
-        reach: what the steering could do when graphs were captured.
+        reach: where profiles acted when graphs were captured.
     """
 
-    def __init__(self, steering: Steering, requests: Requests, deciding: bool) -> None:
-        self.steering = steering
-        self.requests = requests
-        self.latch = Latch("", requests.values, requests.scores)
+    def __init__(self, runs: PackedRuns, roster: Roster, deciding: bool) -> None:
+        self.runs = runs
+        self.roster = roster
         self.deciding = deciding
-        self.reach: Any = steering.reach
-        self._rows: dict[int, Rows] = {}
+        self.reach: Reach = runs.roster.slots.reach
 
-    def rows(self, width: int) -> Rows:
-        """Tables of a step of `width` rows, padding included."""
-        if width not in self._rows:
-            tables = self.requests.tables
-            self._rows[width] = Rows(
-                tables.rows[:width], tables.deciding, tables.slot, tables.member[:width], tables.total
-            )
-        return self._rows[width]
+    @property
+    def latch(self) -> Latch:
+        """The decisions of all columns."""
+        return Latch(self.roster.values, self.roster.scores, self.roster.sums, "", self.roster.stack)
+
+    def decision(self, name: str, stack: int) -> Tensor:
+        """Return values and scores of a request, float32 [2, layers, stack]; of an unknown request, shut gates."""
+        layers = len(self.roster.values)
+        closed = torch.tensor([[[0.0]], [[float("-inf")]]], device="cpu").repeat(1, layers, stack)
+        decided = self.roster.decision(name)
+        if decided is not None:
+            decided = decided.unsqueeze(2) if decided.dim() == 2 else decided
+            width = min(stack, decided.shape[2])
+            closed[..., :width] = decided[..., :width]
+        return closed
+
+
+class PackedRuns:
+    """Keep the managers of continuous batching of one steered model.
+
+    Attributes:
+        managers: whose requests are steered.
+        steps: of the manager that made the last step. last_requests: names of requests that were added together.
+        attached: the model is steered.
+    """
+
+    def __init__(self, model: Any, roster: BatchRoster) -> None:
+        self.model = model
+        self.roster = roster
+        self.managers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.steps: PackedSteps | None = None
+        self.last_requests: list[Any] = []
+        self.attached = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave managers out: they and their threads stay with the original."""
+        return {name: value for name, value in vars(self).items() if name not in ("managers", "steps")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, managers=weakref.WeakSet(), steps=None)
+
+    def held(self) -> set[int]:
+        """Return the slots of requests that have not ended."""
+        return set().union(*(manager.steerfast_slots for manager in self.managers))
+
+    def steps_of(self, cache: Any) -> PackedSteps:
+        """Return the requests of a paged cache.
+
+        Raises:
+            SteerfastError: its manager was made without this steering.
+        """
+        steps = getattr(cache, "steerfast_steps", None)
+        if steps is None or steps.runs is not self:
+            raise SteerfastError("cache: expected one of a manager that was made while this steering is attached")
+        return steps
 
 
 def is_paged(cache: Any) -> bool:
-    """Whether a forward pass was given the blocks of continuous batching, and not a cache of its own sequences."""
+    """Return whether a forward pass was given the blocks of continuous batching, not a cache of its own sequences."""
     return cache is not None and not hasattr(cache, "get_seq_length")
 
 
-def steps_of(cache: Any, steering: Steering) -> PackedSteps:
-    """What `steering` keeps for a paged cache.
-
-    Raises:
-        SteerfastError: nothing, because its manager was made without this steering.
-    """
-    steps = getattr(cache, "steerfast_steps", None)
-    if steps is None or steps.steering is not steering:
-        raise SteerfastError("cache: expected one of a manager that was made while this steering is attached")
-    return steps
-
-
-def steered_manager(steering: Steering, make: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """`model.init_continuous_batching`: a manager whose requests are steered.
+def steered_manager(runs: PackedRuns, make: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Return what `model.init_continuous_batching` makes: a manager whose requests are steered.
 
     Requests do not share cache blocks: those of the same tokens differ where a profile edited some.
 
@@ -90,8 +122,8 @@ def steered_manager(steering: Steering, make: Callable[..., Any], /, *args: Any,
     """
     from transformers import ContinuousBatchingConfig
 
-    cached = _persistent(steering.model)
-    if cached is not None and getattr(cached, "steerfast_steering", None) is not steering:
+    cached = _persistent(runs.model)
+    if cached is not None and getattr(cached, "steerfast_runs", None) is not runs:
         raise SteerfastError(
             "model: its persistent manager was made without this steering; call "
             "destroy_cached_continuous_batching_manager() first"
@@ -99,7 +131,7 @@ def steered_manager(steering: Steering, make: Callable[..., Any], /, *args: Any,
     bound = inspect.signature(make).bind(*args, **kwargs)
     given = bound.arguments.get("continuous_batching_config")
     if given is None:
-        generation = bound.arguments.get("generation_config") or getattr(steering.model, "generation_config", None)
+        generation = bound.arguments.get("generation_config") or getattr(runs.model, "generation_config", None)
         given = getattr(generation, "continuous_batching_config", None) or ContinuousBatchingConfig()
     config = copy.copy(given)
     config.allow_block_sharing = False
@@ -107,17 +139,17 @@ def steered_manager(steering: Steering, make: Callable[..., Any], /, *args: Any,
     manager = make(*bound.args, **bound.kwargs)
     if manager is not cached:
         manager.__class__ = _steered(type(manager))  # type: ignore[arg-type]
-        manager.steerfast_steering = steering
+        manager.steerfast_runs = runs
         manager.steerfast_given = {}
-        steering.managers.add(manager)
+        runs.managers.add(manager)
     return manager
 
 
-def forget_manager(steering: Steering) -> None:
-    """Destroy the model's persistent manager if its requests are steered by `steering` and none is running."""
-    model: Any = steering.model
+def forget_manager(runs: PackedRuns) -> None:
+    """Destroy the model's persistent manager if its requests are steered by `runs` and none is running."""
+    model = runs.model
     cached = _persistent(model)
-    if cached in steering.managers and not cached.is_running():
+    if cached in runs.managers and not cached.is_running():
         model.destroy_cached_continuous_batching_manager()
 
 
@@ -126,7 +158,7 @@ def _persistent(model: Any) -> Any:
 
 
 class _SteeredManager:
-    steerfast_steering: Steering
+    steerfast_runs: PackedRuns
     steerfast_given: dict[str, Request]  # requests that have not been in a step, and answers that will fork from some
 
     def add_request(
@@ -134,11 +166,11 @@ class _SteeredManager:
         input_ids: list[int],
         request_id: str | None = None,
         *args: Any,
-        steering: SteeringProfile | None = INHERIT,
-        steering_strength: float | None = None,
+        steering: SteeringProfile | Sequence[SteeringProfile] | None = INHERIT,
+        steering_strength: float | Sequence[float] | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """Add a request, steered by `steering` and `steering_strength`; all else as for the stock manager.
+        """Add a request as the stock manager does, steered by `steering` (a profile, a stack or None).
 
         Their default: what `Steering.assigned` says, or the model's own.
 
@@ -146,7 +178,10 @@ class _SteeredManager:
             ProfileError, SteerfastError: as `Steering.assigned`; a profile that packed steps cannot hold, a request of
                 the same name that is not over, or the steering was detached.
         """
-        return self._add([input_ids], request_id, steering, steering_strength, *args, **kwargs)[0]
+        stack, strengths = (
+            [given] if isinstance(given, (list, tuple)) else given for given in (steering, steering_strength)
+        )
+        return self._add([input_ids], request_id, stack, strengths, *args, **kwargs)[0]
 
     def add_requests(
         self,
@@ -158,28 +193,28 @@ class _SteeredManager:
     ) -> list[str | None]:
         """Add requests, all steered alike or each by a profile and strength of its own; errors as `add_request`."""
         names = self._add(inputs, None, steering, steering_strength, *args, **kwargs)
-        self.steerfast_steering.last_requests = names
+        self.steerfast_runs.last_requests = names
         return names
 
     def _add(
         self, inputs: Sequence[list[int]], name: str | None, steering: Any, strength: Any, *args: Any, **kwargs: Any
     ) -> list[str | None]:
         own: Any = self
-        handle = self.steerfast_steering
+        runs = self.steerfast_runs
         names = []
         self._refuse_detached()
         with _ADDING:
-            given = handle.of_requests(len(inputs), steering, strength)
-            if own.distributed_helper.tp_size > 1 and {*given} - {handle.own}:
+            given = runs.roster.of_requests(len(inputs), steering, strength)
+            if own.distributed_helper.tp_size > 1 and {*given} - {runs.roster.own}:
                 raise SteerfastError("steering: expected the model's own with tensor parallelism, got another")
-            for ids, (slot, factor) in zip(inputs, given, strict=True):
+            for ids, stack in zip(inputs, given, strict=True):
                 if (request_id := name) is None:
                     with own._request_lock:
                         request_id = f"req_{own._request_counter}"
                         own._request_counter += 1
                 answers = [request_id, *(f"{request_id}{_CHILD}{i}" for i in range(own.num_return_sequences - 1))]
                 self._refuse_running(answers)
-                self.steerfast_given.update((answer, self._request(slot, factor, len(ids))) for answer in answers)
+                self.steerfast_given.update((answer, Request(stack, len(ids))) for answer in answers)
                 added = None
                 try:
                     added = super().add_request(ids, request_id, *args, **kwargs)  # type: ignore[misc]
@@ -190,12 +225,8 @@ class _SteeredManager:
                 names.append(added)
         return names
 
-    def _request(self, slot: int, strength: float, prompt_length: int) -> Request:
-        profile = None if slot == UNSTEERED else self.steerfast_steering.profile_at(slot)
-        return Request(slot, strength, prompt_length, *reach(profile))
-
     def _refuse_detached(self) -> None:
-        if not self.steerfast_steering.attached:
+        if not self.steerfast_runs.attached:
             raise SteerfastError("manager: expected one whose steering is attached, got one that was detached")
 
     def _refuse_running(self, names: list[str]) -> None:
@@ -203,16 +234,16 @@ class _SteeredManager:
         if running := self._scheduled().union(self.steerfast_given).intersection(names):
             raise SteerfastError(f"request_id: expected one of no request that still runs, got {min(running)!r}")
         if (steps := self._steps()) is not None:
-            steps.requests.end(names)
+            steps.roster.end(names)
             for name in names:
-                steps.requests.forget(name)
+                steps.roster.forget(name)
 
     @property
     def steerfast_slots(self) -> set[int]:
         """Slots of requests that have not ended."""
         steps = self._steps()
-        given = {request.slot for request in list(self.steerfast_given.values())}
-        return given | (steps.requests.slots if steps else set())
+        given = slots_of(request.stack for request in list(self.steerfast_given.values()))
+        return given | (steps.roster.slots if steps else set())
 
     def _steps(self) -> PackedSteps | None:
         processor = getattr(self, "batch_processor", None)
@@ -229,11 +260,12 @@ class _SteeredManager:
         own: Any = self
         processor = super()._create_batch_processor()  # type: ignore[misc]
         if not hasattr(processor.cache, "steerfast_steps"):
-            bank = self.steerfast_steering.bank(own.model.device)
+            runs = self.steerfast_runs
+            bank = runs.roster.slots.bank(own.model.device)
             most = own.continuous_batching_config.max_requests_per_batch
-            requests = Requests(bank, processor.max_batch_tokens, most)
+            roster = Roster(bank, processor.max_batch_tokens, most)
             graphs = processor.model_runner.pad_inputs
-            processor.cache.steerfast_steps = PackedSteps(self.steerfast_steering, requests, deciding=graphs)
+            processor.cache.steerfast_steps = PackedSteps(runs, roster, deciding=graphs)
         return processor
 
     def _run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
@@ -242,42 +274,52 @@ class _SteeredManager:
         finally:
             self.steerfast_given.clear()
             if (steps := self._steps()) is not None:
-                steps.requests.end(steps.requests.names)
+                steps.roster.end(steps.roster.names)
 
     def _generation_step(self) -> None:
         own: Any = self
-        steering, processor, steps = self.steerfast_steering, own.batch_processor, self._steps()
+        runs, processor, steps = self.steerfast_runs, own.batch_processor, self._steps()
         assert steps is not None
         self._refuse_detached()
-        steering.packed = steps
-        io, requests = processor.inputs_and_outputs, steps.requests
+        runs.steps = steps
+        io, roster = processor.inputs_and_outputs, steps.roster
         pairs = getattr(io, "io_pairs", None)
         batch = io if pairs is None else pairs[io.current_pair].host_io
         states = [(future.state, future.query_length) for future in batch.requests_in_batch]
         names = [state.request_id for state, _ in states]
         past = [state.position_offset - length for state, length in states]  # it counts this step's tokens already
         cached = dict(zip(names, past, strict=True))
+        widened = self._widen(roster)
         # Answers that forked begin now, while what their prompt's first answer has read is known.
         for state in [*(state for state, _ in states), *list(processor.scheduler.active_requests.values())]:
-            if state.request_id not in requests:
-                self._begin(requests, state, cached.get(state.request_id, state.position_offset))
-        self._forget_gone(requests, self._scheduled().union(names))
+            if state.request_id not in roster:
+                self._begin(roster, state, cached.get(state.request_id, state.position_offset))
+        self._forget_gone(roster, self._scheduled().union(names))
         with _on_stream(own.model.device, io.compute_stream):
-            deciding = requests.step(names, past, [length for _, length in states], batch.num_q_tokens)
+            deciding = roster.step(names, past, [length for _, length in states], batch.num_q_tokens)
         graphs = processor.model_runner.pad_inputs  # they hold the gates' launches always, or never
         steps.deciding = deciding or graphs
-        if graphs and steps.reach is not (reach := steering.reach):
-            steps.reach = reach
+        if graphs and (widened or steps.reach is not runs.roster.slots.reach):
+            steps.reach = runs.roster.slots.reach
             for one in [io] if pairs is None else [pair.device_io for pair in pairs]:
                 one.graphs = type(one.graphs)()
         super()._generation_step()  # type: ignore[misc]
         with _on_stream(own.model.device, io.compute_stream):
-            requests.launched()
+            roster.launched()
 
-    def _forget_gone(self, requests: Requests, alive: set[str]) -> None:
+    def _widen(self, roster: Roster) -> bool:
+        """Make room for the longest stack of the requests that begin; return whether addresses changed."""
+        stack = max((len(request.stack) for request in list(self.steerfast_given.values())), default=1)
+        stack = max(stack, len(self.steerfast_runs.roster.own))
+        if stack <= roster.stack:
+            return False
+        roster.widen(stack)
+        return True
+
+    def _forget_gone(self, roster: Roster, alive: set[str]) -> None:
         """End what is over, and drop what was cancelled before its first step."""
         own: Any = self
-        requests.end(requests.names - alive)
+        roster.end(roster.names - alive)
         if self.steerfast_given and _ADDING.acquire(blocking=False):  # else some may be on their way to the queue
             try:
                 alive = alive | {state.request_id for state in list(own.input_queue.queue)}
@@ -287,15 +329,15 @@ class _SteeredManager:
             finally:
                 _ADDING.release()
 
-    def _begin(self, requests: Requests, state: Any, cached: int) -> None:
-        """A request's first step. It stays in steerfast_given until it is among `requests`: its slot is held.
+    def _begin(self, roster: Roster, state: Any, cached: int) -> None:
+        """A request's first step. It stays in steerfast_given until it is in the roster: its slot is held.
 
         cached: rows that it has; of one that forked, copies.
         """
         name = state.request_id
         length = state._true_initial_tokens or len(state.initial_tokens)
-        given = self.steerfast_given.get(name) or self._request(*self.steerfast_steering.own, length)
-        requests.add(name, given, name.rpartition(_CHILD)[0] if cached else None)
+        given = self.steerfast_given.get(name) or Request(self.steerfast_runs.roster.own, length)
+        roster.add(name, given, name.rpartition(_CHILD)[0] if cached else None)
         self.steerfast_given.pop(name, None)
 
 

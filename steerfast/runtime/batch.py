@@ -85,10 +85,12 @@ class Plan:
 
     def select(self, chosen: Sequence[int]) -> Plan:
         """Return the plan of some of the sequences."""
-        stacks, profiles = (tuple(values[n] for n in chosen) for values in (self.stacks, self.profiles))
-        if (missing := self.width - max(map(len, stacks), default=0)) and self.width > 1:
-            stacks = ((*stacks[0], *[Entry()] * missing), *stacks[1:])  # so that K stays
-        return Plan(stacks, profiles, self.reach, self.owner, self.by_token, ())
+        stacks = [self.stacks[n] for n in chosen]
+        missing = self.width - max(map(len, stacks), default=0)
+        if stacks and missing and self.width > 1:
+            stacks[0] = (*stacks[0], *[Entry()] * missing)  # so that K stays
+        profiles = tuple(self.profiles[n] for n in chosen)
+        return Plan(tuple(stacks), profiles, self.reach, self.owner, self.by_token, ())
 
 
 class BatchRoster:
@@ -97,19 +99,19 @@ class BatchRoster:
     Args:
         slots: the profiles in use.
         strength: multiplies the profiles' strengths where a call names no strength.
-        attach: called when profiles came that act at layers without steering.
 
     Attributes:
-        own: the stack of calls that name no profile.
-        held: returns slots that requests of other engines need.
+        profile: the profile of calls that name none.
+        attach: called when profiles came, which may act at layers without steering.
+        held: returns slots that requests of continuous batching need.
     """
 
-    def __init__(self, slots: ProfileSlots, strength: float, attach: Callable[[], None]) -> None:
+    def __init__(self, slots: ProfileSlots, strength: float) -> None:
         self.slots = slots
         self.strength = finite("strength", strength)
         self.profile: SteeringProfile | None = None
         self.held: Callable[[], set[int]] = set
-        self._attach = attach
+        self.attach: Callable[[], object] = tuple
         self._contexts: list[Assignment] = []
         self._own: Stack = ()
         self._plans = Buffers()
@@ -121,7 +123,7 @@ class BatchRoster:
 
     def adopt(self, profile: SteeringProfile) -> None:
         """Make `profile` the one of calls that name none."""
-        ((self._own,),) = [self.assign(profile, None)]
+        (self._own,) = self.assign(profile, None)
         self.profile = profile
 
     @contextmanager
@@ -209,7 +211,7 @@ class BatchRoster:
     def _take(self, profiles: dict[str, SteeringProfile | None]) -> dict[str, int]:
         held = slots_of([self._own, *(stack for stacks in self._contexts for stack in stacks)]) | self.held()
         slots = self.slots.take(profiles, held)
-        self._attach()
+        self.attach()
         return slots
 
     def plan(self, count: int, prompts: int | None) -> Plan:

@@ -101,12 +101,24 @@ class Roster:
     """
 
     def __init__(self, bank: Bank, max_rows: int, max_requests: int, stack: int = 1) -> None:
-        device = bank.table.device
-        layers = bank.table.shape[0]
         self.bank = bank
+        self._allocate(max_rows, max_requests, stack)
+        self._requests: dict[str, Request] = {}
+        self._free = list(range(max_requests))
+        self._ended: dict[str, int] = {}  # columns of requests that ended
+        self._host: dict[str, Tensor] = {}  # values, scores and sums without a column, float64 [3, layers, K]
+        self._deciding: list[Request] = []  # those that decide in this step
+        self._counting: list[tuple[Request, int]] = []  # those whose means read rows of it, and how many then
+        self._was_deciding = False
+        self._launched = torch.cuda.Event() if bank.table.is_cuda else None
+        self._lock = threading.RLock()
+
+    def _allocate(self, max_rows: int, max_requests: int, stack: int) -> None:
+        device = self.bank.table.device
         self.tables = StepTables(max_rows, max_requests, stack, device)
+        self._steps: dict[tuple[int, bool], tuple[Reach, Step]] = {}
         with torch.inference_mode(False):  # so that they also serve a caller outside inference mode
-            shape = (layers, max_requests * stack)
+            shape = (len(self.bank.table), max_requests * stack)
             self.values = torch.zeros(shape, dtype=torch.float32, device=device)
             self.scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
             self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -115,16 +127,18 @@ class Roster:
                 torch.zeros(shape, dtype=torch.bool, device=device),
                 torch.zeros(shape, dtype=torch.bool, device=device),
             )
-        self._requests: dict[str, Request] = {}
-        self._free = list(range(max_requests))
-        self._ended: dict[str, int] = {}  # columns of requests that ended
-        self._host: dict[str, Tensor] = {}  # values, scores and sums without a column, float64 [3, layers, K]
-        self._deciding: list[Request] = []  # those that decide in this step
-        self._counting: list[tuple[Request, int]] = []  # those whose means read rows of it, and how many then
-        self._was_deciding = False
-        self._launched = torch.cuda.Event() if device.type == "cuda" else None
-        self._lock = threading.RLock()
-        self._steps: dict[tuple[int, bool], tuple[Reach, Step]] = {}
+
+    def widen(self, stack: int) -> None:
+        """Make room for `stack` profiles on a request, between two steps: decisions stay, addresses change."""
+        with self._lock:
+            old, before = self.stack, (self.values, self.scores, self.sums)
+            self._allocate(len(self.tables.rows), len(self.tables.slot), stack)
+            for mine, theirs in zip((self.values, self.scores, self.sums), before, strict=True):
+                mine.unflatten(1, (-1, stack))[..., :old] = theirs.unflatten(1, (-1, old))
+            for name, latch in self._host.items():
+                wide = self._fresh(Request((), 0)).clone()
+                wide[..., :old] = latch
+                self._host[name] = wide
 
     def __contains__(self, name: str) -> bool:
         return name in self._requests

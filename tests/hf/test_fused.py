@@ -759,8 +759,8 @@ def test_what_a_cuda_graph_does_not_hide(make_profile: MakeProfile) -> None:
         with steerfast.steer(model, profile) as steering:
             given = step(model)
             with Operations() as operations:
-                steering._before_model(model, (), given)
-                steering._after_model(model, (), given, {})
+                steering._hooks.before_model(model, (), given)
+                steering._hooks.after_model(model, (), given, {})
     torch.compiler.reset()
     assert operations.count == 0
     assert len(set(inputs)) == 1
@@ -783,7 +783,7 @@ def test_a_compiled_step_that_fails_leaves_no_edit_behind(small: Any, make_profi
         with pytest.raises(KeyError, match="mid-step"):
             torch.compile(small, backend="eager")(torch.tensor([[6]]), **given)
         hook.remove()
-        assert fused._settled is None
+        assert fused._compiled_edit is None
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -683,8 +683,8 @@ def test_a_step_like_the_last_is_not_worked_out_again(
 
     def run(steering: Any) -> list[tuple[bool, Tensor]]:
         went_on: list[bool] = []
-        goes_on = steering._goes_on
-        monkeypatch.setattr(steering, "_goes_on", lambda *args: went_on.append(goes_on(*args)) or went_on[-1])
+        goes_on = steering._stepper.repeats
+        monkeypatch.setattr(steering._stepper, "repeats", lambda *args: went_on.append(goes_on(*args)) or went_on[-1])
         caches = [StaticCache(model.config, max_cache_len=32) if static else DynamicCache() for _ in range(2)]
         found = []
 
@@ -726,7 +726,7 @@ def test_a_step_like_the_last_is_not_worked_out_again(
             with steering.assigned(other):
                 want_other = model(torch.tensor([[3, 4]])).logits
         with steerfast.steer(model, profile) as steering:
-            monkeypatch.setattr(steering, "_goes_on", lambda *_: False)
+            monkeypatch.setattr(steering._stepper, "repeats", lambda *_: False)
             want = run(steering)
     assert [went_on for went_on, _ in got] == [n in (2, 4, 6, 9, 11, 13, 16) for n in range(19)]
     assert not any(went_on for went_on, _ in want)
@@ -745,7 +745,7 @@ def test_a_step_after_rows_have_moved_is_worked_out(
         cache, mask, found = DynamicCache(), batch["attention_mask"], []
         with torch.no_grad(), steerfast.steer(model, profile) as steering:
             if not goes_on:
-                monkeypatch.setattr(steering, "_goes_on", lambda *_: False)
+                monkeypatch.setattr(steering._stepper, "repeats", lambda *_: False)
             model(**batch, past_key_values=cache)
             for token in range(3, 9):
                 if token == 6:

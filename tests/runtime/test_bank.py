@@ -162,7 +162,7 @@ def test_where_gates_decide(tiny_llama: Any, make_profile: MakeProfile) -> None:
     # mean, one of which decides nothing yet.
     sequences = ((5, 0), (-1, 0), (7, 1), (9, 2), (11, -1), (13, 3), (15, 4), (17, 5), (-1, 5))
     row, slot = torch.tensor(sequences, dtype=torch.int32).T
-    decides = bank.deciding(row, slot)
+    decides = bank.deciders(row, slot)
     assert decides.row.tolist() == [
         [-1, -1, -1, -1, -1, 13, -1, -1, -1],
         [5, -1, -1, -1, -1, -1, -1, -1, -1],
@@ -182,7 +182,7 @@ def test_where_gates_decide(tiny_llama: Any, make_profile: MakeProfile) -> None:
     assert held(bank.gates) == [[3], [], [], [], [], [2, 3]]
     assert held(bank.means) == [[3], [], [], [], [], []]
     assert held(bank.sensors) == [[3], [], [], [], [], []]
-    decides = bank.deciding(row, slot)
+    decides = bank.deciders(row, slot)
     assert [[layer, at, int(decides.row[layer, at])] for layer, at in (decides.row >= 0).nonzero().tolist()] == [
         [2, 7, 17],
         [3, 7, 17],

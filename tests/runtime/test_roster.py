@@ -17,8 +17,8 @@ import steerfast.runtime.roster
 from steerfast.errors import SteerfastError
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Bank
-from steerfast.runtime.roster import Request, Requests
-from steerfast.runtime.tables import NO_END
+from steerfast.runtime.roster import Request, Roster
+from steerfast.runtime.span import NO_END, EditSpan, Entry
 
 LAYERS, HIDDEN = 5, 32
 MAX_ROWS, MAX_REQUESTS = 12, 3
@@ -34,6 +34,19 @@ def bank(make_llama: Callable[..., Any], make_profile: Callable[..., SteeringPro
     bank.add("always", make_profile(model, layers=[1, 2], kind="always"))
     bank.add("mean", make_profile(model, layers=[1, 4], pooling="mean"))
     return bank
+
+
+def request(
+    slot: int,
+    strength: float,
+    prompt: int,
+    after_prompt: bool = True,
+    is_open: bool = False,
+    answer_rows: int = NO_END,
+    mean: int = 0,
+) -> Request:
+    """A request with one profile."""
+    return Request((Entry(slot, strength, EditSpan(after_prompt, is_open, answer_rows, mean)),), prompt)
 
 
 @dataclass
@@ -65,14 +78,14 @@ class Known:
         return range(max(0, self.prompt - self.mean), self.prompt)
 
     def request(self) -> Request:
-        return Request(self.slot, self.strength, self.prompt, self.late, self.slot == 2, self.answer_rows, self.mean)
+        return request(self.slot, self.strength, self.prompt, self.late, self.slot == 2, self.answer_rows, self.mean)
 
 
 class Engine:
     """Does to `requests` what an engine does, and what its gates would, and compares."""
 
     def __init__(self, bank: Bank) -> None:
-        self.requests = Requests(bank, MAX_ROWS, MAX_REQUESTS)
+        self.requests = Roster(bank, MAX_ROWS, MAX_REQUESTS)
         self.known: dict[str, Known] = {}
         self.decisions = 0.0
 
@@ -118,7 +131,7 @@ class Engine:
         }
         padded = min(MAX_ROWS, used + padding)
         assert self.requests.step(names, past, lengths, padded) == (bool(deciding) or any(counting.values()))
-        tables, decides, start = self.requests.tables, self.requests.decides, 0
+        tables, decides, start = self.requests.tables, self.requests.deciders, 0
         columns = []
         for name, one, before, length in zip(names, known, past, lengths, strict=True):
             rows = tables.rows[start : start + length].tolist()
@@ -239,21 +252,21 @@ def test_requests_keep_what_is_theirs(bank: Bank, slots: list[int], data: st.Dat
 
 
 def test_a_request_may_have_no_row_in_a_step(bank: Bank) -> None:
-    requests = Requests(bank, 4, 2)
-    requests.add("a", Request(0, 1.0, 1))
-    requests.add("b", Request(1, 1.0, 2))
+    requests = Roster(bank, 4, 2)
+    requests.add("a", request(0, 1.0, 1))
+    requests.add("b", request(1, 1.0, 2))
     assert requests.step(["a", "b"], [0, 0], [0, 2], 2)
     requests.launched()
     assert requests.decision("a") is None
     assert requests.decision("b") is not None
     assert requests.step(["a"], [0], [1], 1)
     assert not requests.step([], [], [], 1)
-    assert requests.decides.row.eq(-1).all()
+    assert requests.deciders.row.eq(-1).all()
 
 
 def test_a_step_that_failed_decided_nothing(bank: Bank) -> None:
-    requests = Requests(bank, 4, 2)
-    requests.add("a", Request(0, 1.0, 2))
+    requests = Roster(bank, 4, 2)
+    requests.add("a", request(0, 1.0, 2))
     assert requests.step(["a"], [0], [2], 2)
     assert requests.step(["a"], [0], [2], 2)
     assert requests.decision("a") is None
@@ -262,8 +275,8 @@ def test_a_step_that_failed_decided_nothing(bank: Bank) -> None:
 
 
 def test_rows_count_once_however_often_they_come(bank: Bank) -> None:
-    requests = Requests(bank, 8, 2)
-    requests.add("a", Request(MEAN, 1.0, 5, mean=NO_END))
+    requests = Roster(bank, 8, 2)
+    requests.add("a", request(MEAN, 1.0, 5, mean=NO_END))
     for past, length, counted, runs in (
         (0, 2, [0, 1], False),  # the step fails
         (0, 2, [0, 1], False),
@@ -275,7 +288,7 @@ def test_rows_count_once_however_often_they_come(bank: Bank) -> None:
     ):
         assert requests.step(["a"], [past], [length], 8) == bool(counted)
         assert (requests.tables.member >= 0).nonzero().flatten().tolist() == counted
-        assert requests.decides.closes.any() == (past + length == 5 and bool(counted))
+        assert requests.deciders.closes.any() == (past + length == 5 and bool(counted))
         if runs:
             requests.launched()
     assert requests.decision("a") is not None
@@ -283,12 +296,12 @@ def test_rows_count_once_however_often_they_come(bank: Bank) -> None:
 
 @pytest.mark.parametrize(("mean", "cached", "wrong"), [(NO_END, 0, 1), (NO_END, 0, 6), (4, 2, 3), (4, 0, 5), (1, 5, 6)])
 def test_rows_of_a_mean_that_were_never_in_a_step(bank: Bank, mean: int, cached: int, wrong: int) -> None:
-    requests = Requests(bank, 8, 2)
+    requests = Roster(bank, 8, 2)
     for name in "ab":
-        requests.add(name, Request(MEAN, 1.0, 6, mean=mean))
+        requests.add(name, request(MEAN, 1.0, 6, mean=mean))
     assert requests.step(["a", "b"], [0, cached], [1, 1], 2) == (mean != 4 or cached == 2)
     requests.launched()
-    requests.add("c", Request(MEAN, 1.0, 6, mean=mean))
+    requests.add("c", request(MEAN, 1.0, 6, mean=mean))
     before = requests.tables.rows.clone(), requests.tables.member.clone()
     with pytest.raises(SteerfastError, match="request 'c': rows of its prompt, of which a gate reads the mean, came"):
         requests.step(["a", "c"], [1, wrong], [1, 1], 2)
@@ -300,12 +313,12 @@ def test_rows_of_a_mean_that_were_never_in_a_step(bank: Bank, mean: int, cached:
 
 
 def test_steps_in_which_no_row_counts_are_one_copy(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = Requests(bank, 8, 2)
-    requests.add("a", Request(MEAN, 1.0, 6, mean=2))
+    requests = Roster(bank, 8, 2)
+    requests.add("a", request(MEAN, 1.0, 6, mean=2))
     counted = []
     write = requests.tables.write
     monkeypatch.setattr(
-        requests.tables, "write", lambda *args, **kwargs: (counted.append(args[6]), write(*args, **kwargs))
+        requests.tables, "write", lambda *args, **kwargs: (counted.append(args[0].counted), write(*args, **kwargs))
     )
     for past, length in ((0, 4), (4, 1), (5, 1), (6, 1)):
         requests.step(["a"], [past], [length], length)
@@ -315,10 +328,10 @@ def test_steps_in_which_no_row_counts_are_one_copy(bank: Bank, monkeypatch: pyte
 
 def test_decisions_of_long_ago_are_dropped(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steerfast.runtime.roster, "_KEPT", 4)
-    requests = Requests(bank, 4, 2)
+    requests = Roster(bank, 4, 2)
     for number in range(20):
         name = str(number)
-        requests.add(name, Request(0, 1.0, 1))
+        requests.add(name, request(0, 1.0, 1))
         requests.step([name], [0], [1], 1)
         requests.launched()
         requests.end([name])
@@ -328,14 +341,14 @@ def test_decisions_of_long_ago_are_dropped(bank: Bank, monkeypatch: pytest.Monke
 
 
 def test_addresses_never_change(bank: Bank) -> None:
-    requests = Requests(bank, 4, 2)
-    tensors = [requests.values, requests.scores, requests.sums, *requests.decides]
+    requests = Roster(bank, 4, 2)
+    tensors = [requests.values, requests.scores, requests.sums, *requests.deciders]
     addresses = [tensor.data_ptr() for tensor in tensors]
     for name in "abcde":
-        requests.add(name, Request(1, 1.0, 1))
+        requests.add(name, request(1, 1.0, 1))
         requests.step([name], [0], [1], 1)
         requests.launched()
-    now = [requests.values, requests.scores, requests.sums, *requests.decides]
+    now = [requests.values, requests.scores, requests.sums, *requests.deciders]
     assert all(old is new for old, new in zip(tensors, now, strict=True))
     assert [tensor.data_ptr() for tensor in now] == addresses
     assert [tensor.dtype for tensor in now] == [
@@ -349,7 +362,7 @@ def test_addresses_never_change(bank: Bank) -> None:
 
 
 def test_other_threads_may_look(bank: Bank) -> None:
-    requests = Requests(bank, 4, 2)
+    requests = Roster(bank, 4, 2)
     wrong: list[object] = []
     over = threading.Event()
 
@@ -369,7 +382,7 @@ def test_other_threads_may_look(bank: Bank) -> None:
     thread.start()
     for number in range(60):
         name = str(number)
-        requests.add(name, Request(number % 2, 1.0, 1))
+        requests.add(name, request(number % 2, 1.0, 1))
         requests.step([name], [0], [1], 1)
         requests.scores[1, int(requests.tables.rows[0, 0])] = number
         requests.launched()
@@ -383,12 +396,12 @@ def test_other_threads_may_look(bank: Bank) -> None:
 
 def test_steps_out_of_bounds(bank: Bank) -> None:
     with pytest.raises(ValueError, match="max_rows: expected at least 1, got 0"):
-        Requests(bank, 0, 1)
+        Roster(bank, 0, 1)
     with pytest.raises(ValueError, match="max_sequences: expected at least 1, got 0"):
-        Requests(bank, 1, 0)
-    requests = Requests(bank, 4, 2)
+        Roster(bank, 1, 0)
+    requests = Roster(bank, 4, 2)
     for name in "abc":
-        requests.add(name, Request(0, 1.0, 3))
+        requests.add(name, request(0, 1.0, 3))
     with pytest.raises(KeyError, match="d"):
         requests.step(["d"], [0], [1], 1)
     with pytest.raises(ValueError, match="names: expected at most 2 requests, got 3"):

@@ -13,23 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerfast.profile import Gate
-from steerfast.runtime.tables import (
-    NO_END,
-    UNSTEERED,
-    Rows,
-    StepTables,
-    answer_rows,
-    mean_rows,
-    prompt_rows,
-    response_rows,
-)
+from steerfast.runtime.span import NO_END, UNSTEERED, answer_rows, mean_rows
+from steerfast.runtime.tables import PackedRows, RowTable, StepTables, prompt_rows, response_rows
 
 MASKS = st.integers(1, 5).flatmap(
     lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4)
 )
 
 
-def tensors(rows: Rows) -> tuple[Tensor, ...]:
+def tensors(rows: RowTable) -> tuple[Tensor, ...]:
     return tuple(t for t in (rows.rows, rows.deciding, rows.slot, rows.member, rows.total) if t is not None)
 
 
@@ -37,7 +29,8 @@ def tensors(rows: Rows) -> tuple[Tensor, ...]:
 
 
 def int32(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
+    """A column [n, 1]: one slot a sequence."""
+    return torch.tensor(numbers, dtype=torch.int32)[:, None]
 
 
 @given(mask=MASKS, prompt_columns=st.integers(1, 7), data=st.data())
@@ -50,7 +43,7 @@ def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, d
     slots, late = of_each(st.integers(-1, 3)), of_each(st.booleans())
     answer, mean = of_each(st.sampled_from([0, 1, 2, NO_END])), of_each(st.sampled_from([0, 1, 2, 3, NO_END]))
     rows = prompt_rows(
-        torch.tensor(mask), prompt_columns, int32(*slots), torch.tensor(late), int32(*answer), int32(*mean)
+        torch.tensor(mask), prompt_columns, int32(*slots), torch.tensor(late)[:, None], int32(*answer), int32(*mean)
     )
     expected, deciding, member, total = [], [], [], []
     for n, valid in enumerate(mask):
@@ -103,7 +96,7 @@ def test_mean_rows() -> None:
 def test_each_row_for_itself() -> None:
     ends = int32(NO_END, NO_END)
     rows = prompt_rows(
-        torch.tensor([[False, True], [True, True]]), 2, int32(0, 0), torch.tensor([True, True]), ends, int32(0, 0)
+        torch.tensor([[False, True], [True, True]]), 2, int32(0, 0), torch.tensor([[True], [True]]), ends, int32(0, 0)
     ).each_for_itself()
     assert rows.rows.tolist() == [[0, -1], [1, 0], [2, -1], [3, 0]]
     assert rows.deciding.tolist() == [-1, 1, -1, 3]
@@ -116,7 +109,7 @@ def test_rows_move_as_one() -> None:
     valid, slot, ends = torch.ones(2, 2, dtype=torch.bool), int32(0, 0), int32(2, 2)
     for rows, count in (
         (response_rows(slot, 2, ends), 3),
-        (prompt_rows(valid, 2, slot, torch.tensor([True, True]), ends, ends), 5),
+        (prompt_rows(valid, 2, slot, torch.tensor([[True], [True]]), ends, ends), 5),
     ):
         moved = tensors(rows.to(torch.device("meta")))
         assert [t.device.type for t in moved] == ["meta"] * count
@@ -155,10 +148,10 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
         "slots": table(st.integers(-1, 9)),
         "strengths": table(st.floats(-4, 4, width=32)),
         "deciding": [draw(st.integers(-1, length - 1)) for length in lengths],
-        "steered_from": draw(st.none() | st.just(table(st.integers(0, 5)))),
-        "steered_until": draw(st.none() | st.just(table(st.integers(0, 5)))),
-        "counted": draw(st.none() | st.tuples(of_each(st.integers(0, 5)), of_each(st.integers(0, 5)))),
-        "total": draw(st.none() | of_each(st.integers(0, 9))),
+        "edited_from": draw(st.none() | st.just(table(st.integers(0, 5)))),
+        "edited_until": draw(st.none() | st.just(table(st.integers(0, 5)))),
+        "counted": draw(st.none() | st.just((table(st.integers(0, 5)), table(st.integers(0, 5))))),
+        "total": draw(st.none() | st.just(table(st.integers(0, 9)))),
         "columns": draw(st.none() | st.permutations(range(5)).map(lambda columns: columns[:count])),
         "padded_rows": draw(st.none() | st.integers(sum(lengths), 20)),
     }
@@ -176,8 +169,8 @@ def as_loop(step: dict[str, Any]) -> dict[str, list[Any]]:
         "deciding": [-1] * 5,
         "slot": [[-1] * stack] * 5,
         "strength": [[0.0] * stack] * 5,
-        "total": [0] * 5,
-        "member": [-1] * 20,
+        "total": [0] * 5 * stack,
+        "member": [-1] * 20 * stack,
     }
     for n, length in enumerate(step["lengths"]):
         column = step["columns"][n] if step["columns"] is not None else n
@@ -185,12 +178,13 @@ def as_loop(step: dict[str, Any]) -> dict[str, list[Any]]:
             tables["deciding"][column] = len(rows) + step["deciding"][n]
         tables["slot"][column], tables["strength"][column] = step["slots"][n], step["strengths"][n]
         if step["total"] is not None:
-            tables["total"][column] = step["total"][n]
+            tables["total"][column * stack : (column + 1) * stack] = step["total"][n]
         for t in range(length):
-            if step["counted"] is not None and step["counted"][0][n] <= t < step["counted"][1][n]:
-                tables["member"][len(rows)] = column
-            first = step["steered_from"][n] if step["steered_from"] is not None else [0] * stack
-            until = step["steered_until"][n] if step["steered_until"] is not None else [length] * stack
+            for k in range(stack if step["counted"] is not None else 0):
+                if step["counted"][0][n][k] <= t < step["counted"][1][n][k]:
+                    tables["member"][len(rows) * stack + k] = column * stack + k
+            first = step["edited_from"][n] if step["edited_from"] is not None else [0] * stack
+            until = step["edited_until"][n] if step["edited_until"] is not None else [length] * stack
             each = zip(step["slots"][n], first, until, strict=True)
             rows.append([column, *(slot if begin <= t < end else -1 for slot, begin, end in each)])
     rows += [[0] + [-1] * stack] * ((step["padded_rows"] or len(rows)) - len(rows))
@@ -208,7 +202,7 @@ def test_written_tables_equal_a_loop_and_cost_one_copy(some: list[dict[str, Any]
             continue
         arguments = {key: value for key, value in step.items() if key != "stack"}
         with Copies() as copies:
-            tables.write(**arguments)
+            tables.write(PackedRows(**arguments))
         counted, counting = counting, step["counted"] is not None and len(as_loop(step)["rows"]) > 0
         assert [name for name, _ in copies.calls] == ["copy_"] * (1 + (counted or step["counted"] is not None))
         expected = as_loop(step)
@@ -224,16 +218,18 @@ def test_the_copy_is_as_long_as_the_step() -> None:
     for lengths in ([1], [1] * 8, [100, 200]):
         n = len(lengths)
         with Copies() as copies:
-            tables.write(lengths, [[0, -1]] * n, [[1.0, 1.0]] * n, [-1] * n)
+            tables.write(PackedRows(lengths, [[0, -1]] * n, [[1.0, 1.0]] * n, [-1] * n))
         sizes += [size for _, size in copies.calls]
-    before_rows = 8 * (1 + 2 + 2 + 1)
+    before_rows = 8 * (1 + 2 + 2 + 2)
     assert sizes == [before_rows + 3 * rows for rows in (1, 8, 300)]
     sizes.clear()
     for length, counted in ((100, True), (3, True), (30, False), (2, False)):
         with Copies() as copies:
-            tables.write([length], [[0, -1]], [[1.0, 1.0]], [-1], counted=([0], [2]) if counted else None)
+            tables.write(
+                PackedRows([length], [[0, -1]], [[1.0, 1.0]], [-1], counted=([[0, 9]], [[2, 9]]) if counted else None)
+            )
         sizes += [size for _, size in copies.calls[1:]]
-    assert sizes == [100, 100, 30]  # where this step or the last one counts
+    assert sizes == [200, 200, 60]  # where this step or the last one counts
 
 
 def test_new_tables_steer_nothing() -> None:
@@ -242,7 +238,7 @@ def test_new_tables_steer_nothing() -> None:
     assert tables.deciding.tolist() == [-1] * 3
     assert tables.slot.tolist() == [[-1, -1]] * 3
     assert tables.strength.tolist() == [[0.0, 0.0]] * 3
-    assert tables.member.tolist() == [-1] * 6
+    assert tables.member.tolist() == [-1] * 12
     assert [t.dtype for t in of(tables) if t is not tables.strength] == [torch.int32] * 5
     assert tables.strength.dtype == torch.float32
     for tensor in of(tables):
@@ -253,7 +249,7 @@ def test_new_tables_steer_nothing() -> None:
 def test_arrays_are_taken_as_they_are() -> None:
     tables = StepTables(6, 3, 1, "cpu")
     two = np.array([2, 1], dtype=np.int32)
-    tables.write(two, np.array([[4], [5]]), np.array([[0.5], [2.0]]), np.array([1, -1]))
+    tables.write(PackedRows(two, np.array([[4], [5]]), np.array([[0.5], [2.0]]), np.array([1, -1])))
     assert tables.rows[:3].tolist() == [[0, 4], [0, 4], [1, 5]]
     assert tables.deciding.tolist() == [1, -1, -1]
 
@@ -277,15 +273,15 @@ def test_arrays_are_taken_as_they_are() -> None:
         ({"deciding": [2, 0]}, "deciding: expected a row of sequence 0, below 2, got 2"),
         ({"deciding": [-2, 0]}, "deciding: expected -1 to 2147483647, got -2"),
         ({"deciding": [0]}, r"deciding: expected shape \[2\], got \[1\]"),
-        ({"steered_from": [[0, 0], [0, -1]]}, "steered_from: expected 0 to 2147483647, got -1"),
-        ({"steered_until": [[0, 0]]}, r"steered_until: expected shape \[2, 2\], got \[1, 2\]"),
-        ({"counted": [[0, 0], [1, -1]]}, "counted: expected 0 to 2147483647, got -1"),
-        ({"counted": [[0], [1]]}, r"counted: expected shape \[2, 2\], got \[2, 1\]"),
-        ({"counted": [[0, 0], [1]]}, r"counted: expected rows of one length, got \[\[0, 0\], \[1\]\]"),
-        ({"counted": [[0, 0]]}, r"counted: expected shape \[2, 2\], got \[1, 2\]"),
-        ({"counted": [[0, 0], [1.0, 1]]}, "counted: expected whole numbers, got float64"),
-        ({"total": [1, -1]}, "total: expected 0 to 2147483647, got -1"),
-        ({"total": [1]}, r"total: expected shape \[2\], got \[1\]"),
+        ({"edited_from": [[0, 0], [0, -1]]}, "edited_from: expected 0 to 2147483647, got -1"),
+        ({"edited_until": [[0, 0]]}, r"edited_until: expected shape \[2, 2\], got \[1, 2\]"),
+        ({"counted": [[[0, 0], [0, 0]], [[1, 1], [1, -1]]]}, "counted: expected 0 to 2147483647, got -1"),
+        ({"counted": [[[0, 0]], [[1, 1]]]}, r"counted: expected shape \[2, 2, 2\], got \[2, 1, 2\]"),
+        ({"counted": [[[0, 0], [0, 0]], [[1, 1]]]}, r"counted: expected rows of one length, got \[\[\[0, 0\], \[0, 0\]\], \[\[1, 1\]\]\]"),
+        ({"counted": [[[0, 0], [0, 0]]]}, r"counted: expected shape \[2, 2, 2\], got \[1, 2, 2\]"),
+        ({"counted": [[[0, 0], [0, 0]], [[1.0, 1], [1, 1]]]}, "counted: expected whole numbers, got float64"),
+        ({"total": [[1, 1], [1, -1]]}, "total: expected 0 to 2147483647, got -1"),
+        ({"total": [[1, 1]]}, r"total: expected shape \[2, 2\], got \[1, 2\]"),
         ({"columns": [0]}, r"columns: expected shape \[2\], got \[1\]"),
         ({"columns": [0, 3]}, "columns: expected 0 to 2, got 3"),
         ({"columns": [-1, 0]}, "columns: expected 0 to 2, got -1"),
@@ -302,13 +298,13 @@ def test_steps_out_of_bounds_write_nothing(change: dict[str, Any], message: str)
         "slots": [[0, 1], [2, -1]],
         "strengths": [[1.0, 1.0], [0.5, 1.0]],
         "deciding": [1, -1],
-        "counted": ([0, 1], [2, 1]),
-        "total": [4, 0],
+        "counted": ([[0, 0], [1, 1]], [[2, 2], [1, 1]]),
+        "total": [[4, 4], [0, 0]],
     }
-    tables.write(**step)
+    tables.write(PackedRows(**step))
     before = [t.clone() for t in of(tables)]
     with pytest.raises(ValueError, match=message):
-        tables.write(**{**step, **change})
+        tables.write(PackedRows(**{**step, **change}))
     for tensor, old in zip(of(tables), before, strict=True):
         assert torch.equal(tensor, old)
 

@@ -1,0 +1,160 @@
+"""The hooks that steer a HuggingFace model: they make a step before each forward pass, and edit what layers return.
+
+The step is made before the whole model where that only hands its arguments on to the backbone, so that a compiled
+model is one graph with all of this outside. Otherwise, and where the backbone is called by itself, it is made before
+the backbone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfast.errors import ArchitectureError
+from steerfast.hf import caches
+from steerfast.hf import latch as latches
+from steerfast.hf.fused import is_fused, set_compiled_edit, steer_layer
+from steerfast.hf.step import Stepper, arguments, tokens_of
+from steerfast.hf.structure import STEERED_MARK, Decoder, hands_on
+from steerfast.kernels.steer import steer_torch_, steer_unchecked_
+
+__all__ = ["StepHooks"]
+
+
+class StepHooks:
+    """Hooks on a model, its backbone and its layers.
+
+    Attributes:
+        undo: what takes them off again, last first.
+        layers: layers that are attached.
+    """
+
+    def __init__(self, decoder: Decoder, stepper: Stepper) -> None:
+        self.undo: list[Callable[[], Any]] = []
+        self.layers: set[int] = set()
+        self._decoder = decoder
+        self._stepper = stepper
+        # While the whole model runs a step that was made before it: that, and the tokens and cache of its call.
+        self._begun = False
+        self._call: tuple[Any, Any] = (None, None)
+
+    def attach(self, model: nn.Module) -> None:
+        """Put hooks on the model and its backbone."""
+        backbone = self._decoder.backbone
+        setattr(backbone, STEERED_MARK, True)
+        self.undo.append(functools.partial(delattr, backbone, STEERED_MARK))
+        before, after = self._before, self._after
+        if hands_on(model, backbone):
+            pre = model.register_forward_pre_hook(self.before_model, with_kwargs=True)
+            self.undo.append(pre.remove)
+            post = model.register_forward_hook(self.after_model, with_kwargs=True, always_call=True)
+            self.undo.append(post.remove)
+        else:  # so that a compiled backbone is one graph without them
+            before, after = self._before_uncompiled, self._after_uncompiled
+        self.undo.append(backbone.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self.undo.append(backbone.register_forward_hook(after, with_kwargs=True).remove)
+
+    def attach_layers(self) -> None:
+        """Steer the layers where profiles act that came since."""
+        for layer in sorted(self._stepper.roster.slots.reach.layers - self.layers):
+            self._attach_layer(layer)
+
+    def _attach_layer(self, layer: int) -> None:
+        self.layers.add(layer)
+        module = self._decoder.layers[layer]
+        if is_fused(module):
+            steer_layer(module, self._stepper.operands)
+            self.undo.append(functools.partial(steer_layer, module, None))
+            return
+        # First of the layer's hooks, so that others see the edited residual stream.
+        hook = functools.partial(self._on_layer, layer)
+        handle = module.register_forward_hook(hook, prepend=True)
+        self.undo.append(handle.remove)
+
+    def forget_call(self) -> None:
+        """Drop a step that was made for a call which is over, or was interrupted."""
+        self._begun, self._call = False, (None, None)
+        set_compiled_edit(None)
+
+    # -- the model and its backbone ----------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make the step of a call of the whole model."""
+        self._begun = self._begin(module, args, kwargs)
+
+    @torch.compiler.disable
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Leave the decisions with the cache of the call."""
+        begun, (_, cache) = self._begun, self._call
+        self.forget_call()
+        if begun and output is not None:  # None: it failed
+            self._keep(cache, output)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._begun and not torch.compiler.is_compiling():  # the call that began may have been interrupted since
+            given = arguments(module, args, kwargs)
+            now = (tokens_of(given), caches.found(given))
+            self._begun = all(one is other for one, other in zip(now, self._call, strict=True))
+        if not self._begun and not self._stepper.rereading:
+            self._begin_uncompiled(module, args, kwargs)
+        if torch.compiler.is_compiling():
+            set_compiled_edit(self._stepper.compiled)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            set_compiled_edit(None)
+        return output if self._begun or self._stepper.rereading else self._end(module, kwargs, output)
+
+    _before_uncompiled = torch.compiler.disable(_before)
+    _after_uncompiled = torch.compiler.disable(_after)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = arguments(module, args, kwargs)
+        whole = module is not self._decoder.backbone
+        self._call = (tokens_of(given), caches.found(given)) if whole else (None, None)
+        return self._stepper.begin(module, given)
+
+    # So that a compiled backbone's layers become one graph, whatever is decided here.
+    _begin_uncompiled = torch.compiler.disable(_begin)
+
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
+        output = self._stepper.read_again(module, output)
+        self._keep(caches.found(kwargs), output)
+        return output
+
+    def _keep(self, cache: Any, output: Any) -> None:
+        """Leave the decisions with the cache of the call."""
+        if not hasattr(cache, "get_seq_length"):  # made in the pass, or given by position
+            parts = (
+                output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else None,)
+            )
+            cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
+        if cache is not None:
+            assert self._stepper.latch is not None
+            latches.attach(cache, self._stepper.latch, self._stepper.held)
+
+    # -- layers that are not fused -----------------------------------------------------------------------------------
+
+    def _on_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.dim() != 3 or hidden.shape[-1] != self._decoder.hidden_size:
+            raise ArchitectureError(
+                f"model: layer {layer} ({type(module).__name__}) gave {list(hidden.shape)}, "
+                f"expected [sequences, tokens, {self._decoder.hidden_size}]"
+            )
+        # Autograd may need the layer's own output unchanged, and only the torch implementation has a gradient.
+        differentiable = torch.is_grad_enabled() and hidden.requires_grad
+        edited = hidden.clone() if differentiable or not hidden.is_contiguous() else hidden
+        x = edited.view(-1, hidden.shape[-1])
+        operands = self._stepper.operands(layer, x.detach(), None)
+        if operands is not None:
+            (steer_torch_ if differentiable else steer_unchecked_)(x, None, operands)
+        if edited is hidden:
+            return None
+        return edited if isinstance(output, Tensor) else (edited, *output[1:])

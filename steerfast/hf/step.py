@@ -1,0 +1,413 @@
+"""Make the step of each forward pass: top to bottom, from a call's arguments to the tables that layers read.
+
+A hook calls `Stepper.begin` before the pass. It ends in `_prefill` where the call holds rows of a prompt, so that gates
+decide, and in `_decode` where it adds answer rows. A step like the last one is not made again.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfast.errors import ArchitectureError, SteerfastError
+from steerfast.hf import caches
+from steerfast.hf import latch as latches
+from steerfast.hf.fused import CompiledEdit, is_fused
+from steerfast.hf.latch import Latch
+from steerfast.hf.packed import PackedRuns, is_paged
+from steerfast.hf.second_pass import SecondPass
+from steerfast.hf.structure import Decoder
+from steerfast.kernels.contract import Kinds, Operands
+from steerfast.kernels.edits import torch_scales
+from steerfast.runtime.bank import Deciders
+from steerfast.runtime.batch import BatchRoster, Buffers, Plan
+from steerfast.runtime.span import UNSTEERED
+from steerfast.runtime.step import Repeat, Step, TokenStep
+from steerfast.runtime.tables import RowTable, prompt_rows, response_rows
+
+__all__ = ["GeneratedPrompt", "Stepper", "arguments", "is_flat", "tokens_of"]
+
+_log = logging.getLogger("steerfast.step")
+if os.environ.get("STEERFAST_DEBUG") == "1":
+    logging.basicConfig()
+    _log.setLevel(logging.DEBUG)
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedPrompt:
+    """Describe the prompts that `generate` was called with.
+
+    Attributes:
+        count: number of prompts. length: padded length, rows already cached included.
+        mask: the 2-d attention mask of the call, or None.
+    """
+
+    count: int
+    length: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """Describe one forward pass of N sequences and T new tokens, `past` tokens being cached."""
+
+    given: dict[str, Any]
+    tokens: Tensor
+    cache: Any
+    past: int
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+
+class Stepper:
+    """Make the steps of one steered model.
+
+    Attributes:
+        step: the step that layers read. plan, latch: who steers its sequences, and their decisions.
+        prompt: the prompts of the `generate` that runs. prompts: how many prompts the last batch was made of.
+        compiled: the edit that a compiled model adds in this step, or None.
+        second_pass: how to read this step's prompts again, or None.
+        rereading: a second pass runs.
+    """
+
+    def __init__(self, decoder: Decoder, roster: BatchRoster, packed: PackedRuns) -> None:
+        self.decoder = decoder
+        self.roster = roster
+        self.packed = packed
+        self.step: Step | None = None
+        self.plan: Plan | None = None
+        self.latch: Latch | None = None
+        self.prompt: GeneratedPrompt | None = None
+        self.prompts: int | None = None
+        self.compiled: CompiledEdit | None = None
+        self.second_pass: SecondPass | None = None
+        self.rereading = False
+        self.held = 0  # tokens in the cache after this step
+        self._repeat: Repeat | None = None
+        self._repeated: Tensor | None = None  # decisions of the step that may repeat
+        self._buffers = Buffers()
+        self._static: dict[tuple[int, int, torch.device], CompiledEdit] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out steps: their tables may be another engine's."""
+        return {**vars(self), "step": None, "_repeat": None, "_repeated": None, "second_pass": None}
+
+    def operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
+        """Decide a layer's gates and return how its rows are edited, see `Step.operands`."""
+        step = self.step
+        assert step is not None
+        return step.operands(layer, x, residual)
+
+    # -- a step, from top to bottom ----------------------------------------------------------------------------------
+
+    def begin(self, module: nn.Module, given: dict[str, Any]) -> bool:
+        """Make the step of a call of `module`. False where only the backbone's call can make it.
+
+        Raises:
+            ArchitectureError: the call has no tokens, or a mask of an unknown form.
+            SteerfastError: the cache holds decisions of another number of sequences.
+        """
+        tokens, cache = tokens_of(given), caches.found(given)
+        if tokens is None:
+            raise ArchitectureError(f"model: {type(module).__name__} was called without input_ids or inputs_embeds")
+        if self.repeats(tokens, cache):
+            return True
+        self._repeat = None
+        if is_paged(cache):
+            self._begin_packed(cache, tokens.shape[1])
+            return True
+        call = _Call(given, tokens, cache, latches.length(cache))
+        self.prompts = None if self.prompt is None else self.prompt.count
+        plan = self.roster.plan(call.count, self.prompts)
+        latch = latches.read(cache, plan.owner) if call.past else None
+        if latch is not None and latch.sequences != call.count:
+            raise SteerfastError(
+                f"past_key_values: its gates were decided for {latch.sequences} sequences, got {call.count}"
+            )
+        columns = self._prompt_columns(call, latch)
+        if columns > 0 and plan.ahead and module is not self.decoder.backbone:
+            return False
+        self.plan, self.held = plan, call.past + call.width
+        self.second_pass = self.compiled = None
+        if columns > 0:
+            self._prefill(call, plan, latch, columns)
+        else:
+            assert latch is not None  # where nothing is decided, something was
+            self._decode(call, plan, latch)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s, reach %s, rows %s", "prefill" if columns else "decode", plan.reach, tuple(tokens.shape[:2]))
+        return True
+
+    def repeats(self, tokens: Tensor, cache: Any) -> bool:
+        """Return whether this call repeats the last step: it only adds as many answer tokens to the same sequences.
+
+        To make the step again would take longer than all that steering adds to a compiled step.
+        """
+        latch = self.latch
+        if self._repeat is None or latch is None or latches.attached(cache) is not latch:
+            return False
+        if latch.values is not self._repeated:  # rows of the cache moved
+            return False
+        width = tokens.shape[1]
+        if not self._repeat.covers(self._key(tokens), self.held, width) or latches.length(cache) != self.held:
+            return False
+        self.held += width
+        return True
+
+    def _key(self, tokens: Tensor) -> Any:
+        """Return all that a step is made for, except the number of cached tokens."""
+        return tokens.shape[:2], self.roster.current, self.prompt, self.roster.slots.changes
+
+    def _prompt_columns(self, call: _Call, latch: Latch | None) -> int:
+        """Return how many of the call's columns are prompt."""
+        prompt, past, width = self.prompt, call.past, call.width
+        if prompt is not None and past < prompt.length:
+            return min(width, prompt.length - past)
+        if latch is None:  # a new prompt, or a cache filled without this steering: decide at this step's last token
+            return width
+        if prompt is None:
+            return width if width > 1 else 0  # several tokens at once are the prompt of another turn
+        return prompt.length - past
+
+    def _prefill(self, call: _Call, plan: Plan, latch: Latch | None, columns: int) -> None:
+        """Make a step of prompt rows: gates decide at each sequence's last valid one."""
+        latch = self._shut_latch(plan, call.device) if latch is None else latch.copy()
+        latch.prompt = call.past + columns
+        valid = self._valid(call)
+        if plan.ahead:
+            self.second_pass = SecondPass.of(plan, call.given, call.cache, valid, columns)
+        rows, deciders = self.prompt_tables(plan, valid, columns, waits=plan.ahead)
+        self.step, self.latch = self.make(plan, latch, rows, deciders), latch
+
+    def _decode(self, call: _Call, plan: Plan, latch: Latch) -> None:
+        """Make a step of answer rows: latched decisions hold, and token gates decide row by row."""
+        rows, scales = self._answer_tables(plan, call.width, call.past - latch.prompt, call.device)
+        latch = latch.copy() if plan.by_token else latch
+        self.step, self.latch = self.make(plan, latch, rows, None), latch
+        if plan.by_token:
+            return
+        if scales is not None and latch.values.device == call.device:
+            self.compiled = self._compiled_edit(rows, scales, latch)
+        ends = (latch.prompt + entry.span.answer_rows for stack in plan.stacks for entry in stack)
+        until = min((end for end in ends if end > call.past), default=math.inf)
+        self._repeat, self._repeated = Repeat(self._key(call.tokens), call.past, until), latch.values
+
+    def _begin_packed(self, cache: Any, width: int) -> None:
+        """Take the step whose tables a manager of continuous batching has written."""
+        steps = self.packed.steps_of(cache)
+        reach = self.roster.slots.reach
+        self.prompts = self.second_pass = self.compiled = None
+        self.plan = Plan((), (), reach, "", False, ())
+        self.step = steps.roster.current(width, steps.deciding, reach)
+        self.latch = steps.latch
+
+    def make(self, plan: Plan, latch: Latch, rows: RowTable, deciders: Deciders | None) -> Step:
+        """Return the step of a plan."""
+        roster, device = self.roster, rows.rows.device
+        bank, loaded = roster.slots.bank, roster.slots.reach
+        strength = self._tensor("strength", plan, lambda entry: entry.strength, torch.float32, device)
+        if not plan.by_token:
+            return Step(plan.reach, bank, rows, strength, latch, deciders, loaded)
+        strength = strength.repeat_interleave(len(rows.rows) // max(1, len(strength)), dim=0)
+        rows = rows.each_for_itself()
+        deciders = bank(device).deciders(rows.deciding, rows.slot)
+        return TokenStep(plan.reach, bank, rows, strength, latch, deciders, loaded)
+
+    def read_again(self, module: nn.Module, output: Any) -> Any:
+        """Return the output of a step, after a second pass where one is due."""
+        second_pass, self.second_pass = self.second_pass, None
+        if second_pass is None:
+            return output
+        assert self.plan is not None
+        assert self.latch is not None
+
+        def reread(given: dict[str, Any], plan: Plan, latch: Latch, valid: Tensor) -> Any:
+            step = self.step
+            rows, _ = self.prompt_tables(plan, valid, second_pass.columns)
+            self.step, self.rereading = self.make(plan, latch, rows, None), True
+            try:
+                return module(**given)
+            finally:
+                self.step, self.rereading = step, False
+
+        return second_pass.run(output, self.plan, self.latch, reread)
+
+    # -- tables ------------------------------------------------------------------------------------------------------
+
+    def prompt_tables(
+        self, plan: Plan, valid: Tensor, columns: int, waits: tuple[bool, ...] = ()
+    ) -> tuple[RowTable, Deciders]:
+        """Return the rows of a step of prompt tokens, and the gates that decide in it.
+
+        Sequences that wait for a second pass are not edited before they have decided. Where no token is padding these
+        are the same tables every time, and not 45 operations on small tensors.
+        """
+
+        def make() -> tuple[RowTable, Deciders]:
+            device = valid.device
+            slot = self._tensor("slot", plan, lambda entry: entry.slot, torch.int32, device)
+            after = plan.tensor(lambda entry: entry.span.after_prompt, torch.bool, device)
+            answer = plan.tensor(lambda entry: entry.span.answer_rows, torch.int32, device)
+            mean = plan.tensor(lambda entry: entry.span.mean_rows, torch.int32, device)
+            rows = prompt_rows(valid, columns, slot, after, answer, mean)
+            if waits:
+                waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])[:, None]
+                rows.rows[:, 1:] = torch.where(waiting, UNSTEERED, rows.rows[:, 1:])
+            deciders = self.roster.slots.bank(device).deciders(rows.deciding, slot)
+            return rows, Deciders(*(tensor.unbind() for tensor in deciders))  # type: ignore[arg-type]
+
+        count, width = valid.shape
+        if valid is not self._all_valid(count, width, valid.device):
+            return make()
+        key = ("prompt", plan.stacks, plan.owner, waits, count, width, columns, valid.device)
+        tables: tuple[RowTable, Deciders] = self._buffers.get(key, make)
+        return tables
+
+    def _answer_tables(
+        self, plan: Plan, width: int, answered: int, device: torch.device
+    ) -> tuple[RowTable, Tensor | None]:
+        """Return the rows of a step of answer tokens, the same tables until an edit ends.
+
+        The tensor, float32 [layers, rows, K], multiplies the vectors of open gates in a compiled model; None where an
+        edit is not a latched addition.
+        """
+        edited = tuple(
+            tuple(min(max(rows - answered, 0), width) for rows in stack)
+            for stack in plan.each(lambda entry: entry.span.answer_rows)
+        )
+        adds = self.roster.slots.reach.kinds == Kinds.LATCHED_ADD
+
+        def make() -> tuple[RowTable, Tensor | None]:
+            slot = self._tensor("slot", plan, lambda entry: entry.slot, torch.int32, device)
+            each = torch.tensor(edited, dtype=torch.int32, device=device).view(slot.shape)
+            rows = response_rows(slot, width, each)
+            if not adds or plan.by_token or not is_fused(self.decoder.layers[0]):  # hooks would not read them
+                return rows, None
+            table = self.roster.slots.bank(device).table
+            strengths = self._tensor("strength", plan, lambda entry: entry.strength, torch.float32, device)
+            is_open = torch.ones(len(table), *strengths.shape, device=device)
+            return rows, torch_scales(rows.rows, is_open, strengths, table)
+
+        key = ("answer", plan.stacks, plan.owner, width, edited, adds, device)
+        tables: tuple[RowTable, Tensor | None] = self._buffers.get(key, make)
+        return tables
+
+    def _compiled_edit(self, rows: RowTable, scales: Tensor, latch: Latch) -> CompiledEdit:
+        """Write the edit of this step where compiled models read it.
+
+        Not one of the buffers that may be dropped: a CUDA graph whose inputs moved is recorded again.
+        """
+        device, (count, width) = rows.rows.device, rows.rows.shape
+        key = (count, width, device)
+        if key not in self._static:
+            with torch.inference_mode(False):
+                table = torch.zeros(count, width, dtype=torch.int32, device=device)
+                scale = torch.zeros(len(scales), count, width - 1, device=device)
+            self._static[key] = edit = CompiledEdit(table, scale, self.roster.slots.bank(device).vectors)
+            for tensor in edit:
+                torch._dynamo.mark_static_address(tensor)
+        edit = self._static[key]
+        edit.rows.copy_(rows.rows)
+        values = latch.by_sequence(latch.values)
+        torch.mul(values.repeat_interleave(count // values.shape[1], dim=1), scales, out=edit.scales)
+        return edit
+
+    def _shut_latch(self, plan: Plan, device: torch.device) -> Latch:
+        """Return shut gates; those of profiles without gates are open."""
+
+        def make() -> Latch:
+            layers = self.roster.slots.identity.num_layers
+            is_open = plan.tensor(lambda entry: float(entry.span.open and entry.slot >= 0), torch.float32, device)
+            values = is_open.flatten().repeat(layers, 1)
+            return Latch(values, torch.full_like(values, float("-inf")), None, plan.owner, plan.width)
+
+        latch: Latch = self._buffers.get(("latch", plan.stacks, plan.owner, device), make)
+        with torch.inference_mode(False):
+            return latch.copy()
+
+    def _tensor(self, name: str, plan: Plan, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a value of each entry as a tensor [N, K], made once."""
+        key = (name, plan.stacks, plan.owner, dtype, device)
+        tensor: Tensor = self._buffers.get(key, lambda: plan.tensor(value, dtype, device))
+        return tensor
+
+    def _valid(self, call: _Call) -> Tensor:
+        """Return which tokens are not padding, bool [N, T]; without padding, the same tensor every time."""
+        mask = call.given.get("attention_mask")
+        if self.prompt is not None and self.prompt.mask is not None and not is_flat(mask):
+            mask = _grown(self.prompt.mask, call.count, call.past + call.width)
+        if mask is None or (is_flat(mask) and bool(mask.all())):
+            return self._all_valid(call.count, call.width, call.device)
+        return _valid_tokens(mask, call)
+
+    def _all_valid(self, count: int, width: int, device: torch.device) -> Tensor:
+        def make() -> Tensor:
+            return torch.ones(count, width, dtype=torch.bool, device=device)
+
+        tensor: Tensor = self._buffers.get(("valid", count, width, device), make)
+        return tensor
+
+
+def tokens_of(given: dict[str, Any]) -> Any:
+    """Return the tokens, or their embeddings, among a model's arguments."""
+    ids = given.get("input_ids")
+    return ids if ids is not None else given.get("inputs_embeds")
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments by name."""
+    if not args:
+        return kwargs
+    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
+
+
+@functools.cache
+def _parameters(kind: Any) -> list[str]:
+    """Return the names of the arguments of a module class's forward."""
+    return list(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _valid_tokens(mask: Any, call: _Call) -> Tensor:
+    """Return the tokens that are not padding, bool [N, T], from any form of mask that models take."""
+    if isinstance(mask, dict):  # one mask per attention kind; padding is the same in all of them
+        mask = next(iter(mask.values()), None)
+    count, width, past = call.count, call.width, call.past
+    if mask is None:
+        return torch.ones(count, width, dtype=torch.bool, device=call.device)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise ArchitectureError(f"attention_mask: expected a 2-d or 4-d tensor, got {type(mask).__name__}")
+    if mask.dim() == 2:
+        window = mask[:, past : past + width] if mask.shape[1] >= past + width else mask[:, -width:]
+        return (window != 0).expand(count, width).to(call.device)
+    # 4-d [N, 1, T, keys], boolean or added to the logits: a token is valid where it may attend to itself.
+    own = mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :width]
+    return (own if own.dtype == torch.bool else own == 0).expand(count, width).to(call.device)
+
+
+def _grown(mask: Tensor, count: int, length: int) -> Tensor:
+    """Return a prompt's 2-d mask for `count` sequences (beams repeat it) and `length` tokens (answers are valid)."""
+    mask = mask.repeat_interleave(count // len(mask), dim=0)
+    return torch.nn.functional.pad(mask, (0, max(0, length - mask.shape[1])), value=1)
+
+
+def is_flat(mask: Any) -> bool:
+    """Return whether a mask is a tensor [N, T]."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
