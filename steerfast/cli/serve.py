@@ -108,7 +108,8 @@ def command(
     from steerfast.vllm.admin import KEY_VARIABLE
     from steerfast.vllm.server import serve
 
-    numbers = layers and sorted({layer for first, last in layers for layer in range(first, last + 1)})
+    bands = layers or []
+    numbers = sorted({layer for first, last in bands for layer in range(first, last + 1)}) or None
     given = {"profiles": profiles, "layers": numbers, **options}
     if admin_key:
         os.environ[KEY_VARIABLE] = admin_key

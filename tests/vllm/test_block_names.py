@@ -381,7 +381,7 @@ def play(engine: Engine, script: list[Any], names: list[str | None]) -> None:
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("blocks", [12, 64], ids=["few blocks", "many blocks"])
+@pytest.mark.parametrize("blocks", [LONGEST // BLOCK + 2, 64], ids=["few blocks", "many blocks"])  # one request fits
 @settings(max_examples=120)
 @given(script=st.lists(actions, min_size=5, max_size=40))
 def test_what_is_cached_is_what_would_be_computed(make: Any, ahead: bool, blocks: int, script: list[Any]) -> None:
