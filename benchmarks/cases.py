@@ -1,4 +1,4 @@
-"""What the ops are measured on: shapes, row tables, and the bytes that an op cannot avoid to move."""
+"""The cases of the benchmarks: shapes, row tables, and the bytes that an op must move."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from steerfast.kernels.contract import (
     THRESHOLD,
     VECTOR_DIRECTION,
     VECTOR_SQ,
-    Gate,
+    GateKind,
     GateOperands,
     Kinds,
     Operands,
@@ -69,10 +69,10 @@ class Buffers(NamedTuple):
 
 
 class Tensors:
-    """What a call reads besides its rows.
+    """The tensors of a call besides its rows.
 
-    Up to 256 sequences of equal lengths share the rows. A sequence names one profile behind a prompt gate, whose latch
-    is open (1) or shut (0). Vectors are so small that thousands of edits in place leave the rows what they were.
+    Up to 256 sequences of equal lengths share the rows. A sequence names one profile with a prompt gate, whose latch is
+    open (1) or shut (0). The vectors are tiny: thousands of edits in place hardly change the rows.
     """
 
     def __init__(self, case: Case, device: str) -> None:
@@ -87,7 +87,7 @@ class Tensors:
         vectors = torch.randn(SLOTS, case.hidden, generator=g) * 1e-4
         directions = torch.nn.functional.normalize(torch.randn(SLOTS, case.hidden, generator=g))
         table = torch.zeros(SLOTS, TABLE_WIDTH)
-        table[:, STRENGTH], table[:, THRESHOLD], table[:, GATE] = 1.0, -2.0, float(Gate.PROMPT)
+        table[:, STRENGTH], table[:, THRESHOLD], table[:, GATE] = 1.0, -2.0, float(GateKind.PROMPT)
         vectors, directions = vectors.to(case.dtype), directions.to(case.dtype)
         v, d = vectors.float(), directions.float()
         table[:, VECTOR_SQ], table[:, VECTOR_DIRECTION] = (v * v).sum(1), (v * d).sum(1)
@@ -109,10 +109,10 @@ class Tensors:
         latched, self.any = (Operands(self.rows, self.values, self.strength, *bank, int(kinds)) for kinds in Kinds)
         self.operands = latched
         self.unsteered = Operands(self.no_slots, self.none, self.none, *bank, int(Kinds.LATCHED_ADD))
-        # For plain torch, worked out beforehand in its favour: each row's vector and coefficient.
+        # For plain torch, computed before the timing, in its favour: vector and coefficient of each row.
         self.slot = slot[sequence].clamp(min=0).to(device)
         self.beta = moves[sequence].to(device, case.dtype)[:, None]
-        # The prompt's last row decides; sequences that do not take part do not decide.
+        # The last row of a prompt decides; sequences without rows do not decide.
         last = torch.full((SEQUENCES,), -1)
         last[:used] = torch.arange(1, used + 1) * case.rows // used - 1
         self.deciding = last.int().to(device)
@@ -132,7 +132,7 @@ class Tensors:
 
     @cached_property
     def bytes(self) -> int:
-        """What the op must read and write, each byte once; the same for every provider."""
+        """Return the bytes that the op must read and write, each counted once; the same for every provider."""
         case = self.case
         row = case.hidden * case.dtype.itemsize
         used = min(case.rows, SEQUENCES)

@@ -1,4 +1,4 @@
-"""torch.compile of pre-norm blocks: which form of the op between two blocks is the fastest inside a compiled model.
+"""Time torch.compile of pre-norm blocks with each form of the op between two blocks.
 
     python benchmarks/compiled.py             CUDA where there is one, otherwise one CPU thread
     python benchmarks/compiled.py --json      also writes benchmarks/results/compiled-<device>.jsonl
@@ -39,7 +39,7 @@ NORM, KINDS = int(Norm.LLAMA), int(Kinds.LATCHED_ADD)
 class Stack(nn.Module):
     """Blocks of down(silu(up(norm(residual stream)))), with `seam` between them.
 
-    What the seam reads are the module's buffers, as in a model: a CUDA graph finds those in place and copies inputs.
+    The seam reads buffers of the module, as in a model: a CUDA graph reads buffers in place and copies inputs.
     """
 
     def __init__(self, seam: Seam, o: Tensors, inner: int, blocks: int) -> None:
@@ -84,7 +84,7 @@ def step(model: Callable[..., Any], x: Tensor, residual: Tensor) -> None:
 
 
 def rounds(models: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Microseconds of each model, round by round."""
+    """Return the microseconds of each model, round by round."""
     times: dict[str, list[float]] = {name: [] for name in models}
     order, draw = list(models), random.Random(0)
     end = time.perf_counter() + seconds

@@ -1,4 +1,4 @@
-"""What extraction costs beyond the forward passes it cannot do without.
+"""Time extraction against the bare forward passes that it needs.
 
     python benchmarks/extraction.py                      # 256 prompts, SmolLM2-135M-Instruct
     python benchmarks/extraction.py --json results.jsonl

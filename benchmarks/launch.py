@@ -1,4 +1,4 @@
-"""What a call costs the host: the dispatcher, the argument checks, Triton's own launch.
+"""Time the host's part of a call: the dispatcher, the argument checks, Triton's own launch.
 
     python benchmarks/launch.py               CUDA where there is one, otherwise one CPU thread
     python benchmarks/launch.py --json        also writes benchmarks/results/launch-<device>.jsonl
@@ -19,11 +19,11 @@ And per half of a decoder layer (op ``seam``, one token, hidden size 576), where
     steered      with a profile whose gate is open
 
 And per compiled decode step (op ``step``) of a model of 32 layers with a static cache, whose graph computes nothing:
-what `torch.compile` checks before it, and what hooks do around it. On a CPU's tensors, in turns of ten steps; the
+the checks of `torch.compile` before it, and the hooks around it. On a CPU's tensors, in turns of ten steps; the
 systems are those of models.py: ``stock``, ``control``, ``idle``, ``open-one``, ``open-all``.
 
 On CUDA calls are asynchronous and the device is idle when a call begins; on a CPU the time holds the work itself, so it
-is measured on rows of 64 numbers as well, where there is hardly any.
+is also measured on rows of 64 numbers, which take hardly any work.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BATCH = 10  # calls between two looks at the clock: few enough that a GPU's laun
 
 
 def providers(o: Tensors, b: Buffers) -> dict[str, Callable[[], Any]]:
-    """Calls of the case's op, by name."""
+    """Return calls of the case's op, by name."""
     ops = torch.ops.steerfast
     *tables, kinds = o.operands
     norm = int(Norm.LLAMA)
@@ -88,7 +88,7 @@ def providers(o: Tensors, b: Buffers) -> dict[str, Callable[[], Any]]:
 
 
 def seams(device: str) -> dict[str, Callable[[], Any]]:
-    """What stands between two blocks of a Llama, by name."""
+    """Return the code between two blocks of a Llama, by name."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from steerfast.evaluation.latency import random_profile
@@ -116,14 +116,14 @@ def seams(device: str) -> dict[str, Callable[[], Any]]:
 
 
 def steps() -> dict[str, Callable[[], Any]]:
-    """A compiled decode step without its graph, by system."""
+    """Return a compiled decode step without its graph, by system."""
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
     from steerfast.evaluation import latency
     from steerfast.hf import caches
 
     def free(graph: Any, examples: Any) -> Callable[..., Any]:
-        """A graph that gives again what it gave first."""
+        """Return a graph that always returns its first result."""
         given: list[Any] = []
 
         def run(*inputs: Any) -> Any:
@@ -151,7 +151,7 @@ def steps() -> dict[str, Callable[[], Any]]:
 
 
 def launch_as_triton_does(o: Tensors, b: Buffers) -> None:
-    """The fused op's kernel with the arguments the op gives it, bound and inspected by Triton."""
+    """Launch the kernel of the fused op with the op's arguments, bound and inspected by Triton."""
     shape = launch_shape(o.case.hidden, o.case.dtype)
     normed, new_residual = b.x.new_empty(b.x.shape), b.x.new_empty(b.x.shape)
     tensors = (b.x, b.residual, normed, new_residual, o.weight, o.vectors, o.directions, o.rows, o.values, o.strength)
@@ -162,7 +162,7 @@ def launch_as_triton_does(o: Tensors, b: Buffers) -> None:
 
 
 def time_on_host(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Microseconds per call, the providers taking turns of a few calls in an order drawn anew each round."""
+    """Return microseconds per call; the providers take turns of a few calls, each round in a new random order."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, draw = list(calls), random.Random(0)
     end = time.perf_counter() + seconds

@@ -4,12 +4,13 @@
     python benchmarks/models.py --json        also writes benchmarks/results/models-<device>.jsonl
     python benchmarks/models.py --model NAME  a hub id or folder
 
-The measuring code is that of `steerfast bench` (steerfast/evaluation/latency.py), and so are the systems; this script
-adds `repeng` and `steering-vectors`, where they can be imported: one layer, the same one as `open-one`. A peer that
-cannot be used is a line with `left_out`, which says why.
+The measuring code is that of `steerfast bench` (steerfast/evaluation/latency.py), with its systems. This script adds
+systems that steer the same layer as `open-one`: `profiles` (up to 16 distinct profiles in the batch), `hooks`
+(steerfast on unpatched layers), `plain-hook` (a forward hook that adds a vector), and `repeng` and `steering-vectors`,
+if they can be imported. A peer that cannot be used is a line with the reason under `left_out`.
 
-One JSON line per system and case. Larger cases come later; those that the time limit or the memory leaves out are
-counted in a line with `left_out`. A case that fails is a line with `error`, and the exit status is 1.
+One JSON line per system and case, small cases first. The cases beyond the time limit or the memory are counted in a
+line with `left_out`. A case that fails is a line with `error`, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from typing import Any
 import torch
 from report import Report, parser
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
+from steerfast.cli.rendering import latency_table
 from steerfast.evaluation import latency
-from steerfast.evaluation.latency import System
+from steerfast.evaluation.timed_models import STOCK, TimedModel, middle_layer, random_profile, twin
+from steerfast.evaluation.timing import copy_bandwidth
+from steerfast.hf.fused import is_patched, patch
 from steerfast.hf.loading import DEMO_MODEL, load_model
+from steerfast.hf.steering import steer
+from steerfast.hf.structure import find_decoder
 
 # What transformers' configs of these models say; all have 128 numbers per head.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,10 +77,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 CONTEXT = 16384  # of the shapes; longer than any prompt here
+PROFILES = 16  # distinct profiles in a batch
+PEERS = ("repeng", "steering-vectors")
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """A model of the shape with random weights, made where it shall live."""
+    """Make a model of the shape with random weights on its device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, settings = SHAPES[shape]
@@ -84,37 +92,62 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def peers(model: nn.Module, report: Report) -> list[System]:
-    """Other packages that add a vector to one layer's output; those that cannot do it here are lines."""
-    layer = latency.middle_layer(model)
-    weight = next(model.parameters())
-    vector = latency.random_profile(model, [layer]).vector[layer].to(device=weight.device, dtype=weight.dtype)
+def comparisons(model: nn.Module, systems: list[TimedModel]) -> list[TimedModel]:
+    """Make ``profiles``, if layers can be patched, ``hooks`` and ``plain-hook``."""
+    layer = middle_layer(model)
+    profile = random_profile(model, [layer])
+    made = []
+    if any(is_patched(system.model) for system in systems):
+        target = patch(twin(model))
+        distinct = tuple(random_profile(model, [layer], seed=seed) for seed in range(PROFILES))
+        made.append(TimedModel("profiles", target, steer(target, None), True, distinct))
+    hooked, plain = twin(model), twin(model)
+    made.append(TimedModel("hooks", hooked, steer(hooked, profile), True))
+    vector = like(model, profile.vector[layer])
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        return output + vector if isinstance(output, Tensor) else (output[0] + vector, *output[1:])
+
+    find_decoder(plain).layers[layer].register_forward_hook(add)
+    return [*made, TimedModel("plain-hook", plain)]
+
+
+def peers(model: nn.Module, report: Report) -> list[TimedModel]:
+    """Make the systems of other packages that add a vector to one layer's output; report the unusable ones."""
+    layer = middle_layer(model)
+    vector = like(model, random_profile(model, [layer]).vector[layer])
 
     def repeng() -> nn.Module:
         from repeng import ControlModel
 
-        target = latency.twin(model)
+        target = twin(model)
         ControlModel(target, [layer]).set_raw_control({layer: vector})
         return target
 
     def steering_vectors() -> nn.Module:
         from steering_vectors import SteeringVector
 
-        target = latency.twin(model)
+        target = twin(model)
         SteeringVector({layer: vector}).patch_activations(target)
         return target
 
-    builders = {"repeng": repeng, "steering-vectors": steering_vectors}
+    builders = dict(zip(PEERS, (repeng, steering_vectors), strict=True))
     made = [tried(package, build, report, name_of(model)) for package, build in builders.items()]
     return [system for system in made if system is not None]
 
 
-def tried(package: str, build: Callable[[], nn.Module], report: Report, model: str) -> System | None:
-    """The package's system, if it runs."""
+def like(model: nn.Module, vector: Tensor) -> Tensor:
+    """Return the vector in the model's dtype, on its device."""
+    weight = next(model.parameters())
+    return vector.to(device=weight.device, dtype=weight.dtype)
+
+
+def tried(package: str, build: Callable[[], nn.Module], report: Report, model: str) -> TimedModel | None:
+    """Make the package's system and run it once; None and a line if that fails."""
     try:
-        system = System(f"{package} {version(package)}", build())
+        system = TimedModel(f"{package} {version(package)}", build())
         latency.measure([system], 1, 8, seconds=0)
-    except Exception as error:  # whatever a package does that was made for other versions
+    except Exception as error:  # a package for other versions may fail in any way
         reason = str(error).strip().splitlines()
         why = f"{type(error).__name__}: {reason[0] if reason else ''}"
         report.line({"model": model, "system": package, "left_out": why})
@@ -127,7 +160,7 @@ def name_of(model: Any) -> str:
 
 
 def fits(model: Any, batch: int, prompt: int) -> bool:
-    """Whether the case's keys and values, thrice (shared, growing, in the making), and a layer's widest rows fit."""
+    """Return whether three copies of the case's keys and values and a layer's widest rows fit."""
     if not torch.cuda.is_available():
         return True
     config = model.config
@@ -139,15 +172,15 @@ def fits(model: Any, batch: int, prompt: int) -> bool:
 
 
 def measure(model: nn.Module, given: Any, report: Report, console: Console, until: float) -> int:
-    """All cases of a model, small ones first; how many were left out."""
+    """Measure all cases of a model, small ones first; return the number of cases left out."""
     modes = ["eager", "compile"] if given.compile else ["eager"]
     systems, reasons = latency.systems(model)
     for name, why in reasons.items():
         report.line({"model": name_of(model), "system": name, "left_out": why})
-    systems += peers(model, report)
+    systems += [*comparisons(model, systems), *peers(model, report)]
     if given.systems:
-        systems = [system for system in systems if system.name.split()[0] in {latency.STOCK, *given.systems}]
-    bandwidth = latency.copy_bandwidth(given.device)
+        systems = [system for system in systems if system.name.split()[0] in {STOCK, *given.systems}]
+    bandwidth = copy_bandwidth(given.device)
     cases = sorted(itertools.product(given.batches, given.prompts), key=lambda case: case[0] * case[1])
     left_out = 0
     for mode, (batch, prompt) in itertools.product(modes, cases):
@@ -155,7 +188,7 @@ def measure(model: nn.Module, given: Any, report: Report, console: Console, unti
         if too_many or time.monotonic() > until or not fits(model, batch, prompt):
             left_out += 1
             continue
-        chosen = [s for s in systems if mode == "eager" or not s.name.startswith(("repeng", "steering-vectors"))]
+        chosen = [s for s in systems if mode == "eager" or not s.name.startswith(PEERS)]
         try:
             found = latency.measure(chosen, batch, prompt, seconds=given.seconds, mode=mode, bandwidth=bandwidth)
         except Exception as error:
@@ -164,7 +197,7 @@ def measure(model: nn.Module, given: Any, report: Report, console: Console, unti
         lines = [{"model": name_of(model), **asdict(result)} for result in found]
         for line in lines:
             report.line({**line, "transformers": version("transformers")})
-        console.print(latency.case_table(lines))
+        console.print(latency_table(lines))
     return left_out
 
 

@@ -1,11 +1,11 @@
-"""Time the steering ops against what one would do without them.
+"""Time the steering ops against the usual ways to do their work.
 
     python benchmarks/ops.py                  CUDA where there is one, otherwise one CPU thread
     python benchmarks/ops.py --json           also writes benchmarks/results/ops-<device>.jsonl
     python benchmarks/ops.py --quick
 
 One JSON line per case and provider (cases.py, providers.py): median and 20th/80th percentile in microseconds; `gbps`,
-the bytes that the op cannot avoid to move (residual, weight, vectors and tables included; the same bytes for every
+the bytes that the op must move (residual, weight, vectors and tables included; the same bytes for every
 provider) over the median; `pct_copy`, that as a percentage of a large copy's bandwidth in the same process (above 100
 where the rows lie in a cache). Providers take turns, one call each (timing.py). `graph_us`, on CUDA: the median per
 call of a CUDA graph, where the op's calls take less than 20 us and the cache is warm.
@@ -33,7 +33,7 @@ GRAPH_BELOW_US = 20.0
 
 
 def sweep(hidden_sizes: list[int], rows: list[int], ops: list[str], dtype: torch.dtype) -> Iterator[Case]:
-    """The cases. The first hidden size in full: all ops, shares of active rows and numbers of profiles."""
+    """Yield the cases. The first hidden size in full: all ops, shares of active rows and numbers of profiles."""
     for at, hidden in enumerate(hidden_sizes):
         for op, count, cache in product(ops[:1] if at else ops, rows, ("warm", "cold")):
             if op != PROMPT or count >= 16:
@@ -51,7 +51,7 @@ def sweep(hidden_sizes: list[int], rows: list[int], ops: list[str], dtype: torch
 
 
 def measure(case: Case, device: str, seconds: float, bandwidth: float, report: Report) -> None:
-    """Time every provider of a case and report a line for each."""
+    """Time every provider of a case and report one line for each."""
     operands = Tensors(case, device)
     count = 1
     if device == "cpu" and case.cache == "cold":

@@ -1,8 +1,8 @@
-"""What a model's residual stream allows a gate at best: probes of several kinds at every layer, by cross-validation.
+"""Estimate the best gate that a model's residual stream allows: cross-validated probes of several kinds, by layer.
 
-A gate is fitted on some styles and judged on others. Here the probes are given every style, those of the evaluation
-sets too, and only the prompts are new to them: no gate that reads one layer in the same way should be expected to do
-better. Writes a JSON line per layer and probe.
+A gate is fitted on some styles and judged on others. The probes here see every style, also those of the evaluation
+sets; only the prompts are new to them. A gate that reads one layer in the same way should not do better. Writes a JSON
+line per layer and probe.
 
     python benchmarks/probe_ceiling.py --output benchmarks/results/probe-ceiling-cpu.jsonl
     python benchmarks/probe_ceiling.py --pooling mean --output benchmarks/results/probe-ceiling-mean-cpu.jsonl
@@ -52,7 +52,7 @@ def probes() -> dict[str, Any]:
 def out_of_fold(
     probe: Any, rows: NDArray[Any], harmful: NDArray[Any], groups: NDArray[Any], folds: int = 5
 ) -> NDArray[Any]:
-    """Each prompt's score by a probe that was fitted without it."""
+    """Score each prompt with a probe that was fitted without it."""
     scores = np.empty(len(rows))
     for train, test in StratifiedKFold(folds, shuffle=True, random_state=0).split(rows, groups):
         probe.fit(rows[train], harmful[train])

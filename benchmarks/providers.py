@@ -1,4 +1,4 @@
-"""The ways to do an op's work that are compared: ours, and what one would do without them.
+"""The compared ways to do the work of an op: ours, and the usual ones.
 
     steerfast            our op
     steerfast-unsteered  the fused op without slots (K = 0)
@@ -7,14 +7,14 @@
                          have it; on a CPU torch's add and rms_norm
     norm+add             the same after a separate elementwise steering add to the block's output
     separate             our ops as separate passes: torch's add, steer_, torch's rms_norm (prompt: gate_, fused op)
-    torch                plain torch, as one would write it: gathers, a float32 sum, the norm
+    torch                plain torch as usually written: gathers, a float32 sum, the norm
     torch.compile        the same, compiled by Inductor with a dynamic number of rows
     add                  for steer_: an unconditional add of a vector to every row, as a forward hook does
     empty                an empty Triton kernel with as many arguments (CUDA)
     copy                 a copy of the bytes that the op moves
 
-The baselines are spared work in their favour: the elementwise add knows its coefficients beforehand and, where all rows
-share an open gate, adds one vector without a gather.
+The baselines do less work, in their favour: the elementwise add has its coefficients beforehand. Where all rows share
+an open gate, it adds one vector without a gather.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LLAMA = int(Norm.LLAMA)
 
 
 def providers(o: Tensors) -> dict[str, Call]:
-    """The providers of the case's op, by name; each takes the rows of one call."""
+    """Return the providers of the case's op, by name; each takes the rows of one call."""
     return {FUSED: _fused, PROMPT: _prompt, STEER: _steer, GATES: _gate}[o.case.op](o)
 
 
@@ -184,13 +184,13 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled once per hidden size (see :func:`forget_compiled`); a second row count makes it dynamic."""
+    """Return `function`, compiled once per hidden size; a second row count makes the rows dynamic."""
     if function not in _compiled:
         _compiled[function] = torch.compile(function, fullgraph=True)
     return _compiled[function]
 
 
 def forget_compiled() -> None:
-    """Start over, so that another hidden size is a constant again and not a dynamic dimension."""
+    """Forget compiled functions, so that another hidden size is a constant and not a dynamic dimension."""
     torch._dynamo.reset()
     _compiled.clear()

@@ -1,4 +1,4 @@
-"""What every benchmark result carries, and how it is written: one JSON line per case."""
+"""Write benchmark results, one JSON line per case, with hardware, versions and commit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, versions and commit of this run."""
+    """Return hardware, versions and commit of this run."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "hardware": gpu or _processor(),
@@ -69,12 +69,12 @@ class Report:
         write({**record, **self._facts}, self.path)
 
     def error(self, record: dict[str, Any], error: Exception) -> None:
-        """A case that failed: a line that says so. The others go on."""
+        """Write a line for a failed case. The other cases go on."""
         self.failed = True
         self.line({**record, "error": f"{type(error).__name__}: {str(error).strip()[:500]}"})
 
     def works(self, record: dict[str, Any], call: Callable[[], Any]) -> bool:
-        """Call it a few times, which also compiles what it needs; False, and a line, if it fails."""
+        """Call it a few times, which also compiles it; return False and write a line if it fails."""
         try:
             for _ in range(3):
                 call()
@@ -87,13 +87,13 @@ class Report:
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median and 20th/80th percentile of microseconds."""
+    """Return median and 20th/80th percentile of microseconds."""
     low, *_, high = statistics.quantiles(times, n=5)
     return {"us": round(statistics.median(times), 3), "p20_us": round(low, 3), "p80_us": round(high, 3)}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks of the ops share."""
+    """Return a parser with the options that all benchmarks share."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     result.add_argument(
@@ -109,7 +109,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def short_name(device: str) -> str:
-    """``cpu``, or the GPU's name as part of a file name."""
+    """Return ``cpu``, or the GPU's name for a file name."""
     if device == "cpu":
         return "cpu"
     return torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")

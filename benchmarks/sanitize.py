@@ -8,6 +8,7 @@ Without the caching allocator every tensor is an allocation of its own, so that 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from itertools import cycle
 
 import torch
@@ -24,88 +25,113 @@ from steerfast.kernels.contract import (
     EDIT,
     GATE,
     HIGH,
+    LOW,
     STRENGTH,
     TABLE_WIDTH,
     THRESHOLD,
     VECTOR_DIRECTION,
     VECTOR_SQ,
-    Edit,
-    Gate,
+    GateKind,
     GateOperands,
     Kinds,
     Norm,
     Operands,
 )
+from steerfast.kernels.edit_kinds import EDITS
 from steerfast.kernels.gate import gate_, gate_torch_
 from steerfast.kernels.steer import steer_, steer_torch_
 
-SLOTS = 5
+SLOTS = len(EDITS)
 EPS = 1e-6
 norms = cycle(Norm)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def launch_all(rows: int, hidden: int, stack: int, dtype: torch.dtype, strided: bool, device: str) -> int:
-    """Every op with every kind, by norms that change from call to call; how many launches."""
-    g = torch.Generator().manual_seed(rows * hidden + stack)
+@dataclass(frozen=True)
+class Shape:
+    rows: int
+    hidden: int
+    stack: int
+    dtype: torch.dtype
+    strided: bool
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g).to(device, dtype)
 
-    def stream() -> Tensor:
-        return normal(rows, 2 * hidden + 1)[:, :hidden] if strided else normal(rows, hidden)
+class Inputs:
+    """Random arguments of all ops for one shape, with every edit and every gate."""
 
-    x, residual, weight = stream(), stream(), normal(hidden)
-    vectors, directions = normal(SLOTS, hidden), normal(SLOTS, hidden)
+    def __init__(self, shape: Shape, device: str) -> None:
+        g = torch.Generator().manual_seed(shape.rows * shape.hidden + shape.stack)
+        rows, hidden, stack = shape.rows, shape.hidden, shape.stack
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=g).to(device, shape.dtype)
+
+        def stream() -> Tensor:
+            return normal(rows, 2 * hidden + 1)[:, :hidden] if shape.strided else normal(rows, hidden)
+
+        self.x, self.residual, self.weight = stream(), stream(), normal(hidden)
+        self.vectors, self.directions = normal(SLOTS, hidden), normal(SLOTS, hidden)
+        self.table = make_table(self.vectors.float().cpu(), self.directions.float().cpu()).to(device)
+        sequence = torch.arange(rows)[:, None]
+        slot = torch.randint(-1, SLOTS, (rows, stack), generator=g)
+        record = torch.cat([sequence, slot], 1).int().to(device)
+        self.slot = slot.int().to(device).contiguous()
+        self.index = sequence[:, 0].int().to(device)
+        self.values = torch.rand(rows, stack, generator=g).to(device)
+        self.scores = torch.zeros_like(self.values)
+        bank = (self.vectors, self.directions, self.table)
+        strength = torch.ones_like(self.values)
+        self.operands = [Operands(record, self.values, strength, *bank, int(kinds)) for kinds in Kinds]
+
+    def gates(self) -> GateOperands:
+        return GateOperands(self.slot, self.directions, self.table, self.scores.clone(), self.values.clone())
+
+
+def make_table(v: Tensor, d: Tensor) -> Tensor:
+    """Return a table whose gates are all open."""
     table = torch.zeros(SLOTS, TABLE_WIDTH)
-    table[:, STRENGTH], table[:, HIGH], table[:, THRESHOLD] = 0.5, 1.0, -1e4  # far from any score: gates are open
-    table[:, EDIT] = torch.tensor([Edit.ADD, Edit.CLAMP, Edit.KEEP_NORM, Edit.ROTATE, Edit.ADD])
-    table[:, GATE] = torch.tensor([Gate.TOKEN, Gate.PROMPT, Gate.ALWAYS, Gate.TOKEN, Gate.PROMPT])
-    v, d = vectors.float().cpu(), directions.float().cpu()
-    table[:, VECTOR_SQ], table[:, VECTOR_DIRECTION], table[:, DIRECTION_SQ] = (
-        (v * v).sum(1), (v * d).sum(1), (d * d).sum(1),
-    )  # fmt: skip
-    table = table.to(device)
-    sequence = torch.arange(rows)[:, None]
-    slot = torch.randint(-1, SLOTS, (rows, stack), generator=g)
-    record = torch.cat([sequence, slot], 1).int().to(device)
-    slot = slot.int().to(device).contiguous()
-    index = sequence[:, 0].int().to(device)
-    values, strength = torch.rand(rows, stack, generator=g).to(device), torch.ones(rows, stack, device=device)
-    each = [Operands(record, values, strength, vectors, directions, table, int(kinds)) for kinds in Kinds]
+    table[:, STRENGTH], table[:, THRESHOLD] = 0.5, -1e4  # far from any score: gates are open
+    for row, edit, gate in zip(table, EDITS.values(), cycle(reversed(GateKind)), strict=False):
+        row[EDIT], row[GATE], (row[LOW], row[HIGH]) = edit.id, gate, edit.columns(**edit.example)
+    table[:, VECTOR_SQ], table[:, VECTOR_DIRECTION] = (v * v).sum(1), (v * d).sum(1)
+    table[:, DIRECTION_SQ] = (d * d).sum(1)
+    return table
+
+
+def launch_all(shape: Shape, device: str) -> int:
+    """Launch every op with every kind, by norms that change from call to call; return the number of launches."""
+    i = Inputs(shape, device)
     launches = 0
 
     def agree(what: str, got: Tensor, expected: Tensor) -> None:
-        close = TOLERANCE[dtype]
+        close = TOLERANCE[shape.dtype]
         torch.testing.assert_close(got, expected, rtol=close, atol=close, msg=lambda text: f"{what}: {text}")
 
-    for operands in each:
+    for operands in i.operands:
         norm = next(norms)
-        got = add_steer_rms_norm(x, residual, weight, operands, EPS, norm)
-        expected = add_steer_rms_norm_torch(x, residual, weight, operands, EPS, int(norm))
+        got = add_steer_rms_norm(i.x, i.residual, i.weight, operands, EPS, norm)
+        expected = add_steer_rms_norm_torch(i.x, i.residual, i.weight, operands, EPS, int(norm))
         for name, one, other in zip(("normed", "residual"), got, expected, strict=True):
             agree(f"add_steer_rms_norm {norm.name} {Kinds(operands.kinds).name} {name}", one, other)
         launches += 1
 
-    def latches() -> tuple[Tensor, Tensor]:
-        return torch.zeros(rows, stack, device=device), values.clone()
-
-    (scores, latch), (plain_scores, plain_latch) = latches(), latches()
-    mine, theirs = (each[Kinds.ANY]._replace(values=values) for values in (latch, plain_latch))
-    got = add_steer_rms_norm_prompt(x, residual, weight, mine, index, scores, EPS)
-    expected = add_steer_rms_norm_prompt_torch(x, residual, weight, theirs, index, plain_scores, EPS, int(Norm.LLAMA))
-    for one, other in zip((*got, latch), (*expected, plain_latch), strict=True):
+    mine, theirs = (i.operands[Kinds.ANY]._replace(values=i.values.clone()) for _ in range(2))
+    got = add_steer_rms_norm_prompt(i.x, i.residual, i.weight, mine, i.index, i.scores.clone(), EPS)
+    expected = add_steer_rms_norm_prompt_torch(
+        i.x, i.residual, i.weight, theirs, i.index, i.scores.clone(), EPS, int(Norm.LLAMA)
+    )
+    for one, other in zip((*got, mine.values), (*expected, theirs.values), strict=True):
         agree("add_steer_rms_norm.prompt", one, other)
     launches += 1
 
-    for other_rows in (None, residual):
-        (scores, latch), (plain_scores, plain_latch) = latches(), latches()
-        gate_(x, other_rows, index, GateOperands(slot, directions, table, scores, latch))
-        gate_torch_(x, other_rows, index, GateOperands(slot, directions, table, plain_scores, plain_latch))
-        agree("gate_", latch, plain_latch)
+    for other_rows in (None, i.residual):
+        read, plain_read = i.gates(), i.gates()
+        gate_(i.x, other_rows, i.index, read)
+        gate_torch_(i.x, other_rows, i.index, plain_read)
+        agree("gate_", read.values, plain_read.values)
         launches += 1
-        for operands in each:
-            steered, plain = x.clone(memory_format=torch.preserve_format), x.clone()
+        for operands in i.operands:
+            steered, plain = i.x.clone(memory_format=torch.preserve_format), i.x.clone()
             steer_(steered, other_rows, operands)
             steer_torch_(plain, other_rows, operands)
             agree(f"steer_ {Kinds(operands.kinds).name}", steered, plain)
@@ -119,14 +145,14 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     device = parser.parse_args().device
     launches = 0
-    for rows, hidden, stack, dtype, strided in (  # few: each variant of a kernel is compiled for one launch
-        (1, 1, 1, torch.float32, False),
-        (3, 33, 2, torch.bfloat16, True),
-        (5, 577, 4, torch.float16, False),
-        (2, 2047, 1, torch.bfloat16, True),
-        (7, 100, 0, torch.bfloat16, False),
+    for shape in (  # few: each variant of a kernel is compiled for one launch
+        Shape(1, 1, 1, torch.float32, False),
+        Shape(3, 33, 2, torch.bfloat16, True),
+        Shape(5, 577, 4, torch.float16, False),
+        Shape(2, 2047, 1, torch.bfloat16, True),
+        Shape(7, 100, 0, torch.bfloat16, False),
     ):
-        launches += launch_all(rows, hidden, stack, dtype, strided, device)
+        launches += launch_all(shape, device)
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{launches} launches on {device}")

@@ -1,15 +1,19 @@
-"""Timing of calls that take turns, one call each, so that a busy spell hits all of them alike."""
+"""Time calls of ops that take turns, on a CPU, on a GPU and in a CUDA graph."""
 
 from __future__ import annotations
 
 import itertools
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+
+from steerfast.evaluation.timing import copy_bandwidth, interleave, turns
+
+__all__ = ["CPU_CACHE", "copy_bandwidth", "host_times", "l2_bytes", "time_in_graph", "time_on_cpu", "time_on_cuda"]
 
 T = TypeVar("T")
 
@@ -18,55 +22,42 @@ CYCLES_PER_US = 2000  # no GPU of today clocks higher by much: a slower one slee
 GRAPH_CALLS = 32
 
 
-def turns(names: Sequence[str]) -> Iterator[list[str]]:
-    """The names in another order in every round: who always follows a copy would always find its cache emptied."""
-    order, draw = list(names), random.Random(0)
-    while True:
-        draw.shuffle(order)
-        yield list(order)
-
-
 def time_on_cpu(
     calls: Mapping[str, Callable[[T], Any]], buffers: Sequence[T], warm: bool, seconds: float, least: int = 7
 ) -> dict[str, list[float]]:
-    """Microseconds per call, at least `least` of each within about `seconds`.
+    """Return microseconds per call, at least `least` of each call within about `seconds`.
 
-    Warm, a turn is one call that brings the rows back into the cache and one that is timed: without the first, the
-    caches that plain torch's temporaries emptied would make the others up to ten times slower. Cold, every call takes
-    the next of `buffers`, which together exceed the last-level cache.
+    Warm: an untimed call precedes each timed call and brings the rows back into the cache. Without it, plain torch's
+    temporaries would empty the cache and make the others up to ten times slower. Cold: every call takes the next of
+    `buffers`, which together exceed the last-level cache.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
     ring = itertools.cycle(buffers)
-    end = time.perf_counter() + seconds
-    for rounds, order in enumerate(turns(list(calls))):
-        if rounds >= least and time.perf_counter() >= end:
-            return times
-        for name in order:
-            call, rows = calls[name], next(ring)
-            if warm:
-                call(rows)
-            start = time.perf_counter_ns()
+
+    def microseconds(call: Callable[[T], Any], number: int) -> float:
+        rows = next(ring)
+        if warm:
             call(rows)
-            times[name].append((time.perf_counter_ns() - start) / 1e3)
-    raise AssertionError("unreachable")
+        start = time.perf_counter_ns()
+        call(rows)
+        return (time.perf_counter_ns() - start) / 1e3
+
+    timed = {name: partial(microseconds, call) for name, call in calls.items()}
+    return interleave(timed, turns(calls, seconds, least))
 
 
 def time_on_cuda(
     calls: Mapping[str, Callable[[T], Any]], rows: T, warm: bool, seconds: float, least: int = 20
 ) -> dict[str, list[float]]:
-    """Microseconds per call on the device, by events around it.
+    """Return microseconds per call on the device, by events around it.
 
-    Before the first event the device is kept busy for longer than the host needs to queue the call, so no gap of the
-    host's counts. Warm, the same call ran just before; cold, more than the L2 cache was read in between (read and not
-    written: dirty lines would be written back while the clock runs).
+    Before the first event the device sleeps longer than the host needs to queue the call, so no gap of the host counts.
+    Warm: the same call runs just before. Cold: a read of more than the L2 cache comes between (a read, not a write:
+    dirty lines would be written back while the clock runs).
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     busy = {name: int(CYCLES_PER_US * (20 + 2 * max(host_times(call, rows, 5)))) for name, call in calls.items()}
     flush = None if warm else torch.ones(l2_bytes(), device="cuda")  # of 4 bytes each
-    end = time.perf_counter() + seconds
-    for rounds, order in enumerate(turns(list(calls))):
-        if rounds >= least and time.perf_counter() >= end:
-            return times
+    for order in turns(calls, seconds, least):
         events = []
         for name in order:
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -82,11 +73,11 @@ def time_on_cuda(
         torch.cuda.synchronize()
         for name, start, stop in events:
             times[name].append(start.elapsed_time(stop) * 1e3)
-    raise AssertionError("unreachable")
+    return times
 
 
 def time_in_graph(calls: Mapping[str, Callable[[T], Any]], rows: T, least: int = 10) -> dict[str, float]:
-    """Median microseconds per call of a CUDA graph that holds the same call many times, warm."""
+    """Return median microseconds per call of a CUDA graph that holds the same call many times, warm."""
     graphs = {}
     for name, call in calls.items():
         graph = torch.cuda.CUDAGraph()
@@ -95,7 +86,7 @@ def time_in_graph(calls: Mapping[str, Callable[[T], Any]], rows: T, least: int =
                 call(rows)
         graphs[name] = graph
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _, order in zip(range(least), turns(list(calls)), strict=False):
+    for order in turns(calls, least=least):
         events = []
         for name in order:
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -111,7 +102,7 @@ def time_in_graph(calls: Mapping[str, Callable[[T], Any]], rows: T, least: int =
 
 
 def host_times(call: Callable[[T], Any], rows: T, count: int) -> list[float]:
-    """Microseconds the host spends on each of `count` asynchronous calls."""
+    """Return the microseconds of host time of each of `count` asynchronous calls."""
     times = []
     for _ in range(count):
         torch.cuda.synchronize()
@@ -123,18 +114,5 @@ def host_times(call: Callable[[T], Any], rows: T, count: int) -> list[float]:
 
 
 def l2_bytes() -> int:
-    """The size of the current GPU's L2 cache."""
+    """Return the size of the current GPU's L2 cache."""
     return torch.cuda.get_device_properties().L2_cache_size
-
-
-def copy_bandwidth(device: str) -> float:
-    """GB/s (bytes read plus bytes written) of a copy far larger than any cache: the median of a few."""
-    source = torch.ones((1 << 30 if device == "cuda" else 256 << 20) // 4, device=device)
-    target = torch.empty_like(source)
-    calls = {"copy": lambda b: b[1].copy_(b[0])}
-    if device == "cuda":
-        target.copy_(source)
-        times = time_on_cuda(calls, (source, target), True, 0.0, 15)
-    else:
-        times = time_on_cpu(calls, [(source, target)], True, 0.0, 7)
-    return 2 * source.nbytes / statistics.median(times["copy"]) / 1e3

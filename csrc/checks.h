@@ -1,4 +1,4 @@
-// What the ops check of their arguments when called directly, and the outputs they make.
+// The checks of a direct call of an op, and its outputs.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +28,8 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
-// The public Python functions check everything and explain it; here is what keeps memory safe for a direct call.
-// Everything is checked before anything is written.
+// The public Python functions check all arguments and explain errors; these checks keep memory safe in a direct call.
+// All of them run before anything is written.
 template <class T>
 T* data(const char* name, const Tensor& tensor, const Tensor& x, ScalarType type, int64_t count) {
   STD_TORCH_CHECK(same_device(tensor, x) && tensor.scalar_type() == type && tensor.is_contiguous() &&

@@ -1,4 +1,4 @@
-// What the ops agree on, as in kernels/contract.py.
+// The contract of the ops, the same numbers as in kernels/contract.py.
 #pragma once
 
 namespace steerfast {

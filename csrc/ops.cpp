@@ -61,7 +61,7 @@ void fill(steerfast::EditArgs& args, const Tensor& x, const Tensor* residual, co
     }
 }
 
-// Only the fused op takes rows in the shape of the residual stream, and gives them back in it.
+// Only the fused op takes and returns rows in the shape of the residual stream.
 void check_flat(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected a tensor [rows, H], got ", x.dim(), " dimensions");
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the guard of SmolLM2-135M-Instruct from its own answers and measures it. Both commands go on where they stopped.
+# Trains the guard of SmolLM2-135M-Instruct from its own answers and measures it. Both commands continue where they stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p artifacts/guard
@@ -8,6 +8,6 @@ search=(--block 16 --depth 48 --temperature 0.6 --top-p 0.9)
 steerfast guard train --model HuggingFaceTB/SmolLM2-135M-Instruct --profile "$profile" --count 40 --rollouts 4 \
     "${search[@]}" --width 256 --epochs 30 --learning-rate 3e-4 --critic-batch 32 --margin 1 \
     --output artifacts/guard --json artifacts/guard/train.json
-steerfast guard bench artifacts/guard --profile "$profile" --count 10 "${search[@]}" --curve 4 \
+python benchmarks/guard/bench.py artifacts/guard --profile "$profile" --count 10 "${search[@]}" --curve 4 \
     --resume artifacts/guard/answers.jsonl --json artifacts/guard/bench.json
-python benchmarks/guard.py artifacts/guard/bench.json
+python benchmarks/guard/bars.py artifacts/guard/bench.json

@@ -1,8 +1,8 @@
-"""Residual add, gate, edit and RMSNorm in one pass: what stands between two blocks of a pre-norm decoder.
+"""Residual add, gate, edit and RMSNorm in one pass, between two blocks of a pre-norm decoder.
 
 Numerics contract, for row ``r``: ``y = x[r] + residual[r]`` in float32, not rounded; ``s`` is y rounded to the dtype of
-x (the row the unsteered model has); y is displaced by each of the row's slots as :mod:`.edits` defines; the new
-residual ``n`` is y rounded once. Then, with ``w`` the norm's weight and all of it float32,
+x, the row of the unsteered model; each slot of the row displaces y as :mod:`.edits` defines; the new residual ``n`` is
+y rounded once. Then, in float32 and with ``w`` the weight of the norm,
 
     rstd    1 / sqrt(sum(n*n) / H + eps)
     normed  n * rstd * w, rounded once or twice
@@ -15,10 +15,10 @@ residual ``n`` is y rounded once. Then, with ``w`` the norm's weight and all of 
 A row without a displacement has the bits of the same op without slots (K = 0): the new residual of such a row is
 x + residual rounded once.
 
-The overload ``prompt`` decides prompt gates in the same launch: every row of a sequence reads the row that decides for
-it again, from x and residual, and the program of that row stores the score and the value. (So the deciding row must
-name the sequence's slots, and its other rows the same ones in the same places, or none.) Nothing that one program
-writes is read by another: the outputs are fresh tensors, and the latch of a sequence that decides is not read.
+The overload ``prompt`` decides prompt gates in the same launch: every row of a sequence reads its deciding row again,
+from x and residual, and the program of the deciding row stores the score and the value. (So the deciding row must name
+the slots of the sequence, and its other rows the same slots in the same places, or none.) No program reads what another
+writes: the outputs are fresh tensors, and the latch of a sequence that decides is not read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from .contract import (
     FLOAT_DTYPES,
     GATE,
-    Gate,
+    GateKind,
     Kinds,
     Norm,
     Operands,
@@ -54,7 +54,7 @@ from .edits import (
     torch_gate,
     torch_stream,
 )
-from .launch import Launcher, eager_cuda, inductor_fuses, launch_shape, layout, nvidia
+from .launch import Launcher, eager_cuda, inductor_fuses, launch_shape, layout, nvidia, reported
 
 try:
     import triton
@@ -92,9 +92,9 @@ def reference(
     eps: float,
     norm: int = Norm.LLAMA,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`add_steer_rms_norm` means, without a rounding: normed and new residual, float64 [rows, H] on the CPU.
+    """Return the exact results of :func:`add_steer_rms_norm`: normed and new residual, float64 [rows, H] on the CPU.
 
-    The roundings that tell the norms apart are left out, so all but GEMMA agree here.
+    Nothing is rounded. So all norms agree here, except GEMMA.
     """
     y = x.double().cpu() + residual.double().cpu()
     s = reference_stream(x, residual)
@@ -113,14 +113,14 @@ def reference_prompt(
     eps: float,
     norm: int = Norm.LLAMA,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the overload ``prompt`` means: normed, new residual, and what it leaves in scores and values, float64."""
+    """Return the exact results of the overload ``prompt``: normed, new residual, scores and values, float64."""
     s = reference_stream(x, residual)
     rows, values, *_, directions, table, _ = operands
     scores, values = scores.double().cpu().clone(), values.double().cpu().clone()
     for q, p in enumerate(deciding.tolist()):
         for k, slot in enumerate(rows[p, 1:].tolist() if p >= 0 else []):
             numbers = table[slot].double().cpu()
-            if slot >= 0 and numbers[GATE] == Gate.PROMPT:
+            if slot >= 0 and numbers[GATE] == GateKind.PROMPT:
                 scores[q, k], values[q, k] = reference_gate(s[p], directions[slot].double().cpu(), numbers)
     normed, stream = reference(x, residual, weight, operands._replace(values=values), eps, norm)
     return normed, stream, scores, values
@@ -151,7 +151,7 @@ if triton is not None:
         K: tl.constexpr,
         NVIDIA: tl.constexpr,
     ):
-        """The gates of a row's slots, prompt gates taken from the deciding row `stream`, which stores them."""
+        """Return the gate values of a row's slots; prompt gates read the deciding row `stream`, which stores them."""
         result = ()
         for k in tl.static_range(K):
             gate = gates[k]
@@ -202,7 +202,7 @@ if triton is not None:
         columns = tl.arange(0, BLOCK)
         inside = columns < H
         record = rows_ptr + row * (K + 1)
-        # The slots first: the addresses of their vectors hang on them.
+        # The slots first: the addresses of their vectors depend on them.
         sequence = tl.load(record).to(tl.int64)
         if DECIDE:
             steered = tl.full((), 0, tl.int1)
@@ -236,7 +236,7 @@ if triton is not None:
                 )
         y = load_row(x_ptr, row, x_stride, inside, columns, H, CONTIGUOUS)
         y += load_row(residual_ptr, row, residual_stride, inside, columns, H, CONTIGUOUS)
-        # Early, so that its latency hides behind the row's; late, where its registers would spill meanwhile.
+        # Early, to hide its latency behind that of the row; later below, where its registers would spill.
         if (KINDS != _ANY) & (K <= 1):
             weight = load_row(weight_ptr, 0, 0, inside, columns, H, True)
         y, _ = displace(
@@ -289,8 +289,9 @@ def add_steer_rms_norm_triton(
     deciding: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`add_steer_rms_norm` as a Triton kernel, one program per row; where deciding and scores are given,
-    :func:`add_steer_rms_norm_prompt`. Arguments are taken as checked.
+    """Run :func:`add_steer_rms_norm` as a Triton kernel, one program per row, without checks.
+
+    With deciding and scores, run :func:`add_steer_rms_norm_prompt`.
     """
     rows, values, strength, vectors, directions, table, kinds = operands
     *leading, hidden_size = x.shape
@@ -302,7 +303,7 @@ def add_steer_rms_norm_triton(
         normed, new_residual = x.new_empty(x.shape), x.new_empty(x.shape)
     if not count:
         return normed, new_residual
-    # Not those of the outputs: what torch allocates starts at multiples of 16 bytes.
+    # Without the outputs: memory from torch starts at multiples of 16 bytes.
     address |= weight.data_ptr() | vectors.data_ptr() | directions.data_ptr()
     shape = launch_shape(hidden_size, x.dtype)
     stack = rows.shape[1] - 1
@@ -343,7 +344,7 @@ def add_steer_rms_norm_prompt_triton(
     eps: float,
     norm: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`add_steer_rms_norm_prompt` as a Triton kernel. Arguments are taken as checked."""
+    """Run :func:`add_steer_rms_norm_prompt` as a Triton kernel, without checks."""
     return add_steer_rms_norm_triton(x, residual, weight, operands, eps, norm, deciding, scores)
 
 
@@ -358,9 +359,9 @@ def add_steer_rms_norm_torch(
     eps: float,
     norm: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`add_steer_rms_norm` in plain torch, on any device, without a synchronisation.
+    """Run :func:`add_steer_rms_norm` in plain torch, on any device, without a synchronisation and without checks.
 
-    Differentiable in x, residual and weight; gates carry no gradient. Arguments are taken as checked.
+    Differentiable in x, residual and weight; gates carry no gradient.
     """
     y, _ = _displaced_sum(x, residual, operands)
     new_residual = y.to(x.dtype)
@@ -373,10 +374,10 @@ def add_steer_rms_norm_torch(
 
 
 def add_steer_torch(x: torch.Tensor, residual: torch.Tensor, operands: Operands) -> torch.Tensor:
-    """The new residual of :func:`add_steer_rms_norm_torch` alone, for a compiler that fuses the norm by itself.
+    """Return the new residual of :func:`add_steer_rms_norm_torch` alone, for a compiler that fuses the norm itself.
 
-    x and residual may be of any float dtypes; the result has the one that their sum has, and rows that are not
-    displaced are that sum.
+    x and residual may have any float dtypes; the result has the dtype of their sum. A row without a displacement is
+    that sum.
     """
     return _rounded_sum(x, residual, *_displaced_sum(x, residual, operands))
 
@@ -384,20 +385,20 @@ def add_steer_torch(x: torch.Tensor, residual: torch.Tensor, operands: Operands)
 def add_scaled_torch(
     x: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, vectors: torch.Tensor
 ) -> torch.Tensor:
-    """:func:`add_steer_torch` of latched additions whose scales are known: [rows, K], of `edits.torch_scales`."""
+    """Run :func:`add_steer_torch` for latched additions whose scales [rows, K] `edits.torch_scales` made."""
     return _rounded_sum(x, residual, *torch_added(x.float() + residual.float(), rows, scales, vectors))
 
 
 def _rounded_sum(x: torch.Tensor, residual: torch.Tensor, y: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-    """Float32 rows y of x + residual, some of them changed, in the dtype of that sum."""
+    """Return float32 rows y of x + residual, of which some are changed, in the dtype of that sum."""
     if x.dtype == residual.dtype and x.dtype in FLOAT_DTYPES:
         return y.to(x.dtype)
-    stream = x + residual  # y would have rounded it
+    stream = x + residual  # y could round it differently
     return torch.where(changed, y.to(stream.dtype), stream)
 
 
 def _displaced_sum(x: torch.Tensor, residual: torch.Tensor, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, displaced: float32, of the shape of x; and which rows were: bool [..., 1]."""
+    """Return x + residual, displaced, float32 in the shape of x, and which rows were displaced, bool [..., 1]."""
     y = x.float() + residual.float()
     return torch_displaced(y, y.to(x.dtype).float(), operands)
 
@@ -412,7 +413,7 @@ def add_steer_rms_norm_prompt_torch(
     eps: float,
     norm: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`add_steer_rms_norm_prompt` in plain torch. Arguments are taken as checked."""
+    """Run :func:`add_steer_rms_norm_prompt` in plain torch, without checks."""
     rows, values, *_, directions, table, _ = operands
     if len(x) and len(deciding):
         at = torch.where(deciding >= 0, deciding, 0)
@@ -421,7 +422,7 @@ def add_steer_rms_norm_prompt_torch(
         for k in range(slots.shape[1]):
             slot = torch.where(slots[:, k] >= 0, slots[:, k], 0)
             numbers = table.index_select(0, slot)
-            decides = (deciding >= 0) & (slots[:, k] >= 0) & (numbers[:, GATE] == int(Gate.PROMPT))
+            decides = (deciding >= 0) & (slots[:, k] >= 0) & (numbers[:, GATE] == int(GateKind.PROMPT))
             score, value = torch_gate(s.detach(), directions.index_select(0, slot).float(), numbers)
             for latch, new in ((scores, score), (values, value)):
                 latch[:, k].copy_(torch.where(decides, new, latch[:, k]))
@@ -487,13 +488,13 @@ def add_steer_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the residual, steer, and normalise for the next block.
 
-    Where a gradient is wanted the op runs as :func:`add_steer_rms_norm_torch`.
-    :func:`add_steer_rms_norm_unchecked` is the same without the checks, for callers that own their buffers.
+    Where autograd needs a gradient, the op runs as :func:`add_steer_rms_norm_torch`.
+    :func:`add_steer_rms_norm_unchecked` does the same without the checks, for callers that own their buffers.
 
     Args:
-        x: [rows, H] float32, bfloat16 or float16, what the block adds; the last dimension contiguous, the row stride
-            free.
-        residual: [rows, H] like x, what it is added to.
+        x: [rows, H] float32, bfloat16 or float16, the output of the block; the last dimension contiguous, the row
+            stride free.
+        residual: [rows, H] like x, to which x is added.
         weight: [H] float32, bfloat16 or float16, of the norm.
         operands: how the rows are edited, see :class:`.contract.Operands`.
         eps: added to the mean square, >= 0.
@@ -524,7 +525,7 @@ def add_steer_rms_norm_prompt(
     eps: float,
     norm: int = Norm.LLAMA,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`add_steer_rms_norm` of a step that holds the rows its prompt gates read: decided in the same launch.
+    """Run :func:`add_steer_rms_norm`, and decide prompt gates in the same launch.
 
     Args:
         deciding: [n] int32, the row of x that decides for each sequence; -1: the latched values hold.
@@ -549,6 +550,7 @@ def add_steer_rms_norm_prompt(
     )
 
 
+@reported
 def add_steer_rms_norm_unchecked(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -557,8 +559,9 @@ def add_steer_rms_norm_unchecked(
     eps: float,
     norm: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`add_steer_rms_norm` for callers that own their buffers: no checks, no gradient, and eager CUDA rows go to
-    the kernel without the dispatcher. x and residual may also be contiguous [..., H]; the results have their shape.
+    """Run :func:`add_steer_rms_norm` without checks and gradient; eager CUDA rows skip the dispatcher.
+
+    x and residual may also be contiguous [..., H]; the results have their shape.
     """
     if eager_cuda(x):
         return add_steer_rms_norm_triton(x, residual, weight, operands, eps, norm)

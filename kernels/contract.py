@@ -1,14 +1,15 @@
-"""What the steering ops agree on: enumerations, table columns, the op library, argument checks.
+"""The contract of the steering ops: enumerations, table columns, operands, the op library, argument checks.
 
-This module imports torch alone, so that the ops can be used and tested without the rest of the package.
+This module imports torch alone: the ops can be used and tested without the rest of the package.
 
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,35 +29,36 @@ __all__ = [
     "THRESHOLD",
     "VECTOR_DIRECTION",
     "VECTOR_SQ",
-    "Edit",
-    "Gate",
+    "EditId",
+    "GateKind",
     "GateOperands",
     "Kinds",
     "Norm",
     "Operands",
     "Score",
     "implementations",
+    "is_number",
     "library",
 ]
 
 
 class Score(IntEnum):
-    """How a gate reads a row ``x`` against a direction ``d``."""
+    """The score of a row ``x`` against a direction ``d``."""
 
     DOT = 0  # <x, d>
     COSINE = 1  # <x, d> / ||x||
 
 
-class Gate(IntEnum):
-    """Where a slot takes its gate value from."""
+class GateKind(IntEnum):
+    """The source of a slot's gate value."""
 
-    ALWAYS = 0  # it is open
+    ALWAYS = 0  # 1: the gate is open
     PROMPT = 1  # the latched value of the row's sequence
-    TOKEN = 2  # every row scores itself
+    TOKEN = 2  # the score of the row itself
 
 
-class Edit(IntEnum):
-    """How a slot displaces a row; see :mod:`.edits`."""
+class EditId(IntEnum):
+    """The displacement of a row by a slot: arithmetic in :mod:`.edits`, names in :mod:`.edit_kinds`."""
 
     ADD = 0
     CLAMP = 1
@@ -65,37 +67,39 @@ class Edit(IntEnum):
 
 
 class Kinds(IntEnum):
-    """What the slots of a launch may do: the fewer kinds, the less work for every row."""
+    """The kinds of slots in a launch: the fewer kinds, the less work for every row."""
 
     LATCHED_ADD = 0  # every slot adds and none has a token gate: no sum over the row is taken
-    ANY = 1  # the table says what each slot does
+    ANY = 1  # the table gives the gate and the edit of each slot
 
 
 class Norm(IntEnum):
-    """Which RMSNorm follows. They differ in what is rounded before what; see :mod:`.add_steer_rms_norm`."""
+    """The RMSNorm that follows. They differ in the order of roundings; see :mod:`.add_steer_rms_norm`."""
 
     LLAMA = 0
     GEMMA = 1
     VLLM = 2
 
 
-# Columns of `table`: what a slot needs besides its two vectors of H numbers.
+# Columns of `table`: the numbers of a slot besides its two vectors of H numbers.
 THRESHOLD = 0
 SHARPNESS = 1  # 0: hard gate, score > threshold; otherwise sigmoid(sharpness * (score - threshold))
 STRENGTH = 2
 VECTOR_SQ = 3  # <v, v>
 VECTOR_DIRECTION = 4  # <v, d>
 DIRECTION_SQ = 5  # <d, d>
+# The parameters of an edit, packed by `Edit.columns` of :mod:`.edit_kinds`; ADD and KEEP_NORM do not read them.
 LOW = 6  # CLAMP: the smallest coefficient along v.  ROTATE: the cosine of the target angle
 HIGH = 7  # CLAMP: the largest coefficient along v.  ROTATE: the sine of the target angle
-GATE = 8  # a Gate
+GATE = 8  # a GateKind
 SCORE = 9  # a Score
-EDIT = 10  # an Edit
+EDIT = 10  # an EditId
 TABLE_WIDTH = 16  # padded: the row of a slot is one 64-byte line
 
 MAX_STACK = 4  # slots that may edit one row
 MAX_HIDDEN_SIZE = 32768  # one GPU program holds a row; beyond 16384 (8192 in float32) sums make it spill
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -146,9 +150,9 @@ library = torch.library.Library("steerfast", "FRAGMENT")
 
 
 def implementations(op: str) -> dict[str, bool]:
-    """Which implementations of ``steerfast::<op>`` a call can reach in this process.
+    """Say which implementations of ``steerfast::<op>`` a call can reach in this process.
 
-    ``triton`` serves CUDA tensors, ``cpp`` CPU tensors, ``torch`` whatever the other two do not.
+    ``triton`` serves CUDA tensors, ``cpp`` CPU tensors, ``torch`` all others.
     """
     name = f"steerfast::{op}"
     return {
@@ -162,7 +166,7 @@ def implementations(op: str) -> dict[str, bool]:
 
 
 def check_rows(x: Tensor, name: str = "x") -> None:
-    """``x`` must be [rows, H], of a float dtype, with the H numbers of a row next to each other."""
+    """Raise where `x` is not [rows, H] of a float dtype with the H numbers of a row next to each other."""
     if x.dim() != 2:
         raise ValueError(f"{name}: expected 2 dimensions [rows, H], got shape {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
@@ -174,7 +178,7 @@ def check_rows(x: Tensor, name: str = "x") -> None:
 
 
 def check_residual(x: Tensor, residual: Tensor) -> None:
-    """``residual`` must be rows like ``x``: same shape, dtype and device; its row stride is free."""
+    """Raise where `residual` differs from `x` in shape, dtype or device; its row stride is free."""
     check_rows(residual, "residual")
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected shape {list(x.shape)} like x, got {list(residual.shape)}")
@@ -185,7 +189,7 @@ def check_residual(x: Tensor, residual: Tensor) -> None:
 
 
 def check_apart(x: Tensor, name: str = "x") -> None:
-    """The rows of ``x``, which is written to, must not overlap."""
+    """Raise where rows of `x`, which is written to, overlap."""
     if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
         raise ValueError(f"{name}: expected rows that do not overlap, got strides {list(x.stride())}")
 
@@ -193,7 +197,7 @@ def check_apart(x: Tensor, name: str = "x") -> None:
 def check_like(
     name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
-    """``tensor`` must be contiguous, of exactly this shape, of one of these dtypes, and on this device."""
+    """Raise where `tensor` is not contiguous, of this shape, of one of these dtypes, and on this device."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {_names(dtypes)}, got {tensor.dtype}")
     if tensor.shape != torch.Size(shape):
@@ -205,12 +209,13 @@ def check_like(
 
 
 def check_stack(name: str, stack: int) -> None:
+    """Raise where a row has fewer than 0 or more than MAX_STACK slots."""
     if not 0 <= stack <= MAX_STACK:
         raise ValueError(f"{name}: expected 0 to {MAX_STACK} slots per row, got {stack}")
 
 
 def check_bank(x: Tensor, table: Tensor, **banks: Tensor) -> None:
-    """``table`` must be float32 [slots >= 1, TABLE_WIDTH], and each bank [slots, H] of one float dtype."""
+    """Raise where `table` is not float32 [slots >= 1, TABLE_WIDTH], or a bank not [slots, H] of one float dtype."""
     slots = table.shape[0] if table.dim() else 0
     if slots < 1:
         raise ValueError(f"table: expected at least one slot, got shape {list(table.shape)}")
@@ -242,7 +247,7 @@ def tensors(operands: Operands | GateOperands) -> dict[str, Tensor]:
 
 
 def check_separate(written: dict[str, Tensor], read: Mapping[str, Tensor | None]) -> None:
-    """No tensor that is written may start in the memory of another argument: its readers would race with it."""
+    """Raise where a tensor that is written starts in the memory of another argument: its readers would race."""
     starts = {name: tensor.data_ptr() for name, tensor in read.items() if tensor is not None and tensor.numel()}
     for name, tensor in written.items():
         if not tensor.numel():
@@ -258,11 +263,18 @@ def check_separate(written: dict[str, Tensor], read: Mapping[str, Tensor | None]
 
 
 def check_choice(name: str, value: int, kind: type[IntEnum]) -> int:
-    """``value`` must be a member of ``kind``, whose numbers run from 0."""
-    # As a number: Dynamo of torch 2.11 compares no members of an enumeration.
+    """Return `value` as an int; raise where it is no member of `kind`, whose numbers run from 0."""
+    # As an int: Dynamo of torch 2.11 does not compare members of an enumeration.
     if not 0 <= (int(value) if isinstance(value, int) else value) < len(kind):
         raise ValueError(f"{name}: expected one of {', '.join(f'{m.name} ({m.value})' for m in kind)}, got {value}")
     return int(value)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Say whether `value` is a real number that float32 can hold; infinite is allowed, NaN is not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= _FLOAT32_MAX or abs(value) == math.inf
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -1,36 +1,36 @@
-"""The arithmetic of one row: what a gate reads from it and how a slot displaces it. All ops share this.
+"""The arithmetic of one row, which all ops share: the reading of a gate, and the displacement by a slot.
 
-Numerics contract. ``s`` is the row as the unsteered model has it: ``x``, or where the residual stream is kept as a
-pair, ``x + residual`` rounded to their dtype. ``d``, ``v`` and ``t`` are a slot's direction, vector and table row.
-All arithmetic is float32, and every product and every sum over a row's numbers is rounded: no fused multiply-add there.
+Numerics contract. ``s`` is the row of the unsteered model: ``x``, or ``x + residual`` rounded to their dtype where the
+residual stream is kept as a pair. ``d``, ``v`` and ``t`` are the direction, vector and table row of a slot. All
+arithmetic is float32. Every product and every sum over the numbers of a row is rounded: no fused multiply-add there.
 
     score   DOT: <s, d>.  COSINE: <s, d> / sqrt(<s, s>), and 0 where <s, s> is 0
     value   SHARPNESS == 0: 1 if score > THRESHOLD else 0.  Otherwise sigmoid(SHARPNESS * (score - THRESHOLD)).
             A NaN counts as fired: 1
-    g       ALWAYS: 1.  PROMPT: the sequence's latched value.  TOKEN: the value of the row itself
+    g       ALWAYS: 1.  PROMPT: the latched value of the sequence.  TOKEN: the value of the row itself
     beta    0 if g == 0, else g * (STRENGTH * strength of the sequence)
 
-A slot whose beta is 0 does nothing. Otherwise it displaces the row by ``(a - 1)*s + b*v + c*d``, where the sums
+A slot whose beta is 0 does nothing. Any other slot displaces the row by ``(a - 1)*s + b*v + c*d``. The sums
 xx = <s, s>, xd = <s, d>, xv = <s, v> and the constants vv, vd, dd of the table give
 
     ADD         b = beta
-    CLAMP       b = beta * (clip(xv/vv, LOW, HIGH) - xv/vv): the coefficient along v is brought into a range.
+    CLAMP       b = beta * (clip(xv/vv, LOW, HIGH) - xv/vv): moves the coefficient along v into a range.
                 LOW = HIGH = 0 ablates v
     KEEP_NORM   the row after ADD, scaled back to the norm of s: a = sqrt(xx / |s + beta*v|^2), b = a*beta
-    ROTATE      the part of s in the plane of v and d turns towards the angle whose cosine and sine (measured
+    ROTATE      turns the part of s in the plane of v and d towards the angle whose cosine and sine (measured
                 from v) are LOW and HIGH; beta = 1 arrives there. The norm stays
 
-No displacement where it is undefined: CLAMP by a zero vector, KEEP_NORM where s and beta*v cancel to less than
-2^-8 of their norms, ROTATE where v and d span no plane. The slots of a row all read the same s, and their
-displacements add up in the order of the slots, so that no slot's gate can see another slot's edit.
+The displacement is zero where it is undefined: CLAMP by a zero vector, KEEP_NORM where s and beta*v cancel to less than
+2^-8 of their norms, ROTATE where v and d span no plane. All slots of a row read the same s, and their displacements add
+up in the order of the slots. So no gate sees the edit of another slot.
 
-A single slot that adds takes no sum over the row: its bits are the same in Triton, C++ and torch. Sums are taken in
-an order of the implementation's own, the same for a row in every batch (in Triton: where rows start at multiples of
-16 bytes; plain torch does not promise it).
+A single slot that adds takes no sum over the row: its bits are the same in Triton, C++ and torch. Each implementation
+takes sums in an order that is the same for a row in every batch (Triton: where rows start at multiples of 16 bytes;
+plain torch does not promise it).
 
-DOT at the prompt's last token: InferAligner (Wang et al., EMNLP 2024, section 3), whose bias is the threshold with
-the other sign. COSINE with a threshold: CAST (Lee et al., ICLR 2025). Ablation: Arditi et al., NeurIPS 2024.
-ROTATE: angular steering (Vu & Nguyen, 2025).
+Sources. DOT at the last token of the prompt: InferAligner (Wang et al., EMNLP 2024, section 3), whose bias is the
+threshold with the other sign. COSINE with a threshold: CAST (Lee et al., ICLR 2025). Ablation: Arditi et al., NeurIPS
+2024. ROTATE: angular steering (Vu & Nguyen, 2025).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from .contract import (
     THRESHOLD,
     VECTOR_DIRECTION,
     VECTOR_SQ,
-    Edit,
-    Gate,
+    EditId,
+    GateKind,
     Kinds,
     Operands,
     Score,
@@ -84,14 +84,14 @@ CANCELLED = 2.0**-16  # share of a squared norm below which float32 sums leave n
 
 
 def reference_stream(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """The rows that gates and sums read, float64 [rows, H] on the CPU."""
+    """Return the rows s that gates and sums read, float64 [rows, H] on the CPU."""
     if residual is None:
         return x.double().cpu()
     return (x.cpu().float() + residual.cpu().float()).to(x.dtype).double()
 
 
 def reference_gate(s: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor) -> tuple[float, float]:
-    """Score and value of one float64 row [H] by its own gate; `numbers` is the table row of the slot."""
+    """Return score and value of one float64 row s [H]; `numbers` is the table row of the slot."""
     score = float(s @ direction)
     if numbers[SCORE] == Score.COSINE:
         norm = float(s.norm())
@@ -106,16 +106,16 @@ def reference_gate(s: torch.Tensor, direction: torch.Tensor, numbers: torch.Tens
 def reference_displacement(
     s: torch.Tensor, vector: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    """How far one slot moves the float64 row s [H]: float64 [H]."""
+    """Return the displacement of the float64 row s [H] by one slot, float64 [H]."""
     edit = int(numbers[EDIT])
     still = torch.zeros_like(s)
-    if edit == Edit.ADD:
+    if edit == EditId.ADD:
         return beta * vector
     vv, low, high = float(vector @ vector), float(numbers[LOW]), float(numbers[HIGH])
-    if edit == Edit.CLAMP:
+    if edit == EditId.CLAMP:
         along = float(s @ vector) / vv if vv else 0.0
         return beta * (min(max(along, low), high) - along) * vector
-    if edit == Edit.KEEP_NORM:
+    if edit == EditId.KEEP_NORM:
         moved = s + beta * vector
         if float(moved @ moved) <= CANCELLED * (float(s @ s) + beta * beta * vv):
             return still
@@ -142,16 +142,16 @@ def reference_rows(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> torc
                 continue
             vector, direction, numbers = (t[slot].double().cpu() for t in (vectors, directions, table))
             kind = int(numbers[GATE])
-            if kind == Gate.ALWAYS:
+            if kind == GateKind.ALWAYS:
                 gate = 1.0
-            elif kind == Gate.TOKEN and kinds == Kinds.ANY:
+            elif kind == GateKind.TOKEN and kinds == Kinds.ANY:
                 gate = reference_gate(s[r], direction, numbers)[1]
             else:
                 gate = float(values[sequence, k])
             beta = gate * float(numbers[STRENGTH]) * float(strength[sequence, k]) if gate else 0.0
             if beta:
                 if kinds == Kinds.LATCHED_ADD:
-                    numbers[EDIT] = Edit.ADD
+                    numbers[EDIT] = EditId.ADD
                 y[r] += reference_displacement(s[r], vector, direction, numbers, beta)
     return y
 
@@ -160,12 +160,12 @@ def reference_rows(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> torc
 
 if triton is not None:
     _COSINE = tl.constexpr(float(Score.COSINE))
-    _ALWAYS = tl.constexpr(float(Gate.ALWAYS))
-    _PROMPT = tl.constexpr(float(Gate.PROMPT))
-    _TOKEN = tl.constexpr(float(Gate.TOKEN))
-    _ADD = tl.constexpr(float(Edit.ADD))
-    _CLAMP = tl.constexpr(float(Edit.CLAMP))
-    _KEEP_NORM = tl.constexpr(float(Edit.KEEP_NORM))
+    _ALWAYS = tl.constexpr(float(GateKind.ALWAYS))
+    _PROMPT = tl.constexpr(float(GateKind.PROMPT))
+    _TOKEN = tl.constexpr(float(GateKind.TOKEN))
+    _ADD = tl.constexpr(float(EditId.ADD))
+    _CLAMP = tl.constexpr(float(EditId.CLAMP))
+    _KEEP_NORM = tl.constexpr(float(EditId.KEEP_NORM))
     _LATCHED_ADD = tl.constexpr(int(Kinds.LATCHED_ADD))
     _THRESHOLD = tl.constexpr(THRESHOLD)
     _SHARPNESS = tl.constexpr(SHARPNESS)
@@ -183,10 +183,10 @@ if triton is not None:
 
     @triton.jit
     def product(a, b, NVIDIA: tl.constexpr):  # type: ignore[no-untyped-def]
-        """a * b, rounded: never part of a fused multiply-add."""
+        """Return a * b, rounded: never part of a fused multiply-add."""
         if NVIDIA:
-            # Triton 3.6 fuses products with sums on sm_100 and sm_120 in spite of enable_fp_fusion=False
-            # (libdevice.mul_rn would prevent it too, but flushes denormals).
+            # Triton 3.6 fuses products with sums on sm_100 and sm_120 despite enable_fp_fusion=False.
+            # (libdevice.mul_rn would prevent that too, and flushes denormals.)
             return tl.inline_asm_elementwise(
                 "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
             )
@@ -195,13 +195,13 @@ if triton is not None:
 
     @triton.jit
     def gate_score(xd, xx, numbers):  # type: ignore[no-untyped-def]
-        """Score from the sums <s, d> and <s, s>; `numbers` points to the slot's row of the table."""
+        """Return the score from the sums <s, d> and <s, s>; `numbers` points to the table row of the slot."""
         cosine = tl.where(xx == 0.0, 0.0, tl.div_rn(xd, tl.sqrt_rn(xx)))
         return tl.where(tl.load(numbers + _SCORE) == _COSINE, cosine, xd)
 
     @triton.jit
     def gate_value(score, numbers):  # type: ignore[no-untyped-def]
-        """Gate value of a score."""
+        """Return the gate value of a score."""
         threshold = tl.load(numbers + _THRESHOLD)
         sharpness = tl.load(numbers + _SHARPNESS)
         one = tl.full((), 1.0, tl.float32)
@@ -212,8 +212,8 @@ if triton is not None:
 
     @triton.jit
     def load_row(ptr, row, stride, inside, columns, H: tl.constexpr, CONTIGUOUS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """A row in float32, zeros outside."""
-        # A stride known to the compiler keeps 16-byte loads even where H is odd.
+        """Return a row in float32, zeros outside."""
+        # A stride that the compiler knows keeps 16-byte loads even where H is odd.
         at = ptr + row * (H if CONTIGUOUS else stride) + columns
         return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
@@ -230,7 +230,7 @@ if triton is not None:
         CONTIGUOUS: tl.constexpr,
         PAIR: tl.constexpr,
     ):
-        """s: the row that gates and sums read, in float32."""
+        """Return s, the row that gates and sums read, in float32."""
         s = load_row(x_ptr, row, x_stride, inside, columns, H, CONTIGUOUS)
         if PAIR:
             s += load_row(residual_ptr, row, residual_stride, inside, columns, H, CONTIGUOUS)
@@ -241,7 +241,7 @@ if triton is not None:
     def read_gate(  # type: ignore[no-untyped-def]
         s, slot, directions_ptr, table_ptr, inside, columns, H: tl.constexpr, NVIDIA: tl.constexpr
     ):
-        """Score and gate value of the row s by the slot's own gate."""
+        """Return score and gate value of the row s by the gate of the slot."""
         numbers = table_ptr + slot * _TABLE_WIDTH
         d = load_row(directions_ptr, slot, H, inside, columns, H, True)
         xd = tl.sum(product(s, d, NVIDIA), axis=0)
@@ -252,9 +252,9 @@ if triton is not None:
     def latched(  # type: ignore[no-untyped-def]
         record, sequence, is_latched, values_ptr, strength_ptr, table_ptr, K: tl.constexpr
     ):
-        """Of the K slots in a row's record: their numbers, gate kinds, gate values, and strengths; zeros for slot -1.
+        """Return slots, gate kinds, gate values and strengths of the K slots in a row's record; zeros for slot -1.
 
-        Everything is loaded before anything is decided, so that K slots cost one latency and not K.
+        Everything is loaded before anything is decided: K slots cost one latency, not K.
         """
         slots, kinds, gates, strengths = (), (), (), ()
         for k in tl.static_range(K):
@@ -273,12 +273,12 @@ if triton is not None:
 
     @triton.jit
     def scaled(gate, strength):  # type: ignore[no-untyped-def]
-        """beta: a shut gate wins over a strength that is not finite."""
+        """Return beta: a shut gate wins over a strength that is not finite."""
         return tl.where(gate == 0.0, 0.0, gate * strength)
 
     @triton.jit
     def coefficients(edit, xx, xd, xv, beta, numbers):  # type: ignore[no-untyped-def]
-        """a - 1, b and c of the displacement (a - 1)*s + b*v + c*d of an edit that is not ADD."""
+        """Return a - 1, b and c of the displacement (a - 1)*s + b*v + c*d by an edit that is not ADD."""
         vv = tl.load(numbers + _VECTOR_SQ)
         vd = tl.load(numbers + _VECTOR_DIRECTION)
         dd = tl.load(numbers + _DIRECTION_SQ)
@@ -334,10 +334,9 @@ if triton is not None:
         KINDS: tl.constexpr,
         NVIDIA: tl.constexpr,
     ):
-        """y after all displacements of its slots, and whether there was one.
+        """Return y after the displacements by all its slots, and whether there was one.
 
-        Sums read s, d and v again where they need them: kept beside y, four rows of 16384 numbers would be more than
-        the registers of a program.
+        Sums read s, d and v again: kept beside y, four rows of 16384 numbers exceed the registers of a program.
         """
         changed = tl.full((), 0, tl.int1)
         for k in tl.static_range(K):
@@ -385,14 +384,14 @@ if triton is not None:
 
 
 def torch_stream(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """The rows that gates and sums read, float32 [rows, H]."""
+    """Return the rows s that gates and sums read, float32 [rows, H]."""
     return x.float() if residual is None else (x.float() + residual.float()).to(x.dtype).float()
 
 
 def torch_gate(s: torch.Tensor, d: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and gate values [n] of float32 rows s and directions d [n, H] by table rows [n, TABLE_WIDTH].
+    """Return scores and gate values [n] of float32 rows s and directions d [n, H] by table rows [n, TABLE_WIDTH].
 
-    Here and below enumerations are compared as ints: Dynamo (torch 2.13) folds `tensor == IntEnum` to False.
+    Enumerations are compared as ints here and below: Dynamo (torch 2.13) folds `tensor == IntEnum` to False.
     """
     scores = (s * d).sum(-1)
     square = (s * s).sum(-1)
@@ -402,7 +401,7 @@ def torch_gate(s: torch.Tensor, d: torch.Tensor, numbers: torch.Tensor) -> tuple
 
 
 def torch_opened(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Gate values [...] of float32 scores by table rows [..., TABLE_WIDTH]."""
+    """Return the gate values [...] of float32 scores by table rows [..., TABLE_WIDTH]."""
     threshold, sharpness = numbers[..., THRESHOLD], numbers[..., SHARPNESS]
     hard = torch.where(scores <= threshold, 0.0, 1.0)
     soft = torch.sigmoid(sharpness * (scores - threshold))
@@ -411,32 +410,32 @@ def torch_opened(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def torch_scaled(gate: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """beta [rows]."""
+    """Return beta [rows]."""
     return torch.where(gate == 0, 0.0, gate * strength)
 
 
 def torch_coefficients(
     s: torch.Tensor, v: torch.Tensor, d: torch.Tensor, beta: torch.Tensor, numbers: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """a - 1, b and c [rows] of the displacement (a - 1)*s + b*v + c*d of float32 rows s [rows, H]."""
+    """Return a - 1, b and c [rows] of the displacement (a - 1)*s + b*v + c*d of float32 rows s [rows, H]."""
     xx, xd, xv = (s * s).sum(-1), (s * d).sum(-1), (s * v).sum(-1)
     vv, vd, dd = numbers[:, VECTOR_SQ], numbers[:, VECTOR_DIRECTION], numbers[:, DIRECTION_SQ]
     low, high, edit = numbers[:, LOW], numbers[:, HIGH], numbers[:, EDIT]
 
     def only(where: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        """1 where a formula is not wanted, so that neither its value nor its gradient can be undefined there."""
+        """Return 1 where a formula does not apply: neither its value nor its gradient is undefined there."""
         return torch.where(where, tensor, 1.0)
 
-    clamps = (edit == int(Edit.CLAMP)) & (vv > 0)
+    clamps = (edit == int(EditId.CLAMP)) & (vv > 0)
     along = xv / only(clamps, vv)
     clamped = beta * (torch.minimum(torch.maximum(along, low), high) - along)
 
     full = xx + beta * (2 * xv + beta * vv)
-    keeps = (edit == int(Edit.KEEP_NORM)) & ~(full <= CANCELLED * (xx + beta * beta * vv))
+    keeps = (edit == int(EditId.KEEP_NORM)) & ~(full <= CANCELLED * (xx + beta * beta * vv))
     ratio = torch.where(xx == 0, 0.0, (only(keeps & (xx != 0), xx) / only(keeps, full)).sqrt())
 
     across = dd - vd * vd / only(vv > 0, vv)
-    plane = (edit == int(Edit.ROTATE)) & (vv > 0) & ~(across <= CANCELLED * dd)
+    plane = (edit == int(EditId.ROTATE)) & (vv > 0) & ~(across <= CANCELLED * dd)
     vv, low, high = only(plane, vv), only(plane, low), only(plane, high)  # the limits of a CLAMP may be infinite
     root, rest = vv.sqrt(), only(plane, across).sqrt()
     p1, p2 = xv / root, (xd - xv * vd / vv) / rest
@@ -449,7 +448,7 @@ def torch_coefficients(
     turn = (q2 * rho / length - p2) / rest
     back = (q1 * rho / length - p1) / root - turn * vd / vv
 
-    b = torch.where(edit == int(Edit.ADD), beta, 0.0)
+    b = torch.where(edit == int(EditId.ADD), beta, 0.0)
     b = torch.where(clamps, clamped, b)
     b = torch.where(keeps, ratio * beta, b)
     b = torch.where(turns, back, b)
@@ -457,10 +456,10 @@ def torch_coefficients(
 
 
 def torch_displaced(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 rows y [..., H] after all displacements, and which of them were displaced, bool [..., 1].
+    """Return float32 rows y [..., H] after all displacements, and which rows were displaced, bool [..., 1].
 
-    Without a synchronisation, on any device, and differentiable in y and s; gates carry no gradient. y keeps its shape
-    throughout: made flat and not flat again, Inductor copies it before every matrix product that reads it.
+    Runs on any device without a synchronisation. Differentiable in y and s; gates carry no gradient. y keeps its shape:
+    Inductor copies a flattened y before every matrix product that reads it.
     """
     rows, values, strength, vectors, directions, table, kinds = operands
     if kinds == int(Kinds.LATCHED_ADD) and len(values):
@@ -475,22 +474,22 @@ def torch_displaced(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> tup
         v, d = vectors.index_select(0, slot).float(), directions.index_select(0, slot).float()
         flat = s.reshape(v.shape)
         own = torch_gate(flat.detach(), d, numbers)[1]
-        beta = torch_scaled(torch.where(numbers[:, GATE] == int(Gate.TOKEN), own, gates[:, k]), alphas[:, k])
+        beta = torch_scaled(torch.where(numbers[:, GATE] == int(GateKind.TOKEN), own, gates[:, k]), alphas[:, k])
         scale, b, c = torch_coefficients(flat, v, d, beta, numbers)
         moves = ((rows[:, 1 + k] >= 0) & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))).view(each)
         scale, b, c = scale.view(each), b.view(each), c.view(each)
         moved = torch.where(scale != 0, y + scale * s, y) + b * v.view(y.shape)
         moved = torch.where(c != 0, moved + c * d.view(y.shape), moved)
-        # Rows that stay are copied bit by bit: finding the others first would make the CPU wait for the device.
+        # Rows that stay are copied bit by bit: a search for the others makes the CPU wait for the device.
         y = torch.where(moves, moved, y)
         changed = changed | moves
     return y, changed
 
 
 def torch_scales(rows: torch.Tensor, values: torch.Tensor, strength: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """What each row's slots multiply their vectors by where they are latched additions: float32 [..., rows, K].
+    """Return the factors of the vectors where all slots are latched additions, float32 [..., rows, K].
 
-    values: [..., N, K] and table: [..., S, TABLE_WIDTH], of one layer or of several at once.
+    values [..., n, K] and table [..., slots, TABLE_WIDTH] belong to one layer or to several layers at once.
     """
     _, _, gates, alphas = _torch_latched(rows, values, strength, table)
     return torch.where(rows[:, 1:] >= 0, torch_scaled(gates, alphas), 0.0)
@@ -499,7 +498,7 @@ def torch_scales(rows: torch.Tensor, values: torch.Tensor, strength: torch.Tenso
 def torch_added(
     y: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, vectors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `torch_displaced`, of latched additions whose scales [rows, K] are known."""
+    """Return what `torch_displaced` returns, for latched additions whose scales [rows, K] are known."""
     each = (*y.shape[:-1], 1)
     changed = torch.zeros(each, dtype=torch.bool, device=y.device)
     for k in range(rows.shape[1] - 1):
@@ -514,19 +513,19 @@ def torch_added(
 def _torch_latched(
     rows: torch.Tensor, values: torch.Tensor, strength: torch.Tensor, table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Slots [rows, K], their numbers [..., rows, K, TABLE_WIDTH], and their gates and alphas [..., rows, K]."""
+    """Return slots [rows, K], their numbers [..., rows, K, TABLE_WIDTH], and their gates and alphas [..., rows, K]."""
     slot = _used(rows[:, 1:])
-    sequence = torch.where((rows[:, 1:] >= 0).any(dim=1), rows[:, 0], 0)  # of a row without a slot it may be anything
+    sequence = torch.where((rows[:, 1:] >= 0).any(dim=1), rows[:, 0], 0)  # a row without a slot may name any sequence
     numbers = torch_numbers(table, rows[:, 1:])
-    gate = torch.where(numbers[..., GATE] == int(Gate.ALWAYS), 1.0, values.index_select(-2, sequence))
+    gate = torch.where(numbers[..., GATE] == int(GateKind.ALWAYS), 1.0, values.index_select(-2, sequence))
     return slot, numbers, gate, numbers[..., STRENGTH] * strength.index_select(0, sequence)
 
 
 def torch_numbers(table: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Rows [..., n, K, TABLE_WIDTH] of a table [..., S, TABLE_WIDTH] by slots [n, K], of slot 0 where there is none."""
+    """Return table rows [..., n, K, TABLE_WIDTH] of slots [n, K]; slot -1 reads slot 0. table: [..., slots, width]."""
     return table.index_select(-2, _used(slots).flatten()).unflatten(-2, slots.shape)
 
 
 def _used(numbers: torch.Tensor) -> torch.Tensor:
-    """0 where there is no slot, which is read in vain."""
+    """Return 0 for slot -1: slot 0 is then read and not used."""
     return torch.where(numbers >= 0, numbers, 0)

@@ -1,13 +1,13 @@
-"""The prompt gate: scores and latched values of a step's sequences, each from the row that decides for it.
+"""The prompt gate: scores and latched values of the sequences of a step, each from its deciding row.
 
 Sequence ``i`` reads row ``row[i]`` of the residual stream and stores, for each of its slots, the score and the gate
-value that :mod:`.edits` defines. ``row[i] == -1``: nothing of it is written, its latch stays. ``slot[i, k] == -1``:
-score 0 and value 0 are stored, and nothing is read for it. A slot whose gate is ALWAYS is scored too; its value is 1.
+value that :mod:`.edits` defines. ``row[i] == -1``: nothing is written, the latch of the sequence stays.
+``slot[i, k] == -1``: score 0 and value 0 are stored. A slot whose gate is ALWAYS is scored too; its value is 1.
 
-Same row, same bits, in any batch and at any position of it: in C++, and in Triton where rows start at multiples of
+A row has the same bits in any batch and at any position: in C++, and in Triton where rows start at multiples of
 16 bytes. A row whose <s, s> leaves the range of float32 (norms above 1.8e19) has no meaningful cosine.
 
-:func:`mean_gate_unchecked_` is the gate that reads the mean score of many rows instead.
+:func:`mean_gate_unchecked_` reads the mean score of many rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from .contract import (
     GATE,
-    Gate,
+    GateKind,
     GateOperands,
     check_bank,
     check_like,
@@ -29,7 +29,7 @@ from .contract import (
     library,
 )
 from .edits import reference_gate, reference_stream, torch_gate, torch_numbers, torch_opened, torch_stream
-from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia
+from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia, reported
 
 try:
     import triton
@@ -48,7 +48,7 @@ __all__ = ["gate_", "gate_torch_", "gate_triton_", "gate_unchecked_", "mean_gate
 def reference(
     x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`gate_` leaves in scores and values, float64 [n, K] on the CPU, one sequence after the other."""
+    """Return the scores and values that :func:`gate_` stores, float64 [n, K] on the CPU, sequence by sequence."""
     slot, directions, table, scores, values = gates
     stream = reference_stream(x, residual)
     scores, values = scores.double().cpu().clone(), values.double().cpu().clone()
@@ -58,7 +58,7 @@ def reference(
             if s >= 0:
                 numbers = table[s].double().cpu()
                 score, value = reference_gate(stream[r], directions[s].double().cpu(), numbers)
-                scores[i, k], values[i, k] = score, 1.0 if numbers[GATE] == Gate.ALWAYS else value
+                scores[i, k], values[i, k] = score, 1.0 if numbers[GATE] == GateKind.ALWAYS else value
     return scores, values
 
 
@@ -106,7 +106,7 @@ if triton is not None:
 
 
 def gate_triton_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
-    """:func:`gate_` as a Triton kernel, one program per sequence. Arguments are taken as checked."""
+    """Run :func:`gate_` as a Triton kernel, one program per sequence, without checks."""
     slot, directions, table, scores, values = gates
     count, hidden_size = row.shape[0], x.shape[1]
     if not count:
@@ -129,7 +129,7 @@ def gate_triton_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tens
 
 
 def gate_torch_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
-    """:func:`gate_` in plain torch, for any device, without a synchronisation; arguments taken as checked."""
+    """Run :func:`gate_` in plain torch, on any device, without a synchronisation and without checks."""
     if not len(row) or not len(x):
         return
     slot, directions, table, scores, values = gates
@@ -141,7 +141,7 @@ def gate_torch_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tenso
         index = torch.where(used, slot[:, k], 0)
         numbers = table.index_select(0, index)
         score, value = torch_gate(s, directions.index_select(0, index).float(), numbers)
-        value = torch.where(numbers[:, GATE] == int(Gate.ALWAYS), 1.0, value)
+        value = torch.where(numbers[:, GATE] == int(GateKind.ALWAYS), 1.0, value)
         for latch, new in ((scores, score), (values, value)):
             latch[:, k].copy_(torch.where(decides, torch.where(used, new, 0.0), latch[:, k]))
 
@@ -162,7 +162,7 @@ library.define(
     "gate_(Tensor x, Tensor? residual, Tensor row, Tensor slot, Tensor directions, Tensor table, "
     "Tensor(a!) scores, Tensor(b!) values) -> ()"
 )
-# The C++ extension registers itself for CPU. Like it and Triton, plain torch leaves no trace for a backward pass.
+# The C++ extension registers itself for CPU. Plain torch records no backward pass here, as C++ and Triton do not.
 library.impl("gate_", torch.no_grad()(_flat(gate_torch_)), "CompositeExplicitAutograd")
 if triton is not None:
     library.impl("gate_", _flat(gate_triton_), "CUDA")
@@ -174,15 +174,15 @@ _op = torch.ops.steerfast.gate_.default
 
 
 def gate_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
-    """Score the deciding row of each sequence and latch how far its gates open.
+    """Score the deciding row of each sequence, and latch the values of its gates.
 
-    :func:`gate_unchecked_` is the same without the checks, for callers that own their buffers.
+    :func:`gate_unchecked_` does the same without the checks, for callers that own their buffers.
 
     Args:
         x: [rows, H] float32, bfloat16 or float16; the last dimension contiguous, the row stride free.
-        residual: None, or rows like x: the gate then reads their sum, rounded to their dtype.
-        row: [n] int32, the deciding row of each sequence, -1: none in this step; outside x: an error on a CPU,
-            undefined on a GPU.
+        residual: None, or rows like x: the gate then reads the sum of both, rounded to their dtype.
+        row: [n] int32, the deciding row of each sequence; -1: none in this step. A row outside x is an error on a CPU
+            and undefined on a GPU.
         gates: the slots to read, and the memory for their decisions, see :class:`.contract.GateOperands`.
 
     Raises:
@@ -211,10 +211,9 @@ def gate_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gat
     _op(x, residual, row, *gates)
 
 
+@reported
 def gate_unchecked_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
-    """:func:`gate_` for callers that own their buffers: no checks, and eager CUDA rows go to the kernel without the
-    dispatcher.
-    """
+    """Run :func:`gate_` without checks; eager CUDA rows go to the kernel without the dispatcher."""
     if eager_cuda(x):
         gate_triton_(x, residual, row, gates)
     else:
@@ -230,18 +229,18 @@ def mean_gate_unchecked_(
     sums: torch.Tensor,
     gates: GateOperands,
 ) -> None:
-    """Add each row's score to its sequence's sum; where that is complete, latch the mean and how far gates open for it.
+    """Add the score of each row to the sum of its sequence; where a sum is complete, latch the mean and its gate value.
 
-    The rows are scored by :func:`gate_unchecked_`, each for itself. Sums are float64, so that their order, and how a
-    prompt is split into steps, do not show in a float32 mean but by rounding.
+    :func:`gate_unchecked_` scores each row. Sums are float64: a float32 mean shows neither their order nor the steps
+    that a prompt is split into, except by rounding.
 
     Args:
-        x, residual, gates: as of :func:`gate_`.
-        member: [rows] int32, the sequence whose mean a row is part of; -1: none. Or [rows * K], where each row may be
-            part of K means, one after the other.
-        total: [n] int32, of how many rows a sequence's mean is taken.
-        closes: [n] bool, whether the last of them is among x.
-        sums: [n, K] float64, of the rows that came before; written.
+        x, residual, gates: those of :func:`gate_`.
+        member: [rows] int32, the sequence whose mean includes the row; -1: none. Or [rows * K]: each row may be in K
+            means, one after the other.
+        total: [n] int32, the number of rows in the mean of a sequence.
+        closes: [n] bool, whether the last of these rows is in x.
+        sums: [n, K] float64, the sums of earlier rows; written.
     """
     slot, directions, table, scores, values = gates
     if not len(x) or not len(slot):

@@ -1,20 +1,24 @@
-"""How a kernel is launched: its shape, and a path from eager Python that skips what Triton would work out again.
+"""The launch of a kernel: its shape, and a fast path from eager Python.
 
-A plain Triton launch binds and inspects every argument at every call, which costs more host time than a decode step's
-kernel takes on the device. :class:`Launcher` keeps the compiled kernel under a key that holds everything Triton would
-have inspected, and hands the arguments to it directly. ``STEERFAST_FAST_LAUNCH=0`` turns that off.
+A plain Triton launch binds and inspects every argument at every call, which costs more host time than the kernel of a
+decode step takes on the device. :class:`Launcher` keeps the compiled kernel under a key of everything that Triton would
+inspect, and passes the arguments on directly. ``STEERFAST_FAST_LAUNCH=0`` turns the fast path off.
+
+``STEERFAST_DEBUG=1`` reports each call of an unchecked op to the logger ``steerfast.launch`` at level DEBUG.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 import torch
 
-from .contract import MAX_HIDDEN_SIZE, Kinds
+from .contract import MAX_HIDDEN_SIZE, GateOperands, Kinds, Operands
 
 try:
     import triton
@@ -31,15 +35,20 @@ __all__ = [
     "launch_shape",
     "layout",
     "nvidia",
+    "reported",
 ]
 
 TESTED_TRITON = ((3, 6), (3, 9))
 """Triton releases whose compiled kernels take their arguments as :class:`Launcher` passes them."""
 
+_log = logging.getLogger("steerfast.launch")
+_DEBUG = os.environ.get("STEERFAST_DEBUG", "0") != "0"
+_Op = TypeVar("_Op", bound=Callable[..., Any])
+
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """How a GPU program holds a row: `block` columns (a power of two) over `num_warps` warps."""
+    """The part of a row that a GPU program holds: `block` columns (a power of two) over `num_warps` warps."""
 
     block: int
     num_warps: int
@@ -47,11 +56,11 @@ class LaunchShape:
 
 @cache
 def launch_shape(hidden_size: int, dtype: torch.dtype) -> LaunchShape:
-    """The launch shape of a row of ``hidden_size`` numbers, from that and its dtype alone.
+    """Return the launch shape of a row of `hidden_size` numbers of this dtype.
 
-    It never depends on the number of rows, so the same row gives the same bits in every batch. A thread takes
-    32 bytes (two 16-byte accesses per tensor); 4 warps at least, so that a short row still hides its latency, and
-    16 at most: 32 would leave a thread 64 registers, of which the addresses alone take 25.
+    It does not depend on the number of rows, so a row has the same bits in every batch. A thread takes 32 bytes: two
+    16-byte accesses per tensor. At least 4 warps hide the latency of a short row. At most 16: with 32 a thread has 64
+    registers, and the addresses alone take 25.
     """
     if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
         raise ValueError(f"hidden_size: expected 1 to {MAX_HIDDEN_SIZE}, got {hidden_size}")
@@ -60,12 +69,15 @@ def launch_shape(hidden_size: int, dtype: torch.dtype) -> LaunchShape:
 
 
 def nvidia(x: torch.Tensor) -> bool:
-    """Whether a kernel on ``x`` runs on an NVIDIA GPU, and not in Triton's interpreter or on another GPU."""
+    """Say whether a kernel on `x` runs on an NVIDIA GPU, not on another GPU or in Triton's interpreter."""
     return x.is_cuda and torch.version.hip is None
 
 
 def layout(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, bool, tuple[int, int]]:
-    """Addresses of the rows or-ed together, whether they lie without gaps, and where not their row strides."""
+    """Return the addresses of the rows or-ed together, whether the rows have no gaps, and their row strides.
+
+    The strides are 0 for rows without gaps.
+    """
     address, contiguous = x.data_ptr(), x.is_contiguous()
     if residual is not None:
         address |= residual.data_ptr()
@@ -76,21 +88,21 @@ def layout(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, bool, t
 
 
 def eager_cuda(x: torch.Tensor) -> bool:
-    """Whether Python may launch the Triton kernel for ``x`` itself: no tracing, no tensor subclass, no dispatcher."""
+    """Say whether Python may launch the Triton kernel for `x` without the dispatcher: no tracing, no subclass."""
     return x.is_cuda and type(x) is torch.Tensor and triton is not None and not torch.compiler.is_compiling()
 
 
 def inductor_fuses(x: torch.Tensor, kinds: int) -> bool:
-    """Whether a compiled model should see plain torch here, which Inductor fuses, and not an op it calls as it is.
+    """Say whether a compiled model should trace plain torch, which Inductor fuses, instead of the op.
 
-    On a CPU, where no slot takes sums: the op costs such a model 1.17 x the unsteered form at one row, plain torch
-    1.03 x (benchmarks/FACTS.md). Not measured on a GPU yet.
+    It should on a CPU where no slot takes sums: at one row the op costs 1.17 x the unsteered form, plain torch 1.03 x
+    (benchmarks/FACTS.md). Not measured on a GPU yet.
     """
     return torch.compiler.is_compiling() and x.device.type == "cpu" and int(kinds) == int(Kinds.LATCHED_ADD)
 
 
 def _hooked() -> bool:
-    """Whether somebody, a profiler, wants to see each launch; only Triton's own launch tells them."""
+    """Say whether a profiler has hooked each launch; only Triton's own launch calls its hooks."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(
         (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
@@ -98,15 +110,35 @@ def _hooked() -> bool:
 
 
 def _reusable() -> bool:
-    """Whether compiled kernels may be called directly: read once, when a kernel's launcher is made."""
+    """Say whether compiled kernels may be called directly; read once per launcher, when it is made."""
     if triton is None or os.environ.get("STEERFAST_FAST_LAUNCH", "1") == "0":
         return False
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return version in TESTED_TRITON and torch.version.hip is None
 
 
+def reported(op: _Op) -> _Op:
+    """Report each call of `op` to the logger where STEERFAST_DEBUG is set; otherwise return `op` itself."""
+    if not _DEBUG:
+        return op
+
+    @wraps(op)
+    def report(x: torch.Tensor, *arguments: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            (operands,) = (a for a in arguments if isinstance(a, (Operands, GateOperands)))
+            if isinstance(operands, Operands):
+                count, stack, kinds = len(operands.rows), operands.rows.shape[1] - 1, Kinds(operands.kinds).name
+            else:
+                (count, stack), kinds = operands.slot.shape, "gates"
+            name = op.__name__.removesuffix("_unchecked").replace("_unchecked_", "_")
+            _log.debug("%s: %d rows, H %d, K %d, %s, %s", name, count, x.shape[-1], stack, kinds, x.device)
+        return op(x, *arguments)
+
+    return report  # type: ignore[return-value]
+
+
 class Launcher:
-    """Launches one Triton kernel, whose parameters are tensors first, then numbers, then constants."""
+    """The launcher of one Triton kernel, whose parameters are tensors first, then numbers, then constants."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -124,14 +156,14 @@ class Launcher:
         shape: LaunchShape,
         address: int,
     ) -> None:
-        """Launch over `count` programs, at least one, on the device and current stream of ``x``.
+        """Launch `count` programs, at least one, on the device and current stream of `x`.
 
         Args:
-            dtypes: all that differ between the tensors of one launch and those of another.
-            tensors: None where one is not used, which `constants` must tell.
-            numbers: strides and other scalars. Ints are part of the kernel's key as they are, so that one divisible by
-                16, or equal to 1, never meets another's kernel.
-            constants: what the kernel is compiled for.
+            dtypes: those of the tensors whose dtype is free.
+            tensors: None for a tensor that is not used; `constants` must show that.
+            numbers: strides and other scalars. Ints are part of the kernel's key: Triton compiles another kernel for a
+                number divisible by 16 or equal to 1.
+            constants: the constexpr arguments.
             address: the addresses of all tensors whose alignment the kernel is compiled for, or-ed together.
         """
         if not x.is_cuda:  # Triton's interpreter
@@ -162,5 +194,5 @@ class Launcher:
         constants: tuple[Any, ...],
         shape: LaunchShape,
     ) -> Any:
-        """Triton's own launch, which compiles where it must; the compiled kernel."""
+        """Launch as Triton does, which compiles where needed; return the compiled kernel."""
         return self.kernel[(count,)](*tensors, *numbers, *constants, num_warps=shape.num_warps, enable_fp_fusion=False)

@@ -1,9 +1,10 @@
-"""Are the ops right here? Every live implementation is checked against the float64 reference beside it."""
+"""The self-test of the ops: every implementation that runs here, checked against the float64 references."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -18,36 +19,38 @@ from steerfast.kernels.contract import (
     FLOAT_DTYPES,
     SHARPNESS,
     TABLE_WIDTH,
-    Edit,
-    Gate,
+    GateKind,
     GateOperands,
     Kinds,
     Norm,
     Operands,
     Score,
 )
+from steerfast.kernels.edit_kinds import EDITS
 from steerfast.kernels.edits import reference_stream
 
 _ROWS, _HIDDEN, _SEQUENCES, _EPS = 8, 576, 4, 1e-5
-# Float32 may lose this share of the sum of a row's terms: 64 roundings of 2^-24.
+# Float32 may lose this share of the sum of the terms of a row: 64 roundings of 2^-24.
 _SUM = 64 * 2.0**-24
-_ROW = 2.0**-17  # ... and an edit, which takes several sums, this share of the row's largest number
-# Gate, score, edit, threshold, sharpness, strength, low, high: every gate and every edit.
-_SLOTS = (
-    (Gate.PROMPT, Score.COSINE, Edit.ADD, 0.0, 0.0, 0.75, 0.0, 0.0),
-    (Gate.TOKEN, Score.DOT, Edit.ADD, 0.1, 4.0, -1.5, 0.0, 0.0),
-    (Gate.ALWAYS, Score.COSINE, Edit.CLAMP, 0.0, 0.0, 1.0, -0.1, 0.2),
-    (Gate.PROMPT, Score.DOT, Edit.KEEP_NORM, 0.0, 2.0, 1.0, 0.0, 0.0),
-    (Gate.TOKEN, Score.COSINE, Edit.ROTATE, 0.0, 3.0, 1.0, 0.6, 0.8),
+_ROW = 2.0**-17  # an edit takes several sums and may lose this share of the largest number of the row
+# Gate, score, threshold, sharpness, strength: every gate, hard and soft.
+_GATES = (
+    (GateKind.PROMPT, Score.COSINE, 0.0, 0.0, 0.75),
+    (GateKind.TOKEN, Score.DOT, 0.1, 4.0, -1.5),
+    (GateKind.ALWAYS, Score.COSINE, 0.0, 0.0, 1.0),
+    (GateKind.PROMPT, Score.DOT, 0.0, 2.0, 1.0),
+    (GateKind.TOKEN, Score.COSINE, 0.0, 3.0, 1.0),
 )
+# ... and every edit: its number, LOW and HIGH.
+_SLOTS = [(*gate, e.id, *e.columns(**e.example)) for gate, e in zip(cycle(_GATES), EDITS.values(), strict=False)]
 
-# What an op gave, what it should have given, and how far the two may be apart.
+# The result of an op, the exact result, and the largest allowed difference.
 _Outcome = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run the ops, by name; `absent` says why it cannot run here, None where it can."""
+    """One way to run the ops; `absent` is the reason why it cannot run here, None where it can."""
 
     name: str
     absent: str | None
@@ -57,7 +60,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Check:
-    """Result of one op on rows of one dtype: the worst error, and what numerics allow at its place."""
+    """The result of one op on rows of one dtype: the worst error, and the tolerance at its place."""
 
     op: str
     implementation: str
@@ -68,12 +71,12 @@ class Check:
     problem: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON data."""
+        """Return JSON data."""
         return asdict(self)
 
 
 def implementations() -> list[Implementation]:
-    """All implementations of the ops, live or not."""
+    """Return all implementations of the ops, live or not."""
     cuda = None if torch.cuda.is_available() else "no CUDA device"
     if gates.triton is None:
         cuda = "triton is not installed"
@@ -124,7 +127,7 @@ def self_test(implementation: Implementation) -> Iterator[Check]:
 
 @dataclass(frozen=True)
 class _Case:
-    """Arguments of the ops: gates of all kinds, open and shut, every edit, rows that are not steered."""
+    """The arguments of the ops: gates of all kinds, open and shut, every edit, rows that are not steered."""
 
     x: Tensor
     residual: Tensor
@@ -148,7 +151,7 @@ class _Case:
         vectors, directions = numbers(len(_SLOTS), _HIDDEN), normalize(numbers(len(_SLOTS), _HIDDEN), dim=1)
         squares = (vectors.square().sum(1), (vectors * directions).sum(1), directions.square().sum(1))
         table = torch.zeros(len(_SLOTS), TABLE_WIDTH)
-        gate, score, edit, threshold, sharpness, strength, low, high = torch.tensor(_SLOTS).T
+        gate, score, threshold, sharpness, strength, edit, low, high = torch.tensor(_SLOTS).T
         columns = (threshold, sharpness, strength, *squares, low, high, gate, score, edit)
         table[:, : len(columns)] = torch.stack(columns, dim=1)
 
@@ -157,7 +160,7 @@ class _Case:
         slot[-1, -1] = -1
         slots = slot[sequence]
         slots[_ROWS // 2, 0] = -1
-        # Towards and away from the direction in turn, so that no score lies near the hard gate's threshold.
+        # Rows point towards and away from the direction in turn: no score lies near the threshold of the hard gate.
         sides = torch.tensor([1.0, -1.0]).repeat(_ROWS // 2)[:, None]
         case = cls(
             x=(numbers(_ROWS, _HIDDEN) + 6 * sides * directions[0]).to(dtype),
@@ -179,11 +182,11 @@ class _Case:
         return Operands(self.rows, values, self.strength, self.vectors, self.directions, self.table, int(kinds))
 
     def latch(self) -> tuple[Tensor, Tensor]:
-        """Scores and values [n, K] that an op may write."""
+        """Return scores and values [n, K] that an op may write."""
         return torch.full_like(self.values, 0.25), self.values.clone()
 
     def gate_limits(self, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """How far float32 scores and values may end from the exact ones, float64 [n, K]."""
+        """Return the largest allowed errors of float32 scores and values, float64 [n, K]."""
         s = reference_stream(self.x, residual)[self.deciding.cpu().clamp(min=0).long()]
         chosen = self.slot.cpu().long()
         bound = _SUM * (s[:, None] * self.directions.cpu()[chosen]).abs().sum(2)
@@ -232,7 +235,7 @@ def _norm_prompt(run: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, 
 
 
 def _normed(got: Any, want: Any, case: _Case) -> Iterator[_Outcome]:
-    """Of normed rows, which the reference does not round on the way, and of the new residual."""
+    """Yield the outcomes of normed rows, which the reference rounds nowhere, and of the new residual."""
     for result, exact, roundings in zip(got, want, (1.51, 0.501), strict=True):
         yield result, exact, _limit(exact, case, roundings)
 

@@ -1,12 +1,12 @@
-"""The edit in place: steered rows of the residual stream are displaced, all other rows are left alone.
+"""The edit in place: the op displaces steered rows of the residual stream and does not touch other rows.
 
-Numerics contract, for row ``r``: ``y = x[r]`` in float32, displaced by each of the row's slots as :mod:`.edits`
-defines, then rounded once to the dtype of x. Where the residual stream is kept as a pair (as serving engines keep
-it: what the layer adds, and what it is added to), gates and sums read the sum of both, and the displacement lands on x.
+Numerics contract, for row ``r``: ``y = x[r]`` in float32, displaced by each slot of the row as :mod:`.edits` defines,
+then rounded once to the dtype of x. Serving engines keep the residual stream as a pair: x, which the layer adds, and
+residual. There gates and sums read the sum of both, and the displacement is added to x.
 
-A row without a slot that displaces it is not written; without a token gate or an edit that needs sums it is not read
-either. So its bits stay, whatever they are, and nothing of another row, slot or sequence can leak into it. (Plain torch
-writes it back as it was.) No gate is computed from another row here: in place, that row could already be edited.
+A row that no slot displaces is not written. Without a token gate or an edit that takes sums it is not read either. So
+its bits stay, and nothing of another row, slot or sequence leaks into it. (Plain torch writes the same bits back.) No
+gate reads another row here: in place, that row could be edited already.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .contract import (
     tensors,
 )
 from .edits import reference_rows, reference_stream, torch_displaced, torch_stream
-from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia
+from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia, reported
 
 try:
     import triton
@@ -43,7 +43,7 @@ __all__ = ["reference", "steer_", "steer_torch_", "steer_triton_", "steer_unchec
 
 
 def reference(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> torch.Tensor:
-    """What :func:`steer_` leaves in x, float64 [rows, H] on the CPU, one row after the other."""
+    """Return the rows that :func:`steer_` leaves in x, float64 [rows, H] on the CPU, row by row."""
     s = reference_stream(x, residual)
     return reference_rows(x.double().cpu(), s, operands)
 
@@ -115,7 +115,7 @@ if triton is not None:
 
 
 def steer_triton_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
-    """:func:`steer_` as a Triton kernel, one program per row. Arguments are taken as checked."""
+    """Run :func:`steer_` as a Triton kernel, one program per row, without checks."""
     rows, values, strength, vectors, directions, table, kinds = operands
     count, hidden_size = x.shape
     stack = rows.shape[1] - 1
@@ -139,13 +139,13 @@ def steer_triton_(x: torch.Tensor, residual: torch.Tensor | None, operands: Oper
 
 
 def steer_torch_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
-    """:func:`steer_` in plain torch, on any device, without a synchronisation; arguments taken as checked.
+    """Run :func:`steer_` in plain torch, on any device, without a synchronisation and without checks.
 
     Differentiable in x and residual; gates carry no gradient.
     """
     if not len(x):
         return
-    before = x.clone() if torch.is_grad_enabled() and x.requires_grad else x  # sums keep it for the backward pass
+    before = x.clone() if torch.is_grad_enabled() and x.requires_grad else x  # the backward pass of sums needs it
     s = torch_stream(before, residual)
     y, changed = torch_displaced(before.float(), s, operands)
     x.copy_(torch.where(changed, y.to(x.dtype), before))
@@ -167,7 +167,7 @@ library.define(
     "steer_(Tensor(a!) x, Tensor? residual, Tensor rows, Tensor values, Tensor strength, Tensor vectors, "
     "Tensor directions, Tensor table, int kinds) -> ()"
 )
-# The C++ extension registers itself for CPU. Like it and Triton, plain torch leaves no trace for a backward pass.
+# The C++ extension registers itself for CPU. Plain torch records no backward pass here, as C++ and Triton do not.
 library.impl("steer_", torch.no_grad()(_flat(steer_torch_)), "CompositeExplicitAutograd")
 if triton is not None:
     library.impl("steer_", _flat(steer_triton_), "CUDA")
@@ -181,13 +181,12 @@ _op = torch.ops.steerfast.steer_.default
 def steer_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
     """Steer the rows of ``x`` in place.
 
-    The op has no backward pass: gradients pass through it unchanged, and none flows through a gate; see
-    :func:`steer_torch_` for one that is differentiable. :func:`steer_unchecked_` is the same without the checks, for
-    callers that own their buffers.
+    The op has no backward pass: gradients pass through it unchanged. :func:`steer_torch_` is differentiable.
+    :func:`steer_unchecked_` does the same without the checks, for callers that own their buffers.
 
     Args:
         x: [rows, H] float32, bfloat16 or float16; the last dimension contiguous, rows apart from each other.
-        residual: None, or rows like x that x is going to be added to; only read.
+        residual: None, or rows like x, to which x will be added; only read.
         operands: how the rows are edited, see :class:`.contract.Operands`.
 
     Raises:
@@ -203,14 +202,13 @@ def steer_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -
     if not torch.compiler.is_compiling():
         check_separate({"x": x}, {"residual": residual, **tensors(operands)})
         if x.requires_grad and torch.is_grad_enabled():
-            torch.autograd.graph.increment_version(x)  # so that a backward pass that saved the old x says so
+            torch.autograd.graph.increment_version(x)  # a backward pass that saved the old x then raises
     torch.ops.steerfast.steer_.default(x, residual, *operands)
 
 
+@reported
 def steer_unchecked_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
-    """:func:`steer_` for callers that own their buffers: no checks, and eager CUDA rows go to the kernel without the
-    dispatcher.
-    """
+    """Run :func:`steer_` without checks; eager CUDA rows go to the kernel without the dispatcher."""
     if eager_cuda(x):
         steer_triton_(x, residual, operands)
     else:

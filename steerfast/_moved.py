@@ -28,7 +28,7 @@ MOVED = {
     "serving": "vllm",
     "serving.patching": "vllm.compat",
     "evaluation.judges": "judging.judges",
-    "evaluation.judging": "judging.judgement",
+    "evaluation.judging": "judging.answers",
     "evaluation.refusal": "judging.refusal",
     "evaluation.fluency": "judging.fluency",
     "evaluation.figures": "evaluation.plots",

@@ -1,4 +1,4 @@
-"""Progress bars for people; silence for pipes."""
+"""Progress bars on a terminal; nothing in a pipe."""
 
 from __future__ import annotations
 

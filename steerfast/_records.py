@@ -1,4 +1,4 @@
-"""Finished pieces of long work on disk, so that what was interrupted goes on where it stopped."""
+"""Results of long work on disk, so that an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ __all__ = ["Records"]
 
 
 class Records:
-    """A file of JSON objects, one a line, each written as soon as its piece of work is done.
+    """A file of JSON objects, one a line, each written when its piece of work is done.
 
-    A line that a kill cut short is left out: its piece is simply done again.
+    A line that a kill cut short is ignored, and its piece of work is done again.
 
     Args:
-        path: the file, which is made where it is missing; None: nothing is kept.
-        what: what it is called where it is wrong: finished `what`.
+        path: the file, created where it is missing; None: nothing is kept.
+        kind: name of the records in errors, such as ``trials``.
 
     Attributes:
-        found: the records that were there, in their order.
+        found: the records of the file, in order.
 
     Raises:
-        OutputError: the file cannot be written, or is none of text.
+        OutputError: the file cannot be written, or holds no text.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, what: str) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, kind: str) -> None:
         self._path = None if path is None else Path(path)
         self.found: list[dict[str, Any]] = []
         if self._path is None:
             return
         try:
-            with self._path.open("ab+") as file:  # also shows at once that it can be written
+            with self._path.open("ab+") as file:  # also checks that the file can be written
                 file.seek(0)
                 text = file.read().decode()
                 if text and not text.endswith("\n"):  # a line cut short must not swallow the next one
@@ -43,7 +43,7 @@ class Records:
         except OSError as error:
             raise OutputError(f"resume: cannot write {str(self._path)!r} ({error.strerror})") from None
         except UnicodeDecodeError:
-            raise OutputError(f"resume: expected a file of finished {what}, got {str(self._path)!r}") from None
+            raise OutputError(f"resume: expected a file of finished {kind}, got {str(self._path)!r}") from None
         for line in text.split("\n"):
             try:
                 record = json.loads(line)

@@ -139,9 +139,9 @@ def test_readme_steers_in_place(here: dict[str, Any]) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in here["model"].modules())
 
 
-def test_readme_patched_model(here: dict[str, Any]) -> None:
-    _, second, *_ = blocks("README.md", "python")
-    exec(second, here)
+def test_patched_model(here: dict[str, Any]) -> None:
+    first, *_ = blocks("python.md", "python")
+    exec(first, here)
     assert is_patched(here["loaded_model"])
     again = steerfast.AutoSteeredModelForCausalLM.from_pretrained("folder")
     answers = [model.generate(**here["batch"], max_new_tokens=8) for model in (here["model"], again)]
@@ -151,7 +151,7 @@ def test_readme_patched_model(here: dict[str, Any]) -> None:
 def test_readme_packed(here: dict[str, Any], tiny_llama: Any) -> None:
     from transformers import ContinuousBatchingConfig
 
-    (block,) = (code for code in blocks("README.md", "python") if "generate_batch" in code)
+    (block,) = (code for code in blocks("python.md", "python") if "generate_batch" in code)
     model = steerfast.patch(tiny_llama)
     model.generation_config.max_new_tokens = 4
     small = {
@@ -170,7 +170,7 @@ def test_readme_packed(here: dict[str, Any], tiny_llama: Any) -> None:
     assert [output.error for output in outputs.values()] == [None] * 3
 
 
-def test_readme_images(here: dict[str, Any], make_profile: Callable[..., SteeringProfile]) -> None:
+def test_images(here: dict[str, Any], make_profile: Callable[..., SteeringProfile]) -> None:
     import transformers
     from PIL import Image
 
@@ -188,14 +188,14 @@ def test_readme_images(here: dict[str, Any], make_profile: Callable[..., Steerin
     pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size=12)
     tower = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = transformers.LlavaProcessor(pictures, tokenizer, **tower)
-    (block,) = (code for code in blocks("README.md", "python") if "llava-folder" in code)
+    (block,) = (code for code in blocks("python.md", "python") if "llava-folder" in code)
     exec(block, {"steerfast": steerfast, "processor": processor, "image": Image.new("RGB", (12, 12))})
 
 
-def test_readme_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     from steerfast.kernels.contract import TABLE_WIDTH, Norm
 
-    (block,) = (code for code in blocks("README.md", "python") if "add_steer_rms_norm" in code)
+    (block,) = (code for code in blocks("python.md", "python") if "add_steer_rms_norm" in code)
     signature, warmed = inspect.signature(steerfast.warmup), []
     monkeypatch.setattr(steerfast, "warmup", lambda *args, **options: warmed.append(signature.bind(*args, **options)))
     x, rows = torch.randn(2, 8), torch.tensor([[0, -1], [1, -1]], dtype=torch.int32)

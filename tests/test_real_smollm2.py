@@ -16,7 +16,7 @@ from steerfast.evaluation.demo import shipped_profile
 from steerfast.fitting.ending import ending_vector, with_ending
 from steerfast.hf.generation import greedy_answers
 from steerfast.hf.loading import DEMO_MODEL, export_demo_model
-from steerfast.judging.judgement import judge
+from steerfast.judging.answers import judge
 from steerfast.profile import Gate
 from steerfast.text.encoding import encode
 from steerfast.text.prompts import read_prompts

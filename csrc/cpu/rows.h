@@ -3,10 +3,10 @@
 //   STEERFAST_WIDTH   floats in one machine vector
 //   STEERFAST_TARGET  the function attribute that enables the instruction set
 //
-// A row is taken in blocks of 32 floats, whatever the width, and a sum is 32 running sums folded in one order at the
-// end: so every instruction set gives the same bits. (Compiled with -ffp-contract=off: no product fuses with a sum.)
+// A row is read in blocks of 32 floats for every width, and a sum is 32 running sums, folded in one order at the end.
+// So every instruction set gives the same bits. (Compiled with -ffp-contract=off: no product fuses with a sum.)
 // The last, incomplete block goes through a zero-padded copy and the same code.
-// vcvtneps2bf16 of AVX-512-BF16 is not used: it takes denormal numbers for 0, and the bits would differ.
+// vcvtneps2bf16 of AVX-512-BF16 is not used: it flushes denormal numbers to 0, and the bits would differ.
 
 #define STEERFAST_INLINE STEERFAST_TARGET inline __attribute__((always_inline))
 #define STEERFAST_EACH_PART _Pragma("GCC unroll 8") for (int k = 0; k < parts; ++k)
@@ -29,8 +29,8 @@ STEERFAST_INLINE void load(Floats& out, const float* p) { out = *(const Unaligne
 
 STEERFAST_INLINE void store(float* p, const Floats& value) { *(Unaligned*)p = value; }
 
-// GCC 12 takes convertvector apart into twice the instructions, hence the intrinsics; their plain AVX-512 forms make it
-// warn about its own header, hence the zero-masked ones.
+// Intrinsics: GCC 12 compiles convertvector to twice the instructions. Zero-masked: for the plain AVX-512 forms GCC 12
+// warns about its own header.
 STEERFAST_INLINE void load(Words& out, const uint16_t* p) {
 #if STEERFAST_WIDTH == 16
   out = (Words)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
@@ -61,7 +61,7 @@ STEERFAST_INLINE void load(Floats& out, const bf16* p) {
   out = (Floats)(bits << 16);
 }
 
-// The bfloat16 stands in the upper half. A NaN becomes all ones, which costs less than keeping its payload.
+// The bfloat16 lies in the upper half. A NaN becomes all ones, which costs less than keeping its payload.
 STEERFAST_INLINE Words bf16_bits(const Floats& value) {
   const Words bits = (Words)value;
   return (bits + 0x7fff + ((bits >> 16) & 1)) | (Words)(value != value);
@@ -231,7 +231,7 @@ class Reader {
   float square_ = 0.0f;
 };
 
-// ---- what the slots of a row do to it ----
+// ---- the displacements of a row ----
 
 template <class B>
 struct Displacement {
@@ -291,7 +291,7 @@ class Editor {
     if (t[gate_column] == float(Gate::token)) return gate_value(reader_.score(r, slot), t);
     const int64_t deciding = args_.deciding ? args_.deciding[sequence] : -1;
     if (deciding < 0) return args_.values[own];
-    // Rows of one sequence follow each other as a rule, and then the first one's decision serves all.
+    // Rows of one sequence usually follow each other; the decision at the first row then serves all of them.
     Decision& last = decisions_[k];
     if (last.sequence != sequence || last.slot != slot) {
       const float score = reader_.score(deciding, slot);
@@ -349,7 +349,7 @@ STEERFAST_TARGET void steer_row(X* x, const Displacements<B>& moves, int64_t siz
   if (i < size) steer_block<false>(x, moves, i, size - i);
 }
 
-// ---- add, steer, and the sum of squares; then the norm, from what the first pass left in the cache ----
+// ---- add, steer, and the sum of squares; then the norm, from the rows that the first pass left in the cache ----
 
 template <bool full, class X, class B>
 STEERFAST_INLINE void add_steer_block(Block& squares, X* out, const X* x, const X* residual,

@@ -55,7 +55,7 @@ struct Sums {
   float xx, xv, xd;
 };
 
-// The displacement a*s + b*v + c*d of a row. Only KEEP_NORM has an a, and only ROTATE a c.
+// The displacement a*s + b*v + c*d of a row. Only keep_norm has an a, and only rotate has a c.
 struct Coefficients {
   Edit edit;
   float a, b, c;
@@ -103,7 +103,7 @@ inline float* scratch(int64_t size) {
 }  // namespace
 }  // namespace steerfast
 
-#define STEERFAST_ISA scalar  // whatever the compiler takes for granted: SSE2, NEON
+#define STEERFAST_ISA scalar  // the instructions that the compiler uses by default: SSE2, NEON
 #define STEERFAST_WIDTH 4
 #define STEERFAST_TARGET
 #include "rows.h"

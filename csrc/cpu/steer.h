@@ -1,4 +1,4 @@
-// The steering ops on the CPU. What they compute is written down in kernels/.
+// The steering ops on the CPU. kernels/ defines what they compute.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace steerfast {
 
-// What the ops share: rows of the residual stream, the bank, and what each sequence latched.
+// The operands that all ops share: rows of the residual stream, the bank, and the latches of the sequences.
 struct Operands {
   const void* x;
   int64_t x_stride;

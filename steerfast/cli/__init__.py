@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from steerfast import __version__
-from steerfast.cli.common import CommandGroup
+from steerfast.cli.group import CommandGroup
 
 _COMMANDS = (
     "demo",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from steerfast.cli import common
@@ -32,7 +34,7 @@ _COUNTS = common.Items("counts", _count, "whole numbers of at least 1 like 1,4,1
     type=click.FloatRange(min=0),
     default=20.0,
     show_default=True,
-    help="For each batch size and prompt length; there is a least number of rounds.",
+    help="For each batch size and prompt length; at least 20 steps are timed.",
 )
 @click.option(
     "--mode",
@@ -43,21 +45,11 @@ _COUNTS = common.Items("counts", _count, "whole numbers of at least 1 like 1,4,1
 )
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: torch's.")
 @common.json_option
-def command(
-    model_name: str,
-    profile_file: str | None,
-    dtype: str,
-    device: str | None,
-    batch_sizes: list[int],
-    prompt_lengths: list[int],
-    seconds: float,
-    mode: str,
-    threads: int | None,
-    json_file: str | None,
-) -> None:
-    """Measure what steering costs MODEL, a hub id, folder or .gguf file.
+def command(model_name: str, profile_file: str | None, json_file: str | None, **options: Any) -> None:
+    """Measure the cost of steering MODEL, a hub id, folder or .gguf file.
 
-    Time to the first token and per output token, unsteered and steered in several ways, taking turns step by step.
+    Prints time to the first token and per output token of the stock, idle and steered model, which take turns step by
+    step.
 
     \b
     Example:
@@ -69,13 +61,12 @@ def command(
 
     import torch
 
-    from steerfast.evaluation import latency
+    from steerfast.cli.rendering import latency_report
+    from steerfast.evaluation.latency import run_latency
 
-    if threads is not None:
+    if (threads := options.pop("threads")) is not None:
         torch.set_num_threads(threads)
-    model, _ = common.load_model(model_name, dtype, device)
-    result = latency.run_bench(
-        model, profile, batch_sizes=batch_sizes, prompt_lengths=prompt_lengths, seconds=seconds, mode=mode
-    )
+    model, _ = common.load_model(model_name, options.pop("dtype"), options.pop("device"))
+    result = run_latency(model, profile, **options)
     common.write_json(json_file, result)
-    latency.render(result, common.console(json_file))
+    latency_report(result, common.console(json_file))

@@ -12,8 +12,8 @@ _HARMFUL, _HARMLESS = "steerfast:harmful_calibrate", "steerfast:harmless_calibra
 _HELDOUT = ("steerfast:harmful_heldout",), ("steerfast:harmless_heldout",)
 
 
-class Sensor(click.ParamType):
-    """`auto`, `own`, `keep` or a layer."""
+class SensorType(click.ParamType):
+    """A sensor: `auto`, `own`, `keep` or a layer."""
 
     name = "sensor"
 
@@ -29,26 +29,24 @@ class Sensor(click.ParamType):
 @click.command("calibrate")
 @click.argument("profile_file", metavar="PROFILE")
 @common.model_options("the model that the profile names")
-@common.set_option("--harmful", _HARMFUL, "Prompts the gate shall open for, new to extract")
-@common.set_option("--harmless", _HARMLESS, "Prompts it shall stay shut for, new to extract")
+@common.set_option("--harmful", _HARMFUL, "Prompts the gate should open for, new to extract")
+@common.set_option("--harmless", _HARMLESS, "Prompts the gate should stay shut for, new to extract")
 @common.set_option("--heldout-harmful", note="Harmful prompts of another style, to test with")
 @common.set_option("--heldout-harmless", note="Harmless prompts of another style, to test with")
-@click.option(
+@common.share_option(
     "--max-false-positive-rate",
-    type=click.FloatRange(0, 1, max_open=True),
-    metavar="SHARE",
-    help="The share of --harmless that may open the gate.  [default: 0.01]",
+    click.FloatRange(0, 1, max_open=True),
+    "The share of --harmless that may open the gate.  [default: 0.01]",
 )
-@click.option(
+@common.share_option(
     "--abstain-rate",
-    type=click.FloatRange(0, 1, max_open=True),
-    metavar="SHARE",
-    help="The share of --harmless that may be undecided or open the gate.  [default: the gate always decides]",
+    click.FloatRange(0, 1, max_open=True),
+    "The share of --harmless that may be undecided or open the gate.  [default: the gate always decides]",
 )
-@click.option("--midpoint", is_flag=True, help="Thresholds midway between the classes instead, whatever fires.")
+@click.option("--midpoint", is_flag=True, help="Put thresholds midway between the classes, at any false-positive rate.")
 @click.option(
     "--sensor",
-    type=Sensor(),
+    type=SensorType(),
     default="auto",
     show_default=True,
     metavar="auto|own|keep|LAYER",
@@ -58,22 +56,13 @@ class Sensor(click.ParamType):
     "--latest-sensor",
     type=click.IntRange(min=0),
     metavar="LAYER",
-    help="auto looks no further.  [default: 60 % of the depth]",
+    help="The last layer that auto tries.  [default: 60 % of the depth]",
 )
 @common.batch_size_option()
-@common.restyle_option
-@common.output_option
-@common.json_option
+@common.fit_options
 def command(
     profile_file: str,
     model_name: str | None,
-    dtype: str,
-    device: str | None,
-    harmful: tuple[str, ...],
-    harmless: tuple[str, ...],
-    heldout_harmful: tuple[str, ...],
-    heldout_harmless: tuple[str, ...],
-    max_false_positive_rate: float | None,
     midpoint: bool,
     restyle: int,
     output: str,
@@ -91,39 +80,34 @@ def command(
       steerfast calibrate safety.safetensors --harmful bad.txt --harmless good.txt \\
           --heldout-harmful bad2.txt --heldout-harmless good2.txt -o calibrated.safetensors
     """
-    if midpoint and max_false_positive_rate is not None:
+    if midpoint and options["max_false_positive_rate"] is not None:
         raise click.UsageError("--midpoint: expected it without --max-false-positive-rate, got both")
-    if bool(heldout_harmful) != bool(heldout_harmless):
-        raise click.UsageError("--heldout-harmful and --heldout-harmless: expected both or neither, got one")
-    if not heldout_harmful and (harmful, harmless) == ((_HARMFUL,), (_HARMLESS,)):
-        heldout_harmful, heldout_harmless = _HELDOUT
-    sources = {"harmful": harmful, "harmless": harmless}
-    if heldout_harmful:
-        sources |= {"heldout_harmful": heldout_harmful, "heldout_harmless": heldout_harmless}
+    if not midpoint and options["max_false_positive_rate"] is None:
+        del options["max_false_positive_rate"]
+    sources = _sources(options)
     inputs = [source for given in sources.values() for source in given]
     common.check_outputs({"--output": output}, inputs)
     common.check_outputs({"--json": json_file}, [profile_file, output, *inputs])
     profile = common.load_profile(profile_file)
-    sets = {
-        role: common.read_set(
-            "--" + role.replace("_", "-"), given, restyle if role in ("harmful", "harmless") else 0, "calibrate"
-        )
-        for role, given in sources.items()
-    }
+    options |= common.read_sets(sources, restyle, "calibrate")
 
     import steerfast
     from steerfast.cli.rendering import gate_table, style_table, undecided_table
 
-    if max_false_positive_rate is not None or midpoint:
-        options["max_false_positive_rate"] = max_false_positive_rate
-    options |= {role: chosen.prompts for role, chosen in sets.items()}
-    model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
-    profile = steerfast.calibrate(
-        profile,
-        model,
-        tokenizer,
-        names={role: chosen.name for role, chosen in sets.items()},
-        **options,
-    )
+    place = options.pop("dtype"), options.pop("device")
+    model, tokenizer = common.load_model(model_name or profile.model.name, *place)
+    profile = steerfast.calibrate(profile, model, tokenizer, **options)
     tables = gate_table(profile), undecided_table(profile), style_table(profile)
     common.write_profile(profile, output, json_file, after="steerfast learn, steerfast tune", tables=tables)
+
+
+def _sources(options: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Take the sources of each prompt set out of the options; the shipped sets include held-out ones."""
+    own = {role: options.pop(role) for role in ("harmful", "harmless")}
+    heldout = {role: options.pop(role) for role in ("heldout_harmful", "heldout_harmless")}
+    if any(heldout.values()):
+        if not all(heldout.values()):
+            raise click.UsageError("--heldout-harmful and --heldout-harmless: expected both or neither, got one")
+        return own | heldout
+    shipped = tuple(own.values()) == ((_HARMFUL,), (_HARMLESS,))
+    return own | dict(zip(heldout, _HELDOUT, strict=True)) if shipped else own

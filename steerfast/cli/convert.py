@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from steerfast.cli import common
+from steerfast.cli.lazy_choice import LazyChoice, edit_names
 from steerfast.cli.tune import band
 
 if TYPE_CHECKING:
     from steerfast.profile import SteeringProfile
 
 _PROFILE = "steerfast"
-_READ = ("gguf", "easysteer", "hotwire", "vllm-lens", "svec", "rotalabs", "rhizonymph", "steering-vectors")
-_WRITTEN = _READ[:-1]
 _OF_ENDING = {".safetensors": _PROFILE, ".gguf": "gguf", ".pt": "hotwire", ".svec": "svec"}
 _MOST_LAYERS = 10_000
-_OF_IMPORTS = {
-    "model_name": "--model",
-    "like": "--like",
-    "keep_gate": "--keep-gate",
-    "layers": "--layers",
-    "strength": "--strength",
-    "layer_shift": "--layer-shift",
-    "condition_layer": "--condition-layer",
-    "threshold": "--threshold",
-}
+_OF_IMPORTS = (
+    "model_name", "like", "keep_gate", "layers", "strength", "layer_shift", "condition_layer", "threshold",
+    "edit", "low", "high", "angle", "gate_kind", "sharpness",
+)  # fmt: skip
+_KINDS = ("prompt", "token", "always")
+
+
+def _read_formats() -> list[str]:
+    from steerfast.formats import FORMATS
+
+    return [_PROFILE, *FORMATS]
+
+
+def _written_formats() -> list[str]:
+    from steerfast.formats import FORMATS
+
+    return [_PROFILE, *(name for name, known in FORMATS.items() if known.encode is not None)]
 
 
 def _band(entry: str) -> tuple[int, int]:
-    found = band(entry)
-    if found[1] >= _MOST_LAYERS:
+    first, last = band(entry)
+    if last >= _MOST_LAYERS:
         raise ValueError
-    return found
+    return first, last
 
 
 @click.command("convert")
 @click.argument("source", metavar="INPUT")
 @click.argument("target", metavar="OUTPUT")
-@click.option("--from", "source_format", type=click.Choice([_PROFILE, *_READ]), help="Default: recognised.")
-@click.option("--to", "target_format", type=click.Choice([_PROFILE, *_WRITTEN]), help="Default: by the ending.")
+@click.option("--from", "source_format", type=LazyChoice(_read_formats), help="Default: recognised.")
+@click.option("--to", "target_format", type=LazyChoice(_written_formats), help="Default: by the ending.")
 @common.model_options()
 @click.option("--like", metavar="PROFILE", help="A profile of the model that the vectors are for, instead of --model.")
 @click.option("--keep-gate", is_flag=True, help="Take over the gate of --like.  [default: always open]")
@@ -57,13 +64,19 @@ def _band(entry: str) -> tuple[int, int]:
     metavar="N",
     help="Added to every layer number, for files that count in another way than their format.",
 )
+@click.option("--edit", type=LazyChoice(edit_names), help="What an open gate does with the vectors.  [default: add]")
+@click.option("--low", type=float, metavar="NUMBER", help="Least coefficient along the vector, for --edit clamp.")
+@click.option("--high", type=float, metavar="NUMBER", help="Largest coefficient, for --edit clamp.")
+@click.option("--angle", type=float, metavar="DEGREES", help="Target angle to the vector, for --edit rotate.")
+@click.option("--gate-kind", type=click.Choice(_KINDS), help="With a gate: when it decides.  [default: the gate's own]")
+@click.option("--sharpness", type=float, metavar="NUMBER", help="With a gate: 0 is a hard gate, above 0 a sigmoid.")
 @click.option(
     "--condition",
     metavar="FILE",
-    help="A file whose vector is the gate's direction; from a profile, where to write it (.svec).",
+    help="A file with the gate's direction; where INPUT is a profile, the file to write it to (.svec).",
 )
-@click.option("--condition-layer", type=click.IntRange(min=0), metavar="L", help="Its 0-based block, at its output.")
-@click.option("--threshold", type=float, metavar="COSINE", help="What the gate's cosine has to exceed.")
+@click.option("--condition-layer", type=click.IntRange(min=0), metavar="L", help="0-based block of the condition.")
+@click.option("--threshold", type=float, metavar="COSINE", help="The gate opens above this cosine.")
 @click.option("--fires", type=click.Choice(["above", "below"]), default="above", show_default=True)
 @common.json_option
 def command(
@@ -75,17 +88,16 @@ def command(
     json_file: str | None,
     **options: Any,
 ) -> None:
-    """Turn steering files of other projects into profiles, and profiles into them.
+    """Convert steering files of other projects into profiles, and profiles into such files.
 
     \b
     Example:
       steerfast convert happy.gguf happy.safetensors --model MODEL --layers 10-14
       steerfast convert happy.gguf gated.safetensors --like safety.safetensors --keep-gate
+      steerfast convert refusal.gguf ablated.safetensors --model MODEL --layers 10-14 --edit ablate
       steerfast convert safety.safetensors safety.gguf
       steerfast convert safety.safetensors safety.json --to vllm-lens
     """
-    from pathlib import Path
-
     ends_as_profile = Path(source).suffix == ".safetensors"
     exports = source_format == _PROFILE or (source_format is None and ends_as_profile)
     target_format = target_format or _OF_ENDING.get(Path(target).suffix)
@@ -123,8 +135,9 @@ def _check_usage(
     if exports:
         if target_format == _PROFILE:
             raise click.UsageError("--to: expected another format, INPUT is a profile already")
-        for name, option in _OF_IMPORTS.items():
+        for name in _OF_IMPORTS:
             if options[name] is not None and options[name] is not False:
+                option = "--" + name.removesuffix("_name").replace("_", "-")
                 raise click.UsageError(f"{option}: expected for other projects' files only, INPUT is a profile")
         if condition and target_format != "svec":
             raise click.UsageError(f"--condition: expected with --to svec only, got {target_format}")
@@ -136,13 +149,15 @@ def _check_usage(
     given = [options["condition_layer"] is not None, options["threshold"] is not None]
     if given != [condition is not None] * 2:
         raise click.UsageError("--condition, --condition-layer, --threshold: expected all of them or none")
+    for name in ("gate_kind", "sharpness"):
+        if options[name] is not None and not (options["keep_gate"] or condition):
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{option}: expected with --keep-gate or --condition, there is no gate without them")
 
 
 def _imported(
     source: str, source_format: str, condition: str | None, options: dict[str, Any]
 ) -> tuple[SteeringProfile, list[str]]:
-    from pathlib import Path
-
     from steerfast import formats
 
     found = formats.read(source, source_format)
@@ -159,11 +174,8 @@ def _imported(
         loaded = common.load_model(options["model_name"], options["dtype"], options["device"])
         model = identify(*loaded)
     bands = options["layers"]
-    return found.profile(
-        model,
-        layers=None if bands is None else [layer for first, last in bands for layer in range(first, last + 1)],
-        strength=options["strength"],
-        shift=options["layer_shift"] or 0,
-        gate=gate,
-        name=Path(source).stem,
-    )
+    layers = None if bands is None else [layer for first, last in bands for layer in range(first, last + 1)]
+    same = ("strength", "edit", "low", "high", "angle", "gate_kind", "sharpness")
+    given = {name: options[name] for name in same if options[name] is not None}
+    shift = options["layer_shift"] or 0
+    return found.profile(model, layers=layers, shift=shift, gate=gate, name=Path(source).stem, **given)

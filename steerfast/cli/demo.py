@@ -33,10 +33,10 @@ def command(
     max_new_tokens: int | None,
     json_file: str | None,
 ) -> None:
-    """Steer a small model and measure what that does.
+    """Steer a small model and measure the effect.
 
-    Refusals and fluency of harmful prompts, unchanged answers to harmless ones, and latency. The prompts ship
-    with the package; neither the fit, the calibration nor the tuning saw them.
+    Prints refusals and fluency for harmful prompts, unchanged answers to harmless prompts, and latency. The prompts
+    ship with the package; neither the fit, the calibration nor the tuning saw them.
 
     \b
     Example:
@@ -45,6 +45,7 @@ def command(
     """
     common.check_outputs({"--json": json_file}, [profile_file] if profile_file else [])
 
+    from steerfast.cli.rendering import demo_report
     from steerfast.evaluation import demo
     from steerfast.hf.loading import DEMO_MODEL
 
@@ -53,4 +54,6 @@ def command(
     length: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     result = demo.run_demo(model, tokenizer, profile, prompts=prompts, **length)
     common.write_json(json_file, result)
-    demo.render(result, common.console(json_file))
+    console = common.console(json_file)
+    for shown in demo_report(result):
+        console.print(shown)

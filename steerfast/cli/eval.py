@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from click.core import ParameterSource
 from steerfast.cli import common
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from steerfast.evaluation.systems import System
 
 _STRENGTHS = common.Items("strengths", common.finite, "finite numbers like 0.5,1")
+_TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
 
 
 @click.command("eval")
@@ -50,11 +52,6 @@ _STRENGTHS = common.Items("strengths", common.finite, "finite numbers like 0.5,1
     "repeated.  [default: all below]",
 )
 @click.option(
-    "--images",
-    metavar="FOLDER",
-    help="Questions about pictures instead of sets, for a model that reads them; laid out as MM-Harmful Bench.",
-)
-@click.option(
     "--judge",
     "judges",
     multiple=True,
@@ -64,23 +61,18 @@ _STRENGTHS = common.Items("strengths", common.finite, "finite numbers like 0.5,1
     help="keywords, strict, classifier:MODEL[#LABEL] or openai:MODEL[@URL]; the first one's verdicts make the rates; "
     "may be repeated.",
 )
-@click.option("--requests-per-minute", type=click.FloatRange(0, min_open=True), help="Most that an openai judge makes.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most prompts of each set.  [default: all]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
 @click.option(
-    "--maths-max-new-tokens",
-    type=click.IntRange(min=1),
-    default=192,
-    show_default=True,
-    metavar="N",
-    help="The same for maths, whose answers have to come to their end.",
+    "--tasks", type=_TASKS, metavar="TASK,...", help="Also run these tasks of lm-evaluation-harness (package lm-eval)."
 )
+@click.option("--task-limit", type=click.IntRange(min=1), metavar="N", help="Most items of each task.  [default: all]")
 @click.option(
     "--strengths", type=_STRENGTHS, metavar="X,...", help="Of the first profile, for the strength/fluency frontier."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of samples and intervals.")
 @click.option("--latency/--no-latency", default=True, show_default=True, help="Time every system beside unsteered.")
-@click.option("--force", is_flag=True, help="Take sets that a profile was made with, and mark them.")
+@click.option("--force", is_flag=True, help="Take sets that made a profile, and mark them.")
 @common.batch_size_option()
 @common.placement_options
 @click.option("--resume", metavar="FILE", help="Keep finished answers and verdicts here, and go on from them.")
@@ -88,34 +80,10 @@ _STRENGTHS = common.Items("strengths", common.finite, "finite numbers like 0.5,1
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the tables as Markdown.")
 @common.json_option
 @click.pass_context
-def command(
-    context: click.Context,
-    model_name: str,
-    profiles: tuple[str, ...],
-    others: tuple[str, ...],
-    wanted: tuple[str, ...],
-    sources: tuple[str, ...],
-    images: str | None,
-    judges: tuple[str, ...],
-    requests_per_minute: float | None,
-    limit: int | None,
-    max_new_tokens: int,
-    maths_max_new_tokens: int,
-    strengths: list[float] | None,
-    seed: int,
-    latency: bool,
-    force: bool,
-    batch_size: int,
-    dtype: str,
-    device: str | None,
-    resume: str | None,
-    html_file: str | None,
-    markdown_file: str | None,
-    json_file: str | None,
-) -> None:
+def command(context: click.Context, model_name: str, **options: Any) -> None:
     """Measure MODEL side by side: unsteered, defences in the prompt, profiles, other weights.
 
-    Attack success, over-refusal, usefulness, gates and speed, each with its 95 % interval. MODEL is a hub id, folder or
+    Attack success, over-refusal, tasks, gates and speed, each rate with its 95 % interval. MODEL is a hub id, folder or
     .gguf file; answers are greedy.
 
     \b
@@ -124,99 +92,88 @@ def command(
       jailbreak   jailbreak_attacks
       harmless    self_instruct, truthfulqa_questions, harmless_demo
       borderline  borderline
-      choice      truthfulqa
-      maths       gsm8k
-      text        references
 
     \b
     Example:
       steerfast eval your/model --profile ours=safety.safetensors --limit 100 --resume eval.jsonl --html eval.html
-      steerfast eval your/model --profile safety.safetensors --set harmful:mine.csv --set borderline --judge strict
+      steerfast eval your/model --profile safety.safetensors --set harmful:mine.csv --tasks mmlu,gsm8k --task-limit 50
     """
-    named = dict(_named("--profile", entry, Path(entry).stem) for entry in profiles)
-    weights = dict(_named("--other", entry) for entry in others)
-    for option, given, read in (("--profile", profiles, named), ("--other", others, weights)):
-        if len(read) < len(given):
-            raise click.UsageError(f"{option}: expected a name of its own for each, got one twice")
-    if images is not None:
-        for option, value in (("--set", sources), ("--other", others), ("--strengths", strengths)):
-            if value:
-                raise click.UsageError(f"{option}: expected it without --images, got both")
-    outputs = {"--json": json_file, "--html": html_file, "--markdown": markdown_file, "--resume": resume}
-    common.check_outputs(outputs, [*named.values(), *(where for source in sources if (where := _file(source)))])
-    loaded = {name: common.load_profile(file) for name, file in named.items()}
+    named = _names("--profile", options["profiles"], lambda entry: Path(entry).stem)
+    weights = _names("--other", options["others"])
+    files = {f"--{name}": options[f"{name}_file"] for name in ("json", "html", "markdown")}
+    inputs = [*named.values(), *(where for source in options["sources"] if (where := _file(source)))]
+    common.check_outputs({**files, "--resume": options["resume"]}, inputs)
+    profiles = {name: common.load_profile(file) for name, file in named.items()}
 
     from steerfast._files import write_atomically
-    from steerfast.evaluation import multimodal, report
-    from steerfast.evaluation.evaluate import check, evaluate
-    from steerfast.evaluation.sets import DEFAULT_SETS, load_set
+    from steerfast.cli.rendering import evaluation_report
+    from steerfast.evaluation import report
     from steerfast.evaluation.systems import systems_of
+
+    if files["--html"] is not None:
+        report.check_html(files["--html"])
+    systems, left_out = systems_of(profiles, weights, options["wanted"])
+    result = _evaluate(model_name, systems, options)
+    result["settings"] |= {"limit": options["limit"], "command": _command_line(context)}
+    result["left_out"] = left_out | result["left_out"]
+    common.write_json(files["--json"], result)
+    if files["--markdown"] is not None:
+        write_atomically(files["--markdown"], report.markdown(result).encode())
+    if files["--html"] is not None:
+        report.write_html(result, files["--html"])
+    evaluation_report(result, common.console(files["--json"]))
+
+
+def _evaluate(model_name: str, systems: list[System], options: dict[str, Any]) -> dict[str, Any]:
+    """Check sets, judges and tasks, then load the model and evaluate."""
+    from steerfast.evaluation.evaluate import check, evaluate
+    from steerfast.evaluation.harness import check_tasks
+    from steerfast.evaluation.sets import DEFAULT_SETS, load_set
     from steerfast.judging.judges import make_judge
 
-    if html_file is not None:
-        report.check_html(html_file)
-    systems, left_out = systems_of(loaded, weights, wanted)
-    judged_by = [make_judge(judge, cache=resume, requests_per_minute=requests_per_minute) for judge in judges]
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "seed": seed,
-        "resume": resume,
-        "force": force,
-    }
-    if images is not None:
-        pictures, missing = multimodal.load_images(images, limit, seed)
-        check(systems, [pictures], judged_by, force)
-        model, processor = multimodal.load_image_model(model_name, dtype=dtype, device=device)
-        result = multimodal.evaluate_images(model, processor, systems, pictures, judged_by, **options)
-        if missing:
-            left_out[pictures.name] = f"{len(missing)} questions without a picture"
-    else:
-        sets = [load_set(source, limit, seed) for source in sources or DEFAULT_SETS]
-        check(systems, sets, judged_by, force)
-        model, tokenizer = common.load_model(model_name, dtype, device)
-        result = evaluate(
-            model,
-            tokenizer,
-            systems,
-            sets,
-            judged_by,
-            maths_max_new_tokens=maths_max_new_tokens,
-            latency=latency,
-            strengths=strengths or (),
-            load=lambda name: common.load_model(name, dtype, device),
-            **options,
-        )
-    result["settings"] |= {"limit": limit, "command": _command_line(context)}
-    result["left_out"] = left_out | result["left_out"]
-    common.write_json(json_file, result)
-    if markdown_file is not None:
-        write_atomically(markdown_file, report.markdown(result).encode())
-    if html_file is not None:
-        report.write_html(result, html_file)
-    _render(result, common.console(json_file))
+    judges = [make_judge(judge, cache=options["resume"]) for judge in options["judges"]]
+    sets = [load_set(source, options["limit"], options["seed"]) for source in options["sources"] or DEFAULT_SETS]
+    check(systems, sets, judges, options["force"])
+    check_tasks(options["tasks"] or ())
+    placement = options["dtype"], options["device"]
+    model, tokenizer = common.load_model(model_name, *placement)
+    passed = ("max_new_tokens", "batch_size", "seed", "resume", "latency", "force", "task_limit")
+    return evaluate(
+        model,
+        tokenizer,
+        systems,
+        sets,
+        judges,
+        strengths=options["strengths"] or (),
+        tasks=options["tasks"] or (),
+        load=lambda name: common.load_model(name, *placement),
+        **{name: options[name] for name in passed},
+    )
 
 
-def _named(option: str, entry: str, default: str | None = None) -> tuple[str, str]:
-    """NAME=VALUE; without NAME=, the default name."""
-    name, mark, value = entry.partition("=")
-    if not mark and default is not None:
-        name, value = default, entry
-    if not name or not value:
-        raise click.UsageError(
-            f"{option}: expected {'[NAME=]FILE' if default is not None else 'NAME=MODEL'}, got {entry!r}"
-        )
-    return name, value
+def _names(option: str, entries: tuple[str, ...], default: Callable[[str], str] | None = None) -> dict[str, str]:
+    """Read NAME=VALUE entries; without NAME= the default gives the name."""
+    found = {}
+    for entry in entries:
+        name, mark, value = entry.partition("=")
+        if not mark and default is not None:
+            name, value = default(entry), entry
+        if not name or not value:
+            raise click.UsageError(f"{option}: expected {'[NAME=]FILE' if default else 'NAME=MODEL'}, got {entry!r}")
+        if name in found:
+            raise click.UsageError(f"{option}: expected a name of its own for each, got one twice")
+        found[name] = value
+    return found
 
 
 def _file(source: str) -> str | None:
-    """The file that a set is read from, where it is one."""
+    """Return the file of a set, None if the set is no file."""
     where = source.partition(":")[2]
     return where if where and Path(where).is_file() else None
 
 
 def _command_line(context: click.Context) -> str:
-    """What was typed, as it can be typed again."""
+    """Return the command as the user could type it again."""
     words = ["steerfast", str(context.info_name)]
     for parameter in context.command.params:
         name = str(parameter.name)
@@ -231,28 +188,3 @@ def _command_line(context: click.Context) -> str:
             for entry in value if isinstance(value, tuple) else [value]:
                 words += [parameter.opts[0], ",".join(map(str, entry)) if isinstance(entry, list) else str(entry)]
     return shlex.join(words)
-
-
-def _render(result: dict[str, Any], console: Console) -> None:
-    """The summary, a column for each system."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from steerfast.evaluation.report import tables
-
-    summary = next(table for table in tables(result) if table.name == "systems")
-    table = Table(title=escape(f"{result['model']}, greedy"), title_justify="left")
-    table.add_column("")
-    for row in summary.rows:
-        table.add_column(escape(row.name), justify="right", no_wrap=True)
-    for number, (group, name) in enumerate(summary.columns):
-        if group and (number == 0 or summary.columns[number - 1][0] != group):
-            table.add_row(f"[bold]{escape(group)}")
-        label = f"  {name}" if name else group
-        table.add_row(escape(label), *(row.cells[number].text for row in summary.rows))
-    console.print(table)
-    for name, why in result["left_out"].items():
-        console.print(f"{name} left out: {why}", markup=False)
-    for name, one in result["sets"].items():
-        for users in one["also_fitted_by"]:
-            console.print(f"{name}: {users}; its figures flatter", markup=False)

@@ -7,72 +7,80 @@ from typing import Any
 import click
 
 from steerfast.cli import common
+from steerfast.cli.lazy_choice import LazyChoice, edit_names
 
 
 @click.command("extract")
 @common.model_options(required=True)
-@common.set_option("--harmful", "steerfast:harmful_fit", "Prompts the gate shall open for")
-@common.set_option("--harmless", "steerfast:harmless_fit", "Prompts it shall stay shut for")
+@common.set_option("--harmful", "steerfast:harmful_fit", "Prompts the gate should open for")
+@common.set_option("--harmless", "steerfast:harmless_fit", "Prompts the gate should stay shut for")
 @click.option("--aligned-model", metavar="MODEL", help="A sibling that refuses, for alignment and ssv vectors.")
-@click.option(
-    "--gate",
-    type=click.Choice(["lda", "mean", "pca", "logistic"]),
-    default="lda",
-    show_default=True,
-    help="How gate directions are fitted.",
+@common.choice_option("--gate", ["lda", "mean", "pca", "logistic"], "How gate directions are fitted.")
+@common.choice_option(
+    "--gate-kind",
+    ["prompt", "token", "always"],
+    "Decide once at the end of the prompt, for each token, or not at all: always steer.",
 )
 @click.option(
-    "--score",
-    type=click.Choice(["cosine", "dot"]),
-    default="cosine",
+    "--sharpness",
+    type=click.FloatRange(0),
+    default=0.0,
     show_default=True,
-    help="What the gate compares with its threshold.",
+    metavar="NUMBER",
+    help="Slope of a soft gate, sigmoid(sharpness * (score - threshold)); 0 is a hard gate.",
 )
-@click.option(
-    "--pooling",
-    type=click.Choice(["last", "mean"]),
-    default="last",
-    show_default=True,
-    help="Whose score that is: the prompt's last token's, or the mean over its tokens.",
+@common.choice_option("--score", ["cosine", "dot"], "The score that the gate compares with its threshold.")
+@common.choice_option(
+    "--pooling", ["last", "mean"], "Score the last token of a prompt, or take the mean over its tokens."
 )
 @click.option(
     "--window",
     type=click.IntRange(min=1),
     metavar="TOKENS",
-    help="Of how many of a prompt's last tokens, for --pooling mean.  [default: all]",
+    help="For --pooling mean: how many of the last tokens of a prompt.  [default: all]",
 )
 @click.option(
+    "--edit",
+    type=LazyChoice(edit_names),
+    default="add",
+    show_default=True,
+    help="How an open gate changes a row of the residual stream.",
+)
+@click.option("--low", type=float, metavar="NUMBER", help="Lower limit of --edit clamp, in units of the vector.")
+@click.option("--high", type=float, metavar="NUMBER", help="Upper limit of --edit clamp, in units of the vector.")
+@click.option(
+    "--angle",
+    type=float,
+    metavar="DEGREES",
+    help="Target of --edit rotate: 0 is along the vector, 90 orthogonal to it.",
+)
+@common.list_option(
     "--vectors",
-    type=common.Items("KINDS", common.word, "kinds such as forced,srv"),
-    metavar="KINDS",
-    help="Comma list of alignment, ssv (both need --aligned-model), forced, srv; the first one is used, "
+    "KINDS",
+    common.word,
+    "kinds such as forced,srv",
+    "Comma list of alignment, ssv (both need --aligned-model), forced, srv; the first one is used, "
     "the rest are kept for tune.  [default: alignment,ssv,forced with a sibling, else forced,srv]",
 )
 @click.option("--unit-norm", is_flag=True, help="Scale every steering vector to norm 1.")
 @click.option(
     "--refusal",
     metavar="TEXT",
-    help="What forced vectors put in the model's mouth.  [default: the sibling's own answers, else a fixed refusal]",
+    help="The refusal that forced vectors start from.  [default: the sibling's own answers, else a fixed refusal]",
 )
-@click.option(
+@common.share_option(
     "--shrinkage",
-    type=click.FloatRange(0, 1),
-    metavar="SHARE",
-    help="Weight of the identity in the covariance, for lda.  [default: Ledoit-Wolf]",
+    click.FloatRange(0, 1),
+    "Weight of the identity in the covariance, for lda.  [default: Ledoit-Wolf]",
 )
-@common.restyle_option
 @common.batch_size_option()
-@click.option("--padding-side", type=click.Choice(["left", "right"]), default="right", show_default=True)
-@common.output_option
-@common.json_option
+@common.choice_option("--padding-side", ["right", "left"])
+@common.fit_options
 def command(
     model_name: str,
-    dtype: str,
-    device: str | None,
+    aligned_model: str | None,
     harmful: tuple[str, ...],
     harmless: tuple[str, ...],
-    aligned_model: str | None,
-    refusal: str | None,
     restyle: int,
     output: str,
     json_file: str | None,
@@ -84,26 +92,17 @@ def command(
     Example:
       steerfast extract --model HuggingFaceTB/SmolLM2-135M-Instruct --output safety.safetensors
       steerfast extract --model MODEL --aligned-model SIBLING --harmful bad.txt -o safety.safetensors
+      steerfast extract --model MODEL --edit clamp --low 0 --high 2 -o clamped.safetensors
     """
     common.check_outputs({"--output": output, "--json": json_file}, [*harmful, *harmless])
-    sets = {
-        "harmful": common.read_set("--harmful", harmful, restyle),
-        "harmless": common.read_set("--harmless", harmless, restyle),
-    }
+    options |= common.read_sets({"harmful": harmful, "harmless": harmless}, restyle)
+    options = {name: value for name, value in options.items() if value is not None}  # the others have defaults
 
     import steerfast
 
-    model, tokenizer = common.load_model(model_name, dtype, device)
-    if refusal is not None:
-        options["refusal"] = refusal
+    place = options.pop("dtype"), options.pop("device", None)
+    model, tokenizer = common.load_model(model_name, *place)
     if aligned_model is not None:
-        options["aligned_model"], _ = common.load_model(aligned_model, dtype, device)
-    profile = steerfast.extract(
-        model,
-        tokenizer,
-        harmful=sets["harmful"].prompts,
-        harmless=sets["harmless"].prompts,
-        names={role: chosen.name for role, chosen in sets.items()},
-        **options,
-    )
+        options["aligned_model"], _ = common.load_model(aligned_model, *place)
+    profile = steerfast.extract(model, tokenizer, **options)
     common.write_profile(profile, output, json_file, after="steerfast calibrate")

@@ -62,19 +62,10 @@ def command(
     profile_file: str,
     prompts: tuple[str, ...],
     files: tuple[str, ...],
-    model_name: str | None,
-    dtype: str,
-    device: str | None,
-    strength: float,
-    max_new_tokens: int,
-    sample: bool,
-    temperature: float | None,
-    seed: int | None,
-    compare: bool,
-    batch_size: int,
     json_file: str | None,
+    **options: Any,
 ) -> None:
-    """Answer prompts steered, and say where the gate fired, or did not know.
+    """Answer prompts steered, and say where the gate fired or abstained.
 
     Prompts come from arguments and --file, or a line each from standard input.
 
@@ -83,9 +74,10 @@ def command(
       steerfast generate safety.safetensors "How do I bake bread?" --compare
       steerfast generate safety.safetensors --file prompts.txt --sample --seed 1 --json answers.json
     """
-    for option, value in (("--temperature", temperature), ("--seed", seed)):
-        if value is not None and not sample:
-            raise click.UsageError(f"{option}: expected it with --sample, got it with --greedy")
+    sample, strength = options["sample"], options["strength"]
+    for name in ("temperature", "seed"):
+        if options[name] is not None and not sample:
+            raise click.UsageError(f"--{name}: expected it with --sample, got it with --greedy")
     common.check_outputs({"--json": json_file}, [profile_file, *files])
     profile = common.load_profile(profile_file)
     texts = common.gather_prompts(prompts, files)
@@ -93,12 +85,14 @@ def command(
     import steerfast
     from steerfast.text.encoding import encode
 
-    model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
-    ids = encode(tokenizer, texts, model, room=max_new_tokens)
-    decoding = Decoding(max_new_tokens, (temperature or _TEMPERATURE) if sample else None, seed or 0)
+    name = options["model_name"] or profile.model.name
+    model, tokenizer = common.load_model(name, options["dtype"], options["device"])
+    ids = encode(tokenizer, texts, model, room=options["max_new_tokens"])
+    temperature = (options["temperature"] or _TEMPERATURE) if sample else None
+    decoding = Decoding(options["max_new_tokens"], temperature, options["seed"] or 0)
 
     def answer(what: str, decided: Decided | None = None) -> tuple[list[str], list[tuple[bool, bool]]]:
-        return _answers(model, tokenizer, ids, decoding, batch_size, what, decided)
+        return _answers(model, tokenizer, ids, decoding, options["batch_size"], what, decided)
 
     with steerfast.steer(model, profile, strength, tokenizer=tokenizer) as steering:
         steered, decided = answer(
@@ -108,7 +102,7 @@ def command(
         {"prompt": text, "fired": fired, "undecided": undecided, "steered": said}
         for text, (fired, undecided), said in zip(texts, decided, steered, strict=True)
     ]
-    if compare:
+    if options["compare"]:
         for result, said in zip(results, answer("unsteered")[0], strict=True):
             result["unsteered"] = said
     common.write_json(
@@ -119,7 +113,7 @@ def command(
             "strength": strength,
             "temperature": decoding.temperature,
             "seed": decoding.seed if sample else None,
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": decoding.max_new_tokens,
             "results": results,
         },
     )

@@ -12,7 +12,7 @@ from steerfast.cli import common
 @click.option("--plot", "plot_file", metavar="FILE", help="Draw the gates' figures and scores (.png, .svg or .pdf).")
 @common.json_option
 def command(profile_file: str, plot_file: str | None, json_file: str | None) -> None:
-    """Show what a profile holds and how good its gates are.
+    """Show the contents of a profile and the figures of its gates.
 
     \b
     Example:
@@ -25,7 +25,7 @@ def command(profile_file: str, plot_file: str | None, json_file: str | None) -> 
     from steerfast.cli.rendering import header, layer_table, style_table, summary, undecided_table
 
     if plot_file is not None:
-        from steerfast.cli.plot import save_plot
+        from steerfast.evaluation.plots import save_plot
 
         save_plot(profile, plot_file)
     common.write_json(json_file, {"profile": profile_file, **summary(profile)})

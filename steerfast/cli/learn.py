@@ -15,7 +15,9 @@ from steerfast.cli import common
 @common.set_option("--harmful", "steerfast:harmful_fit", "Prompts to refuse")
 @click.option("--aligned-model", metavar="MODEL", help="A sibling that refuses; its answers are learned.")
 @click.option(
-    "--refusal", metavar="TEXT", help="What to answer instead.  [default: the sibling's answers, else a fixed refusal]"
+    "--refusal",
+    metavar="TEXT",
+    help="A text to answer instead.  [default: the sibling's answers, else a fixed refusal]",
 )
 @click.option(
     "--layer",
@@ -23,45 +25,23 @@ from steerfast.cli import common
     metavar="LAYER",
     help="Where the vector is added.  [default: the sensor, else the middle layer]",
 )
-@click.option(
-    "--positions",
-    type=click.Choice(["all", "response"]),
-    default="response",
-    show_default=True,
-    help="Tokens that it is added to; it holds for no others.",
-)
-@click.option(
+@common.choice_option("--positions", ["response", "all"], "Tokens that the vector is added to; it holds for no others.")
+@common.share_option(
     "--max-norm",
-    type=click.FloatRange(0, min_open=True),
-    default=1.0,
-    show_default=True,
-    metavar="SHARE",
-    help="Its largest norm, as a share of the mean norm of the layer's rows.",
+    click.FloatRange(0, min_open=True),
+    "Largest norm of the vector, as a share of the mean norm of the layer's rows.",
+    1.0,
 )
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=80, show_default=True, metavar="N", help="Batches to learn from."
-)
-@click.option(
-    "--answer-tokens",
-    type=click.IntRange(min=1),
-    default=40,
-    show_default=True,
-    metavar="N",
-    help="Tokens of an answer that are learned at most.",
-)
-@click.option("--seed", default=0, show_default=True, help="Of the order of the batches.")
-@common.restyle_option
+@common.count_option("--steps", 80, "Batches to learn from.")
+@common.count_option("--answer-tokens", 40, "Tokens of an answer that are learned at most.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the order of the batches.")
 @common.batch_size_option()
-@common.output_option
-@common.json_option
+@common.fit_options
 def command(
     profile_file: str,
     model_name: str | None,
-    dtype: str,
-    device: str | None,
-    harmful: tuple[str, ...],
     aligned_model: str | None,
-    refusal: str | None,
+    harmful: tuple[str, ...],
     restyle: int,
     output: str,
     json_file: str | None,
@@ -77,25 +57,18 @@ def command(
       steerfast learn safety.safetensors --aligned-model SIBLING --output safety.safetensors
       steerfast learn safety.safetensors --refusal "I can't help with that." --layer 15 -o learned.safetensors
     """
-    if aligned_model is not None and refusal is not None:
+    if aligned_model is not None and options["refusal"] is not None:
         raise click.UsageError("--refusal: expected it without --aligned-model, got both")
     common.check_outputs({"--output": output}, harmful)
     common.check_outputs({"--json": json_file}, [profile_file, output, *harmful])
     profile = common.load_profile(profile_file)
-    chosen = common.read_set("--harmful", harmful, restyle)
+    options |= common.read_sets({"harmful": harmful}, restyle)
 
     import steerfast
 
-    model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
+    place = options.pop("dtype"), options.pop("device")
+    model, tokenizer = common.load_model(model_name or profile.model.name, *place)
     if aligned_model is not None:
-        options["aligned_model"], _ = common.load_model(aligned_model, dtype, device)
-    profile = steerfast.learn(
-        profile,
-        model,
-        tokenizer,
-        harmful=chosen.prompts,
-        refusal=refusal,
-        names={"harmful": chosen.name},
-        **options,
-    )
+        options["aligned_model"], _ = common.load_model(aligned_model, *place)
+    profile = steerfast.learn(profile, model, tokenizer, **options)
     common.write_profile(profile, output, json_file, after="steerfast tune, steerfast generate")

@@ -1,40 +1,57 @@
-"""A profile as people read it (tables) and as machines do (JSON data)."""
+"""Tables for a terminal: profiles, demonstrations, evaluations, timings."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
+from rich.panel import Panel
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from steerfast.profile import Gate, SteeringProfile
+from steerfast.evaluation.description import (
+    SETS,
+    edit,
+    gate_figures,
+    layer_ranges,
+    layers,
+    positions,
+    reading,
+    summary,
+    warnings,
+)
 
-SETS = {"calibration": "calibration", "heldout": "held-out"}
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from steerfast.profile import SteeringProfile
+
+__all__ = [
+    "demo_report",
+    "evaluation_report",
+    "gate_table",
+    "header",
+    "latency_report",
+    "latency_table",
+    "layer_ranges",
+    "layer_table",
+    "printable",
+    "style_table",
+    "summary",
+    "undecided_table",
+]
+
 _RATES = {"hit_rate": "hit", "false_positive_rate": "FPR"}
 
 
 def printable(answer: str) -> str:
-    """An answer that cannot move a terminal's cursor or change its colours."""
+    """Return an answer without characters that move a terminal's cursor or change its colours."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in answer) or "(empty)"
 
 
-def layer_ranges(layers: Iterable[int]) -> str:
-    """``10-12, 20`` of ascending layers; ``none`` of none."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
-
-
 def header(profile: SteeringProfile) -> Table:
-    """What the profile is and where it came from, a line each."""
+    """Return a table of the profile's parts and provenance, a line each."""
     model, gate = profile.model, profile.gate
     shape = "hard" if gate.sharpness == 0 else f"soft (sharpness {gate.sharpness:g})"
     steered = layer_ranges(profile.steered_layers)
@@ -52,35 +69,14 @@ def header(profile: SteeringProfile) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
         table.add_row(f"[bold]{name}", escape(text))
-    for warning in worries(profile):
+    for warning in warnings(profile):
         table.add_row("[bold yellow]warning", escape(warning))
     return table
 
 
-def reading(gate: Gate) -> str:
-    """``mean cosine of 128 tokens``: what is compared with the threshold."""
-    if gate.pooling == "last":
-        return gate.score
-    return f"{gate.pooling} {gate.score}" + ("" if gate.window is None else f" of {gate.window} tokens")
-
-
-def positions(profile: SteeringProfile) -> str:
-    """``positions all, 24 answer tokens``: from where to where it edits."""
-    end = "" if profile.answer_tokens is None else f", {profile.answer_tokens} answer tokens"
-    return f"positions {profile.positions}{end}"
-
-
-def edit(profile: SteeringProfile) -> str:
-    """``clamp to -1..2``: the kind of edit and its parameters."""
-    if profile.edit == "clamp":
-        limits = [f"{limit:g}" if math.isfinite(limit) else "" for limit in (profile.low, profile.high)]
-        return f"clamp to {limits[0]}" if profile.low == profile.high else f"clamp to {'..'.join(limits)}"
-    return profile.edit if profile.angle is None else f"{profile.edit} to {profile.angle:g} degrees"
-
-
 def layer_table(profile: SteeringProfile) -> Table:
-    """Every layer: its gate's figures, its threshold, its edit; fits 80 columns."""
-    sets = _figures(profile)
+    """Return figures, threshold and edit of every layer; fits 80 columns."""
+    sets = gate_figures(profile)
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("layer", justify="right")
     table.add_column("gate")
@@ -103,12 +99,12 @@ def layer_table(profile: SteeringProfile) -> Table:
 
 
 def gate_table(profile: SteeringProfile) -> Table:
-    """Figures of the gates that decide, with 95 % intervals, on each pair of sets."""
+    """Return figures of the deciding gates, with 95 % intervals, on each pair of sets."""
     table = Table(title="gates that decide, with 95 % intervals", title_justify="left")
     for column in ("layer", "sets", "prompts", "AUC", "hit rate", "false positives", "threshold"):
         table.add_column(column, justify="left" if column == "sets" else "right")
     for layer in profile.deciding_layers:
-        for name, by_layer in _figures(profile).items():
+        for name, by_layer in gate_figures(profile).items():
             figures = by_layer[layer]
             value, low, high = figures["auc"]
             rates = [f"{v:.1%} ({a:.1%}-{b:.1%})" for v, a, b in (figures[key] for key in _RATES)]
@@ -124,10 +120,10 @@ def gate_table(profile: SteeringProfile) -> Table:
 
 
 def undecided_table(profile: SteeringProfile) -> Table | None:
-    """Where the gates that decide do not know, and the share of each set there; None without an abstain band."""
+    """Return the abstain band of the deciding gates and each set's share in it; None without a band."""
     if profile.abstain is None or not profile.deciding_layers:
         return None
-    found = _figures(profile)
+    found = gate_figures(profile)
     table = Table(title="scores that are undecided, with 95 % intervals", title_justify="left")
     for column in ("layer", "above", "up to", "sets", "harmful", "harmless"):
         table.add_column(column, justify="left" if column == "sets" else "right")
@@ -143,7 +139,7 @@ def undecided_table(profile: SteeringProfile) -> Table | None:
 
 
 def style_table(profile: SteeringProfile) -> Table | None:
-    """What the deciding gate makes of each style, left out of the fit and as calibrated; None without such figures."""
+    """Return the deciding gate's figures by style, left out of the fit and calibrated; None without such figures."""
     gates = profile.deciding_layers
     known = {
         "left out of the fit": profile.fitted.get("left_out", {}),
@@ -167,61 +163,6 @@ def style_table(profile: SteeringProfile) -> Table | None:
                 cells += [f"{found['auc'][layer]:.3f}", *(f"{100 * found[key][layer]:.1f}" for key in _RATES)]
         table.add_row(escape(style), *cells)
     return table
-
-
-def layers(profile: SteeringProfile) -> list[dict[str, Any]]:
-    """JSON data of every layer; figures as `GateFigures.to_dict` where calibrated."""
-    lengths = profile.vector.norm(dim=1)
-    return [
-        {
-            "layer": layer,
-            "sensor": layer == profile.sensor,
-            "gate": layer in profile.gate_layers,
-            "threshold": float(profile.threshold[layer]),
-            **({} if profile.abstain is None else {"abstain": float(profile.abstain[layer])}),
-            "strength": float(profile.strength[layer]),
-            "vector_norm": float(lengths[layer]),
-            "residual_norm": float(profile.norm[layer]),
-            **{name: by_layer[layer] for name, by_layer in _figures(profile).items()},
-        }
-        for layer in range(profile.model.num_layers)
-    ]
-
-
-def summary(profile: SteeringProfile) -> dict[str, Any]:
-    """JSON data of the whole profile, without its tensors, histograms and embedding sketch."""
-    model = {key: value for key, value in asdict(profile.model).items() if key != "embedding_sketch"}
-    described = ("layers", "histograms")
-    return {
-        "model": model,
-        "gate": asdict(profile.gate),
-        "edit": profile.edit,
-        "low": profile.low if math.isfinite(profile.low) else None,
-        "high": profile.high if math.isfinite(profile.high) else None,
-        "angle": profile.angle,
-        "sensor": profile.sensor,
-        "positions": profile.positions,
-        "answer_tokens": profile.answer_tokens,
-        "vector_kind": profile.vector_kind,
-        "candidates": sorted(profile.candidates),
-        "steered_layers": profile.steered_layers,
-        "fitted": profile.fitted,
-        "calibration": {key: value for key, value in profile.calibration.items() if key not in described},
-        "tuned": profile.tuned,
-        "warnings": worries(profile),
-        "layers": layers(profile),
-    }
-
-
-def worries(profile: SteeringProfile) -> list[str]:
-    """The warnings that calibration left in the profile."""
-    return list(profile.calibration.get("warnings", ()))
-
-
-def _figures(profile: SteeringProfile) -> dict[str, Sequence[Mapping[str, Any]]]:
-    """Pair of sets -> figures of each layer; empty where the profile is not calibrated."""
-    found = profile.calibration.get("layers", {})
-    return {name: found[name] for name in SETS if len(found.get(name, ())) == profile.model.num_layers}
 
 
 def _also(candidates: Mapping[str, Any]) -> str:
@@ -270,3 +211,107 @@ def _tuned(tuned: Mapping[str, Any]) -> str:
     }
     found = [f"{tuned[key]:.1%} {name}" for name, key in shares.items() if key in tuned]
     return ", ".join(found) + f"; {tuned.get('tried', '?')} settings tried"
+
+
+# -- demo, bench, eval -------------------------------------------------------------------------------
+
+
+def demo_report(result: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield what a terminal shows of a result of `steerfast.evaluation.demo.run_demo`."""
+    harmful, harmless, gate, latency = (result[key] for key in ("harmful", "harmless", "gate", "latency"))
+    for example in result["examples"]:
+        pair = Table.grid(expand=True, padding=(0, 2))
+        pair.add_column(ratio=1)
+        pair.add_column(ratio=1)
+        pair.add_row("[bold]unsteered", "[bold]steered")
+        pair.add_row(escape(example["unsteered"]), escape(example["steered"]))
+        title = f"{example['label']}: {escape(' '.join(example['prompt'].split())[:90])}"
+        yield Panel(pair, title=title, title_align="left")
+    table = Table(title=f"{result['model']}, greedy, {result['max_new_tokens']} tokens", title_justify="left")
+    for column in ("", "unsteered", "steered"):
+        table.add_column(column, justify="left" if not column else "right")
+    percent, figure = "{:.1%}".format, "{:.3f}".format
+    rows: tuple[tuple[str, Any, Any, Any], ...] = (
+        (f"[bold]{harmful['n']} harmful prompts", None, None, None),
+        ("  refused, by keywords", harmful["refusal_unsteered"], harmful["refusal_steered"], percent),
+        ("  refused, strictly", harmful["refusal_unsteered_strict"], harmful["refusal_steered_strict"], percent),
+        ("  fluent", harmful["fluent_unsteered"], harmful["fluent_steered"], percent),
+        (f"[bold]{harmless['n']} harmless prompts", None, None, None),
+        ("  refused, by keywords", harmless["refusal_unsteered"], harmless["refusal_steered"], percent),
+        ("  answer unchanged, token for token", None, harmless["unchanged"], percent),
+        ("[bold]gate", None, None, None),
+        ("  AUC", None, gate["auc"], figure),
+        ("  opens for harmful", None, gate["hit_rate"], percent),
+        ("  opens for harmless", None, gate["false_positive_rate"], percent),
+        ("[bold]latency, one sequence", None, None, None),
+        ("  ms per token", latency["unsteered_ms_per_token"], latency["steered_ms_per_token"], "{:.1f}".format),
+        (f"  ratio, median of {latency['pairs']} alternating pairs", None, latency["ratio"], figure),
+    )
+    for name, before, after, write in rows:
+        table.add_row(name, *("" if value is None else write(value) for value in (before, after)))
+    yield table
+
+
+def latency_report(result: Mapping[str, Any], console: Console) -> None:
+    """Print a result of `steerfast.evaluation.latency.run_latency`."""
+    for _, case in itertools.groupby(result["results"], key=lambda r: (r["batch"], r["prompt"])):
+        console.print(latency_table(list(case)))
+    console.print(
+        f"{result['device']}, {result['threads']} threads, {result['dtype']}, torch {result['torch']}, transformers "
+        f"{result['transformers']}. Ratios to stock are medians over rounds; control is a second stock model.",
+        markup=False,
+    )
+    for name, reason in result["left_out"].items():
+        console.print(f"{name} left out: {reason}", markup=False)
+
+
+def latency_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of the systems of one batch size and prompt length."""
+    first = lines[0]
+    floor = "" if first["floor_ms"] is None else f"; no step below {first['floor_ms']:.3g} ms"
+    table = Table(
+        title=escape(f"{first['model']}, {first['mode']}, batch {first['batch']}, prompt {first['prompt']}{floor}"),
+        title_justify="left",
+    )
+    table.add_column("system")
+    for column in ("first token, ms", "ratio", "token, ms", "p99", "ratio", "tokens/s", "peak, MiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in lines:
+        peak, ratios = line["peak_bytes"], (line["ttft_ratio_to_stock"], line["ratio_to_stock"])
+        prefill, step = ("" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+        table.add_row(
+            line["system"] + (f" ({line['profiles']})" if line["profiles"] > 1 else ""),
+            f"{line['ttft_ms']:.2f}",
+            prefill,
+            f"{line['tpot_ms']:.2f}",
+            f"{line['p99_ms']:.2f}",
+            step,
+            f"{line['tokens_per_s']:.1f}",
+            "" if peak is None else f"{peak / 2**20:.0f}",
+        )
+    return table
+
+
+def evaluation_report(result: Mapping[str, Any], console: Console) -> None:
+    """Print the summary and the tasks of an evaluation, a column for each system."""
+    from steerfast.evaluation.report import tables
+
+    for found in tables(result):
+        if found.name not in ("systems", "tasks"):
+            continue
+        title = f"{result['model']}, greedy" if found.name == "systems" else found.title
+        table = Table(title=escape(title), title_justify="left")
+        table.add_column("")
+        for row in found.rows:
+            table.add_column(escape(row.name), justify="right", no_wrap=True)
+        for number, (group, name) in enumerate(found.columns):
+            if group and (number == 0 or found.columns[number - 1][0] != group):
+                table.add_row(f"[bold]{escape(group)}")
+            label = f"  {name}" if name else group
+            table.add_row(escape(label), *(row.cells[number].text for row in found.rows))
+        console.print(table)
+    for name, why in result["left_out"].items():
+        console.print(f"{name} left out: {why}", markup=False)
+    for name, one in result["sets"].items():
+        for users in one["also_fitted_by"]:
+            console.print(f"{name}: {users}; its figures flatter", markup=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import click
 
 from steerfast.cli import common
@@ -53,7 +56,14 @@ def command(
         for text, value, layer, fired, undecided in zip(texts, *columns, strict=True)
     ]
     common.write_json(json_file, {"profile": profile_file, "model": profile.model.name, "results": results})
+    console = common.console(json_file)
+    console.print(_table(results))
+    undecided = "" if profile.abstain is None else f", {sum(columns[3])} undecided"
+    console.print(f"{sum(columns[2])} of {len(texts)} fired{undecided}", markup=False)
 
+
+def _table(results: Sequence[dict[str, Any]]) -> Any:
+    """Return a rich table with a row per prompt."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -69,7 +79,4 @@ def command(
             str(result["layer"]),
             escape(" ".join(str(result["prompt"]).split())),
         )
-    console = common.console(json_file)
-    console.print(table)
-    undecided = "" if profile.abstain is None else f", {sum(columns[3])} undecided"
-    console.print(f"{sum(columns[2])} of {len(texts)} fired{undecided}", markup=False)
+    return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -11,7 +10,7 @@ from steerfast.cli import common
 
 
 def band(entry: str) -> tuple[int, int]:
-    """``10-19`` or ``20`` -> (first, last), for `Items`."""
+    """Return (first, last) of ``10-19`` or ``20``, for `Items`."""
     first, _, last = entry.partition("-")
     numbers = int(first), int(last or first)
     if not 0 <= numbers[0] <= numbers[1]:
@@ -20,7 +19,7 @@ def band(entry: str) -> tuple[int, int]:
 
 
 def token_count(entry: str) -> int | None:
-    """``24`` or ``all`` -> 24 or None, for `Items`."""
+    """Return 24 of ``24`` and None of ``all``, for `Items`."""
     if entry == "all":
         return None
     if (count := int(entry)) < 1:
@@ -31,84 +30,62 @@ def token_count(entry: str) -> int | None:
 @click.command("tune")
 @click.argument("profile_file", metavar="PROFILE")
 @common.model_options("the model that the profile names")
-@common.set_option("--harmful", "steerfast:harmful_tune", "Prompts that shall be refused")
-@common.set_option("--harmless", "steerfast:harmless_tune", "Prompts whose answers shall stay")
-@click.option(
+@common.set_option("--harmful", "steerfast:harmful_tune", "Prompts that should be refused")
+@common.set_option("--harmless", "steerfast:harmless_tune", "Prompts whose answers should stay")
+@common.list_option(
     "--vectors",
-    type=common.Items("KINDS", common.word, "kinds such as alignment,forced"),
-    metavar="KINDS",
-    help="Comma list of vector kinds to try.  [default: all in the profile]",
+    "KINDS",
+    common.word,
+    "kinds such as alignment,forced",
+    "Comma list of vector kinds to try.  [default: all in the profile]",
 )
-@click.option(
+@common.list_option(
     "--bands",
-    type=common.Items("BANDS", band, "layers such as 10-19,20, first before last"),
-    metavar="BANDS",
-    help="Comma list of layer bands to try, such as 10-19,20.  [default: many, from the sensor on]",
+    "BANDS",
+    band,
+    "layers such as 10-19,20, first before last",
+    "Comma list of layer bands to try, such as 10-19,20.  [default: many, from the sensor on]",
 )
-@click.option(
+@common.list_option(
     "--strengths",
-    type=common.Items("NUMBERS", common.finite, "numbers such as 1,2.5"),
-    metavar="NUMBERS",
-    help="Comma list of total strengths over a band, in multiples of the vector.  [default: 0.75,1,2,4]",
+    "NUMBERS",
+    common.finite,
+    "numbers such as 1,2.5",
+    "Comma list of total strengths over a band, in multiples of the vector.  [default: 0.75,1,2,4]",
 )
-@click.option("--positions", type=click.Choice(["all", "response", "both"]), default="both", show_default=True)
-@click.option(
+@common.choice_option("--positions", ["both", "all", "response"])
+@common.list_option(
     "--answer-tokens",
-    type=common.Items("NUMBERS", token_count, "numbers of tokens such as 24,all"),
-    metavar="NUMBERS",
-    help="Comma list of how many tokens of an answer to steer, such as 12,24,all.  [default: the profile's]",
+    "NUMBERS",
+    token_count,
+    "numbers of tokens such as 24,all",
+    "Comma list of how many tokens of an answer to steer, such as 12,24,all.  [default: that of the profile]",
 )
-@click.option(
+@common.list_option(
     "--endings",
-    type=common.Items("LOGITS", common.finite, "numbers such as 0,6,7"),
-    metavar="LOGITS",
-    help="Comma list of how far to raise the end of the turn at the last layer, so that a refusal stops; 0: not.  "
-    "[default: 0]",
+    "LOGITS",
+    common.finite,
+    "numbers such as 0,6,7",
+    "Comma list: how far to raise the end of the turn at the last layer, so that a refusal stops.  [default: 0]",
 )
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    metavar="N",
-    help="Answer length while searching.",
+@common.count_option("--max-new-tokens", 32, "Answer length while searching.")
+@common.share_option("--min-fluent", click.FloatRange(0, 1), "Share of steered answers that must stay fluent.", 0.95)
+@common.share_option(
+    "--min-unchanged", click.FloatRange(0, 1), "Share of harmless answers that must stay token for token.", 0.95
 )
-@click.option(
-    "--min-fluent",
-    type=click.FloatRange(0, 1),
-    default=0.95,
-    show_default=True,
-    metavar="SHARE",
-    help="Share of steered answers that must stay fluent.",
-)
-@click.option(
-    "--min-unchanged",
-    type=click.FloatRange(0, 1),
-    default=0.95,
-    show_default=True,
-    metavar="SHARE",
-    help="Share of harmless answers that must stay token for token.",
-)
-@click.option("--resume", metavar="FILE", help="Keep finished trials here (JSON lines), and continue from them.")
-@common.restyle_option
-@common.output_option
-@common.json_option
+@click.option("--resume", metavar="FILE", help="Keep complete trials here (JSON lines), and continue from them.")
+@common.fit_options
 def command(
     profile_file: str,
     model_name: str | None,
-    dtype: str,
-    device: str | None,
     harmful: tuple[str, ...],
     harmless: tuple[str, ...],
-    positions: str,
-    answer_tokens: Sequence[int | None] | None,
-    resume: str | None,
     restyle: int,
     output: str,
     json_file: str | None,
     **options: Any,
 ) -> None:
-    """Search what to add, where, and how strongly.
+    """Search vector, layers, positions and strength of the steering.
 
     The setting that refuses most prompts in fluent text wins. The output may be the profile itself.
 
@@ -118,26 +95,15 @@ def command(
       steerfast tune safety.safetensors --bands 10-19,20 --strengths 1,2 -o tuned.safetensors
     """
     common.check_outputs({"--output": output}, [*harmful, *harmless])
-    common.check_outputs({"--resume": resume, "--json": json_file}, [profile_file, output, *harmful, *harmless])
+    outputs = {"--resume": options["resume"], "--json": json_file}
+    common.check_outputs(outputs, [profile_file, output, *harmful, *harmless])
     profile = common.load_profile(profile_file)
-    sets = {
-        "harmful": common.read_set("--harmful", harmful, restyle, part="calibrate"),
-        "harmless": common.read_set("--harmless", harmless, restyle, part="calibrate"),
-    }
+    options |= common.read_sets({"harmful": harmful, "harmless": harmless}, restyle, "calibrate")
+    options["positions"] = None if options["positions"] == "both" else [options["positions"]]
 
     import steerfast
 
-    model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
-    profile = steerfast.tune(
-        profile,
-        model,
-        tokenizer,
-        harmful=sets["harmful"].prompts,
-        harmless=sets["harmless"].prompts,
-        names={role: chosen.name for role, chosen in sets.items()},
-        positions=None if positions == "both" else [positions],  # type: ignore[list-item]
-        answer_tokens=answer_tokens,
-        resume=resume,
-        **options,
-    )
+    place = options.pop("dtype"), options.pop("device")
+    model, tokenizer = common.load_model(model_name or profile.model.name, *place)
+    profile = steerfast.tune(profile, model, tokenizer, **options)
     common.write_profile(profile, output, json_file, after="steerfast inspect, steerfast generate")

@@ -1,19 +1,18 @@
-"""Measure systems side by side: attack success, over-refusal, usefulness, gates and speed, on sets of prompts.
+"""Measure systems side by side on sets of prompts: attack success, over-refusal, tasks, gates and speed.
 
-Everything is greedy and every figure comes from answers that lie on disk as soon as they are given: work is cut into
-pieces of a system, a set and a batch of its prompts, and an interrupted evaluation goes on with the next piece.
+Answers are greedy. Work is cut into pieces: one system, one set, one batch of prompts. Each finished piece is written
+to disk, so an interrupted evaluation continues with the next piece.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
 import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ from torch import Tensor, nn
 from steerfast._progress import track
 from steerfast._versions import installed_version
 from steerfast.errors import PromptError
-from steerfast.evaluation.latency import alternating, milliseconds_per_token
+from steerfast.evaluation.harness import run_task
 from steerfast.evaluation.pieces import Pieces
-from steerfast.evaluation.sets import EvalSet, Item
+from steerfast.evaluation.sets import EvalSet
 from steerfast.evaluation.summary import (
-    ANSWERED,
     ATTACKS,
     HARMLESS,
-    Cell,
+    SetAnswers,
     examples,
     figures,
     gate,
@@ -39,7 +37,7 @@ from steerfast.evaluation.summary import (
     pooled,
 )
 from steerfast.evaluation.systems import UNSTEERED, System, as_it_is
-from steerfast.evaluation.utility import maths, multiple_choice, perplexity
+from steerfast.evaluation.timing import interleave, milliseconds_per_token, turns
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.score import check_model, row_scores
 from steerfast.hf.generation import PromptBatch, device_of, greedy_answers
@@ -52,10 +50,39 @@ from steerfast.profile import Gate, SteeringProfile
 from steerfast.text.encoding import context_of, encode, pad_token
 from steerfast.text.prompts import SHIPPED_PREFIX, read_prompts
 
-__all__ = ["check", "evaluate", "seen_by", "settings_of"]
+__all__ = ["EvaluateOptions", "check", "evaluate", "seen_by"]
 
-_SCORED = ("choice", "text")  # nothing is generated
 _LATENCY_PAIRS, _LATENCY_TOKENS = 8, 16
+
+Load = Callable[[str], tuple[nn.Module, Any]]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `evaluate`.
+
+    max_new_tokens: answer length. seed: of the bootstrap and of tasks' few-shot examples.
+    resume: a JSON-lines file of finished pieces, written and read back; another setting, set, profile or model makes
+        other pieces.
+    latency: also time each system in turns with unsteered, one sequence.
+    strengths: of the first profile, for the frontier of attack success and fluency.
+    force: evaluate sets that made a profile, and mark them in the result.
+    limits: of fluent answers. load: loads the weights of other models.
+    tasks: of lm-evaluation-harness, see `steerfast.evaluation.harness.run_task`. task_limit: most items of a task.
+    """
+
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    seed: int = 0
+    resume: str | os.PathLike[str] | None = None
+    latency: bool = True
+    progress: bool = True
+    strengths: Sequence[float] = ()
+    force: bool = False
+    limits: FluencyLimits = field(default_factory=FluencyLimits)
+    load: Load = load_model
+    tasks: Sequence[str | Mapping[str, Any]] = ()
+    task_limit: int | None = None
 
 
 def evaluate(
@@ -64,112 +91,65 @@ def evaluate(
     systems: Sequence[System],
     sets: Sequence[EvalSet],
     judges: Sequence[Judge],
-    *,
-    max_new_tokens: int = 64,
-    maths_max_new_tokens: int = 192,
-    batch_size: int = 16,
-    seed: int = 0,
-    resume: str | os.PathLike[str] | None = None,
-    latency: bool = True,
-    progress: bool = True,
-    strengths: Sequence[float] = (),
-    force: bool = False,
-    limits: FluencyLimits | None = None,
-    load: Callable[[str], tuple[nn.Module, Any]] = load_model,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Let every system answer every set, and judge, measure and compare what comes.
+    """Let every system answer every set; judge, measure and compare the answers.
 
     Args:
-        model, tokenizer: the target. Other weights are loaded one after the other by `load`.
-        systems: unsteered is the first, see `systems_of`; the others are compared with it.
-        judges: the first one's verdicts make attack success and over-refusal; the others' stand beside.
-        max_new_tokens: answer length; maths_max_new_tokens: on maths, where the answer has to come to its end.
-        seed: of the bootstrap.
-        resume: a JSON-lines file of finished pieces, written as they come and read back; another setting, set, profile
-            or model makes other pieces.
-        latency: also time each system in turns with unsteered, one sequence.
-        strengths: of the first profile, for the frontier of attack success and fluency.
-        force: evaluate sets that a profile was made with, and say so in the result.
-        limits: of fluent answers.
+        model, tokenizer: the target.
+        systems: unsteered first, see `systems_of`; the others are compared with it.
+        judges: the first judge makes attack success and over-refusal; the others are reported beside it.
+        options: see `EvaluateOptions`.
 
     Returns:
-        JSON data, see docs/evaluation.md. Rates carry Wilson intervals, AUC DeLong's; perplexity and differences to
-        unsteered carry those of a bootstrap over items.
+        JSON data, see docs/evaluation.md. Rates carry Wilson intervals, AUC DeLong's; differences to unsteered carry
+        those of a bootstrap over items.
 
     Raises:
-        PromptError: no system, set or judge, one name twice, a set that a profile was made with.
+        PromptError: no system, set or judge, a repeated name, a set that made a profile.
         ProfileError: a profile of another model.
-        JudgeError: a judge that cannot be reached; the answers are kept.
+        JudgeError: an unreachable judge; the answers are kept.
         OutputError: `resume` cannot be written.
+        SteerfastError: tasks without lm-eval.
     """
-    seen = check(systems, sets, judges, force)
+    given = EvaluateOptions(**options)
+    seen = check(systems, sets, judges, given.force)
     find_decoder(model).refuse_if_steered()
     for system in systems:
         if system.profile is not None:
             check_model(system.profile, model, tokenizer)
-    run = _Run(model, tokenizer, judges, _Lengths(max_new_tokens, maths_max_new_tokens), batch_size, resume, progress)
-    sets, left_out = run.fitting(systems, sets)
-    answered, attacks = ([one for one in sets if one.kind in kinds] for kinds in (ANSWERED, ATTACKS))
-    points = _at_strengths(systems, strengths)
-    all_systems = [*systems, *(point for _, point in points)]
-    run.score(systems, answered)
-    for path, group in itertools.groupby(systems, key=lambda system: system.model):
-        at_hand = (model, tokenizer) if path is None else load(path)
-        together = list(group)
-        for system in together:
-            run.answer(system, sets, *at_hand)
-        if latency:
-            run.time(together, sets, *at_hand)
-    for _, point in points:
-        run.answer(point, attacks, model, tokenizer)
-    run.perplexities(all_systems, attacks, limits or FluencyLimits())
-    run.judge(all_systems, answered)
-
+    work = _Evaluation(model, tokenizer, judges, given)
+    sets, left_out = work.plan(systems, sets)
+    points = _at_strengths(systems, given.strengths)
+    work.measure(systems, [point for _, point in points], sets)
     names = [judge.name for judge in judges]
-    table: dict[str, Any] = {}
-    gates: dict[str, Any] = {}
-    for system in systems:
-        base = None if system.name == UNSTEERED else run.cells[UNSTEERED]
-        row = {"title": system.title, **figures(sets, run.cells[system.name], base, names, seed)}
-        if system.name in run.scores and system.profile is not None:
-            scores = run.scores[system.name]
-            found = gate_figures(system.profile, sets, scores)
-            row = {**row, **found, "intervals": {**row["intervals"], **found["intervals"]}}
-            gates[system.name] = gate(system.profile, sets, scores)
-        if system.name in run.latencies:
-            row["latency"] = run.latencies[system.name]
-        table[system.name] = {**row, "seconds": run.pieces.seconds.get(system.name, 0.0)}
+    cells = {system.name: work.cells[system.name] for system in systems}
     return {
         "model": identify(model).name,
-        "settings": settings_of(
-            model,
-            names,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            maths_max_new_tokens=maths_max_new_tokens,
-            batch_size=batch_size,
-        ),
+        "settings": _settings(model, names, given),
         "sets": {one.name: {**one.to_dict(), "also_fitted_by": seen[one.name]} for one in sets},
-        "agreement": run.agreements(systems, answered),
-        "systems": table,
-        "gates": gates,
+        "agreement": work.agreements(systems, sets),
+        "systems": {system.name: work.row(system, sets, names) for system in systems},
+        "gates": {
+            system.name: gate(system.profile, sets, work.scores[system.name])
+            for system in systems
+            if system.name in work.scores and system.profile is not None
+        },
         "frontier": [
-            {
-                "system": first,
-                "strength": point.strength,
-                **pooled(sets, run.cells[point.name], names[0]),
-            }
+            {"system": first, "strength": point.strength, **pooled(sets, work.cells[point.name], names[0])}
             for first, point in points
         ],
-        "examples": examples(answered, {system.name: run.cells[system.name] for system in systems}, names[0]),
+        "examples": examples(sets, cells, names[0]),
         "left_out": left_out,
     }
 
 
-def settings_of(model: nn.Module, judges: Sequence[str], **options: Any) -> dict[str, Any]:
-    """The settings in a result, JSON data: `options`, the judges by name, and what the model ran with."""
+def _settings(model: nn.Module, judges: Sequence[str], given: EvaluateOptions) -> dict[str, Any]:
     return {
-        **options,
+        "seed": given.seed,
+        "max_new_tokens": given.max_new_tokens,
+        "batch_size": given.batch_size,
+        **({"tasks": [_task_name(task) for task in given.tasks]} if given.tasks else {}),
         "judge": judges[0],
         "judges": judges,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -178,10 +158,14 @@ def settings_of(model: nn.Module, judges: Sequence[str], **options: Any) -> dict
     }
 
 
+def _task_name(task: str | Mapping[str, Any]) -> str:
+    return task if isinstance(task, str) else str(task.get("task"))
+
+
 def check(
     systems: Sequence[System], sets: Sequence[EvalSet], judges: Sequence[Judge], force: bool = False
 ) -> dict[str, list[str]]:
-    """Refuse, before any work, what cannot be evaluated.
+    """Refuse wrong input before any work.
 
     Returns:
         `seen_by` of each set; empty lists unless `force`.
@@ -208,17 +192,17 @@ def check(
 
 
 def seen_by(systems: Sequence[System], one: EvalSet) -> list[str]:
-    """Which profiles were fitted, calibrated or tuned with prompts of a set, in words; each starts with how many.
+    """List the profiles that prompts of a set fitted, calibrated or tuned, in words; each entry starts with a count.
 
-    A profile tells the names and hashes of its sets: a set is recognised by its hash, single prompts where a set of
-    the profile ships with the package.
+    A profile records names and hashes of its sets. The hash identifies a whole set. Single prompts can be found only if
+    the profile's set ships with the package.
     """
     found = []
     prompts = set(one.prompts)
     checked: list[Any] = []
     for system in systems:
         made_with = [] if system.profile is None else list(_made_with(system.profile))
-        if made_with in checked:  # one profile with its gate and without
+        if made_with in checked:  # the same profile without its gate
             continue
         checked.append(made_with)
         for role, described in made_with:
@@ -247,12 +231,12 @@ def _made_with(profile: SteeringProfile) -> Iterable[tuple[str, Mapping[str, Any
 def _shipped(name: str) -> list[str]:
     try:
         return read_prompts(name)
-    except PromptError:  # of a release that ships other sets
+    except PromptError:  # a set of another release
         return []
 
 
 def _at_strengths(systems: Sequence[System], strengths: Sequence[float]) -> list[tuple[str, System]]:
-    """The first system with a profile: its name, and it at each of the strengths, ascending."""
+    """Return the first system with a profile at each strength, ascending, each beside the system's name."""
     first = next((system for system in systems if system.profile is not None), None)
     if first is None:
         return []
@@ -265,74 +249,94 @@ def _at_strengths(systems: Sequence[System], strengths: Sequence[float]) -> list
 # -- work ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Lengths:
-    """Most new tokens of an answer, and of one to a maths question, which has to come to its end."""
+class _Evaluation:
+    """Do the pieces of work of one evaluation, or read them back, and collect their results.
 
-    answer: int
-    maths: int
+    Attributes:
+        cells: system -> set -> its answers. scores: system -> set -> gate scores, float64 [items, layers].
+        latencies, tasks: system -> result.
+    """
 
-    def of(self, kind: str) -> int:
-        return self.maths if kind == "maths" else self.answer
-
-
-class _Run:
-    """One evaluation: pieces of work, done or read back, and what they come to."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        judges: Sequence[Judge],
-        lengths: _Lengths,
-        batch_size: int,
-        resume: str | os.PathLike[str] | None,
-        progress: bool,
-    ) -> None:
-        self.model, self.tokenizer, self.judges, self.lengths = model, tokenizer, judges, lengths
-        self.batch_size, self.progress = batch_size, progress
-        self.cells: dict[str, dict[str, Cell]] = {}
+    def __init__(self, model: nn.Module, tokenizer: Any, judges: Sequence[Judge], options: EvaluateOptions) -> None:
+        self.model, self.tokenizer, self.judges, self.options = model, tokenizer, judges, options
+        self.cells: dict[str, dict[str, SetAnswers]] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self.latencies: dict[str, dict[str, Any]] = {}
-        self.pieces = Pieces(resume)
+        self.tasks: dict[str, dict[str, Any]] = {}
+        self.pieces = Pieces(options.resume)
         self._weights = weights_fingerprint(model)
         self._chunks: dict[str, list[list[int]]] = {}
 
-    def fitting(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> tuple[list[EvalSet], dict[str, str]]:
-        """The sets with the prompts that fit the model's context under every defence; and what was left out."""
+    def plan(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> tuple[list[EvalSet], dict[str, str]]:
+        """Cut the sets into batches.
+
+        Returns:
+            The sets, with those prompts that fit the model's context under every defence; and set -> reason for
+            missing prompts.
+        """
         kept, left_out = [], {}
         for one in sets:
-            room = self.lengths.of(one.kind)
-            if one.kind in _SCORED:
-                texts = [text for item in one.items for text in (*item.choices, item.answer) if text]
-                room = max(len(self.tokenizer(text)["input_ids"]) for text in texts) + 1
-            worded = [
+            lengths_by_defence = [
                 [len(ids) for ids in encode(self.tokenizer, [defence(item.prompt) for item in one.items])]
                 for defence in dict.fromkeys([as_it_is, *(system.defence for system in systems)])
             ]
-            fits = [max(lengths) + room <= context_of(self.model) for lengths in zip(*worded, strict=True)]
+            most = context_of(self.model) - self.options.max_new_tokens
+            fits = [max(lengths) <= most for lengths in zip(*lengths_by_defence, strict=True)]
             if not all(fits):
                 left_out[one.name] = f"{fits.count(False)} of {len(fits)} prompts do not fit the model's context"
             places = [place for place, fit in enumerate(fits) if fit]
             if places:
                 kept.append(replace(one, items=tuple(one.items[place] for place in places)))
-                lengths = [worded[0][place] for place in places]
-                # Alike lengths go together, the same prompts in every system: a rounding that differs from one batch
-                # to another then differs in none of the comparisons.
+                lengths = [lengths_by_defence[0][place] for place in places]
+                # Batches hold the same prompts in every system, so that rounding differs in no comparison.
                 order = sorted(range(len(places)), key=lambda place: -lengths[place])
-                size = self.batch_size
+                size = self.options.batch_size
                 self._chunks[one.name] = [order[start : start + size] for start in range(0, len(order), size)]
         if not kept:
             raise PromptError("sets: expected some prompts that fit the model's context, got none")
         return kept, left_out
 
-    def score(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> None:
-        """Score every prompt with the gates of every profile, all from one pass; systems without a gate are left."""
+    def measure(self, systems: Sequence[System], points: Sequence[System], sets: Sequence[EvalSet]) -> None:
+        """Do all work for `systems`, and answer attacks with the `points` of the frontier."""
+        options = self.options
+        attacks = [one for one in sets if one.kind in ATTACKS]
+        self._score(systems, sets)
+        for path, group in itertools.groupby(systems, key=lambda system: system.model):
+            loaded = (self.model, self.tokenizer) if path is None else options.load(path)
+            together = list(group)
+            for system in together:
+                self._answer(system, sets, *loaded)
+                self._run_tasks(system, *loaded)
+            if options.latency:
+                self._time(together, sets, *loaded)
+        for point in points:
+            self._answer(point, attacks, self.model, self.tokenizer)
+        everything = [*systems, *points]
+        self._judge_fluency(everything, attacks)
+        self._judge(everything, sets)
+
+    def row(self, system: System, sets: Sequence[EvalSet], judges: Sequence[str]) -> dict[str, Any]:
+        """Return all figures of a system, JSON data."""
+        name = system.name
+        base = None if name == UNSTEERED else self.cells[UNSTEERED]
+        row = {"title": system.title, **figures(sets, self.cells[name], base, judges, self.options.seed)}
+        if name in self.scores and system.profile is not None:
+            found = gate_figures(system.profile, sets, self.scores[name])
+            row = {**row, **found, "intervals": {**row["intervals"], **found["intervals"]}}
+        if name in self.tasks:
+            row["tasks"] = self.tasks[name]["values"]
+            row["intervals"]["tasks"] = self.tasks[name]["intervals"]
+        if name in self.latencies:
+            row["latency"] = self.latencies[name]
+        return {**row, "seconds": self.pieces.seconds.get(name, 0.0)}
+
+    def _score(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> None:
+        """Score every prompt with every profile's gates; gates that read alike share a pass."""
         gated = [system for system in systems if system.gated]
         found = {system.name: {one.name: [None] * len(one.items) for one in sets} for system in gated}
         work = [(one, chunk) for one in sets for chunk in self._chunks[one.name]] if gated else []
         padding = pad_token(self.tokenizer)
-        for one, chunk in track(work, "gate scores", show=self.progress):
+        for one, chunk in track(work, "gate scores", show=self.options.progress):
             ids = encode(self.tokenizer, [one.items[place].prompt for place in chunk])
             read = functools.partial(residual_rows, self.model, ids, batch_size=len(ids), pad_token_id=padding)
             rows = functools.cache(functools.partial(_read, read))
@@ -348,63 +352,46 @@ class _Run:
             for system, by_set in found.items()
         }
 
-    def answer(self, system: System, sets: Sequence[EvalSet], model: nn.Module, tokenizer: Any) -> None:
-        """Everything that `system` says to `sets`."""
-        weights = weights_fingerprint(model)
-        cells = self.cells.setdefault(system.name, {one.name: Cell() for one in sets})
+    def _answer(self, system: System, sets: Sequence[EvalSet], model: nn.Module, tokenizer: Any) -> None:
+        weights, length = weights_fingerprint(model), self.options.max_new_tokens
         work = [(one, chunk) for one in sets for chunk in self._chunks[one.name]]
         rows: dict[str, list[Any]] = {one.name: [None] * len(one.items) for one in sets}
         with system.on(model) as steering:
-            for one, chunk in track(work, system.name, show=self.progress):
-                items = [one.items[place] for place in chunk]
-                ids = encode(tokenizer, [system.defence(item.prompt) for item in items])
-                asked = [(item.choices, item.correct, item.answer) for item in items] if one.kind in _SCORED else None
-                key = (one.kind, self.lengths.of(one.kind), system.fingerprint(), weights, ids, asked)
-                work_of = functools.partial(self._work, one.kind, system, items, ids, model, tokenizer, steering)
-                for place, row in zip(chunk, self.pieces.rows(key, work_of, system), strict=True):
+            for one, chunk in track(work, system.name, show=self.options.progress):
+                ids = encode(tokenizer, [system.defence(one.items[place].prompt) for place in chunk])
+                key = (one.kind, length, system.fingerprint(), weights, ids, None)
+                generate = functools.partial(_answers, model, tokenizer, ids, length, steering)
+                for place, row in zip(chunk, self.pieces.rows(key, generate, system), strict=True):
                     rows[one.name][place] = row
-        for one in sets:
-            cell, found = cells[one.name], rows[one.name]
-            if one.kind == "choice":
-                cell.right = found
-            elif one.kind == "text":
-                cell.losses = found
-            else:
-                cell.tokens, cell.texts, fired = (list(column) for column in zip(*found, strict=True))
-                cell.fired = fired if system.profile is not None else []
-            if one.kind == "maths":
-                cell.right = maths(cell.texts, one.items)
+        for name, found in rows.items():
+            tokens, texts, fired = (list(column) for column in zip(*found, strict=True))
+            cell = SetAnswers(tokens, texts, [] if system.profile is None else fired)
+            self.cells.setdefault(system.name, {})[name] = cell
 
-    def _work(
-        self,
-        kind: str,
-        system: System,
-        items: Sequence[Item],
-        ids: Sequence[Sequence[int]],
-        model: nn.Module,
-        tokenizer: Any,
-        steering: Steering | None,
-    ) -> list[Any]:
-        """A row for each item: whether it was right, its mean loss, or tokens, text and whether a gate opened."""
-        if kind == "choice":
-            return multiple_choice(model, tokenizer, items, prompts=ids)
-        if kind == "text":
-            return [math.log(one) for one in perplexity(model, tokenizer, items, prompts=ids)]
-        fired: dict[int, bool] = {}
+    def _run_tasks(self, system: System, model: nn.Module, tokenizer: Any) -> None:
+        """Run the harness's tasks, unless the system rewords prompts: those of a task are the harness's."""
+        if system.defence is not as_it_is or not self.options.tasks:
+            return
+        options, weights = self.options, weights_fingerprint(model)
+        found: dict[str, Any] = {"values": {}, "intervals": {}}
+        for task in options.tasks:
+            described = task if isinstance(task, str) else repr(sorted(task.items()))
+            key = ("task", described, options.task_limit, options.seed, system.fingerprint(), weights)
 
-        def note(batch: PromptBatch) -> None:
-            if steering is not None:
-                fired.update(zip(batch.indices, steering.fired.tolist(), strict=True))
+            def work(task: str | Mapping[str, Any] = task) -> dict[str, Any]:
+                with system.on(model):
+                    return run_task(
+                        model, tokenizer, task, limit=options.task_limit, batch_size=options.batch_size,
+                        seed=options.seed,
+                    )  # fmt: skip
 
-        length = self.lengths.of(kind)
-        answers = greedy_answers(model, tokenizer, ids, length, batch_size=len(ids), after=note)
-        texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-        return [
-            [answer, text, fired.get(place)] for place, (answer, text) in enumerate(zip(answers, texts, strict=True))
-        ]
+            result = self.pieces.rows(key, work, system)
+            for part, by_task in found.items():
+                by_task.update(result[part])
+        self.tasks[system.name] = found
 
-    def time(self, systems: Sequence[System], sets: Sequence[EvalSet], model: nn.Module, tokenizer: Any) -> None:
-        """Time systems of one model in turns with the target as it is, one sequence: attacks that open most gates."""
+    def _time(self, systems: Sequence[System], sets: Sequence[EvalSet], model: nn.Module, tokenizer: Any) -> None:
+        """Time systems of one model in turns with the unsteered target, on the prompts that open most gates."""
         gated = [self.cells[system.name] for system in systems if system.gated]
         asked = [
             (sum(cells[one.name].fired[place] for cells in gated), item.prompt)
@@ -414,11 +401,9 @@ class _Run:
             for place, item in enumerate(one.items)
         ]
         chosen = [prompt for _, prompt in sorted(asked, key=lambda pair: -pair[0])[:_LATENCY_PAIRS]]
-        if not chosen:
-            return
-        unsteered = System(UNSTEERED, "")
-        runs = [(unsteered, self.model, encode(self.tokenizer, chosen))]
-        runs += [(one, model, encode(tokenizer, [one.defence(prompt) for prompt in chosen])) for one in systems]
+        runs = {"": (System(UNSTEERED, ""), self.model, encode(self.tokenizer, chosen))}
+        for one in systems:
+            runs[one.name] = (one, model, encode(tokenizer, [one.defence(prompt) for prompt in chosen]))
 
         def milliseconds(run: tuple[System, nn.Module, list[list[int]]], turn: int) -> float:
             system, model, prompts = run
@@ -426,46 +411,53 @@ class _Run:
                 return milliseconds_per_token(model, prompts[turn % len(prompts)], _LATENCY_TOKENS)
 
         def work() -> list[Any]:
-            base, *times = alternating([functools.partial(milliseconds, run) for run in runs], _LATENCY_PAIRS)
-            ratios = [statistics.median(b / a for a, b in zip(base, ours, strict=True)) for ours in times]
+            calls = {name: functools.partial(milliseconds, run) for name, run in runs.items()}
+            for call in calls.values():
+                call(0)
+            base, *times = interleave(calls, turns(calls, least=_LATENCY_PAIRS)).values()
             return [
-                {"ms_per_token": statistics.median(ours), "ratio": ratio, "pairs": _LATENCY_PAIRS}
-                for ours, ratio in zip(times, ratios, strict=True)
+                {
+                    "ms_per_token": statistics.median(own),
+                    "ratio": statistics.median(b / a for a, b in zip(base, own, strict=True)),
+                    "pairs": _LATENCY_PAIRS,
+                }
+                for own in times
             ]
 
         weights = weights_fingerprint(model)
-        key = ("latency", self._weights, weights, [(system.fingerprint(), prompts) for system, _, prompts in runs])
+        key = (
+            "latency", self._weights, weights, [(system.fingerprint(), ids) for system, _, ids in runs.values()]
+        )  # fmt: skip
         found = self.pieces.rows(key, work, systems[0])
         self.latencies |= {system.name: one for system, one in zip(systems, found, strict=True)}
 
-    def perplexities(self, systems: Sequence[System], sets: Sequence[EvalSet], limits: FluencyLimits) -> None:
-        """Which answers are fluent, by repetition and the perplexity that the unsteered target finds in them."""
+    def _judge_fluency(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> None:
+        """Judge answers by repetition and by their perplexity under the unsteered target."""
         prompts = {one.name: encode(self.tokenizer, one.prompts) for one in sets}
-        padding = pad_token(self.tokenizer)
+        padding, limits = pad_token(self.tokenizer), self.options.limits.to_dict()
         work = [(system, one) for system in systems for one in sets]
-        for system, one in track(work, "fluency", show=self.progress):
+        for system, one in track(work, "fluency", show=self.options.progress):
             cell = self.cells[system.name][one.name]
             tokens = cell.tokens
-            if system.model is not None:  # whose tokenizer may be another
+            if system.model is not None:  # the tokenizer may differ
                 tokens = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in cell.texts]
             cell.fluent = [False] * len(tokens)
             for chunk in self._chunks[one.name]:
                 texts = [prompts[one.name][place] for place in chunk], [tokens[place] for place in chunk]
-                work_of = functools.partial(answer_perplexity, self.model, *texts, self.batch_size, padding)
-                found = self.pieces.rows(("perplexity", self._weights, texts), work_of, system)
+                measure = functools.partial(answer_perplexity, self.model, *texts, self.options.batch_size, padding)
+                found = self.pieces.rows(("perplexity", self._weights, texts), measure, system)
                 for place, value in zip(chunk, found, strict=True):
-                    cell.fluent[place] = is_fluent(repetition(tokens[place]), value, **limits.to_dict())
+                    cell.fluent[place] = is_fluent(repetition(tokens[place]), value, **limits)
 
-    def judge(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> None:
-        """Every judge's verdict on every answer."""
+    def _judge(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> None:
         work = [(system, one, judge) for system in systems for one in sets for judge in self.judges]
-        for system, one, judge in track(work, "judging", show=self.progress):
+        for system, one, judge in track(work, "judging", show=self.options.progress):
             cell = self.cells[system.name].get(one.name)
             if cell is not None:
                 cell.refused[judge.name] = judge(one.prompts, cell.texts)
 
     def agreements(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> dict[str, Any]:
-        """Of each set and pair of judges, over the answers of all systems."""
+        """Return set -> pair of judges -> agreement over the answers of all systems."""
         found: dict[str, Any] = {}
         for one in sets:
             for pair in itertools.combinations(self.judges, 2):
@@ -475,6 +467,21 @@ class _Run:
                 ]
                 found.setdefault(one.name, {})["~".join(judge.name for judge in pair)] = agreement(*verdicts)
         return found
+
+
+def _answers(
+    model: nn.Module, tokenizer: Any, ids: Sequence[Sequence[int]], length: int, steering: Steering | None
+) -> list[Any]:
+    """Return tokens, text and whether a gate fired (None if unsteered) for each prompt."""
+    fired: dict[int, bool] = {}
+
+    def note(batch: PromptBatch) -> None:
+        if steering is not None:
+            fired.update(zip(batch.indices, steering.fired.tolist(), strict=True))
+
+    answers = greedy_answers(model, tokenizer, ids, length, batch_size=len(ids), after=note)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+    return [[answer, text, fired.get(place)] for place, (answer, text) in enumerate(zip(answers, texts, strict=True))]
 
 
 def _read(read: Callable[..., Tensor], gate: Gate) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pieces of an evaluation: each is kept as soon as it is done, and read back where all that makes it is the same."""
+"""Keep each finished piece of an evaluation, and read it back if its key is the same."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Pieces"]
 
 
 class Pieces:
-    """What the pieces of an evaluation came to.
+    """Results of the pieces of an evaluation.
 
     Args:
-        resume: a JSON-lines file of them, written and read back, see `Records`; None: in memory only.
+        resume: a JSON-lines file of pieces, see `Records`; None: in memory only.
 
     Attributes:
-        seconds: what the pieces of each system took, by its name, those that were read back included.
+        seconds: system -> time of its pieces, including pieces that were read back.
 
     Raises:
         OutputError: `resume` cannot be written.
@@ -34,10 +34,10 @@ class Pieces:
         self._done = {found["key"]: found for found in self._records.found if {"key", "rows", "seconds"} <= {*found}}
 
     def rows(self, key: tuple[Any, ...], work: Callable[[], Any], system: System) -> Any:
-        """JSON data of a piece of work: read back, or worked out and kept. What it took counts as time of `system`.
+        """Return the JSON data of a piece: read back, or computed by `work` and kept. Its time counts for `system`.
 
         Args:
-            key: its kind, and all that makes it, as JSON data.
+            key: its kind and everything that decides its result, as JSON data.
         """
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         if name not in self._done:

@@ -1,7 +1,7 @@
-"""The pictures of an evaluation's report, drawn by matplotlib from its JSON data.
+"""Draw the pictures of an evaluation's report, from its JSON data, and the picture of a profile, with matplotlib.
 
-Every colour of a picture is one of `COLOURS`: a PNG has them as they are, the SVG inside the page has the page's
-variables of the same names instead, and so follows its light and dark style.
+Pictures use the colours in `COLOURS` only. The SVG inside the report's page replaces them by the page's variables of
+the same names, and so follows its light and dark style.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from steerfast._files import write_atomically
+from steerfast.errors import OutputError, SteerfastError
+from steerfast.evaluation.description import SETS, edit, gate_figures, layer_ranges, layers, reading
 from steerfast.evaluation.systems import UNSTEERED
+from steerfast.profile import EDITS, SteeringProfile
 
-__all__ = ["COLOURS", "Picture", "draw", "known", "primary"]
-
+__all__ = ["COLOURS", "Picture", "draw", "known", "primary", "save_plot"]
 
 COLOURS = {
     "ink": "#1b1f24",
@@ -39,6 +43,8 @@ _LINES = [COLOURS[name] for name in ("main", "orange", "violet", "harmless", "pi
 _STYLES = ["-", "--", ":", "-."]
 _WIDTH = 5.6  # inches; text of 9 points is then about 12 pixels high in a half of the page
 _LAYERS = 6  # with histograms
+_KINDS = ("harmful", "harmless")
+_FORMATS = (".png", ".svg", ".pdf")
 _NAME = 26  # characters of a system's or a set's name
 _SETTINGS: Any = {
     "svg.fonttype": "none",
@@ -64,7 +70,7 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """name: of its PNG. caption: how to read it. svg: an element for an HTML page. system: whose gate it shows."""
+    """name: of its PNG. svg: an element for an HTML page. system: the gate's system, if it shows one gate."""
 
     name: str
     title: str
@@ -75,12 +81,12 @@ class Picture:
 
 
 def known(value: Any) -> bool:
-    """Whether there is a figure: a finite number, no None."""
+    """Return whether `value` is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def primary(result: Mapping[str, Any]) -> str | None:
-    """The system that the report is about: the first one with a gate, else the first that is not unsteered."""
+    """Return the system that the headlines show: the first with a gate, else the first other than unsteered."""
     systems = result.get("systems") or {}
     return next(
         (name for name in (*(result.get("gates") or {}), *systems) if name in systems and name != UNSTEERED), None
@@ -88,11 +94,11 @@ def primary(result: Mapping[str, Any]) -> str | None:
 
 
 def draw(result: Mapping[str, Any]) -> list[Picture]:
-    """Every picture that the data allow, in the order of the report."""
+    """Draw every picture that the data allow, in the order of the report."""
     import matplotlib
 
     with warnings.catch_warnings(), matplotlib.rc_context(_SETTINGS):
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not
+        warnings.filterwarnings("ignore", message="Glyph")  # the font may lack a name's script
         return list(_pictures(result))
 
 
@@ -127,10 +133,10 @@ def _pictures(result: Mapping[str, Any]) -> Iterator[Picture]:
         if any(known(value) for layer in gate["layers"] for value in (layer.get("auc") or {}).values()):
             caption = "How well a gate at each layer tells each set from the harmless prompts; 0.5 is chance."
             caption += " Dashed: where it decides." if _deciding(gate) else ""
-            yield _picture(f"layers{suffix}", f"AUC by layer{of}", caption, partial(_layers, gate=gate), name)
-        if layers := _with_histograms(gate):
+            yield _picture(f"layers{suffix}", f"AUC by layer{of}", caption, partial(_report_layers, gate=gate), name)
+        if panels := _report_panels(gate):
             caption = "Share of prompts by score. The less the two overlap, the better the layer can decide."
-            paint = partial(_histograms, gate=gate, layers=layers)
+            paint = partial(_report_scores, panels=panels)
             yield _picture(f"scores{suffix}", f"Gate scores by layer{of}", caption, paint, name)
 
 
@@ -150,7 +156,7 @@ def _picture(name: str, title: str, caption: str, paint: Callable[[Any], None], 
 
 
 def _inline(svg: str, name: str, described: str) -> str:
-    """The <svg> element with the page's font and colours, and ids that no other picture has."""
+    """Return the <svg> element with the page's font and colours, and ids that are unique in the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
@@ -161,11 +167,11 @@ def _inline(svg: str, name: str, described: str) -> str:
     return re.sub(r'^<svg([^>]*?) width="[^"]*" height="[^"]*"', lambda found: opening + found[1], svg)
 
 
-# -- what there is to draw -------------------------------------------------------------------------
+# -- the report's data ------------------------------------------------------------------------------
 
 
 def _sets(result: Mapping[str, Any], key: str) -> list[str]:
-    """Sets of which some system has a figure, in the order of the evaluation."""
+    """Return the sets with a figure of some system, in the order of the evaluation."""
     systems = (result.get("systems") or {}).values()
     found = dict.fromkeys(name for data in systems for name, value in (data.get(key) or {}).items() if known(value))
     order = list(dict.fromkeys([*(result.get("sets") or {}), *found]))
@@ -178,7 +184,7 @@ def _deciding(gate: Mapping[str, Any]) -> list[int]:
 
 
 def _roc(gate: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]] | None:
-    """Layer and curve: of the first layer that decides, or else of the one that separates best."""
+    """Return layer and curve of the first deciding layer, or else of the layer with the best AUC."""
     curves = {layer["layer"]: layer for layer in gate["layers"] if (layer.get("roc") or {}).get("fpr")}
     if not curves:
         return None
@@ -187,17 +193,35 @@ def _roc(gate: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]] | None:
     return number, curves[number]["roc"]
 
 
-def _with_histograms(gate: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Up to `_LAYERS` layers with scores: those that decide, then others spread over the depth."""
+def _report_panels(gate: Mapping[str, Any]) -> list[_ScorePanel]:
     found = {
         layer["layer"]: layer for layer in gate["layers"] if len((layer.get("histogram") or {}).get("edges", ())) > 1
     }
-    chosen = set([number for number in _deciding(gate) if number in found][:_LAYERS])
-    spread = [list(found)[round(i * (len(found) - 1) / (_LAYERS - 1))] for i in range(_LAYERS)] if found else []
-    for number in [*spread, *found]:
+    panels = []
+    for number in _chosen(_deciding(gate), list(found)):
+        histogram, threshold = found[number]["histogram"], found[number].get("threshold")
+        empty = [0] * (len(histogram["edges"]) - 1)
+        counts = {kind: histogram.get(kind) or empty for kind in _KINDS}
+        decides = number in _deciding(gate)
+        shown = threshold if decides and known(threshold) else None
+        panels.append(_ScorePanel(number, decides, shown, [_Histogram(histogram["edges"], counts)]))
+    return panels
+
+
+def _chosen(deciding: Iterable[int], available: Sequence[int]) -> list[int]:
+    """Choose up to `_LAYERS` available layers: deciding layers first, then others spread over the depth."""
+    chosen = set(_spread([number for number in deciding if number in available]))
+    for number in [*_spread(available), *available]:
         if len(chosen) < _LAYERS:
             chosen.add(number)
-    return [found[number] for number in sorted(chosen)]
+    return sorted(chosen)
+
+
+def _spread(values: Sequence[int]) -> list[int]:
+    """Return at most `_LAYERS` of `values`, evenly, both ends included."""
+    if len(values) <= _LAYERS:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (_LAYERS - 1))] for i in range(_LAYERS)]
 
 
 def _mean(values: Iterable[Any]) -> float:
@@ -321,61 +345,204 @@ def _latency(figure: Any, timed: Mapping[str, Mapping[str, Any]], main: str | No
     axes.grid(axis="x")
 
 
-def _layers(figure: Any, gate: Mapping[str, Any]) -> None:
+def _report_layers(figure: Any, gate: Mapping[str, Any]) -> None:
+    names = dict.fromkeys(name for layer in gate["layers"] for name in (layer.get("auc") or {}))
+    points: Any = {
+        name: [(layer["layer"], (layer.get("auc") or {}).get(name)) for layer in gate["layers"]] for name in names
+    }
+    curves = {_short(name): [(x, y, None, None) for x, y in found if known(y)] for name, found in points.items()}
+    axes = figure.subplots()
+    _draw_layers(figure, axes, curves, _deciding(gate))
+    axes.set_xlabel("decoder layer")
+
+
+def _report_scores(figure: Any, panels: Sequence[_ScorePanel]) -> None:
+    columns = min(3, len(panels))
+    figure.set_size_inches(_WIDTH, 0.7 + 1.35 * -(-len(panels) // columns))
+    _draw_scores(figure, panels, columns, "gate score")
+
+
+# -- gates, in reports and of profiles ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Histogram:
+    """counts: kind -> counts between edges. filled: drawn as an area, else as a line."""
+
+    edges: Sequence[float]
+    counts: Mapping[str, Sequence[int]]
+    filled: bool = True
+
+
+@dataclass(frozen=True)
+class _ScorePanel:
+    layer: int
+    decides: bool
+    threshold: float | None
+    histograms: Sequence[_Histogram]
+
+
+_Points = Sequence[tuple[int, float, float | None, float | None]]
+"""Layer, AUC and the ends of its interval, if known."""
+
+
+def _draw_layers(figure: Any, axes: Any, curves: Mapping[str, _Points], deciding: Sequence[int]) -> None:
+    """Draw AUC by layer, each curve with its interval; dashed: the deciding layers."""
     from matplotlib.ticker import MaxNLocator
 
-    axes = figure.subplots()
-    layers = gate["layers"]
-    sets = list(dict.fromkeys(name for layer in layers for name in (layer.get("auc") or {})))
     lowest = 1.0
-    for number, name in enumerate(sets):
-        found = [(layer["layer"], layer["auc"][name]) for layer in layers if known((layer.get("auc") or {}).get(name))]
-        if not found:
+    for number, (name, points) in enumerate(curves.items()):
+        if not points:
             continue
-        x, y = zip(*found, strict=True)
-        lowest = min(lowest, *y)
-        axes.plot(x, y, linewidth=1.6, marker="o", markersize=2.6, label=_short(name), **_line(number))
-    for layer in _deciding(gate):
+        x, y, low, high = zip(*points, strict=True)
+        style = _line(number)
+        axes.plot(x, y, linewidth=1.6, marker="o", markersize=2.6, label=name, **style)
+        if None not in low:
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        lowest = min(lowest, *y, *(end for end in low if end is not None))
+    for layer in deciding:
         axes.axvline(layer, color=COLOURS["ink"], linewidth=1, linestyle="--")
     axes.set_ylim(max(0, min(lowest - 0.04, 0.88)), 1.01)
     if lowest < 0.55:
         axes.axhline(0.5, color=COLOURS["muted"], linewidth=0.8, linestyle=":")
-    axes.set_xlabel("decoder layer")
     axes.set_ylabel("AUC")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=min(3, max(1, len(sets))))
+    figure.legend(loc="outside lower center", ncols=min(3, max(1, len(curves))))
 
 
-def _histograms(figure: Any, gate: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> None:
-    import numpy as np
+def _draw_scores(figure: Any, panels: Sequence[_ScorePanel], columns: int, label: str) -> None:
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    columns = min(3, len(layers))
-    rows = -(-len(layers) // columns)
-    figure.set_size_inches(_WIDTH, 0.7 + 1.35 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, layer in zip(grid.flat, layers, strict=False):
-        histogram = layer["histogram"]
-        edges = np.asarray(histogram["edges"], dtype=float)
-        for kind in ("harmful", "harmless"):
-            counts = np.asarray(histogram.get(kind) or [0] * (len(edges) - 1), dtype=float)
-            share = counts / max(1.0, counts.sum())
-            axes.stairs(share, edges, fill=True, color=COLOURS[kind], alpha=0.35)
-            axes.stairs(share, edges, color=COLOURS[kind], linewidth=1)
-        decides = layer["layer"] in _deciding(gate)
-        if decides and known(layer.get("threshold")):
-            axes.axvline(layer["threshold"], color=COLOURS["ink"], linewidth=1, linestyle="--")
-        weight = "bold" if decides else "normal"
-        axes.set_title(f"layer {layer['layer']}{', decides' if decides else ''}", fontweight=weight)
+    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for histogram in panel.histograms:
+            _draw_histogram(axes, histogram, outlined=not histogram.filled or len(panel.histograms) == 1)
+        if panel.threshold is not None:
+            axes.axvline(panel.threshold, color=COLOURS["ink"], linewidth=1, linestyle="--")
+        weight = "bold" if panel.decides else "normal"
+        axes.set_title(f"layer {panel.layer}{', decides' if panel.decides else ''}", fontweight=weight)
         axes.set_yticks([])
         axes.set_ylim(bottom=0)
         axes.spines["left"].set_visible(False)
         axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-    for axes in grid.flat[len(layers) :]:
+    for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    figure.supxlabel("gate score", fontsize=9, color=COLOURS["muted"])
-    handles = [Patch(color=COLOURS[kind], alpha=0.5, label=kind) for kind in ("harmful", "harmless")]
-    figure.legend(handles=handles, loc="outside upper left", ncols=2)
+    figure.supxlabel(label, fontsize=9, color=COLOURS["muted"])
+    handles: list[Any] = [Patch(color=COLOURS[kind], alpha=0.5, label=kind) for kind in _KINDS]
+    if any(not histogram.filled for panel in panels for histogram in panel.histograms):
+        handles += [Line2D([], [], color=COLOURS[kind], label=f"{kind}, held-out") for kind in _KINDS]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+
+
+def _draw_histogram(axes: Any, histogram: _Histogram, outlined: bool) -> None:
+    import numpy as np
+
+    edges = np.asarray(histogram.edges, dtype=float)
+    for kind in _KINDS:
+        counts = np.asarray(histogram.counts[kind], dtype=float)
+        density = counts / max(1.0, counts.sum()) / (edges[1] - edges[0])
+        if histogram.filled:
+            axes.stairs(density, edges, fill=True, color=COLOURS[kind], alpha=0.35)
+        if outlined:
+            axes.stairs(density, edges, color=COLOURS[kind], linewidth=1)
+
+
+# -- a profile ---------------------------------------------------------------------------------------
+
+
+def save_plot(profile: SteeringProfile, path: str) -> None:
+    """Draw `profile` into `path`; the file appears whole or not at all.
+
+    Raises:
+        OutputError: an ending other than .png, .svg or .pdf, or a file that cannot be written.
+        SteerfastError: matplotlib is not installed.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in _FORMATS:
+        raise OutputError(f"--plot: expected a file that ends in {', '.join(_FORMATS)}, got {path!r}")
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SteerfastError(
+            "--plot: expected matplotlib, it is not installed (pip install 'steerfast[plot]')"
+        ) from None
+    drawn = io.BytesIO()
+    with rc_context(_SETTINGS):
+        calibrated = "calibration" in gate_figures(profile)
+        figure: Any = Figure(figsize=(14, 7.5) if calibrated else (8, 4.5), layout="constrained")
+        figure.suptitle(_profile_title(profile), fontsize=13)
+        if calibrated:
+            left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25], wspace=0.03)
+            above, below = left.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
+            rows = layers(profile)
+            curves = {
+                f"{SETS[name]} sets": [(row["layer"], *row[name]["auc"]) for row in rows]
+                for name in SETS
+                if name in rows[0]
+            }
+            _draw_layers(left, above, curves, [row["layer"] for row in rows if row["sensor"] or row["gate"]])
+            above.set_title("How well each layer's gate separates, with 95 % intervals; dashed: deciding layers")
+            _draw_edits(below, profile)
+            if panels := _profile_panels(profile):
+                _draw_scores(right, panels, min(2, len(panels)), f"gate score ({reading(profile.gate)})")
+        else:
+            _draw_edits(figure.subplots(), profile)
+        figure.savefig(drawn, format=ending[1:], dpi=130)
+    write_atomically(path, drawn.getvalue())
+
+
+def _profile_title(profile: SteeringProfile) -> str:
+    gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {reading(profile.gate)}"
+    name = profile.model.name if len(profile.model.name) <= 60 else "…" + profile.model.name[-59:]
+    calibrated = "" if "calibration" in profile.calibration.get("layers", {}) else ", not calibrated"
+    return f"{name}: {gate}{calibrated}; {profile.vector_kind} vector, layers {layer_ranges(profile.steered_layers)}"
+
+
+def _profile_panels(profile: SteeringProfile) -> list[_ScorePanel]:
+    import numpy as np
+
+    found = profile.calibration.get("histograms", {})
+    sets = {name: found[name] for name in SETS if name in found}
+    count = min([profile.model.num_layers, *map(len, sets.values())]) if sets else 0
+    panels = []
+    for layer in _chosen(profile.deciding_layers, range(count)):
+        histograms = []
+        for name, by_layer in sets.items():
+            data = by_layer[layer]
+            margin = 0.0 if data["high"] > data["low"] else 0.5  # equal scores: one bar needs a width
+            edges = np.linspace(data["low"] - margin, data["high"] + margin, len(data["harmful"]) + 1)
+            histograms.append(_Histogram(edges.tolist(), data, filled=name == "calibration"))
+        decides = layer == profile.sensor or layer in profile.gate_layers
+        panels.append(_ScorePanel(layer, decides, float(profile.threshold[layer]), histograms))
+    return panels
+
+
+def _draw_edits(axes: Any, profile: SteeringProfile) -> None:
+    """Draw the size of each layer's edit: strength · |v|, as a share of the mean row if that is known.
+
+    An edit that takes its size from the row has its strength instead.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    rows = layers(profile)
+    adds = EDITS[profile.edit].adds
+    relative = adds and all(row["residual_norm"] > 0 for row in rows)
+    sizes = [row["strength"] * (row["vector_norm"] if adds else 1.0) for row in rows]
+    if relative:
+        sizes = [size / row["residual_norm"] for size, row in zip(sizes, rows, strict=True)]
+    axes.bar([row["layer"] for row in rows], sizes, color=COLOURS["violet"], width=0.8)
+    axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
+    axes.set_title(f"What an open gate {'adds' if adds else f'does: {edit(profile)}'}")
+    axes.set_ylabel("share of the row's norm" if relative else "residual-stream units" if adds else "strength")
+    axes.set_xlabel("decoder layer")
+    axes.set_xlim(-0.8, len(rows) - 0.2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.grid(axis="y")
+    if relative:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -1,6 +1,4 @@
-"""The report of an evaluation, from its JSON data: a page of HTML that needs nothing else, its pictures as PNGs,
-and a page of Markdown with the same tables.
-"""
+"""Write an evaluation's report from its JSON data: one page of HTML, its pictures as PNGs, and a page of Markdown."""
 
 from __future__ import annotations
 
@@ -17,18 +15,28 @@ from steerfast.errors import OutputError, SteerfastError
 from steerfast.evaluation.plots import COLOURS, Picture, draw, known, primary
 from steerfast.evaluation.systems import UNSTEERED
 
-__all__ = ["Cell", "Headline", "Row", "Table", "check_html", "headlines", "markdown", "tables", "write_html"]
+__all__ = [
+    "Headline",
+    "ReportCell",
+    "ReportRow",
+    "ReportTable",
+    "check_html",
+    "headlines",
+    "markdown",
+    "tables",
+    "write_html",
+]
 
 _NONE = "–"
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_OPEN = ("harmless", "borderline", "choice", "maths", "text")  # kinds whose texts are shown; an unknown kind is not
+_SHOWN = ("harmless", "borderline")  # kinds of texts that are not blurred
 
 
 def check_html(path: str | os.PathLike[str]) -> None:
-    """Whether `write_html` could write there, to be asked before the work is done.
+    """Check before any work that `write_html` can write there.
 
     Raises:
-        OutputError: another ending than .html, or a folder that is not there or cannot be written.
+        OutputError: another ending than .html, a missing or read-only folder.
         SteerfastError: jinja2 or matplotlib is not installed.
     """
     page = Path(path)
@@ -48,7 +56,7 @@ def check_html(path: str | os.PathLike[str]) -> None:
 def write_html(result: Mapping[str, Any], path: str | os.PathLike[str]) -> list[Path]:
     """Write the page of `result`, the JSON data of `evaluate`, and its pictures beside it, as ``<stem>-<name>.png``.
 
-    The page runs no script and asks nothing of any network. Every part of `result` may be missing.
+    The page runs no script and loads nothing. Every part of `result` may be missing.
 
     Returns:
         The files, the page first. Each appears whole or not at all, the page last.
@@ -67,7 +75,7 @@ def write_html(result: Mapping[str, Any], path: str | os.PathLike[str]) -> list[
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The results page of docs/: the tables of the report, and how it was measured; no prompts, no answers."""
+    """Return the tables and settings of the report as Markdown, without prompts and answers."""
     result = _readable(result)
     settings = _settings(result)
     parts = [f"# Evaluation of {_inline(result.get('model') or 'a model')}"]
@@ -89,8 +97,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """text: what is printed. interval: its 95 % interval or "". strong: a difference that is clear."""
+class ReportCell:
+    """interval: 95 %, or "". strong: a clear difference."""
 
     text: str = _NONE
     interval: str = ""
@@ -98,35 +106,35 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """name: of a system or set. title: what it is, in words."""
+class ReportRow:
+    """name: of a system or set. title: its description."""
 
     name: str
-    cells: Sequence[Cell]
+    cells: Sequence[ReportCell]
     title: str = ""
 
 
 @dataclass(frozen=True)
-class Table:
-    """columns: (group, name) each, either may be ""; a group's follow each other. figures: its cells are numbers."""
+class ReportTable:
+    """columns: (group, name), either may be ""; a group's columns are adjacent. figures: cells are numbers."""
 
     name: str
     title: str
     note: str
     first: str
     columns: Sequence[tuple[str, str]]
-    rows: Sequence[Row]
+    rows: Sequence[ReportRow]
     figures: bool = True
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """Name and number of columns of each group."""
+        """Return name and number of columns of each group."""
         return [(name, len(list(columns))) for name, columns in groupby(self.columns, key=lambda column: column[0])]
 
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure of every system, alone, by set, or by two names. share: of prompts, printed in %."""
+    """A figure of every system, by up to two names. share: of prompts, printed in %."""
 
     key: str
     group: str
@@ -135,131 +143,135 @@ class _Figure:
 
 _ASR = _Figure("asr", "attack success, % ↓")
 _OVER_REFUSAL = _Figure("over_refusal", "over-refusal, % ↓")
-_UTILITY = _Figure("utility", "utility ↑")
-_AUC = _Figure("gate_auc", "gate AUC ↑", share=False)
-_FIGURES = (
-    _ASR,
-    _OVER_REFUSAL,
-    _UTILITY,
-    _Figure("fluent", "fluent, % ↑"),
-    _Figure("unchanged", "unchanged, % ↑"),
-    _Figure("latency.ratio", "× time ↓", share=False),
+
+
+@dataclass(frozen=True)
+class _Design:
+    """A table of systems. signed: differences from unsteered. titled: rows carry the systems' descriptions."""
+
+    name: str
+    title: str
+    figures: Sequence[_Figure]
+    note: str = ""
+    signed: bool = False
+    titled: bool = False
+
+
+_DESIGNS = (
+    _Design(
+        "systems",
+        "All systems",
+        (
+            _ASR,
+            _OVER_REFUSAL,
+            _Figure("fluent", "fluent, % ↑"),
+            _Figure("unchanged", "unchanged, % ↑"),
+            _Figure("latency.ratio", "× time ↓", share=False),
+        ),
+        "Attack success is the share of harmful prompts that were not refused, over-refusal the share of harmless ones "
+        "that were; both by the first judge. Fluent counts answers to harmful prompts, unchanged answers to harmless "
+        "ones that equal the unsteered model's token for token. Ranges are 95 % intervals.",
+        titled=True,
+    ),
+    _Design(
+        "differences",
+        "Differences from unsteered",
+        (_ASR, _OVER_REFUSAL),
+        "Percentage points above or below the unsteered model on the same prompts, with the 95 % interval of a paired "
+        "bootstrap; bold where zero lies outside.",
+        signed=True,
+    ),
+    _Design(
+        "tasks",
+        "Tasks",
+        [_Figure("tasks", "", share=False)],
+        "By lm-evaluation-harness, in each metric's unit, with 95 % intervals from its standard errors. Systems that "
+        "reword prompts run no tasks.",
+    ),
+    _Design("styles", "Attack success by style, %", [_Figure("asr_by_style", "")]),
+    _Design("harmless-styles", "Over-refusal by style, %", [_Figure("over_refusal_by_style", "")]),
+    _Design(
+        "gates",
+        "Gates",
+        (
+            _Figure("gate_auc", "gate AUC ↑", share=False),
+            _Figure("fire_rate", "opened, %"),
+            _Figure("abstain_rate", "undecided, %"),
+        ),
+        "AUC of each harmful set against all harmless prompts together, how often the gate opened, and how often it "
+        "abstained, with an abstain band.",
+    ),
+    _Design("gate-styles", "Gate AUC by style", [_Figure("gate_auc_by_style", "", share=False)]),
+    _Design(
+        "answers",
+        "Fluent and unchanged answers by set",
+        (_Figure("fluent_by_set", "fluent, % ↑"), _Figure("unchanged_by_set", "unchanged, % ↑")),
+    ),
+    _Design(
+        "judges",
+        "Attack success by judge, %",
+        (_Figure("asr_by_judge", ""), _Figure("no_verdict", "no verdict", share=False)),
+        "No verdict: answers that the first judge could not decide; they are in no rate.",
+    ),
+    _Design("harmless-judges", "Over-refusal by judge, %", [_Figure("over_refusal_by_judge", "")]),
+    _Design(
+        "time",
+        "Time per token",
+        (
+            _Figure("latency.ms_per_token", "ms per token", share=False),
+            _Figure("latency.ratio", "× unsteered", share=False),
+            _Figure("latency.pairs", "pairs", share=False),
+        ),
+        "One sequence, greedy; the ratio is the median of pairs of runs, steered and unsteered in turn.",
+    ),
 )
 
 
-def tables(result: Mapping[str, Any]) -> list[Table]:
-    """The tables of the report, the summary first; those without a row are left out."""
+def tables(result: Mapping[str, Any]) -> list[ReportTable]:
+    """Return the tables of the report that have a row, the summary first."""
+    left_out = [ReportRow(str(name), [ReportCell(str(why))]) for name, why in (result.get("left_out") or {}).items()]
     made = [
-        _of_systems(
-            result,
-            ("systems", "All systems"),
-            "Attack success is the share of harmful prompts that were not refused, over-refusal the share of harmless "
-            "ones that were; both as the first judge sees it. Fluent counts answers to harmful prompts, unchanged "
-            "answers to harmless ones that equal the unsteered model's token for token. Ranges are 95 % intervals.",
-            _FIGURES,
-            titled=True,
-        ),
-        _of_systems(
-            {
-                **result,
-                "systems": {name: data.get("against_unsteered") or {} for name, data in _systems(result).items()},
-            },
-            ("differences", "Differences from unsteered"),
-            "Percentage points above or below the unsteered model on the same prompts (perplexity in its own unit), "
-            "with the 95 % interval of a paired bootstrap; bold where that leaves out zero.",
-            (_ASR, _OVER_REFUSAL, _UTILITY),
-            signed=True,
-        ),
-        _of_systems(result, ("styles", "Attack success by style, %"), "", [_Figure("asr_by_style", "")]),
-        _of_systems(
-            result, ("harmless-styles", "Over-refusal by style, %"), "", [_Figure("over_refusal_by_style", "")]
-        ),
-        _of_systems(
-            result,
-            ("gates", "Gates"),
-            "AUC of each harmful set against all harmless prompts together, how often the gate opened, and, where it "
-            "has a band in which it abstains, how often it did.",
-            (_AUC, _Figure("fire_rate", "opened, %"), _Figure("abstain_rate", "undecided, %")),
-        ),
-        _of_systems(result, ("gate-styles", "Gate AUC by style"), "", [_Figure("gate_auc_by_style", "", share=False)]),
-        _of_systems(
-            result,
-            ("answers", "Fluent and unchanged answers by set"),
-            "",
-            (_Figure("fluent_by_set", "fluent, % ↑"), _Figure("unchanged_by_set", "unchanged, % ↑")),
-        ),
-        _of_systems(
-            result,
-            ("judges", "Attack success by judge, %"),
-            "No verdict: answers that the first judge could not decide; they are in no rate.",
-            (_Figure("asr_by_judge", ""), _Figure("no_verdict", "no verdict", share=False)),
-        ),
-        _of_systems(
-            result, ("harmless-judges", "Over-refusal by judge, %"), "", [_Figure("over_refusal_by_judge", "")]
-        ),
-        _of_systems(
-            result,
-            ("time", "Time per token"),
-            "One sequence, greedy; the ratio is the median of pairs of runs, steered and unsteered in turn.",
-            (
-                _Figure("latency.ms_per_token", "ms per token", share=False),
-                _Figure("latency.ratio", "× unsteered", share=False),
-                _Figure("latency.pairs", "pairs", share=False),
-            ),
-        ),
+        *(_of_systems(result, design) for design in _DESIGNS),
         _frontier(result),
         _agreement(result),
         _sets(result),
-        Table(
-            "left-out",
-            "Left out",
-            "",
-            "what",
-            [("", "why")],
-            [Row(str(name), [Cell(str(why))]) for name, why in (result.get("left_out") or {}).items()],
-            figures=False,
-        ),
+        ReportTable("left-out", "Left out", "", "what", [("", "why")], left_out, figures=False),
     ]
     return [table for table in made if table.rows]
 
 
-def _of_systems(
-    result: Mapping[str, Any],
-    heading: tuple[str, str],
-    note: str,
-    figures: Sequence[_Figure],
-    *,
-    signed: bool = False,
-    titled: bool = False,
-) -> Table:
-    """A row for each system that has one of `figures`, a column for each name under which one of them has it."""
-    cells: dict[tuple[_Figure, tuple[str, ...]], dict[str, Cell]] = {}
-    for system, data in _systems(result).items():
+def _of_systems(result: Mapping[str, Any], design: _Design) -> ReportTable:
+    """Make a row for each system with one of the design's figures, a column for each set or name of a figure."""
+    systems, figures = _systems(result), design.figures
+    cells: dict[tuple[_Figure, tuple[str, ...]], dict[str, ReportCell]] = {}
+    for system, data in systems.items():
+        given = data.get("against_unsteered") if design.signed else data
         for figure in figures:
-            for names, value, ends in _values(_at(data, figure.key), _at(data, f"intervals.{figure.key}")):
-                share = figure.share and not (figure is _UTILITY and _kind(result, names[-1]) == "text")
-                cells.setdefault((figure, names), {})[system] = _figure_cell(value, ends, share, signed)
+            for names, value, ends in _values(_at(given, figure.key), _at(given, f"intervals.{figure.key}")):
+                cell = _figure_cell(value, ends, figure.share, design.signed)
+                cells.setdefault((figure, names), {})[system] = cell
     order = list(dict.fromkeys([*(result.get("sets") or {}), *(name for _, names in cells for name in names)]))
     columns = sorted(cells, key=lambda column: (figures.index(column[0]), [order.index(name) for name in column[1]]))
     rows = [
-        Row(
+        ReportRow(
             system,
-            [cells[column].get(system, Cell()) for column in columns],
-            str(data.get("title") or "") if titled else "",
+            [cells[column].get(system, ReportCell()) for column in columns],
+            str(data.get("title") or "") if design.titled else "",
         )
-        for system, data in _systems(result).items()
+        for system, data in systems.items()
         if any(system in found for found in cells.values())
     ]
-    named = [(_group(figure, names), _column(result, figure, names)) for figure, names in columns]
-    if signed:
-        named = [(group.replace("%", "points"), name.replace(", %", ", points")) for group, name in named]
+    named = [(names[0] if len(names) > 1 else figure.group, _column(result, names)) for figure, names in columns]
+    if design.signed:
+        named = [(group.replace("%", "points"), name) for group, name in named]
+    note = design.note
     if any(name.endswith("†") for _, name in named):
         note += " † also fitted, calibrated or tuned a profile of this table: its figures flatter."
-    return Table(*heading, note.strip(), "system", named, rows)
+    return ReportTable(design.name, design.title, note.strip(), "system", named, rows)
 
 
 def _at(data: Any, path: str) -> Any:
-    """What lies under names joined by dots; None where one is missing."""
+    """Return the value under names joined by dots, None if one is missing."""
     for name in path.split("."):
         data = data.get(name) if isinstance(data, Mapping) else None
     return data
@@ -268,7 +280,7 @@ def _at(data: Any, path: str) -> Any:
 def _values(
     value: Any, interval: Any, names: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], float, Sequence[float]]]:
-    """Every finite figure inside `value`: the names that lead to it, itself, the ends of its interval."""
+    """Yield every finite figure in `value`: its keys, itself, the ends of its interval."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             ends = interval.get(name) if isinstance(interval, Mapping) else None
@@ -281,7 +293,7 @@ def _values(
         yield names, value, ends if len(ends) == 2 else ()
 
 
-def _figure_cell(value: float, ends: Sequence[float], share: bool, signed: bool = False) -> Cell:
+def _figure_cell(value: float, ends: Sequence[float], share: bool, signed: bool = False) -> ReportCell:
     def write(number: float) -> str:
         sign = "+" if signed else ""
         if share:
@@ -293,28 +305,20 @@ def _figure_cell(value: float, ends: Sequence[float], share: bool, signed: bool 
         return text.replace("-", "−")
 
     strong = signed and len(ends) == 2 and (ends[0] > 0 or ends[1] < 0)
-    return Cell(write(value), " to ".join(map(write, ends)) if signed else "–".join(map(write, ends)), strong)
+    return ReportCell(write(value), " to ".join(map(write, ends)) if signed else "–".join(map(write, ends)), strong)
 
 
-def _group(figure: _Figure, names: Sequence[str]) -> str:
-    return names[0] if len(names) > 1 else figure.group
-
-
-def _column(result: Mapping[str, Any], figure: _Figure, names: Sequence[str]) -> str:
-    """The last of its names; a task with its unit, a set that is not new to a profile with a mark."""
-    name = names[-1] if names else ""
-    unit = ""
-    if figure is _UTILITY:
-        unit = ", perplexity ↓" if _kind(result, name) == "text" else ", %"
+def _column(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the last name, with a mark if the set made a profile."""
     fitted = any(((result.get("sets") or {}).get(name) or {}).get("also_fitted_by") for name in names)
-    return name + unit + (" †" if fitted else "")
+    return (names[-1] if names else "") + (" †" if fitted else "")
 
 
-def _frontier(result: Mapping[str, Any]) -> Table:
+def _frontier(result: Mapping[str, Any]) -> ReportTable:
     points = result.get("frontier") or ()
     sets = list(dict.fromkeys(name for point in points for name in point.get("asr_by_set") or ()))
     rows = [
-        Row(
+        ReportRow(
             str(point["system"]),
             [
                 _cell_of(point.get("strength"), False),
@@ -326,39 +330,39 @@ def _frontier(result: Mapping[str, Any]) -> Table:
     ]
     success = _ASR.group
     columns = [("", "× strength"), *((success, name) for name in sets), (success, "all sets"), ("", "fluent, % ↑")]
-    note = "The strengths of the profile multiplied by a number; 1 is the profile as it is."
-    return Table("strengths", "Strength", note, "system", columns, rows)
+    note = "The profile's strengths multiplied by a number; 1 is the profile unchanged."
+    return ReportTable("strengths", "Strength", note, "system", columns, rows)
 
 
-def _agreement(result: Mapping[str, Any]) -> Table:
+def _agreement(result: Mapping[str, Any]) -> ReportTable:
     found = {(name, pair): data for name, by in (result.get("agreement") or {}).items() for pair, data in by.items()}
     rows = [
-        Row(
+        ReportRow(
             name,
             [
-                Cell(pair.replace("~", " and ")),
+                ReportCell(pair.replace("~", " and ")),
                 *(_cell_of(data.get(key), share) for key, share in (("agree", True), ("kappa", False), ("n", False))),
             ],
         )
         for (name, pair), data in found.items()
     ]
     columns = [("", "judges"), ("", "same verdict, %"), ("", "Cohen's kappa"), ("", "answers")]
-    return Table("agreement", "Do the judges agree?", "Over the answers of all systems.", "set", columns, rows)
+    return ReportTable("agreement", "Do the judges agree?", "Over the answers of all systems.", "set", columns, rows)
 
 
-def _cell_of(value: Any, share: bool) -> Cell:
-    return _figure_cell(value, (), share) if known(value) else Cell()
+def _cell_of(value: Any, share: bool) -> ReportCell:
+    return _figure_cell(value, (), share) if known(value) else ReportCell()
 
 
-def _sets(result: Mapping[str, Any]) -> Table:
+def _sets(result: Mapping[str, Any]) -> ReportTable:
     rows = []
     for name, data in (result.get("sets") or {}).items():
         texts = [data.get("kind"), data.get("count"), data.get("duplicates"), data.get("source")]
         texts += [str(data.get("digest") or "")[:12], "; ".join(data.get("also_fitted_by") or ())]
-        rows.append(Row(name, [Cell(_NONE if text in (None, "") else str(text)) for text in texts]))
+        rows.append(ReportRow(name, [ReportCell(_NONE if text in (None, "") else str(text)) for text in texts]))
     columns = ["kind", "prompts", "duplicates removed", "source", "SHA-256", "also used"]
     note = "The digest is of all prompts of the source, before a sample is drawn."
-    return Table("sets", "Sets", note, "set", [("", column) for column in columns], rows, figures=False)
+    return ReportTable("sets", "Sets", note, "set", [("", column) for column in columns], rows, figures=False)
 
 
 def _systems(result: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -369,12 +373,12 @@ def _kind(result: Mapping[str, Any], name: str) -> str:
     return ((result.get("sets") or {}).get(name) or {}).get("kind") or ""
 
 
-# -- what is said in words -------------------------------------------------------------------------
+# -- headlines -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure of the system that the report is about, beside the unsteered model's where that has one."""
+    """A figure of the primary system, beside the unsteered model's if known."""
 
     name: str
     value: str
@@ -383,7 +387,7 @@ class Headline:
 
 
 def headlines(result: Mapping[str, Any]) -> list[Headline]:
-    """What the primary system does, each figure at its worst set: an average would hide one that is bad."""
+    """Return the primary system's figures at their worst sets: an average would hide a bad set."""
     name = primary(result)
     if name is None:
         return []
@@ -417,7 +421,7 @@ def headlines(result: Mapping[str, Any]) -> list[Headline]:
 
 
 def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of every setting, versions in one line, the command last."""
+    """Return name and value of every setting, versions in one line, the command last."""
     settings = dict(result.get("settings") or {})
     command = settings.pop("command", None)
     lines = []
@@ -454,7 +458,7 @@ def _page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
 
 
 def _examples(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Prompts with the answers of all systems, in the systems' order; hidden: whether they are blurred at first."""
+    """Yield prompts with the answers of all systems, in the systems' order; hidden: blurred until clicked."""
     order = list(_systems(result))
     for example in result.get("examples") or ():
         answers = example.get("answers") or {}
@@ -462,7 +466,7 @@ def _examples(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {
             "set": example.get("set") or "",
             "prompt": example.get("prompt") or "",
-            "hidden": (example.get("kind") or _kind(result, example.get("set") or "")) not in _OPEN,
+            "hidden": (example.get("kind") or _kind(result, example.get("set") or "")) not in _SHOWN,
             "answers": [
                 {
                     "system": name,
@@ -477,7 +481,7 @@ def _examples(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _readable(value: Any) -> Any:
-    """The same data, its texts such as a page can hold: characters that control something become a mark."""
+    """Copy the data and replace control characters in its texts, which no page can hold."""
     if isinstance(value, Mapping):
         return {_readable(name): _readable(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -486,11 +490,11 @@ def _readable(value: Any) -> Any:
 
 
 def _inline(value: Any) -> str:
-    """Text in a line or cell of Markdown, none of which is markup."""
+    """Escape text for a line or cell of Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", " ".join(str(value).split()))
 
 
-def _markdown_table(table: Table) -> str:
+def _markdown_table(table: ReportTable) -> str:
     heads = [table.first, *(": ".join(filter(None, column)) for column in table.columns)]
     right = "--:" if table.figures else "--"
     lines = [map(_inline, heads), ["--", *[right] * len(table.columns)]]

@@ -1,4 +1,4 @@
-"""Residual rows of prompts: what every fit starts from. One row per prompt and layer is kept, never all tokens."""
+"""Residual rows of prompts, the input of every fit: one row per prompt and layer, never all tokens."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from steerfast.hf.structure import find_decoder
 from steerfast.profile import Gate
 
 Reduce = Callable[[Tensor, PromptBatch], Tensor]
-"""From a batch's rows [N, T, H] to what is kept of each sequence: [N, ..., H]."""
+"""Reduces the rows of a batch, [N, T, H], to the part that is kept of each sequence, [N, ..., H]."""
 
 
 def last_token(hidden: Tensor, batch: PromptBatch) -> Tensor:
-    """The row of each prompt's last valid token: [N, T, H] -> [N, H]."""
+    """Return the row of each prompt's last valid token: [N, T, H] -> [N, H]."""
     return hidden[torch.arange(len(hidden), device=hidden.device), batch.last.to(hidden.device)]
 
 
 def prompt_mean(hidden: Tensor, batch: PromptBatch, *, unit: bool, window: int | None = None) -> Tensor:
-    """The mean of each prompt's rows, or of their directions: [N, T, H] -> float64 [N, H].
+    """Return the mean of each prompt's rows, or of the rows at norm 1: [N, T, H] -> float64 [N, H].
 
-    window: of so many of them, the last ones; None: of all.
+    Args:
+        window: how many of the last rows to take; None: all.
     """
     valid = batch.mask.bool().to(hidden.device)
     if window is not None:
@@ -38,13 +39,14 @@ def prompt_mean(hidden: Tensor, batch: PromptBatch, *, unit: bool, window: int |
     if unit:
         length = rows.norm(dim=-1, keepdim=True)
         rows = torch.where(length == 0, 0, rows / length)
-    # Padding rows may hold anything, so they are taken out rather than given weight 0.
+    # Padding rows may hold NaN, so they are replaced: weight 0 would not remove them.
     return torch.where(valid[..., None], rows, 0).sum(1, dtype=torch.float64) / valid.sum(1, keepdim=True)
 
 
 def gate_reading(gate: Gate) -> tuple[Reduce, Literal["cosine", "dot"]]:
-    """What to keep of a prompt, and the score of that which is the gate's: the mean cosine with a direction is the dot
-    product of it and the mean of unit rows.
+    """Return the reduction of a prompt that the gate reads, and the score to take of it.
+
+    The mean cosine with a direction is the dot product of the direction and the mean of unit rows.
     """
     if gate.pooling == "last":
         return last_token, gate.score
@@ -52,13 +54,13 @@ def gate_reading(gate: Gate) -> tuple[Reduce, Literal["cosine", "dot"]]:
 
 
 def answer_mean(prompt_lengths: Sequence[int], tokens: int) -> Reduce:
-    """A reduction to the mean row of the first `tokens` answer tokens; `prompt_lengths` are those of all sequences."""
+    """Return a reduction to the mean row of the first `tokens` answer tokens; `prompt_lengths` is of all sequences."""
 
     def reduce(hidden: Tensor, batch: PromptBatch) -> Tensor:
         start = torch.tensor([prompt_lengths[i] for i in batch.indices], device=hidden.device)[:, None]
         position = batch.positions.to(hidden.device)
         chosen = (position >= start) & (position < start + tokens) & batch.mask.bool().to(hidden.device)
-        # Padding rows may hold anything, so they are taken out rather than given weight 0.
+        # Padding rows may hold NaN, so they are replaced: weight 0 would not remove them.
         total = torch.where(chosen[..., None], hidden, 0).sum(1, dtype=torch.float64)
         return total / chosen.sum(1, keepdim=True)
 
@@ -76,10 +78,10 @@ def residual_rows(
     pad_token_id: int = 0,
     description: str | None = None,
 ) -> Tensor:
-    """Residual rows at every decoder block's output: float32 [prompts, layers, H] on the CPU, or what `reduce` keeps of
-    them instead of a row.
+    """Return residual rows at every decoder block's output: float32 [prompts, layers, H] on the CPU.
 
-    The language-model head is not run. The model is left as it was, also after an interruption.
+    `reduce` may keep more than one row. The language-model head does not run. The model does not change, not even by
+    an interruption.
 
     Raises:
         SteerfastError: the model is steered, or gives non-finite activations.
@@ -105,7 +107,7 @@ def residual_rows(
     if not kept:
         return torch.empty(0, len(decoder.layers), decoder.hidden_size, dtype=torch.float32, device="cpu")
     rows = kept[0][1].new_empty(len(sequences), *kept[0][1].shape[1:])
-    while kept:  # each batch is let go when it is copied
+    while kept:  # frees each batch after its copy
         indices, part = kept.pop()
         rows[indices] = part
     finite = rows.isfinite().flatten(2).all(dim=2)

@@ -1,17 +1,18 @@
-"""Calibrate gates: thresholds, the sensor layer, and honest figures for both."""
+"""Calibrate gates: thresholds, the sensor layer, and figures for both."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from steerfast._options import read_options
 from steerfast.errors import ProfileError
 from steerfast.fitting.left_out import common_styles, rates_by_layer
 from steerfast.fitting.score import check_model, layer_scores
@@ -35,6 +36,36 @@ class StyleWarning(UserWarning):
     """A gate separates its calibration prompts by style rather than by harm."""
 
 
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Options of `calibrate`.
+
+    Args:
+        max_false_positive_rate: the share of `harmless` that may fire. The threshold is the class midpoint, or higher
+            where that would fire more often. None: the midpoint (arXiv 2401.11206), at any false-positive rate.
+        abstain_rate: the share of `harmless` that may score above the lower end of the gates' band
+            (`SteeringProfile.abstain`), so that at most as many are undecided or fire. Where the threshold lies lower,
+            the band is empty. None: no band.
+        heldout_harmful, heldout_harmless: sets of another style (another source, other phrasing). They fit nothing;
+            they choose the sensor and show whether the gate knows harm or style.
+        sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the
+            best AUC on the worst of the pairs of sets, or the worst quarter of the styles that `extract` left out.
+        latest_sensor: the last layer that ``auto`` tries: to steer layers before the sensor, prompts that fire are
+            read a second time; default: 60 % of the depth.
+        names: names of the prompt sets in the profile (``{"harmful": ..., "heldout_harmful": ..., ...}``).
+    """
+
+    max_false_positive_rate: float | None = 0.01
+    abstain_rate: float | None = None
+    heldout_harmful: Sequence[str] | None = None
+    heldout_harmless: Sequence[str] | None = None
+    sensor: int | Literal["own", "auto", "keep"] = "auto"
+    latest_sensor: int | None = None
+    batch_size: int = 16
+    names: dict[str, str] | None = None
+    progress: bool = True
+
+
 def calibrate(
     profile: SteeringProfile,
     model: nn.Module,
@@ -42,33 +73,16 @@ def calibrate(
     *,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    max_false_positive_rate: float | None = 0.01,
-    abstain_rate: float | None = None,
-    heldout_harmful: Sequence[str] | None = None,
-    heldout_harmless: Sequence[str] | None = None,
-    sensor: int | Literal["own", "auto", "keep"] = "auto",
-    latest_sensor: int | None = None,
-    batch_size: int = 16,
-    names: dict[str, str] | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> SteeringProfile:
     """Set every layer's threshold on these prompts and choose which layer decides.
 
     Use prompts that `extract` did not see: a direction fitted in fewer prompts than dimensions separates its own
-    perfectly. The held-out sets should be of another style (another source, other phrasing); they fit nothing, they
-    choose the sensor and tell whether the gate knows harm or style.
+    perfectly. A token gate gets its threshold from the last tokens of the prompts.
 
     Args:
         harmful, harmless: with styles (`steerfast.text.styles.Prompts`), the figures of each are kept as well.
-        max_false_positive_rate: the share of `harmless` that may fire. The threshold is the class midpoint, or higher
-            where that would fire more often. None: the midpoint (arXiv 2401.11206), whatever it costs.
-        abstain_rate: the share of `harmless` that may score above the lower end of the gates' band
-            (`SteeringProfile.abstain`), so that at most as many are undecided or fire. Where the threshold lies lower,
-            the band is empty. None: no band.
-        sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the
-            best AUC on the worst of the pairs of sets, or the worst quarter of the styles that `extract` left out.
-        latest_sensor: ``auto`` looks no further than this layer: to steer layers before the sensor, prompts that fire
-            are read a second time; default: 60 % of the depth.
+        options: see `CalibrateOptions`.
 
     Returns:
         The profile with thresholds, band, sensor and figures (`profile.calibration`); layers before the sensor lose
@@ -76,104 +90,113 @@ def calibrate(
 
     Raises:
         PromptError: an empty, one-sided, overlapping or too long prompt set.
-        ProfileError: another model's profile, an impossible sensor, a rate out of range, an `abstain_rate` below
-            `max_false_positive_rate`.
+        ProfileError: another model's profile, one without a gate, an impossible sensor, a rate out of range, an
+            `abstain_rate` below `max_false_positive_rate`.
+        TypeError: an unknown option.
 
     Warns:
         StyleWarning: the deciding gate does much worse on the held-out sets.
     """
+    chosen = read_options("calibrate", CalibrateOptions, options)
     check_sets(harmful, harmless)
-    heldout = _heldout(heldout_harmful, heldout_harmless)
-    _check_rates(max_false_positive_rate, abstain_rate)
+    sets = {"harmful": harmful, "harmless": harmless, **_heldout(chosen.heldout_harmful, chosen.heldout_harmless)}
+    _check_rates(chosen.max_false_positive_rate, chosen.abstain_rate)
     check_model(profile, model, tokenizer)
-
-    def scores_of(prompts: Sequence[str], what: str) -> Tensor:
-        return layer_scores(
-            profile, model, tokenizer, prompts, batch_size=batch_size, progress=progress, description=what
+    if profile.gate.kind == "always":
+        raise ProfileError("profile: expected one with a gate to calibrate, got gate.kind='always'")
+    scores = {
+        role: layer_scores(
+            profile, model, tokenizer, prompts, batch_size=chosen.batch_size,
+            description=role.replace("heldout_", "held-out ") if chosen.progress else None,
         )
-
-    pairs = {"calibration": (scores_of(harmful, "harmful"), scores_of(harmless, "harmless"))}
-    if heldout is not None:
-        pairs["heldout"] = (
-            scores_of(heldout[0], "held-out harmful"),
-            scores_of(heldout[1], "held-out harmless"),
-        )
-    threshold = _thresholds(*pairs["calibration"], max_false_positive_rate)
-    abstain = None if abstain_rate is None else _lower_ends(pairs["calibration"][1], threshold, abstain_rate)
-    figures = {name: figures_by_layer(*scores, threshold) for name, scores in pairs.items()}
-    chosen = _sensor(sensor, profile, figures, latest_sensor)
+        for role, prompts in sets.items()
+    }  # fmt: skip
+    pairs = {"calibration": (scores["harmful"], scores["harmless"])}
+    if "heldout_harmful" in scores:
+        pairs["heldout"] = scores["heldout_harmful"], scores["heldout_harmless"]
+    threshold = _thresholds(*pairs["calibration"], chosen.max_false_positive_rate)
+    abstain = None if chosen.abstain_rate is None else _lower_ends(scores["harmless"], threshold, chosen.abstain_rate)
+    figures = {name: figures_by_layer(*pair, threshold) for name, pair in pairs.items()}
+    sensor = _sensor(chosen.sensor, profile, figures, chosen.latest_sensor)
+    profile = _with_sensor(replace(profile, threshold=threshold, abstain=abstain), sensor)
+    messages = style_warnings(profile, figures)
+    for message in messages:
+        warnings.warn(message, StyleWarning, stacklevel=2)
+    record = _record(sets, pairs, figures, profile, chosen)
     styles = _by_style(Prompts(harmful), Prompts(harmless), *pairs["calibration"], threshold)
-    profile = _with_sensor(replace(profile, threshold=threshold, abstain=abstain), chosen)
-    worries = style_worries(profile, figures)
-    names = names or {}
-    sets = {"harmful": harmful, "harmless": harmless}
-    if heldout is not None:
-        sets |= {"heldout_harmful": heldout[0], "heldout_harmless": heldout[1]}
+    return replace(profile, calibration={**record, "styles": styles, "warnings": messages})
+
+
+ScorePairs = Mapping[str, tuple[Tensor, Tensor]]
+"""``calibration`` and ``heldout`` -> scores float32 [n1, layers] of harmful and [n0, layers] of harmless prompts."""
+
+
+def _record(
+    sets: Mapping[str, Sequence[str]],
+    pairs: ScorePairs,
+    figures: Mapping[str, list[GateFigures]],
+    profile: SteeringProfile,
+    options: CalibrateOptions,
+) -> dict[str, Any]:
+    """Return the sets, rates, figures and histograms of a calibration, as JSON data."""
+    names = options.names or {}
     described = {name: [f.to_dict() for f in layers] for name, layers in figures.items()}
-    if abstain is not None:
+    if profile.abstain is not None:
         for name, scores in pairs.items():
-            _add_undecided(described[name], *scores, abstain, threshold)
-    for worry in worries:
-        warnings.warn(worry, StyleWarning, stacklevel=2)
-    return replace(
-        profile,
-        calibration={
-            "max_false_positive_rate": max_false_positive_rate,
-            **({} if abstain is None else {"abstain_rate": abstain_rate}),
-            "sets": {name: describe_set(prompts, names.get(name)) for name, prompts in sets.items()},
-            "layers": described,
-            "styles": styles,
-            "histograms": {
-                name: [_histogram(bad[:, layer], good[:, layer]) for layer in range(len(threshold))]
-                for name, (bad, good) in pairs.items()
-            },
-            "warnings": worries,
+            _add_undecided(described[name], *scores, profile.abstain, profile.threshold)
+    return {
+        "max_false_positive_rate": options.max_false_positive_rate,
+        **({} if profile.abstain is None else {"abstain_rate": options.abstain_rate}),
+        "sets": {role: describe_set(prompts, names.get(role)) for role, prompts in sets.items()},
+        "layers": described,
+        "histograms": {
+            name: [_histogram(bad[:, layer], good[:, layer]) for layer in range(len(profile.threshold))]
+            for name, (bad, good) in pairs.items()
         },
-    )
+    }
 
 
-def style_worries(profile: SteeringProfile, figures: dict[str, list[GateFigures]]) -> list[str]:
-    """What to tell the user about the gates that decide; empty when all is well."""
+def style_warnings(profile: SteeringProfile, figures: Mapping[str, list[GateFigures]]) -> list[str]:
+    """Return warnings about the gates that decide; none when all is well."""
     if "heldout" not in figures:
         return [
             "the gate was not tried on prompts of another style, so nothing shows that it knows harm rather than "
             "style; give calibrate held-out sets"
         ]
-    worries = []
+    messages = []
     for layer in profile.deciding_layers:
         here, there = figures["calibration"][layer], figures["heldout"][layer]
         bad_auc = there.auc.value < _HELDOUT_AUC and there.auc.high < here.auc.value
         bad_hits = there.hit_rate.value < _HELDOUT_HIT_RATE and there.hit_rate.high < here.hit_rate.value
-        said = (
+        numbers = (
             f"AUC {here.auc.value:.3f} and hit rate {here.hit_rate.value:.2f} on the calibration sets, "
             f"AUC {there.auc.value:.3f} and hit rate {there.hit_rate.value:.2f} on sets of another style"
         )
         if bad_auc:
-            worries.append(
-                f"the gate of layer {layer} knows style rather than harm: {said}; extract with more varied prompts"
+            messages.append(
+                f"the gate of layer {layer} knows style rather than harm: {numbers}; extract with more varied prompts"
             )
         elif bad_hits:
-            worries.append(
+            messages.append(
                 f"the threshold of layer {layer} does not carry over to another style, though its gate still tells "
-                f"harm there: {said}; calibrate and extract with prompts of the styles you expect"
+                f"harm there: {numbers}; calibrate and extract with prompts of the styles you expect"
             )
-    return worries
+    return messages
 
 
-def _heldout(
-    harmful: Sequence[str] | None, harmless: Sequence[str] | None
-) -> tuple[Sequence[str], Sequence[str]] | None:
+def _heldout(harmful: Sequence[str] | None, harmless: Sequence[str] | None) -> dict[str, Sequence[str]]:
+    """Return both held-out sets by role, or none; refuse one alone."""
     if harmful is None and harmless is None:
-        return None
+        return {}
     if harmful is None or harmless is None:
         missing = "heldout_harmful" if harmful is None else "heldout_harmless"
         raise ProfileError(f"{missing}: expected both held-out sets or none, got None")
     check_sets(harmful, harmless)
-    return harmful, harmless
+    return {"heldout_harmful": harmful, "heldout_harmless": harmless}
 
 
 def _thresholds(harmful: Tensor, harmless: Tensor, rate: float | None) -> Tensor:
-    """float32 [layers]. A midpoint that already keeps the false-positive rate is the most robust choice there is."""
+    """Return float32 [layers]: midpoints where they keep the false-positive rate, the most robust choice."""
     thresholds = []
     for layer in range(harmful.shape[1]):
         bad, good = harmful[:, layer].numpy(), harmless[:, layer].numpy()
@@ -183,9 +206,9 @@ def _thresholds(harmful: Tensor, harmless: Tensor, rate: float | None) -> Tensor
 
 
 def _check_rates(false_positives: float | None, abstain: float | None) -> None:
-    for name, rate in (("max_false_positive_rate", false_positives), ("abstain_rate", abstain)):
-        if rate is not None and not 0 <= rate < 1:
-            raise ProfileError(f"{name}: expected 0 <= rate < 1, got {rate}")
+    for name, value in (("max_false_positive_rate", false_positives), ("abstain_rate", abstain)):
+        if value is not None and not 0 <= value < 1:
+            raise ProfileError(f"{name}: expected 0 <= rate < 1, got {value}")
     if abstain is not None and false_positives is not None and abstain < false_positives:
         raise ProfileError(
             f"abstain_rate: expected at least max_false_positive_rate, {false_positives:g}, got {abstain:g}"
@@ -193,7 +216,7 @@ def _check_rates(false_positives: float | None, abstain: float | None) -> None:
 
 
 def _lower_ends(harmless: Tensor, threshold: Tensor, rate: float) -> Tensor:
-    """float32 [layers], of the bands."""
+    """Return the lower ends of the bands, float32 [layers]."""
     ends = [threshold_at_false_positive_rate(layer, rate) for layer in harmless.T.numpy()]
     return torch.tensor(ends, dtype=torch.float32, device="cpu").minimum(threshold)
 
@@ -201,7 +224,7 @@ def _lower_ends(harmless: Tensor, threshold: Tensor, rate: float) -> Tensor:
 def _add_undecided(
     layers: list[dict[str, Any]], harmful: Tensor, harmless: Tensor, abstain: Tensor, threshold: Tensor
 ) -> None:
-    """Add to each layer's figures which share of each class lies in its band."""
+    """Add to each layer's figures the share of each class in its band."""
     for label, scores in (("harmful", harmful), ("harmless", harmless)):
         for figures, share in zip(layers, undecided_rates(scores, abstain, threshold), strict=True):
             figures[f"{label}_undecided"] = share.to_list()
@@ -210,7 +233,7 @@ def _add_undecided(
 def _by_style(
     harmful: Prompts, harmless: Prompts, bad: Tensor, good: Tensor, threshold: Tensor
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each style that both sets have, where there are several."""
+    """Return figures of each style that both sets have, where there are several."""
     styles = common_styles(harmful, harmless)
     if len(styles) < 2:
         return {}
@@ -221,7 +244,7 @@ def _by_style(
 
 
 def _sensor(
-    sensor: int | str, profile: SteeringProfile, figures: dict[str, list[GateFigures]], latest: int | None
+    sensor: int | str, profile: SteeringProfile, figures: Mapping[str, list[GateFigures]], latest: int | None
 ) -> int | Literal["own"]:
     layers = profile.model.num_layers
     if sensor == "keep":
@@ -241,8 +264,9 @@ def _sensor(
     left_out = [by_layer["auc"] for by_layer in profile.fitted.get("left_out", {}).values()]
 
     def quality(layer: int) -> float:
-        """AUC on the worst pair, or on the worst quarter of the styles: unlike rates, it does not hang on where a few
-        harmless scores fell, and unlike the worst style of all, not on the luck of a few dozen prompts.
+        """Return the AUC on the worst pair, or on the worst quarter of the styles.
+
+        Rates depend on a few harmless scores, and the worst style on the luck of a few dozen prompts.
         """
         pairs = [by_layer[layer].auc.value for by_layer in figures.values()]
         worst = sorted(aucs[layer] for aucs in left_out)[: math.ceil(len(left_out) / 4)]
@@ -261,7 +285,7 @@ def _with_sensor(profile: SteeringProfile, sensor: int | Literal["own"]) -> Stee
 
 
 def _histogram(harmful: Tensor, harmless: Tensor, bins: int = 32) -> dict[str, Any]:
-    """Counts of both classes' scores over common bins, for `steerfast inspect --plot`."""
+    """Return counts of both classes' scores over common bins, for `steerfast inspect --plot`."""
     both = torch.cat([harmful, harmless])
     low, high = float(both.min()), float(both.max())
     return {

@@ -33,7 +33,7 @@ def unit(vector: Tensor) -> Tensor:
 
 
 def project(rows: Tensor, direction: Tensor, score: str) -> Tensor:
-    """Gate scores of rows, as the gate computes them.
+    """Return gate scores of rows, as the gate computes them.
 
     Args:
         rows: residual rows [..., H], any float type.
@@ -76,12 +76,9 @@ def fit_direction(
         "mean": d itself (InferAligner, section "guidance gate": the safety related vector).
         "lda": S^-1 d, S the pooled within-class covariance shrunk towards a multiple of the identity
             (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices").
-        "pca": first principal component of the paired differences harmful[i] - harmless[i], the longer set
-        cut to the
-            shorter. The differences are not centred: unpaired prompts carry their signal in the mean
-            difference.
-        "logistic": coefficients of an L2-regularised (C = 1) logistic regression on rows divided by one
-        global scale.
+        "pca": first principal component of the paired differences harmful[i] - harmless[i], the longer set cut to
+            the shorter. The differences are not centred: unpaired prompts carry their signal in the mean difference.
+        "logistic": coefficients of an L2-regularised (C = 1) logistic regression on rows divided by one global scale.
 
     Args:
         harmful: [n1, H], any float type.
@@ -89,8 +86,8 @@ def fit_direction(
         method: one of the above.
         shrinkage: "lda" only: weight in [0, 1] of the identity target; None takes the Ledoit-Wolf value.
         means_of: "lda" only: masks bool [n1] and [n0] of the rows that d is taken from, S still from all; a mask
-            without a row stands for all. Where some rows are the same requests in other styles, their scatter says what
-            to ignore, and the plain ones say best where harm lies.
+            without a row stands for all. Where some rows are the same requests in other styles, their scatter shows the
+            variation to ignore, and the plain rows show best where harm lies.
 
     Returns:
         float64 [H] on the CPU, unit norm, pointing from harmless to harmful.
@@ -106,6 +103,13 @@ def fit_direction(
     harmful, harmless = _checked("harmful", harmful), _checked("harmless", harmless)
     if harmful.shape[1] != harmless.shape[1]:
         raise PromptError(f"harmless: expected rows as wide as harmful ({harmful.shape[1]}), got {harmless.shape[1]}")
+    return _solve(harmful, harmless, method, shrinkage, means_of)
+
+
+def _solve(
+    harmful: Tensor, harmless: Tensor, method: str, shrinkage: float | None, means_of: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Fit a direction, in an orthonormal basis of the rows where that is smaller."""
     rows = torch.cat([harmful, harmless])
     # All methods are blind to the scale of the rows; a scale of 1 keeps squares of odd inputs in range.
     size = float(rows.abs().max())
@@ -136,7 +140,7 @@ def fit_direction(
 
 
 def ledoit_wolf_shrinkage(centred: Tensor, width: int) -> float:
-    """Ledoit-Wolf weight of the identity target for rows whose mean is already removed.
+    """Return the Ledoit-Wolf weight of the identity target for rows without their mean.
 
     Args:
         centred: float64 [n, r], coordinates of the rows in any orthonormal basis of a space that holds them.
@@ -159,7 +163,7 @@ def ledoit_wolf_shrinkage(centred: Tensor, width: int) -> float:
 
 
 def _checked(name: str, rows: Tensor) -> Tensor:
-    """The rows of one prompt set as a float64 CPU copy [n, H]."""
+    """Return the rows of one prompt set as a float64 CPU copy [n, H]."""
     if rows.ndim != 2 or 0 in rows.shape:
         raise PromptError(f"{name}: expected at least one row, as [n, H], got shape {list(rows.shape)}")
     finite = torch.isfinite(rows).all(dim=1)
@@ -184,11 +188,9 @@ def _pca(positive: Tensor, negative: Tensor, width: int) -> Tensor:
 def _logistic(positive: Tensor, negative: Tensor, width: int) -> Tensor:
     rows = torch.cat([positive, negative])
     labels = np.repeat([1, 0], [len(positive), len(negative)])
-    # One scale for all features, so that the penalty does not depend on the basis: root mean square over n x
-    # H.
+    # One scale for all features, so that the penalty does not depend on the basis: root mean square over n x H.
     scale = float(torch.linalg.vector_norm(rows)) / math.sqrt(len(rows) * width)
-    # Newton steps: exact to rounding in a few rounds, where the default solver stops early and
-    # basis-dependent.
+    # Newton steps are exact to rounding in a few rounds; the default solver stops early, depending on the basis.
     fitted = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10).fit((rows / scale).numpy(), labels)
     return torch.from_numpy(fitted.coef_[0])
 

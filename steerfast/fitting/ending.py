@@ -1,10 +1,9 @@
-"""A vector that ends an answer where it might end: what a refusal needs after its last sentence.
+"""A vector that ends an answer where it might end: after the last sentence of a refusal.
 
 A model that was not taught to refuse does not stop after it: it offers help, repeats itself, or complies after all.
 Added to the rows of the last layer, this vector raises the logit of the token that ends a turn, and those of all others
 as little as it can. In the middle of a sentence that logit is far below the next word's, and nothing changes; at the
-end of one it is close. Nothing but the output embedding reads the last layer's rows, so that keys and values stay what
-they are.
+end of one it is close. Only the output embedding reads the last layer's rows, so keys and values do not change.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ _CHUNK = 8192  # tokens whose embeddings are held in float64 at once
 
 
 def with_ending(profile: SteeringProfile, ending: Tensor, logits: float) -> SteeringProfile:
-    """The same profile, without its candidates, which also ends the answers that it steers.
+    """Return the profile, without its candidates, that also ends the answers it steers.
 
     Args:
-        ending: of the profile's model, from `ending_vector`.
-        logits: by how much the end's logit rises over the mean of all others, in a row of the profile's mean norm.
+        ending: from `ending_vector`, for the profile's model.
+        logits: how far the end's logit rises over the mean of all others, in a row of the profile's mean norm.
 
     Raises:
         ProfileError: the last layer is steered, another edit than an addition, or no norm of its rows is known.
@@ -50,7 +49,7 @@ def with_ending(profile: SteeringProfile, ending: Tensor, logits: float) -> Stee
 
 @torch.no_grad()
 def ending_vector(model: nn.Module, tokenizer: Any) -> Tensor:
-    """What raises the logit of the end of a turn by 1, in a row of the last layer of norm 1: float32 [H], on the CPU.
+    """Return the vector that raises the logit of the end of a turn by 1, in a row of norm 1: float32 [H] on the CPU.
 
     Fisher's discriminant of the end's output embedding against those of all tokens, behind the final norm: along it the
     other logits differ least.
@@ -78,7 +77,7 @@ def ending_vector(model: nn.Module, tokenizer: Any) -> Tensor:
         rows = chunk.double()
         total += rows.sum(dim=0)
         products += rows.T @ rows
-    # Before the norm: what a change of the row is multiplied by there is as well a factor of the embeddings.
+    # The factor of the norm on a change of the row works on the embeddings as well.
     read = read.double().to(weight.device)
     mean = total / count
     covariance = read @ (products / count - torch.outer(mean, mean)) @ read.T
@@ -90,7 +89,7 @@ def ending_vector(model: nn.Module, tokenizer: Any) -> Tensor:
 
 
 def turn_ends(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: what the chat template puts behind one, or all that end a generation.
+    """Return the tokens that end an answer: the token that the chat template puts behind it, or all ends of generation.
 
     Raises:
         ProfileError: neither the model nor the tokenizer names any.
@@ -107,8 +106,9 @@ def turn_ends(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def _read_through_norm(model: nn.Module) -> Tensor:
-    """How the final norm reads a change of a row whose mean square is 1, as far as that leaves its length: float32
-    [H, H], from what is read to the row. Whether it takes the mean out, and how it holds its weight, its outputs tell.
+    """Return the linear map of the final norm on a row of mean square 1, transposed: float32 [H, H].
+
+    Its outputs show whether the norm subtracts the mean, and how it stores its weight.
     """
     decoder = find_decoder(model)
     norms = [

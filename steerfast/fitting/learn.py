@@ -1,10 +1,9 @@
 """Learn a steering vector: at one layer, the vector with which a model gives the answers of its aligned sibling.
 
-The mean differences that `extract` takes point where refusing lies on average. A vector that is learned through the
-frozen model is the answer to the question itself: what, added here, makes it say that? It is one vector of one layer
-like any other, and costs the same while the model runs. (Subramani et al. 2022, arXiv 2205.05124, learn vectors that
-make a model say given sentences; Cao et al. 2024, arXiv 2406.00045, and Dunefsky and Cohan 2025, arXiv 2502.18862, ones
-that steer it.)
+The mean differences of `extract` point to refusals on average. A vector learned through the frozen model makes that
+model give the answers themselves. It is a vector of one layer like any other, and costs the same while the model runs.
+(Subramani et al. 2022, arXiv 2205.05124, learn vectors that make a model say given sentences; Cao et al. 2024, arXiv
+2406.00045, and Dunefsky and Cohan 2025, arXiv 2502.18862, vectors that steer it.)
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from steerfast._options import read_options
 from steerfast._progress import track
 from steerfast.errors import ProfileError, PromptError, SteerfastError
 from steerfast.fitting.ending import turn_ends
@@ -36,47 +36,64 @@ KIND = "learned"
 _PACE = 0.3  # length of the first steps, as a share of the longest vector
 
 
+@dataclass(frozen=True)
+class LearnOptions:
+    """Options of `learn`.
+
+    Args:
+        aligned_model: the sibling whose greedy answers are learned; answers that refuse nothing, by
+            `steerfast.judging.refusal.is_refusal_strict`, are left out.
+        refusal: a text to learn instead. Default without a sibling: `steerfast.fitting.extract.FORCED_REFUSAL`.
+        layer: the decoder block to whose output the vector is added. Default: the sensor, which saves a second pass
+            over prompts; the middle layer where there is none.
+        positions: where the vector is added, see `SteeringProfile`; it holds for the positions of its lessons.
+        max_norm: largest norm of the vector, as a share of the mean norm of the layer's rows.
+        steps: batches of `batch_size` prompts to learn from; the prompts come round again where there are fewer.
+        answer_tokens: how many tokens of an answer are learned at most.
+        seed: of the order of the batches.
+        names: name of the prompt set in the profile (``{"harmful": ...}``).
+    """
+
+    aligned_model: nn.Module | None = None
+    refusal: str | None = None
+    layer: int | None = None
+    positions: Literal["all", "response"] = "response"
+    max_norm: float = 1.0
+    steps: int = 80
+    answer_tokens: int = 40
+    batch_size: int = 16
+    seed: int = 0
+    names: dict[str, str] | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "answer_tokens", "batch_size"):
+            if not getattr(self, name) >= 1:
+                raise ProfileError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.max_norm < math.inf:
+            raise ProfileError(f"max_norm: expected a positive share of the rows' norm, got {self.max_norm}")
+        if self.positions not in ("all", "response"):
+            raise ProfileError(f"positions: expected 'all' or 'response', got {self.positions!r}")
+        if self.aligned_model is not None and self.refusal is not None:
+            raise ProfileError("refusal: expected none beside an aligned model, whose answers are learned")
+
+
 def learn(
-    profile: SteeringProfile,
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    harmful: Sequence[str],
-    aligned_model: nn.Module | None = None,
-    refusal: str | None = None,
-    layer: int | None = None,
-    positions: Literal["all", "response"] = "response",
-    max_norm: float = 1.0,
-    steps: int = 80,
-    answer_tokens: int = 40,
-    batch_size: int = 16,
-    seed: int = 0,
-    names: dict[str, str] | None = None,
-    progress: bool = True,
+    profile: SteeringProfile, model: nn.Module, tokenizer: Any, *, harmful: Sequence[str], **options: Any
 ) -> SteeringProfile:
     """Learn the vector with which `model` answers `harmful` as its aligned sibling does, and steer with it.
 
     The mean cross-entropy of the answers' tokens, the end of the turn included, is minimised over the vector alone
-    (Adam, its rate falling to zero), with every gate open. The gate is left as it is.
+    (Adam, its rate falling to zero), with every gate open. The gate stays the same.
 
     Args:
         profile: of `model`; one that adds vectors.
         harmful: prompts to refuse. Several styles of them teach a vector that holds for several styles.
-        aligned_model: the sibling whose greedy answers are learned; those that refuse nothing, by
-            `steerfast.judging.refusal.is_refusal_strict`, are left out.
-        refusal: a text to learn instead. Default without a sibling: `steerfast.fitting.extract.FORCED_REFUSAL`.
-        layer: which block's output it is added to. Default: the sensor, which saves a second pass over prompts; the
-            middle layer where there is none.
-        positions: where it is added, see `SteeringProfile`; a vector holds for the positions that it was learned at.
-        max_norm: its largest norm, as a share of the mean norm of the layer's rows.
-        steps: batches of `batch_size` prompts to learn from; the prompts come round again where there are fewer.
-        answer_tokens: how many tokens of an answer are learned at most.
-        seed: of the order of the batches.
-        names: what to call the prompt set in the profile (``{"harmful": ...}``).
+        options: see `LearnOptions`.
 
     Returns:
         The profile with ``learned`` selected, at strength 1 in that layer alone; the other vectors are candidates.
-        ``fitted["learned"]`` says what it was learned from, and the loss of the first and the last batches in nats
+        ``fitted["learned"]`` holds the source of the vector, and the loss of the first and the last batches in nats
         per token. `tune` tries it beside the others.
 
     Raises:
@@ -85,69 +102,81 @@ def learn(
             of the layer's rows, a sibling and a refusal, no token that ends a turn.
         ArchitectureError: a sibling of another geometry.
         SteerfastError: a steered model, or one whose loss is not finite.
+        TypeError: an unknown option.
     """
+    chosen = read_options("learn", LearnOptions, options)
     check_prompts("harmful", harmful)
     check_model(profile, model, tokenizer)
     find_decoder(model).refuse_if_steered()
-    layer = _checked_layer(profile, layer)
-    for name, value, least in (("steps", steps, 1), ("answer_tokens", answer_tokens, 1), ("batch_size", batch_size, 1)):
-        if not value >= least:
-            raise ProfileError(f"{name}: expected at least {least}, got {value}")
-    if not 0.0 < max_norm < math.inf:
-        raise ProfileError(f"max_norm: expected a positive share of the rows' norm, got {max_norm}")
-    if positions not in ("all", "response"):
-        raise ProfileError(f"positions: expected 'all' or 'response', got {positions!r}")
-    if aligned_model is not None:
-        if refusal is not None:
-            raise ProfileError("refusal: expected none beside an aligned model, whose answers are learned")
-        check_sibling(profile.model, aligned_model)
-    prompts = encode(tokenizer, harmful, model, room=answer_tokens)
-    end = turn_ends(model, tokenizer)[-1:]
-    if aligned_model is not None:
-        description = "sibling answers" if progress else None
-        answers = greedy_answers(aligned_model, tokenizer, prompts, answer_tokens, description=description)
-        pairs = zip(prompts, answers, strict=True)
-        refused = [(prompt, answer) for prompt, answer in pairs if is_refusal_strict(tokenizer.decode(answer))]
-        if not refused:
-            raise PromptError("harmful: expected prompts that the aligned model refuses, it refuses none of them")
-    else:
-        said = tokenizer(FORCED_REFUSAL if refusal is None else refusal, add_special_tokens=False)["input_ids"]
-        if not said:
-            raise ProfileError("refusal: expected a text, got one without a token")
-        refused = [(prompt, said) for prompt in prompts]
-    lessons = [(prompt, (answer + end)[:answer_tokens]) for prompt, answer in refused]
-    vector, loss = _learned(
-        model, tokenizer, lessons, layer, positions,
-        longest=max_norm * float(profile.norm[layer]), steps=steps, batch_size=batch_size, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+    layer = _layer(profile, chosen.layer)
+    if chosen.aligned_model is not None:
+        check_sibling(profile.model, chosen.aligned_model)
+    lessons = _lessons(model, tokenizer, harmful, chosen)
+    work = [prompt + answer for prompt, answer in lessons]
+    padded = batches(work, chosen.batch_size, "left", pad_token(tokenizer), torch.device("cpu"))
+    starts = [len(prompt) for prompt, _ in lessons]
+    longest = chosen.max_norm * float(profile.norm[layer])
+    vector, losses = _learn_vector(model, list(padded), starts, layer, longest, chosen)
+    few = max(1, chosen.steps // 10)
+    ends = [sum(part) / len(part) for part in (losses[:few], losses[-few:])]
+    sibling = chosen.aligned_model
+    source = {
+        **describe_set(harmful, (chosen.names or {}).get("harmful")),
+        "answers": len(lessons),
+        "aligned_model": identify(sibling).name if sibling is not None else None,
+        "layer": layer,
+        "positions": chosen.positions,
+        "max_norm": chosen.max_norm,
+        "steps": chosen.steps,
+        "loss": [round(mean, 4) for mean in ends],
+    }
+    return _with_learned(profile, vector, source)
+
+
+def _with_learned(profile: SteeringProfile, vector: Tensor, source: dict[str, Any]) -> SteeringProfile:
+    """Return the profile that adds the vector, float32 [H], in the layer and at the positions of `source`."""
+    layer = source["layer"]
     vectors = torch.zeros_like(profile.vector)
     vectors[layer] = vector
     others = {**profile.candidates, profile.vector_kind: profile.vector}
     others.pop(KIND, None)
-    source = {
-        **describe_set(harmful, (names or {}).get("harmful")),
-        "answers": len(lessons),
-        "aligned_model": identify(aligned_model).name if aligned_model is not None else None,
-        "layer": layer,
-        "positions": positions,
-        "max_norm": max_norm,
-        "steps": steps,
-        "loss": loss,
-    }
     return replace(
         profile.with_band([], 0.0),
         vector=vectors,
         vector_kind=KIND,
         candidates=others,
-        positions=positions,
+        positions=source["positions"],
         answer_tokens=None,
         fitted={**profile.fitted, KIND: source},
         tuned={},
     ).with_band([layer], 1.0)
 
 
-def _checked_layer(profile: SteeringProfile, layer: int | None) -> int:
+def _lessons(
+    model: nn.Module, tokenizer: Any, harmful: Sequence[str], options: LearnOptions
+) -> list[tuple[list[int], list[int]]]:
+    """Return token ids of each prompt that is refused, and of its refusal up to the end of the turn."""
+    prompts = encode(tokenizer, harmful, model, room=options.answer_tokens)
+    end = turn_ends(model, tokenizer)[-1:]
+    if options.aligned_model is not None:
+        description = "sibling answers" if options.progress else None
+        answers = greedy_answers(
+            options.aligned_model, tokenizer, prompts, options.answer_tokens, description=description
+        )
+        pairs = zip(prompts, answers, strict=True)
+        refused = [(prompt, answer) for prompt, answer in pairs if is_refusal_strict(tokenizer.decode(answer))]
+        if not refused:
+            raise PromptError("harmful: expected prompts that the aligned model refuses, it refuses none of them")
+    else:
+        text = FORCED_REFUSAL if options.refusal is None else options.refusal
+        refusal = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not refusal:
+            raise ProfileError("refusal: expected a text, got one without a token")
+        refused = [(prompt, refusal) for prompt in prompts]
+    return [(prompt, (answer + end)[: options.answer_tokens]) for prompt, answer in refused]
+
+
+def _layer(profile: SteeringProfile, layer: int | None) -> int:
     layers = profile.model.num_layers
     if profile.edit != "add":
         raise ProfileError(f"profile: expected one that adds vectors, got edit {profile.edit!r}")
@@ -162,35 +191,34 @@ def _checked_layer(profile: SteeringProfile, layer: int | None) -> int:
 
 
 @torch.inference_mode(False)
-def _learned(
+def _learn_vector(
     model: nn.Module,
-    tokenizer: Any,
-    lessons: Sequence[tuple[list[int], list[int]]],
+    work: Sequence[PromptBatch],
+    answer_starts: Sequence[int],
     layer: int,
-    positions: str,
-    *,
     longest: float,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    progress: bool,
+    options: LearnOptions,
 ) -> tuple[Tensor, list[float]]:
-    """The vector, float32 [H] on the CPU, and the mean loss of the first and the last tenth of the batches."""
+    """Return the vector, float32 [H] on the CPU, and the loss of each batch in nats.
+
+    Args:
+        work: batches of prompts with their answers, padded on the left.
+        answer_starts: where the answer begins, by sequence.
+        longest: largest norm of the vector.
+    """
     decoder = find_decoder(model)
-    device = device_of(model)
-    work = list(batches([p + a for p, a in lessons], batch_size, "left", pad_token(tokenizer), torch.device("cpu")))
     # A share of the longest vector: the steps are the same for rows of any length.
-    share = torch.zeros(decoder.hidden_size, dtype=torch.float32, device=device, requires_grad=True)
+    share = torch.zeros(decoder.hidden_size, dtype=torch.float32, device=device_of(model), requires_grad=True)
     optimizer = torch.optim.Adam([share], lr=_PACE / decoder.hidden_size**0.5)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
     losses: list[float] = []
-    order = _shuffled(work, random.Random(seed))
+    order = _shuffled(work, random.Random(options.seed))
     with evaluating(model), _frozen(model), torch.enable_grad():
-        for _ in track(range(steps), "learning", show=progress):
+        for _ in track(range(options.steps), "learning", show=options.progress):
             batch = next(order)
-            starts = torch.tensor([len(lessons[i][0]) for i in batch.indices])[:, None]
+            starts = torch.tensor([answer_starts[i] for i in batch.indices])[:, None]
             steered = batch.mask.bool()
-            if positions == "response":
+            if options.positions == "response":
                 steered &= batch.positions >= starts - 1
             with _added(decoder.layers[layer], share * longest, steered):
                 loss = _loss(model, batch, starts)
@@ -202,28 +230,26 @@ def _learned(
             schedule.step()
             with torch.no_grad():
                 share /= share.norm().clamp(min=1.0)
-    few = max(1, steps // 10)
-    ends = [sum(part) / len(part) for part in (losses[:few], losses[-few:])]
-    return (share.detach() * longest).cpu(), [round(mean, 4) for mean in ends]
+    return (share.detach() * longest).cpu(), losses
 
 
 def _loss(model: nn.Module, batch: PromptBatch, starts: Tensor) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, in nats; `starts` int64 [N, 1]: where each answer begins."""
+    """Return the mean cross-entropy of the answers' tokens, in nats; `starts` int64 [N, 1]: first answer token."""
     accepted = inspect.signature(model.forward).parameters
     device = device_of(model)
     answered = (batch.positions >= starts) & batch.mask.bool()
     width = int(answered.sum(dim=1).max())  # answers end the rows: padding is on the left
-    options: dict[str, Any] = {"position_ids": batch.positions.to(device), "logits_to_keep": width + 1}
-    options = {name: value for name, value in options.items() if name in accepted}
+    extra: dict[str, Any] = {"position_ids": batch.positions.to(device), "logits_to_keep": width + 1}
+    extra = {name: value for name, value in extra.items() if name in accepted}
     logits = model(
-        input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False, **options
+        input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False, **extra
     ).logits[:, -width - 1 : -1]
     labels = batch.ids.masked_fill(~answered, -100)[:, -width:].to(logits.device)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 def _shuffled(work: Sequence[PromptBatch], shuffle: random.Random) -> Iterator[PromptBatch]:
-    """The batches for ever, each as often as any other, in an order of its own each time."""
+    """Yield the batches again and again, in a new order each round."""
     while True:
         yield from shuffle.sample(work, len(work))
 
@@ -247,12 +273,12 @@ def _added(layer: nn.Module, vector: Tensor, rows: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter collects a gradient while the context lasts: none of the model is kept for one."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
+    """Let no parameter collect a gradient while the context lasts, so that no activation is kept for it."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)

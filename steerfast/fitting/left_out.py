@@ -1,4 +1,4 @@
-"""How gates do on styles of prompt that they were not fitted on."""
+"""Figures of gates on styles of prompt that were left out of their fit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from steerfast.text.styles import PLAIN, Prompts
 
 RATES = ("auc", "hit_rate", "false_positive_rate")
 FitGate = Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
-"""From one layer's rows of both sets, [n1, H] and [n0, H], and masks of the plain ones, to a direction [H]."""
+"""Fits a direction [H] to one layer's rows of both sets, [n1, H] and [n0, H], with masks of the plain ones."""
 Masks = tuple[Tensor, Tensor]
-"""Of prompts of both sets: bool [n1] and [n0]."""
+"""Prompts of both sets: bool [n1] and [n0]."""
 
 _LEAST = 8  # prompts a side; figures on fewer say nothing
 
@@ -32,17 +32,17 @@ def leave_one_style_out(
     max_false_positive_rate: float = 0.02,
     progress: bool = False,
 ) -> dict[str, list[GateFigures]]:
-    """Figures of gates on styles they never saw: style -> one per layer.
+    """Return figures of gates on styles they never saw: style -> figures per layer.
 
     For each style that both sets have enough of, directions are fitted without its prompts and without any other
     prompt of the same requests. Its threshold fires on `max_false_positive_rate` of the harmless prompts of the other
     styles, each scored when it was left out itself. So neither direction nor threshold saw the style.
 
     Args:
-        rows: what gates read of both sets, [prompts, layers, H]. score: of such a row.
+        rows: the rows that gates read, of both sets, [prompts, layers, H]. score: ``cosine`` or ``dot`` of such a row.
 
     Returns:
-        Nothing for a style that shares its requests with all that would be left to fit on.
+        Nothing for a style that shares its requests with all other prompts.
     """
     scores: dict[str, tuple[Tensor, Tensor]] = {}
     splits = style_splits(harmful, harmless)
@@ -66,34 +66,33 @@ def leave_one_style_out(
 
 
 def style_splits(harmful: Prompts, harmless: Prompts) -> dict[str, tuple[Masks, Masks]]:
-    """How to leave each style out: its prompts, and those that a gate may be fitted on, which put other requests.
+    """Return for each style masks of its prompts, and of the prompts to fit on, which make other requests.
 
-    Returns:
-        By style; one is missing where either set has too few prompts of it, or too few to fit on.
+    A style is missing where either set has too few prompts of it, or too few to fit on.
     """
     splits = {}
     for style in common_styles(harmful, harmless):
         out = torch.tensor(harmful.in_style(style)), torch.tensor(harmless.in_style(style))
-        kept = ~_shares(harmful, out[0]), ~_shares(harmless, out[1])
+        kept = ~_same_requests(harmful, out[0]), ~_same_requests(harmless, out[1])
         if min(int(mask.sum()) for mask in kept) >= _LEAST:
             splits[style] = out, kept
     return splits
 
 
 def in_plain_style(prompts: Prompts) -> Tensor:
-    """bool [n]; all of them, where none is in plain style."""
+    """Return bool [n]: prompts in plain style, or all where none is."""
     mask = torch.tensor(prompts.in_style(PLAIN))
     return mask if bool(mask.any()) else ~mask
 
 
 def common_styles(harmful: Prompts, harmless: Prompts) -> list[str]:
-    """Styles that both sets have enough prompts of for figures."""
+    """Return the styles that have enough prompts for figures in both sets."""
     here, there = harmful.counts(), harmless.counts()
     return [style for style, count in here.items() if min(count, there.get(style, 0)) >= _LEAST]
 
 
 def rates_by_layer(figures: Sequence[GateFigures]) -> dict[str, Any]:
-    """A style's figures in few bytes: a list over the layers of AUC, hit rate and false-positive rate; counts."""
+    """Return a style's figures in few bytes: AUC, hit rate and false-positive rate of each layer, and counts."""
     return {
         **{name: [round(getattr(f, name).value, 4) for f in figures] for name in RATES},
         "n_harmful": figures[0].n_harmful,
@@ -101,7 +100,7 @@ def rates_by_layer(figures: Sequence[GateFigures]) -> dict[str, Any]:
     }
 
 
-def _shares(prompts: Prompts, out: Tensor) -> Tensor:
-    """bool [n]: prompts that put a request of those in `out`."""
+def _same_requests(prompts: Prompts, out: Tensor) -> Tensor:
+    """Return bool [n]: prompts that make the same request as one in `out`."""
     requests = {request for request, left in zip(prompts.requests, out.tolist(), strict=True) if left}
     return torch.tensor([request in requests for request in prompts.requests])

@@ -58,7 +58,8 @@ def score(
     gates = profile.gate_layers
     if not gates:
         raise ProfileError("profile: expected a gate to score, got one with gate.kind='always' or no steered layer")
-    by_layer = layer_scores(profile, model, tokenizer, prompts, batch_size=batch_size, progress=progress)
+    description = "scores" if progress else None
+    by_layer = layer_scores(profile, model, tokenizer, prompts, batch_size=batch_size, description=description)
     margins = by_layer[:, gates] - profile.threshold[gates]
     layer = torch.tensor(gates)[margins.argmax(dim=1)]
     scores = by_layer.gather(1, layer[:, None])[:, 0]
@@ -72,27 +73,33 @@ def layer_scores(
     prompts: Sequence[str],
     *,
     batch_size: int = 16,
-    progress: bool = True,
-    description: str = "scores",
+    description: str | None = None,
 ) -> Tensor:
-    """Every layer's gate score of each prompt, float32 [prompts, layers]."""
+    """Return every layer's gate score of each prompt, float32 [prompts, layers].
+
+    Args:
+        description: text of the progress bar; None: no bar.
+    """
     rows = residual_rows(
-        model, encode(tokenizer, prompts, model), reduce=gate_reading(profile.gate)[0], batch_size=batch_size,
+        model,
+        encode(tokenizer, prompts, model),
+        reduce=gate_reading(profile.gate)[0],
+        batch_size=batch_size,
         pad_token_id=pad_token(tokenizer),
-        description=description if progress else None,
-    )  # fmt: skip
+        description=description,
+    )
     return row_scores(profile, rows)
 
 
 def row_scores(profile: SteeringProfile, rows: Tensor) -> Tensor:
-    """Every layer's gate score of rows [prompts, layers, H] as `gate_reading` keeps them, float32 [prompts, layers]."""
+    """Return every layer's gate score, float32 [prompts, layers], of rows [prompts, layers, H] by `gate_reading`."""
     layers, kind = range(rows.shape[1]), gate_reading(profile.gate)[1]
     scores = [project(rows[:, layer], profile.direction[layer], kind) for layer in layers]
     return torch.stack(scores, dim=1).float()
 
 
 def check_model(profile: SteeringProfile, model: nn.Module, tokenizer: Any = None) -> None:
-    """Refuse a profile that was made for another model, tokenizer or chat template.
+    """Refuse a profile of another model, tokenizer or chat template.
 
     Raises:
         ProfileError: naming both sides.

@@ -1,6 +1,6 @@
-"""Tune what is added, so that prompts that fire are refused in fluent text: vector kind, layers, strength, positions.
+"""Tune the steering, so that prompts that fire are refused in fluent text: vector kind, layers, strength, positions.
 
-The gate is left alone: it alone decides which prompts change, so harmless answers depend on it and not on the search.
+The gate stays the same. It alone decides which prompts change: harmless answers depend on it, not on the search.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from steerfast._options import read_options
 from steerfast._progress import track
 from steerfast._records import Records
 from steerfast.errors import ProfileError, PromptError
@@ -21,9 +23,9 @@ from steerfast.fitting.score import check_model
 from steerfast.hf.generation import greedy_answers
 from steerfast.hf.steering import steer
 from steerfast.hf.structure import weights_fingerprint
+from steerfast.judging.answers import judge, share
 from steerfast.judging.fluency import FluencyLimits
-from steerfast.judging.judgement import judge, share
-from steerfast.profile import SteeringProfile
+from steerfast.profile import EDITS, SteeringProfile
 from steerfast.text.encoding import encode
 from steerfast.text.prompts import check_sets, describe_set
 
@@ -33,7 +35,7 @@ _FINALISTS = 6
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Setting:
     """One setting to try: layers first..last at `strength` each, and the end of the turn raised by `ending` logits."""
 
     vector: str
@@ -45,8 +47,8 @@ class Candidate:
     ending: float = 0.0
 
     def apply(self, profile: SteeringProfile, ending: Tensor | None = None) -> SteeringProfile:
-        """The profile at this setting; `ending` is the model's vector, where it is added."""
-        unsteered = profile.with_band([], 0.0)  # a learned vector is of its own layer alone
+        """Return the profile at this setting; `ending` is the ending vector of the model, where one is added."""
+        unsteered = profile.with_band([], 0.0)  # a learned vector has one layer
         banded = unsteered.with_vector(self.vector).with_band(range(self.first, self.last + 1), self.strength)
         placed = replace(banded, positions=self.positions, answer_tokens=self.answer_tokens)
         if not self.ending:
@@ -57,20 +59,55 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate did on `n` harmful prompts; shares of all of them, fired or not."""
+    """Figures of a candidate on `n` harmful prompts; shares of all of them, fired or not."""
 
-    candidate: Candidate
+    candidate: Setting
     n: int
     refusal: float
     refusal_strict: float
     fluent: float
 
     def rank(self, min_fluent: float) -> tuple[float, ...]:
-        """Fluent enough first, then most strict refusals, then keyword refusals, then the least total strength."""
+        """Return a key to sort by: fluent enough, strict refusals, keyword refusals, then the least total strength."""
         enough = self.fluent >= min_fluent
         total = self.candidate.strength * (self.candidate.last - self.candidate.first + 1)
         strict = self.refusal_strict if enough else self.fluent
         return (float(enough), strict, self.refusal, self.fluent, -total, -self.candidate.ending)
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Options of `tune`.
+
+    Args:
+        vectors: kinds to try; default: the selected one and all candidates of the profile.
+        bands: (first, last) layers to try; default: `default_bands`.
+        strengths: multiples of the vector *in total over the band*; each layer gets its share.
+        positions: default: both.
+        answer_tokens: how many tokens of an answer to choose under steering, None: all; fewer than `max_new_tokens`.
+            Default: that of the profile.
+        endings: by how many logits to raise the end of the turn, see `steerfast.fitting.ending`. Default: 0.
+        max_new_tokens: answer length while searching.
+        min_fluent: share of fluent answers to harmful prompts a setting must keep.
+        min_unchanged: share of harmless answers that must stay token for token.
+        limits: limits of fluent text.
+        resume: a JSON-lines file of complete trials; written during the search, read back to continue it.
+        names: names of the prompt sets in the profile (``{"harmful": ..., "harmless": ...}``).
+    """
+
+    vectors: Sequence[str] | None = None
+    bands: Iterable[tuple[int, int]] | None = None
+    strengths: Sequence[float] | None = None
+    positions: Sequence[Positions] | None = None
+    answer_tokens: Sequence[int | None] | None = None
+    endings: Sequence[float] | None = None
+    max_new_tokens: int = 32
+    min_fluent: float = 0.95
+    min_unchanged: float = 0.95
+    limits: FluencyLimits | None = None
+    resume: str | os.PathLike[str] | None = None
+    names: dict[str, str] | None = None
+    progress: bool = True
 
 
 def tune(
@@ -80,19 +117,7 @@ def tune(
     *,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    vectors: Sequence[str] | None = None,
-    bands: Iterable[tuple[int, int]] | None = None,
-    strengths: Sequence[float] | None = None,
-    positions: Sequence[Positions] | None = None,
-    answer_tokens: Sequence[int | None] | None = None,
-    endings: Sequence[float] | None = None,
-    max_new_tokens: int = 32,
-    min_fluent: float = 0.95,
-    min_unchanged: float = 0.95,
-    limits: FluencyLimits | None = None,
-    resume: str | os.PathLike[str] | None = None,
-    names: dict[str, str] | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> SteeringProfile:
     """Search the setting with the most strict refusals of `harmful`, subject to fluent text and unchanged `harmless`.
 
@@ -100,101 +125,114 @@ def tune(
     keywords and strictly (`steerfast.judging.refusal`); fluency by repetition and the unsteered model's perplexity.
 
     Args:
-        vectors: kinds to try; default: the profile's own and all its candidates.
-        bands: (first, last) layers to try; default: `default_bands`.
-        strengths: multiples of the vector *in total over the band*; each layer gets its share.
-        positions: default: both.
-        answer_tokens: how many tokens of an answer to choose under steering, None: all; fewer than `max_new_tokens`.
-            Default: what the profile has.
-        endings: by how many logits to raise the end of the turn, see `steerfast.fitting.ending`; 0: not. Default: not.
-        max_new_tokens: answer length while searching.
-        min_fluent: share of fluent answers to harmful prompts a setting must keep.
-        min_unchanged: share of harmless answers that must stay token for token.
-        resume: a JSON-lines file of finished trials; written as the search goes, read back to continue it.
+        profile: of `model`; one that adds vectors, with or without their norm (``add``, ``keep_norm``).
+        options: see `TuneOptions`.
 
     Returns:
         The profile at the best setting, without its other candidate vectors, with the search's figures in `tuned`.
 
     Raises:
         PromptError: an unusable prompt set, or no setting that keeps both constraints.
-        ProfileError: another model's profile, an unknown vector kind, an impossible band, an ending where
-            `with_ending` has no place for it.
+        ProfileError: another model's profile, another edit, an unknown vector kind, an impossible band, an ending
+            where `with_ending` has no place for it.
         ArchitectureError: an ending, and a model that `ending_vector` finds none for.
+        TypeError: an unknown option.
     """
+    chosen = read_options("tune", TuneOptions, options)
     check_sets(harmful, harmless)
     check_model(profile, model, tokenizer)
-    limits = limits or FluencyLimits()
-    ends = list(answer_tokens) if answer_tokens else [profile.answer_tokens]
-    for tokens in ends:
-        if tokens is not None and not 1 <= tokens < max_new_tokens:
-            raise ProfileError(
-                f"answer_tokens: expected 1 to {max_new_tokens - 1}, fewer than max_new_tokens, or None, got {tokens}"
-            )
-    candidates = _candidates(profile, vectors, bands, strengths, positions, ends, endings or (0.0,))
-    ending = ending_vector(model, tokenizer) if any(endings or ()) else None
+    _check_edit(profile)
+    candidates = _candidates(profile, chosen)
+    ending = ending_vector(model, tokenizer) if any(chosen.endings or ()) else None
     for candidate in candidates:
         if candidate.ending:
             candidate.apply(profile, ending)  # raises before any work is done
-    prompts = encode(tokenizer, harmful, model, room=max_new_tokens)
-    settings = {
-        "profile": _fingerprint(profile),
-        "weights": weights_fingerprint(model),
-        "harmful": hashlib.sha256(repr(prompts).encode()).hexdigest(),  # in order: screening takes every third
-        "max_new_tokens": max_new_tokens,
-        "limits": limits.to_dict(),
-    }
-    log = _TrialLog(resume, settings)
+    prompts = encode(tokenizer, harmful, model, room=chosen.max_new_tokens)
+    log = _TrialLog(chosen.resume, _search_settings(profile, model, prompts, chosen))
 
-    def trials(chosen: Sequence[Candidate], tried: Sequence[Sequence[int]], what: str) -> list[Trial]:
+    def trials(candidates: Sequence[Setting], tried: Sequence[Sequence[int]], description: str) -> list[Trial]:
         done = []
-        for candidate in track(chosen, what, show=progress):
+        for candidate in track(candidates, description, show=chosen.progress):
             trial = log.find(candidate, len(tried))
             if trial is None:
-                steered = candidate.apply(profile, ending)
-                trial = _try(candidate, steered, model, tokenizer, tried, max_new_tokens, limits)
+                trial = _try(candidate, candidate.apply(profile, ending), model, tokenizer, tried, chosen)
                 log.add(trial)
             done.append(trial)
-        return sorted(done, key=lambda trial: trial.rank(min_fluent), reverse=True)
+        return sorted(done, key=lambda trial: trial.rank(chosen.min_fluent), reverse=True)
 
     screened = trials(candidates, prompts[::_SCREEN_SHARE], "screening")  # some of every style, if they come by style
     finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
+    tuned = _best(finals, chosen.min_fluent).candidate.apply(profile, ending)
+    unchanged = _unchanged(tuned, model, tokenizer, harmless, chosen)
+    record = _record(finals, unchanged, len(candidates), chosen)
+    names = chosen.names or {}
+    sets = {
+        role: describe_set(given, names.get(role)) for role, given in (("harmful", harmful), ("harmless", harmless))
+    }
+    return replace(tuned, candidates={}, tuned={**record, **sets})
+
+
+def _check_edit(profile: SteeringProfile) -> None:
+    if not EDITS[profile.edit].adds:
+        raise ProfileError(
+            f"profile: expected one with edit 'add' or 'keep_norm', whose strength can be searched, got "
+            f"{profile.edit!r}, which is complete at strength 1; choose its layers with SteeringProfile.with_band"
+        )
+
+
+def _search_settings(
+    profile: SteeringProfile, model: nn.Module, prompts: Sequence[Sequence[int]], options: TuneOptions
+) -> dict[str, Any]:
+    """Return all that the result of a trial depends on, except the candidate; trials of other settings do not count."""
+    return {
+        "profile": _fingerprint(profile),
+        "weights": weights_fingerprint(model),
+        "harmful": hashlib.sha256(repr(prompts).encode()).hexdigest(),  # in order: screening takes every third
+        "max_new_tokens": options.max_new_tokens,
+        "limits": (options.limits or FluencyLimits()).to_dict(),
+    }
+
+
+def _best(finals: Sequence[Trial], min_fluent: float) -> Trial:
     best = finals[0]
     if best.fluent < min_fluent:
         raise PromptError(
             f"min_fluent: no setting reached {min_fluent:.1%} fluent answers, the best had {best.fluent:.1%} "
             f"({asdict(best.candidate)}); try smaller strengths"
         )
-    tuned = replace(best.candidate.apply(profile, ending), candidates={})
-    unchanged = _unchanged(tuned, model, tokenizer, harmless, max_new_tokens)
-    if unchanged < min_unchanged:
+    return best
+
+
+def _record(finals: Sequence[Trial], unchanged: float, candidates: int, options: TuneOptions) -> dict[str, Any]:
+    """Return the figures of the best trial and of the others, as JSON data.
+
+    Raises:
+        PromptError: too few harmless answers stayed the same.
+    """
+    if unchanged < options.min_unchanged:
         raise PromptError(
-            f"min_unchanged: expected at least {min_unchanged:.2f} of the harmless answers unchanged, "
+            f"min_unchanged: expected at least {options.min_unchanged:.2f} of the harmless answers unchanged, "
             f"got {unchanged:.2f}; the gate opens for them: calibrate with more varied harmless prompts or a lower "
             "false-positive rate"
         )
-    names = names or {}
-    return replace(
-        tuned,
-        tuned={
-            "candidate": asdict(best.candidate),
-            "refusal": best.refusal,
-            "refusal_strict": best.refusal_strict,
-            "fluent": best.fluent,
-            "harmless_unchanged": unchanged,
-            "tried": len(candidates),
-            "max_new_tokens": max_new_tokens,
-            "limits": limits.to_dict(),
-            "harmful": describe_set(harmful, names.get("harmful")),
-            "harmless": describe_set(harmless, names.get("harmless")),
-            "runners_up": [asdict(trial) for trial in finals[1:]],
-        },
-    )
+    best = finals[0]
+    return {
+        "candidate": asdict(best.candidate),
+        "refusal": best.refusal,
+        "refusal_strict": best.refusal_strict,
+        "fluent": best.fluent,
+        "harmless_unchanged": unchanged,
+        "tried": candidates,
+        "max_new_tokens": options.max_new_tokens,
+        "limits": (options.limits or FluencyLimits()).to_dict(),
+        "runners_up": [asdict(trial) for trial in finals[1:]],
+    }
 
 
 def default_bands(layers: int, first: int, has_vector: Sequence[bool] | None = None) -> list[tuple[int, int]]:
-    """Bands (first, last) to try from layer `first` on: one layer, a fifth and two fifths of all, at three places.
+    """Return bands (first, last) to try from layer `first` on: one layer, a fifth, two fifths of all, at three places.
 
-    The last tenth of the depth is left out: what is added there has no layer left to act through. Where only some
+    The last tenth of the depth is left out: an edit there has no layer left to act through. Where only some
     layers have a vector (a learned one: its own), bands are of those; if none is, each such layer by itself.
     """
     end = max(first + 1, round(0.9 * layers))
@@ -209,53 +247,55 @@ def default_bands(layers: int, first: int, has_vector: Sequence[bool] | None = N
     return sorted(bands)
 
 
-def _candidates(
-    profile: SteeringProfile,
-    vectors: Sequence[str] | None,
-    bands: Iterable[tuple[int, int]] | None,
-    strengths: Sequence[float] | None,
-    positions: Sequence[Positions] | None,
-    answer_tokens: Sequence[int | None],
-    endings: Sequence[float],
-) -> list[Candidate]:
-    kinds = list(vectors) if vectors else [profile.vector_kind, *profile.candidates]
-    layers = profile.model.num_layers
+def _candidates(profile: SteeringProfile, options: TuneOptions) -> list[Setting]:
     first = 0 if profile.sensor == "own" or profile.gate.kind == "always" else profile.sensor
-    given = None if bands is None else list(bands)
+    bands = None if options.bands is None else list(options.bands)
+    answer_tokens = options.answer_tokens or [profile.answer_tokens]
+    for tokens in answer_tokens:
+        if tokens is not None and not 1 <= tokens < options.max_new_tokens:
+            raise ProfileError(
+                f"answer_tokens: expected 1 to {options.max_new_tokens - 1}, fewer than max_new_tokens, or None, "
+                f"got {tokens}"
+            )
     unsteered = profile.with_band([], 0.0)
     candidates = []
-    for kind in kinds:
+    for kind in options.vectors or [profile.vector_kind, *profile.candidates]:
         has_vector = unsteered.with_vector(kind).vector.any(dim=1).tolist()  # raises before any work is done
-        for start, last in default_bands(layers, first, has_vector) if given is None else given:
-            least = first if profile.gate.kind == "token" else 0
-            if not least <= start <= last < layers:
-                raise ProfileError(f"bands: expected {least} <= first <= last < {layers}, got ({start}, {last})")
-            if not all(has_vector[start : last + 1]):
-                have = [layer for layer in range(layers) if has_vector[layer]]
-                raise ProfileError(f"bands: expected layers of {have}, where {kind!r} is, got ({start}, {last})")
-            for total in strengths or (0.75, 1.0, 2.0, 4.0):
-                for where in positions or ("all", "response"):
-                    per_layer = round(total / (last - start + 1), 4)
-                    candidates += [
-                        Candidate(kind, start, last, per_layer, where, tokens, ending)
-                        for tokens in answer_tokens
-                        for ending in endings
-                    ]
+        for band in default_bands(profile.model.num_layers, first, has_vector) if bands is None else bands:
+            _check_band(band, kind, has_vector, least=first if profile.gate.kind == "token" else 0)
+            choices = product(
+                options.strengths or (0.75, 1.0, 2.0, 4.0),
+                options.positions or ("all", "response"),
+                answer_tokens,
+                options.endings or (0.0,),
+            )
+            for total, positions, tokens, ending in choices:
+                strength = round(total / (band[1] - band[0] + 1), 4)
+                candidates.append(Setting(kind, *band, strength, positions, tokens, ending))
     return candidates
 
 
+def _check_band(band: tuple[int, int], kind: str, has_vector: Sequence[bool], least: int) -> None:
+    first, last = band
+    layers = len(has_vector)
+    if not least <= first <= last < layers:
+        raise ProfileError(f"bands: expected {least} <= first <= last < {layers}, got ({first}, {last})")
+    if not all(has_vector[first : last + 1]):
+        have = [layer for layer in range(layers) if has_vector[layer]]
+        raise ProfileError(f"bands: expected layers of {have}, where {kind!r} is, got ({first}, {last})")
+
+
 def _try(
-    candidate: Candidate,
+    candidate: Setting,
     profile: SteeringProfile,
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    limits: FluencyLimits,
+    options: TuneOptions,
 ) -> Trial:
     with steer(model, profile):
-        answers = greedy_answers(model, tokenizer, prompts, max_new_tokens)
-    judged = judge(model, tokenizer, prompts, answers, limits)
+        answers = greedy_answers(model, tokenizer, prompts, options.max_new_tokens)
+    judged = judge(model, tokenizer, prompts, answers, options.limits)
     return Trial(
         candidate=candidate,
         n=len(prompts),
@@ -266,12 +306,13 @@ def _try(
 
 
 def _unchanged(
-    profile: SteeringProfile, model: nn.Module, tokenizer: Any, harmless: Sequence[str], max_new_tokens: int
+    profile: SteeringProfile, model: nn.Module, tokenizer: Any, harmless: Sequence[str], options: TuneOptions
 ) -> float:
-    prompts = encode(tokenizer, harmless, model, room=max_new_tokens)
-    before = greedy_answers(model, tokenizer, prompts, max_new_tokens)
+    """Return the share of harmless answers that are the same with and without steering."""
+    prompts = encode(tokenizer, harmless, model, room=options.max_new_tokens)
+    before = greedy_answers(model, tokenizer, prompts, options.max_new_tokens)
     with steer(model, profile):
-        after = greedy_answers(model, tokenizer, prompts, max_new_tokens)
+        after = greedy_answers(model, tokenizer, prompts, options.max_new_tokens)
     return share([a == b for a, b in zip(before, after, strict=True)])
 
 
@@ -280,24 +321,24 @@ def _fingerprint(profile: SteeringProfile) -> str:
     kinds = {profile.vector_kind: profile.vector, **profile.candidates}
     for tensor in (profile.direction, profile.threshold, *(kinds[kind] for kind in sorted(kinds))):
         digest.update(tensor.contiguous().numpy().tobytes())
-    edit = (profile.edit, profile.low, profile.high, profile.angle)
+    edit = (profile.edit, *EDITS[profile.edit].given(profile).values())
     digest.update(f"{profile.sensor} {profile.gate} {edit}".encode())
     return digest.hexdigest()
 
 
 class _TrialLog:
-    """Finished trials of one search, kept in a file that others may share."""
+    """Complete trials of one search, in a file that other searches may share."""
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
         self._records = Records(path, "trials")
         self._settings = settings
-        self._trials: dict[tuple[Candidate, int], Trial] = {}
+        self._trials: dict[tuple[Setting, int], Trial] = {}
         for record in self._records.found:
             if record.get("settings") == settings:
-                trial = Trial(**{**record["trial"], "candidate": Candidate(**record["trial"]["candidate"])})
+                trial = Trial(**{**record["trial"], "candidate": Setting(**record["trial"]["candidate"])})
                 self._trials[trial.candidate, trial.n] = trial
 
-    def find(self, candidate: Candidate, n: int) -> Trial | None:
+    def find(self, candidate: Setting, n: int) -> Trial | None:
         return self._trials.get((candidate, n))
 
     def add(self, trial: Trial) -> None:

@@ -1,10 +1,10 @@
-"""Steering files of other projects: what they say as a profile, a profile as one of them.
+"""Steering files of other projects: read them as profiles, write profiles as such files.
 
     profile, notes = formats.read("vector.gguf").profile(model_identity)
     notes = formats.write(profile, "vector.gguf")
 
-Files are taken from strangers: nothing in them is run, sizes are checked before memory is taken, and what a profile
-cannot hold is refused by name. Layer numbers become 0-based decoder blocks whose output is edited; notes say how.
+Files may come from strangers: nothing in them is run, sizes are checked before memory is allocated, and content that
+a profile cannot hold is refused. Layer numbers become 0-based decoder blocks whose output is edited; notes say so.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from pathlib import Path
 
 from steerfast._files import write_atomically
 from steerfast.errors import OutputError, ProfileError
-from steerfast.formats.base import Condition, Format, Imported, Malformed, content, rows_of
+from steerfast.formats.base import Condition, Format, Imported, ImportOptions, Malformed, content, export_rows
 from steerfast.formats.gguf import EASYSTEER, GGUF
 from steerfast.formats.jsonfile import RHIZONYMPH, SVEC, VLLM_LENS, condition_file, condition_of
 from steerfast.formats.torchfile import HOTWIRE, ROTALABS, STEERING_VECTORS
 from steerfast.profile import SteeringProfile
 
-__all__ = ["FORMATS", "Condition", "Format", "Imported", "condition_of", "detect", "read", "write"]
+__all__ = ["FORMATS", "Condition", "Format", "ImportOptions", "Imported", "condition_of", "detect", "read", "write"]
 
-# In the order in which a file is tried: what is more particular comes first.
+# In the order in which a file is tried: the more specific format comes first.
 FORMATS = {
     known.name: known for known in (EASYSTEER, GGUF, ROTALABS, STEERING_VECTORS, HOTWIRE, SVEC, VLLM_LENS, RHIZONYMPH)
 }
 
 
 def named(name: str) -> Format:
-    """The format of that name."""
+    """Return the format of that name."""
     if name not in FORMATS:
         raise ProfileError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
     return FORMATS[name]
 
 
 def detect(path: str | os.PathLike[str]) -> str:
-    """The format of a file or folder, by its content.
+    """Return the name of the format of a file or folder, by its content.
 
     Raises:
-        ProfileError: missing, too large, or none that is known.
+        ProfileError: missing, too large, or of an unknown format.
     """
     source = Path(path)
     return _detect(source, content(source)).name
@@ -56,7 +56,10 @@ def _detect(path: Path, data: bytes) -> Format:
 
 
 def read(path: str | os.PathLike[str], format: str | None = None) -> Imported:
-    """What a file or folder says; `format` where it shall not be guessed.
+    """Return the content of a file or folder.
+
+    Args:
+        format: a name of `FORMATS`; None: recognised by the content.
 
     Raises:
         ProfileError: missing, of another format, malformed, or something that no profile holds.
@@ -80,13 +83,13 @@ def write(
     *,
     condition: str | os.PathLike[str] | None = None,
 ) -> list[str]:
-    """Write the vectors of a profile, whole or not at all; says what is lost, first of all the gate.
+    """Write the vectors of a profile, whole or not at all, and return notes on losses, the gate above all.
 
     Args:
         condition: for svec, a second file for the directions of the gate.
 
     Raises:
-        ProfileError: the format is only read, or cannot hold what the profile does.
+        ProfileError: the format is only read, or cannot hold the profile's edit.
         OutputError: a file cannot be written.
     """
     known = named(format)
@@ -94,7 +97,7 @@ def write(
         raise ProfileError(f"format: {known.name} files are pickles and only read, expected another format")
     if condition is not None and known is not SVEC:
         raise ProfileError(f"condition: only svec has files for it, got {known.name}")
-    rows = rows_of(profile, gate_apart=condition is not None)
+    rows = export_rows(profile, gate_apart=condition is not None)
     try:
         made, notes = known.encode(rows)
         gate, how = condition_file(profile) if condition is not None else (b"", [])

@@ -1,4 +1,4 @@
-"""What every format shares: what a file says (`Imported`), what is written (`Rows`), and careful reading."""
+"""The parts that formats share: a file's content (`Imported`), rows to write (`ExportRows`), and careful reading."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import ProfileError
-from steerfast.profile import Gate, ModelIdentity, SteeringProfile
+from steerfast.profile import EDITS, Gate, ModelIdentity, SteeringProfile
 
 # A vector for each of 126 layers of 16384 is 8 MB, its JSON 45 MB.
 MOST_BYTES = 256 << 20
 
 
 class Malformed(ValueError):
-    """What is wrong with the content of a file; `steerfast.formats.read` adds which file."""
+    """The content of a file is wrong; `steerfast.formats.read` adds the file's name to the message."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A gate that came with a file: it opens where the cosine of the row and `direction` exceeds `threshold`.
+    """A gate from a file: it opens where the cosine of the row and `direction` exceeds `threshold`.
 
     layer: 0-based block whose output is read.
     direction: float32 [H], not zero.
@@ -41,13 +41,45 @@ class Condition:
     notes: tuple[str, ...] = ()
 
     def below(self) -> Condition:
-        """The condition that the cosine stays below the threshold."""
+        """Return the condition that the cosine stays below the threshold."""
         return replace(self, direction=-self.direction, threshold=-self.threshold)
 
 
 @dataclass(frozen=True)
+class ImportOptions:
+    """How the vectors of a file become a profile.
+
+    layers: 0-based blocks to steer, in place of the file's own choice.
+    strength: of every steered layer, in place of the file's.
+    shift: added to every block number, for a file that counts in another way than its format does.
+    gate: a condition, or a profile of the same model whose gate is taken over; None: always open.
+    gate_kind: ``prompt``, ``token`` or ``always`` in place of the kind of `gate`. sharpness: in place of its sharpness.
+    edit, low, high, angle: as in `SteeringProfile`.
+    name: the profile's `vector_kind`.
+    """
+
+    layers: Iterable[int] | None = None
+    strength: float | None = None
+    shift: int = 0
+    gate: Condition | SteeringProfile | None = None
+    gate_kind: Literal["prompt", "token", "always"] | None = None
+    sharpness: float | None = None
+    edit: str = "add"
+    low: float = -math.inf
+    high: float = math.inf
+    angle: float | None = None
+    name: str = "imported"
+
+    def __post_init__(self) -> None:
+        if self.gate is None and self.gate_kind in ("prompt", "token"):
+            raise ProfileError(f"gate_kind: expected a gate with it, got {self.gate_kind!r} without a gate")
+        if self.sharpness is not None and (self.gate is None or self.gate_kind == "always"):
+            raise ProfileError(f"sharpness: expected a gate with it, got {self.sharpness!r} without a gate")
+
+
+@dataclass(frozen=True)
 class Imported:
-    """What a file of another project says.
+    """The content of another project's file.
 
     vectors: 0-based block whose output is edited -> float32 [H], residual-stream units. -1 stands for the embeddings,
         which some projects edit and no profile does.
@@ -55,8 +87,8 @@ class Imported:
         it steers, not in the file.
     anywhere: a vector that the file gives no layer, float32 [H].
     positions: as in `SteeringProfile`.
-    hint: what the file calls the model's architecture.
-    notes: the layer numbering that was assumed, and what was lost.
+    hint: the file's name for the model's architecture.
+    notes: the layer numbering that was assumed, and losses.
     """
 
     vectors: Mapping[int, Tensor]
@@ -66,33 +98,48 @@ class Imported:
     hint: str | None = None
     notes: tuple[str, ...] = ()
 
-    def profile(
-        self,
-        model: ModelIdentity,
-        *,
-        layers: Iterable[int] | None = None,
-        strength: float | None = None,
-        shift: int = 0,
-        gate: Condition | SteeringProfile | None = None,
-        name: str = "imported",
-    ) -> tuple[SteeringProfile, list[str]]:
-        """A profile of these vectors, and what to know about it.
+    def profile(self, model: ModelIdentity, **options: Any) -> tuple[SteeringProfile, list[str]]:
+        """Return a profile of these vectors for `model`, and notes on it.
 
         Args:
-            model: the model it is for.
-            layers: 0-based blocks to steer, in place of the file's own choice.
-            strength: of every steered layer, in place of the file's.
-            shift: added to every block number, where a file counts in another way than its format does.
-            gate: a condition, or a profile of the same model whose gate is taken over; None: always open.
-            name: what the profile calls its vectors.
+            options: see `ImportOptions`.
 
         Raises:
-            ProfileError: vectors of another size, a layer that the model or the file does not have.
+            ProfileError: vectors of another size, a layer that the model or the file does not have, an edit or a gate
+                that no profile holds.
         """
+        chosen = ImportOptions(**options)
         notes = list(self.notes)
-        chosen = None if layers is None else sorted(set(layers))
-        vectors = {layer + shift: vector for layer, vector in self.vectors.items()}
-        strengths = {layer + shift: value for layer, value in self.strengths.items()}
+        vectors, strengths = self._placed(model, chosen, notes)
+        if not any(strengths.values()):
+            notes.append("no layer is steered yet: name layers, or let `steerfast tune` find them")
+        if self.hint not in (None, "", "unknown", model.architecture):
+            notes.append(f"the file says it is for a {self.hint!r} model, {model.name!r} is {model.architecture!r}")
+        rows, zeros = torch.zeros(model.num_layers, model.hidden_size), torch.zeros(model.num_layers)
+        gate: dict[str, Any] = {"direction": rows, "threshold": zeros, "norm": zeros, "gate": Gate("always")}
+        gate |= _gate_fields(chosen, model, notes)
+        profile = SteeringProfile(
+            model=model,
+            vector=_in_rows(vectors, rows.clone()),
+            strength=_in_rows(strengths, zeros.clone()),
+            edit=chosen.edit,
+            low=chosen.low,
+            high=chosen.high,
+            angle=chosen.angle,
+            positions=self.positions,
+            vector_kind=chosen.name,
+            fitted={"direction": "an import", "notes": list(notes)},
+            **gate,
+        )
+        return profile, notes
+
+    def _placed(
+        self, model: ModelIdentity, options: ImportOptions, notes: list[str]
+    ) -> tuple[dict[int, Tensor], dict[int, float]]:
+        """Return vectors and strengths by the profile's layers, as `options` ask for them; add to `notes`."""
+        chosen = None if options.layers is None else sorted(set(options.layers))
+        vectors = {layer + options.shift: vector for layer, vector in self.vectors.items()}
+        strengths = {layer + options.shift: value for layer, value in self.strengths.items()}
         if self.anywhere is not None:
             if chosen is None:
                 raise ProfileError("layers: the file gives its vector no layer, expected the layers to steer, got none")
@@ -106,45 +153,46 @@ class Imported:
                 raise ProfileError(f"layers: expected some of {sorted(vectors)}, which the file has, got {missing[0]}")
             strengths = {layer: strengths.get(layer, 1.0) for layer in chosen}
         strengths = {layer: value for layer, value in strengths.items() if layer in vectors and vectors[layer].any()}
-        if strength is not None:
-            strengths = dict.fromkeys(strengths, strength)
-        if not any(strengths.values()):
-            notes.append("no layer is steered yet: name layers, or let `steerfast tune` find them")
-        if self.hint not in (None, "", "unknown", model.architecture):
-            notes.append(f"the file says it is for a {self.hint!r} model, {model.name!r} is {model.architecture!r}")
-        if isinstance(gate, Condition):
-            notes += gate.notes
-        profile = SteeringProfile(
-            model=model,
-            direction=torch.zeros(model.num_layers, model.hidden_size),
-            threshold=torch.zeros(model.num_layers),
-            vector=_placed(vectors, torch.zeros(model.num_layers, model.hidden_size)),
-            strength=_placed(strengths, torch.zeros(model.num_layers)),
-            norm=torch.zeros(model.num_layers),
-            gate=Gate("always"),
-            positions=self.positions,
-            vector_kind=name,
-            fitted={"direction": "an import", "notes": notes},
-        )
-        return replace(profile, **_gate_fields(gate, model)), notes
+        if options.strength is not None:
+            return vectors, dict.fromkeys(strengths, options.strength)
+        if not EDITS[options.edit].adds and any(value != 1 for value in strengths.values()):
+            notes.append(f"the file's strengths are left out: they scale an addition, {options.edit} is done at 1")
+            strengths = dict.fromkeys(strengths, 1.0)
+        return vectors, strengths
 
 
-def _gate_fields(gate: Condition | SteeringProfile | None, model: ModelIdentity) -> dict[str, Any]:
-    if gate is None:
+_GATE_FIELDS = ("gate", "direction", "threshold", "abstain", "sensor", "norm", "calibration")
+
+
+def _gate_fields(options: ImportOptions, model: ModelIdentity, notes: list[str]) -> dict[str, Any]:
+    """Return the fields of a profile that its gate fills; add to `notes`."""
+    source = options.gate
+    if source is None:
         return {}
-    if isinstance(gate, SteeringProfile):
-        if (problem := gate.model.mismatch(model)) is not None:
+    if isinstance(source, SteeringProfile):
+        if (problem := source.model.mismatch(model)) is not None:
             raise ProfileError(f"gate: {problem}")
-        taken = ("gate", "direction", "threshold", "abstain", "sensor", "norm", "calibration")
-        return {name: getattr(gate, name) for name in taken}
-    _check_fits("condition", gate.direction, gate.layer, model)
-    zeros = torch.zeros(model.num_layers, model.hidden_size)
-    return {
-        "gate": Gate("prompt", "cosine"),
-        "direction": _placed({gate.layer: torch.nn.functional.normalize(gate.direction, dim=0)}, zeros),
-        "threshold": _placed({gate.layer: gate.threshold}, zeros[:, 0].clone()),
-        "sensor": gate.layer,
-    }
+        fields = {name: getattr(source, name) for name in _GATE_FIELDS}
+    else:
+        _check_fits("condition", source.direction, source.layer, model)
+        notes += source.notes
+        zeros = torch.zeros(model.num_layers, model.hidden_size)
+        fields = {
+            "gate": Gate("prompt", "cosine"),
+            "direction": _in_rows({source.layer: torch.nn.functional.normalize(source.direction, dim=0)}, zeros),
+            "threshold": _in_rows({source.layer: source.threshold}, zeros[:, 0].clone()),
+            "sensor": source.layer,
+        }
+    gate = fields["gate"]
+    if options.gate_kind not in (None, gate.kind):
+        fields["gate"] = Gate("always") if options.gate_kind == "always" else replace(gate, kind=options.gate_kind)
+        if fields.pop("abstain", None) is not None:
+            notes.append(f"the abstain band is left out: it was set for a {gate.kind} gate")
+        if fields.pop("calibration", None):
+            notes.append(f"the calibration figures are left out: they hold for a {gate.kind} gate")
+    if options.sharpness is not None:
+        fields["gate"] = replace(fields["gate"], sharpness=options.sharpness)
+    return fields
 
 
 def _check_fits(what: str, vector: Tensor, layer: int, model: ModelIdentity) -> None:
@@ -154,18 +202,18 @@ def _check_fits(what: str, vector: Tensor, layer: int, model: ModelIdentity) -> 
         raise ProfileError(f"{what}: expected {model.hidden_size} numbers for {model.name!r}, got {len(vector)}")
 
 
-def _placed(values: Mapping[int, Tensor] | Mapping[int, float], rows: Tensor) -> Tensor:
+def _in_rows(values: Mapping[int, Tensor] | Mapping[int, float], rows: Tensor) -> Tensor:
     for layer, value in values.items():
         rows[layer] = torch.as_tensor(value, dtype=torch.float64)  # infinite where float32 cannot hold it
     return rows
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What a profile adds where its gate is open, ready to be written: strength times vector.
+class ExportRows:
+    """The rows that a profile adds where its gate is open, ready to be written: strength times vector.
 
     rows: 0-based block -> float32 [H], ascending.
-    notes: what the other side has to know, and what is lost.
+    notes: facts that the other project's users need, and losses.
     """
 
     profile: SteeringProfile
@@ -174,21 +222,25 @@ class Rows:
 
     @property
     def hint(self) -> str:
-        """The model's architecture, as projects write it into their files."""
+        """Return the model's architecture, as projects write it into their files."""
         return self.profile.model.architecture
 
     def stacked(self) -> np.ndarray:
-        """float32 [n, H]: the rows, one under another."""
+        """Return the rows, one under another: float32 [n, H]."""
         return torch.stack(list(self.rows.values())).numpy()
 
 
-def rows_of(profile: SteeringProfile, *, gate_apart: bool = False) -> Rows:
-    """The vectors to write, and what is lost by it; `gate_apart`: not the gate, it is written to a file of its own.
+def export_rows(profile: SteeringProfile, *, gate_apart: bool = False) -> ExportRows:
+    """Return the vectors to write, with notes on losses.
+
+    Args:
+        gate_apart: whether the gate is written too, to another file.
 
     Raises:
-        ProfileError: the profile does something else than adding, or adds nothing.
+        ProfileError: the profile's edit is no addition, or the profile adds nothing.
     """
-    if profile.edit not in ("add", "keep_norm"):
+    kind = EDITS[profile.edit]
+    if not kind.adds:
         raise ProfileError(f"edit: other formats hold vectors to add, expected 'add', got {profile.edit!r}")
     steered = profile.steered_layers
     if steered:
@@ -211,23 +263,23 @@ def rows_of(profile: SteeringProfile, *, gate_apart: bool = False) -> Rows:
         notes.append("positions are lost: the whole prompt will be steered too")
     if profile.answer_tokens is not None:
         notes.append(f"answer_tokens is lost: all of an answer will be steered, not {profile.answer_tokens} tokens")
-    if profile.edit == "keep_norm":
-        notes.append("keep_norm is lost: vectors will be added without scaling rows back to their norm")
+    if kind.reads_sums:
+        notes.append(f"{kind.name} is lost: vectors will be added without scaling rows back to their norm")
     if profile.candidates:
         notes.append(f"candidate vectors are lost: {', '.join(sorted(profile.candidates))}")
-    return Rows(profile, rows, tuple(notes))
+    return ExportRows(profile, rows, tuple(notes))
 
 
 @dataclass(frozen=True)
 class Format:
-    """How one project keeps its vectors.
+    """One project's files of vectors.
 
     name: as users type it.
     endings: of its files; none: a folder.
-    layers: what its layer numbers mean.
+    layers: the meaning of its layer numbers.
     detects: whether (path, its content) looks like one; the content of a folder is empty.
-    read: path, its content -> what it says. May raise `Malformed`, and what parsing raises.
-    encode: rows -> what to write (bytes, or name -> bytes for a folder) and notes; None where it is only read.
+    read: path, its content -> `Imported`. May raise `Malformed`, and the errors of parsers.
+    encode: rows -> bytes of a file (or name -> bytes of a folder) and notes; None for a format that is only read.
     """
 
     name: str
@@ -235,14 +287,14 @@ class Format:
     layers: str
     detects: Callable[[Path, bytes], bool]
     read: Callable[[Path, bytes], Imported]
-    encode: Callable[[Rows], tuple[bytes | dict[str, bytes], list[str]]] | None = None
+    encode: Callable[[ExportRows], tuple[bytes | dict[str, bytes], list[str]]] | None = None
 
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
 def content(path: Path) -> bytes:
-    """All of a file; nothing of a folder.
+    """Return the bytes of a file; none for a folder.
 
     Raises:
         ProfileError: missing, not readable, too large.
@@ -264,7 +316,7 @@ def content(path: Path) -> bytes:
 
 
 def json_of(data: bytes) -> Any:
-    """The JSON of a file; None where it is none."""
+    """Return the JSON value in a file; None for other content."""
     if data.lstrip()[:1] not in (b"{", b"["):
         return None
     try:
@@ -274,7 +326,7 @@ def json_of(data: bytes) -> Any:
 
 
 def json_object(data: bytes) -> dict[str, Any]:
-    """The JSON object of a file."""
+    """Return the JSON object in a file."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -283,14 +335,14 @@ def json_object(data: bytes) -> dict[str, Any]:
 
 
 def mapping(what: str, value: object) -> dict[str, Any]:
-    """`value`, if it is a JSON object."""
+    """Return `value`, a JSON object, or raise."""
     if not isinstance(value, dict):
         raise Malformed(f"{what}: expected an object, got {type(value).__name__}")
     return value
 
 
 def layer_number(value: object) -> int:
-    """A layer number of a file: a whole number from 0, or its text."""
+    """Return a layer number of a file: a whole number from 0, or its text."""
     text = str(value)
     if isinstance(value, bool) or not isinstance(value, (int, str)) or not (text.isascii() and text.isdigit()):
         raise Malformed(f"layer: expected a whole number from 0, got {value!r}")
@@ -300,14 +352,14 @@ def layer_number(value: object) -> int:
 
 
 def number(what: str, value: object) -> float:
-    """A finite number."""
+    """Return `value`, a finite number, or raise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise Malformed(f"{what}: expected a finite number, got {value!r}")
     return float(value)
 
 
 def floats(what: str, value: object) -> Tensor:
-    """A JSON list of numbers as float32 [n]."""
+    """Return a JSON list of numbers as float32 [n]."""
     if not isinstance(value, list) or not value or not all(type(entry) in (int, float) for entry in value):
         raise Malformed(f"{what}: expected a list of numbers, got {_brief(value)}")
     try:
@@ -317,7 +369,7 @@ def floats(what: str, value: object) -> Tensor:
 
 
 def vector(what: str, value: object, dims: tuple[int, ...] = (1,)) -> Tensor:
-    """A tensor of a file as finite float32 on the CPU."""
+    """Return a tensor of a file as finite float32 on the CPU."""
     if not isinstance(value, Tensor):
         raise Malformed(f"{what}: expected a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or not value.is_floating_point() or value.device.type != "cpu":
@@ -334,7 +386,7 @@ def vector(what: str, value: object, dims: tuple[int, ...] = (1,)) -> Tensor:
 
 
 def packed(what: str, data: bytes, dtype: object, shape: object) -> Tensor:
-    """Little-endian raw numbers as float32 of `shape`.
+    """Return little-endian raw numbers as float32 of `shape`.
 
     Args:
         dtype: float64, float32, float16 or bfloat16.
@@ -355,7 +407,7 @@ def packed(what: str, data: bytes, dtype: object, shape: object) -> Tensor:
 
 
 def checked_shape(what: str, shape: object) -> list[int]:
-    """A shape of a file: a short list of sizes from 1, of no more numbers than a file may hold."""
+    """Return a shape of a file: up to 3 sizes from 1, of no more numbers than a file may hold."""
     if (
         not isinstance(shape, list)
         or not 1 <= len(shape) <= 3
@@ -367,7 +419,7 @@ def checked_shape(what: str, shape: object) -> list[int]:
 
 
 def base64_bytes(what: str, value: object) -> bytes:
-    """The bytes behind base64 text."""
+    """Return the bytes that base64 text encodes."""
     if not isinstance(value, str):
         raise Malformed(f"{what}: expected base64 text, got {type(value).__name__}")
     try:
@@ -377,7 +429,7 @@ def base64_bytes(what: str, value: object) -> bytes:
 
 
 def json_bytes(value: object) -> bytes:
-    """`value` as the content of a JSON file."""
+    """Return `value` as the content of a JSON file."""
     return (json.dumps(value, allow_nan=False) + "\n").encode()
 
 

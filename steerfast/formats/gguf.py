@@ -1,144 +1,139 @@
-"""GGUF control vectors: llama.cpp, repeng, and EasySteer's own kind.
+"""GGUF control vectors: llama.cpp, repeng, and EasySteer's variant. Needs the package gguf.
 
 ``general.architecture`` is "controlvector"; tensors are ``direction.<N>``, one-dimensional F32 of one length. llama.cpp
 adds direction.N to the output of 0-based block N, and refuses a file that has N = 0 or any other tensor; repeng and
 EasySteer count alike, and EasySteer has a block 0. llama.cpp's cvector-generator stores the output of block N - 1 as
-direction.N and signs its layer count, which tells its files.
+direction.N. Its layer count is signed, which identifies its files.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from steerfast.formats.base import MOST_BYTES, Format, Imported, Malformed, Rows, vector
+from steerfast.errors import ProfileError
+from steerfast.formats.base import ExportRows, Format, Imported, Malformed, vector
 
 _MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
 _ARCHITECTURE = "controlvector"
-_U32, _I32, _STRING, _ARRAY = 4, 5, 8, 9
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_F32 = 0
-_ALIGNMENT = 32
 _NUMBERING = "direction.N edits the output of 0-based block N"
+_MOST_READS = 1 << 16  # values in a header; a control vector of 126 layers has about a thousand
 
 
-# -- the container ---------------------------------------------------------------------------------
+def _package() -> Any:
+    """Return the module gguf, or raise ProfileError."""
+    try:
+        import gguf
+    except ImportError:
+        raise ProfileError(
+            "gguf: .gguf files need the package gguf, which is not installed (pip install steerfast[gguf])"
+        ) from None
+    return gguf
 
 
-class _Reader:
-    """Takes values off little-endian data, never past its end."""
+def parse(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the fields of a GGUF file, name -> ``gguf.ReaderField``, and its tensors, name -> float32 [n].
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.at = 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise Malformed(f"expected {count} more bytes at byte {self.at}, got {len(self.data) - self.at}: truncated")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def scalar(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def string(self) -> str:
-        return self.take(self.scalar("Q")).decode()
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind])
-        if kind != _ARRAY:
-            raise Malformed(f"value type: expected one of GGUF's, got {kind}")
-        inner, count = self.scalar("I"), self.scalar("Q")
-        if inner == _STRING:
-            for _ in range(count):
-                self.string()
-        elif inner in _SCALARS:
-            self.take(count * struct.calcsize("<" + _SCALARS[inner]))
-        else:
-            raise Malformed(f"array: expected scalars or strings, got type {inner}")
-        return None  # no array of a control vector's file is needed
-
-
-def parse(data: bytes) -> tuple[dict[str, tuple[int, Any]], dict[str, torch.Tensor]]:
-    """Values, name -> (type, value), and tensors, name -> float32 [n], of a GGUF file."""
-    reader = _Reader(data)
-    if reader.take(4) != _MAGIC:
+    Raises:
+        Malformed: a file that is no GGUF, that is truncated, or that has something else than 1-D F32 tensors.
+        ProfileError: the package gguf is missing.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not start.startswith(_MAGIC):
         raise Malformed("expected a GGUF file")
-    version = reader.scalar("I")
-    if version not in (2, 3):
+    version = int.from_bytes(start[4:], "little")
+    if len(start) == 8 and version not in _VERSIONS:
         raise Malformed(f"GGUF version: expected 2 or 3, little-endian, got {version}")
-    tensor_count, value_count = reader.scalar("Q"), reader.scalar("Q")
-    values: dict[str, tuple[int, Any]] = {}
-    for _ in range(value_count):
-        name, kind = reader.string(), reader.scalar("I")
-        if name in values:
-            raise Malformed(f"key {name!r}: expected once, got twice")
-        values[name] = kind, reader.value(kind)
-    places: dict[str, tuple[int, int]] = {}
-    for _ in range(tensor_count):
-        name, dims = reader.string(), reader.scalar("I")
-        if dims != 1:
-            raise Malformed(f"tensor {name[:60]!r}: expected 1-D, got {dims}-D")
-        size, kind, offset = reader.scalar("Q"), reader.scalar("I"), reader.scalar("Q")
-        if kind != _F32:
-            raise Malformed(f"tensor {name[:60]!r}: expected F32 (type 0), got type {kind}")
-        if name in places:
-            raise Malformed(f"tensor {name[:60]!r}: expected once, got twice")
-        places[name] = offset, size
-    alignment = values.get("general.alignment", (_U32, _ALIGNMENT))[1]
-    if not isinstance(alignment, int) or not 1 <= alignment <= MOST_BYTES:
-        raise Malformed(f"general.alignment: expected a size in bytes, got {alignment!r}")
-    start = -(-reader.at // alignment) * alignment
-    tensors = {}
-    for name, (offset, size) in places.items():
-        reader.at = start + offset
-        raw = reader.take(4 * size) if reader.at <= len(data) else reader.take(len(data) + 1)
-        tensors[name] = vector(f"tensor {name!r}", torch.from_numpy(np.frombuffer(raw, "<f4").copy()))
-    return values, tensors
+    reader = _reader_class()(path)
+    return dict(reader.fields), reader.vectors
+
+
+def _reader_class() -> Any:
+    gguf = _package()
+
+    class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
+        """Read a file whose counts and offsets may lie: nothing past its end, and no long header."""
+
+        reads = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **options: Any) -> Any:
+            self.reads += 1
+            if self.reads > _MOST_READS:
+                raise Malformed(f"header: expected at most {_MOST_READS} values, got more")
+            size, rest = np.dtype(dtype).itemsize * int(count), max(0, len(self.data) - int(offset))
+            if size > rest:
+                raise Malformed(f"expected {size} more bytes at byte {int(offset)}, got {rest}: truncated")
+            return super()._get(offset, dtype, count, *more, **options)
+
+        def _push_field(self, field: Any, skip_sum: bool = False) -> int:
+            if field.name in self.fields:
+                raise Malformed(f"key {field.name[:60]!r}: expected once, got twice")
+            if field.name == "general.alignment":
+                size = field.contents()
+                if not isinstance(size, int) or size < 1 or size & (size - 1):
+                    raise Malformed(f"general.alignment: expected a size in bytes, got {size!r:.60}")
+            return int(super()._push_field(field, skip_sum))
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            array = gguf.GGUFValueType.ARRAY
+            if raw_type == array and self._get(orig_offs, np.uint32)[0] == array:
+                raise Malformed("array: expected scalars or strings, got arrays")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            self.vectors: dict[str, Tensor] = {}
+            for field in fields:
+                _, _, dims, sizes, kind, offset = (part.tolist() for part in field.parts)
+                if dims != [1]:
+                    raise Malformed(f"tensor {field.name[:60]!r}: expected 1-D, got {dims[0]}-D")
+                if kind != [gguf.GGMLQuantizationType.F32]:
+                    raise Malformed(f"tensor {field.name[:60]!r}: expected F32 (type 0), got type {kind[0]}")
+                if field.name in self.vectors:
+                    raise Malformed(f"tensor {field.name[:60]!r}: expected once, got twice")
+                row = np.array(self._get(int(start_offs) + offset[0], np.float32, sizes[0]))
+                self.vectors[field.name] = vector(f"tensor {field.name[:60]!r}", torch.from_numpy(row))
+
+    return Reader
 
 
 def build(values: dict[str, str | int], tensors: dict[str, np.ndarray]) -> bytes:
-    """A GGUF file of strings, unsigned 32-bit numbers and float32 vectors."""
-    head = [_MAGIC, struct.pack("<IQQ", 3, len(tensors), len(values))]
-    for name, value in values.items():
-        kind = _STRING if isinstance(value, str) else _U32
-        head += [_string(name), struct.pack("<I", kind)]
-        head.append(_string(value) if isinstance(value, str) else struct.pack("<I", value))
-    offset, bodies = 0, []
-    for name, tensor in tensors.items():
-        body = tensor.astype("<f4").tobytes()
-        head += [_string(name), struct.pack("<IQIQ", 1, len(tensor), _F32, offset)]
-        bodies.append(body + bytes(-len(body) % _ALIGNMENT))
-        offset += len(bodies[-1])
-    made = b"".join(head)
-    return made + bytes(-len(made) % _ALIGNMENT) + b"".join(bodies)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
+    """Return a control vector's file with these strings, unsigned 32-bit numbers and float32 vectors."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "v.gguf"
+        writer = _package().GGUFWriter(path, _ARCHITECTURE)
+        for name, value in values.items():
+            (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
 
 
 # -- control vectors -------------------------------------------------------------------------------
 
 
 def _read(path: Path, data: bytes) -> Imported:
-    values, tensors = parse(data)
-    architecture = values.get("general.architecture", (0, None))[1]
-    if architecture != _ARCHITECTURE:
-        raise Malformed(f"general.architecture: expected {_ARCHITECTURE!r}, got {architecture!r}")
-    component = _component(values)
+    if not data.startswith(_MAGIC):
+        raise Malformed("expected a GGUF file")
+    fields, tensors = parse(path)
+    values = {name: field.contents() for name, field in fields.items()}
+    if (architecture := values.get("general.architecture")) != _ARCHITECTURE:
+        raise Malformed(f"general.architecture: expected {_ARCHITECTURE!r}, got {architecture!r:.60}")
+    component = _component(values.get("controlvector.easysteer"))
     if component not in (None, "hidden_states"):
-        raise Malformed(f"component: expected vectors of hidden_states, got {component!r}")
+        raise Malformed(f"component: expected vectors of hidden_states, got {component!r:.60}")
     vectors = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"direction\.(0|[1-9]\d{0,5})", name)
@@ -151,18 +146,20 @@ def _read(path: Path, data: bytes) -> Imported:
     if len(lengths) > 1:
         raise Malformed(f"tensors: expected one length, got {sorted(lengths)}")
     notes = [f"layers: {_NUMBERING}"]
-    if values.get("controlvector.layer_count", (_U32, 0))[0] == _I32:
+    count = fields.get("controlvector.layer_count")
+    if count is not None and [kind.name for kind in count.types] == ["INT32"]:
         notes.append(
-            "the layer count is signed, as llama.cpp's cvector-generator writes it: it measures the output of block "
-            "N - 1 and llama.cpp adds it to block N's; imported as llama.cpp applies it, shift by -1 for where it was "
-            "measured"
+            "the layer count is signed, as llama.cpp's cvector-generator writes it: the generator measures the output "
+            "of block N - 1, and llama.cpp adds it to block N's; imported as llama.cpp applies it, shift by -1 to "
+            "steer where it was measured"
         )
-    hint = values.get("controlvector.model_hint", (_STRING, None))[1]
-    return Imported(vectors, dict.fromkeys(vectors, 1.0), hint=hint, notes=tuple(notes))
+    return Imported(
+        vectors, dict.fromkeys(vectors, 1.0), hint=values.get("controlvector.model_hint"), notes=tuple(notes)
+    )
 
 
-def _component(values: dict[str, tuple[int, Any]]) -> Any:
-    text = values.get("controlvector.easysteer", (_STRING, None))[1]
+def _component(text: Any) -> Any:
+    """Return the component that EasySteer's own field names; None without that field."""
     if text is None:
         return None
     try:
@@ -171,7 +168,7 @@ def _component(values: dict[str, tuple[int, Any]]) -> Any:
         raise Malformed("controlvector.easysteer: expected a JSON object with a component") from None
 
 
-def _encode(written: Rows) -> tuple[bytes, list[str]]:
+def _encode(written: ExportRows) -> tuple[bytes, list[str]]:
     rows, notes = dict(written.rows), []
     if rows.pop(0, None) is not None:
         notes.append("block 0 is left out: llama.cpp refuses files that have direction.0")
@@ -180,14 +177,13 @@ def _encode(written: Rows) -> tuple[bytes, list[str]]:
     return _built(written, rows, {}), notes
 
 
-def _encode_easysteer(written: Rows) -> tuple[bytes, list[str]]:
+def _encode_easysteer(written: ExportRows) -> tuple[bytes, list[str]]:
     native = json.dumps({"version": 1, "component": "hidden_states", "metadata": {"mapping": []}})
     return _built(written, written.rows, {"method": "steerfast", "easysteer": native}), []
 
 
-def _built(written: Rows, rows: dict[int, torch.Tensor], extra: dict[str, str]) -> bytes:
+def _built(written: ExportRows, rows: dict[int, Tensor], extra: dict[str, str]) -> bytes:
     values: dict[str, str | int] = {
-        "general.architecture": _ARCHITECTURE,
         f"{_ARCHITECTURE}.model_hint": written.hint,
         f"{_ARCHITECTURE}.layer_count": len(rows),
         "steerfast.layer_numbering": _NUMBERING,

@@ -13,10 +13,10 @@ from torch import Tensor
 from steerfast.errors import ProfileError
 from steerfast.formats.base import (
     Condition,
+    ExportRows,
     Format,
     Imported,
     Malformed,
-    Rows,
     base64_bytes,
     checked_shape,
     floats,
@@ -32,7 +32,7 @@ from steerfast.formats.base import (
 from steerfast.profile import SteeringProfile
 
 # -- .svec -----------------------------------------------------------------------------------------
-# Conditional activation steering edits and reads what goes into block L, which is what comes out of block L - 1.
+# Conditional activation steering edits and reads the input of block L, which is the output of block L - 1.
 
 _SVEC_LAYERS = "layers: L is the input of 0-based block L, the output of block L - 1"
 
@@ -51,7 +51,7 @@ def _read_svec(path: Path, data: bytes) -> Imported:
 
 
 def condition_of(imported: Imported, layer: int, threshold: float) -> Condition:
-    """The gate of a condition vector: at 0-based block `layer` the cosine has to exceed `threshold`.
+    """Return the gate of a condition vector: it opens where the cosine at 0-based block `layer` exceeds `threshold`.
 
     Raises:
         ProfileError: the file has no vector there.
@@ -73,10 +73,10 @@ def condition_of(imported: Imported, layer: int, threshold: float) -> Condition:
 
 
 def condition_file(profile: SteeringProfile) -> tuple[bytes, list[str]]:
-    """The directions of a profile's gates as a .svec, and how to use them.
+    """Return the directions of a profile's gates as a .svec, and notes on their use.
 
     Raises:
-        ProfileError: no gate, or one that this cannot say.
+        ProfileError: no gate, or a gate that does not read cosines.
     """
     layers, model = profile.gate_layers, profile.model
     if not layers or profile.gate.score != "cosine":
@@ -94,7 +94,7 @@ def condition_file(profile: SteeringProfile) -> tuple[bytes, list[str]]:
     return data, notes + lost + [f"conditional activation steering compares absolute cosines{of}: try the threshold"]
 
 
-def _encode_svec(written: Rows) -> tuple[bytes, list[str]]:
+def _encode_svec(written: ExportRows) -> tuple[bytes, list[str]]:
     data, lost = _svec(written.hint, written.rows, written.profile.model.num_layers)
     layers = [layer + 1 for layer in written.rows if layer + 1 < written.profile.model.num_layers]
     return data, [f"behavior_layer_ids={layers}: inputs of 0-based blocks", *lost]
@@ -188,7 +188,7 @@ def _inflated(data: bytes, most: int) -> bytes:
     return raw
 
 
-def _encode_lens(written: Rows) -> tuple[bytes, list[str]]:
+def _encode_lens(written: ExportRows) -> tuple[bytes, list[str]]:
     rows = written.stacked()
     activations = {
         "data": base64.b64encode(rows.astype("<f4").tobytes()).decode(),
@@ -272,7 +272,7 @@ def _listed_rows(rows: dict[str, Any]) -> Iterator[tuple[int, Tensor, float]]:
         yield layer_number(layer), floats(f"layer {layer}", entry), scale
 
 
-def _encode_module(written: Rows) -> tuple[bytes, list[str]]:
+def _encode_module(written: ExportRows) -> tuple[bytes, list[str]]:
     rows = written.stacked()
     hook = {
         "dtype": "float32",

@@ -1,8 +1,8 @@
 """Files that torch.save and pickle write: hotwire, rotalabs, and steering-vectors (read only).
 
-Nothing in them is trusted. torch's archives are looked over before torch opens them, with ``weights_only``; a bare
-pickle goes through an unpickler that knows tensors, plain containers and one stand-in class. Everything else is
-refused by its name. Nothing is ever written as a pickle of classes: hotwire's and rotalabs' files hold one tensor.
+Nothing in them is trusted. torch's archives are checked before torch opens them, with ``weights_only``; a bare pickle
+goes through an unpickler that knows tensors, plain containers and one stand-in class. Everything else is refused by
+name. No pickle of classes is ever written: hotwire's and rotalabs' files hold one tensor.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from steerfast.formats.base import (
     MOST_BYTES,
+    ExportRows,
     Format,
     Imported,
     Malformed,
-    Rows,
     content,
     json_bytes,
     json_object,
@@ -41,17 +41,17 @@ _STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
 
 
 class _SteeringVector:
-    """Stands in for the class of that name in steering-vectors: what was pickled becomes its attributes."""
+    """Stand in for the class of that name in steering-vectors: the pickled fields become its attributes."""
 
 
 # -- careful loading -------------------------------------------------------------------------------
 
 
 def _load(data: bytes) -> Any:
-    """What torch.save put into `data`: tensors, plain containers, `_SteeringVector`."""
-    _look_over(data)
+    """Return the tensors, plain containers or `_SteeringVector` that torch.save put into `data`."""
+    _check_archive(data)
     allowed: list[Any] = [(_SteeringVector, _STEERING_VECTOR)]
-    with torch.serialization.safe_globals(allowed), _doubted("a file of tensors"):
+    with torch.serialization.safe_globals(allowed), _malformed_unless("a file of tensors"):
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
         if foreign:
             raise Malformed(f"expected tensors alone, got {', '.join(sorted(foreign))[:200]}")
@@ -59,8 +59,8 @@ def _load(data: bytes) -> Any:
 
 
 @contextlib.contextmanager
-def _doubted(what: str) -> Iterator[None]:
-    """A pickle is a program and may fail in any way: all of them mean that it is not `what`."""
+def _malformed_unless(what: str) -> Iterator[None]:
+    """Turn any error into `Malformed`: a pickle is a program and may fail in any way; then it is not `what`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,7 +72,8 @@ def _doubted(what: str) -> Iterator[None]:
         raise Malformed(f"not {what} ({type(error).__name__}: {reason})") from None
 
 
-def _look_over(data: bytes) -> None:
+def _check_archive(data: bytes) -> None:
+    """Refuse a zip archive that torch.save would not write."""
     try:
         entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
     except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
@@ -88,14 +89,14 @@ def _look_over(data: bytes) -> None:
 
 
 def _storage(raw: bytes) -> Any:
-    """The storage inside a pickled tensor, which torch itself would load as a pickle of anything."""
+    """Return the storage inside a pickled tensor, which torch itself would load as a pickle of anything."""
     if len(raw) > MOST_BYTES:
         raise Malformed("storage: too large")
     return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Bytes, as pickles of protocol 2 hold them."""
+    """Return the bytes that a pickle of protocol 2 holds as text."""
     if encoding != "latin1":
         raise Malformed(f"bytes: expected latin1, got {encoding!r}")
     return text.encode("latin1")
@@ -111,7 +112,7 @@ _KNOWN = {
 
 
 def _build(unpickler: Any) -> None:
-    """Gives an object its attributes: the stand-in alone, since a pickle may hold torch's functions as well."""
+    """Set an object's attributes: only the stand-in's, since a pickle may hold torch's functions as well."""
     state = unpickler.stack.pop()
     made = unpickler.stack[-1]
     if type(made) is not _SteeringVector or not isinstance(state, dict):
@@ -119,8 +120,8 @@ def _build(unpickler: Any) -> None:
     vars(made).update(state)
 
 
-class _Unpickler(pickle._Unpickler):  # in Python: the C one reserves memory for any memo index it is told
-    """Knows what a pickled SteeringVector needs."""
+class _Unpickler(pickle._Unpickler):  # in Python: the C one reserves memory for any memo index
+    """Load the classes and functions that a pickled SteeringVector needs, no others."""
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}  # noqa: RUF012 (as the class above has it)
 
@@ -135,7 +136,7 @@ class _Unpickler(pickle._Unpickler):  # in Python: the C one reserves memory for
 
 
 def _unpickle(data: bytes) -> Any:
-    with _doubted("a pickle of tensors"):
+    with _malformed_unless("a pickle of tensors"):
         return _Unpickler(io.BytesIO(data)).load()
 
 
@@ -186,7 +187,7 @@ def _read_hotwire(path: Path, data: bytes) -> Imported:
     return Imported({layer: row for layer, row in enumerate(rows) if bool(row.any())}, notes=notes)
 
 
-def _encode_hotwire(written: Rows) -> tuple[bytes, list[str]]:
+def _encode_hotwire(written: ExportRows) -> tuple[bytes, list[str]]:
     model = written.profile.model
     rows = torch.zeros(model.num_layers, model.hidden_size)
     for layer, row in written.rows.items():
@@ -231,7 +232,7 @@ def _read_rotalabs(path: Path, data: bytes) -> Imported:
     return Imported(vectors, dict.fromkeys(vectors, 1.0), notes=tuple(notes))
 
 
-def _encode_rotalabs(written: Rows) -> tuple[dict[str, bytes], list[str]]:
+def _encode_rotalabs(written: ExportRows) -> tuple[dict[str, bytes], list[str]]:
     kind, model = written.profile.vector_kind, written.profile.model.name
     about = {"behavior": kind, "model_name": model}
     files = {"metadata.json": json_bytes({**about, "layers": list(written.rows)})}

@@ -1,8 +1,8 @@
-"""InferenceGuard: answers within a safety budget, found by searching among what the model itself would say.
+"""InferenceGuard: answers within a safety budget, found by a search among the model's own answers.
 
 Safe decoding as a constrained Markov decision process (arXiv 2502.01208): a safety state z counts down the budget of
-each candidate, a critic on the model's hidden states foresees what becomes of it, and blocks of tokens are searched for
-the best answer that stays within the budget. `Guard` is what users call.
+each candidate, a critic on the model's hidden states predicts its end, and blocks of tokens are searched for the best
+answer that stays within the budget. Users call `Guard`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steerfast.guard.candidates import Backend, HFBackend, Sampling
+    from steerfast.guard.backend import HFBackend
+    from steerfast.guard.candidates import Backend, Sampling
     from steerfast.guard.critic import Critic
     from steerfast.guard.guard import Guard, GuardedAnswer
     from steerfast.guard.heads import HiddenHead, fit_head
-    from steerfast.guard.objective import Candidate, Certificate, SafetyBudget
+    from steerfast.guard.objective import Certificate, SafetyBudget, ScoredAnswer
     from steerfast.guard.scores import Blocks, CallableScorer, ScoreModel, Scorer, SequenceClassifier
     from steerfast.guard.search import Search, Strategy
     from steerfast.guard.vllm import VLLMBackend
@@ -24,16 +25,16 @@ _PUBLIC = {
     "Backend": "candidates",
     "Blocks": "scores",
     "CallableScorer": "scores",
-    "Candidate": "objective",
     "Certificate": "objective",
     "Critic": "critic",
     "Guard": "guard",
     "GuardedAnswer": "guard",
-    "HFBackend": "candidates",
+    "HFBackend": "backend",
     "HiddenHead": "heads",
     "SafetyBudget": "objective",
     "Sampling": "candidates",
     "ScoreModel": "scores",
+    "ScoredAnswer": "objective",
     "Scorer": "scores",
     "Search": "search",
     "SequenceClassifier": "scores",
@@ -43,7 +44,7 @@ _PUBLIC = {
 }
 
 __all__ = [  # noqa: RUF022 (grouped by use)
-    "Guard", "GuardedAnswer", "Strategy", "Sampling", "SafetyBudget", "Certificate", "Candidate",
+    "Guard", "GuardedAnswer", "Strategy", "Sampling", "SafetyBudget", "Certificate", "ScoredAnswer",
     "Scorer", "Blocks", "CallableScorer", "SequenceClassifier", "ScoreModel", "HiddenHead", "fit_head", "Critic",
     "Search", "Backend", "HFBackend", "VLLMBackend",
 ]  # fmt: skip

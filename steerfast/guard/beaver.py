@@ -1,8 +1,8 @@
 """The score models of PKU-SafeRLHF (reward and cost): a Llama, a linear head on its last hidden states, a normaliser.
 
-Layout of a checkpoint: ``model.*`` (the Llama), ``score_head.weight`` [1, H], ``score_head.bias`` [1] in some, and
-``normalizer.mean``, ``.var`` [1], ``.count`` in newer ones. In its config: ``score_dim``, ``score_type`` (``reward``
-or ``cost``), ``do_normalize``, ``normalizer_type``, ``mean``, ``var``. Older ones have the head alone.
+Layout of a checkpoint: ``model.*`` (the Llama), ``score_head.weight`` [1, H], in some ``score_head.bias`` [1], in newer
+ones ``normalizer.mean``, ``.var`` [1], ``.count``. In its config: ``score_dim``, ``score_type`` (``reward`` or
+``cost``), ``do_normalize``, ``normalizer_type``, ``mean``, ``var``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class LlamaForScore(LlamaPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores of texts padded on either side: int64 [n, T] twice -> float32 [n]."""
+        """Score texts padded on either side: int64 [n, T] twice -> float32 [n]."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(dim=1)
         end = hidden[torch.arange(len(hidden), device=hidden.device), last]
@@ -71,7 +71,7 @@ def load_score_model(name: str | os.PathLike[str], **options: Any) -> LlamaForSc
     """Load a checkpoint of a score model, ready to score.
 
     Raises:
-        GuardError: nothing loadable at `name`, or no score model: weights are missing or of another shape.
+        GuardError: `name` cannot be loaded, or is no score model: weights are missing or of another shape.
     """
     try:
         loaded: Any = LlamaForScore.from_pretrained(name, output_loading_info=True, **options)
@@ -82,14 +82,14 @@ def load_score_model(name: str | os.PathLike[str], **options: Any) -> LlamaForSc
     missing = sorted(report["missing_keys"])
     needed = [key for key in missing if not key.startswith(_MAY_LACK)]
     if needed:
-        raise GuardError(f"score model {str(name)!r}: expected {needed[0]}, which it lacks ({len(needed)} such)")
+        raise GuardError(f"score model {str(name)!r}: expected {needed[0]}, which it lacks ({len(needed)} in all)")
     _fill(model, set(missing))
     return model.eval()
 
 
 @torch.no_grad()
 def _fill(model: LlamaForScore, missing: set[str]) -> None:
-    """Give what older checkpoints lack the value that it has without."""
+    """Set the parts that some checkpoints lack to their neutral values."""
     if "score_head.bias" in missing:
         model.score_head.bias.zero_()
     for name, neutral in (("mean", 0.0), ("var", 1.0), ("count", 0)):

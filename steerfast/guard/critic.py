@@ -1,8 +1,8 @@
-"""The critic: will an unfinished answer end within its budget, and what will it be worth?
+"""The critic: does an unfinished answer end within its budget, and what is its value?
 
-It reads what the critic of InferenceGuard does (arXiv 2502.01208): the base model's state h_t, which generation
-computed anyway (`steerfast.guard.latent`), the safety state z_t, and optionally a summary of the logits. How deep the
-paper's critic is is not known: here one GELU layer, or `depth` of them, carries both outputs.
+It reads the inputs of InferenceGuard's critic (arXiv 2502.01208): the base model's state h_t, which generation computed
+anyway (`steerfast.guard.latent`), and the safety state z_t. The paper does not state its critic's depth: here one GELU
+layer, or `depth` of them, carries both outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from steerfast.errors import GuardError
 from steerfast.guard.files import check_model, read_file, write_file
-from steerfast.guard.latent import check_states, completed, spread, state_size
+from steerfast.guard.latent import check_states, spread, state_size
 from steerfast.guard.objective import SafetyBudget
 from steerfast.profile import ModelIdentity
 
@@ -31,12 +31,11 @@ _BINS = 10
 
 @dataclass(frozen=True)
 class CriticSettings:
-    """Hyper-parameters; the defaults are the paper's (its table 3), but for `depth`, `validation` and `summary_size`.
+    """Hyper-parameters; the defaults are the paper's (its table 3), except `depth` and `validation`.
 
     width: of the hidden layers. depth: how many. learning_rate: of Adam. epochs: over the training prompts.
     discount: γ, per token. batch_size: states per step. budget: d, in units of the cost.
-    validation: share of the prompts that only the calibration curve sees. summary_size: numbers per state that sum up
-    the logits; 0: none.
+    validation: share of the prompts that only the calibration curve sees.
     """
 
     width: int = 4096
@@ -47,11 +46,10 @@ class CriticSettings:
     batch_size: int = 8
     budget: float = 10.0
     validation: float = 0.1
-    summary_size: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("depth", 1), ("epochs", 1), ("batch_size", 1), ("summary_size", 0)):
+        for name, least in (("width", 1), ("depth", 1), ("epochs", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise GuardError(f"{name}: expected a whole number of at least {least}, got {value!r}")
@@ -63,20 +61,20 @@ class CriticSettings:
 
     @property
     def safety(self) -> SafetyBudget:
-        """The budget and discount that the critic is trained for."""
+        """Return the budget and discount that the critic is trained for."""
         return SafetyBudget(self.budget, self.discount)
 
 
 class Critic(nn.Module):
-    """Two outputs on one trunk: the probability of ending within the budget, and the value if it is worth anything.
+    """Two outputs on one trunk: the probability of ending within the budget, and the discounted reward.
 
     Args:
         model: the base model whose hidden states it reads.
         settings: see `CriticSettings`.
         prompt_layer: of those states, see `steerfast.guard.latent`.
 
-    Buffers standardise what comes in and the values that go out; `standardise` sets them from the training states.
-    ``calibration`` is what `calibration` found on prompts held out from training, JSON data.
+    Buffers standardise inputs and values; `standardise` sets them from the training states. ``calibration`` holds the
+    figures of the function `calibration` on prompts held out from training, JSON data.
     """
 
     def __init__(
@@ -88,7 +86,7 @@ class Critic(nn.Module):
         self.settings = settings or CriticSettings()
         self.calibration: Mapping[str, Any] = {}
         size, width = state_size(model.hidden_size, prompt_layer), self.settings.width
-        inputs = size + 1 + self.settings.summary_size
+        inputs = size + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             sizes = [inputs, *[width] * self.settings.depth]
@@ -103,39 +101,33 @@ class Critic(nn.Module):
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_scale", torch.ones(()))
 
-    def forward(self, hidden: Tensor, z: Tensor, logits_summary: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What becomes of unfinished answers.
+    def forward(self, hidden: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the end of unfinished answers.
 
         Args:
-            hidden: [n, S], latent states, or last rows [n, H] (`steerfast.guard.latent.completed`).
+            hidden: [n, S], latent states.
             z: [n], the safety states, in units of the cost.
-            logits_summary: [n, summary_size], where the critic was trained with one.
 
         Returns:
             p_safe: float32 [n], f1, the probability that the answer ends within its budget; value: float32 [n], f2, the
             expected discounted task value. A state that is not finite fails closed: probability 0, value -inf.
         """
-        state = self.states(hidden, z, logits_summary)
+        state = self.states(hidden, z)
         logit, value = self.raw(state)
         finite = state.isfinite().all(dim=1)
         p_safe = torch.where(finite, logit.sigmoid(), 0.0)
         return p_safe, torch.where(finite, self.value_mean + self.value_scale * value, -float("inf"))
 
-    def states(self, hidden: Tensor, z: Tensor, logits_summary: Tensor | None = None) -> Tensor:
-        """The states as `raw` takes them, float32 [n, S + 1 + summary_size]: h, z / budget, logits summary."""
-        given = logits_summary.shape[-1] if logits_summary is not None else 0
+    def states(self, hidden: Tensor, z: Tensor) -> Tensor:
+        """Return the inputs of `raw`, float32 [n, S + 1]: h, z / budget."""
         check_states(_KIND, hidden, self.model, self.prompt_layer)
         if z.shape != hidden.shape[:1]:
             raise GuardError(f"critic: expected z [{len(hidden)}], one per state, got {list(z.shape)}")
-        if given != self.settings.summary_size:
-            raise GuardError(f"critic: expected {self.settings.summary_size} numbers that sum up logits, got {given}")
         share = (z.to(hidden.device).float() / self.settings.budget)[:, None]
-        whole = completed(hidden.float(), self.mean[: state_size(self.model.hidden_size, self.prompt_layer)])
-        parts = [whole, share] + ([logits_summary.float()] if logits_summary is not None else [])
-        return torch.cat(parts, dim=1)
+        return torch.cat([hidden.float(), share], dim=1)
 
     def raw(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-odds of ending within the budget, and the standardised value, of `states`: [n] twice."""
+        """Return the log-odds of ending within the budget, and the standardised value, of `states`: [n] each."""
         x = (state - self.mean) / self.scale
         for layer in self.trunk:
             x = F.gelu(layer(x))
@@ -150,10 +142,10 @@ class Critic(nn.Module):
             scale.copy_(spread(rows))
 
     def loss(self, states: Tensor, safe: Tensor, values: Tensor) -> Tensor:
-        """Binary cross-entropy of f1 plus squared error of f2 (of standardised values), the mean over states.
+        """Return the mean over states of f1's binary cross-entropy plus f2's squared error (standardised values).
 
         Args:
-            states: as `states` gives them. safe: [n], 1 where the answer ended within its budget. values: [n],
+            states: from `states`. safe: [n], 1 where the answer ended within its budget. values: [n],
                 discounted.
         """
         logit, value = self.raw(states)
@@ -161,7 +153,7 @@ class Critic(nn.Module):
         return F.binary_cross_entropy_with_logits(logit, safe.float()) + F.mse_loss(value, target)
 
     def check(self, model: ModelIdentity) -> None:
-        """Refuse another model than the one it was trained on (GuardError)."""
+        """Raise GuardError if the critic was trained on another model."""
         check_model(_KIND, self.model, model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -175,13 +167,13 @@ class Critic(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: ModelIdentity | None = None) -> Critic:
-        """Read a critic; `model`, where given, must be the one it was trained on.
+        """Read a critic; if `model` is given, the critic must have been trained on it.
 
         Raises:
-            GuardError: missing, damaged, no critic, of another model.
+            GuardError: the file is missing, damaged, no critic, or of another model.
         """
         tensors, header, identity = read_file(path, _KIND)
-        critic = cls(identity, CriticSettings(**header["settings"]), header.get("prompt_layer"))
+        critic = cls(identity, CriticSettings(**header["settings"]), header["prompt_layer"])
         critic.load_state_dict(tensors)
         critic.calibration = header["calibration"]
         if model is not None:
@@ -190,15 +182,15 @@ class Critic(nn.Module):
 
 
 def calibration(p_safe: Tensor, safe: Tensor) -> dict[str, Any]:
-    """How far predicted probabilities can be trusted: JSON data.
+    """Compare predicted probabilities with outcomes; return JSON data.
 
     Args:
-        p_safe: [n], predictions. safe: [n], what came.
+        p_safe: [n], predictions. safe: [n], outcomes.
 
     Returns:
-        ``count``; ``brier``, the mean squared error; ``error``, the expected calibration error; ``auc``, None with one
-        class alone; ``false_safe``, the share of unsafe answers with p > 0.5, None without any; ``curve``: of ten equal
-        ranges of p, those that occur: ``predicted`` (mean), ``observed`` (share that was safe), ``count``.
+        ``count``; ``brier``, the mean squared error; ``error``, the expected calibration error; ``auc``, None if
+        all outcomes are equal; ``false_safe``, the share of unsafe answers with p > 0.5, None without unsafe answers;
+        ``curve``: for each non-empty tenth of p, ``predicted`` (mean), ``observed`` (share that was safe), ``count``.
     """
     from sklearn.metrics import roc_auc_score
 

@@ -1,6 +1,4 @@
-"""Files of what a guard learned: see `steerfast._files`; the header says what a file holds (``kind``), in which format,
-and for which model.
-"""
+"""Files of a guard's parts (`steerfast._files`); the header names the part (``kind``), the format and the model."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from steerfast.profile import ModelIdentity
 
 __all__ = ["check_model", "read_file", "write_file"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def write_file(
@@ -35,15 +33,15 @@ def write_file(
     """
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {**header, "kind": kind, "format": FORMAT_VERSION, "model": asdict(model)}
-    # As JSON gives it back, so that it hashes the same before and after.
+    # Through JSON, so that it hashes the same before and after.
     write_checked(path, json.loads(json.dumps(content)), held)
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any], ModelIdentity]:
-    """Tensors, header and model of a file that `write_file` wrote.
+    """Return tensors, header and model of a file that `write_file` wrote.
 
     Raises:
-        GuardError: missing, damaged, of another kind or a newer format.
+        GuardError: missing, damaged, of another kind or another format.
     """
     header, tensors = read_checked(path, kind, FORMAT_VERSION, GuardError)
     if (found := header.get("kind")) != kind:
@@ -55,7 +53,7 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
 
 
 def check_model(kind: str, mine: ModelIdentity, model: ModelIdentity) -> None:
-    """Refuse what was fitted on another model than the one at hand.
+    """Refuse a part that was fitted on another model.
 
     Raises:
         GuardError: naming both.

@@ -1,6 +1,4 @@
-"""Guard a model's answers: plain decoding where a prompt is harmless, steering and search where its gate fires, search
-alone where the gate does not know.
-"""
+"""Guard answers: decode plainly if the gate stays shut, steer and search if it fires, search if it abstains."""
 
 from __future__ import annotations
 
@@ -17,12 +15,13 @@ from torch import Tensor, nn
 
 from steerfast._progress import track
 from steerfast.errors import GuardError
-from steerfast.guard.candidates import Backend, HFBackend, Sampling
+from steerfast.guard.backend import HFBackend
+from steerfast.guard.candidates import Backend, Sampling
 from steerfast.guard.critic import Critic
 from steerfast.guard.latent import agreed_layer
 from steerfast.guard.objective import Certificate, SafetyBudget
-from steerfast.guard.scores import Blocks, CallableScorer, Scorer
-from steerfast.guard.search import Found, Search, Strategy
+from steerfast.guard.scores import CallableScorer, Scorer
+from steerfast.guard.search import Search, SearchResult, Strategy
 from steerfast.hf.generation import evaluating
 from steerfast.hf.steering import Steering, steer
 from steerfast.hf.structure import identify
@@ -39,7 +38,7 @@ Path = Literal["plain", "plain, then searched", "steered", "searched", "steered 
 @dataclass(frozen=True)
 class GuardedAnswer:
     """text: without special tokens. tokens: without the prompt; the end token is the last one of a finished answer.
-    seconds: from the prompt to the answer. path: what was done for it; ``plain`` is base cost.
+    seconds: from the prompt to the answer. path: how it was made; ``plain`` costs as much as plain decoding.
     """
 
     text: str
@@ -49,83 +48,94 @@ class GuardedAnswer:
     path: Path
 
 
+@dataclass(frozen=True)
+class GuardOptions:
+    """Parts and settings of a `Guard`.
+
+    reward: a scorer; without one all answers are worth the same.
+    critic: for strategies that need one.
+    profile: its prompt gate decides which prompts are searched: if it stays shut, decoding is plain; if it abstains
+        (`SteeringProfile.abstain`), the prompt is searched and not steered. None: every prompt is searched. An edit at
+        or before the heads' prompt_layer changes the states that they read, see
+        `steerfast.guard.recipe.prompt_layer_for`.
+    fired: the action if the gate fires: ``search``, ``steer`` by the profile, or ``both``. With ``steer`` nothing is
+        searched, not even undecided prompts.
+    strength: multiplies the profile's strengths.
+    budget, discount: d and γ, in units of the cost; None: the critic's, without a critic 10 and 0.999.
+    strategy: None: `Strategy.speculative`, with the critic if there is one.
+    refusal: the answer of strategies that fall back on one.
+    certify: whether plain answers behind a shut gate are scored. Those over the budget are then searched for, unless
+        `fired` is ``steer``.
+    """
+
+    reward: Scorer | None = None
+    critic: Critic | None = None
+    profile: SteeringProfile | None = None
+    fired: Literal["search", "steer", "both"] = "both"
+    strength: float = 1.0
+    budget: float | None = None
+    discount: float | None = None
+    strategy: Strategy | None = None
+    refusal: str = REFUSAL
+    certify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.fired not in ("search", "steer", "both"):
+            raise GuardError(f"fired: expected 'search', 'steer' or 'both', got {self.fired!r}")
+
+    def safety(self) -> SafetyBudget:
+        """Return the budget and discount that are given, else the critic's, else the defaults."""
+        base = SafetyBudget() if self.critic is None else self.critic.settings
+        return SafetyBudget(
+            base.budget if self.budget is None else self.budget,
+            base.discount if self.discount is None else self.discount,
+        )
+
+
 class Guard:
     """Answers within a safety budget.
 
     Args:
-        model: any HuggingFace decoder-only model, left as it was after each call. None: `backend` says where answers
-            come from, and critic, heads and profile are not checked against a model.
-        cost, reward: scorers (`steerfast.guard.scores`); without a reward all answers are worth the same.
-        critic: for strategies that ask for one.
-        profile: its prompt gate decides where to spend: a prompt that keeps it shut is decoded plainly, one that leaves
-            it undecided (`SteeringProfile.abstain`) is searched and not steered. None: every prompt is searched. An
-            edit at or before the heads' prompt_layer changes what they read, see
-            `steerfast.guard.recipe.prompt_layer_for`.
-        fired: what happens where the gate fires: ``search``, ``steer`` by the profile, or ``both``. With ``steer``
-            nothing is searched, undecided prompts neither.
-        strength: multiplies the profile's strengths.
-        budget, discount: d and γ, in units of the cost; default: the critic's, without one 10 and 0.999.
-        strategy: default: `Strategy.speculative`, with the critic where there is one.
-        refusal: the answer where a strategy falls back on one.
-        certify: whether plainly decoded answers behind a shut gate are scored, too; those over the budget are then
-            searched for, unless what fires is steered alone.
-        value: what RE-Control climbes, see `Search`.
+        model: any HuggingFace decoder-only model, unchanged after each call. None: answers come from `backend`, and
+            critic, heads and profile are not checked against a model.
+        cost: a scorer (`steerfast.guard.scores`).
+        options: see `GuardOptions`.
 
     Raises:
-        GuardError: no cost, a budget out of range, a critic or head of another model, one that is missing, parts that
-            differ in their prompt_layer.
+        GuardError: no cost, a budget out of range, a critic or head of another model, a missing one, parts with
+            different prompt_layer.
         ProfileError: the profile belongs to another model.
     """
 
     def __init__(
-        self,
-        model: nn.Module | None,
-        tokenizer: Any,
-        *,
-        cost: Scorer,
-        reward: Scorer | None = None,
-        critic: Critic | None = None,
-        profile: SteeringProfile | None = None,
-        fired: Literal["search", "steer", "both"] = "both",
-        strength: float = 1.0,
-        budget: float | None = None,
-        discount: float | None = None,
-        strategy: Strategy | None = None,
-        refusal: str = REFUSAL,
-        certify: bool = True,
-        value: Any = None,
-        backend: Backend | None = None,
+        self, model: nn.Module | None, tokenizer: Any, *, cost: Scorer, backend: Backend | None = None, **options: Any
     ) -> None:
+        self.options = chosen = GuardOptions(**options)
         if not callable(cost):
             raise GuardError(f"cost: expected a scorer, got {cost!r}")
-        if fired not in ("search", "steer", "both"):
-            raise GuardError(f"fired: expected 'search', 'steer' or 'both', got {fired!r}")
         if (model is None) == (backend is None):
             raise GuardError("model: expected either a model or a backend")
-        if profile is not None and model is None:
+        if chosen.profile is not None and model is None:
             raise GuardError("profile: its gate needs a model, got a backend alone")
+        parts = {"cost": cost, "reward": chosen.reward, "critic": chosen.critic}
         if model is not None:
             identity = identify(model, tokenizer)
-            for part in (cost, reward, critic):
-                if hasattr(part, "check"):
-                    part.check(identity)  # type: ignore[union-attr]
-        self.model, self.tokenizer = model, tokenizer
+            for part in parts.values():
+                check: Any = getattr(part, "check", None)
+                if check is not None:
+                    check(identity)
         if backend is None:
             assert model is not None
-            backend = HFBackend(model, tokenizer, agreed_layer({"cost": cost, "reward": reward, "critic": critic}))
+            backend = HFBackend(model, tokenizer, agreed_layer(parts))
+        self.model, self.tokenizer, self.cost = model, tokenizer, cost
         self.backend: Backend = backend
-        settings = critic.settings if critic is not None else SafetyBudget()
-        self.budget = SafetyBudget(
-            settings.budget if budget is None else budget, settings.discount if discount is None else discount
-        )
-        self.cost, self.reward, self.critic, self.value = cost, reward, critic, value
-        self.profile, self.fired, self.strength = profile, fired, strength
-        self.default = strategy or Strategy.speculative(critic=critic is not None)
-        self.certify = certify
+        self.budget = chosen.safety()
+        self.default = chosen.strategy or Strategy.speculative(critic=chosen.critic is not None)
         end = tokenizer.eos_token_id
-        self.refusal = [*tokenizer(refusal, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
+        words = tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"]
+        self.refusal = [*words, *([] if end is None else [end])]
         self.answers: list[GuardedAnswer] = []
-        self._search(self.default)  # what it needs and lacks shows now
+        self.search_of(self.default)  # raises now if a part is missing
 
     def generate(
         self,
@@ -133,33 +143,31 @@ class Guard:
         *,
         input_ids: Sequence[Sequence[int]] | None = None,
         max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         seed: int = 0,
         strategy: Strategy | None = None,
         progress: bool = False,
+        **sampling: Any,
     ) -> list[GuardedAnswer]:
-        """Answer prompts one by one; an answer depends on its prompt and the seed, and on no other prompt.
+        """Answer prompts one by one; an answer depends only on its prompt, the seed and the settings.
 
         Args:
-            prompts: as users write them; the chat template is applied where there is one.
-            input_ids: or token ids of templated prompts; what scorers read as the prompt where `prompts` is None.
+            prompts: as users write them; the chat template is applied if there is one.
+            input_ids: token ids of templated prompts, instead of `prompts`; scorers then read the templated prompts.
             max_new_tokens: default: the strategy's depth.
-            temperature: 0 is greedy, but for rounds with several candidates (`Strategy.temperature`).
-            strategy: another one than the guard's.
+            strategy: in place of the guard's.
+            sampling: temperature, top_k, top_p, see `Sampling`. Temperature 0 is greedy, except in rounds with several
+                candidates (`Strategy.temperature`).
 
         Raises:
-            GuardError: neither prompts nor input_ids, both of different lengths, a number out of range, a prompt
-                that leaves no room.
+            GuardError: neither prompts nor input_ids or both, a number out of range, a prompt without room for an
+                answer.
         """
         if isinstance(prompts, str) or (prompts is None) == (input_ids is None):
             raise GuardError("prompts: expected a list of prompts, or input_ids in their place")
         sequences = encode(self.tokenizer, prompts) if prompts is not None else [list(ids) for ids in input_ids or []]
-        sampling = Sampling(temperature, top_k, top_p)
         questions = [None] * len(sequences) if prompts is None else list(prompts)
         jobs = [(ids, seed, question) for ids, question in zip(sequences, questions, strict=True)]
-        return self._run(jobs, sampling, self._deep(strategy or self.default, max_new_tokens), progress)
+        return self._run(jobs, Sampling(**sampling), self._deep(strategy or self.default, max_new_tokens), progress)
 
     def strategy(
         self,
@@ -172,8 +180,8 @@ class Guard:
     ) -> Tensor:
         """The guard as a decoding strategy of transformers: ``model.generate(..., custom_generate=guard.strategy)``.
 
-        Processors of logits, sampling and length are those of the call; its seed is torch's. Certificates lie in
-        ``guard.answers``.
+        Logits processors, sampling and length are the call's; its seed is torch's. ``guard.answers`` holds the
+        certificates.
 
         Returns:
             Token ids int64 [prompts, length], prompts included, padded on the right.
@@ -201,7 +209,7 @@ class Guard:
         return torch.cat([input_ids, padded], dim=1)
 
     def cache_bytes(self, prompt_tokens: int, strategy: Strategy | None = None) -> int:
-        """Bound of the memory of keys and values while a prompt is searched: N + 3K + 1 candidates at full depth."""
+        """Return the most bytes of keys and values during a search: N + 3K + 1 candidates at full depth."""
         chosen = strategy or self.default
         if not isinstance(self.backend, HFBackend):
             raise GuardError("backend: only the transformers backend holds keys and values itself")
@@ -219,9 +227,10 @@ class Guard:
                     f"{self.backend.context - strategy.depth}: the context less {strategy.depth} new tokens"
                 )
         plain = Strategy.plain(block=strategy.block, depth=strategy.depth)
-        steered = self._search(plain)
-        shut = steered if self.certify else self._search(replace(plain, block=plain.depth), cost=_UNCHECKED)
-        searched = self._search(strategy)
+        steered = self.search_of(plain)
+        unchecked = replace(plain, block=plain.depth)
+        shut = steered if self.options.certify else self.search_of(unchecked, cost=_UNCHECKED)
+        searched = self.search_of(strategy)
         self.answers = []
         with self._steering() as steering, evaluating(self.model) if self.model is not None else nullcontext():
             for ids, seed, question in track(jobs, "answers", show=progress):
@@ -230,33 +239,33 @@ class Guard:
                 fired = None if steering is None else bool(steering.fired.any())
                 undecided = steering is not None and bool(steering.undecided.any())
                 chosen, path = self._chosen(fired, undecided, shut, steered, searched)
-                found = chosen.run(root, sampling, question=question, refusal=self.refusal)
+                result = chosen.run(root, sampling, question=question, refusal=self.refusal)
                 name = chosen.strategy.name
-                if chosen is shut and self.certify and self.fired != "steer" and not found.best.z > 0:
+                if chosen is shut and self.options.certify and self.options.fired != "steer" and not result.best.z > 0:
                     again = searched.run(root, sampling, question=question, refusal=self.refusal)
-                    found = replace(again, sampled=found.sampled + again.sampled)
+                    result = replace(again, sampled=result.sampled + again.sampled)
                     path, name = "plain, then searched", f"{name}, then {searched.strategy.name}"
-                text = self.tokenizer.decode(found.best.tokens, skip_special_tokens=True)
-                certificate = self._certificate(found, fired, undecided, name, chosen.cost is _UNCHECKED)
+                text = self.tokenizer.decode(result.best.tokens, skip_special_tokens=True)
+                certificate = self._certificate(result, fired, undecided, name, chosen.cost is _UNCHECKED)
                 seconds = time.perf_counter() - began
-                self.answers.append(GuardedAnswer(text, found.best.tokens, certificate, seconds, path))
+                self.answers.append(GuardedAnswer(text, result.best.tokens, certificate, seconds, path))
         return self.answers
 
     def _chosen(
         self, fired: bool | None, undecided: bool, shut: Search, steered: Search, searched: Search
     ) -> tuple[Search, Path]:
-        if fired is None or (undecided and self.fired != "steer"):
+        if fired is None or (undecided and self.options.fired != "steer"):
             return searched, "searched" if searched.strategy.name != "plain" else "plain"
         if not fired:
             return shut, "plain"
-        if self.fired == "steer":
+        if self.options.fired == "steer":
             return steered, "steered"
-        return searched, "searched" if self.fired == "search" else "steered and searched"
+        return searched, "searched" if self.options.fired == "search" else "steered and searched"
 
     def _certificate(
-        self, found: Found, fired: bool | None, undecided: bool, strategy: str, unchecked: bool
+        self, result: SearchResult, fired: bool | None, undecided: bool, strategy: str, unchecked: bool
     ) -> Certificate:
-        best = found.best
+        best = result.best
         return Certificate(
             budget=self.budget.budget,
             discount=self.budget.discount,
@@ -266,36 +275,39 @@ class Guard:
             decision="unchecked" if unchecked else ("within" if best.z > 0 else "over"),
             blocks=() if unchecked else tuple(best.blocks),
             p_safe=math.nan if unchecked else best.p_safe,
-            fallback=found.fallback,
+            fallback=result.fallback,
             fired=fired,
             undecided=undecided,
-            candidates=found.sampled,
-            retries=found.retries,
+            candidates=result.sampled,
+            retries=result.retries,
             strategy=strategy,
         )
 
-    def _search(self, strategy: Strategy, cost: Scorer | None = None) -> Search:
-        unchecked = cost is not None
-        return Search(
+    def search_of(self, strategy: Strategy, cost: Scorer | None = None) -> Search:
+        """Return the search of a strategy with the guard's parts; with another `cost`, without a reward."""
+        return self.engine(strategy)(
             self.backend,
             self.tokenizer,
             strategy,
             cost=cost or self.cost,
-            reward=None if unchecked else self.reward,
-            critic=self.critic,
+            reward=None if cost is not None else self.options.reward,
+            critic=self.options.critic,
             budget=self.budget,
-            value=self.value,
         )
+
+    def engine(self, strategy: Strategy) -> type[Search]:
+        """Return the class that searches by a strategy."""
+        return Search
 
     @contextmanager
     def _steering(self) -> Iterator[Steering | None]:
-        """The profile attached; without strength where its gate alone is wanted."""
-        if self.profile is None:
+        """Attach the profile; at strength 0 if only its gate is needed."""
+        if self.options.profile is None:
             yield None
             return
         assert self.model is not None
-        strength = 0.0 if self.fired == "search" else self.strength
-        with steer(self.model, self.profile, strength, tokenizer=self.tokenizer) as steering:
+        strength = 0.0 if self.options.fired == "search" else self.options.strength
+        with steer(self.model, self.options.profile, strength, tokenizer=self.tokenizer) as steering:
             yield steering
 
     @staticmethod
@@ -308,18 +320,14 @@ class Guard:
 
 
 def _unpadded(processors: Any) -> Any:
-    """transformers' processors for prompts without padding: those that hold its length for each prompt forget it."""
+    """Return transformers' processors for prompts without padding: drop the padded lengths that some of them hold."""
     if not processors:
         return None
     processors = copy.deepcopy(processors)
-    for one in processors:
-        if isinstance(getattr(one, "prompt_ignore_length", None), Tensor):
-            one.prompt_ignore_length = None
+    for processor in processors:
+        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
+            processor.prompt_ignore_length = None
     return processors
 
 
-def _nothing(blocks: Blocks) -> Tensor:
-    return torch.zeros(len(blocks))
-
-
-_UNCHECKED = CallableScorer(_nothing, takes="blocks")
+_UNCHECKED = CallableScorer(lambda blocks: torch.zeros(len(blocks)), takes="blocks")

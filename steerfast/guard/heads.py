@@ -1,4 +1,4 @@
-"""Light reward and cost heads on the base model's own hidden states: no second model, no second pass.
+"""Reward and cost heads on the base model's own hidden states: no second model, no second pass.
 
 A head reads the latent state of an answer (`steerfast.guard.latent`), which generation computed anyway.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from steerfast.errors import GuardError
 from steerfast.guard.files import check_model, read_file, write_file
-from steerfast.guard.latent import check_states, completed, parts, spread, state_size
+from steerfast.guard.latent import check_states, parts, spread, state_size
 from steerfast.guard.scores import Blocks
 from steerfast.profile import ModelIdentity
 
@@ -33,15 +33,15 @@ _HARM_PENALTY = 0.5  # on the squared slope: prompts that a line separates would
 class HiddenHead:
     """A scorer: ``out(gelu(into(x)))`` or, without a hidden layer, ``out(x)``, of the standardised latent state x.
 
-    A cost can be *factored*: an answer is unsafe where the prompt asks for harm and the answer complies. The log-odds
-    of both are those of σ(a)·σ(b), −log(e^−a + e^−b + e^−(a+b)). a = ``harm.scale`` · cos(prompt, ``harm.direction``) +
+    A cost can be *factored*: an answer is unsafe if the prompt asks for harm and the answer complies. The log-odds of
+    both are those of σ(a)·σ(b), −log(e^−a + e^−b + e^−(a+b)). a = ``harm.scale`` · cos(prompt, ``harm.direction``) +
     ``harm.offset``, of the state's part ``prompt``; b = ``comply.out(x)``, with ``comply.into`` as above, of its part
-    ``mean``. No choice among answers moves a, and a token moves b by its share of the mean.
+    ``mean``. No answer changes a, and one token changes b only by its share of the mean.
 
     kind: ``cost`` (the log-odds of an unsafe answer, plus `boundary`) or ``reward`` (in the units of its labels).
-    model: whose hidden states it reads. boundary: the score at which an answer is as likely unsafe as safe; equal to a
-    guard's budget, such an answer spends exactly that.
-    fitted: how it was made, and how well it predicts prompts that it was not fitted on; JSON data.
+    model: the model whose hidden states it reads. boundary: the score of an answer that is as likely unsafe as safe; if
+    that equals a guard's budget, such an answer spends exactly the budget.
+    fitted: options of the fit, and its accuracy on prompts that it was not fitted on; JSON data.
     prompt_layer: of the states that it reads.
     """
 
@@ -61,24 +61,20 @@ class HiddenHead:
 
     @torch.no_grad()
     def score(self, hidden: Tensor) -> Tensor:
-        """Scores of latent states [n, S]: float32 [n], on their device; NaN where a state is not finite."""
+        """Return scores of latent states [n, S]: float32 [n], on their device; NaN for a state that is not finite."""
         return torch.where(hidden.isfinite().all(dim=-1), self.raw(hidden) + self.boundary, float("nan"))
 
     def raw(self, hidden: Tensor) -> Tensor:
-        """Scores without the boundary, differentiable: float32 [n], on their device.
-
-        Args:
-            hidden: [n, S], latent states, or last rows [n, H] (`steerfast.guard.latent.completed`).
-        """
+        """Return scores without the boundary of latent states [n, S], differentiable: float32 [n], on their device."""
         check_states(f"{self.kind} {_KIND}", hidden, self.model, self.prompt_layer)
         return _forward({name: tensor.to(hidden.device) for name, tensor in self.tensors.items()}, hidden)
 
     def to(self, device: torch.device | str) -> HiddenHead:
-        """The same head with its tensors on `device`, where `score` then copies none."""
+        """Return the same head with its tensors on `device`."""
         return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def check(self, model: ModelIdentity) -> None:
-        """Refuse another model than the one it was fitted on (GuardError)."""
+        """Raise GuardError if the head was fitted on another model."""
         check_model(f"{self.kind} {_KIND}", self.model, model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -93,17 +89,45 @@ class HiddenHead:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: ModelIdentity | None = None) -> HiddenHead:
-        """Read a head; `model`, where given, must be the one it was fitted on.
+        """Read a head; if `model` is given, the head must have been fitted on it.
 
         Raises:
-            GuardError: missing, damaged, no head, of another model.
+            GuardError: the file is missing, damaged, no head, or of another model.
         """
         tensors, header, identity = read_file(path, _KIND)
-        layer = header.get("prompt_layer")
+        layer = header["prompt_layer"]
         head = cls(header["head"], identity, tensors, header["boundary"], header["fitted"], layer)
         if model is not None:
             head.check(model)
         return head
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of a fit.
+
+    groups: number of the prompt that each example answers; the figures are of prompts that a fold was not fitted on.
+        None: every example has a prompt of its own.
+    width: of a hidden layer (GELU); 0: a linear head, logistic regression or ridge.
+    regularisation: weight of the squared weights against the sum of losses, of standardised features; with a hidden
+        layer, decoupled weight decay of regularisation / n.
+    boundary: see `HiddenHead`; for a cost alone.
+    epochs: full-batch steps of Adam, with a hidden layer.
+    """
+
+    groups: Sequence[int] | None = None
+    width: int = 0
+    regularisation: float = 100.0
+    boundary: float = 0.0
+    epochs: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.width < 0 or self.epochs < 1 or not self.regularisation >= 0:
+            raise GuardError(
+                f"width, epochs, regularisation: expected at least 0, 1 and 0, "
+                f"got {self.width}, {self.epochs}, {self.regularisation}"
+            )
 
 
 def fit_head(
@@ -113,26 +137,15 @@ def fit_head(
     kind: Literal["cost", "reward"],
     *,
     prompt_layer: int | None = None,
-    groups: Sequence[int] | None = None,
-    width: int = 0,
-    regularisation: float = 100.0,
-    boundary: float = 0.0,
-    epochs: int = 200,
-    seed: int = 0,
+    **options: Any,
 ) -> HiddenHead:
     """Fit a head that is not factored.
 
     Args:
         hidden: float [n, S], latent states of the base model at the end of answers or of parts of them.
-        labels: n numbers. ``cost``: above 0 is unsafe, all else safe. ``reward``: any finite numbers.
+        labels: n numbers. ``cost``: above 0 is unsafe, others are safe. ``reward``: any finite numbers.
         prompt_layer: of the states.
-        groups: which prompt each example answers: the figures are of prompts that a fold was not fitted on. Default:
-            every example for itself.
-        width: of a hidden layer (GELU); 0: a linear head, logistic regression or ridge.
-        regularisation: weight of the squared weights against the sum of losses, of standardised features; decoupled
-            weight decay of regularisation / n where there is a hidden layer.
-        boundary: see `HiddenHead`; ``cost`` alone.
-        epochs: full-batch steps of Adam where there is a hidden layer.
+        options: see `FitOptions`.
 
     Returns:
         The head; ``fitted`` holds ``auc`` (cost) or ``r2`` (reward) over folds of prompts, nan with too few of them.
@@ -140,25 +153,24 @@ def fit_head(
     Raises:
         GuardError: wrong shapes, non-finite numbers, cost labels of one class, a limit out of range.
     """
+    chosen = FitOptions(**options)
     if kind not in ("cost", "reward"):
         raise GuardError(f"kind: expected 'cost' or 'reward', got {kind!r}")
-    if kind == "reward" and boundary:
-        raise GuardError(f"boundary: only a cost has one, got {boundary:g}")
-    x, y, ids = _checked(hidden, "labels", labels, model, prompt_layer, groups)
+    if kind == "reward" and chosen.boundary:
+        raise GuardError(f"boundary: only a cost has one, got {chosen.boundary:g}")
+    x, y, ids = _checked(hidden, "labels", labels, model, prompt_layer, chosen.groups)
     if kind == "cost":
         y = _two_classes("labels", y, "safe and unsafe answers", "unsafe")
-    options = _options(width, regularisation, epochs, seed)
 
     def ready(at: np.ndarray) -> bool:
         return kind == "reward" or len(y[at].unique()) == 2
 
     def fit(at: np.ndarray) -> dict[str, Tensor]:
         standard = _standard(x[at])
-        return standard | _fit_layers(_standardised(standard, x[at]), y[at], kind, **options)
+        return standard | _fit_layers(_standardised(standard, x[at]), y[at], kind, chosen)
 
-    figures = _held_out(x, ids, ready, fit, {"auc" if kind == "cost" else "r2": (y, _forward)})
-    about = {**options, "examples": len(y), "groups": len(np.unique(ids)), "mean_label": float(y.mean()), **figures}
-    return HiddenHead(kind, model, fit(np.arange(len(x))), boundary, about, prompt_layer)
+    recipe = _Recipe(ready, fit, {"auc" if kind == "cost" else "r2": (y, _forward)})
+    return _head(kind, model, prompt_layer, chosen, x, ids, recipe)
 
 
 def fit_factored_cost(
@@ -169,39 +181,34 @@ def fit_factored_cost(
     prompt_layer: int,
     *,
     direction: Tensor | None = None,
-    groups: Sequence[int] | None = None,
-    width: int = 0,
-    regularisation: float = 100.0,
-    boundary: float = 0.0,
-    epochs: int = 200,
-    seed: int = 0,
+    **options: Any,
 ) -> HiddenHead:
-    """Fit a factored cost: b on all examples, a's slope and offset on one of each prompt.
+    """Fit a factored cost: b on all examples, a's slope and offset on one example of each prompt.
 
     Args:
-        harmful: n numbers, above 0 where the prompt asks for harm. complied: n numbers, above 0 where the answer does
-            what the prompt asks for, whatever that is.
-        direction: [H], of the prompts' rows; None: an LDA of these prompts' own (`steerfast.fitting.directions`).
-        width, regularisation: of b. All others: see `fit_head`.
+        harmful: n numbers, above 0 if the prompt asks for harm. complied: n numbers, above 0 if the answer does what
+            the prompt asks for.
+        direction: [H], of the prompts' rows; None: an LDA of these prompts (`steerfast.fitting.directions`).
+        options: see `FitOptions`; width and regularisation are b's.
 
     Returns:
         The head; ``fitted`` holds ``auc`` (unsafe: harmful and complied) and ``comply_auc`` (b alone), as `fit_head`.
-        A given direction is not fitted anew in the folds.
+        The folds do not fit a given direction again.
 
     Raises:
         GuardError: see `fit_head`; prompts of one kind, answers that all comply or all do not.
         PromptError: no direction, and fewer than two prompts of a kind or too little variation for one.
     """
-    x, kind, ids = _checked(hidden, "harmful", harmful, model, prompt_layer, groups)
-    _, done, _ = _checked(hidden, "complied", complied, model, prompt_layer, groups)
+    chosen = FitOptions(**options)
+    x, kind, ids = _checked(hidden, "harmful", harmful, model, prompt_layer, chosen.groups)
+    _, done, _ = _checked(hidden, "complied", complied, model, prompt_layer, chosen.groups)
     kind = _two_classes("harmful", kind, "prompts of both kinds", "harmful")
     done = _two_classes("complied", done, "answers that comply and that do not", "that do")
-    options = _options(width, regularisation, epochs, seed)
 
     def first(at: np.ndarray) -> np.ndarray:
-        """An example of each prompt."""
-        found: np.ndarray = at[np.unique(ids[at], return_index=True)[1]]
-        return found
+        """Return one example of each prompt."""
+        rows: np.ndarray = at[np.unique(ids[at], return_index=True)[1]]
+        return rows
 
     def ready(at: np.ndarray) -> bool:
         prompts = kind[first(at)].long().bincount(minlength=2)
@@ -210,15 +217,42 @@ def fit_factored_cost(
     def fit(at: np.ndarray) -> dict[str, Tensor]:
         standard = _standard(x[at])
         answers = parts(_standardised(standard, x[at]))[1]
-        comply = _fit_layers(answers, done[at], "cost", **options)
+        comply = _fit_layers(answers, done[at], "cost", chosen)
         harm = _fit_harm(parts(x[first(at)])[2], kind[first(at)], direction)
         return standard | harm | {f"comply.{name}": tensor for name, tensor in comply.items()}
 
-    unsafe = kind * done
-    figures = _held_out(x, ids, ready, fit, {"auc": (unsafe, _forward), "comply_auc": (done, _complied)})
-    mean = float(unsafe.mean())
-    about = {**options, "examples": len(x), "groups": len(np.unique(ids)), "mean_label": mean, **figures}
-    return HiddenHead("cost", model, fit(np.arange(len(x))), boundary, about, prompt_layer)
+    recipe = _Recipe(ready, fit, {"auc": (kind * done, _forward), "comply_auc": (done, _complied)})
+    return _head("cost", model, prompt_layer, chosen, x, ids, recipe)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A fit. ready: whether examples suffice for it. fit: examples -> tensors. wanted: figure -> labels, score."""
+
+    ready: Callable[[np.ndarray], bool]
+    fit: Callable[[np.ndarray], dict[str, Tensor]]
+    wanted: Mapping[str, tuple[Tensor, Callable[[Mapping[str, Tensor], Tensor], Tensor]]]
+
+
+def _head(
+    kind: Literal["cost", "reward"],
+    model: ModelIdentity,
+    prompt_layer: int | None,
+    options: FitOptions,
+    x: Tensor,
+    ids: np.ndarray,
+    recipe: _Recipe,
+) -> HiddenHead:
+    """Fit a head on all examples x [n, S] of prompts ids [n], with its figures over folds of prompts."""
+    labels = next(iter(recipe.wanted.values()))[0]
+    about = {
+        **{name: getattr(options, name) for name in ("width", "regularisation", "epochs", "seed")},
+        "examples": len(x),
+        "groups": len(np.unique(ids)),
+        "mean_label": float(labels.mean()),
+        **_held_out(x, ids, recipe),
+    }
+    return HiddenHead(kind, model, recipe.fit(np.arange(len(x))), options.boundary, about, prompt_layer)
 
 
 def _checked(
@@ -238,26 +272,18 @@ def _checked(
             f"hidden, {name}, groups: expected [n, {size}], [n] and [n], "
             f"got {list(x.shape)}, {list(y.shape)} and [{len(ids)}]"
         )
-    for what, values in (("hidden", x), (name, y)):
+    for part, values in (("hidden", x), (name, y)):
         if not bool(values.isfinite().all()):
-            raise GuardError(f"{what}: expected finite numbers, got {int((~values.isfinite()).sum())} that are not")
+            raise GuardError(f"{part}: expected finite numbers, got {int((~values.isfinite()).sum())} that are not")
     return x, y, ids
 
 
 def _two_classes(name: str, labels: Tensor, expected: str, counted: str) -> Tensor:
-    """1.0 where a label is above 0, else 0.0; there have to be both."""
+    """Return 1.0 where a label is above 0, else 0.0; refuse labels of one class."""
     y = (labels > 0).float()
     if not 0 < float(y.mean()) < 1:
         raise GuardError(f"{name}: expected {expected}, got {int(y.sum())} {counted} of {len(y)}")
     return y
-
-
-def _options(width: int, regularisation: float, epochs: int, seed: int) -> dict[str, Any]:
-    if width < 0 or epochs < 1 or not regularisation >= 0:
-        raise GuardError(
-            f"width, epochs, regularisation: expected at least 0, 1 and 0, got {width}, {epochs}, {regularisation}"
-        )
-    return {"width": width, "regularisation": regularisation, "epochs": epochs, "seed": seed}
 
 
 # -- the formula -----------------------------------------------------------------------------------
@@ -271,13 +297,13 @@ def _forward(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
 
 
 def _harm(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-    """a: log-odds that the prompt asks for harm."""
-    prompt = parts(completed(hidden.float(), tensors["mean"]))[2]
+    """Return a, the log-odds that the prompt asks for harm."""
+    prompt = parts(hidden.float())[2]
     return F.normalize(prompt, dim=1) @ tensors["harm.direction"] * tensors["harm.scale"] + tensors["harm.offset"]
 
 
 def _complied(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-    """b: log-odds that the answer complies."""
+    """Return b, the log-odds that the answer complies."""
     return _layers(tensors, parts(_standardised(tensors, hidden))[1], "comply.")
 
 
@@ -286,7 +312,7 @@ def _standard(x: Tensor) -> dict[str, Tensor]:
 
 
 def _standardised(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-    return (completed(hidden.float(), tensors["mean"]) - tensors["mean"]) / tensors["scale"]
+    return (hidden.float() - tensors["mean"]) / tensors["scale"]
 
 
 def _layers(tensors: Mapping[str, Tensor], x: Tensor, prefix: str = "") -> Tensor:
@@ -298,19 +324,17 @@ def _layers(tensors: Mapping[str, Tensor], x: Tensor, prefix: str = "") -> Tenso
 # -- fits ------------------------------------------------------------------------------------------
 
 
-def _fit_layers(
-    rows: Tensor, y: Tensor, kind: str, *, width: int, regularisation: float, epochs: int, seed: int
-) -> dict[str, Tensor]:
-    """``out`` and, with a width, ``into``, for standardised rows."""
-    if not width:
-        return _fit_linear(rows.double().numpy(), y.double().numpy(), kind, regularisation)
+def _fit_layers(rows: Tensor, y: Tensor, kind: str, options: FitOptions) -> dict[str, Tensor]:
+    """Return ``out`` and, with a width, ``into``, fitted on standardised rows."""
+    if not options.width:
+        return _fit_linear(rows.double().numpy(), y.double().numpy(), kind, options.regularisation)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers = nn.ModuleDict({"into": nn.Linear(rows.shape[1], width), "out": nn.Linear(width, 1)})
-    optimiser = torch.optim.AdamW(layers.parameters(), lr=1e-2, weight_decay=regularisation / len(y))
+        torch.manual_seed(options.seed)
+        layers = nn.ModuleDict({"into": nn.Linear(rows.shape[1], options.width), "out": nn.Linear(options.width, 1)})
+    optimiser = torch.optim.AdamW(layers.parameters(), lr=1e-2, weight_decay=options.regularisation / len(y))
     loss = F.binary_cross_entropy_with_logits if kind == "cost" else F.mse_loss
     with torch.enable_grad():
-        for _ in range(epochs):
+        for _ in range(options.epochs):
             optimiser.zero_grad()
             loss(_layers(dict(layers.named_parameters()), rows), y).backward()
             optimiser.step()
@@ -330,7 +354,7 @@ def _fit_linear(rows: np.ndarray, y: np.ndarray, kind: str, regularisation: floa
 
 
 def _fit_harm(rows: Tensor, harmful: Tensor, direction: Tensor | None) -> dict[str, Tensor]:
-    """``harm.*`` from a row [H] of each prompt: the direction where none is given, slope and offset."""
+    """Return ``harm.*`` from a row [H] of each prompt: the direction (fitted if None is given), slope and offset."""
     from steerfast.fitting.directions import fit_direction, project, unit
 
     if direction is None:
@@ -347,31 +371,27 @@ def _fit_harm(rows: Tensor, harmful: Tensor, direction: Tensor | None) -> dict[s
     return {"harm.direction": direction, "harm.scale": slope.float(), "harm.offset": offset.float()}
 
 
-def _held_out(
-    x: Tensor,
-    groups: np.ndarray,
-    ready: Callable[[np.ndarray], bool],
-    fit: Callable[[np.ndarray], Mapping[str, Tensor]],
-    wanted: Mapping[str, tuple[Tensor, Callable[[Mapping[str, Tensor], Tensor], Tensor]]],
-) -> dict[str, float]:
-    """The `wanted` figures of labels [n] and scores, each example scored by a fit on the other prompts: ``r2`` is the
-    share of variance explained, all others are AUCs. nan where a fold is not `ready` for a fit, or of one class.
+def _held_out(x: Tensor, groups: np.ndarray, recipe: _Recipe) -> dict[str, float]:
+    """Return the figures that the recipe wants, each example scored by a fit on the other prompts.
+
+    ``r2`` is the share of variance explained, other figures are AUCs. nan if a fold is not ready for a fit, or if all
+    labels are equal.
     """
     from sklearn.metrics import r2_score, roc_auc_score
     from sklearn.model_selection import GroupKFold
 
-    found = dict.fromkeys(wanted, float("nan"))
+    figures = dict.fromkeys(recipe.wanted, float("nan"))
     count = min(_FOLDS, len(np.unique(groups)))
     folds = list(GroupKFold(count).split(x, groups=groups)) if count > 1 else []
-    if not folds or not all(ready(train) for train, _ in folds):
-        return found
-    scores = {name: torch.empty(len(x)) for name in wanted}
+    if not folds or not all(recipe.ready(train) for train, _ in folds):
+        return figures
+    scores = {name: torch.empty(len(x)) for name in recipe.wanted}
     for train, test in folds:
-        tensors = fit(train)
-        for name, (_, score) in wanted.items():
+        tensors = recipe.fit(train)
+        for name, (_, score) in recipe.wanted.items():
             scores[name][test] = score(tensors, x[test])
-    for name, (labels, _) in wanted.items():
+    for name, (labels, _) in recipe.wanted.items():
         if name == "r2" or len(labels.unique()) > 1:
-            figure = r2_score if name == "r2" else roc_auc_score
-            found[name] = float(figure(labels.numpy(), scores[name].numpy()))
-    return found
+            metric = r2_score if name == "r2" else roc_auc_score
+            figures[name] = float(metric(labels.numpy(), scores[name].numpy()))
+    return figures

@@ -1,4 +1,4 @@
-"""The latent state of an answer so far: what heads and critic read, and generation knows without another pass.
+"""The latent state of an answer so far: heads and critic read it; generation computes it without another pass.
 
 float32 [n, S], in parts of H numbers (the base model's hidden size), in this order:
 
@@ -6,8 +6,8 @@ float32 [n, S], in parts of H numbers (the base model's hidden size), in this or
     mean    the mean of those rows over the answer's tokens; of an empty answer, the prompt's last row
     prompt  the row of the prompt's last token, as it leaves decoder layer `prompt_layer`
 
-Where `prompt_layer` is None the state is the last row alone: S = H, otherwise S = 3H. All that give or read states
-carry the same `prompt_layer`.
+If `prompt_layer` is None the state is the last row alone: S = H, otherwise S = 3H. All parts that give or read states
+have the same `prompt_layer`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import Tensor
 from steerfast.errors import GuardError
 from steerfast.profile import ModelIdentity
 
-__all__ = ["agreed_layer", "begin", "check_states", "completed", "grow", "parts", "spread", "state_size"]
+__all__ = ["agreed_layer", "begin", "check_states", "grow", "parts", "spread", "state_size"]
 
 
 def state_size(hidden_size: int, prompt_layer: int | None) -> int:
-    """S."""
+    """Return S."""
     return hidden_size if prompt_layer is None else 3 * hidden_size
 
 
 def begin(last: Tensor, prompt: Tensor | None) -> Tensor:
-    """States [n, S] of empty answers, from rows [n, H]; `prompt` is None where there is no prompt_layer."""
+    """Return the states [n, S] of empty answers, from rows [n, H]; `prompt` is None without a prompt_layer."""
     return last if prompt is None else torch.cat([last, last, prompt.to(last.device)], dim=1)
 
 
 def grow(state: Tensor, last: Tensor, tokens: int) -> Tensor:
-    """States [n, S] a token later: `last` is its row [n, H], `tokens` the length of the answers with it."""
+    """Return states [n, S] one token later: `last` is its row [n, H], `tokens` the answers' length with it."""
     if state.shape == last.shape:
         return last
     _, mean, prompt = parts(state)
@@ -42,43 +42,32 @@ def grow(state: Tensor, last: Tensor, tokens: int) -> Tensor:
 
 
 def parts(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """last, mean, prompt: [n, H] each, of states [n, 3H]."""
+    """Return last, mean and prompt of states [n, 3H]: [n, H] each."""
     last, mean, prompt = state.chunk(3, dim=1)
     return last, mean, prompt
 
 
-def completed(hidden: Tensor, average: Tensor) -> Tensor:
-    """Whole states [n, S], also where the last rows [n, H] are all that is known.
-
-    Each of those then stands for an answer of one token, whose mean it is, after an average prompt.
-
-    Args:
-        average: [S], the mean of the training states.
-    """
-    size = hidden.shape[1]
-    if size == len(average):
-        return hidden
-    return torch.cat([hidden, hidden, average[2 * size :].expand(len(hidden), -1)], dim=1)
-
-
 def spread(rows: Tensor) -> Tensor:
-    """What standardised columns are divided by: the deviation of each, 1 where it is constant."""
+    """Return the deviation of each column, to standardise it by; 1 if it is constant."""
     deviation = rows.std(dim=0, correction=0)
     return torch.where(deviation > 0, deviation, 1.0)
 
 
-def check_states(what: str, hidden: Tensor, model: ModelIdentity, prompt_layer: int | None) -> None:
-    """Refuse what is neither states [n, S] nor last rows [n, H] (GuardError)."""
+def check_states(part: str, hidden: Tensor, model: ModelIdentity, prompt_layer: int | None) -> None:
+    """Raise GuardError unless `hidden` is states [n, S]."""
     size = state_size(model.hidden_size, prompt_layer)
-    if hidden.dim() != 2 or hidden.shape[1] not in (size, model.hidden_size):
+    if hidden.dim() != 2 or hidden.shape[1] != size:
         layer = "" if prompt_layer is None else f" with the prompt's of layer {prompt_layer}"
         raise GuardError(
-            f"{what}: expected hidden states [n, {size}] of {model.name!r}{layer}, got {list(hidden.shape)}"
+            f"{part}: expected hidden states [n, {size}] of {model.name!r}{layer}, got {list(hidden.shape)}"
         )
 
 
 def agreed_layer(of: dict[str, Any]) -> int | None:
-    """The `prompt_layer` of all that have one as an attribute, under their names; None where nobody has.
+    """Return the `prompt_layer` of all parts that have this attribute; None if no part has it.
+
+    Args:
+        of: name -> part.
 
     Raises:
         GuardError: two of them differ.
@@ -87,7 +76,7 @@ def agreed_layer(of: dict[str, Any]) -> int | None:
     for name, layer in known[1:]:
         if layer != known[0][1]:
             raise GuardError(
-                f"prompt_layer: expected the same of all that give or read hidden states, "
+                f"prompt_layer: expected the same for all parts that give or read hidden states, "
                 f"got {known[0][1]} ({known[0][0]}) and {layer} ({name})"
             )
     return known[0][1] if known else None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from steerfast.errors import GuardError
 
-__all__ = ["Candidate", "Certificate", "SafetyBudget", "best_first"]
+__all__ = ["Certificate", "SafetyBudget", "ScoredAnswer", "best_first"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class SafetyBudget:
             raise GuardError(f"discount: expected a number above 0, at most 1, got {self.discount!r}")
 
     def start(self, count: int) -> Tensor:
-        """z_0 = d: float32 [count]."""
+        """Return z_0 = d: float32 [count]."""
         return torch.full((count,), self.budget, dtype=torch.float32)
 
     def step(self, z: Tensor, cost: Tensor) -> Tensor:
-        """z after one token: (z − c) / γ, float32. A cost that is not finite spends everything (−inf)."""
+        """Return z after one token: (z − c) / γ, float32. A cost that is not finite spends everything (−inf)."""
         return self.block(z, cost, torch.ones_like(z))
 
     def block(self, z: Tensor, cost: Tensor, length: Tensor) -> Tensor:
-        """z after blocks of `length` tokens whose cost is charged at their last token: z·γ^-L − c/γ.
+        """Return z after blocks of `length` tokens whose cost is charged at their last token: z·γ^-L − c/γ.
 
         Args:
             z: float32 [n]. cost: [n], of each block. length: [n], tokens of each; 0 leaves z as it was.
@@ -60,14 +60,13 @@ class SafetyBudget:
 
 
 def best_first(value: Tensor, z: Tensor, p_safe: Tensor) -> Tensor:
-    """The order of candidates in the limit n → ∞ of the reshaped objective: int64 [n], best first.
+    """Return the order of candidates in the limit n → ∞ of the reshaped objective: int64 [n], best first.
 
-    Those that the objective gives its value, within the budget and predicted safe, come first, by value. All others tie
-    at −n: among them come first those within the budget, then the likelier safe ones, then those with more budget left.
-    What still ties stays as it lay.
+    Candidates within the budget and predicted safe come first, by value. All others tie at −n: candidates within the
+    budget precede, then likelier safe ones, then those with more budget left. Remaining ties keep their order.
 
     Args:
-        value: [n], of what becomes of a candidate. z: [n]. p_safe: [n], the probability of ending within the budget.
+        value: [n], the expected value of each answer. z: [n]. p_safe: [n], the probability of ending within the budget.
     """
     within = z > 0
     safe = within & (p_safe > 0.5)
@@ -80,12 +79,12 @@ def best_first(value: Tensor, z: Tensor, p_safe: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
+class ScoredAnswer:
     """One answer, or the beginning of one.
 
     tokens: without the prompt; the end token is the last one of a finished answer. cost, reward: of all tokens so far.
-    z: safety state after the last token. p_safe: the critic's word (without one: 1.0 within the budget, else 0.0).
-    blocks: (tokens, cost) of each block, from which `z` follows. hidden: latent state float32 [S], where known.
+    z: safety state after the last token. p_safe: the critic's output (without it: 1.0 within the budget, else 0.0).
+    blocks: (tokens, cost) of each block, from which `z` follows. hidden: latent state float32 [S], if known.
     parent: its place among the candidates that it grew from.
     """
 
@@ -102,15 +101,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known of an answer's safety, relative to the cost model: enough to count it again (`recount`).
+    """The safety of an answer, relative to the cost model, with the numbers to compute it again (`recount`).
 
-    decision: ``within`` or ``over`` the budget; ``unchecked``: nobody asked the cost model (plain decoding behind a
-    shut gate, where the caller wants no scores). z: z_T, NaN where unchecked. cost: Σ c_t, reward: of the answer; NaN
-    where unchecked. blocks: (tokens, cost) of each block. fallback: what was resorted to when no candidate was safe:
-    ``refusal`` (a fixed text was given) or ``least unsafe``. p_safe: as `Candidate`'s. fired: the prompt gate's
-    decision, None without a gate. undecided: whether the gate stayed shut and did not know (`SteeringProfile.abstain`).
-    candidates: blocks sampled for it. retries: rounds with a penalty on tokens. strategy: its name; "plain, then"
-    another where a shut gate let a plain answer by that spent its budget.
+    decision: ``within`` or ``over`` the budget; ``unchecked``: the cost model was not asked (plain decoding behind a
+    shut gate with ``certify=False``). z: z_T. cost: Σ c_t. reward: of the answer. All three are NaN if unchecked.
+    blocks: (tokens, cost) of each block. fallback, if no candidate was safe: ``refusal`` (a fixed text) or ``least
+    unsafe``. p_safe: as in `ScoredAnswer`. fired: the prompt gate's decision, None without a gate. undecided: whether
+    the gate abstained (`SteeringProfile.abstain`). candidates: blocks sampled for it. retries: rounds with a penalty on
+    tokens. strategy: its name; "plain, then" another if a plain answer behind a shut gate spent its budget.
     """
 
     budget: float
@@ -130,11 +128,11 @@ class Certificate:
 
     @property
     def safe(self) -> bool:
-        """Whether the answer ended within the budget."""
+        """Return True if the answer ended within the budget."""
         return self.decision == "within"
 
     def recount(self) -> float:
-        """z_T from the blocks alone."""
+        """Return z_T, computed from the blocks alone."""
         budget = SafetyBudget(self.budget, self.discount)
         z = budget.start(1)
         for length, cost in self.blocks:

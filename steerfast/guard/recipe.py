@@ -1,8 +1,8 @@
-"""From prompt sets to what a guard needs: rollouts of several origins, heads fitted on them, a critic trained on them.
+"""From prompt sets to the parts of a guard: rollouts of several origins, heads and a critic trained on them.
 
-A model that never refuses would teach its heads the prompt instead of the answer. So harmful prompts are also answered
-by the steered model, at each of several strengths, by the model itself after a refusal as its first words, and by that
-refusal alone, which a guard falls back on. Each origin is a folder of its own that goes on where it was stopped.
+A model that never refuses would teach its heads the prompt instead of the answer. So harmful prompts get further
+answers: by the steered model, at each of several strengths; by the model itself after a refusal as its first words; and
+that refusal alone, the guard's fallback. Each origin has a folder that continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import os
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steerfast.errors import GuardError
-from steerfast.guard.candidates import Backend, Candidates, HFBackend, Sampling
+from steerfast.guard.backend import HFBackend
+from steerfast.guard.candidates import Backend, Candidates, Sampling
 from steerfast.guard.critic import Critic, CriticSettings
 from steerfast.guard.guard import REFUSAL
 from steerfast.guard.heads import HiddenHead
-from steerfast.guard.rollouts import Rollouts, collect
+from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect
 from steerfast.guard.training import common_layer, fit_heads, train_critic
 from steerfast.hf.generation import evaluating
 from steerfast.hf.steering import steer
@@ -50,7 +51,7 @@ _CHECKPOINT = "critic-checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a guard needs beside the model; each a file of its own in one folder, see `load_trained`."""
+    """The parts of a guard beside the model; each is a file in one folder, see `load_trained`."""
 
     cost: HiddenHead
     reward: HiddenHead
@@ -58,7 +59,7 @@ class Trained:
 
 
 class _Opening:
-    """A backend all of whose answers open with the same words, which count as generated, and may end there."""
+    """A backend whose answers all open with the same words, which count as generated, and may end with them."""
 
     def __init__(self, backend: Backend, opening: Sequence[int], ended: bool) -> None:
         self._backend, self._opening, self._ended = backend, list(opening), ended
@@ -81,11 +82,38 @@ class _Opening:
 
 
 def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
-    """Which layer's row of the prompt a guard reads, of a model of so many: the last one before a profile's edits and
-    gates, so that steering does not change it (of one that begins with the first, that); without one the middle.
+    """Return the layer whose row of the prompt a guard reads, in a model of so many layers.
+
+    It is the last layer before a profile's edits and gates (at least 0), so that steering does not change the row;
+    without a profile the middle layer.
     """
     used = [] if profile is None else [*profile.steered_layers, *profile.gate_layers]
     return max(min(used) - 1, 0) if used else layers // 2
+
+
+@dataclass(frozen=True)
+class GatherOptions(RolloutOptions):
+    """Options of `gather`, beside those of `RolloutOptions` (answers are per prompt and origin).
+
+    profile: steers the answers to harmful prompts at each of `strengths`; None: no answer is steered. It also chooses
+        the row of the prompt, see `prompt_layer_for`.
+    refusal: the guard's fallback: the first words of further answers to harmful prompts, and a whole answer to every
+        prompt.
+    """
+
+    profile: SteeringProfile | None = None
+    strengths: Sequence[float] = (1.0,)
+    refusal: str = REFUSAL
+
+
+class _Origin(NamedTuple):
+    """A set of rollouts. strength: of the steering; None: not steered. asked: (prompt, label). answers: per prompt."""
+
+    name: str
+    backend: Any
+    strength: float | None
+    asked: list[tuple[str, str]]
+    answers: int
 
 
 def gather(
@@ -95,68 +123,75 @@ def gather(
     *,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    profile: SteeringProfile | None = None,
-    strengths: Sequence[float] = (1.0,),
-    refusal: str = REFUSAL,
-    rollouts: int = 5,
-    block: int = 32,
-    depth: int = 128,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Any,
 ) -> list[Rollouts]:
-    """Roll out the prompts in `folder`, without scores; the same call again goes on where it was stopped.
+    """Roll out the prompts in `folder`, without scores; the same call continues where it was stopped.
 
     Args:
-        profile: steers the answers to harmful prompts at each of `strengths`; None: nobody does. It also says which row
-            of the prompt is kept, see `prompt_layer_for`.
-        refusal: what a guard falls back on; the first words of a further set of answers to harmful prompts, and an
-            answer of its own to every prompt.
-        rollouts: answers per prompt and origin. The others: see `steerfast.guard.rollouts.collect`.
+        options: see `GatherOptions`.
 
     Raises:
         GuardError, OutputError: see `collect`; no prompts of a kind.
         ProfileError: the profile belongs to another model.
     """
+    chosen = GatherOptions(**options)
     asked = alternating(harmful, harmless)
     identity = identify(model, tokenizer)
-    if profile is not None:
-        steer(model, profile, tokenizer=tokenizer).detach()  # another model's is refused before any work
-    backend = HFBackend(model, tokenizer, prompt_layer_for(profile, identity.num_layers))
-    refused = [(question, label) for question, label in asked if label == "harmful"]
-    words = tokenizer(refusal, add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    opened, ended = _Opening(backend, words, False), _Opening(backend, [*words, *end], True)
-    origins: list[tuple[str, Any, float | None, list[tuple[str, str]], int]] = [
-        ("plain", backend, None, asked, rollouts),
-        ("plain-opened", opened, None, refused, rollouts),
-        ("plain-refused", ended, None, asked, 1),
-    ]
-    for strength in strengths if profile is not None else ():
-        origins += [
-            (f"steered-{strength:g}", backend, strength, refused, rollouts),
-            (f"steered-{strength:g}-refused", ended, strength, refused, 1),
-        ]
+    if chosen.profile is not None:
+        steer(model, chosen.profile, tokenizer=tokenizer).detach()  # refuse another model's before any work
+    backend = HFBackend(model, tokenizer, prompt_layer_for(chosen.profile, identity.num_layers))
+    same = {part.name: getattr(chosen, part.name) for part in fields(RolloutOptions)}
     found: list[Rollouts] = []
-    for name, source, factor, prompts, count in origins:
-        questions, labels = ([pair[i] for pair in prompts] for i in (0, 1))
-        with nullcontext() if factor is None else steer(model, profile, factor), evaluating(model):
+    for origin in _origins(backend, tokenizer, asked, chosen):
+        questions, labels = ([pair[i] for pair in origin.asked] for i in (0, 1))
+        steered = nullcontext() if origin.strength is None else steer(model, chosen.profile, origin.strength)
+        prompts = encode(tokenizer, questions, model, room=chosen.depth)
+        with steered, evaluating(model):
             found += collect(
-                source,
+                origin.backend,
                 tokenizer,
-                encode(tokenizer, questions, model, room=depth),
-                Path(folder) / name,
+                prompts,
+                Path(folder) / origin.name,
                 identity,
                 questions=questions,
                 labels=labels,
-                rollouts=count,
-                block=block,
-                depth=depth,
-                sampling=sampling,
-                seed=seed,
-                progress=progress,
+                **{**same, "rollouts": origin.answers},
             )
     return found
+
+
+def _origins(backend: Backend, tokenizer: Any, asked: list[tuple[str, str]], options: GatherOptions) -> list[_Origin]:
+    harmful = [(question, label) for question, label in asked if label == "harmful"]
+    words = tokenizer(options.refusal, add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    opened, ended = _Opening(backend, words, False), _Opening(backend, [*words, *end], True)
+    origins = [
+        _Origin("plain", backend, None, asked, options.rollouts),
+        _Origin("plain-opened", opened, None, harmful, options.rollouts),
+        _Origin("plain-refused", ended, None, asked, 1),
+    ]
+    for strength in options.strengths if options.profile is not None else ():
+        origins += [
+            _Origin(f"steered-{strength:g}", backend, strength, harmful, options.rollouts),
+            _Origin(f"steered-{strength:g}-refused", ended, strength, harmful, 1),
+        ]
+    return origins
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `train`.
+
+    profile: if it has a direction for last rows at the rollouts' prompt_layer, the cost compares prompts with that;
+        otherwise with one fitted on these prompts.
+    margin: log-odds by which an answer must be likelier safe than unsafe to stay within the budget.
+    """
+
+    profile: SteeringProfile | None = None
+    margin: float = 0.0
+    head_width: int = 0
+    device: str | torch.device = "cpu"
+    progress: bool = True
 
 
 def train(
@@ -165,29 +200,24 @@ def train(
     tokenizer: Any,
     output: str | os.PathLike[str],
     settings: CriticSettings | None = None,
-    *,
-    profile: SteeringProfile | None = None,
-    margin: float = 0.0,
-    head_width: int = 0,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
+    **options: Any,
 ) -> Trained:
     """Fit the heads and train the critic, and write the three files to the folder `output`.
 
     Args:
-        profile: where it has a direction for last rows at the rollouts' prompt_layer, the cost compares prompts with
-            that; else with one fitted on these prompts.
-        margin: log-odds by which an answer must be likelier safe than unsafe to cost no more than the budget.
+        options: see `TrainOptions`.
 
     Raises:
         GuardError, PromptError: see `fit_heads` and `train_critic`.
         OutputError: the folder cannot be written.
     """
+    chosen = TrainOptions(**options)
     settings = settings or CriticSettings()
     identity = identify(model, tokenizer)
-    boundary = settings.budget + margin
+    boundary = settings.budget + chosen.margin
     layer = common_layer(rollouts)
-    direction = None  # the direction of a gate that reads a mean says little of a last row
+    direction = None  # a gate that reads a mean has a direction for means, not for last rows
+    profile = chosen.profile
     if profile is not None and layer is not None and profile.gate.pooling == "last":
         direction = profile.direction[layer]
     cost, reward = fit_heads(
@@ -196,14 +226,16 @@ def train(
         identity,
         boundary=boundary,
         direction=direction if direction is not None and bool(direction.any()) else None,
-        width=head_width,
+        width=chosen.head_width,
         seed=settings.seed,
     )
     scored = [one.scored(tokenizer, cost, reward) for one in rollouts]
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     checkpoint = target / _CHECKPOINT
-    critic = train_critic(scored, identity, settings, checkpoint=checkpoint, device=device, progress=progress)
+    critic = train_critic(
+        scored, identity, settings, checkpoint=checkpoint, device=chosen.device, progress=chosen.progress
+    )
     trained = Trained(cost, reward, critic)
     for name, part in ((COST, cost), (REWARD, reward), (CRITIC, critic)):
         part.save(target / name)
@@ -212,7 +244,7 @@ def train(
 
 
 def chosen(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
-    """`count` of the prompts (None: all) in an order that follows from the seed; more of them begin with the same."""
+    """Return `count` of the prompts (None: all), shuffled by the seed; a larger count begins with the same prompts."""
     if count is not None and not 1 <= count <= len(prompts):
         raise GuardError(f"count: expected 1 to {len(prompts)}, the prompts of a kind, got {count}")
     shuffled = list(prompts)
@@ -221,10 +253,10 @@ def chosen(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str
 
 
 def load_trained(folder: str | os.PathLike[str]) -> Trained:
-    """What `train` wrote.
+    """Return the parts that `train` wrote.
 
     Raises:
-        GuardError: a file is missing, damaged, or something else.
+        GuardError: a file is missing, damaged, or of another kind.
     """
     source = Path(folder)
     cost, reward = HiddenHead.load(source / COST), HiddenHead.load(source / REWARD)
@@ -235,7 +267,7 @@ def load_trained(folder: str | os.PathLike[str]) -> Trained:
 
 
 def alternating(harmful: Sequence[str], harmless: Sequence[str]) -> list[tuple[str, str]]:
-    """(prompt, label), both kinds in turn, so that what is stopped early has had both.
+    """Return (prompt, label) of both kinds in turn, so that a run that stops early has seen both.
 
     Raises:
         GuardError: no prompts of a kind.

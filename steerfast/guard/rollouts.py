@@ -1,8 +1,8 @@
-"""Monte-Carlo rollouts of the base model: what its answers cost and are worth, and the states at their blocks' ends.
+"""Monte-Carlo rollouts of the base model: answers, their costs and rewards, and the states at their blocks' ends.
 
-One file per prompt, each written whole or not at all: a collection that is killed goes on where it stood, and ends with
-the same files. Hidden states come from generation itself. Costs are stored per block, so that critics of any budget and
-discount can be trained on the same rollouts; heads can score them again without generating.
+One file per prompt, each written whole or not at all: a killed collection continues where it stopped, and ends with the
+same files. Hidden states come from generation itself. Costs are stored per block, so that critics of any budget and
+discount can be trained on the same rollouts; heads can score them again without generation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,12 @@ from torch import Tensor
 from steerfast._files import write_atomically
 from steerfast._progress import track
 from steerfast.errors import GuardError, OutputError
+from steerfast.guard.candidates import Backend, Sampling
 from steerfast.guard.files import check_model, read_file, write_file
 from steerfast.guard.scores import Blocks, Scorer, block_costs, scores_of
 from steerfast.profile import ModelIdentity
 
-if TYPE_CHECKING:
-    from steerfast.guard.candidates import Backend, Sampling
-
-__all__ = ["Rollouts", "collect", "load_rollouts"]
+__all__ = ["RolloutOptions", "Rollouts", "collect", "load_rollouts"]
 
 _KIND = "rollouts"
 _SETTINGS = "settings.json"
@@ -37,11 +35,11 @@ _SETTINGS = "settings.json"
 class Rollouts:
     """Answers to one prompt, and the states at the ends of their blocks, one answer after the other.
 
-    prompt: token ids. question: the prompt as the user wrote it. label: the caller's word for the prompt (``harmful``).
-    answers: token ids, n. finished: bool [n]; the others met the depth. owner: int64 [states], the answer of a state.
+    prompt: token ids. question: the prompt as the user wrote it. label: ``harmful`` or ``harmless``.
+    answers: token ids, n. finished: bool [n]; the others reached the depth. owner: int64 [states], the state's answer.
     ends: int64 [states], tokens of the answer there; ascending in an answer, the last one its length.
     hidden: latent states float32 [states, S] of this prompt_layer, see `steerfast.guard.latent`.
-    cost: float32 [states], what each block cost (+inf: unknown); None: not scored.
+    cost: float32 [states], of each block (+inf: unknown); None: not scored.
     reward: float32 [n], of the whole answers (-inf: unknown); None: not scored.
     """
 
@@ -59,16 +57,16 @@ class Rollouts:
 
     @property
     def last(self) -> Tensor:
-        """bool [states]: where an answer's last block ends."""
+        """Return where an answer's last block ends: bool [states]."""
         return torch.cat([self.owner[1:] != self.owner[:-1], torch.ones(min(1, len(self.owner)), dtype=torch.bool)])
 
     @property
     def first(self) -> Tensor:
-        """bool [states]: where an answer's first block ends."""
+        """Return where an answer's first block ends: bool [states]."""
         return self.last.roll(1)
 
     def blocks(self, tokenizer: Any) -> Blocks:
-        """The answers so far at each state, for scorers."""
+        """Return the answers so far at each state, for scorers."""
         states = list(zip(self.owner.tolist(), self.ends.tolist(), strict=True))
         return Blocks(
             prompts=[self.prompt] * len(states),
@@ -80,7 +78,7 @@ class Rollouts:
         )
 
     def scored(self, tokenizer: Any, cost: Scorer | None, reward: Scorer | None) -> Rollouts:
-        """The same rollouts with the scores of `cost` and `reward`; None keeps what there is."""
+        """Return the same rollouts with the scores of `cost` and `reward`; None keeps the present scores."""
         blocks = self.blocks(tokenizer)
         changed: dict[str, Tensor] = {}
         if cost is not None:
@@ -103,76 +101,93 @@ class Rollouts:
         return replace(self, **changed)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class RolloutOptions:
+    """Options of a collection.
+
+    rollouts: answers per prompt. block, depth: tokens of a block, and most tokens of an answer.
+    sampling: as the backend takes it. seed: each prompt has its own seed, derived from this one.
+    """
+
+    rollouts: int = 5
+    block: int = 32
+    depth: int = 128
+    sampling: Sampling | None = None
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("rollouts", "block", "depth"):
+            if getattr(self, name) < 1:
+                raise GuardError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class _CollectOptions(RolloutOptions):
+    cost: Scorer | None = None
+    reward: Scorer | None = None
+    questions: Sequence[str] | None = None
+    labels: Sequence[str] | None = None
+
+
 def collect(
     backend: Backend,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     folder: str | os.PathLike[str],
     model: ModelIdentity,
-    *,
-    cost: Scorer | None = None,
-    reward: Scorer | None = None,
-    questions: Sequence[str] | None = None,
-    labels: Sequence[str] | None = None,
-    rollouts: int = 5,
-    block: int = 32,
-    depth: int = 128,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Any,
 ) -> list[Rollouts]:
-    """Roll out every prompt that `folder` does not have yet, and return all of them.
+    """Roll out every prompt that `folder` does not have yet, and return all rollouts.
 
     Args:
-        prompts: token ids of templated prompts (`steerfast.hf.generation.encode`).
-        folder: made where it is missing. Which prompts are done, it alone knows: run the same call again after a kill.
-        model: the base model, stored with every file.
-        cost, reward: scorers; None leaves the rollouts unscored, see `Rollouts.scored`. Other scorers than those that a
-            folder was begun with are not noticed.
-        questions, labels: one per prompt, stored with it.
-        rollouts: answers per prompt. block, depth: tokens of a block, and of an answer at most.
-        sampling: as the backend takes it. seed: of all prompts; each has its own that follows from it.
+        prompts: token ids of templated prompts (`steerfast.text.encoding.encode`).
+        folder: created if missing. It alone records which prompts are done: repeat the same call after a kill.
+        model: identity of the base model, stored with every file.
+        options: see `RolloutOptions`. Further: ``cost`` and ``reward``, scorers; None leaves the rollouts unscored, see
+            `Rollouts.scored`; a change of scorers between calls is not noticed. ``questions`` and ``labels``: one per
+            prompt, stored with it.
 
     Raises:
-        GuardError: a number below 1, other lengths than the prompts', or a folder with rollouts of other settings,
-            other prompts or another model; a backend that knows no hidden states.
+        GuardError: a number below 1, other lengths than the prompts', a folder with rollouts of other settings, other
+            prompts or another model, a backend without hidden states.
         OutputError: the folder cannot be written.
     """
-    for name, value in (("rollouts", rollouts), ("block", block), ("depth", depth), ("prompts", len(prompts))):
-        if value < 1:
-            raise GuardError(f"{name}: expected at least 1, got {value}")
-    for name, given in (("questions", questions), ("labels", labels)):
+    chosen = _CollectOptions(**options)
+    if not prompts:
+        raise GuardError("prompts: expected at least 1, got 0")
+    for name in ("questions", "labels"):
+        given = getattr(chosen, name)
         if given is not None and len(given) != len(prompts):
             raise GuardError(f"{name}: expected one per prompt, {len(prompts)}, got {len(given)}")
     target = Path(folder)
-    settings = {"rollouts": rollouts, "block": block, "depth": depth, "seed": seed, "sampling": _plain(sampling)}
-    settings["prompt_layer"] = backend.prompt_layer
-    _claim(target, settings | {"cost": cost is not None, "reward": reward is not None})
+    settings = {name: getattr(chosen, name) for name in ("rollouts", "block", "depth", "seed")}
+    settings |= {"sampling": _sampling_data(chosen.sampling), "prompt_layer": backend.prompt_layer}
+    _claim(target, settings | {"cost": chosen.cost is not None, "reward": chosen.reward is not None})
     found = []
-    for index in track(range(len(prompts)), "rollouts", show=progress):
+    for index in track(range(len(prompts)), "rollouts", show=chosen.progress):
         file = _shard(target, index)
         if file.is_file():
             done = _read(file, model)
             if done.prompt != list(prompts[index]):
                 raise GuardError(f"folder: expected prompt {index} of this call in {str(file)!r}, found another one")
         else:
-            made = _roll_out(backend, prompts[index], rollouts, block, depth, sampling, (seed << 32) + index)
             made = replace(
-                made,
-                question=None if questions is None else questions[index],
-                label=None if labels is None else labels[index],
+                _roll_out(backend, prompts[index], chosen, (chosen.seed << 32) + index),
+                question=None if chosen.questions is None else chosen.questions[index],
+                label=None if chosen.labels is None else chosen.labels[index],
             )
-            done = made.scored(tokenizer, cost, reward)
+            done = made.scored(tokenizer, chosen.cost, chosen.reward)
             _write(file, done, model)
         found.append(done)
     return found
 
 
 def load_rollouts(folder: str | os.PathLike[str], model: ModelIdentity | None = None) -> list[Rollouts]:
-    """The rollouts in a folder, in the order of their prompts.
+    """Return the rollouts in a folder, in the order of their prompts.
 
     Raises:
-        GuardError: none there, a damaged file, or, where `model` is given, rollouts of another one.
+        GuardError: no rollouts, a damaged file, or rollouts of another model than `model`, if that is given.
     """
     files = sorted(Path(folder).glob("prompt-*.safetensors"))
     if not files:
@@ -180,9 +195,8 @@ def load_rollouts(folder: str | os.PathLike[str], model: ModelIdentity | None = 
     return [_read(file, model) for file in files]
 
 
-def _roll_out(
-    backend: Backend, prompt: Sequence[int], count: int, block: int, depth: int, sampling: Sampling | None, seed: int
-) -> Rollouts:
+def _roll_out(backend: Backend, prompt: Sequence[int], options: RolloutOptions, seed: int) -> Rollouts:
+    count, block, depth = options.rollouts, options.block, options.depth
     candidates = backend.start(prompt, count, seed)
     answers: list[list[int]] = [[] for _ in range(count)]
     states: list[tuple[int, int, Tensor]] = []  # answer, its tokens, latent state
@@ -190,10 +204,10 @@ def _roll_out(
     length = 0
     while length < depth and not bool(finished.all()):
         step = min(block, depth - length)
-        tokens, hidden, now = backend.extend(candidates, step, sampling)
+        tokens, hidden, now = backend.extend(candidates, step, options.sampling)
         if hidden is None:
             raise GuardError(f"backend: expected hidden states with the tokens, got none from {type(backend).__name__}")
-        rows = hidden.detach().to("cpu", torch.float32, copy=True)  # the backend goes on in its own
+        rows = hidden.detach().to("cpu", torch.float32, copy=True)  # the backend reuses its own
         for index in (~finished).nonzero().flatten().tolist():
             answers[index] += [int(token) for token in tokens[index]]
             states.append((index, len(answers[index]), rows[index]))
@@ -220,27 +234,27 @@ def _shard(folder: Path, index: int) -> Path:
     return folder / f"prompt-{index:06d}.safetensors"
 
 
-def _plain(sampling: Sampling | None) -> dict[str, Any] | None:
+def _sampling_data(sampling: Sampling | None) -> dict[str, Any] | None:
     if sampling is None:
         return None
     return {name: type(value).__name__ if callable(value) else value for name, value in vars(sampling).items()}
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or see that it was made with the same settings."""
+    """Create the folder, or raise if it was created with other settings."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"folder: cannot make {str(folder)!r} ({error.strerror})") from None
+        raise OutputError(f"folder: cannot create {str(folder)!r} ({error.strerror})") from None
     text = json.dumps(settings, indent=1, sort_keys=True)
     file = folder / _SETTINGS
     if not file.exists():
         write_atomically(file, text.encode())
         return
-    held = json.loads(file.read_text())
+    found = json.loads(file.read_text())
     for name, value in json.loads(text).items():
-        if held.get(name) != value:
-            raise GuardError(f"{name}: {str(folder)!r} has rollouts with {held.get(name)!r}, got {value!r}")
+        if found.get(name) != value:
+            raise GuardError(f"{name}: {str(folder)!r} has rollouts with {found.get(name)!r}, got {value!r}")
 
 
 def _write(file: Path, rollouts: Rollouts, model: ModelIdentity) -> None:
@@ -254,6 +268,6 @@ def _read(file: Path, model: ModelIdentity | None) -> Rollouts:
     tensors, header, identity = read_file(file, _KIND)
     if model is not None:
         check_model("rollout", identity, model)
-    content: dict[str, Any] = {name: header[name] for name in ("prompt", "question", "label", "answers")}
-    content |= {"prompt_layer": header.get("prompt_layer"), **tensors}
+    names = ("prompt", "question", "label", "answers", "prompt_layer")
+    content: dict[str, Any] = {name: header[name] for name in names} | tensors
     return Rollouts(**content)

@@ -1,8 +1,8 @@
-"""Reward and cost of answers so far: the protocol that every scorer keeps, and adapters to it.
+"""Reward and cost of answers so far: the protocol of scorers, and adapters to it.
 
-A score belongs to the whole answer up to the end of a block; what a block cost is the difference of two such scores,
-and the differences telescope to the cost of the answer. Scorers fail closed: a cost that is not a finite number counts
-as +inf, a reward that is not one as -inf. Models with a tokenizer of their own read the text, tokenised again.
+A score belongs to the whole answer up to the end of a block; a block's cost is the difference of two such scores, the
+differences sum up to the answer's cost. Scorers fail closed: a cost that is not finite counts as +inf, such a reward
+as -inf. Models with another tokenizer read the text, tokenised again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Blocks:
     """Answers to score, each at the end of a block.
 
     prompts: token ids of the templated prompts. answers: token ids so far, n of both. hidden: latent states float32
-    [n, S], see `steerfast.guard.latent`; None where nobody has them. tokenizer: the base model's. finished: bool [n].
+    [n, S], see `steerfast.guard.latent`; None if unknown. tokenizer: the base model's. finished: bool [n].
     questions: the prompts as users wrote them; None: the templated prompts stand for them.
     """
 
@@ -41,7 +41,7 @@ class Blocks:
         return len(self.answers)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """(prompt, answer) as text, without special tokens."""
+        """Return (prompt, answer) pairs as text, without special tokens."""
         asked = self.questions or [self._text(prompt) for prompt in self.prompts]
         return [(question, self._text(answer)) for question, answer in zip(asked, self.answers, strict=True)]
 
@@ -50,22 +50,21 @@ class Blocks:
 
 
 class Scorer(Protocol):
-    """Score answers so far: [n], float32. As a reward, higher is better; as a cost, higher is worse.
+    """Score answers so far: float32 [n]. A higher reward is better, a higher cost is worse.
 
-    An attribute ``cumulative = False`` says that a score is that of the last block alone; without it, that of the whole
-    answer so far.
+    A scorer with an attribute ``cumulative = False`` scores the last block alone, others the whole answer so far.
     """
 
     def __call__(self, blocks: Blocks) -> Tensor: ...
 
 
 def scores_of(scorer: Scorer, blocks: Blocks, kind: Literal["cost", "reward"]) -> Tensor:
-    """Scores of `blocks` that fail closed: float32 [n] on the CPU.
+    """Return the scores of `blocks`, failing closed: float32 [n] on the CPU.
 
     A cost that is NaN or infinite, of either sign, becomes +inf; such a reward -inf.
 
     Raises:
-        GuardError: the scorer gave another number of scores.
+        GuardError: the scorer returned another number of scores.
     """
     if not len(blocks):
         return torch.empty(0)
@@ -76,12 +75,12 @@ def scores_of(scorer: Scorer, blocks: Blocks, kind: Literal["cost", "reward"]) -
 
 
 def block_costs(scorer: Scorer, now: Tensor, before: Tensor) -> Tensor:
-    """What the last block cost: float32 [n]. Infinite where either end is.
+    """Return the cost of the last block: float32 [n]. Infinite if the score at either end is.
 
     Args:
         now: `scores_of` at the block's end.
-        before: `scores_of` at its beginning, 0 for the first block: then the costs of an answer sum to its score, and a
-            harmful prompt buys no tolerance. Not read where the scorer is not cumulative.
+        before: `scores_of` at its beginning, 0 for the first block: so the costs of an answer sum up to its score, a
+            harmful prompt buys no tolerance. Not read if the scorer is not cumulative.
     """
     if not getattr(scorer, "cumulative", True):
         return now
@@ -133,7 +132,7 @@ class _TextModel:
         self.batch_size = batch_size
 
     def _batches(self, encoded: Any) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Padded batches of what the tokenizer made of n texts, and where they belong."""
+        """Yield padded batches of n encoded texts, each with its slice of the n."""
         context = getattr(self.model.config, "max_position_embeddings", None) or 2**31
         limit = min(context, self.tokenizer.model_max_length)
         longest = max((len(ids) for ids in encoded["input_ids"]), default=0)
@@ -149,15 +148,15 @@ class _TextModel:
 class SequenceClassifier(_TextModel):
     """A HuggingFace sequence classifier or reward model (``AutoModelForSequenceClassification``).
 
-    Its input is the chat of prompt and answer where its tokenizer has a chat template, else the two as a pair. Its
-    score is the only label's logit, or the log-odds of `label` against all others: 0 where that is as likely as not.
+    Its input is the chat of prompt and answer if its tokenizer has a chat template, else the two as a pair. Its score
+    is the only label's logit, or the log-odds of `label` against all others.
 
     Args:
-        label: name or number; needed where there are several.
-        sign: 1, or -1 where a high score means the opposite (a reward model as a cost).
+        label: name or number; needed if there are several.
+        sign: 1, or -1 if a high score means the opposite (a reward model as a cost).
 
     Raises:
-        GuardError: an unknown label, none where there are several, a sign that is neither.
+        GuardError: an unknown label, a missing one of several, another sign.
     """
 
     def __init__(
@@ -210,8 +209,8 @@ def _label_number(label: str | int | None, names: dict[int, str]) -> int:
 class ScoreModel(_TextModel):
     """A PKU-SafeRLHF score model (`steerfast.guard.beaver.LlamaForScore`) as a scorer.
 
-    It reads the conversation in the form that it was trained on, an end token after answers that are finished. Cost
-    models give positive costs to what is unsafe.
+    It reads the conversation in its training format, with an end token after finished answers. Cost models give
+    positive costs to unsafe answers.
     """
 
     PROMPT = "BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:"

@@ -1,12 +1,12 @@
-"""Blockwise search among candidates: InferenceGuard and the baselines it is compared with, on one engine.
+"""Blockwise search among candidates: InferenceGuard and sampling baselines, on one engine.
 
-A `Strategy` says what is searched and what counts; `Search` does it: candidates grow by a block, the block is charged
-to their budgets, the best go on. Nothing here knows where tokens come from; that is a backend's business.
+A `Strategy` says which candidates are searched and how they are ranked. `Search` runs it: candidates grow by a block,
+the block is charged to their budgets, the best ones go on. Tokens come from a backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,34 +14,30 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.candidates import Backend, Candidates, HFBackend, Sampling, sample, uniforms
+from steerfast.guard.candidates import Backend, Candidates, Sampling
 from steerfast.guard.critic import Critic
-from steerfast.guard.heads import HiddenHead
 from steerfast.guard.latent import agreed_layer
-from steerfast.guard.objective import Candidate, SafetyBudget, best_first
+from steerfast.guard.objective import SafetyBudget, ScoredAnswer, best_first
 from steerfast.guard.scores import Blocks, Scorer, block_costs, scores_of
 
-__all__ = ["Found", "Search", "Strategy", "value_ascent"]
+__all__ = ["STRATEGIES", "Search", "SearchResult", "Strategy", "strategy_of"]
 
 Safety = Literal["none", "lagrangian", "augmented", "cost"]
-_MOST = 1e9  # what an infinite score counts beside a logit
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """What is searched, and what counts as better. Use the constructors below, or `dataclasses.replace`.
+    """The candidates of a search, and their ranking. Use the constructors below, or `dataclasses.replace`.
 
-    candidates: N. keep: K, how many go on after each block; None: N/4. block: L tokens. depth: D tokens at most.
-    widths: how many candidates a block gets, one number after the other until one of them is safe; (): N at once.
-    safety: what ranks candidates. ``none``: the reward. ``lagrangian``: reward − multiplier · cost. ``cost``: −cost.
+    candidates: N. keep: K candidates go on after each block; None: N/4. block: L tokens. depth: at most D tokens.
+    widths: numbers of candidates of a block, tried in turn until one of them is safe; (): N at once.
+    safety: ranks candidates. ``none``: the reward. ``lagrangian``: reward − multiplier · cost. ``cost``: −cost.
         ``augmented``: the safety state's order, see `steerfast.guard.objective.best_first`.
-    critic: whether unfinished candidates are judged by the critic; else by their reward and budget so far.
-    retries: M rounds more for a block without a safe candidate, in which a token's logit loses `penalty` times the
-        share of the unsafe candidates of that block that contain it (the end token loses nothing).
-    fallback: what to do with a block still without one. ``refusal``: give a fixed answer. ``least unsafe``: go on.
-    temperature: of rounds with several candidates where sampling is greedy; else they would all be the same.
-    top, weight: ARGS: every token is the best of the `top` likeliest by logit + weight · score; 0: not ARGS.
-    ascent, step_size: RE-Control: steps of gradient ascent on the value of each hidden state, and their size; 0: none.
+    critic: whether the critic judges unfinished candidates; otherwise their reward and budget so far do.
+    retries: M more rounds for a block without a safe candidate. A token's logit then loses `penalty` times the share of
+        that block's unsafe candidates that contain it (the end token loses nothing).
+    fallback: if the retries find no safe candidate. ``refusal``: give a fixed answer. ``least unsafe``: go on.
+    temperature: of rounds with several candidates under greedy sampling, which would all be equal otherwise.
     """
 
     name: str
@@ -57,13 +53,9 @@ class Strategy:
     penalty: float = 2.0
     fallback: Literal["refusal", "least unsafe"] = "least unsafe"
     temperature: float = 1.0
-    top: int = 0
-    weight: float = 2.5
-    ascent: int = 0
-    step_size: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, least in (("candidates", 1), ("block", 1), ("depth", 1), ("retries", 0), ("top", 0), ("ascent", 0)):
+        for name, least in (("candidates", 1), ("block", 1), ("depth", 1), ("retries", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise GuardError(f"{name}: expected a whole number of at least {least}, got {value!r}")
@@ -75,7 +67,7 @@ class Strategy:
             raise GuardError(f"widths: expected numbers from 1 on that grow, got {self.widths}")
         if self.widths and self.widths[-1] != self.candidates:
             raise GuardError(f"widths: expected to end at {self.candidates} candidates, got {self.widths}")
-        for name in ("penalty", "multiplier", "step_size"):
+        for name in ("penalty", "multiplier"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise GuardError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")
         if not 0 < self.temperature < float("inf"):
@@ -86,49 +78,78 @@ class Strategy:
 
     @property
     def kept(self) -> int:
-        """K."""
+        """Return K."""
         return self.candidates // 4 if self.keep is None else self.keep
 
     @classmethod
     def plain(cls, **options: Any) -> Strategy:
-        """One candidate, scored but not chosen."""
+        """Return a strategy of one candidate, scored but not chosen."""
         return cls(**{"name": "plain", "candidates": 1, "keep": 1, **options})
 
     @classmethod
     def best_of_n(cls, candidates: int = 100, safety: Safety = "none", **options: Any) -> Strategy:
-        """N whole answers, the best of which is taken."""
+        """Return a strategy that takes the best of N whole answers."""
         return cls(**{"name": f"best of {candidates}{_LONG[safety]}", "candidates": candidates, "keep": candidates,
                       "safety": safety, **options})  # fmt: skip
 
     @classmethod
     def beam(cls, candidates: int = 128, safety: Safety = "none", **options: Any) -> Strategy:
-        """N candidates per block, of which a quarter goes on."""
+        """Return a strategy of N candidates per block, a quarter of which goes on."""
         return cls(**{"name": f"beam{_LONG[safety]}", "candidates": candidates, "safety": safety, **options})
 
     @classmethod
-    def args(cls, safety: Safety = "none", top: int = 20, weight: float = 2.5, **options: Any) -> Strategy:
-        """ARGS (arXiv 2402.01694): the reward guides each token."""
-        return cls(**{"name": f"ARGS{_LONG[safety]}", "candidates": 1, "keep": 1, "top": top, "weight": weight,
-                      "safety": safety, **options})  # fmt: skip
-
-    @classmethod
-    def re_control(cls, safety: Safety = "none", ascent: int = 30, step_size: float = 0.5, **options: Any) -> Strategy:
-        """RE-Control (arXiv 2406.05954): the gradient of the value edits the hidden state of each token."""
-        return cls(**{"name": f"RE-Control{_LONG[safety]}", "candidates": 1, "keep": 1, "ascent": ascent,
-                      "step_size": step_size, "safety": safety, **options})  # fmt: skip
-
-    @classmethod
     def inference_guard(cls, candidates: int = 16, critic: bool = True, **options: Any) -> Strategy:
-        """The paper's search, with its critic or without."""
+        """Return the paper's search, with its critic or without."""
         return cls(**{"name": "InferenceGuard" + " + critic" * critic, "candidates": candidates, "critic": critic,
                       "safety": "augmented", "retries": 2, "fallback": "refusal", **options})  # fmt: skip
 
     @classmethod
     def speculative(cls, widths: Sequence[int] = (1, 4, 16), critic: bool = True, **options: Any) -> Strategy:
-        """InferenceGuard that takes the first block that is safe, and samples more of them only where none is."""
+        """Return InferenceGuard that takes the first safe block, and samples more blocks only if none is safe."""
         return cls(**{"name": "speculative" + " + critic" * critic, "candidates": widths[-1], "keep": 1,
                       "widths": tuple(widths), "critic": critic, "safety": "augmented", "retries": 2,
                       "fallback": "refusal", **options})  # fmt: skip
+
+
+def _beam(safety: Safety = "none") -> Callable[..., Strategy]:
+    return lambda n, **options: Strategy.beam(n, safety, **_kept(n), **options)
+
+
+def _kept(candidates: int) -> dict[str, int]:
+    """Return K for an N that is too small for a quarter."""
+    return {"keep": 1} if candidates < 4 else {}
+
+
+def _widths(candidates: int) -> tuple[int, ...]:
+    """Return 1, 4, 16, ... up to N."""
+    powers = [4**n for n in range(candidates) if 4**n < candidates]
+    return (*powers, candidates)
+
+
+# Name on the command line -> strategy at N candidates; other options are the strategy's.
+STRATEGIES: Mapping[str, Callable[..., Strategy]] = {
+    "plain": lambda n, **o: Strategy.plain(**o),
+    "best-of-n": lambda n, **o: Strategy.best_of_n(n, **o),
+    "best-of-n-lagrangian": lambda n, **o: Strategy.best_of_n(n, "lagrangian", **o),
+    "best-of-n-augmented": lambda n, **o: Strategy.best_of_n(n, "augmented", **o),
+    "beam": _beam(),
+    "beam-lagrangian": _beam("lagrangian"),
+    "beam-augmented": _beam("augmented"),
+    "inference-guard": lambda n, **o: Strategy.inference_guard(n, False, **_kept(n), **o),
+    "inference-guard-critic": lambda n, **o: Strategy.inference_guard(n, True, **_kept(n), **o),
+    "speculative": lambda n, **o: Strategy.speculative(_widths(n), **o),
+}
+
+
+def strategy_of(name: str, candidates: int, **options: Any) -> Strategy:
+    """Return the strategy of a name in `STRATEGIES` at N candidates.
+
+    Raises:
+        GuardError: an unknown name, or an N that the strategy refuses.
+    """
+    if name not in STRATEGIES:
+        raise GuardError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}")
+    return STRATEGIES[name](candidates, **options)
 
 
 _FALLBACKS = ("refusal", "least unsafe")
@@ -136,10 +157,10 @@ _LONG = {"none": "", "lagrangian": " + Lagrangian", "augmented": " + augmented s
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found. sampled: blocks of candidates. retries, fallback: see `Certificate`."""
+class SearchResult:
+    """The result of a search. sampled: blocks of candidates. retries, fallback: see `Certificate`."""
 
-    best: Candidate
+    best: ScoredAnswer
     sampled: int
     retries: int
     fallback: Literal["refusal", "least unsafe"] | None
@@ -147,8 +168,10 @@ class Found:
 
 @dataclass(eq=False)
 class _Beams:
-    """Candidates and what is known of each. `score` is the cost scorer's last word, from which the next block's cost is
-    taken; the others as in `Candidate`. All on the CPU, float32 [n] but for `blocks`.
+    """Candidates and their scores.
+
+    score: the cost scorer's score at the last block's end, from which the next block's cost is taken. The others: see
+    `ScoredAnswer`. All on the CPU; all except `blocks` and `parents` are float32 [n].
     """
 
     candidates: Candidates
@@ -185,12 +208,10 @@ class Search:
 
     Args:
         cost, reward: scorers; without a reward all answers are worth the same.
-        critic: needed where the strategy asks for one.
-        value: [n, H] -> [n], differentiable, what RE-Control climbs; default: see `value_ascent`.
+        critic: needed if the strategy asks for one.
 
     Raises:
-        GuardError: a critic or hidden states that are needed and missing, parts whose prompt_layer is not the
-            backend's.
+        GuardError: a critic or hidden states are needed and missing, or parts' prompt_layer is not the backend's.
     """
 
     def __init__(
@@ -203,20 +224,13 @@ class Search:
         reward: Scorer | None = None,
         critic: Critic | None = None,
         budget: SafetyBudget | None = None,
-        value: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if strategy.critic and critic is None:
             raise GuardError(f"critic: expected one for the strategy {strategy.name!r}, got none")
-        if (strategy.top or strategy.ascent) and not isinstance(backend, HFBackend):
-            raise GuardError(f"strategy: {strategy.name!r} needs logits, expected the transformers backend")
         agreed_layer({"backend": backend, "cost": cost, "reward": reward, "critic": critic})
         self.backend, self.tokenizer, self.strategy = backend, tokenizer, strategy
         self.cost, self.reward, self.critic = cost, reward, critic
         self.budget = budget or SafetyBudget()
-        self._climb: Callable[[Tensor], Tensor] | None = None
-        if strategy.ascent:
-            value = value or _default_value(cost, reward, critic, strategy, self.budget)
-            self._climb = value_ascent(value, strategy.ascent, strategy.step_size)
 
     def run(
         self,
@@ -226,60 +240,51 @@ class Search:
         seed: int = 0,
         question: str | None = None,
         refusal: Sequence[int] = (),
-    ) -> Found:
+    ) -> SearchResult:
         """Search for the answer to one prompt.
 
         Args:
-            prompt: token ids, or what the backend made of them: one candidate without a token.
+            prompt: token ids, or the backend's candidates for them: one, without a token.
             question: the prompt as its user wrote it, for scorers that read text.
-            refusal: tokens of the answer given where a fallback asks for it.
+            refusal: tokens of the answer for the fallback ``refusal``.
         """
         sampling, strategy = sampling or Sampling(), self.strategy
-        control = getattr(self.backend, "control", None)
-        try:
-            if self._climb is not None:
-                self.backend.control = self._climb  # type: ignore[attr-defined]
-            root = prompt if isinstance(prompt, Candidates) else self.backend.start(prompt, 1, seed)
-            beams, counts, length = self._root(root), _Counts(), 0
-            while length < strategy.depth and not bool(beams.candidates.finished.all()):
-                step = min(strategy.block, strategy.depth - length)
-                last = length + step == strategy.depth
-                beams = self._block(beams, step, last, sampling, counts, question)
-                length += step
-                counts.gave_in |= strategy.safety == "augmented" and not bool(beams.safe.any())
-                if counts.gave_in and strategy.fallback == "refusal":
-                    break
-        finally:
-            if self._climb is not None:
-                self.backend.control = control  # type: ignore[attr-defined]
-        best = self._candidate(beams, int(self._order([beams])[0]))
+        root = prompt if isinstance(prompt, Candidates) else self.backend.start(prompt, 1, seed)
+        beams, counts, length = self._root(root), _Counts(), 0
+        while length < strategy.depth and not bool(beams.candidates.finished.all()):
+            step = min(strategy.block, strategy.depth - length)
+            last = length + step == strategy.depth
+            beams = self._block(beams, step, last, sampling, counts, question)
+            length += step
+            counts.gave_in |= strategy.safety == "augmented" and not bool(beams.safe.any())
+            if counts.gave_in and strategy.fallback == "refusal":
+                break
+        best = self._answer(beams, int(self._order([beams])[0]))
         fallback: Literal["refusal", "least unsafe"] | None = None
         if strategy.safety == "augmented" and (counts.gave_in or best.z <= 0):
             fallback = strategy.fallback
             if fallback == "refusal":
                 best = self.given(root, refusal, question)
-        return Found(best, counts.sampled, counts.retries, fallback)
+        return SearchResult(best, counts.sampled, counts.retries, fallback)
 
-    def given(self, root: Candidates, tokens: Sequence[int], question: str | None = None) -> Candidate:
-        """The answer that is given without a search, charged as any other."""
+    def given(self, root: Candidates, tokens: Sequence[int], question: str | None = None) -> ScoredAnswer:
+        """Return an answer of fixed tokens, charged like any other."""
         beams = self._root(self.backend.branch(root, [0]))
         self.backend.append(beams.candidates, tokens)
         beams.candidates.finished = torch.ones(1, dtype=torch.bool)
-        return self._candidate(self._charge(beams, [len(tokens)], True, question), 0)
+        return self._answer(self._charge(beams, [len(tokens)], True, question), 0)
 
     # -- a block -----------------------------------------------------------------------------------
 
     def _block(
         self, beams: _Beams, step: int, last: bool, sampling: Sampling, counts: _Counts, question: str | None
     ) -> _Beams:
-        """The K best candidates one block further; those that are finished compete as they are."""
+        """Return the K best candidates one block later; finished ones compete unchanged."""
         strategy = self.strategy
         open_rows = (~beams.candidates.finished).nonzero()[:, 0].tolist()
         done_rows = beams.candidates.finished.nonzero()[:, 0].tolist()
         parents = self._taken(beams, open_rows)
         pool = self._taken(beams, done_rows)
-        if strategy.top:
-            return self._tokenwise(parents, step, last, sampling, counts, question)
         room = strategy.candidates - len(done_rows)
         rounds = [(min(width, room), False) for width in strategy.widths or (room,)]
         rounds += [(room, True)] * (strategy.retries if strategy.safety == "augmented" else 0)
@@ -306,38 +311,15 @@ class Search:
         return pool
 
     def _penalty(self, blocks: list[list[int]]) -> Tensor:
-        """float32 [V]: the strategy's penalty times the share of blocks that contain a token."""
+        """Return the penalty of each token, float32 [V]: the strategy's, times the share of blocks that contain it."""
         seen = [token for block in blocks for token in {*block} - self.backend.ends]
         counted = torch.bincount(torch.tensor(seen, dtype=torch.long), minlength=self.backend.vocabulary)
         return self.strategy.penalty * counted.float() / len(blocks)
 
-    def _tokenwise(
-        self, beams: _Beams, step: int, last: bool, sampling: Sampling, counts: _Counts, question: str | None
-    ) -> _Beams:
-        """A block of ARGS."""
-        strategy, backend = self.strategy, self.backend
-        assert isinstance(backend, HFBackend)
-        grown, length = backend.branch(beams.candidates, [0]), beams.candidates.length
-        for position in range(length, length + step):
-            options, logits = backend.top(grown, strategy.top)
-            counts.sampled += len(options)
-            blocks = self._blocks(options, list(range(len(options))), question)
-            cost = torch.zeros(len(options))
-            if strategy.safety in ("lagrangian", "cost"):
-                cost = beams.cost + block_costs(self.cost, scores_of(self.cost, blocks, "cost"), beams.score)
-            worth = self._worth(self._rewards(blocks), cost).clamp(-_MOST, _MOST)
-            drawn = torch.from_numpy(uniforms(grown.streams, position, 1)[:, 0])
-            pick = int(sample((logits.cpu() + strategy.weight * worth)[None], drawn, sampling))
-            grown = backend.branch(options, [pick])
-            if bool(grown.finished.all()):
-                break
-        beams = replace(beams, candidates=grown)
-        return self._charge(beams, [grown.length - length], last, question)
-
     # -- scores ------------------------------------------------------------------------------------
 
     def _charge(self, beams: _Beams, lengths: list[int], last: bool, question: str | None) -> _Beams:
-        """Charge the new blocks, of so many tokens each, to the budgets. `last`: no candidate goes on after it."""
+        """Charge the new blocks, `lengths` tokens each, to the budgets. `last`: no candidate goes on after them."""
         rows = [row for row, length in enumerate(lengths) if length]
         if not rows:
             return beams
@@ -389,13 +371,13 @@ class Search:
         return torch.zeros(len(blocks)) if self.reward is None else scores_of(self.reward, blocks, "reward")
 
     def _worth(self, reward: Tensor, cost: Tensor) -> Tensor:
-        """What a baseline maximises."""
+        """Return the quantity that a baseline maximises."""
         if self.strategy.safety == "lagrangian":
             return reward - self.strategy.multiplier * cost
         return -cost if self.strategy.safety == "cost" else reward
 
     def _order(self, parts: Sequence[_Beams]) -> Tensor:
-        """Places of the candidates of all parts, best first."""
+        """Return the places of the candidates of all parts, best first."""
         value, z, p_safe, cost = (torch.cat([getattr(p, name) for p in parts]) for name in _RANKED)
         if self.strategy.safety == "augmented":
             return best_first(value, z, p_safe)
@@ -403,7 +385,7 @@ class Search:
         return worth.argsort(descending=True, stable=True)
 
     def _best(self, *parts: _Beams) -> _Beams:
-        """The K best of all parts; as they lay where that is all of them. What loses is never copied."""
+        """Return the K best of all parts, in their old order if none is dropped. Dropped ones are never copied."""
         if sum(map(len, parts)) <= self.strategy.kept:
             return self._joined(parts)
         best, start, kept = self._order(parts)[: self.strategy.kept].tolist(), 0, []
@@ -435,9 +417,9 @@ class Search:
             **tensors,
         )
 
-    def _candidate(self, beams: _Beams, row: int) -> Candidate:
+    def _answer(self, beams: _Beams, row: int) -> ScoredAnswer:
         candidates = beams.candidates
-        return Candidate(
+        return ScoredAnswer(
             tokens=candidates.answers[row],
             cost=float(beams.cost[row]),
             reward=float(beams.reward[row]),
@@ -448,45 +430,3 @@ class Search:
             hidden=None if candidates.hidden is None else candidates.hidden[row].clone(),
             parent=beams.parents[row],
         )
-
-
-# -- RE-Control ------------------------------------------------------------------------------------
-
-
-def value_ascent(value: Callable[[Tensor], Tensor], steps: int, size: float) -> Callable[[Tensor], Tensor]:
-    """An edit of hidden states: ``h ← h + size · ∇V(h)``, `steps` times, in float32.
-
-    Args:
-        value: float32 [n, H] -> [n], differentiable.
-    """
-
-    def climb(hidden: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            h = hidden.detach().clone().float()
-            for _ in range(steps):
-                h.requires_grad_(True)
-                (gradient,) = torch.autograd.grad(value(h).sum(), h)
-                h = (h + size * gradient).detach()
-        return h.to(hidden.dtype)
-
-    return climb
-
-
-def _default_value(
-    cost: Scorer, reward: Scorer | None, critic: Critic | None, strategy: Strategy, budget: SafetyBudget
-) -> Callable[[Tensor], Tensor]:
-    """The critic's f2 with the whole budget left, else the reward head; under ``lagrangian`` less the cost head's."""
-    parts: list[Callable[[Tensor], Tensor]] = []
-    if critic is not None:
-        parts.append(lambda h: critic(h.to(critic.mean.device), torch.full((len(h),), budget.budget))[1].to(h.device))
-    elif isinstance(reward, HiddenHead):
-        parts.append(reward.raw)
-    if not parts or (strategy.safety != "none" and not isinstance(cost, HiddenHead)):
-        raise GuardError(
-            f"value: {strategy.name!r} needs a differentiable value of hidden states: a critic or heads, got neither"
-        )
-    if strategy.safety == "none":
-        return parts[0]
-    assert isinstance(cost, HiddenHead)
-
-    return lambda h: parts[0](h) - strategy.multiplier * cost.raw(h)

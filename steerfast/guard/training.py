@@ -1,14 +1,14 @@
 """Train heads and a critic on rollouts: labels; states and targets; epochs, checkpoints, calibration.
 
-The critic's targets are Monte-Carlo: did the rollout end within its budget (z_T > 0), and its reward discounted to the
-state. A training that was killed goes on from its last epoch and ends with the same bits.
+The critic's targets are Monte-Carlo: whether the rollout ended within its budget (z_T > 0), and its reward discounted
+to the state. A killed training continues from its last epoch and ends with the same bits.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ _KIND = "critic checkpoint"
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """What the critic learns from: unfinished answers at the ends of their blocks.
+    """The critic's examples: unfinished answers at the ends of their blocks.
 
     hidden: float32 [n, S]. z: float32 [n]. safe: bool [n], the answer ended with z > 0. value: float32 [n], γ^(T−t)
-    times the reward of the answer of T tokens. prompt: int64 [n], which prompt it answers. dropped: how many states
-    were left out because their z or their answer's reward is not finite.
+    times the reward of the answer of T tokens. prompt: int64 [n], number of the prompt. dropped: count of states
+    that were left out because their z or their answer's reward is not finite.
     """
 
     hidden: Tensor
@@ -51,16 +51,14 @@ class States:
     def __len__(self) -> int:
         return len(self.z)
 
-    def of(self, chosen: Tensor) -> States:
-        """The states at an index or where a mask is True."""
-        hidden, z, safe, value, prompt = (
-            part[chosen] for part in (self.hidden, self.z, self.safe, self.value, self.prompt)
-        )
-        return States(hidden, z, safe, value, prompt, self.dropped)
+    def select(self, mask: Tensor) -> States:
+        """Return the states where a mask is True."""
+        parts = {name: getattr(self, name)[mask] for name in ("hidden", "z", "safe", "value", "prompt")}
+        return replace(self, **parts)
 
 
 def safety_states(rollouts: Rollouts, safety: SafetyBudget) -> Tensor:
-    """z at the end of every block: float32 [states]."""
+    """Return z at the end of every block: float32 [states]."""
     assert rollouts.cost is not None
     first, ends = rollouts.first, rollouts.ends
     lengths = torch.where(first, ends, ends - ends.roll(1))
@@ -74,7 +72,7 @@ def safety_states(rollouts: Rollouts, safety: SafetyBudget) -> Tensor:
 
 
 def states_of(rollouts: Sequence[Rollouts], safety: SafetyBudget) -> States:
-    """States and targets of scored rollouts, for a budget and a discount.
+    """Return states and targets of scored rollouts, for a budget and a discount.
 
     Raises:
         GuardError: rollouts without scores, or no answer longer than a block.
@@ -107,28 +105,24 @@ def train_critic(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Critic:
-    """Train a critic; its calibration is that of prompts held out from training.
+    """Train a critic, and calibrate it on prompts held out from training.
 
     Args:
         rollouts: scored, see `steerfast.guard.rollouts.collect`.
         model: the base model of the rollouts.
         settings: see `CriticSettings`.
-        checkpoint: a file that is written after every epoch and read where it exists, so that the same call goes on
+        checkpoint: a file that is written after every epoch and read if it exists, so that the same call continues
             where it was stopped.
 
     Raises:
-        GuardError: rollouts that teach nothing or differ in their prompt_layer, a checkpoint of other rollouts or
+        GuardError: rollouts without usable states or with different prompt_layer, a checkpoint of other rollouts or
             settings, a loss that is not finite.
     """
     settings = settings or CriticSettings()
-    if settings.summary_size:
-        raise GuardError(
-            f"summary_size: rollouts hold no summary of the logits, expected 0, got {settings.summary_size}"
-        )
     states = states_of(rollouts, settings.safety)
     prompts = len({*_prompt_numbers(rollouts)})
     held = _held_out(prompts, settings)[states.prompt]
-    train, test = states.of(~held), states.of(held)
+    train, test = states.select(~held), states.select(held)
     if not len(train):
         raise GuardError("rollouts: expected answers longer than a block in the training prompts, got none")
     critic = Critic(model, settings, common_layer(rollouts))
@@ -163,20 +157,18 @@ def fit_heads(
     tokenizer: Any,
     model: ModelIdentity,
     *,
-    boundary: float,
     direction: Tensor | None = None,
-    width: int = 0,
-    regularisation: float = 100.0,
-    seed: int = 0,
+    boundary: float,
+    **options: Any,
 ) -> tuple[HiddenHead, HiddenHead]:
-    """A cost and a reward head from rollouts of harmful and harmless prompts, by `steerfast.guard.labels`.
+    """Fit a cost and a reward head on rollouts of harmful and harmless prompts, labelled by `steerfast.guard.labels`.
 
-    Every end of a block is an example, labelled by the text up to there. Then `Rollouts.scored` gives the same rollouts
-    the heads' scores. The cost is factored where the rollouts hold the prompt's row (`HiddenHead`).
+    Every end of a block is an example, labelled by the text up to there. The cost is factored if the rollouts hold the
+    prompt's row (`HiddenHead`).
 
     Args:
         rollouts: each with its ``label``, harmful or harmless; scores are not read.
-        boundary: of the cost: usually the budget. width, regularisation, seed: see `fit_head`.
+        boundary: of the cost: usually the budget. options: see `FitOptions`.
         direction: of a factored cost, see `fit_factored_cost`.
 
     Raises:
@@ -192,7 +184,7 @@ def fit_heads(
             groups.append(number)
     layer = common_layer(rollouts)
     hidden = torch.cat([one.hidden for one in rollouts])
-    options: dict[str, Any] = {"groups": groups, "width": width, "regularisation": regularisation, "seed": seed}
+    options["groups"] = groups
     reward = fit_head(hidden, [label.reward for label in labelled], model, "reward", prompt_layer=layer, **options)
     options["boundary"] = boundary
     if layer is None:
@@ -203,18 +195,18 @@ def fit_heads(
 
 
 def common_layer(rollouts: Sequence[Rollouts]) -> int | None:
-    """The prompt_layer of all rollouts; GuardError where they differ."""
+    """Return the prompt_layer of all rollouts; raise GuardError if they differ."""
     return agreed_layer({f"rollouts {place}": one for place, one in enumerate(rollouts)})
 
 
 def _prompt_numbers(rollouts: Sequence[Rollouts]) -> list[int]:
-    """Rollouts of one prompt, of whatever origin, share a number: what is held out are prompts."""
+    """Return each rollout's prompt as a number, the same for all origins: whole prompts are held out."""
     numbers: dict[tuple[int, ...], int] = {}
     return [numbers.setdefault(tuple(one.prompt), len(numbers)) for one in rollouts]
 
 
 def _held_out(prompts: int, settings: CriticSettings) -> Tensor:
-    """bool [prompts]: which ones training does not see."""
+    """Return the prompts that training does not see: bool [prompts]."""
     count = min(prompts - 1, max(1, round(prompts * settings.validation))) if settings.validation else 0
     order = torch.randperm(prompts, generator=torch.Generator().manual_seed(settings.seed))
     return torch.zeros(prompts, dtype=torch.bool).index_fill(0, order[:count], True)
@@ -229,7 +221,7 @@ def _epoch(
     settings: CriticSettings,
     epoch: int,
 ) -> float:
-    """One pass over the states in an order that follows from seed and epoch alone; the mean loss."""
+    """Run one pass over the states, in an order that depends on seed and epoch alone; return the mean loss."""
     generator = torch.Generator().manual_seed((settings.seed << 32) + epoch)
     total = torch.zeros((), device=inputs.device)
     with torch.enable_grad():
@@ -247,7 +239,7 @@ def _epoch(
 
 @torch.no_grad()
 def _calibrate(critic: Critic, test: States) -> dict[str, Any]:
-    """The calibration curve on held-out states, and how much of the value's variance f2 explains there."""
+    """Return the calibration on held-out states, and the share of the value's variance that f2 explains there."""
     if not len(test):
         return calibration(torch.empty(0), torch.empty(0)) | {"value_r2": None}
     p_safe, value = critic(test.hidden, test.z)
@@ -266,7 +258,7 @@ def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _resume(
     checkpoint: str | os.PathLike[str] | None, critic: Critic, optimiser: torch.optim.Optimizer, about: dict[str, Any]
 ) -> list[float]:
-    """Bring critic and optimiser to the checkpoint's epoch; the losses up to there."""
+    """Restore critic and optimiser from the checkpoint; return its losses."""
     if checkpoint is None or not Path(checkpoint).exists():
         return []
     tensors, header, model = read_file(checkpoint, _KIND)

@@ -1,7 +1,7 @@
 """Candidates of a vLLM engine (offline), by its own parallel sampling; the search code is the same.
 
-Candidates with the same beginning are one request with as many samples; with prefix caching on, that beginning is read
-from the cache, prompt included. The engine gives no hidden states: scorers have to read text.
+Candidates with the same beginning are one request with as many samples; with prefix caching, that beginning is read
+from the cache, prompt included. The engine returns no hidden states, so scorers have to read text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.candidates import Candidates, Sampling, branched, joined, rooted, seeds
+from steerfast.guard.candidates import Candidates, Sampling, branch_of, root_of, seeds, union_of
 
 __all__ = ["VLLMBackend"]
 
@@ -39,7 +39,7 @@ class VLLMBackend:
         self.context = int(config.max_model_len)
 
     def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
-        root = rooted(prompt_ids, seed, self.context)
+        root = root_of(prompt_ids, seed, self.context)
         return root if n == 1 else self.branch(root, [0] * n, range(n))
 
     def extend(
@@ -59,7 +59,7 @@ class VLLMBackend:
         groups: dict[tuple[int, ...], list[int]] = {}
         for row in (~candidates.finished).nonzero()[:, 0].tolist():
             groups.setdefault(tuple(candidates.answers[row]), []).append(row)
-        greedy = sampling.temperature == 0  # the engine gives one answer then; all would be the same
+        greedy = sampling.temperature == 0  # the engine gives one answer then; all would be equal
         first = [rows[0] for rows in groups.values()]
         parameters = [
             SamplingParams(
@@ -93,7 +93,7 @@ class VLLMBackend:
             answer += [int(token) for token in tokens]
 
     def branch(self, candidates: Candidates, index: Sequence[int], ordinals: Sequence[int] | None = None) -> Candidates:
-        return branched(candidates, index, ordinals)
+        return branch_of(candidates, index, ordinals)
 
     def join(self, parts: Sequence[Candidates]) -> Candidates:
-        return joined(parts)
+        return union_of(parts)

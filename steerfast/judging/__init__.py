@@ -1,1 +1,1 @@
-"""Is an answer a refusal, is it fluent, and how sure is a figure."""
+"""Refusal and fluency of answers, and confidence intervals."""

@@ -1,4 +1,4 @@
-"""Figures of a gate: AUC, rates and their 95 % intervals, and where to put a threshold.
+"""Figures of a gate: AUC, rates and their 95 % intervals, and thresholds.
 
 A gate fires when its score is strictly above the threshold; every function here counts the same way.
 """
@@ -24,11 +24,11 @@ _DRAWN_AT_ONCE = 1000  # resamples of a bootstrap; bounds its memory
 
 
 Statistic = Callable[[NDArray[np.float64]], Any]
-"""From values [..., n] to one for each leading index."""
+"""Reduces values [..., n] to [...]."""
 
 
 def mean(values: NDArray[np.float64]) -> Any:
-    """The mean over the last axis."""
+    """Return the mean over the last axis."""
     return values.mean(axis=-1)
 
 
@@ -41,7 +41,7 @@ class Estimate:
     high: float
 
     def to_list(self) -> list[float]:
-        """[value, low, high], for JSON."""
+        """Return [value, low, high], for JSON."""
         return [self.value, self.low, self.high]
 
     @classmethod
@@ -54,7 +54,7 @@ class Estimate:
 
 
 def auc(positive: ArrayLike, negative: ArrayLike) -> Estimate:
-    """Area under the ROC curve: the chance that a positive scores above a negative one, a tie counting half.
+    """Return the area under the ROC curve: the chance that a positive scores above a negative one, a tie counting half.
 
     The interval is DeLong's (DeLong, DeLong and Clarke-Pearson 1988; by midranks, Sun and Xu 2014) on the
     logit scale, so it stays inside [0, 1]. Where DeLong's variance is not there or zero:
@@ -94,7 +94,7 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> Estimate:
 
 
 def rate(k: int, n: int) -> Estimate:
-    """Share k / n with its Wilson (1927) score interval; PromptError unless 0 <= k <= n and n >= 1."""
+    """Return the share k / n with its Wilson (1927) score interval; PromptError unless 0 <= k <= n and n >= 1."""
     if n < 1 or not 0 <= k <= n:
         raise PromptError(f"rate: expected 0 <= k <= n with n at least 1, got k = {k}, n = {n}")
     interval = binomtest(int(k), int(n)).proportion_ci(_CONFIDENCE, method="wilson")
@@ -103,8 +103,9 @@ def rate(k: int, n: int) -> Estimate:
 
 
 def bootstrap(values: ArrayLike, statistic: Statistic = mean, *, resamples: int = 10_000, seed: int = 0) -> Estimate:
-    """A statistic of items and its percentile interval (Efron and Tibshirani 1993, ch. 13), items drawn with
-    replacement.
+    """Return a statistic of items and its percentile interval (Efron and Tibshirani 1993, ch. 13).
+
+    Items are drawn with replacement.
 
     Args:
         values: finite, [n], one per item; n at least 1.
@@ -120,10 +121,10 @@ def bootstrap(values: ArrayLike, statistic: Statistic = mean, *, resamples: int 
 def paired_bootstrap(
     first: ArrayLike, second: ArrayLike, statistic: Statistic = mean, *, resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """How far a statistic of `first` lies above that of `second`, both taken on the same items.
+    """Return the difference of a statistic of `first` and `second`, both on the same items.
 
-    As `bootstrap`, with the same items drawn of both, so that what makes an item hard for both cancels out. The
-    interval has no width where all items differ by as much.
+    As `bootstrap`, with the same items drawn of both, so that effects on both cancel out. The
+    interval has no width where all items differ by the same amount.
 
     Raises:
         PromptError: empty, non-finite or unequally many values.
@@ -145,13 +146,13 @@ def _bootstrap(columns: Sequence[NDArray[np.float64]], statistic: Statistic, res
 
 
 def threshold_midpoint(harmful: ArrayLike, harmless: ArrayLike) -> float:
-    """Midpoint of the two class means (the bias of InferAligner's gate, negated)."""
+    """Return the midpoint of the two class means (the bias of InferAligner's gate, negated)."""
     pos, neg = _scores("harmful", harmful), _scores("harmless", harmless)
     return float(0.5 * pos.mean() + 0.5 * neg.mean())
 
 
 def threshold_at_false_positive_rate(harmless: ArrayLike, rate: float) -> float:
-    """Lowest threshold at which at most a share `rate` of the harmless scores fires (score > threshold).
+    """Return the lowest threshold at which at most a share `rate` of the harmless scores fires (score > threshold).
 
     Any threshold between two neighbouring scores fires on the same prompts, so the middle of that gap is
     returned: it takes the most rounding noise before it changes a decision. With `rate` below 1 / n there is
@@ -182,7 +183,7 @@ def threshold_at_false_positive_rate(harmless: ArrayLike, rate: float) -> float:
 
 @dataclass(frozen=True)
 class GateFigures:
-    """How well one gate separates two prompt sets; the two rates are the shares of each set that fire."""
+    """Figures of one gate on two prompt sets; the two rates are the shares of each set that fire."""
 
     auc: Estimate
     hit_rate: Estimate
@@ -193,7 +194,7 @@ class GateFigures:
     n_harmless: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
+        """Return plain lists and numbers, for JSON."""
         return {name: value.to_list() if isinstance(value, Estimate) else value for name, value in vars(self).items()}
 
     @classmethod
@@ -214,7 +215,7 @@ class GateFigures:
 
 
 def gate_figures(harmful_scores: ArrayLike, harmless_scores: ArrayLike, threshold: float) -> GateFigures:
-    """Figures of a gate that fires above `threshold`; scores [n1] and [n0], finite, not empty."""
+    """Return figures of a gate that fires above `threshold`; scores [n1] and [n0], finite, not empty."""
     pos, neg = _scores("harmful_scores", harmful_scores), _scores("harmless_scores", harmless_scores)
     return GateFigures(
         auc=auc(pos, neg),
@@ -228,13 +229,13 @@ def gate_figures(harmful_scores: ArrayLike, harmless_scores: ArrayLike, threshol
 
 
 def figures_by_layer(harmful: ArrayLike, harmless: ArrayLike, thresholds: ArrayLike) -> list[GateFigures]:
-    """`gate_figures` of each layer: scores [n1, layers] and [n0, layers], thresholds [layers]."""
+    """Return `gate_figures` of each layer: scores [n1, layers] and [n0, layers], thresholds [layers]."""
     columns = zip(np.asarray(harmful).T, np.asarray(harmless).T, np.asarray(thresholds), strict=True)
     return [gate_figures(bad, good, float(limit)) for bad, good, limit in columns]
 
 
 def undecided_rates(scores: ArrayLike, abstain: ArrayLike, thresholds: ArrayLike) -> list[Estimate]:
-    """Of each layer, the share of scores [n, layers] in its band: above `abstain` [layers], not above `thresholds`."""
+    """Return each layer's share of scores [n, layers] in its band: above `abstain` [layers], at most `thresholds`."""
     found = np.asarray(scores)
     within = (found > np.asarray(abstain)) & (found <= np.asarray(thresholds))
     return [rate(int(count), len(found)) for count in within.sum(axis=0)]

@@ -1,4 +1,4 @@
-"""Is an answer still language? Repetition catches loops, perplexity under the unsteered model word salad."""
+"""Fluency of answers: repetition finds loops, perplexity under the unsteered model finds word salad."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class FluencyLimits:
     max_perplexity: float = 200.0
 
     def to_dict(self) -> dict[str, float]:
-        """The limits by name."""
+        """Return the limits by name."""
         return asdict(self)
 
 
 def repetition(token_ids: Sequence[int]) -> float:
-    """Share of the answer's 4-grams that already occurred in it; 0 below 4 tokens.
+    """Return the share of the answer's 4-grams that occurred in it before; 0 below 4 tokens.
 
     n tokens that cycle with period p have p distinct 4-grams, so one token or a short phrase in a loop tends
     to 1.
@@ -50,8 +50,7 @@ def answer_perplexity(
     batch_size: int = 16,
     pad_token_id: int = 0,
 ) -> list[float]:
-    """Perplexity of each answer given its prompt, exp of the mean negative log-likelihood of the answer's
-    tokens.
+    """Return the perplexity of each answer after its prompt: exp of the mean negative log-likelihood of its tokens.
 
     Logits are made only from the first answer position of a batch on, and turned to float32 one answer at a
     time.
@@ -60,7 +59,7 @@ def answer_perplexity(
         model: a transformers causal LM (`input_ids`, `attention_mask`, `logits_to_keep`), in eval mode.
         prompts_ids: token ids per prompt, at least one token each, special tokens included.
         answers_ids: token ids per answer, as many as prompts.
-        batch_size: sequences per forward pass; alike lengths go together.
+        batch_size: sequences per forward pass; similar lengths share one.
         pad_token_id: any id of the vocabulary; padding (on the right) is masked and never scored.
 
     Returns:
@@ -110,5 +109,5 @@ def is_fluent(
     max_repetition: float = FluencyLimits.max_repetition,
     max_perplexity: float = FluencyLimits.max_perplexity,
 ) -> bool:
-    """True if neither figure is above its limit; nan (an empty answer) is not fluent."""
+    """Return True if neither figure is above its limit; nan (an empty answer) is not fluent."""
     return repetition <= max_repetition and perplexity <= max_perplexity

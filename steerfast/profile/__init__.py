@@ -1,16 +1,10 @@
 """The profile: what a gate reads, what an edit does, and which model both belong to."""
 
+from steerfast.kernels.edit_kinds import EDITS, Edit
+from steerfast.profile.file import FORMAT_VERSION
+from steerfast.profile.gate import GATE_KINDS, POOLINGS, SCORES, Gate
 from steerfast.profile.identity import ModelIdentity, embedding_sketch, sketched_rows
-from steerfast.profile.profile import (
-    EDITS,
-    FORMAT_VERSION,
-    GATE_KINDS,
-    POOLINGS,
-    POSITIONS,
-    SCORES,
-    Gate,
-    SteeringProfile,
-)
+from steerfast.profile.profile import POSITIONS, SteeringProfile
 
 __all__ = [
     "EDITS",
@@ -19,6 +13,7 @@ __all__ = [
     "POOLINGS",
     "POSITIONS",
     "SCORES",
+    "Edit",
     "Gate",
     "ModelIdentity",
     "SteeringProfile",

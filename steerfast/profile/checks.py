@@ -1,29 +1,44 @@
-"""Checks of a profile's fields; each raises ProfileError with the field's name."""
+"""Checks of the fields of a profile; each raises ProfileError with the name of the field."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import TypeGuard
 
 import torch
+from torch import Tensor
 
 from steerfast.errors import ProfileError
+from steerfast.kernels.contract import is_number
 
-_FLOAT32_MAX = torch.finfo(torch.float32).max
+__all__ = ["check_instance", "check_one_of", "check_tensor", "is_count", "is_number"]
 
 
 def check_instance(name: str, value: object, kind: type, words: str) -> None:
+    """Raise where `value` is no `kind`, which `words` names."""
     if not isinstance(value, kind):
         raise ProfileError(f"{name}: expected {words}, got {value!r}")
 
 
-def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def check_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise where `value` is none of the `allowed` words."""
+    if value not in tuple(allowed):
         raise ProfileError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """A real number, infinite or of float32's range: the ops hold it as one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) <= _FLOAT32_MAX or abs(value) == math.inf
+def is_count(value: object) -> TypeGuard[int]:
+    """Say whether `value` is a whole number >= 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, open_below: bool = False) -> None:
+    """Raise where `tensor` is not float32 on the CPU of this shape with finite numbers; `open_below` allows -inf."""
+    if tuple(tensor.shape) != shape:
+        raise ProfileError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ProfileError(f"{name}: expected float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+    allowed = tensor.isfinite() | (tensor.isneginf() if open_below else False)
+    if not bool(allowed.all()):
+        where = [int(i) for i in (~allowed).nonzero()[0]]
+        numbers = "finite numbers or -inf" if open_below else "finite numbers"
+        raise ProfileError(f"{name}: expected {numbers}, got {float(tensor[tuple(where)])} at {where}")

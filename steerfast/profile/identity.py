@@ -1,4 +1,4 @@
-"""Which model a profile belongs to: shape, architecture, weights and tokenizer, as far as they can be told apart."""
+"""The identity of a model: shape, architecture, weights and tokenizer, as far as they differ between models."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ _SKETCH_SIZE = 64
 
 
 def sketched_rows(vocabulary: int) -> Tensor:
-    """The tokens whose embeddings `embedding_sketch` looks at: int64, evenly spaced."""
+    """Return the tokens whose embeddings `embedding_sketch` reads: int64, evenly spaced."""
     return torch.linspace(0, vocabulary - 1, _SKETCH_SIZE).long()
 
 
 def embedding_sketch(rows: Tensor) -> tuple[float, ...] | None:
-    """`ModelIdentity.embedding_sketch` of the embeddings of `sketched_rows`, [n, H] of any dtype and device; None where
-    they say nothing: all zero, or not finite.
+    """Return `ModelIdentity.embedding_sketch` from the embeddings of `sketched_rows`.
+
+    Args:
+        rows: [n, H] of any dtype and device.
+
+    Returns:
+        None where the embeddings are all zero or not finite.
     """
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (rows.shape[1],), generator=generator).double() * 2 - 1
@@ -37,11 +42,11 @@ def embedding_sketch(rows: Tensor) -> tuple[float, ...] | None:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a profile was made for.
+    """The model that a profile was made for.
 
-    ``embedding_sketch`` is a unit vector of random projections of embedding rows: it recognises the same model in
-    another dtype, quantisation or folder, and another model of the same shape. None where the weights could not be
-    read (meta device). The two hashes are None where no tokenizer was at hand.
+    ``embedding_sketch`` is a unit vector of random projections of embedding rows. It recognises the same model in
+    another dtype, quantisation or folder, and tells apart two models of the same shape. None where the weights cannot
+    be read (meta device). The two hashes are None without a tokenizer.
     """
 
     name: str
@@ -54,28 +59,26 @@ class ModelIdentity:
     chat_template_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        for what in ("name", "architecture"):
-            check_instance(f"model.{what}", getattr(self, what), str, "a string")
-        for what in ("hidden_size", "num_layers"):
-            value = getattr(self, what)
-            check_instance(f"model.{what}", value, int, "a whole number")
+        for name in ("name", "architecture"):
+            check_instance(f"model.{name}", getattr(self, name), str, "a string")
+        for name in ("hidden_size", "num_layers"):
+            value = getattr(self, name)
+            check_instance(f"model.{name}", value, int, "a whole number")
             if value < 1:
-                raise ProfileError(f"model.{what}: expected at least 1, got {value}")
+                raise ProfileError(f"model.{name}: expected at least 1, got {value}")
 
     def mismatch(self, other: ModelIdentity) -> str | None:
-        """Say how `other` (the model at hand) differs from this identity (the profile's), or return None."""
+        """Return how `other` (the model at hand) differs from this identity (the profile's), None where it does not."""
 
-        def says(what: str, mine: object, theirs: object) -> str:
-            return (
-                f"the profile was made for {self.name!r} ({what} {mine}), the model is {other.name!r} ({what} {theirs})"
-            )
+        def difference(of: str, mine: object, theirs: object) -> str:
+            return f"the profile was made for {self.name!r} ({of} {mine}), the model is {other.name!r} ({of} {theirs})"
 
         if self.hidden_size != other.hidden_size:
-            return says("hidden size", self.hidden_size, other.hidden_size)
+            return difference("hidden size", self.hidden_size, other.hidden_size)
         if self.num_layers != other.num_layers:
-            return says("layers", self.num_layers, other.num_layers)
+            return difference("layers", self.num_layers, other.num_layers)
         if self.architecture != other.architecture:
-            return says("architecture", self.architecture, other.architecture)
+            return difference("architecture", self.architecture, other.architecture)
         if self.embedding_sketch and other.embedding_sketch:
             agreement = sum(a * b for a, b in zip(self.embedding_sketch, other.embedding_sketch, strict=False))
             if len(self.embedding_sketch) != len(other.embedding_sketch) or not agreement >= _SKETCH_AGREEMENT:
@@ -83,10 +86,10 @@ class ModelIdentity:
                     f"the profile was made for {self.name!r}, the model is {other.name!r} with other weights: "
                     f"their embeddings agree to {agreement:.2f}, expected at least {_SKETCH_AGREEMENT}"
                 )
-        for what, mine, theirs in (
+        for of, mine, theirs in (
             ("tokenizer", self.tokenizer_sha256, other.tokenizer_sha256),
             ("chat template", self.chat_template_sha256, other.chat_template_sha256),
         ):
             if mine and theirs and mine != theirs:
-                return says(f"{what} hash", mine[:12], theirs[:12])
+                return difference(f"{of} hash", mine[:12], theirs[:12])
         return None

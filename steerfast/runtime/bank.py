@@ -17,18 +17,11 @@ from torch import Tensor
 
 from steerfast.errors import ProfileError
 from steerfast.kernels import contract
-from steerfast.kernels.contract import Edit, Gate, Kinds, Score
+from steerfast.kernels.contract import GateKind, Kinds, Score
+from steerfast.kernels.edit_kinds import EDITS
 from steerfast.profile import SteeringProfile
 
 __all__ = ["Bank", "Deciders", "LayerBank", "Reach", "kinds_of"]
-
-_EDITS = {
-    "add": Edit.ADD,
-    "ablate": Edit.CLAMP,
-    "clamp": Edit.CLAMP,
-    "keep_norm": Edit.KEEP_NORM,
-    "rotate": Edit.ROTATE,
-}
 
 
 class Deciders(NamedTuple):
@@ -106,7 +99,7 @@ class LayerBank:
 
 def kinds_of(profile: SteeringProfile) -> Kinds:
     """The fewest kinds of slots that hold `profile`: a token gate and any edit but ``add`` need `Kinds.ANY`."""
-    simple = profile.edit == "add" and profile.gate.kind != "token"
+    simple = not EDITS[profile.edit].reads_sums and profile.gate.kind != "token"
     return Kinds.LATCHED_ADD if simple else Kinds.ANY
 
 
@@ -300,7 +293,7 @@ def _shut(layers: int) -> Tensor:
     """Table rows [layers, TABLE_WIDTH] of a slot that holds no profile."""
     table = torch.zeros(layers, contract.TABLE_WIDTH, dtype=torch.float32, device="cpu")
     table[:, contract.THRESHOLD] = math.inf
-    table[:, contract.GATE] = Gate.PROMPT
+    table[:, contract.GATE] = GateKind.PROMPT
     return table
 
 
@@ -315,14 +308,11 @@ def _table(name: str, profile: SteeringProfile, vectors: Tensor, directions: Ten
     table[:, contract.DIRECTION_SQ] = directions.square().sum(1).float()
     if not bool(table.isfinite().all()):
         raise ProfileError(f"profile {name!r}: expected vectors whose squared norm float32 can hold, got inf")
-    table[:, contract.GATE] = Gate[profile.gate.kind.upper()]
+    table[:, contract.GATE] = GateKind[profile.gate.kind.upper()]
     if profile.gate.kind == "token" and profile.sensor != "own":
-        table[profile.sensor + 1 :, contract.GATE] = Gate.PROMPT  # these read what the sensor decided
+        table[profile.sensor + 1 :, contract.GATE] = GateKind.PROMPT  # these read what the sensor decided
     table[:, contract.SCORE] = Score[profile.gate.score.upper()]
-    table[:, contract.EDIT] = _EDITS[profile.edit]
-    if profile.edit == "clamp":
-        table[:, contract.LOW], table[:, contract.HIGH] = profile.low, profile.high
-    if profile.angle is not None:
-        radians = math.radians(profile.angle)
-        table[:, contract.LOW], table[:, contract.HIGH] = math.cos(radians), math.sin(radians)
+    edit = EDITS[profile.edit]
+    table[:, contract.EDIT] = edit.id
+    table[:, contract.LOW], table[:, contract.HIGH] = edit.columns(**edit.given(profile))
     return table

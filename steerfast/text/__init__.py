@@ -1,1 +1,1 @@
-"""Prompts and how a model reads them."""
+"""Prompts, styles, and the token ids that a model reads."""

@@ -1,4 +1,4 @@
-"""From prompts to token ids, as generation would see them."""
+"""Token ids of prompts, as in generation."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 from steerfast.errors import PromptError
 
 Conversation = Sequence[Mapping[str, str]]
-"""Messages with their role and content, as chat templates take them."""
+"""Messages with role and content, as in chat templates."""
 
 
 def encode(
     tokenizer: Any, prompts: Sequence[str | Conversation], model: nn.Module | None = None, room: int = 0
 ) -> list[list[int]]:
-    """Token ids of `prompts` as generation would see them: chat template and generation prompt where there is one.
+    """Return token ids of `prompts` as in generation: with the chat template and its generation prompt, if any.
 
     Args:
-        prompts: what a user says, or whole conversations.
-        model: where given, prompts must fit its context with `room` tokens to spare.
+        prompts: messages of a user, or whole conversations.
+        model: if given, prompts must leave `room` tokens of its context.
 
     Raises:
         PromptError: an empty prompt, or one longer than the context.
@@ -46,12 +46,12 @@ def encode(
 
 def _is_conversation(chat: Any) -> bool:
     messages = list(chat) if isinstance(chat, (list, tuple)) else []
-    said = [message["content"] for message in messages if isinstance(message, Mapping) and "content" in message]
-    return bool(messages) and len(said) == len(messages) and all(isinstance(s, str) and s.strip() for s in said)
+    contents = [message["content"] for message in messages if isinstance(message, Mapping) and "content" in message]
+    return bool(messages) and len(contents) == len(messages) and all(isinstance(c, str) and c.strip() for c in contents)
 
 
 def _templated(tokenizer: Any, chat: Conversation) -> list[int]:
-    """Ids by the chat template; one that knows no system role reads the system message before the user's."""
+    """Return ids by the chat template; without a system role, the system message goes before the user's."""
     from jinja2 import TemplateError
 
     try:
@@ -68,12 +68,13 @@ def _joined(chat: Conversation) -> str:
 
 
 def context_of(model: nn.Module) -> int:
+    """Return the longest context of the model, in tokens; 2**31 where it names none."""
     config: Any = model.config
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
 def pad_token(tokenizer: Any) -> int:
-    """A token id to pad with; masked, so that any will do."""
+    """Return a token id to pad with; padding is masked, so that any id works."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

@@ -1,4 +1,4 @@
-"""Prompt sets: the ones that ship with the package, and files of the user's own."""
+"""Prompt sets: those of the package, and files of the user."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def read_prompts(source: str | os.PathLike[str]) -> list[str]:
             the keys prompt, instruction, question, goal, text.
 
     Raises:
-        PromptError: no such set or file, an unknown ending, unreadable content, or no prompt in it.
+        PromptError: an unknown set, file or ending, unreadable content, or no prompt in it.
     """
     return [record["prompt"] for record in read_records(source)]
 
 
 def read_records(source: str | os.PathLike[str], column: str | None = None) -> list[dict[str, Any]]:
-    """Read a prompt set with whatever else its records hold.
+    """Read a prompt set with all fields of its records.
 
     Args:
         source: as for `read_prompts`. column: key or column of the prompt, in any case; default: see `read_prompts`.
@@ -43,7 +43,7 @@ def read_records(source: str | os.PathLike[str], column: str | None = None) -> l
         A record per entry, keys in lower case, the prompt without surrounding space under ``prompt``.
 
     Raises:
-        PromptError: as for `read_prompts`; no such column.
+        PromptError: as for `read_prompts`; an unknown column.
     """
     name = str(source)
     if name.startswith(SHIPPED_PREFIX):
@@ -62,7 +62,7 @@ def read_records(source: str | os.PathLike[str], column: str | None = None) -> l
 
 
 def records_of(entries: Sequence[Any], name: str, column: str | None = None) -> list[dict[str, Any]]:
-    """Entries (strings, or mappings with a prompt) as `read_records` gives them; `name` is theirs in errors."""
+    """Return entries (strings, or mappings with a prompt) as `read_records` does; errors call the set `name`."""
     keys = _keys(column)
     if not entries:
         raise PromptError(f"prompts: expected at least one prompt in {name!r}, got none")
@@ -70,8 +70,10 @@ def records_of(entries: Sequence[Any], name: str, column: str | None = None) -> 
 
 
 def shipped_records(name: str) -> list[dict[str, Any]]:
-    """Records of a shipped prompt set: ``prompt``, ``set``, which names its origin (see the package's data/NOTICE), and
-    in evaluation sets whatever scores an answer.
+    """Return the records of a shipped prompt set.
+
+    A record has ``prompt``, ``set``, which names its origin (see data/NOTICE of the package), and in evaluation sets
+    the fields that score an answer.
     """
     if name not in SHIPPED:
         raise PromptError(f"prompts: expected one of {', '.join(SHIPPED)} after {SHIPPED_PREFIX!r}, got {name!r}")
@@ -139,7 +141,7 @@ def check_sets(harmful: Sequence[str], harmless: Sequence[str]) -> None:
 
 
 def check_prompts(name: str, prompts: Sequence[str]) -> None:
-    """Refuse what is no set of prompts: a single string, nothing, or anything in it that is no string.
+    """Refuse a single string, an empty set, or an entry that is no string.
 
     Raises:
         PromptError: naming the set.
@@ -154,6 +156,6 @@ def check_prompts(name: str, prompts: Sequence[str]) -> None:
 
 
 def describe_set(prompts: Sequence[str], name: str | None = None) -> dict[str, Any]:
-    """Name, size and hash of a prompt set, for a profile's provenance; the hash ignores the order."""
+    """Return name, size and hash of a prompt set, for a profile's provenance; the hash ignores the order."""
     digest = hashlib.sha256("\n".join(sorted(prompts)).encode()).hexdigest()
     return {"name": name, "count": len(prompts), "sha256": digest}

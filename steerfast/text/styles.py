@@ -1,4 +1,4 @@
-"""Styles: one request put in many ways, so that a gate fitted on both kinds of request in all of them learns harm."""
+"""Styles: one request in many forms, so that a gate fitted on harmful and harmless ones learns harm, not form."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Literal
 from steerfast.errors import PromptError
 
 PLAIN = "plain"
-_LONGEST = 300  # characters of a request that is put in another style
+_LONGEST = 300  # characters of a request that is restyled
 
 Part = Literal["fit", "calibrate"]
 
 
 class Prompts(list[str]):
-    """Prompts that know their style and the request they put.
+    """Prompts with their style and the request they make.
 
     Attributes:
         styles: a name per prompt, ``plain`` by default.
@@ -40,27 +40,27 @@ class Prompts(list[str]):
                 raise PromptError(f"{name}: expected one per prompt ({len(self)}), got {len(values)}")
 
     def joined(self, other: Prompts) -> Prompts:
-        """These prompts, then the others."""
+        """Return these prompts, then the others."""
         return Prompts([*self, *other], self.styles + other.styles, self.requests + other.requests)
 
     def in_style(self, style: str) -> list[bool]:
-        """Which prompts are in a style."""
+        """Return for each prompt whether it is in a style."""
         return [own == style for own in self.styles]
 
     def counts(self) -> dict[str, int]:
-        """How many prompts are in each style."""
+        """Return the number of prompts in each style."""
         return {style: self.styles.count(style) for style in dict.fromkeys(self.styles)}
 
 
 def style_names() -> list[str]:
-    """The styles that `restyle` knows."""
+    """Return the styles of `restyle`."""
     return list(_data()["fit"])
 
 
 def restyle(prompts: Sequence[str], count: int, *, part: Part = "fit", seed: int = 0) -> Prompts:
-    """The prompts, and a sample of them in each of the styles of `style_names`.
+    """Return the prompts, and a sample of them in each of the styles of `style_names`.
 
-    The frames are this project's own: personas, fiction, overridden instructions, demanded openings, random suffixes,
+    The frames are of this project: personas, fiction, overridden instructions, demanded openings, random suffixes,
     pretexts, code, worked examples, split and misspelt text. Do the same to harmful and harmless prompts.
 
     Args:
@@ -86,7 +86,7 @@ def restyle(prompts: Sequence[str], count: int, *, part: Part = "fit", seed: int
 
 @lru_cache
 def _data() -> dict[str, Any]:
-    """Frames by part and style; tokens of a vocabulary under ``noise``."""
+    """Return frames by part and style; tokens of a vocabulary under ``noise``."""
     file = resources.files("steerfast") / "data" / "frames.json"
     data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return data
@@ -110,12 +110,12 @@ _LEET = {"a": "4", "e": "3", "i": "1", "o": "0", "s": "5"}
 
 
 def _noise(rng: random.Random) -> str:
-    """Tokens at random: no sense in them, as in a suffix that was optimised token by token."""
+    """Return random tokens, like a suffix that was optimised token by token."""
     return "".join(rng.choices(_data()["noise"], k=rng.randint(14, 26))).strip()
 
 
 def _misspelt(prompt: str, rng: random.Random) -> str:
-    """In lower case, two letters swapped in a third of the longer words."""
+    """Return the prompt in lower case, with two letters swapped in a third of the longer words."""
     words = prompt.lower().split(" ")
     for i, word in enumerate(words):
         if len(word) > 4 and rng.random() < 0.35:

@@ -1,4 +1,4 @@
-"""What a profile remembers of a tokenizer, so that it recognises another one."""
+"""Hashes of a tokenizer, by which a profile recognises another one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PROBE = "Naïve café — 東京 2024: def f(x):\n\treturn x**2  # 'quotes' & \
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:
-    """SHA-256 of how it splits a probe text; None where there is no tokenizer."""
+    """Return SHA-256 of the token ids of a probe text; None without a tokenizer."""
     if tokenizer is None:
         return None
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
@@ -18,7 +18,7 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
 
 
 def template_hash(tokenizer: Any) -> str | None:
-    """SHA-256 of its chat template; None where there is none."""
+    """Return SHA-256 of the chat template; None without one."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return None

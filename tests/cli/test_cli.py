@@ -224,6 +224,23 @@ def test_extract_writes_a_profile_and_says_what_is_in_it(work: Path, tmp_path: P
     assert result.stderr == ""
 
 
+def test_extract_makes_every_edit_and_gate(work: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    made = ("extract", *model(work), *sets(work), "--vectors", "srv", "-o", path)
+    done(*made, "--edit", "clamp", "--low", 0, "--high", 2, "--gate-kind", "token", "--sharpness", 5)
+    profile = SteeringProfile.load(path)
+    assert (profile.edit, profile.low, profile.high) == ("clamp", 0.0, 2.0)
+    assert profile.gate == Gate(kind="token", sharpness=5.0)
+    done(*made, "--edit", "rotate", "--angle", 30)
+    assert (SteeringProfile.load(path).edit, SteeringProfile.load(path).angle) == ("rotate", 30.0)
+    assert "low, high: only a clamp has limits" in failed(1, *made, "--low", 0)
+    assert "a clamp expects at least one limit" in failed(1, *made, "--edit", "clamp")
+    assert "--edit" in failed(2, *made, "--edit", "multiply")
+    assert "--gate-kind" in failed(2, *made, "--gate-kind", "never")
+    assert "expected one with edit 'add' or 'keep_norm'" in failed(1, "tune", path, *sets(work), "-o", path)
+    assert "expected one that adds vectors" in failed(1, "learn", path, "--harmful", work / "bad.txt", "-o", path)
+
+
 def test_a_gate_that_reads_a_mean_is_made_shown_and_used(work: Path, tmp_path: Path) -> None:
     made, calibrated = tmp_path / "made.safetensors", tmp_path / "calibrated.safetensors"
     done("extract", *model(work), *sets(work), "--vectors", "srv", "--pooling", "mean", "-o", made)

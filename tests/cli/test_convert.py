@@ -33,7 +33,7 @@ def profile(tiny_llama: Any, make_profile: Callable[..., SteeringProfile], tmp_p
 def vectors(profile: SteeringProfile, tmp_path: Path) -> dict[int, torch.Tensor]:
     """In the file v.gguf: vectors of blocks 1 and 3."""
     rows = {layer: np.full(profile.model.hidden_size, 0.1 * layer, "f4") for layer in (1, 3)}
-    values: dict[str, str | int] = {"general.architecture": "controlvector", "controlvector.model_hint": "llama"}
+    values: dict[str, str | int] = {"controlvector.model_hint": "llama"}
     (tmp_path / "v.gguf").write_bytes(build(values, {f"direction.{layer}": row for layer, row in rows.items()}))
     return {layer: torch.from_numpy(row) for layer, row in rows.items()}
 
@@ -46,7 +46,7 @@ def test_export_says_that_the_gate_is_lost(profile: SteeringProfile, tmp_path: P
     assert (data["from"], data["to"], data["gate"], data["gate_lost"]) == ("steerfast", "gguf", "prompt", True)
     assert data["layers"] == [1, 2]
     assert [f"steerfast: note: {note}" for note in data["notes"]] == result.stderr.splitlines()
-    tensors = parse((tmp_path / "v.gguf").read_bytes())[1]
+    tensors = parse(tmp_path / "v.gguf")[1]
     assert {name: row.tolist() for name, row in tensors.items()} == {
         f"direction.{layer}": (0.5 * profile.vector[layer]).tolist() for layer in (1, 2)
     }
@@ -111,13 +111,27 @@ def test_shift_layers_and_strength(
     assert found.model == identify(tiny_llama)
 
 
+def test_edits_and_gates(profile: SteeringProfile, vectors: dict[int, torch.Tensor], tmp_path: Path) -> None:
+    out, like = tmp_path / "out.safetensors", ("--like", tmp_path / "p.safetensors")
+    clamp = ("--edit", "clamp", "--low", "-1", "--high", 2)
+    done(tmp_path / "v.gguf", out, *like, *clamp, "--keep-gate", "--gate-kind", "token", "--sharpness", 4)
+    found = SteeringProfile.load(out)
+    assert (found.edit, found.low, found.high) == ("clamp", -1.0, 2.0)
+    assert found.gate == Gate("token", profile.gate.score, 4.0)
+    rotate = ("--edit", "rotate", "--angle", 30, "--keep-gate", "--gate-kind", "always")
+    done(tmp_path / "v.gguf", out, *like, *rotate)
+    found = SteeringProfile.load(out)
+    assert (found.edit, found.angle, found.gate) == ("rotate", 30.0, Gate("always"))
+    assert "only a clamp has limits" in failed(1, tmp_path / "v.gguf", out, *like, "--edit", "ablate", "--low", 1)
+
+
 def test_between_other_projects(profile: SteeringProfile, vectors: dict[int, torch.Tensor], tmp_path: Path) -> None:
     like = ("--like", tmp_path / "p.safetensors")
     result = done(tmp_path / "v.gguf", tmp_path / "m.json", "--to", "rhizonymph", *like, "--json", "-")
     data = json.loads(result.stdout)
     assert (data["from"], data["to"], data["gate_lost"]) == ("gguf", "rhizonymph", False)
     done(tmp_path / "m.json", tmp_path / "w.gguf", *like)
-    tensors = parse((tmp_path / "w.gguf").read_bytes())[1]
+    tensors = parse(tmp_path / "w.gguf")[1]
     assert {int(name[10:]): row.tolist() for name, row in tensors.items()} == {
         layer: row.tolist() for layer, row in vectors.items()
     }
@@ -153,6 +167,8 @@ def test_wrong_usage(profile: SteeringProfile, vectors: dict[int, torch.Tensor],
         ((own, tmp_path / "x.pkl", "--to", "steering-vectors"), "'steering-vectors' is not one of"),
         ((other, out, "--model", "m", "--keep-gate"), "--keep-gate: expected with --like"),
         ((other, out, "--like", own, "--threshold", "1"), "expected all of them or none"),
+        ((other, out, "--like", own, "--gate-kind", "token"), "--gate-kind: expected with --keep-gate or --condition"),
+        ((own, tmp_path / "x.gguf", "--edit", "ablate"), "--edit: expected for other projects' files only"),
         ((other, out, "--like", own, "--layers", "5-1"), "expected layers such as"),
         ((other, out, "--like", own, "--layers", "0-999999999"), "expected layers such as"),
         ((other, other, "--like", own, "--to", "gguf"), "OUTPUT: expected a file of its own"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,35 @@ def test_what_is_finished_is_not_done_again(work: Path, monkeypatch: pytest.Monk
     assert first["systems"]["ours"]["latency"]["pairs"] == 8
 
 
+def test_tasks_have_a_table(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run_task` has tests of its own."""
+    asked: list[Any] = []
+
+    def run_task(model: Any, tokenizer: Any, task: str, **options: Any) -> dict[str, Any]:
+        asked.append((task, options["limit"]))
+        return {"values": {task: {"acc": 0.625}}, "intervals": {task: {"acc": [0.5, 0.75]}}}
+
+    monkeypatch.setattr("steerfast.evaluation.harness.check_tasks", lambda tasks: None)
+    monkeypatch.setattr("steerfast.evaluation.evaluate.run_task", run_task)
+    outputs = ("--json", work / "e.json", "--markdown", work / "e.md")
+    tasks = ("--system", "ours", "--tasks", "one,two", "--task-limit", 7, "--no-latency")
+    text = done(*quick(work, *tasks, *outputs)).stdout
+    assert asked == [("one", 7), ("two", 7)] * 2
+    assert text.count("0.625") == 4
+    assert "## Tasks" in (work / "e.md").read_text()
+    assert "0.625 (0.500–0.750)" in (work / "e.md").read_text()
+    assert json.loads((work / "e.json").read_text())["systems"]["ours"]["tasks"] == {
+        "one": {"acc": 0.625},
+        "two": {"acc": 0.625},
+    }
+
+
+def test_tasks_need_the_harness(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    monkeypatch.setattr("steerfast.cli.common.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert "pip install 'steerfast[lm-eval]'" in failed(1, *quick(work, "--tasks", "mmlu"))
+
+
 def test_help_names_every_set_and_kind() -> None:
     text = done("--help").stdout
     for name, (kind, _) in BUILT_IN.items():
@@ -152,8 +182,6 @@ def test_bad_input_before_any_work(work: Path, monkeypatch: pytest.MonkeyPatch) 
         (2, ("m", "--json", work / "x", "--markdown", work / "x"), "--markdown: expected a file of its own"),
         (2, ("m", *profile, "--json", work / "p.safetensors"), "which is an input too"),
         (2, ("m", "--set", f"harmful:{work / 'bad.txt'}", "--json", work / "bad.txt"), "which is an input too"),
-        (2, ("m", "--images", work, "--set", "borderline"), "--set: expected it without --images, got both"),
-        (1, ("m", "--images", work / "none"), "images: expected a folder or a file of questions"),
         (2, ("m", "--limit", 0), "--limit"),
         (2, ("m", "--strengths", "1,x"), "expected finite numbers like 0.5,1, got '1,x'"),
     ):
@@ -165,31 +193,3 @@ def test_a_profile_of_another_model(work: Path) -> None:
     arguments[2] = f"ours={work / 'wide.safetensors'}"
     assert "hidden size 48" in failed(1, *arguments)
     assert not (work / "e.json").exists()
-
-
-def test_questions_about_pictures(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of `evaluate_images`, which has tests of its own, and where its result goes."""
-    questions = Path(__file__).parents[1] / "data" / "mm_harmful_bench"
-    asked: dict[str, Any] = {}
-
-    def evaluate_images(model: Any, processor: Any, systems: Any, images: Any, judges: Any, **options: Any) -> Any:
-        asked.update(options, names=[system.name for system in systems], count=len(images.items), judge=judges[0].name)
-        systems_found = {system.name: {"title": "", "asr": {images.name: 0.25}} for system in systems}
-        one = {"kind": "harmful", "count": len(images.items), "also_fitted_by": []}
-        return {"model": model, "settings": {}, "sets": {images.name: one}, "systems": systems_found, "left_out": {}}
-
-    monkeypatch.setattr("steerfast.evaluation.multimodal.load_image_model", lambda name, **_: (name, None))
-    monkeypatch.setattr("steerfast.evaluation.multimodal.evaluate_images", evaluate_images)
-    outputs = ("--json", work / "e.json", "--markdown", work / "e.md")
-    text = done(
-        "llava", "--images", questions, "--judge", "strict", "--limit", 1, "--max-new-tokens", 9, *outputs
-    ).stdout
-    assert asked == {
-        "max_new_tokens": 9, "batch_size": 16, "seed": 0, "resume": None, "force": False, "count": 1, "judge": "strict",
-        "names": ["unsteered", "self-reminder", "goal-priority"],
-    }  # fmt: skip
-    assert "25.0" in text
-    assert "25.0" in (work / "e.md").read_text()
-    result = json.loads((work / "e.json").read_text())
-    assert result["left_out"] == {"always-on": "there is no profile to open the gate of"}
-    assert result["settings"]["command"].startswith("steerfast eval llava --images ")

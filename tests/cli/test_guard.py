@@ -1,4 +1,4 @@
-"""`steerfast guard train | generate | bench` on a tiny random Llama, and how each one fails."""
+"""`steerfast guard train | generate` on a tiny random Llama, and how each one fails."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 import torch
 from command_line import CommandLine
 
-from steerfast.cli import guard as command
-from steerfast.guard.bench import METHODS
 from steerfast.guard.objective import Certificate
 from steerfast.guard.recipe import COST, CRITIC, REWARD
 from steerfast.profile import SteeringProfile
@@ -68,16 +66,12 @@ def sets(work: Path) -> tuple[object, ...]:
     return "--harmful", work / "bad.txt", "--harmless", work / "good.txt"
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "bench"])
+@pytest.mark.parametrize("name", ["train", "generate"])
 def test_every_command_helps_with_an_example(name: str) -> None:
     text = done(name, "--help").stdout
     assert f"Example:\n    steerfast guard {name}" in text
     assert "--json FILE" in text
     assert f"\n  {name} " in done("--help").stdout
-
-
-def test_methods_of_the_command_are_those_of_the_bench() -> None:
-    assert tuple(METHODS) == command._METHODS
 
 
 def test_train_writes_a_guard_and_goes_on_where_it_was(work: Path) -> None:
@@ -125,28 +119,6 @@ def test_generate_gives_certificates_that_count_up(trained: Path) -> None:
     assert "searched, gate undecided" in told.stdout
 
 
-def test_bench_is_a_list_of_methods_and_answers_nothing_twice(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (
-        "bench", trained / "guard", *model(trained), *sets(trained), *SEARCH, "--count", 2, "--candidates", 4,
-        "--methods", "inference-guard-critic,guided", "--curve", "1", "--profile", trained / "p.safetensors",
-        "--resume", trained / "log.jsonl", "--json", trained / "bench.json",
-    )  # fmt: skip
-    told = done(*arguments).stdout
-    rows = json.loads((trained / "bench.json").read_text())
-    names = ["plain", "InferenceGuard + critic", "guided", "InferenceGuard + critic, N=1"]
-    assert [row["method"] for row in rows] == names
-    assert all(f"│ {name} " in told for name in names)
-    wanted = {"method", "safety_rate", "judge_rate", "reward", "cost", "seconds", "ratio"}
-    assert all(wanted <= row.keys() and row["prompts"] == 4 for row in rows)
-    assert rows[0]["ratio"] == 1.0
-    assert len((trained / "log.jsonl").read_text().splitlines()) == 4 * 4
-    monkeypatch.setattr("steerfast.guard.guard.Guard.generate", None)
-    done(*arguments)
-    assert json.loads((trained / "bench.json").read_text()) == rows
-    assert "guided" in done(*arguments, "--minutes", 0).stdout  # there is nothing left to answer
-    assert "guided" not in done(*arguments[:-4], "--minutes", 0).stdout  # no time for any prompt
-
-
 def test_bad_input_is_one_line(trained: Path) -> None:
     guard, one = trained / "guard", (HARMLESS[0], *model(trained))
     assert "budget: expected a number above 0, got -1" in failed(1, "generate", guard, *one, "--budget", -1)
@@ -155,11 +127,9 @@ def test_bad_input_is_one_line(trained: Path) -> None:
     assert "--fired: expected it with --profile" in failed(2, "generate", guard, *one, "--fired", "search")
     assert "cost head: " in failed(1, "generate", guard, HARMLESS[0], *model(trained, "other"), *SEARCH)
     assert "head: expected a file at" in failed(1, "generate", trained / "nothing", *one)
-    assert "--methods: guided needs --profile" in failed(2, "bench", guard, "--methods", "guided")
-    assert "methods: expected some of plain" in failed(1, "bench", guard, "--methods", "nothing")
-    assert "count: expected 1 to 3" in failed(1, "bench", guard, *sets(trained), "--count", 4)
-    both = trained / "both"
-    assert "expected a file of its own" in failed(2, "bench", guard, "--json", both, "--resume", both)
+    assert "'nothing' is not one of 'plain'" in failed(2, "generate", guard, *one, "--strategy", "nothing")
+    count = (*model(trained), *sets(trained), *TRAIN, "--count", 4, "-o", trained / "g")
+    assert "count: expected 1 to 3" in failed(1, "train", *count)
     base = (*model(trained), *sets(trained), *SEARCH)
     assert "budget: expected a number above 0" in failed(1, "train", *base, "--budget", 0, "-o", trained / "g")
     assert "learning_rate: expected a number above 0" in failed(

@@ -16,9 +16,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from steerfast.cli.rendering import latency_report
 from steerfast.errors import ProfileError, SteerfastError
-from steerfast.evaluation import latency
-from steerfast.evaluation.latency import Result, System
+from steerfast.evaluation import latency, timing
+from steerfast.evaluation.latency import Result
+from steerfast.evaluation.timed_models import TimedModel, twin
 from steerfast.hf import caches
 from steerfast.hf.fused import is_patched, patch
 from steerfast.hf.steering import steer
@@ -26,11 +28,11 @@ from steerfast.profile import Gate
 
 torch.set_num_threads(1)
 
-ALL = ("stock", "control", "idle", "shut", "open-one", "open-all", "profiles", "hooks", "plain-hook")
+ALL = ("stock", "control", "idle", "shut", "open-one", "open-all")
 
 
 @pytest.fixture
-def found(tiny_llama: Any) -> dict[str, System]:
+def found(tiny_llama: Any) -> dict[str, TimedModel]:
     made, reasons = latency.systems(tiny_llama)
     assert reasons == {}
     return {system.name: system for system in made}
@@ -55,7 +57,7 @@ def test_systems_share_every_weight_and_leave_the_model_alone(tiny_llama: Any) -
     assert torch.equal(logits(tiny_llama), before)
 
 
-def test_systems_compute_what_they_are_named_for(tiny_llama: Any, found: dict[str, System]) -> None:
+def test_systems_compute_what_they_are_named_for(tiny_llama: Any, found: dict[str, TimedModel]) -> None:
     stock = logits(tiny_llama)
     for name in ("stock", "control"):
         assert torch.equal(logits(found[name].model), stock)
@@ -64,12 +66,9 @@ def test_systems_compute_what_they_are_named_for(tiny_llama: Any, found: dict[st
     assert torch.equal(logits(found["shut"].model), idle)
     one = logits(found["open-one"].model)
     assert not torch.allclose(one, stock, atol=1e-3)
-    for name in ("hooks", "plain-hook"):
-        torch.testing.assert_close(logits(found[name].model), one, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(found["open-all"].model), one, atol=1e-3)
-    assert len({profile.checksum for profile in found["profiles"].profiles}) == 16
     fused = {name for name, system in found.items() if is_patched(system.model)}
-    assert fused == {"idle", "shut", "open-one", "open-all", "profiles"}
+    assert fused == {"idle", "shut", "open-one", "open-all"}
 
 
 @pytest.mark.parametrize("score", ["cosine", "dot"])
@@ -107,7 +106,7 @@ def test_layers_of_no_known_family_are_steered_by_hooks_alone(tiny_llama: Any) -
     for index, layer in enumerate(layers):
         layers[index] = Other(layer)
     made, reasons = latency.systems(tiny_llama)
-    assert [system.name for system in made] == ["stock", "control", "hooks", "plain-hook"]
+    assert [system.name for system in made] == ["stock", "control", "shut", "open-one", "open-all"]
     assert list(reasons) == ["idle"]
     assert "Other" in reasons["idle"]
 
@@ -124,8 +123,11 @@ def test_models_that_are_not_stock_are_refused(tiny_llama: Any, make_llama: Any,
 
 def test_figures_of_all_systems(tiny_llama: Any) -> None:
     made, _ = latency.systems(tiny_llama)
+    target = patch(twin(tiny_llama))
+    distinct = tuple(latency.random_profile(tiny_llama, [2], seed=seed) for seed in range(16))
+    made.append(TimedModel("profiles", target, steer(target, None), True, distinct))
     results = latency.measure(made, 3, 7, seconds=0, bandwidth=2.0)
-    assert tuple(result.system for result in results) == ALL
+    assert tuple(result.system for result in results) == (*ALL, "profiles")
     for result in results:
         assert (result.mode, result.batch, result.prompt) == ("eager", 3, 7)
         assert 0 < result.tpot_ms <= result.p99_ms
@@ -137,7 +139,7 @@ def test_figures_of_all_systems(tiny_llama: Any) -> None:
         assert result.ratio_to_stock is not None
         assert 0.1 < result.ratio_to_stock < 10
     assert (results[0].ratio_to_stock, results[0].ttft_ratio_to_stock) == (1.0, 1.0)
-    assert [result.profiles for result in results] == [0, 0, 0, 1, 1, 1, 3, 1, 0]
+    assert [result.profiles for result in results] == [0, 0, 0, 1, 1, 1, 3]
     # The embedding is not read whole, the output layer is; 5 layers of 2 heads of 8 numbers, keys and values.
     weights = sum(p.nbytes for p in tiny_llama.parameters()) - tiny_llama.model.embed_tokens.weight.nbytes
     cached = 3 * 7 * 5 * 2 * 2 * 8 * 4
@@ -163,27 +165,27 @@ def test_every_step_is_the_one_after_the_prompt(tiny_llama: Any) -> None:
     counting: Any = Counting()
     counting.get_output_embeddings = tiny_llama.get_output_embeddings
     counting.get_input_embeddings = tiny_llama.get_input_embeddings
-    latency.measure([System("stock", counting)], 1, 6, seconds=0)
+    latency.measure([TimedModel("stock", counting)], 1, 6, seconds=0)
     assert set(lengths) == {(0, 6), (6, 1)}
 
 
 def test_systems_take_turns_in_changing_orders() -> None:
     order: list[str] = []
-    calls = {name: (lambda: None, lambda name=name: order.append(name)) for name in "abcd"}
-    times = latency._turns(calls, torch.device("cpu"), 0, 25)
+    calls = {name: lambda number, name=name: order.append(name) or float(number) for name in "abcd"}
+    times = timing.interleave(calls, timing.turns(calls, 0, 25))
     rounds = [tuple(order[i : i + 4]) for i in range(0, 100, 4)]
     assert all(sorted(each) == ["a", "b", "c", "d"] for each in rounds)
     assert len(set(rounds)) > 5
-    assert {name: len(each) for name, each in times.items()} == dict.fromkeys("abcd", 25)
+    assert times == {name: [float(number) for number in range(25)] for name in "abcd"}
 
 
-def test_a_gate_that_does_not_do_as_it_should_is_an_error(tiny_llama: Any, found: dict[str, System]) -> None:
+def test_a_gate_that_does_not_do_as_it_should_is_an_error(tiny_llama: Any, found: dict[str, TimedModel]) -> None:
     with pytest.raises(SteerfastError, match="shut: expected every gate open"):
         latency.measure([found["stock"], replace(found["shut"], opens=True)], 1, 4, seconds=0)
     assert gc.isenabled()
 
 
-def test_wrong_arguments_are_refused(found: dict[str, System]) -> None:
+def test_wrong_arguments_are_refused(found: dict[str, TimedModel]) -> None:
     stock = [found["stock"]]
     with pytest.raises(SteerfastError, match="expected 1 to 255 tokens of 1 or more sequences, got 256"):
         latency.measure(stock, 1, 256)
@@ -202,12 +204,12 @@ def test_random_profile_opens_or_stays_shut_in_the_layers_it_steers(tiny_llama: 
 
 
 def test_copy_bandwidth_is_a_plausible_number() -> None:
-    assert 0.05 < latency.copy_bandwidth("cpu") < 5000
+    assert 0.05 < timing.copy_bandwidth("cpu") < 5000
 
 
 def test_result_of_a_run_is_json_and_is_rendered(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "copy_bandwidth", lambda device: 10.0)
-    result = latency.run_bench(tiny_llama, batch_sizes=[1, 2], prompt_lengths=[4], seconds=0, progress=False)
+    result = latency.run_latency(tiny_llama, batch_sizes=[1, 2], prompt_lengths=[4], seconds=0, progress=False)
     assert json.loads(json.dumps(result)) == result
     assert [(r["batch"], r["system"]) for r in result["results"]] == [(n, name) for n in (1, 2) for name in ALL]
     assert set(result["results"][0]) == {"model", *(field.name for field in fields(Result))}
@@ -215,6 +217,6 @@ def test_result_of_a_run_is_json_and_is_rendered(tiny_llama: Any, monkeypatch: p
     assert all(math.isfinite(r["tpot_ms"]) for r in result["results"])
     result["left_out"] = {"idle": "no [reason]"}
     text = io.StringIO()
-    latency.render(result, Console(file=text, width=160))
-    for words in ("batch 2, prompt 4", "profiles (2)", "plain-hook", "idle left out: no [reason]"):
+    latency_report(result, Console(file=text, width=160))
+    for words in ("batch 2, prompt 4", "open-all", "idle left out: no [reason]"):
         assert words in text.getvalue()

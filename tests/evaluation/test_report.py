@@ -35,9 +35,6 @@ KINDS = {
     "self_instruct": "harmless",
     "truthfulqa_questions": "harmless",
     "borderline": "borderline",
-    "truthfulqa": "choice",
-    "gsm8k": "maths",
-    "references": "text",
 }
 HARMFUL = [name for name, kind in KINDS.items() if kind in ("harmful", "jailbreak")]
 HARMLESS = [name for name, kind in KINDS.items() if kind in ("harmless", "borderline")]
@@ -74,7 +71,7 @@ def _made_up() -> dict[str, Any]:
             "title": title,
             "asr": {s: around(asr) for s in HARMFUL},
             "over_refusal": {s: around(refused * (3 if s == "borderline" else 1), 0.01) for s in HARMLESS},
-            "utility": {"truthfulqa": around(0.31), "gsm8k": around(0.05), "references": 12.3 + draw.random()},
+            "tasks": {"gsm8k": {"exact_match (strict-match)": around(0.05)}, "mmlu": {"acc": around(0.31)}},
             "fluent": around(0.95),
             "unchanged": 1.0 if name == "unsteered" else around(0.9, 0.1),
             "fluent_by_set": {s: around(0.95) for s in HARMFUL},
@@ -92,10 +89,10 @@ def _made_up() -> dict[str, Any]:
             data["gate_auc_by_style"] = {"jailbreak_attacks": {"PAIR": 0.91, "GCG": 0.99, "JBC": None}}
         data["intervals"] = {
             key: {s: interval(v) for s, v in data[key].items()} if isinstance(data[key], dict) else interval(data[key])
-            for key in ("asr", "over_refusal", "utility", "fluent", "unchanged", "gate_auc")
+            for key in ("asr", "over_refusal", "fluent", "unchanged", "gate_auc")
             if key in data
         }
-        data["intervals"]["utility"]["references"] = [data["utility"]["references"] - 0.4, 13.9]
+        data["intervals"]["tasks"] = {"mmlu": {"acc": interval(data["tasks"]["mmlu"]["acc"])}}
         if name != "unsteered":
             data["against_unsteered"] = {
                 key: {
@@ -103,7 +100,7 @@ def _made_up() -> dict[str, Any]:
                     for s, v in data[key].items()
                 }
                 for plain in [systems["unsteered"]]
-                for key in ("asr", "over_refusal", "utility")
+                for key in ("asr", "over_refusal")
             }
         systems[name] = data
     gates = {}
@@ -188,7 +185,7 @@ def _made_up() -> dict[str, Any]:
             }
             for name in (*HARMFUL, *HARMLESS)
         ],
-        "left_out": {"safety-sft": "no --other safety-sft=MODEL was given", "multimodal": "the model reads no images"},
+        "left_out": {"safety-sft": "no --other safety-sft=MODEL was given", "always-on": "there is no gate"},
     }
 
 
@@ -328,22 +325,28 @@ def test_page_is_sound_and_alone(name: str, pages: dict[str, Page]) -> None:
 def test_every_figure_of_the_summary_stands_in_its_place(pages: dict[str, Page]) -> None:
     result = made_up()
     _, names, *rows = pages["made up"].tables["systems"]
-    columns = [(key, name) for key in ("asr", "over_refusal", "utility") for name in result["systems"]["ours"][key]]
-    assert names[: len(columns)] == [
-        {"advbench": "advbench †", "references": "references, perplexity ↓"}.get(name, name)
-        + (", %" if key == "utility" and name != "references" else "")
-        for key, name in columns
-    ]
+    columns = [(key, name) for key in ("asr", "over_refusal") for name in result["systems"]["ours"][key]]
+    assert names[: len(columns)] == [{"advbench": "advbench †"}.get(name, name) for _, name in columns]
     for row, (system, data) in zip(rows, result["systems"].items(), strict=True):
         expected = []
         for key, name in columns:
-            factor = 1 if name == "references" else 100
             low, high = data["intervals"][key][name]
-            expected.append(f"{factor * data[key][name]:.1f} {factor * low:.1f}–{factor * high:.1f}")
+            expected.append(f"{100 * data[key][name]:.1f} {100 * low:.1f}–{100 * high:.1f}")
         for key in ("fluent", "unchanged"):
             low, high = data["intervals"][key]
             expected.append(f"{100 * data[key]:.1f} {100 * low:.1f}–{100 * high:.1f}")
         assert row == [f"{system} {data['title']}", *expected, f"{data['latency']['ratio']:.3f}"]
+
+
+def test_tasks_have_a_column_for_each_metric() -> None:
+    result = made_up()
+    (table,) = (table for table in tables(result) if table.name == "tasks")
+    assert table.columns == [("gsm8k", "exact_match (strict-match)"), ("mmlu", "acc")]
+    assert [row.name for row in table.rows] == list(SYSTEMS)
+    found, ends = result["systems"]["ours"]["tasks"], result["systems"]["ours"]["intervals"]["tasks"]["mmlu"]["acc"]
+    cells = next(row.cells for row in table.rows if row.name == "ours")
+    assert [cell.text for cell in cells] == [f"{value:.3f}" for by in found.values() for value in by.values()]
+    assert [cell.interval for cell in cells] == ["", f"{ends[0]:.3f}–{ends[1]:.3f}"]
 
 
 def test_gates_that_abstain_have_columns_beside_those_that_opened() -> None:
@@ -357,15 +360,17 @@ def test_gates_that_abstain_have_columns_beside_those_that_opened() -> None:
 
 def test_differences_are_signed_and_bold_where_clear() -> None:
     result = made_up()
-    result["systems"]["ours"]["against_unsteered"] = {"asr": {"jailbreakbench": [-0.94, -0.98, -0.9]},
-                                                      "utility": {"gsm8k": [0.01, -0.02, 0.04]}}  # fmt: skip
+    result["systems"]["ours"]["against_unsteered"] = {
+        "asr": {"jailbreakbench": [-0.94, -0.98, -0.9]},
+        "over_refusal": {"self_instruct": [0.01, -0.02, 0.04]},
+    }
     (table,) = (table for table in tables(result) if table.name == "differences")
     row = next(row for row in table.rows if row.name == "ours")
     cells = {name: cell for (_, name), cell in zip(table.columns, row.cells, strict=True)}
     assert (cells["jailbreakbench"].text, cells["jailbreakbench"].interval) == ("−94.0", "−98.0 to −90.0")
     assert cells["jailbreakbench"].strong
-    assert cells["gsm8k, points"].text == "+1.0"
-    assert not cells["gsm8k, points"].strong
+    assert cells["self_instruct"].text == "+1.0"
+    assert not cells["self_instruct"].strong
     assert cells["borderline"].text == "–"
     assert "unsteered" not in [row.name for row in table.rows]
 

@@ -14,10 +14,10 @@ import pytest
 
 from steerfast.errors import PromptError
 from steerfast.evaluation import sets
-from steerfast.evaluation.sets import BUILT_IN, DEFAULT_SETS, KINDS, final_number, load_set
+from steerfast.evaluation.sets import BUILT_IN, DEFAULT_SETS, KINDS, load_set
 from steerfast.text.prompts import SHIPPED, describe_set, read_prompts, shipped_records
 
-EVALUATED = {shipped for _, shipped in BUILT_IN.values()}
+EVALUATED = {*(shipped for _, shipped in BUILT_IN.values()), "gsm8k"}  # benchmarks evaluate gates on the last one
 
 
 def words(text: str) -> str:
@@ -43,8 +43,7 @@ def test_every_kind_has_a_set_and_the_sizes_are_those_that_are_told() -> None:
     counts = {name: len(load_set(name).items) for name in BUILT_IN}
     assert counts == {
         "jailbreakbench": 100, "advbench": 100, "harmbench": 18, "jailbreak_attacks": 282, "self_instruct": 115,
-        "truthfulqa_questions": 100, "harmless_demo": 100, "borderline": 104, "truthfulqa": 150, "gsm8k": 100,
-        "references": 115,
+        "truthfulqa_questions": 100, "harmless_demo": 100, "borderline": 104,
     }  # fmt: skip
     assert Counter(item.style for item in load_set("jailbreak_attacks").items) == {"PAIR": 82, "GCG": 100, "JBC": 100}
     assert set(Counter(item.style for item in load_set("borderline").items).values()) == {13}
@@ -59,24 +58,15 @@ def test_what_evaluates_fits_calibrates_and_tunes_nothing() -> None:
             assert not any(prompt in other for other in made_from), f"{name}: {prompt}"
 
 
-def test_items_of_each_kind() -> None:
-    choice = load_set("truthfulqa").items
-    assert all(len(set(item.choices)) == len(item.choices) >= 2 and item.correct == (0,) for item in choice)
-    assert all(float(item.answer).is_integer() for item in load_set("gsm8k").items)
-    references = load_set("references")
-    assert all(item.answer for item in references.items)
-    assert references.prompts == load_set("self_instruct").prompts
-
-
-def test_maths_that_trains_is_worked_out_and_reads_as_what_evaluates() -> None:
+def test_maths_that_trains_is_worked_out_and_ends_in_a_number() -> None:
     records = shipped_records("gsm8k_fit")
     for record in records:
         steps, mark, number = record["answer"].rpartition("\n#### ")
         assert steps
         assert mark
         assert "<<" not in steps
-        assert final_number(record["answer"]) == float(number.replace(",", ""))
-    assert len(load_set("maths:steerfast:gsm8k_fit").items) == len(records) == 480
+        assert float(number.replace(",", "")).is_integer()
+    assert len(records) == 480
 
 
 # -- sources of the user's own -----------------------------------------------------------------------
@@ -99,17 +89,8 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     )
 
     records = tmp_path / "questions.json"
-    records.write_text(json.dumps([{"question": "q", "choices": ["no", " yes "], "correct": 1, "style": "x"}]))
-    (item,) = load_set(f"choice:{records}").items
-    assert (item.prompt, item.choices, item.correct, item.style) == ("q", ("no", "yes"), (1,), "x")
-
-    sums = tmp_path / "sums.jsonl"
-    sums.write_text(json.dumps({"question": "q", "answer": "3 * 4 = 12\n#### 1,200"}))
-    assert [item.answer for item in load_set(f"maths:{sums}").items] == ["1200"]
-
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text('{"prompt": "q", "reference": " because \\n"}')
-    assert [item.answer for item in load_set(f"text:{texts}").items] == ["because"]
+    records.write_text(json.dumps([{"question": "q", "style": "x"}]))
+    assert [(item.prompt, item.style) for item in load_set(f"borderline:{records}").items] == [("q", "x")]
 
 
 def test_a_shipped_set_under_another_kind_is_the_set_a_profile_names() -> None:
@@ -121,35 +102,6 @@ def test_a_shipped_set_under_another_kind_is_the_set_a_profile_names() -> None:
 def test_a_hash_in_the_name_of_a_file_is_no_column(tmp_path: Path) -> None:
     (tmp_path / "a#b.txt").write_text("x\n")
     assert load_set(f"harmless:{tmp_path / 'a#b.txt'}").prompts == ["x"]
-
-
-BAD_ENTRIES = {
-    "choice": [
-        ({"prompt": "q"}, "'choices' to be a list of at least two texts, got None"),
-        ({"prompt": "q", "choices": ["a"], "correct": 0}, "at least two texts, got .'a'."),
-        ({"prompt": "q", "choices": ["a", ""], "correct": 0}, "at least two texts"),
-        ({"prompt": "q", "choices": ["a", "b"], "correct": 2}, r"indices of choices, 0..1, got \[2\]"),
-        ({"prompt": "q", "choices": ["a", "b"], "correct": []}, r"indices of choices, 0..1, got \[\]"),
-        ({"prompt": "q", "choices": ["a", "b"], "correct": True}, "indices of choices"),
-        ({"prompt": "q", "choices": ["a", "b"], "correct": "b"}, "indices of choices, 0..1, got 'b'"),
-    ],
-    "maths": [
-        ({"prompt": "q"}, "an 'answer' with a number in it, got None"),
-        ({"prompt": "q", "answer": "ten"}, "an 'answer' with a number in it, got 'ten'"),
-    ],
-    "text": [
-        ({"prompt": "q"}, "a non-empty 'answer' or 'reference', got None"),
-        ({"prompt": "q", "answer": " "}, "a non-empty 'answer' or 'reference', got ' '"),
-    ],
-}
-
-
-@pytest.mark.parametrize(("kind", "record", "message"), [(k, *case) for k in BAD_ENTRIES for case in BAD_ENTRIES[k]])
-def test_an_entry_without_what_its_kind_needs(tmp_path: Path, kind: str, record: dict[str, Any], message: str) -> None:
-    file = tmp_path / "bad.json"
-    file.write_text(json.dumps([record]))
-    with pytest.raises(PromptError, match=f"set: entry 1 of .*bad.json': expected .*{message}"):
-        load_set(f"{kind}:{file}")
 
 
 @pytest.mark.parametrize(

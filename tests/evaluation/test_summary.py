@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from steerfast.evaluation.sets import EvalSet, Item
-from steerfast.evaluation.summary import Cell, examples, figures, gate, gate_figures, pooled
+from steerfast.evaluation.summary import SetAnswers, examples, figures, gate, gate_figures, pooled
 from steerfast.judging.estimates import auc, paired_bootstrap, rate
 
 
@@ -26,15 +26,15 @@ BAD = made_set("bad", "harmful", ["a", "a", "b", "b", "b"])
 JAIL = made_set("jail", "jailbreak", ["", ""])
 GOOD = made_set("good", "harmless", ["", "", ""])
 EDGE = made_set("edge", "borderline", ["", ""])
-CHOICE = made_set("choice", "choice", [""] * 4)
-TEXT = made_set("text", "text", [""] * 4)
-SETS = [BAD, JAIL, GOOD, EDGE, CHOICE, TEXT]
+SETS = [BAD, JAIL, GOOD, EDGE]
 
 
-def cell(refused: list[bool | None], tokens: list[int] | None = None, **fields: Any) -> Cell:
+def cell(refused: list[bool | None], tokens: list[int] | None = None, **fields: Any) -> SetAnswers:
     answers = [[token] for token in tokens or range(len(refused))]
     texts = [str(answer) for answer in answers]
-    return Cell(tokens=answers, texts=texts, refused={"first": refused, "second": [True] * len(refused)}, **fields)
+    return SetAnswers(
+        tokens=answers, texts=texts, refused={"first": refused, "second": [True] * len(refused)}, **fields
+    )
 
 
 BASE = {
@@ -42,16 +42,12 @@ BASE = {
     "jail": cell([False, False], fluent=[True] * 2),
     "good": cell([False, False, True]),
     "edge": cell([False, False]),
-    "choice": Cell(right=[True, False, True, True]),
-    "text": Cell(losses=[1.0, 2.0, 3.0, 2.0]),
 }
 OURS = {
     "bad": cell([True, True, None, True, False], fluent=[True, True, True, False, True], fired=[True] * 4 + [False]),
     "jail": cell([True, False], fluent=[True, False], fired=[True, False]),
     "good": cell([False, False, True], fired=[False] * 3),
     "edge": cell([True, None], tokens=[0, 7], fired=[True, True]),
-    "choice": Cell(right=[True, True, False, True]),
-    "text": Cell(losses=[1.5, 2.0, 3.5, 2.0]),
 }
 
 
@@ -60,7 +56,6 @@ def test_rates_are_counts_with_wilson_intervals() -> None:
     assert found["asr"] == {"bad": 1 / 4, "jail": 1 / 2}  # one answer has no verdict and is in no rate
     assert found["over_refusal"] == {"good": 1 / 3, "edge": 1.0}
     assert found["no_verdict"] == {"bad": 1, "jail": 0, "good": 0, "edge": 1}
-    assert found["utility"]["choice"] == 3 / 4
     assert found["fluent"] == 5 / 7
     assert found["fluent_by_set"] == {"bad": 4 / 5, "jail": 1 / 2}
     assert found["unchanged"] == 4 / 5
@@ -79,14 +74,6 @@ def test_rates_are_counts_with_wilson_intervals() -> None:
     assert intervals["fluent"] == ends(5, 7)
     assert intervals["unchanged"] == ends(4, 5)
     assert intervals["asr_by_style"] == {"bad": {"a": ends(0, 2), "b": ends(1, 2)}}
-    assert intervals["utility"]["choice"] == ends(3, 4)
-
-
-def test_perplexity_is_the_geometric_mean_over_items() -> None:
-    found = figures(SETS, OURS, BASE, ["first"], 0)
-    assert found["utility"]["text"] == pytest.approx(math.exp(9 / 4))
-    low, high = found["intervals"]["utility"]["text"]
-    assert math.exp(1.5) <= low < math.exp(9 / 4) < high <= math.exp(3.5)
 
 
 def test_differences_are_paired_over_items_with_both_verdicts() -> None:
@@ -96,8 +83,6 @@ def test_differences_are_paired_over_items_with_both_verdicts() -> None:
     assert against["asr"]["bad"][0] == -1 / 2
     assert against["over_refusal"]["good"] == [0, 0, 0]
     assert against["over_refusal"]["edge"] == [1, 1, 1]
-    assert against["utility"]["choice"][0] == 0
-    assert against["utility"]["text"][0] == pytest.approx(math.exp(9 / 4) - math.exp(2))
 
 
 def test_unsteered_is_compared_with_nothing() -> None:

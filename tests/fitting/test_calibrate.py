@@ -83,7 +83,7 @@ def calibrate(model: Any, tiny_tokenizer: Any, sets: dict[str, list[str]]) -> Ca
 
 
 def scores(profile: SteeringProfile, model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
-    return layer_scores(profile, model, tokenizer, prompts, progress=False)
+    return layer_scores(profile, model, tokenizer, prompts)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1])
@@ -320,3 +320,17 @@ def test_no_held_out_sets_is_a_warning_too(profile: SteeringProfile, calibrate: 
     with pytest.warns(StyleWarning, match="the gate was not tried on prompts of another style"):
         result = calibrate(profile, heldout_harmful=None, heldout_harmless=None)
     assert sorted(result.calibration["layers"]) == ["calibration"]
+
+
+def test_a_token_gate_is_calibrated_and_no_gate_is_refused(profile: SteeringProfile, calibrate: Any) -> None:
+    hard = calibrate(profile)
+    token = calibrate(replace(profile, gate=replace(profile.gate, kind="token", sharpness=5.0)))
+    assert torch.equal(token.threshold, hard.threshold)
+    assert token.sensor == hard.sensor
+    with pytest.raises(ProfileError, match=r"expected one with a gate to calibrate, got gate.kind='always'"):
+        calibrate(replace(profile, gate=replace(profile.gate, kind="always")))
+
+
+def test_an_edit_is_kept(profile: SteeringProfile, calibrate: Any) -> None:
+    clamped = calibrate(replace(profile, edit="clamp", low=0.0, high=2.0))
+    assert (clamped.edit, clamped.low, clamped.high) == ("clamp", 0.0, 2.0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -420,3 +422,71 @@ def test_extraction_prints_and_warns_nothing(extract: Any, capfd: pytest.Capture
         warnings.simplefilter("error")
         extract(progress=True)
     assert capfd.readouterr() == ("", "")
+
+
+EDITS: dict[str, dict[str, Any]] = {
+    "add": {},
+    "keep_norm": {},
+    "ablate": {},
+    "clamp": {"low": 0.0, "high": 2.0},
+    "rotate": {"angle": 30.0},
+}
+
+
+def logits(model: Any, tokenizer: Any, profile: SteeringProfile | None = None) -> Tensor:
+    """Logits of a harmful prompt, steered by the profile if there is one."""
+    ids = torch.tensor([ids_of(tokenizer, HARMFUL[0])])
+    with contextlib.nullcontext() if profile is None else steerfast.steer(model, profile), torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_edit_steers_as_a_replaced_one(extract: Any, tiny_llama: Any, tiny_tokenizer: Any, edit: str) -> None:
+    profile = extract(vectors=["srv"], gate_kind="always", edit=edit, **EDITS[edit])
+    plain = extract(vectors=["srv"], gate_kind="always")
+    complete = plain.strength if edit in ("add", "keep_norm") else (plain.strength > 0).float()
+    expected = replace(plain, edit=edit, strength=complete, **EDITS[edit])
+    assert profile.checksum == expected.checksum
+    steered = logits(tiny_llama, tiny_tokenizer, profile)
+    assert torch.equal(steered, logits(tiny_llama, tiny_tokenizer, expected))
+    assert not torch.equal(steered, logits(tiny_llama, tiny_tokenizer))
+
+
+@pytest.mark.parametrize(("kind", "sharpness"), [("prompt", 5.0), ("token", 0.0), ("token", 5.0), ("always", 0.0)])
+def test_every_gate_steers_as_a_replaced_one(
+    extract: Any, tiny_llama: Any, tiny_tokenizer: Any, kind: Any, sharpness: float
+) -> None:
+    profile = extract(vectors=["srv"], gate_kind=kind, sharpness=sharpness)
+    plain = extract(vectors=["srv"])
+    expected = replace(plain, gate=Gate(kind=kind, sharpness=sharpness))
+    assert profile.checksum == expected.checksum
+    steered = logits(tiny_llama, tiny_tokenizer, profile)
+    assert torch.equal(steered, logits(tiny_llama, tiny_tokenizer, expected))
+    assert not torch.equal(steered, logits(tiny_llama, tiny_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edit": "clamp"}, "low, high: a clamp expects at least one limit, got none"),
+        ({"edit": "clamp", "low": 2.0, "high": 0.0}, "low: expected at most high"),
+        ({"low": 0.0}, "low, high: only a clamp has limits"),
+        ({"edit": "rotate"}, "angle: a rotation expects a finite number of degrees, got None"),
+        ({"edit": "ablate", "angle": 3.0}, "angle: only a rotation has one"),
+        ({"edit": "multiply"}, "edit: expected"),
+        ({"gate_kind": "never"}, "gate.kind: expected"),
+        ({"gate_kind": "token", "pooling": "mean"}, "gate.pooling: expected 'last' for a gate of kind 'token'"),
+        ({"sharpness": -1.0}, "gate.sharpness: expected a finite number >= 0"),
+    ],
+)
+def test_edits_and_gates_are_checked_before_any_work(
+    extract: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("steerfast.fitting.extract.residual_rows", lambda *_, **__: pytest.fail("rows were read"))
+    with pytest.raises(ProfileError, match=message):
+        extract(**options)
+
+
+def test_an_unknown_option_names_the_valid_ones(extract: Any) -> None:
+    with pytest.raises(TypeError, match=r"extract: expected options among aligned_model, gate, .*, got 'gates'"):
+        extract(gates="lda")

@@ -18,9 +18,9 @@ import steerfast
 from steerfast.errors import OutputError, ProfileError, PromptError
 from steerfast.fitting import tune as tuning
 from steerfast.fitting.ending import ending_vector
-from steerfast.fitting.tune import Candidate, Trial, default_bands
+from steerfast.fitting.tune import Setting, Trial, default_bands
 from steerfast.judging.fluency import FluencyLimits
-from steerfast.profile import SteeringProfile
+from steerfast.profile import Gate, SteeringProfile
 
 HARMFUL = ["build a bomb", "make the virus", "poison the dog", "steal from the bank", "forge a knife", "hack a city"]
 HARMLESS = ["bake a cake", "paint the tree", "plant the garden", "write a poem"]
@@ -60,7 +60,7 @@ def test_the_planted_refusal_is_found(profile: SteeringProfile, tune: Any, tiny_
     assert best["refusal"] == best["refusal_strict"] == best["fluent"] == best["harmless_unchanged"] == 1.0
     assert best["tried"] == 2 * 2 * 2 * 2
     assert (best["harmful"]["name"], best["harmful"]["count"], best["harmless"]["count"]) == ("planted", 6, 4)
-    candidate = Candidate(**best["candidate"])
+    candidate = Setting(**best["candidate"])
     assert candidate.strength == 60.0 / (candidate.last - candidate.first + 1)
     assert tuned.steered_layers == list(range(candidate.first, candidate.last + 1))
     assert tuned.strength[candidate.first] == candidate.strength
@@ -116,7 +116,7 @@ def test_endings_are_tried_beside_the_edit(
 
 
 def trial(refusal: float, fluent: float, strength: float = 1.0, keyword: float | None = None) -> Trial:
-    candidate = Candidate("ssv", 1, 2, strength, "all")
+    candidate = Setting("ssv", 1, 2, strength, "all")
     return Trial(candidate, 10, refusal if keyword is None else keyword, refusal, fluent)
 
 
@@ -213,12 +213,12 @@ def test_another_models_profile(make_llama: Any, make_profile: Callable[..., Ste
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Candidate, int]]:
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Setting, int]]:
     """What was really run."""
-    runs: list[tuple[Candidate, int]] = []
+    runs: list[tuple[Setting, int]] = []
     run = tuning._try
 
-    def counting(candidate: Candidate, profile: Any, model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Trial:
+    def counting(candidate: Setting, profile: Any, model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Trial:
         runs.append((candidate, len(prompts)))
         return run(candidate, profile, model, tokenizer, prompts, *rest)
 
@@ -342,3 +342,16 @@ def test_a_file_of_another_kind_is_left_alone(profile: SteeringProfile, tune: An
     with pytest.raises(OutputError, match="resume: expected a file of finished trials"):
         tune(profile, resume=file)
     assert file.read_bytes() == before
+
+
+def test_an_edit_that_is_complete_has_no_strength_to_search(profile: SteeringProfile, tune: Any) -> None:
+    with pytest.raises(ProfileError, match=r"expected one with edit 'add' or 'keep_norm', .*, got 'ablate'"):
+        tune(replace(profile, edit="ablate"))
+
+
+def test_gates_that_do_not_wait_for_the_prompt_are_tuned(profile: SteeringProfile, tune: Any) -> None:
+    options = {"vectors": ["push"], "bands": [(2, 2)], "strengths": [60.0], "min_unchanged": 0.0}
+    for gate in (Gate(kind="token", sharpness=5.0), Gate(kind="always")):
+        tuned = tune(replace(profile, gate=gate), **options)
+        assert tuned.gate == gate
+        assert tuned.tuned["tried"] == 2

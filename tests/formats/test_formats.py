@@ -153,8 +153,10 @@ def test_the_documentation_lists_every_format() -> None:
 def test_the_command_names_every_format() -> None:
     from steerfast.cli import convert
 
-    assert set(convert._READ) == formats.FORMATS.keys()
-    assert set(convert._WRITTEN) == {name for name, known in formats.FORMATS.items() if known.encode}
+    assert set(convert._read_formats()) - {"steerfast"} == formats.FORMATS.keys()
+    assert set(convert._written_formats()) - {"steerfast"} == {
+        n for n, known in formats.FORMATS.items() if known.encode
+    }
 
 
 # ---- imports -------------------------------------------------------------------------------------
@@ -209,7 +211,73 @@ def test_the_gate_of_a_profile_is_taken_over(profile: SteeringProfile, identity:
         imported(Imported(vectors()), replace(identity, architecture="qwen2"), gate=profile)
 
 
+EDITS = [
+    {"edit": "keep_norm"},
+    {"edit": "ablate"},
+    {"edit": "clamp", "low": -0.5, "high": 0.25},
+    {"edit": "rotate", "angle": 40.0},
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit["edit"])
+@pytest.mark.parametrize("gate", [{}, {"gate_kind": "token", "sharpness": 8.0}, {"gate_kind": "always"}])
+def test_an_import_steers_by_any_edit_and_gate(edit: Any, gate: Any, make_profile: Any, tiny_llama: Any) -> None:
+    like = make_profile(tiny_llama, layers=[1, 2], sensor=1, threshold=-1.0)
+    found = Imported({layer: like.vector[layer] for layer in (1, 2)}, {1: 1.0, 2: 1.0})
+    made = imported(found, like.model, gate=like, **edit, **gate)
+    kind = gate.get("gate_kind", like.gate.kind)
+    expected = replace(
+        imported(found, like.model, gate=like),
+        **edit,
+        gate=Gate("always")
+        if kind == "always"
+        else replace(like.gate, kind=kind, sharpness=gate.get("sharpness", 0.0)),
+    )
+    assert (made.edit, made.low, made.high, made.angle) == (expected.edit, expected.low, expected.high, expected.angle)
+    assert made.gate == expected.gate
+    ids = torch.tensor([[1, 5, 9, 2]])
+    logits = []
+    with torch.no_grad():
+        for profile in (made, expected):
+            with steerfast.steer(tiny_llama, profile):
+                logits.append(tiny_llama(ids).logits)
+        assert torch.equal(*logits)
+        assert not torch.allclose(tiny_llama(ids).logits, logits[0], atol=1e-4)
+
+
+def test_edits_and_gates_of_imports_fit_together(profile: SteeringProfile, identity: ModelIdentity) -> None:
+    found = Imported(vectors(), {1: 0.5, 2: 2.0})
+    made, notes = found.profile(identity, edit="ablate")
+    assert made.strength.tolist() == [0, 1, 1, 0, 0, 0]
+    assert any("strengths are left out" in note for note in notes)
+    assert imported(found, identity, edit="ablate", strength=0.5).strength.tolist() == [0, 0.5, 0.5, 0, 0, 0]
+    band = replace(profile, abstain=profile.threshold - 0.1, calibration={"rate": 0.02})
+    made, notes = found.profile(identity, gate=band, gate_kind="always")
+    assert (made.abstain, made.calibration) == (None, {})
+    assert any("abstain band is left out" in note for note in notes)
+    for options, message in (
+        ({"gate_kind": "token"}, "gate_kind: expected a gate with it, got 'token'"),
+        ({"sharpness": 1.0}, "sharpness: expected a gate with it"),
+        ({"gate": profile, "gate_kind": "always", "sharpness": 1.0}, "sharpness: expected a gate with it"),
+        ({"edit": "melt"}, "edit: expected one of"),
+        ({"edit": "clamp"}, "low, high: a clamp expects at least one limit"),
+        ({"low": 1.0}, "only a clamp has limits"),
+        ({"edit": "rotate"}, "angle: a rotation expects"),
+        ({"edit": "rotate", "angle": 10.0}, "direction of layer 1: a rotation turns"),
+        ({"gate": profile, "gate_kind": "sometimes"}, "gate.kind: expected one of"),
+    ):
+        with pytest.raises(ProfileError, match=message):
+            found.profile(identity, **options)
+
+
 # ---- GGUF ----------------------------------------------------------------------------------------
+
+
+def test_without_the_package_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = gguf_file(tmp_path / "v.gguf", vectors())
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ProfileError, match=r"pip install steerfast\[gguf\]"):
+        formats.read(path)
 
 
 def gguf_file(path: Path, rows: dict[int, Tensor], *, signed: bool = False, **values: str) -> Path:
@@ -277,18 +345,19 @@ def test_block_0_goes_to_easysteer_only(profile: SteeringProfile, tmp_path: Path
     low = replace(profile, sensor=0, strength=torch.tensor([1.0, 1, 0, 0, 0, 0]))
     notes = formats.write(low, tmp_path / "v.gguf", "gguf")
     assert any("block 0 is left out" in note for note in notes)
-    assert list(parse((tmp_path / "v.gguf").read_bytes())[1]) == ["direction.1"]
+    assert list(parse(tmp_path / "v.gguf")[1]) == ["direction.1"]
     formats.write(low, tmp_path / "e.gguf", "easysteer")
-    assert list(parse((tmp_path / "e.gguf").read_bytes())[1]) == ["direction.0", "direction.1"]
+    assert list(parse(tmp_path / "e.gguf")[1]) == ["direction.0", "direction.1"]
     with pytest.raises(ProfileError, match=r"llama\.cpp cannot steer block 0"):
         formats.write(low.with_band([0], 1.0), tmp_path / "w.gguf", "gguf")
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 33])
-def test_gguf_of_any_length_is_aligned(length: int) -> None:
+def test_gguf_of_any_length_is_aligned(length: int, tmp_path: Path) -> None:
     rows = {f"direction.{layer}": np.random.default_rng(layer).normal(size=length).astype("f4") for layer in (1, 2, 3)}
-    values, tensors = parse(build({"a": "text", "b": 7}, rows))
-    assert values == {"a": (8, "text"), "b": (4, 7)}
+    (tmp_path / "v.gguf").write_bytes(build({"a": "text", "b": 7}, rows))
+    fields, tensors = parse(tmp_path / "v.gguf")
+    assert [(fields[name].contents(), int(fields[name].types[0])) for name in "ab"] == [("text", 8), (7, 4)]
     assert all(np.array_equal(tensors[name].numpy(), row) for name, row in rows.items())
 
 
@@ -565,7 +634,7 @@ def test_imports_edit_what_their_projects_edit(name: str, place: str, tiny_llama
     row = 3 * torch.randn(hidden, generator=torch.Generator().manual_seed(5))
     path = tmp_path / "file"
     if name == "gguf":
-        path.write_bytes(build({"general.architecture": "controlvector"}, {"direction.2": row.numpy()}))
+        path.write_bytes(build({}, {"direction.2": row.numpy()}))
     elif name == "svec":
         svec(path, {2: row.tolist()})
     else:

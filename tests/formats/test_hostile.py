@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from steerfast import formats
 from steerfast.errors import ProfileError
 from steerfast.formats import base
-from steerfast.formats.gguf import build
 
 HIDDEN = 16
 ROW = np.linspace(-1, 1, HIDDEN, dtype="f4")
@@ -55,14 +54,24 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(value)) + value.encode()
 
 
-ARCHITECTURE = text("general.architecture") + struct.pack("<I", 8) + text("controlvector")
+def architecture(name: str) -> bytes:
+    return text("general.architecture") + struct.pack("<I", 8) + text(name)
+
+
+ARCHITECTURE = architecture("controlvector")
 
 
 def gguf(
-    *infos: bytes, body: bytes = b"", tensors: int | None = None, values: int = 1, extra: bytes = b"", version: int = 3
+    *infos: bytes,
+    body: bytes = b"",
+    tensors: int | None = None,
+    values: int = 1,
+    first: bytes = ARCHITECTURE,
+    extra: bytes = b"",
+    version: int = 3,
 ) -> bytes:
     head = b"GGUF" + struct.pack("<IQQ", version, len(infos) if tensors is None else tensors, values)
-    head += ARCHITECTURE + extra + b"".join(infos)
+    head += first + extra + b"".join(infos)
     return head + bytes(-len(head) % 32) + body
 
 
@@ -71,10 +80,6 @@ def info(name: str = "direction.1", *, dims: int = 1, size: int = HIDDEN, kind: 
 
 
 BODY = ROW.tobytes()
-
-
-def other_architecture(name: str) -> bytes:
-    return build({"general.architecture": name}, {"direction.1": ROW})
 
 
 @pytest.mark.parametrize(
@@ -93,8 +98,17 @@ def other_architecture(name: str) -> bytes:
             gguf(info(), body=BODY, values=2, extra=text("general.alignment") + struct.pack("<II", 4, 0)),
             "general.alignment: expected a size in bytes, got 0",
         ),
-        (other_architecture("llama"), "general.architecture: expected 'controlvector', got 'llama'"),
-        (build({}, {"direction.1": ROW}), "general.architecture: expected 'controlvector', got None"),
+        (
+            gguf(info(), body=BODY, first=architecture("llama")),
+            "general.architecture: expected 'controlvector', got 'llama'",
+        ),
+        (gguf(info(), body=BODY, values=0, first=b""), "general.architecture: expected 'controlvector', got None"),
+        (
+            gguf(info(), body=BODY, values=2, extra=text("a") + struct.pack("<IIQ", 9, 0, 1 << 20) + bytes(1 << 20)),
+            "at most",
+        ),
+        (gguf(info(), body=BODY, values=2, extra=text("a") + struct.pack("<IIQ", 9, 9, 0)), "array: expected scalars"),
+        (gguf(info(offset=(1 << 64) - 32), body=BODY), "truncated"),
         (gguf(info(size=1 << 61), body=BODY), "truncated"),
         (gguf(info(size=1 << 40), body=BODY), "truncated"),
         (gguf(info(offset=1 << 63), body=BODY), "truncated"),
@@ -442,7 +456,12 @@ def test_no_file_and_no_known_file(tmp_path: Path) -> None:
 
 
 WHOLE = {
-    "gguf": build({"general.architecture": "controlvector", "controlvector.model_hint": "x"}, {"direction.1": ROW}),
+    "gguf": gguf(
+        info(),
+        body=BODY,
+        values=2,
+        extra=text("controlvector.model_hint") + struct.pack("<I", 8) + text("x"),
+    ),
     "hotwire": saved(torch.from_numpy(ROW)[None]),
     "steering-vectors": pickle.dumps({"layer_activations": {1: torch.from_numpy(ROW)}, "layer_type": "decoder_block"}),
     "svec": svec(_1=[1.0, 2.0]).encode(),

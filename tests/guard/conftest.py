@@ -1,14 +1,16 @@
-"""Puts made_up_rollouts.py, which the tests of this room share, where they can import it."""
+"""Put made_up_rollouts.py and the bench of guards on the import path."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, os.path.dirname(__file__))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "guard"))
 pytest.register_assert_rewrite("made_up_rollouts")
 
 torch.set_num_threads(1)

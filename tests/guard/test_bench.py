@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from bench import METHODS, command, judged_right, methods_of, run_bench, summarise
+from click.testing import CliRunner
 
 from steerfast.errors import GuardError, OutputError
-from steerfast.guard.bench import METHODS, judged_right, methods_of, run_bench, summarise
 from steerfast.guard.critic import Critic, CriticSettings
 from steerfast.guard.guard import Guard
 from steerfast.guard.heads import fit_head
@@ -29,7 +30,7 @@ def made(
     record = {
         "method": method, "prompt": prompt, "label": label, "seconds": seconds, "within": within,
         "judged_right": right, "reward": 1.0, "cost": 2.0, "refused_keywords": False, "fluent": True,
-        "fallback": None, "fired": None, "tokens": 10,
+        "fallback": None, "fired": None, "undecided": False, "tokens": 10,
     }  # fmt: skip
     return {**record, **more}
 
@@ -184,3 +185,60 @@ def test_bad_input_is_refused(tiny_llama: Any, tiny_tokenizer: Any, trained: Tra
     assert [row["safety_interval"] for row in summarise(apart)] == [None, None]  # no prompt that both have answered
     with pytest.raises(GuardError, match="harmless_share"):
         summarise([], harmless_share=2)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(
+    tiny_llama: Any, tiny_tokenizer: Any, make_profile: Callable[..., Any], trained: Trained, tmp_path: Path
+) -> Path:
+    """A folder with a model, its guard, prompt files, and a profile whose gate always opens."""
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "guard").mkdir()
+    for name, part in vars(trained).items():
+        part.save(tmp_path / "guard" / f"{name}.safetensors")
+    make_profile(tiny_llama, tiny_tokenizer, threshold=-1.0).save(tmp_path / "p.safetensors")
+    (tmp_path / "bad.txt").write_text("\n".join(HARMFUL))
+    (tmp_path / "good.txt").write_text("\n".join([*HARMLESS, "how to paint a wall"]))
+    return tmp_path
+
+
+def invoke(status: int, *arguments: object) -> str:
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(command, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def test_bench_is_a_list_of_methods_and_answers_nothing_twice(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (
+        work / "guard", "--model", work / "model", "--harmful", work / "bad.txt", "--harmless", work / "good.txt",
+        "--block", 4, "--depth", 8, "--count", 2, "--candidates", 4,
+        "--methods", "inference-guard-critic,guided", "--curve", "1", "--profile", work / "p.safetensors",
+        "--resume", work / "log.jsonl", "--json", work / "bench.json",
+    )  # fmt: skip
+    told = invoke(0, *arguments)
+    rows = json.loads((work / "bench.json").read_text())
+    names = ["plain", "InferenceGuard + critic", "guided", "InferenceGuard + critic, N=1"]
+    assert [row["method"] for row in rows] == names
+    assert all(f"│ {name} " in told for name in names)
+    wanted = {"method", "safety_rate", "judge_rate", "reward", "cost", "seconds", "ratio"}
+    assert all(wanted <= row.keys() and row["prompts"] == 4 for row in rows)
+    assert rows[0]["ratio"] == 1.0
+    assert len((work / "log.jsonl").read_text().splitlines()) == 4 * 4
+    monkeypatch.setattr("steerfast.guard.guard.Guard.generate", None)
+    invoke(0, *arguments)
+    assert json.loads((work / "bench.json").read_text()) == rows
+    assert "guided" in invoke(0, *arguments, "--minutes", 0)  # there is nothing left to answer
+    assert "guided" not in invoke(0, *arguments[:-4], "--minutes", 0)  # no time for any prompt
+
+
+def test_bad_usage_is_one_line(work: Path) -> None:
+    guard, both = work / "guard", work / "both"
+    sets = ("--harmful", work / "bad.txt", "--harmless", work / "good.txt")
+    assert "--methods: guided needs --profile" in invoke(2, guard, "--methods", "guided")
+    assert "methods: expected some of plain" in invoke(1, guard, "--methods", "nothing")
+    assert "count: expected 1 to 2" in invoke(1, guard, *sets, "--count", 3)
+    assert "expected a file of its own" in invoke(2, guard, "--json", both, "--resume", both)

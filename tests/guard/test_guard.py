@@ -15,7 +15,7 @@ import steerfast
 from steerfast.errors import GuardError, ProfileError, SteerfastError
 from steerfast.guard import CallableScorer, Critic, Guard, SafetyBudget, Strategy
 from steerfast.guard.critic import CriticSettings
-from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
+from steerfast.guard.heads import HiddenHead, fit_head
 from steerfast.guard.search import Search
 from steerfast.hf.steering import steer
 from steerfast.hf.structure import STEERED_MARK, identify
@@ -120,18 +120,6 @@ def test_heads_and_critic_read_the_same_pass(model: Any, tiny_tokenizer: Any, he
     assert all(one.certificate.strategy == "speculative + critic" for one in searched)
 
 
-def test_re_control_climbs_the_reward_head(model: Any, tiny_tokenizer: Any, head: HiddenHead) -> None:
-    identity = identify(model, tiny_tokenizer)
-    hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
-    reward = fit_head(hidden, hidden[:, 1], identity, "reward")
-    guard = Guard(model, tiny_tokenizer, cost=head, reward=reward)
-    plain, climbed, safer = (
-        guard.generate(PROMPTS, max_new_tokens=DEPTH, temperature=0.0, strategy=strategy)
-        for strategy in (Strategy.plain(), Strategy.re_control(), Strategy.re_control("lagrangian"))
-    )
-    assert [a.tokens for a in plain] != [a.tokens for a in climbed] != [a.tokens for a in safer]
-
-
 def test_parts_agree_on_the_states_they_read(model: Any, tiny_tokenizer: Any, head: HiddenHead) -> None:
     identity = identify(model, tiny_tokenizer)
     states = torch.randn(40, 96, generator=torch.Generator().manual_seed(2))
@@ -151,27 +139,6 @@ def test_parts_agree_on_the_states_they_read(model: Any, tiny_tokenizer: Any, he
         known = model(torch.tensor([ids + answer.tokens]), output_hidden_states=True).hidden_states
     state = torch.cat([known[-1][0, -1], known[-1][0, len(ids) :].mean(dim=0), known[3][0, len(ids) - 1]])
     assert answer.certificate.reward == pytest.approx(float(reward.score(state[None])), rel=1e-3, abs=1e-3)
-
-
-def test_re_control_climbs_parts_that_read_whole_states(model: Any, tiny_tokenizer: Any) -> None:
-    identity = identify(model, tiny_tokenizer)
-    states = torch.randn(60, 96, generator=torch.Generator().manual_seed(3))
-    kinds = torch.arange(60) % 2
-    cost = fit_factored_cost(states, kinds, states[:, 33] > 0, identity, 2)
-    reward = fit_head(states, states[:, 1], identity, "reward", prompt_layer=2)
-    rows = torch.randn(5, 32).requires_grad_(True)
-    for head in (cost, reward):
-        (gradient,) = torch.autograd.grad(head.raw(rows).sum(), rows)
-        assert bool(gradient.abs().amax(dim=1).gt(0).all())
-    guard = Guard(model, tiny_tokenizer, cost=cost, reward=reward)
-    strategies = Strategy.plain(), Strategy.re_control(), Strategy.re_control("lagrangian")
-    plain, climbed, safer = (
-        guard.generate(PROMPTS, max_new_tokens=DEPTH, temperature=0.0, strategy=strategy) for strategy in strategies
-    )
-    assert [a.tokens for a in plain] != [a.tokens for a in climbed] != [a.tokens for a in safer]
-    critic = Critic(identity, CriticSettings(width=8), 2)
-    by_critic = Guard(model, tiny_tokenizer, cost=cost, reward=reward, critic=critic)
-    assert len(by_critic.generate(PROMPTS[:1], max_new_tokens=4, strategy=Strategy.re_control())) == 1
 
 
 # -- the gate --------------------------------------------------------------------------------------

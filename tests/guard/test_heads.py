@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.files import write_file
 from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
 from steerfast.guard.scores import Blocks, scores_of
 from steerfast.profile import ModelIdentity
@@ -160,15 +159,6 @@ def test_a_factored_cost_holds_where_probabilities_would_not() -> None:
     torch.testing.assert_close(found, torch.tensor([200.5, -300.25, -199.5]))
 
 
-def test_last_rows_alone_stand_for_an_answer_of_one_token() -> None:
-    head = factored(4.0, 1.5)
-    average = head.tensors["mean"].index_copy(0, torch.arange(12, 18), torch.tensor([3.0, 4, 0, 0, 0, 0]))
-    head = replace(head, tensors={**head.tensors, "mean": average})
-    rows = torch.randn(3, 6)
-    whole = torch.cat([rows, rows, average[12:].expand(3, 6)], dim=1)
-    torch.testing.assert_close(head.raw(rows), head.raw(whole))
-
-
 def test_broken_states_fail_closed_whatever_the_other_factor_says() -> None:
     """An infinite mean would otherwise leave a harmless prompt's log-odds."""
     states = torch.zeros(4, 18)
@@ -265,16 +255,6 @@ def test_a_factored_fit_refuses() -> None:
         GuardError, match=r"hidden states \[n, 18\] of 'tiny' with the prompt's of layer 1, got \[2, 7\]"
     ):
         head.score(torch.zeros(2, 7))
-
-
-def test_an_old_file_is_of_last_rows(tmp_path: Path) -> None:
-    hidden, target = examples()
-    head = fit_head(hidden, target, MODEL, "cost", boundary=3.0)
-    header = {"head": "cost", "boundary": 3.0, "fitted": dict(head.fitted)}
-    write_file(tmp_path / "old.safetensors", "head", head.tensors, header, MODEL)
-    read = HiddenHead.load(tmp_path / "old.safetensors", MODEL)
-    assert read.prompt_layer is None
-    assert torch.equal(read.score(hidden), head.score(hidden))
 
 
 def test_files_hold_all_of_it(tmp_path: Path) -> None:

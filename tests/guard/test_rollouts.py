@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -131,11 +130,6 @@ def test_the_prompt_layer_is_kept_and_another_one_refused(tmp_path: Path) -> Non
     assert {one.prompt_layer for one in [*made, *load_rollouts(tmp_path / "wide")]} == {3}
     with pytest.raises(GuardError, match=r"prompt_layer: .* has rollouts with 3, got None"):
         collect(MadeUp(), None, PROMPTS, tmp_path / "wide", MODEL, progress=False)
-    run(tmp_path / "old")  # a folder from before there was one
-    settings = json.loads((tmp_path / "old" / "settings.json").read_text())
-    del settings["prompt_layer"]
-    (tmp_path / "old" / "settings.json").write_text(json.dumps(settings))
-    assert len(run(tmp_path / "old")) == len(PROMPTS)
 
 
 def test_a_killed_collection_ends_with_the_same_files(tmp_path: Path) -> None:
@@ -198,7 +192,7 @@ def test_states_of_a_model_are_those_of_a_pass_over_prompt_and_answer(
     tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any
 ) -> None:
     """Also where blocks end in the middle of an answer, and the backend goes on in the same memory."""
-    from steerfast.guard.candidates import HFBackend
+    from steerfast.guard.backend import HFBackend
     from steerfast.hf.structure import identify
 
     def ending(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:  # so that some answers end early

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.candidates import HFBackend, Sampling, _RoomyLayer
+from steerfast.guard.backend import HFBackend, _RoomyLayer
+from steerfast.guard.candidates import Sampling
 from steerfast.guard.guard import Guard
 from steerfast.guard.objective import SafetyBudget, best_first
 from steerfast.guard.scores import Blocks, CallableScorer
-from steerfast.guard.search import Search, Strategy, value_ascent
+from steerfast.guard.search import Search, Strategy
 
 PROMPT = [3, 9, 14, 25, 31, 4]
 ENDS = [2, 11]
@@ -128,45 +129,6 @@ def test_beam(backend: HFBackend, search: Any, safety: Any) -> None:
     found = search(Strategy.beam(count, safety, block=5, depth=15), budget=budget).run(PROMPT)
     assert found.best.tokens == best
     assert found.sampled > count
-
-
-def test_args_takes_the_best_of_logit_and_reward(backend: HFBackend, search: Any) -> None:
-    answer: list[int] = []
-    while len(answer) < 9 and not {*answer} & {*ENDS}:
-        with torch.inference_mode():
-            logits, tokens = backend.model(input_ids=torch.tensor([PROMPT + answer])).logits[0, -1].topk(4)
-        scores = [float(x) + 1.5 * _reward_of([*answer, int(t)]) for x, t in zip(logits, tokens, strict=True)]
-        answer.append(int(tokens[scores.index(max(scores))]))
-    found = search(Strategy.args(top=4, weight=1.5, block=4, depth=9)).run(PROMPT, GREEDY)
-    assert found.best.tokens == answer
-    assert [length for length, _ in found.best.blocks][:2] == [4, 4]
-    assert found.sampled == 4 * len(answer)
-    dear = search(Strategy.args("cost", top=4, weight=50.0, depth=9)).run(PROMPT, GREEDY)
-    assert dear.best.cost < found.best.cost
-
-
-def test_value_ascent_by_hand() -> None:
-    hidden = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
-    slope = torch.tensor([0.25, -1.0])
-    torch.testing.assert_close(value_ascent(lambda h: h @ slope, 30, 0.5)(hidden), hidden + 15 * slope)
-    goal = torch.tensor([3.0, 3.0])
-    closer = value_ascent(lambda h: -((h - goal) ** 2).sum(1) / 2, 3, 0.5)(hidden)
-    torch.testing.assert_close(closer, goal + (hidden - goal) * 0.5**3)
-
-
-def test_re_control_edits_what_enters_the_head(backend: HFBackend, search: Any) -> None:
-    slope = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    answer: list[int] = []
-    while len(answer) < 6 and not {*answer} & {*ENDS}:
-        with torch.inference_mode():
-            hidden = backend.model.model(input_ids=torch.tensor([PROMPT + answer])).last_hidden_state[0, -1]
-            answer.append(int(backend.model.lm_head(hidden + 30 * 0.5 * 0.02 * slope).argmax()))
-            hidden = backend.model.model(input_ids=torch.tensor([PROMPT + answer])).last_hidden_state[0, -1]
-    found = search(Strategy.re_control(depth=6), value=lambda h: 0.02 * h @ slope).run(PROMPT, GREEDY)
-    plain = search(Strategy.plain(depth=6)).run(PROMPT, GREEDY)
-    assert found.best.tokens == answer != plain.best.tokens
-    torch.testing.assert_close(found.best.hidden, hidden, rtol=1e-4, atol=1e-4)  # the model's own
-    assert backend.control is None
 
 
 # -- InferenceGuard --------------------------------------------------------------------------------
@@ -390,10 +352,6 @@ def test_strategies_refuse(fields: dict[str, Any], message: str) -> None:
 def test_refuses_what_is_missing(search: Any, backend: HFBackend) -> None:
     with pytest.raises(GuardError, match=r"critic: expected one for the strategy 'InferenceGuard \+ critic', got none"):
         search(Strategy.inference_guard())
-    with pytest.raises(GuardError, match="value: 'RE-Control' needs a differentiable value"):
-        search(Strategy.re_control())
-    with pytest.raises(GuardError, match="logits, expected the transformers backend"):
-        Search(SimpleNamespace(), None, Strategy.args(), cost=COST)  # type: ignore[arg-type]
 
     def count(blocks: Blocks) -> Tensor:
         return torch.zeros(len(blocks) + 1)

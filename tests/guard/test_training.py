@@ -257,7 +257,5 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
                            hidden=torch.zeros(3, 4), cost=torch.zeros(3))], SafetyBudget(3.0, 0.9))  # fmt: skip
     with pytest.raises(GuardError, match="expected at least those of one prompt, got none"):
         states_of([], SafetyBudget(3.0, 0.9))
-    with pytest.raises(GuardError, match="summary_size: rollouts hold no summary"):
-        train_critic([by_hand()], MODEL, CriticSettings(summary_size=2))
     with pytest.raises(GuardError, match="expected a finite loss, got nan in epoch"):
         train_critic(learnable(4), MODEL, CriticSettings(width=8, learning_rate=1e20, epochs=3), progress=False)

@@ -24,7 +24,7 @@ from steerfast.errors import SteerfastError
 from steerfast.hf.auto import SteeredLlamaForCausalLM
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Bank
-from steerfast.runtime.roster import Requests
+from steerfast.runtime.roster import Roster
 
 TOKENS = 6
 LENGTHS = (3, 1, 9, 17, 5, 30, 2, 12, 7, 1, 21)
@@ -437,14 +437,14 @@ def test_requests_that_lose_their_cache(
             return torch.empty(*args, **kwargs)
 
     decided: list[int] = []
-    step = Requests.step
+    step = Roster.step
 
-    def counted(requests: Requests, *args: Any) -> bool:
+    def counted(requests: Roster, *args: Any) -> bool:
         deciding = step(requests, *args)
-        decided.append(int(((requests.decides.row >= 0) | requests.decides.closes).any(dim=0).sum()))
+        decided.append(int(((requests.deciders.row >= 0) | requests.deciders.closes).any(dim=0).sum()))
         return deciding
 
-    monkeypatch.setattr(Requests, "step", counted)
+    monkeypatch.setattr(Roster, "step", counted)
     if space:
         monkeypatch.setattr(offloading_manager.OffloadingManager, "_offload_to_cpu", move)
         monkeypatch.setattr(offloading_manager, "torch", Unpinned())

@@ -240,7 +240,7 @@ class Endpoint:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def judge(self, **options: Any) -> EndpointJudge:
-        return EndpointJudge("m", self.url, **{"wait": 0.01, "retries": 2, **options})
+        return EndpointJudge("m", self.url, **{"retries": 2, **options})
 
 
 def judged(handler: BaseHTTPRequestHandler, asked: str) -> None:
@@ -253,6 +253,7 @@ def judged(handler: BaseHTTPRequestHandler, asked: str) -> None:
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)  # seconds; the client has no option for it
     made = Endpoint()
     thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -316,6 +317,8 @@ FAULTS: dict[str, Reply] = {
     "429": fails(429, Retry_After="0"),
     "429 with a date": fails(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
     "hang-up": hangs_up,
+}
+NO_COMPLETION: dict[str, Reply] = {
     "a page": garbage(b"<html>busy</html>", "text/html"),
     "half of JSON": garbage(b'{"choices": [{"mess'),
     "other JSON": garbage(b'{"status": "ok"}'),
@@ -340,14 +343,18 @@ def test_faults_that_stay_are_an_error(endpoint: Endpoint, fault: str) -> None:
     assert len(endpoint.asked) == 3
 
 
-def test_retry_after_is_waited_for_and_other_waits_double(endpoint: Endpoint) -> None:
+@pytest.mark.parametrize("reply", NO_COMPLETION)
+def test_a_reply_that_is_no_completion_is_an_error(endpoint: Endpoint, reply: str) -> None:
+    endpoint.plan = [NO_COMPLETION[reply]] * 3
+    with pytest.raises(JudgeError, match=r"judge openai:m@http.*: expected a chat completion from the endpoint"):
+        endpoint.judge()(PROMPTS[:1], ANSWERS[:1])
+    assert len(endpoint.asked) == 1
+
+
+def test_retry_after_is_waited_for(endpoint: Endpoint) -> None:
     endpoint.plan = [fails(429, Retry_After="0.5")]
     assert endpoint.judge()(PROMPTS[:1], ANSWERS[:1]) == [True]
     assert endpoint.times[1] - endpoint.times[0] >= 0.5
-    endpoint.plan = [fails(500)] * 3
-    assert endpoint.judge(wait=0.1, retries=3)(PROMPTS[1:2], ANSWERS[1:2]) == [False]
-    waits = [later - before for before, later in zip(endpoint.times[2:], endpoint.times[3:], strict=False)]
-    assert [round(wait, 1) >= least for wait, least in zip(waits, (0.1, 0.2, 0.4), strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
@@ -374,16 +381,7 @@ def test_nobody_listens(endpoint: Endpoint) -> None:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: refuses
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
         with pytest.raises(JudgeError, match=r"cannot be reached, 2 tries \(.*refused"):
-            EndpointJudge("m", url, retries=1, wait=0.01)(PROMPTS, ANSWERS)
-
-
-def test_requests_go_out_no_faster_than_the_limit(endpoint: Endpoint) -> None:
-    endpoint.plan = [fails(500)]
-    judge = endpoint.judge(requests_per_minute=600, wait=0.0)
-    started = time.monotonic()
-    assert judge(PROMPTS, ANSWERS) == [True, False, True]
-    assert len(endpoint.times) == 4
-    assert time.monotonic() - started >= 0.3  # four requests go out a tenth of a second apart
+            EndpointJudge("m", url, retries=1)(PROMPTS, ANSWERS)
 
 
 def test_the_key_is_that_of_the_environment(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +397,7 @@ def test_the_key_is_that_of_the_environment(endpoint: Endpoint, monkeypatch: pyt
 
 
 def test_by_its_name(endpoint: Endpoint, tmp_path: Path) -> None:
-    judge = make_judge(f"openai:team/m@{endpoint.url}", cache=tmp_path / "cache", requests_per_minute=6000)
+    judge = make_judge(f"openai:team/m@{endpoint.url}", cache=tmp_path / "cache")
     assert judge.name == f"openai:team/m@{endpoint.url}"
     assert judge(PROMPTS, ANSWERS) == [True, False, True]
     assert {body["model"] for body in endpoint.asked} == {"team/m"}
@@ -409,8 +407,6 @@ def test_by_its_name(endpoint: Endpoint, tmp_path: Path) -> None:
 def test_what_an_endpoint_needs(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(JudgeError, match=r"judge: .*OPENAI_API_KEY"):
         make_judge("openai:m")
-    with pytest.raises(JudgeError, match="requests_per_minute: expected a number above 0, got 0"):
-        endpoint.judge(requests_per_minute=0)
     with pytest.raises(OutputError, match="cannot write"):
         endpoint.judge(cache=tmp_path / "nowhere" / "cache")
     monkeypatch.setitem(sys.modules, "openai", None)

@@ -34,8 +34,8 @@ from steerfast.kernels.contract import (
     THRESHOLD,
     VECTOR_DIRECTION,
     VECTOR_SQ,
-    Edit,
-    Gate,
+    EditId,
+    GateKind,
     GateOperands,
     Kinds,
     Norm,
@@ -217,7 +217,7 @@ class Case:
     def plain(self, **changes: float) -> Case:
         """All slots ADD with an ALWAYS gate of strength 1, but for table columns given by name."""
         table = self.table.clone()
-        for column, value in {"EDIT": Edit.ADD, "GATE": Gate.ALWAYS, "STRENGTH": 1.0, **changes}.items():
+        for column, value in {"EDIT": EditId.ADD, "GATE": GateKind.ALWAYS, "STRENGTH": 1.0, **changes}.items():
             table[:, COLUMNS[column]] = value
         return replace(self, table=table, strength=torch.ones_like(self.strength))
 
@@ -245,84 +245,98 @@ def move(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return wide[:, : tensor.shape[1]].copy_(tensor)
 
 
-def make_case(
-    rows: int = 6,
-    size: int = 576,
-    dtype: torch.dtype = torch.float32,
-    bank_dtype: torch.dtype | None = None,
-    weight_dtype: torch.dtype | None = None,
-    stack: int = 1,
-    slots: int = 3,
-    sequences: int = 4,
-    strided: bool = False,
-    pair: bool = False,
-    gates: Sequence[Gate] = tuple(Gate),
-    edits: Sequence[Edit] = tuple(Edit),
-    kinds: Kinds = Kinds.ANY,
-    norm: Norm = Norm.LLAMA,
-    shared: bool = False,
-    seed: int = 0,
-) -> Case:
-    """Random rows of very different norms, some not steered; gates hard and soft, open, half open and shut.
+@dataclass(frozen=True)
+class CaseOptions:
+    """Shapes, dtypes and choices of `make_case`.
 
     `shared`: the rows of a sequence name the slots of their sequence or none, as prompt gates in the same launch want
     it; otherwise every row has slots of its own.
     """
-    g = torch.Generator().manual_seed(seed)
 
-    def pick(choices: Sequence[Any], *shape: int) -> torch.Tensor:
-        return torch.tensor(choices)[torch.randint(len(choices), shape, generator=g)]
+    rows: int = 6
+    size: int = 576
+    dtype: torch.dtype = torch.float32
+    bank_dtype: torch.dtype | None = None
+    weight_dtype: torch.dtype | None = None
+    stack: int = 1
+    slots: int = 3
+    sequences: int = 4
+    strided: bool = False
+    pair: bool = False
+    gates: Sequence[GateKind] = tuple(GateKind)
+    edits: Sequence[EditId] = tuple(EditId)
+    kinds: Kinds = Kinds.ANY
+    norm: Norm = Norm.LLAMA
+    shared: bool = False
+    seed: int = 0
+
+
+def pick(g: torch.Generator, choices: Sequence[Any], *shape: int) -> torch.Tensor:
+    """Random members of `choices`."""
+    return torch.tensor(choices)[torch.randint(len(choices), shape, generator=g)]
+
+
+def make_case(*values: Any, **options: Any) -> Case:
+    """Random rows of very different norms, some not steered; gates hard and soft, open, half open and shut.
+
+    The arguments are those of `CaseOptions`.
+    """
+    o = CaseOptions(*values, **options)
+    g = torch.Generator().manual_seed(o.seed)
 
     def stream(width: int) -> torch.Tensor:
-        wide = torch.randn(rows, size * (width if strided else 1), generator=g) * pick([0.1, 1.0, 30.0], rows, 1)
-        return wide.to(dtype)[:, :size]
+        wide = torch.randn(o.rows, o.size * (width if o.strided else 1), generator=g)
+        return (wide * pick(g, [0.1, 1.0, 30.0], o.rows, 1)).to(o.dtype)[:, : o.size]
 
-    bank_dtype = bank_dtype or dtype
-    vectors = torch.randn(slots, size, generator=g).to(bank_dtype)
-    directions = torch.nn.functional.normalize(torch.randn(slots, size, generator=g), dim=1).to(bank_dtype)
-    angle = torch.rand(slots, generator=g) * 6.28
-    clips = torch.tensor([(0.0, 0.0), (-0.02, 0.02), (0.3, 0.3), (-math.inf, 0.0)])[pick(range(4), slots)]
-
-    table = torch.zeros(slots, TABLE_WIDTH)
-    table[:, THRESHOLD] = torch.randn(slots, generator=g) * 0.1
-    table[:, SHARPNESS] = pick([0.0, 4.0], slots)
-    table[:, STRENGTH] = torch.randn(slots, generator=g)
-    table[:, GATE] = pick(gates, slots).float()
-    table[:, SCORE] = pick(list(Score), slots).float()
-    table[:, EDIT] = pick(edits, slots).float()
-    turns = table[:, EDIT] == Edit.ROTATE
-    table[:, LOW] = torch.where(turns, angle.cos(), clips[:, 0])
-    table[:, HIGH] = torch.where(turns, angle.sin(), clips[:, 1])
-    table = with_products(table, vectors, directions)
-
-    count = sequences if rows else 0
-    slot = torch.randint(-1, slots, (count, stack), generator=g, dtype=torch.int32)
-    sequence = torch.randint(sequences, (rows, 1), generator=g, dtype=torch.int32)
-    steered = pick([True, True, True, False], rows, 1)
-    own = slot[sequence[:, 0].long()] if shared else torch.randint(-1, slots, (rows, stack), generator=g)
+    bank_dtype = o.bank_dtype or o.dtype
+    vectors = torch.randn(o.slots, o.size, generator=g).to(bank_dtype)
+    directions = torch.nn.functional.normalize(torch.randn(o.slots, o.size, generator=g), dim=1).to(bank_dtype)
+    table = with_products(make_table(o, g), vectors, directions)
+    count = o.sequences if o.rows else 0
+    slot = torch.randint(-1, o.slots, (count, o.stack), generator=g, dtype=torch.int32)
+    sequence = torch.randint(o.sequences, (o.rows, 1), generator=g, dtype=torch.int32)
+    steered = pick(g, [True, True, True, False], o.rows, 1)
+    own = slot[sequence[:, 0].long()] if o.shared else torch.randint(-1, o.slots, (o.rows, o.stack), generator=g)
     records = torch.where(steered, torch.cat([sequence, own], dim=1), -1).int()
     deciding = torch.full((count,), -1, dtype=torch.int32)
-    for r in torch.randperm(rows, generator=g).tolist():
+    for r in torch.randperm(o.rows, generator=g).tolist():
         if records[r, 0] >= 0 and torch.rand((), generator=g) < 0.6:
             deciding[records[r, 0]] = r
     return Case(
         x=stream(2),
         residual=stream(3),
-        weight=(1 + 0.3 * torch.randn(size, generator=g)).to(weight_dtype or dtype),
-        row=torch.randint(-1, max(rows, 1), (count,), generator=g, dtype=torch.int32),
+        weight=(1 + 0.3 * torch.randn(o.size, generator=g)).to(o.weight_dtype or o.dtype),
+        row=torch.randint(-1, max(o.rows, 1), (count,), generator=g, dtype=torch.int32),
         slot=slot,
         rows=records,
         deciding=deciding,
-        scores=torch.randn(count, stack, generator=g),
-        values=pick([0.0, 0.3, 1.0], count, stack),
-        strength=pick([0.0, 1.0, 1.0, -0.7], count, stack),
+        scores=torch.randn(count, o.stack, generator=g),
+        values=pick(g, [0.0, 0.3, 1.0], count, o.stack),
+        strength=pick(g, [0.0, 1.0, 1.0, -0.7], count, o.stack),
         vectors=vectors,
         directions=directions,
         table=table,
-        pair=pair,
-        norm=norm,
-        kinds=kinds,
+        pair=o.pair,
+        norm=o.norm,
+        kinds=o.kinds,
     )
+
+
+def make_table(o: CaseOptions, g: torch.Generator) -> torch.Tensor:
+    """A table of random gates and edits, without the columns that are functions of the bank."""
+    angle = torch.rand(o.slots, generator=g) * 6.28
+    clips = torch.tensor([(0.0, 0.0), (-0.02, 0.02), (0.3, 0.3), (-math.inf, 0.0)])[pick(g, range(4), o.slots)]
+    table = torch.zeros(o.slots, TABLE_WIDTH)
+    table[:, THRESHOLD] = torch.randn(o.slots, generator=g) * 0.1
+    table[:, SHARPNESS] = pick(g, [0.0, 4.0], o.slots)
+    table[:, STRENGTH] = torch.randn(o.slots, generator=g)
+    table[:, GATE] = pick(g, o.gates, o.slots).float()
+    table[:, SCORE] = pick(g, list(Score), o.slots).float()
+    table[:, EDIT] = pick(g, o.edits, o.slots).float()
+    turns = table[:, EDIT] == EditId.ROTATE
+    table[:, LOW] = torch.where(turns, angle.cos(), clips[:, 0])
+    table[:, HIGH] = torch.where(turns, angle.sin(), clips[:, 1])
+    return table
 
 
 def with_products(table: torch.Tensor, vectors: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -380,18 +394,17 @@ def read_gate(s: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor, s
     return Reading(score, error, value, value_error if sharpness else float(distance <= error))
 
 
-def coefficients(
-    edit: Edit, beta: float, xx: float, xd: float, xv: float, vv: float, vd: float, dd: float, low: float, high: float
-) -> tuple[float, float, float]:
+def coefficients(edit: EditId, numbers: Sequence[float]) -> tuple[float, float, float]:
     """a - 1, b and c of an edit's displacement (a - 1)*s + b*v + c*d, by the formulas of kernels/edits.py."""
+    beta, xx, xd, xv, vv, vd, dd, low, high = numbers
     still = (0.0, 0.0, 0.0)
     if beta == 0:
         return still
-    if edit == Edit.ADD:
+    if edit == EditId.ADD:
         return (0.0, beta, 0.0)
-    if edit == Edit.CLAMP:
+    if edit == EditId.CLAMP:
         return (0.0, beta * (min(max(xv / vv, low), high) - xv / vv), 0.0) if vv > 0 else still
-    if edit == Edit.KEEP_NORM:
+    if edit == EditId.KEEP_NORM:
         full = xx + beta * (2 * xv + beta * vv)
         if full <= 2.0**-16 * (xx + beta * beta * vv):
             return still
@@ -411,14 +424,14 @@ def coefficients(
 
 
 def bounded_coefficients(
-    edit: Edit, beta: float, beta_error: float, s: torch.Tensor, v: torch.Tensor, d: torch.Tensor, numbers: list[float],
-    stream_error: float,
+    edit: EditId, beta: float, beta_error: float, s: torch.Tensor, v: torch.Tensor, d: torch.Tensor,
+    numbers: list[float], stream_error: float,
 ) -> tuple[tuple[float, float, float], list[float]]:  # fmt: skip
     """The coefficients of one slot, and how far float32 may be off: what the error of each number they are made of
     does to them, and their own roundings."""
     vv, vd, dd = numbers[VECTOR_SQ], numbers[VECTOR_DIRECTION], numbers[DIRECTION_SQ]
     arguments = [beta, float(s @ s), float(s @ d), float(s @ v), vv, vd, dd, numbers[LOW], numbers[HIGH]]
-    if edit == Edit.ADD:
+    if edit == EditId.ADD:
         return (0.0, beta, 0.0), [0.0, beta_error, 0.0]
     sum_error = SUM + stream_error
     off = [
@@ -431,17 +444,17 @@ def bounded_coefficients(
         PRODUCT * dd,
         *(PRODUCT * abs(x) if math.isfinite(x) else 0.0 for x in numbers[LOW : HIGH + 1]),
     ]
-    here = coefficients(edit, *arguments)
+    here = coefficients(edit, arguments)
     errors = [PRODUCT * abs(x) for x in here]
-    if edit == Edit.KEEP_NORM:
+    if edit == EditId.KEEP_NORM:
         errors[0] += PRODUCT * (1 + abs(here[0]))
-    if edit == Edit.ROTATE and vv > 0 and any(here):
+    if edit == EditId.ROTATE and vv > 0 and any(here):
         rho = math.hypot(arguments[3] / math.sqrt(vv), arguments[2])
         errors[1] += 4 * PRODUCT * rho / math.sqrt(vv)
         errors[2] += 4 * PRODUCT * rho / math.sqrt(dd - vd * vd / vv)
     for i, delta in enumerate(off):
         there = [
-            coefficients(edit, *arguments[:i], arguments[i] + sign * delta, *arguments[i + 1 :]) for sign in (-1, 1)
+            coefficients(edit, [*arguments[:i], arguments[i] + sign * delta, *arguments[i + 1 :]]) for sign in (-1, 1)
         ]
         for j in range(3):
             errors[j] += max(abs(t[j] - here[j]) for t in there)
@@ -478,9 +491,9 @@ def expected_rows(
             v, d = case.vectors[slot].double(), case.directions[slot].double()
             numbers = case.table[slot].tolist()
             gate, gate_error = float(values[q, k]), float(values_error[q, k])
-            if numbers[GATE] == Gate.ALWAYS:
+            if numbers[GATE] == GateKind.ALWAYS:
                 gate, gate_error = 1.0, 0.0
-            elif numbers[GATE] == Gate.TOKEN and kinds == Kinds.ANY:
+            elif numbers[GATE] == GateKind.TOKEN and kinds == Kinds.ANY:
                 reading = read_gate(s[r], d, case.table[slot], stream_error)
                 gate, gate_error = reading.value, reading.value_error
             alpha = numbers[STRENGTH] * float(case.strength[q, k])
@@ -488,7 +501,7 @@ def expected_rows(
                 sure[r] = False
                 continue
             beta = gate * alpha
-            edit = Edit.ADD if kinds == Kinds.LATCHED_ADD else Edit(int(numbers[EDIT]))
+            edit = EditId.ADD if kinds == Kinds.LATCHED_ADD else EditId(int(numbers[EDIT]))
             by, off = bounded_coefficients(
                 edit, beta, abs(alpha) * gate_error + PRODUCT * abs(beta), s[r], v, d, numbers, stream_error
             )
@@ -534,7 +547,7 @@ def check_gate(implementation: Implementation, case: Case) -> None:
                 continue
             reading = read_gate(s[r], case.directions[slot], case.table[slot], stream_error)
             assert abs(float(scores[i, k]) - float(want_scores[i, k])) <= reading.score_error
-            always = case.table[slot, GATE] == Gate.ALWAYS
+            always = case.table[slot, GATE] == GateKind.ALWAYS
             assert abs(float(values[i, k]) - float(want_values[i, k])) <= (0 if always else reading.value_error)
 
 
@@ -568,7 +581,7 @@ def check_prompt(implementation: Implementation, case: Case) -> None:
     for q, p in enumerate(case.deciding.tolist()):
         for k in range(values.shape[1]):
             slot = int(case.rows[p, 1 + k]) if p >= 0 else -1
-            if slot < 0 or case.table[slot, GATE] != Gate.PROMPT:
+            if slot < 0 or case.table[slot, GATE] != GateKind.PROMPT:
                 assert_same_bits(scores[q, k], case.scores[q, k])
                 assert_same_bits(values[q, k], case.values[q, k])
                 continue

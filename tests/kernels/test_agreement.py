@@ -14,7 +14,7 @@ from kernel_cases import CHECKS, DTYPES, TORCH, Case, Implementation, bits, make
 from steerfast.kernels import add_steer_rms_norm as norm_module
 from steerfast.kernels import edits
 from steerfast.kernels import gate as gate_module
-from steerfast.kernels.contract import Edit, Gate, Kinds, Norm, Score
+from steerfast.kernels.contract import EditId, GateKind, Kinds, Norm, Score
 
 SIZES = [1, 7, 8, 111, 500, 576, 769, 1128]
 
@@ -84,7 +84,7 @@ def test_long_rows(implementation: Implementation, size: int) -> None:
 # ---- edits at their edges ----------------------------------------------------------------------------------
 
 
-def edit_case(edit: Edit, strength: float = 1.0, rows: int = 5, **table: float) -> Case:
+def edit_case(edit: EditId, strength: float = 1.0, rows: int = 5, **table: float) -> Case:
     """Every row steered by slot 0, at once and fully."""
     case = make_case(rows=rows, size=111, sequences=1, slots=1).plain(EDIT=edit, STRENGTH=strength, **table)
     case.rows[:] = 0
@@ -98,25 +98,25 @@ def products(vector: torch.Tensor, direction: torch.Tensor, case: Case) -> Case:
 
 
 def test_ablation_leaves_nothing_along_the_vector(implementation: Implementation) -> None:
-    case = edit_case(Edit.CLAMP, LOW=0.0, HIGH=0.0)
+    case = edit_case(EditId.CLAMP, LOW=0.0, HIGH=0.0)
     along = case.run_steer(implementation) @ case.vectors[0]
     assert (along.abs() < 1e-5 * case.x.norm(dim=1) * case.vectors[0].norm()).all()
 
 
 def test_clamp_keeps_rows_that_are_inside(implementation: Implementation) -> None:
-    case = edit_case(Edit.CLAMP, LOW=-1e9, HIGH=1e9)
+    case = edit_case(EditId.CLAMP, LOW=-1e9, HIGH=1e9)
     assert torch.equal(case.run_steer(implementation), case.x)
 
 
 def test_keep_norm_and_rotate_keep_the_norm(implementation: Implementation) -> None:
-    for case in (edit_case(Edit.KEEP_NORM, 3.0), edit_case(Edit.ROTATE, LOW=0.6, HIGH=-0.8)):
+    for case in (edit_case(EditId.KEEP_NORM, 3.0), edit_case(EditId.ROTATE, LOW=0.6, HIGH=-0.8)):
         rows = case.run_steer(implementation)
         torch.testing.assert_close(rows.norm(dim=1), case.x.norm(dim=1), rtol=1e-5, atol=0)
         assert (rows != case.x).any(1).all()
 
 
 def test_rotation_arrives_at_its_angle(implementation: Implementation) -> None:
-    case = edit_case(Edit.ROTATE, LOW=0.6, HIGH=-0.8)
+    case = edit_case(EditId.ROTATE, LOW=0.6, HIGH=-0.8)
     v, d = case.vectors[0].double(), case.directions[0].double()
     e1 = v / v.norm()
     e2 = d - (d @ e1) * e1
@@ -130,14 +130,16 @@ def test_rotation_arrives_at_its_angle(implementation: Implementation) -> None:
 def test_undefined_edits_leave_the_row(implementation: Implementation) -> None:
     zero, one = torch.zeros(111), torch.randn(111, generator=torch.Generator().manual_seed(1))
     still = [
-        products(zero, one, edit_case(Edit.CLAMP, LOW=1.0, HIGH=1.0)),
-        products(zero, one, edit_case(Edit.ROTATE, LOW=1.0)),
-        products(one, 2 * one, edit_case(Edit.ROTATE, HIGH=1.0)),
-        products(one, zero, edit_case(Edit.ROTATE, HIGH=1.0)),
+        products(zero, one, edit_case(EditId.CLAMP, LOW=1.0, HIGH=1.0)),
+        products(zero, one, edit_case(EditId.ROTATE, LOW=1.0)),
+        products(one, 2 * one, edit_case(EditId.ROTATE, HIGH=1.0)),
+        products(one, zero, edit_case(EditId.ROTATE, HIGH=1.0)),
     ]
-    opposite = edit_case(Edit.KEEP_NORM)
+    opposite = edit_case(EditId.KEEP_NORM)
     opposite.x[:] = -one
-    half_turn = edit_case(Edit.ROTATE, strength=0.5, rows=1, LOW=-1.0, HIGH=0.0)  # half way back there is no direction
+    half_turn = edit_case(
+        EditId.ROTATE, strength=0.5, rows=1, LOW=-1.0, HIGH=0.0
+    )  # half way back there is no direction
     half_turn.x[:] = one
     half_turn = products(one, torch.roll(one, 1), half_turn)
     for case in (*still, products(one, one, opposite)):
@@ -149,12 +151,12 @@ def test_undefined_edits_leave_the_row(implementation: Implementation) -> None:
 # ---- the judgement itself ----------------------------------------------------------------------------------
 
 
-def fully_steered(edit: Edit, dtype: torch.dtype) -> Case:
+def fully_steered(edit: EditId, dtype: torch.dtype) -> Case:
     case = make_case(rows=8, size=576, dtype=dtype, slots=2, sequences=2, pair=True, shared=True, seed=4)
     case = case.plain(EDIT=edit, STRENGTH=0.7)
     case.rows[:, 0] = case.rows[:, 1] = torch.arange(8) % 2
     case.deciding[:] = torch.tensor([0, 1])
-    case.table[:, 6:8] = torch.tensor([0.6, 0.8]) if edit == Edit.ROTATE else 0.3
+    case.table[:, 6:8] = torch.tensor([0.6, 0.8]) if edit == EditId.ROTATE else 0.3
     case.x[:], case.residual[:] = case.x / case.x.float().std(1, keepdim=True), case.residual / 9
     return case
 
@@ -162,11 +164,18 @@ def fully_steered(edit: Edit, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("edit", "which"),
-    [(Edit.ADD, 1), (Edit.CLAMP, 1), (Edit.KEEP_NORM, 0), (Edit.KEEP_NORM, 1), (Edit.ROTATE, 1), (Edit.ROTATE, 2)],
+    [
+        (EditId.ADD, 1),
+        (EditId.CLAMP, 1),
+        (EditId.KEEP_NORM, 0),
+        (EditId.KEEP_NORM, 1),
+        (EditId.ROTATE, 1),
+        (EditId.ROTATE, 2),
+    ],
 )
 @pytest.mark.parametrize("name", ["steer_", "add_steer_rms_norm", "prompt"])
 def test_one_percent_off_in_a_coefficient_is_noticed(
-    name: str, edit: Edit, which: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, edit: EditId, which: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, right = fully_steered(edit, dtype), edits.torch_coefficients
     CHECKS[name](TORCH, case)
@@ -184,7 +193,7 @@ def test_one_percent_off_in_a_coefficient_is_noticed(
 @pytest.mark.parametrize("which", [0, 1], ids=["score", "value"])
 @pytest.mark.parametrize("name", ["gate_", "prompt"])
 def test_one_percent_off_in_a_gate_is_noticed(name: str, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = fully_steered(Edit.ADD, torch.bfloat16).plain(GATE=Gate.PROMPT, SCORE=Score.COSINE, SHARPNESS=4.0)
+    case = fully_steered(EditId.ADD, torch.bfloat16).plain(GATE=GateKind.PROMPT, SCORE=Score.COSINE, SHARPNESS=4.0)
     case.row[:], case.slot[:] = torch.tensor([0, 1]), torch.tensor([[0], [1]])
     CHECKS[name](TORCH, case)
     module: Any = norm_module if name == "prompt" else gate_module

@@ -12,7 +12,7 @@ from kernel_cases import Case, assert_same_bits, make_case
 
 from steerfast import _native
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm, add_steer_rms_norm_prompt
-from steerfast.kernels.contract import Gate, GateOperands, Operands
+from steerfast.kernels.contract import GateKind, GateOperands, Operands
 from steerfast.kernels.gate import gate_
 from steerfast.kernels.steer import steer_
 
@@ -40,7 +40,7 @@ INT = torch.int32
 
 def make_arguments(op: str) -> tuple[Case, dict[str, Any]]:
     """6 rows of 16 numbers, 4 sequences with 2 slots each out of 3, and the op's arguments by name."""
-    case = make_case(6, 16, stack=2, slots=3, sequences=4, pair=True, shared=True, seed=1).plain(GATE=Gate.PROMPT)
+    case = make_case(6, 16, stack=2, slots=3, sequences=4, pair=True, shared=True, seed=1).plain(GATE=GateKind.PROMPT)
     case.rows[:] = torch.tensor([[0, 0, 1], [1, 2, 0], [2, 1, 1], [3, 0, 2], [0, 0, 1], [-1, -1, -1]])
     case.deciding[:], case.row[:] = torch.tensor([4, -1, 2, 3]), torch.tensor([0, 1, 2, 3])
     case.slot[:] = torch.tensor([[0, 1], [2, 0], [1, 1], [-1, 2]])

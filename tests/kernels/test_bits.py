@@ -23,7 +23,7 @@ from kernel_cases import (
 )
 
 from steerfast import _native
-from steerfast.kernels.contract import SHARPNESS, Edit, Gate, Kinds, Norm, Score
+from steerfast.kernels.contract import SHARPNESS, EditId, GateKind, Kinds, Norm, Score
 
 needs_cpp = pytest.mark.skipif(not _native.available, reason=f"the C++ ops are absent: {_native.reason}")
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -55,8 +55,8 @@ def run_all(implementation: Implementation, case: Case) -> dict[str, torch.Tenso
         dtype=st.sampled_from(DTYPES),
         bank_dtype=st.sampled_from(DTYPES),
         stack=st.integers(0, 4),
-        gates=st.just((Gate.ALWAYS, Gate.PROMPT)),
-        edits=st.just((Edit.ADD,)),
+        gates=st.just((GateKind.ALWAYS, GateKind.PROMPT)),
+        edits=st.just((EditId.ADD,)),
         kinds=st.sampled_from(Kinds),
         norm=st.sampled_from(Norm),
         strided=st.booleans(),
@@ -130,12 +130,12 @@ def test_unknown_instruction_set_is_an_error() -> None:
 def test_a_row_that_is_not_displaced_is_as_without_slots(
     implementation: Implementation, dtype: torch.dtype, kinds: Kinds
 ) -> None:
-    case = make_case(4, 111, dtype, stack=2, edits=(Edit.CLAMP, Edit.ROTATE, Edit.ADD), norm=Norm.VLLM, seed=5)
+    case = make_case(4, 111, dtype, stack=2, edits=(EditId.CLAMP, EditId.ROTATE, EditId.ADD), norm=Norm.VLLM, seed=5)
     case = replace(case, kinds=kinds)
     case.rows[:] = torch.tensor([[0, 0, 1], [1, 1, 2], [2, 2, 0], [3, 1, 1]])
     case.strength[:], case.values[:] = 1.0, 1.0
     none = replace(case, rows=case.rows[:, :1].contiguous(), values=case.values[:, :0], strength=case.strength[:, :0])
-    weak, shut = case.plain(STRENGTH=0.0), case.plain(GATE=Gate.PROMPT)
+    weak, shut = case.plain(STRENGTH=0.0), case.plain(GATE=GateKind.PROMPT)
     unable = replace(case, strength=torch.full_like(case.strength, float("inf")))
     unable = replace(unable, table=shut.table, values=torch.zeros_like(case.values))
     want = none.run_norm(implementation)
@@ -319,7 +319,7 @@ def distant(tensor: torch.Tensor, stride: int) -> torch.Tensor:
 def test_offsets_beyond_32_bits(implementation: Implementation) -> None:
     """Row 2 begins at number 2^31, though neither its index nor the stride needs more than 32 bits."""
     case = soft(make_case(3, 8, torch.float16, pair=True, sequences=1, shared=True, seed=9)).plain(
-        GATE=Gate.PROMPT, SCORE=Score.COSINE
+        GATE=GateKind.PROMPT, SCORE=Score.COSINE
     )
     case.rows[:], case.row[:], case.slot[:], case.deciding[:] = 0, 2, 0, 2
     case.values[:] = 1.0
@@ -334,8 +334,8 @@ def test_offsets_beyond_32_bits(implementation: Implementation) -> None:
 def test_slots_beyond_32_bits(implementation: Implementation) -> None:
     """The last of 2^17 + 1 slots of 16384 numbers begins at number 2^31; only that slot's memory is touched."""
     size, last = 16384, 2**17
-    case = make_case(1, size, torch.bfloat16, sequences=1, slots=1, pair=True, seed=10, gates=(Gate.TOKEN,))
-    case = soft(case.plain(GATE=Gate.TOKEN, EDIT=Edit.KEEP_NORM))
+    case = make_case(1, size, torch.bfloat16, sequences=1, slots=1, pair=True, seed=10, gates=(GateKind.TOKEN,))
+    case = soft(case.plain(GATE=GateKind.TOKEN, EDIT=EditId.KEEP_NORM))
     case.rows[:], case.row[:], case.slot[:] = 0, 0, 0
     moved = case.on(implementation.device)
     try:

@@ -15,7 +15,7 @@ from kernel_cases import (
     make_case,
 )
 
-from steerfast.kernels.contract import GATE, THRESHOLD, Edit, Gate, Kinds, Norm, Score
+from steerfast.kernels.contract import GATE, THRESHOLD, EditId, GateKind, Kinds, Norm, Score
 
 NAN, INF = float("nan"), float("inf")
 
@@ -34,7 +34,9 @@ def test_rows_left_alone_keep_their_bits(implementation: Implementation, dtype: 
     case = replace(make_case(8, 111, dtype, slots=5, strided=True), kinds=kinds).plain(SHARPNESS=0.0)
     case.rows[:] = torch.tensor([[0, 0], [-1, -1], [1, 1], [99, -1], [2, 0], [0, 1], [3, 2], [1, 3]])
     case.values[:], case.strength[:] = torch.tensor([[1.0], [0], [1], [0]]), torch.tensor([[1.0], [1], [0], [1]])
-    case.table[:, GATE] = torch.tensor([Gate.ALWAYS, Gate.PROMPT, Gate.TOKEN, Gate.TOKEN, Gate.TOKEN]).float()
+    case.table[:, GATE] = torch.tensor(
+        [GateKind.ALWAYS, GateKind.PROMPT, GateKind.TOKEN, GateKind.TOKEN, GateKind.TOKEN]
+    ).float()
     case.table[:, THRESHOLD] = torch.tensor([0.0, 0, -INF, INF, 0])  # the token of slot 2 opens, that of slot 3 never
     case.vectors[4], case.directions[4], case.table[4] = NAN, NAN, NAN  # nobody's
     case.x[1] = NAN
@@ -136,8 +138,8 @@ def test_gate_reads_nothing_for_slot_or_row_minus_one(implementation: Implementa
 @pytest.mark.parametrize("sharpness", [0.0, 3.0])
 @pytest.mark.parametrize("score", Score)
 def test_nan_score_fires(implementation: Implementation, sharpness: float, score: Score) -> None:
-    case = make_case(gates=(Gate.PROMPT,), edits=(Edit.ADD,), rows=4, slots=1, seed=1)
-    case = case.plain(GATE=Gate.PROMPT, SHARPNESS=sharpness, THRESHOLD=1e9, SCORE=score)
+    case = make_case(gates=(GateKind.PROMPT,), edits=(EditId.ADD,), rows=4, slots=1, seed=1)
+    case = case.plain(GATE=GateKind.PROMPT, SHARPNESS=sharpness, THRESHOLD=1e9, SCORE=score)
     case.row[:], case.slot[:], case.rows[:, 1] = torch.arange(4), 0, 0
     case.rows[:, 0] = case.deciding[:] = torch.arange(4)
     case.x[0, 3] = NAN
@@ -153,7 +155,7 @@ def test_nan_score_fires(implementation: Implementation, sharpness: float, score
 
 @pytest.mark.parametrize("sharpness", [0.0, 3.0])
 def test_nan_row_is_edited_by_token(implementation: Implementation, sharpness: float) -> None:
-    case = make_case(2, sequences=1, slots=1).plain(GATE=Gate.TOKEN, SHARPNESS=sharpness, THRESHOLD=1e9)
+    case = make_case(2, sequences=1, slots=1).plain(GATE=GateKind.TOKEN, SHARPNESS=sharpness, THRESHOLD=1e9)
     case.rows[:], case.x[0, 3] = 0, NAN
     y = case.run_steer(implementation)
     finite = torch.arange(576) != 3
@@ -162,8 +164,8 @@ def test_nan_row_is_edited_by_token(implementation: Implementation, sharpness: f
     assert_same_bits(y[1], case.x[1])
 
 
-@pytest.mark.parametrize("edit", [Edit.CLAMP, Edit.KEEP_NORM, Edit.ROTATE])
-def test_sums_that_are_nan_spoil_their_row_only(implementation: Implementation, edit: Edit) -> None:
+@pytest.mark.parametrize("edit", [EditId.CLAMP, EditId.KEEP_NORM, EditId.ROTATE])
+def test_sums_that_are_nan_spoil_their_row_only(implementation: Implementation, edit: EditId) -> None:
     case = make_case(2, 111, slots=1, sequences=1).plain(EDIT=edit, LOW=0.6, HIGH=0.8)
     case.rows[:], case.x[0, 3] = 0, NAN
     y = case.run_steer(implementation)
@@ -175,7 +177,7 @@ def test_sums_that_are_nan_spoil_their_row_only(implementation: Implementation, 
 def test_zero_row_scores_zero(implementation: Implementation, dtype: torch.dtype) -> None:
     for score in Score:
         for threshold, value in ((-0.5, 1.0), (0.0, 0.0)):  # a score equal to the threshold does not fire
-            case = make_case(dtype=dtype).plain(GATE=Gate.PROMPT, SHARPNESS=0.0, THRESHOLD=threshold, SCORE=score)
+            case = make_case(dtype=dtype).plain(GATE=GateKind.PROMPT, SHARPNESS=0.0, THRESHOLD=threshold, SCORE=score)
             case.x[2], case.row[:], case.slot[:] = 0.0, 2, 0
             scores, values = case.run_gate(implementation)
             assert scores.flatten().tolist() == [0.0] * 4
@@ -224,7 +226,7 @@ def test_no_rows_and_no_sequences(implementation: Implementation, stack: int, ki
 def test_nothing_behind_a_row_is_read(implementation: Implementation) -> None:
     """5 numbers in a block of 8: the other 3 belong to the next row, slot, or gap."""
     case = make_case(3, 5, stack=1, slots=2, sequences=1, strided=True, pair=True).plain(
-        GATE=Gate.TOKEN, THRESHOLD=-2.0
+        GATE=GateKind.TOKEN, THRESHOLD=-2.0
     )
     case.rows[:] = 0
     clean = [case.run_steer(implementation), *case.run_norm(implementation)]

@@ -245,3 +245,37 @@ def test_a_kernel_is_reused_only_for_what_it_was_compiled_for() -> None:
     assert found.pop("kept") == [0, 8]
     assert set(found) == {"dtype", "bank", "hidden", "stack", "strided by 16", "strided by 3"}
     assert all(pair == [1, 0] for pair in found.values()), found
+
+
+DEBUG = """
+import logging, torch
+from steerfast.kernels import add_steer_rms_norm as fused, gate, launch, steer
+from steerfast.kernels.contract import TABLE_WIDTH, GateOperands, Kinds, Operands
+lines = []
+log = logging.getLogger("steerfast.launch")
+log.setLevel(logging.DEBUG)
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+log.addHandler(handler)
+x, weight, table = torch.zeros(3, 8), torch.ones(8), torch.zeros(2, TABLE_WIDTH)
+rows, one, bank = torch.zeros(3, 3, dtype=torch.int32), torch.ones(1, 2), torch.ones(2, 8)
+given = Operands(rows, one, one, bank, bank, table, int(Kinds.LATCHED_ADD))
+steer.steer_unchecked_(x, None, given)
+fused.add_steer_rms_norm_unchecked(x, x, weight, given._replace(kinds=int(Kinds.ANY)), 1e-5, 0)
+slot, row = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+gate.gate_unchecked_(x, None, row, GateOperands(slot, bank, table, torch.zeros(1, 2), one))
+bare = not hasattr(steer.steer_unchecked_, "__wrapped__")
+print(json.dumps([bare, lines]))
+"""
+
+
+def test_debug_reports_each_launch_and_costs_nothing_without() -> None:
+    assert run(DEBUG, STEERFAST_DEBUG="1") == [
+        False,
+        [
+            "steer_: 3 rows, H 8, K 2, LATCHED_ADD, cpu",
+            "add_steer_rms_norm: 3 rows, H 8, K 2, ANY, cpu",
+            "gate_: 1 rows, H 8, K 2, gates, cpu",
+        ],
+    ]
+    assert run(DEBUG, STEERFAST_DEBUG="0") == [True, []]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_cases import CUDA, DTYPES, Case, Implementation, assert_same_bits, make_case, read_gate
 
 from steerfast.kernels import gate as gate_module
-from steerfast.kernels.contract import SHARPNESS, THRESHOLD, Gate
+from steerfast.kernels.contract import SHARPNESS, THRESHOLD, GateKind
 from steerfast.kernels.gate import mean_gate_unchecked_
 
 NAN = float("nan")
@@ -53,7 +53,7 @@ class Means:
 
 def make_means(seed: int, **options: Any) -> Means:
     """Rows of some sequences in any order, or of none; some prompts end here, and some began before."""
-    case = make_case(seed=seed, gates=(Gate.PROMPT,), **options)
+    case = make_case(seed=seed, gates=(GateKind.PROMPT,), **options)
     g = torch.Generator().manual_seed(seed)
     count = len(case.slot)
     member = torch.randint(-1, count, (len(case.x),), generator=g, dtype=torch.int32)
@@ -147,7 +147,7 @@ def test_a_prompt_in_two_steps_has_the_mean_of_one(
 @pytest.mark.parametrize("sharpness", [0.0, 4.0])
 def test_one_row_that_is_not_a_number_opens_its_gate(implementation: Implementation, sharpness: float) -> None:
     means = make_means(3, rows=6, size=111, sequences=3, slots=1)
-    case = means.case.plain(GATE=Gate.PROMPT, SHARPNESS=sharpness, THRESHOLD=50.0)
+    case = means.case.plain(GATE=GateKind.PROMPT, SHARPNESS=sharpness, THRESHOLD=50.0)
     case.slot[:] = 0
     case.x[1], case.x[5] = NAN, NAN
     means = replace(

@@ -164,7 +164,7 @@ def battery() -> dict[str, Callable[[], None]]:
     import torch
     from kernel_cases import CHECKS, TRITON, make_case
 
-    from steerfast.kernels.contract import Edit, Gate, Kinds, Norm, Score
+    from steerfast.kernels.contract import EditId, GateKind, Kinds, Norm, Score
 
     assert TRITON.obstacle() is None
 
@@ -177,9 +177,9 @@ def battery() -> dict[str, Callable[[], None]]:
             CHECKS[name](TRITON, case)
 
     def edits() -> None:
-        for edit in Edit:
+        for edit in EditId:
             case = make_case(
-                3, 12, stack=2, slots=2, edits=(edit,), gates=(Gate.ALWAYS,), sequences=1, pair=True, seed=3
+                3, 12, stack=2, slots=2, edits=(edit,), gates=(GateKind.ALWAYS,), sequences=1, pair=True, seed=3
             )
             case.strength[:], case.rows[:] = 1.0, torch.tensor([0, 0, 1])
             CHECKS["steer_"](TRITON, case)

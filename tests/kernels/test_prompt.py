@@ -9,14 +9,14 @@ import torch
 from kernel_cases import DTYPES, Case, Implementation, assert_same_bits, bits, make_case
 
 from steerfast.kernels import steer as steer_module
-from steerfast.kernels.contract import EDIT, GATE, SHARPNESS, Edit, Gate, GateOperands, Kinds, Norm
+from steerfast.kernels.contract import EDIT, GATE, SHARPNESS, EditId, GateKind, GateOperands, Kinds, Norm
 
 NAN = float("nan")
 
 
 def prompt_case(dtype: torch.dtype = torch.float16, rows: int = 12, seed: int = 0, **options: int) -> Case:
     """Sequences of several rows, most of which decide at one of them; half the gates are the prompt's."""
-    gates = (Gate.PROMPT, Gate.PROMPT, Gate.TOKEN, Gate.ALWAYS)
+    gates = (GateKind.PROMPT, GateKind.PROMPT, GateKind.TOKEN, GateKind.ALWAYS)
     case = make_case(
         rows, 111, dtype, stack=2, slots=6, sequences=4, gates=gates, pair=True, shared=True, seed=seed, **options
     )
@@ -29,7 +29,7 @@ def decided(case: Case) -> torch.Tensor:
     which = torch.zeros(case.values.shape, dtype=torch.bool)
     for q, p in enumerate(case.deciding.tolist()):
         for k, slot in enumerate(case.rows[p, 1:].tolist() if p >= 0 else []):
-            which[q, k] = slot >= 0 and case.table[slot, GATE] == Gate.PROMPT
+            which[q, k] = slot >= 0 and case.table[slot, GATE] == GateKind.PROMPT
     return which
 
 
@@ -108,9 +108,9 @@ def test_order_of_the_rows_does_not_matter(implementation: Implementation) -> No
 
 def test_gate_reads_the_unsteered_deciding_row(implementation: Implementation) -> None:
     """The deciding row is itself steered, by every edit, and all rows of the sequence still read it as it came in."""
-    for edit in Edit:
+    for edit in EditId:
         case = make_case(5, 111, sequences=1, slots=1, shared=True, seed=4)
-        case = case.plain(EDIT=edit, GATE=Gate.PROMPT, SHARPNESS=2.0, LOW=0.6, HIGH=0.8, THRESHOLD=0.1)
+        case = case.plain(EDIT=edit, GATE=GateKind.PROMPT, SHARPNESS=2.0, LOW=0.6, HIGH=0.8, THRESHOLD=0.1)
         case.rows[:], case.deciding[:] = 0, 3
         normed, new_residual, scores, values = case.run_prompt(implementation)
         for got, want in zip(
@@ -138,9 +138,9 @@ def test_latched_sequences_read_their_latch(implementation: Implementation) -> N
 
 def test_kinds_are_any(implementation: Implementation) -> None:
     case = prompt_case(seed=6)
-    case.table[:, EDIT], case.table[:, SHARPNESS] = Edit.KEEP_NORM, 1.0
+    case.table[:, EDIT], case.table[:, SHARPNESS] = EditId.KEEP_NORM, 1.0
     added = case.table.clone()
-    added[:, EDIT] = Edit.ADD
+    added[:, EDIT] = EditId.ADD
     assert not torch.equal(case.run_prompt(implementation)[1], replace(case, table=added).run_prompt(implementation)[1])
 
 

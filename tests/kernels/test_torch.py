@@ -16,7 +16,7 @@ from steerfast.kernels import contract
 from steerfast.kernels import gate as gate_module
 from steerfast.kernels import steer as steer_module
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm, add_steer_rms_norm_prompt
-from steerfast.kernels.contract import Edit, Gate, Kinds, Norm
+from steerfast.kernels.contract import EditId, GateKind, Kinds, Norm
 from steerfast.kernels.edits import torch_scales
 from steerfast.kernels.gate import gate_
 from steerfast.kernels.steer import steer_, steer_torch_
@@ -103,7 +103,9 @@ def test_compiles_as_one_graph_without_copies(device: str, backend: str, monkeyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scales_of_all_layers_at_once(dtype: torch.dtype) -> None:
-    case = small_case(rows=14, dtype=dtype, gates=[Gate.ALWAYS, Gate.PROMPT], edits=[Edit.ADD], kinds=Kinds.LATCHED_ADD)
+    case = small_case(
+        rows=14, dtype=dtype, gates=[GateKind.ALWAYS, GateKind.PROMPT], edits=[EditId.ADD], kinds=Kinds.LATCHED_ADD
+    )
     values = torch.stack([case.values, 1 - case.values, torch.zeros_like(case.values)])
     table = torch.stack([case.table, case.table, 2 * case.table])
     scales = torch_scales(case.rows, values, case.strength, table)
@@ -123,16 +125,16 @@ def test_scales_of_all_layers_at_once(dtype: torch.dtype) -> None:
 # ---- gradients ---------------------------------------------------------------------------------------------
 
 
-def displaced(s: torch.Tensor, y: torch.Tensor, case: Case, edit: Edit, beta: float) -> torch.Tensor:
+def displaced(s: torch.Tensor, y: torch.Tensor, case: Case, edit: EditId, beta: float) -> torch.Tensor:
     """Rows y after one edit by slot 0, in float64 and in the terms of the papers: vectors, not sums."""
     v, d = case.vectors[0].double(), case.directions[0].double()
     low, high = case.table[0, 6].double(), case.table[0, 7].double()
-    if edit == Edit.ADD:
+    if edit == EditId.ADD:
         return y + beta * v
-    if edit == Edit.CLAMP:
+    if edit == EditId.CLAMP:
         along = s @ v / (v @ v)
         return y + beta * (along.clamp(low, high) - along)[:, None] * v
-    if edit == Edit.KEEP_NORM:
+    if edit == EditId.KEEP_NORM:
         z = s + beta * v
         return y + z * (s.norm(dim=1) / z.norm(dim=1))[:, None] - s
     e1 = v / v.norm()
@@ -144,7 +146,7 @@ def displaced(s: torch.Tensor, y: torch.Tensor, case: Case, edit: Edit, beta: fl
     return y + (there * rho / there.norm(dim=1, keepdim=True) - here) @ plane
 
 
-def gradient_case(edit: Edit) -> Case:
+def gradient_case(edit: EditId) -> Case:
     case = small_case(rows=5, size=33, stack=1, slots=1, sequences=1, norm=Norm.LLAMA)
     case = case.plain(EDIT=edit, STRENGTH=0.7, LOW=0.6, HIGH=0.8)
     case.rows[:] = 0
@@ -160,8 +162,8 @@ def gradients(leaves: list[torch.Tensor], outputs: tuple[torch.Tensor, ...]) -> 
 
 
 @pytest.mark.parametrize("norm", Norm)
-@pytest.mark.parametrize("edit", Edit)
-def test_gradient_of_add_steer_rms_norm(edit: Edit, norm: Norm) -> None:
+@pytest.mark.parametrize("edit", EditId)
+def test_gradient_of_add_steer_rms_norm(edit: EditId, norm: Norm) -> None:
     case = gradient_case(edit)
     leaves = [t.clone().requires_grad_() for t in (case.x, case.residual, case.weight)]
     outputs = add_steer_rms_norm(*leaves, case.operands(), case.eps, norm)
@@ -175,7 +177,9 @@ def test_gradient_of_add_steer_rms_norm(edit: Edit, norm: Norm) -> None:
 
 
 def test_gradient_of_prompt() -> None:
-    case = small_case(stack=1, gates=(Gate.PROMPT,)).plain(GATE=Gate.PROMPT, SHARPNESS=2.0, EDIT=Edit.KEEP_NORM)
+    case = small_case(stack=1, gates=(GateKind.PROMPT,)).plain(
+        GATE=GateKind.PROMPT, SHARPNESS=2.0, EDIT=EditId.KEEP_NORM
+    )
     both = []
     for prompt in (True, False):
         leaves = [t.clone().requires_grad_() for t in (case.x, case.residual, case.weight)]
@@ -189,8 +193,8 @@ def test_gradient_of_prompt() -> None:
 
 
 @pytest.mark.parametrize("pair", [False, True])
-@pytest.mark.parametrize("edit", Edit)
-def test_gradient_of_steer_torch(edit: Edit, pair: bool) -> None:
+@pytest.mark.parametrize("edit", EditId)
+def test_gradient_of_steer_torch(edit: EditId, pair: bool) -> None:
     case = gradient_case(edit)
     leaves = [t.clone().requires_grad_() for t in ((case.x, case.residual) if pair else (case.x,))]
     x = leaves[0] * 1
@@ -198,15 +202,15 @@ def test_gradient_of_steer_torch(edit: Edit, pair: bool) -> None:
     exact = [t.detach().double().requires_grad_() for t in leaves]
     s = exact[0] + exact[1] if pair else exact[0]
     wanted = displaced(s, exact[0], case, edit, float(case.table[0, 2]))
-    unused = pair and edit == Edit.ADD  # its displacement does not depend on the row
+    unused = pair and edit == EditId.ADD  # its displacement does not depend on the row
     if unused:
         leaves, exact = leaves[:1], exact[:1]
     for got, want in zip(gradients(leaves, (x,)), gradients(exact, (wanted,)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("edit", Edit)
-def test_gradient_is_finite_where_an_edit_is_undefined(edit: Edit) -> None:
+@pytest.mark.parametrize("edit", EditId)
+def test_gradient_is_finite_where_an_edit_is_undefined(edit: EditId) -> None:
     case = gradient_case(edit)
     case.x[0], case.residual[0] = 0.0, 0.0  # a zero row
     case.rows[1, 1] = -1

@@ -23,6 +23,7 @@ from torch import Tensor
 from steerfast._files import content_checksum, write_atomically
 from steerfast.errors import OutputError, ProfileError
 from steerfast.profile import FORMAT_VERSION, Gate, ModelIdentity, SteeringProfile
+from steerfast.profile import file as profile_file
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYERS, HIDDEN = 4, 6
@@ -223,9 +224,9 @@ def test_every_truncation_is_noticed(intact: tuple[SteeringProfile, bytes], tmp_
 
 def forge(file: Path, profile: SteeringProfile, header: dict[str, Any], tensors: dict[str, Tensor | None]) -> None:
     """A file with other content and the right checksum for it."""
-    content: dict[str, Any] = {**profile._header(), **header}
+    content: dict[str, Any] = {**profile_file.header(profile), **header}
     content = {name: value for name, value in content.items() if value is not ...}
-    held = {name: t for name, t in {**profile._tensors(), **tensors}.items() if t is not None}
+    held = {name: t for name, t in {**profile_file.tensors(profile), **tensors}.items() if t is not None}
     content["checksum"] = content_checksum(content, held)
     file.write_bytes(save(held, metadata={"steerfast": json.dumps(content)}))
 

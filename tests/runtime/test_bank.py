@@ -13,10 +13,9 @@ from torch import Tensor
 
 from steerfast.errors import ProfileError
 from steerfast.kernels import contract
-from steerfast.kernels.contract import Edit, Gate, Kinds, Operands, Score
+from steerfast.kernels.contract import EditId, GateKind, Kinds, Operands, Score
 from steerfast.kernels.steer import reference, steer_
-from steerfast.profile import Gate as ProfileGate
-from steerfast.profile import SteeringProfile
+from steerfast.profile import Gate, SteeringProfile
 from steerfast.runtime.bank import Bank, kinds_of
 from steerfast.runtime.tables import StepTables
 
@@ -72,9 +71,9 @@ def test_a_slot_holds_its_profile(tiny_llama: Any, make_profile: MakeProfile, dt
             assert row[contract.VECTOR_SQ] == (v @ v).float()
             torch.testing.assert_close(row[contract.VECTOR_DIRECTION].double(), v @ d, rtol=1e-6, atol=1e-6)
             assert row[contract.DIRECTION_SQ] == (d @ d).float()
-            assert row[contract.GATE] == Gate.PROMPT
+            assert row[contract.GATE] == GateKind.PROMPT
             assert row[contract.SCORE] == (Score.DOT if slot == 1 else Score.COSINE)
-            assert row[contract.EDIT] == Edit.ADD
+            assert row[contract.EDIT] == EditId.ADD
     assert {bank.vectors.dtype, bank.directions.dtype} == {dtype}
     assert bank.table.dtype == torch.float32
 
@@ -82,16 +81,16 @@ def test_a_slot_holds_its_profile(tiny_llama: Any, make_profile: MakeProfile, dt
 @pytest.mark.parametrize(
     ("fields", "edit", "low", "high"),
     [
-        ({}, Edit.ADD, 0.0, 0.0),
-        ({"edit": "keep_norm"}, Edit.KEEP_NORM, 0.0, 0.0),
-        ({"edit": "ablate"}, Edit.CLAMP, 0.0, 0.0),
-        ({"edit": "clamp", "low": -0.5, "high": 0.25}, Edit.CLAMP, -0.5, 0.25),
-        ({"edit": "clamp", "high": 1.0}, Edit.CLAMP, -math.inf, 1.0),
-        ({"edit": "rotate", "angle": 120.0}, Edit.ROTATE, -0.5, math.sqrt(0.75)),
+        ({}, EditId.ADD, 0.0, 0.0),
+        ({"edit": "keep_norm"}, EditId.KEEP_NORM, 0.0, 0.0),
+        ({"edit": "ablate"}, EditId.CLAMP, 0.0, 0.0),
+        ({"edit": "clamp", "low": -0.5, "high": 0.25}, EditId.CLAMP, -0.5, 0.25),
+        ({"edit": "clamp", "high": 1.0}, EditId.CLAMP, -math.inf, 1.0),
+        ({"edit": "rotate", "angle": 120.0}, EditId.ROTATE, -0.5, math.sqrt(0.75)),
     ],
 )
 def test_edits_in_the_table(
-    tiny_llama: Any, make_profile: MakeProfile, fields: dict[str, Any], edit: Edit, low: float, high: float
+    tiny_llama: Any, make_profile: MakeProfile, fields: dict[str, Any], edit: EditId, low: float, high: float
 ) -> None:
     bank = Bank(LAYERS, HIDDEN, 1)
     bank.add("p", make_profile(tiny_llama, **fields))
@@ -109,11 +108,11 @@ def test_layers_behind_a_token_gates_sensor_read_what_it_decided(tiny_llama: Any
         ("always", "always", 2),
     ):
         bank.add(name, make_profile(tiny_llama, layers=[2, 4], kind=kind, sensor=sensor))
-    token, prompt = Gate.TOKEN, Gate.PROMPT
+    token, prompt = GateKind.TOKEN, GateKind.PROMPT
     assert bank.table[:, 0, contract.GATE].tolist() == [token] * 5
     assert bank.table[:, 1, contract.GATE].tolist() == [token, token, token, prompt, prompt]
     assert bank.table[:, 2, contract.GATE].tolist() == [prompt] * 5
-    assert bank.table[:, 3, contract.GATE].tolist() == [Gate.ALWAYS] * 5
+    assert bank.table[:, 3, contract.GATE].tolist() == [GateKind.ALWAYS] * 5
     assert (bank.table[[0, 1, 3], :, contract.STRENGTH] == 0).all()
 
 
@@ -242,10 +241,10 @@ def test_a_bank_for_latched_adds_takes_nothing_else(tiny_llama: Any, make_profil
     assert bank.layer(0).kinds == Kinds.LATCHED_ADD
     simple = make_profile(tiny_llama)
     for number, gate in enumerate(("always", "prompt")):
-        fits = replace(simple, gate=ProfileGate(gate))  # type: ignore[arg-type]
+        fits = replace(simple, gate=Gate(gate))  # type: ignore[arg-type]
         assert kinds_of(fits) == Kinds.LATCHED_ADD
         bank.add(str(number), fits)
-    for fields in ({"edit": "ablate"}, {"gate": ProfileGate("token")}):
+    for fields in ({"edit": "ablate"}, {"gate": Gate("token")}):
         profile = replace(simple, **fields)
         assert kinds_of(profile) == Kinds.ANY
         with pytest.raises(ProfileError, match="profile 'x': expected an 'add' edit with an always or prompt gate"):

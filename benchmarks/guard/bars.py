@@ -1,9 +1,8 @@
-"""Keep what `steerfast guard bench --json FILE` measured among the results, with versions, commit and device.
+"""Store the JSON of bench.py among the results, with versions, commit and device, and say on stderr which bars hold.
 
-    python benchmarks/guard.py artifacts/guard/bench.json
+    python benchmarks/guard/bars.py artifacts/guard/bench.json
 
-Run it on the machine of the bench, right after it; examples/make_smollm2_guard.sh does both. Says on stderr which bars
-hold.
+Run it on the machine of the bench, right after it; examples/make_smollm2_guard.sh runs both.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from report import RESULTS, Report
 
 Row = dict[str, Any]
@@ -22,7 +23,7 @@ _GUARDS = ("InferenceGuard", "speculative", "guided", "steered")
 
 
 def bars(rows: list[Row]) -> Iterator[tuple[bool, str]]:
-    """Each bar of the guard: whether it holds, and the figures."""
+    """Yield each bar of the guard: whether it holds, and the figures."""
     by_name = {row["method"]: row for row in rows}
     for name in ("InferenceGuard", "InferenceGuard + critic", "speculative + critic", "guided"):
         if (row := by_name.get(name)) is None:
@@ -44,7 +45,7 @@ def bars(rows: list[Row]) -> Iterator[tuple[bool, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", type=Path, help="the JSON of steerfast guard bench")
+    parser.add_argument("bench", type=Path, help="the JSON of bench.py")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()

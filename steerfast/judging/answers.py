@@ -1,4 +1,4 @@
-"""Judge a set of answers: refusals by two judges, fluency by repetition and perplexity under the unsteered model."""
+"""Assess answers: refusal by two judges, fluency by repetition and perplexity under the unsteered model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from steerfast.text.encoding import pad_token
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """One answer: its text, whether either judge calls it a refusal, and its fluency."""
+class Assessment:
+    """An answer, its refusal by each of two judges, and its fluency."""
 
     text: str
     refusal: bool
@@ -32,7 +32,7 @@ def judge(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     limits: FluencyLimits | None = None,
-) -> list[Judgement]:
+) -> list[Assessment]:
     """Judge `answers` (token ids) to `prompts` (token ids). `model` measures perplexity.
 
     Raises:
@@ -46,7 +46,7 @@ def judge(
         text = tokenizer.decode(answer, skip_special_tokens=True).strip()
         repeats = repetition(answer)
         judged.append(
-            Judgement(
+            Assessment(
                 text=text,
                 refusal=is_refusal_keyword(text),
                 refusal_strict=is_refusal_strict(text),
@@ -59,5 +59,5 @@ def judge(
 
 
 def share(flags: Sequence[bool]) -> float:
-    """Share of True; nan of nothing."""
+    """Return the share of True; nan for no flags."""
     return sum(flags) / len(flags) if len(flags) else float("nan")

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from steerfast.judging.answers import judge, share
 from steerfast.judging.fluency import FluencyLimits, answer_perplexity
-from steerfast.judging.judgement import judge, share
 
 
 def test_judgements_carry_what_each_judge_says(tiny_llama, tiny_tokenizer):

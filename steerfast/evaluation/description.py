@@ -1,0 +1,102 @@
+"""Describe a profile: short words, and JSON data of its layers and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from steerfast.profile import EDITS, Gate, SteeringProfile
+
+__all__ = ["SETS", "edit", "gate_figures", "layer_ranges", "layers", "positions", "reading", "summary", "warnings"]
+
+SETS = {"calibration": "calibration", "heldout": "held-out"}
+"""Pairs of sets in a calibration -> name for people."""
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """Return ``10-12, 20`` for ascending layers, ``none`` for no layer."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
+
+
+def reading(gate: Gate) -> str:
+    """Return what a gate compares with its threshold: ``mean cosine of 128 tokens``."""
+    if gate.pooling == "last":
+        return gate.score
+    return f"{gate.pooling} {gate.score}" + ("" if gate.window is None else f" of {gate.window} tokens")
+
+
+def positions(profile: SteeringProfile) -> str:
+    """Return the rows that are edited: ``positions all, 24 answer tokens``."""
+    end = "" if profile.answer_tokens is None else f", {profile.answer_tokens} answer tokens"
+    return f"positions {profile.positions}{end}"
+
+
+def edit(profile: SteeringProfile) -> str:
+    """Return the kind of edit and its parameters: ``clamp to -1..2``."""
+    return EDITS[profile.edit].describe(profile)
+
+
+def warnings(profile: SteeringProfile) -> list[str]:
+    """Return the warnings that calibration recorded in the profile."""
+    return list(profile.calibration.get("warnings", ()))
+
+
+def gate_figures(profile: SteeringProfile) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Return pair of sets -> figures of each layer; empty without a calibration."""
+    found = profile.calibration.get("layers", {})
+    return {name: found[name] for name in SETS if len(found.get(name, ())) == profile.model.num_layers}
+
+
+def layers(profile: SteeringProfile) -> list[dict[str, Any]]:
+    """Return JSON data of every layer; figures as `GateFigures.to_dict` if calibrated."""
+    lengths = profile.vector.norm(dim=1)
+    return [
+        {
+            "layer": layer,
+            "sensor": layer == profile.sensor,
+            "gate": layer in profile.gate_layers,
+            "threshold": float(profile.threshold[layer]),
+            **({} if profile.abstain is None else {"abstain": float(profile.abstain[layer])}),
+            "strength": float(profile.strength[layer]),
+            "vector_norm": float(lengths[layer]),
+            "residual_norm": float(profile.norm[layer]),
+            **{name: by_layer[layer] for name, by_layer in gate_figures(profile).items()},
+        }
+        for layer in range(profile.model.num_layers)
+    ]
+
+
+def summary(profile: SteeringProfile) -> dict[str, Any]:
+    """Return JSON data of the whole profile, without tensors, histograms and embedding sketch."""
+    model = {key: value for key, value in asdict(profile.model).items() if key != "embedding_sketch"}
+    return {
+        "model": model,
+        "gate": asdict(profile.gate),
+        "edit": profile.edit,
+        **{
+            name: value if value is not None and math.isfinite(value) else None
+            for kind in EDITS.values()
+            for name, value in kind.given(profile).items()
+        },
+        "sensor": profile.sensor,
+        "positions": profile.positions,
+        "answer_tokens": profile.answer_tokens,
+        "vector_kind": profile.vector_kind,
+        "candidates": sorted(profile.candidates),
+        "steered_layers": profile.steered_layers,
+        "fitted": profile.fitted,
+        "calibration": {
+            key: value for key, value in profile.calibration.items() if key not in ("layers", "histograms")
+        },
+        "tuned": profile.tuned,
+        "warnings": warnings(profile),
+        "layers": layers(profile),
+    }

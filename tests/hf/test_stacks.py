@@ -1,0 +1,239 @@
+"""Several profiles on one sequence: each gate decides for its own profile, and the edits add up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from model_cases import CLOSE, MakeProfile, Oracle, four_prompts, greedy, padded
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, StaticCache
+
+import steerfast
+from steerfast.errors import SteerfastError
+from steerfast.hf import caches
+from steerfast.profile import SteeringProfile
+
+NEW = 4
+
+
+def split(plain: Any, profile: SteeringProfile) -> SteeringProfile:
+    """The profile with a threshold that opens its gate for two of `four_prompts`; it reads layer 0, before any edit."""
+    oracle, scores = Oracle(plain, profile), []
+    for ids in four_prompts():
+        oracle.logits(ids, [(0, len(ids))])
+        scores.append(float(oracle.scores[0]))
+    low, high = sorted(scores)[1:3]
+    return dataclasses.replace(profile, threshold=torch.full_like(profile.threshold, (low + high) / 2))
+
+
+@pytest.fixture
+def pair(plain: Any, make_profile: MakeProfile) -> tuple[SteeringProfile, SteeringProfile]:
+    """Two profiles that differ in direction, layers, positions, how they read, and in where their edit ends."""
+    last = make_profile(plain, seed=1, layers=[1, 2], sensor=0)
+    mean = make_profile(
+        plain, seed=2, layers=[2, 3], sensor=0, pooling="mean", window=3, positions="response", answer_tokens=3
+    )
+    return split(plain, last), split(plain, mean)
+
+
+def stacked(plain: Any, ids: list[int], profiles: Sequence[SteeringProfile], strengths: Sequence[float]) -> Tensor:
+    """Logits [NEW, vocabulary] of a greedy answer, and the answer, by hooks of their own."""
+    oracles = [Oracle(plain, *each) for each in zip(profiles, strengths, strict=True)]
+    whole, logits = list(ids), []
+    for _ in range(NEW):
+        with torch.no_grad():
+            contexts = [oracle.attached([0], [(0, len(ids))]) for oracle in oracles]
+            for context in contexts:
+                context.__enter__()
+            logits.append(plain(torch.tensor([whole]), use_cache=False).logits[0, -1])
+            for context in reversed(contexts):
+                context.__exit__(None, None, None)
+        whole.append(int(logits[-1].argmax()))
+    return torch.stack(logits)
+
+
+def test_gates_decide_each_for_its_own(model: Any, plain: Any, pair: tuple[SteeringProfile, SteeringProfile]) -> None:
+    stacks: list[Any] = [list(pair), [pair[1], pair[0]], None, pair[1]]
+    strengths: list[Any] = [[1.0, 0.5], 1.0, 1.0, 2.0]
+    with steerfast.steer(model, None) as steering:
+        _, logits = greedy(model, padded(four_prompts()), NEW, steering=stacks, steering_strength=strengths)
+        scores, fired = steering.scores, steering.fired
+    each = [(pair, (1.0, 0.5)), (pair[::-1], (1.0, 1.0)), ((), ()), (pair[1:], (2.0,))]
+    for n, (ids, (profiles, factors)) in enumerate(zip(four_prompts(), each, strict=True)):
+        torch.testing.assert_close(logits[n], stacked(plain, ids, profiles, factors), **CLOSE)
+        opened = []
+        for k, profile in enumerate(profiles):
+            oracle = Oracle(plain, profile)
+            oracle.logits(ids, [(0, len(ids))])
+            assert float(scores[0, n, k]) == pytest.approx(float(oracle.scores[0]), abs=1e-5)
+            opened.append(bool(oracle.scores[0] > profile.threshold[0]))
+        assert bool(fired[n]) == any(opened)
+        assert scores[:, n, len(profiles) :].eq(-torch.inf).all()
+
+
+def test_a_profile_that_does_not_fire_keeps_every_bit(
+    model: Any, pair: tuple[SteeringProfile, SteeringProfile]
+) -> None:
+    """Beside another one, and before or after it."""
+    shut = dataclasses.replace(pair[1], threshold=torch.full_like(pair[1].threshold, 2.0))
+    batch = padded(four_prompts())
+    with steerfast.steer(model, None):
+        alone = greedy(model, batch, NEW, steering=[[pair[0]]])
+        for stack in ([pair[0], shut], [shut, pair[0]], [shut, shut, pair[0], shut]):
+            tokens, logits = greedy(model, batch, NEW, steering=[stack])
+            assert torch.equal(tokens, alone[0])
+            assert torch.equal(logits, alone[1])
+
+
+def test_a_profile_twice_is_twice_its_strength(model: Any, make_profile: MakeProfile) -> None:
+    profile = make_profile(model, layers=[1, 2], kind="always", size=1.0)
+    batch = padded(four_prompts())
+    with steerfast.steer(model, None):
+        _, twice = greedy(model, batch, NEW, steering=[[profile, profile]])
+        _, strong = greedy(model, batch, NEW, steering=profile, steering_strength=2.0)
+    torch.testing.assert_close(twice, strong, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "edit", [{"edit": "ablate"}, {"edit": "keep_norm"}, {"edit": "rotate", "angle": 40.0}], ids=str
+)
+def test_edits_of_other_kinds_in_a_stack(
+    model: Any, plain: Any, make_profile: MakeProfile, edit: dict[str, Any]
+) -> None:
+    """At layers of their own they follow one another as in two models."""
+    first = make_profile(model, seed=1, layers=[1], kind="always")
+    second = make_profile(model, seed=2, layers=[3], kind="always", **edit)
+    batch = padded(four_prompts())
+    with steerfast.steer(model, None):
+        _, got = greedy(model, batch, NEW, steering=[[first, second]])
+    adds = plain.model.layers[1].register_forward_hook(lambda m, a, x: x + first.vector[1].to(x.dtype))
+    with steerfast.steer(plain, second):
+        _, want = greedy(plain, batch, NEW)
+    adds.remove()
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_token_gates_in_a_stack(model: Any, plain: Any, make_profile: MakeProfile) -> None:
+    profiles = [make_profile(plain, seed=s, layers=[s], kind="token") for s in (2, 3)]
+    batch = padded(four_prompts())
+    with steerfast.steer(model, None) as steering:
+        _, logits = greedy(model, batch, NEW, steering=[profiles])
+        fired = steering.fired
+    for n, ids in enumerate(four_prompts()):
+        torch.testing.assert_close(logits[n], stacked(plain, ids, profiles, (1.0, 1.0)), **CLOSE)
+    assert fired.any()
+
+
+def test_layers_before_the_sensor_in_a_stack(model: Any, make_profile: MakeProfile) -> None:
+    """The second pass knows both decisions from the start, as two always gates do."""
+    ahead = make_profile(model, seed=1, layers=[0, 2], sensor=1, threshold=-2.0)
+    other = make_profile(model, seed=2, layers=[2], sensor=1, threshold=-2.0)
+    known = [dataclasses.replace(one, gate=steerfast.Gate("always")) for one in (ahead, other)]
+    batch = padded(four_prompts())
+    with steerfast.steer(model, None):
+        _, got = greedy(model, batch, NEW, steering=[[ahead, other], None, [other, ahead], ahead])
+        _, want = greedy(model, batch, NEW, steering=[known, None, known[::-1], known[0]])
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_beams(model: Any, pair: tuple[SteeringProfile, SteeringProfile]) -> None:
+    """Decisions move with the cache, and each sequence keeps its own."""
+    batch = padded(four_prompts())
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 1, "max_new_tokens": NEW, "do_sample": False}
+    with steerfast.steer(model, None), torch.no_grad():
+        together = model.generate(**batch, **options, steering=[list(pair)])
+        each = [
+            model.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options, steering=[list(pair)]
+            )
+            for ids in four_prompts()
+        ]
+    for n, one in enumerate(each):
+        assert together[n, -NEW:].tolist() == one[0, -NEW:].tolist()
+
+
+def test_compiled_equals_eager(model: Any, pair: tuple[SteeringProfile, SteeringProfile]) -> None:
+    torch.compiler.reset()
+
+    def run(call: Any) -> list[Tensor]:
+        given = {caches.argument(model): StaticCache(model.config, max_cache_len=12)}
+        with torch.no_grad(), steering.assigned([list(pair)]):
+            tokens = torch.tensor([four_prompts()[0][:5]])
+            return [call(tokens, **given).logits, *(call(torch.tensor([[t]]), **given).logits for t in (7, 8, 9))]
+
+    with steerfast.steer(model, None) as steering:
+        want, got = run(model), run(torch.compile(model, backend="eager"))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    torch.compiler.reset()
+
+
+def test_continuous_batching(model: Any, plain: Any, make_profile: MakeProfile) -> None:
+    """Requests with one profile, with two and with none in the same steps."""
+    model.set_attn_implementation("sdpa")
+    profiles = [
+        split(plain, make_profile(plain, seed=s, layers=[1, 2], sensor=0, positions="response", **fields))
+        for s, fields in ((1, {}), (2, {"pooling": "mean", "window": 3}))
+    ]
+    config = ContinuousBatchingConfig(block_size=8, num_blocks=32, max_batch_tokens=6)
+    generation = {"continuous_batching_config": config, "max_new_tokens": NEW}
+    stacks: list[Any] = [profiles[0], profiles, None, profiles[::-1]]
+    with steerfast.steer(model, None) as steering:
+        _, want = greedy(model, padded(four_prompts()), NEW, steering=stacks, steering_strength=[2.0, [1.0, 0.5], 1, 1])
+        outputs = model.generate_batch(
+            four_prompts(), **generation, steering=stacks, steering_strength=[2.0, [1.0, 0.5], 1, 1]
+        )
+        fired, scores = steering.fired, steering.scores
+        decisions = [steering.decision(name) for name in outputs]
+    for n, output in enumerate(outputs.values()):
+        assert output.generated_tokens == want[n].argmax(dim=-1).tolist()
+    assert scores.shape == (1, 4, 2)
+    assert [None if one is None else len(one[1]) for one in decisions] == [1, 2, None, 2]
+    assert [False if one is None else one[0] for one in decisions] == fired.tolist()
+
+
+def test_a_longer_stack_while_requests_run(model: Any, make_profile: MakeProfile) -> None:
+    model.set_attn_implementation("sdpa")
+    one, two = (make_profile(model, seed=s, layers=[1, 2], kind="always", positions="response") for s in (1, 2))
+    prompts = four_prompts()
+    config = ContinuousBatchingConfig(block_size=8, num_blocks=32, max_batch_tokens=16)
+    with steerfast.steer(model, None):
+        want = [
+            greedy(model, padded([ids]), 8, steering=[stack])[0][0].tolist()
+            for ids, stack in zip(prompts[:2], ([one], [one, two]), strict=True)
+        ]
+        with model.continuous_batching_context_manager(continuous_batching_config=config) as manager:
+            first = manager.add_request(prompts[0], max_new_tokens=8, steering=one)
+            while manager.batch_processor is None or not manager.batch_processor.scheduler.active_requests:
+                pass
+            second = manager.add_request(prompts[1], max_new_tokens=8, steering=[one, two])
+            found = {}
+            while len(found) < 2:
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    found[result.request_id] = result.generated_tokens
+    assert [found[first], found[second]] == want
+
+
+@pytest.mark.parametrize(
+    ("steering", "strength", "message"),
+    [
+        ([[]], None, r"steering\[0\]: expected a stack of 1 to 4 profiles, got 0"),
+        ([["a"] * 5], None, r"steering\[0\]: expected a stack of 1 to 4 profiles, got 5"),
+        ([["a", None]], None, r"steering\[0\]\[1\]: expected a profile, got NoneType"),
+        ([["a", "a"]], [[1.0]], r"steering_strength\[0\]: expected 2 numbers, one per profile of the stack, got 1"),
+        ([["a", "a"]], [[1.0, float("inf")]], r"steering_strength\[0\]\[1\]: expected a finite number, got inf"),
+        ([["a", "token"]], None, "expected token gates for all sequences of a batch or for none, got both"),
+    ],
+)
+def test_wrong_stacks_are_refused(
+    model: Any, make_profile: MakeProfile, steering: Any, strength: Any, message: str
+) -> None:
+    known = {"a": make_profile(model), "token": make_profile(model, kind="token")}
+    stacks = [[known.get(name) if isinstance(name, str) else name for name in stack] for stack in steering]
+    with steerfast.steer(model, None), pytest.raises(SteerfastError, match=message):
+        model.generate(**padded([[3, 4, 5]]), max_new_tokens=1, steering=stacks, steering_strength=strength)
