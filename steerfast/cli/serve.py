@@ -12,7 +12,7 @@ from steerfast.cli.tune import band
 
 
 class _Serve(click.Command):
-    """Says where vLLM's own options go."""
+    """A command that says where vLLM's own options go."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -44,21 +44,31 @@ def _profile(context: click.Context, parameter: click.Parameter, entries: tuple[
     callback=_profile,
     help="A profile that requests may name; may be repeated.",
 )
-@click.option("--default", metavar="NAME", help="Who steers requests that name nobody.  [default: nobody]")
-@click.option("--locked", is_flag=True, help="Requests have no say: the default steers all of them, as it is.")
+@click.option(
+    "--default",
+    metavar="NAME[,NAME]",
+    help="The profile, or stack, that steers requests that name none.  [default: no steering]",
+)
+@click.option("--locked", is_flag=True, help="The default steers all requests; they cannot change it.")
 @click.option(
     "--max-strength",
     type=click.FloatRange(min=0, min_open=True),
     metavar="NUMBER",
-    help="The most that a request may ask for.  [default: 10]",
+    help="The largest strength of a request.  [default: 10]",
 )
 @click.option("--slots", type=click.IntRange(min=1), metavar="N", help="Room for profiles.  [default: 32 or more]")
+@click.option(
+    "--stack",
+    type=click.IntRange(min=1, max=4),
+    metavar="N",
+    help="The most profiles on one request.  [default: 2; 1 for a single profile]",
+)
 @click.option(
     "--layers",
     type=common.Items("LAYERS", band, "layers such as 10-19,20, first before last"),
     help="Layers that profiles may use, such as 10-19,20.  [default: those of the profiles]",
 )
-@click.option("--directory", metavar="DIR", help="Where the admin routes may load profiles from.  [default: nowhere]")
+@click.option("--directory", metavar="DIR", help="The folder of profiles for the admin routes.  [default: none]")
 @click.option(
     "--admin-key",
     metavar="KEY",
@@ -70,28 +80,26 @@ def command(
     model_name: str,
     vllm_arguments: tuple[str, ...],
     profiles: dict[str, str],
-    default: str | None,
-    locked: bool,
-    max_strength: float | None,
-    slots: int | None,
     layers: list[tuple[int, int]] | None,
-    directory: str | None,
     admin_key: str | None,
+    **options: Any,
 ) -> None:
     """Serve MODEL, a hub id or folder, over HTTP with vLLM, steering each request as it asks.
 
-    A request says {"vllm_xargs": {"steering": NAME, "steering_strength": 0.8}}, or "off".
+    A request says {"vllm_xargs": {"steering": NAME, "steering_strength": 0.8}}, or "off"; a stack is "NAME,NAME".
 
     \b
     Example:
       steerfast serve your/model --profile safety=safety.safetensors --default safety
       steerfast serve your/model --profile safety=safety.safetensors --default safety --locked -- --port 8001
     """
+    directory, default = options["directory"], options["default"]
     if not profiles and directory is None:
         raise click.UsageError("--profile: expected one at least, or --directory to load some from later, got none")
-    if default is not None and default not in profiles:
-        raise click.UsageError(f"--default: expected one of {', '.join(profiles) or 'no profiles'}, got {default!r}")
-    if locked and default is None:
+    for name in default.split(",") if default is not None else ():
+        if name not in profiles:
+            raise click.UsageError(f"--default: expected one of {', '.join(profiles) or 'no profiles'}, got {name!r}")
+    if options["locked"] and default is None:
         raise click.UsageError("--locked: expected --default, the profile to lock requests to, got none")
     for file in profiles.values():
         common.load_profile(file)
@@ -100,15 +108,9 @@ def command(
     from steerfast.vllm.admin import KEY_VARIABLE
     from steerfast.vllm.server import serve
 
-    given: dict[str, Any] = {
-        "profiles": profiles,
-        "default": default,
-        "locked": locked,
-        "max_strength": max_strength,
-        "slots": slots,
-        "layers": layers and sorted({layer for first, last in layers for layer in range(first, last + 1)}),
-        "directory": directory,
-    }
+    bands = layers or []
+    numbers = sorted({layer for first, last in bands for layer in range(first, last + 1)}) or None
+    given = {"profiles": profiles, "layers": numbers, **options}
     if admin_key:
         os.environ[KEY_VARIABLE] = admin_key
     steering = {key: value for key, value in given.items() if value is not None}

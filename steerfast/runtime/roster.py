@@ -224,12 +224,17 @@ class Roster:
             latch = latch[:2].float()
             return latch[..., 0] if self.stack == 1 else latch
 
-    def bounds(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """Return the prompt's length of these requests, and the first row of each that is edited no more: [2, n]."""
+    def bounds(self, names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the prompt's length of these requests, [n], and the first row that each profile edits no more, [n, K].
+
+        Where a request has fewer profiles, its prompt's length stands for the end.
+        """
         with self._lock:
             requests = [self._requests[name] for name in names]
-        ends = [(request.prompt_length, request.edit_end) for request in requests]
-        return np.array(ends, dtype=np.int64).reshape(-1, 2).T
+        rest = (0,) * self.stack
+        rows = [(*(entry.span.answer_rows for entry in request.stack), *rest)[: self.stack] for request in requests]
+        prompts = np.array([request.prompt_length for request in requests], dtype=np.int64)
+        return prompts, prompts[:, None] + np.array(rows, dtype=np.int64).reshape(-1, self.stack)
 
     def step(
         self,

@@ -202,12 +202,13 @@ class Repeat:
 
         Args:
             past: [n], rows of each sequence before the step. prompts: [n], the prompt's length.
-            ends: [n], the first row that is edited no more.
+            ends: [n, K], the first row that each profile edits no more.
         """
         if not (past >= prompts).all():
             return None
-        over = ends <= past
-        return cls(key, np.where(over, ends, prompts), np.where(over, 2 * NO_END, ends))
+        over = ends <= past[:, None]
+        first = np.maximum(prompts, np.where(over, ends, 0).max(axis=1))
+        return cls(key, first, np.where(over, 2 * NO_END, ends).min(axis=1))
 
     def covers(self, key: Any, past: int | NDArray[np.integer], lengths: int | NDArray[np.integer]) -> bool:
         """Return whether the step of `key` after `past` rows is the same one again."""

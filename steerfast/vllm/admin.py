@@ -1,11 +1,11 @@
-"""HTTP routes that list, load, replace and remove profiles while requests run. There are none unless a key is set.
+"""HTTP routes that list, load, replace and remove profiles while requests run. They exist only if a key is set.
 
-    GET    /steerfast/profiles            what there is
+    GET    /steerfast/profiles            lists the profiles
     POST   /steerfast/profiles            {"name": ..., "file": ...} loads a profile
-    PUT    /steerfast/profiles/{name}     {"file": ...} replaces one; requests that run keep the one they began with
-    DELETE /steerfast/profiles/{name}     removes one, likewise
+    PUT    /steerfast/profiles/{name}     {"file": ...} replaces one; running requests keep theirs
+    DELETE /steerfast/profiles/{name}     removes one; running requests keep theirs
 
-Each answers ``{"profiles": [...]}`` as it is then, or ``{"error": {"message": ..., "code": ...}}``. The key comes as
+Each answers ``{"profiles": [...]}`` after the change, or ``{"error": {"message": ..., "code": ...}}``. The key comes as
 ``Authorization: Bearer KEY``. ``file`` is the name of a file in the configured directory.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
+from steerfast.vllm import compat
 from steerfast.vllm.engine import inside
 
 __all__ = ["KEY_VARIABLE", "PATH", "Admin", "plugin"]
@@ -110,7 +111,7 @@ class Admin:
         return profiles
 
     def _check(self, name: str, file: str) -> None:
-        """What the engine cannot: it has no tokenizer to compare with the profile's."""
+        """Compare the profile's tokenizer with the server's; the engine has none."""
         self._front.check_tokenizer(name, SteeringProfile.load(inside(self._front.config.directory, file)))
 
     async def _profiles(self) -> list[dict[str, Any]]:
@@ -118,18 +119,16 @@ class Admin:
         return profiles
 
     async def _call(self, method: str, *arguments: str) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             return await self._engine.engine_core.call_utility_async(method, *arguments)
-        except EngineDeadError as error:
+        except compat.EngineDeadError as error:
             raise _Refused(503, str(error)) from None
-        except Exception as error:  # what the engine process raised, of which only the text comes here
+        except Exception as error:  # raised in the engine process, only its text comes here
             raise _Refused(400, str(error).removeprefix(f"Call to {method} method failed: ")) from None
 
 
 async def _fields(request: Any, *names: str) -> dict[str, str]:
-    """The body: a JSON object of exactly these strings."""
+    """Return the body, a JSON object with these strings and nothing else."""
     try:
         body = await request.json()
     except ValueError:

@@ -1,111 +1,135 @@
-"""What a request asks of steering, and what it gets."""
+"""The steering that a request asks for, and how workers read it."""
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from steerfast.runtime.tables import NO_END
-from steerfast.vllm.config import KEY, OFF, ServingConfig
+from steerfast.runtime.span import EditSpan, Entry, Stack
+from steerfast.vllm.config import KEY, OFF, ServingConfig, split_names
 
-__all__ = ["STEERING", "STRENGTH", "Assignment", "requested"]
+__all__ = ["STEERING", "STRENGTH", "requested", "stack_from_extra", "stack_to_extra"]
 
 STEERING = "steering"
 STRENGTH = "steering_strength"
 
-_OURS = (STEERING, KEY)  # keys that begin like these are not somebody else's
+_RESERVED = (STEERING, KEY)  # keys that begin like these belong to steerfast
+_NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20}", re.ASCII)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """Who steers a request: all that workers know of it.
-
-    slot: of the bank. strength: multiplies the slot's own. late: steered from the prompt's last token on (positions
-    ``response``), and not in every row. open: there is no gate to decide. answer_rows: how many rows after its prompt
-    are steered. mean: of how many of its prompt's last rows its gates read the mean, 0: none.
-    """
-
-    slot: int
-    strength: float
-    late: bool
-    open: bool
-    answer_rows: int = NO_END
-    mean: int = 0
-
-    def as_extra(self) -> dict[str, Any]:
-        """As plain data, for ``SamplingParams.extra_args[KEY]``."""
-        return asdict(self)
+def stack_to_extra(stack: Stack) -> list[dict[str, Any]]:
+    """Return the profiles on a request as plain data, for ``SamplingParams.extra_args[KEY]``."""
+    return [asdict(entry) for entry in stack]
 
 
-def requested(extra_args: object, config: ServingConfig, names: Iterable[str]) -> tuple[str | None, float]:
-    """Whose steering a request asks for, and how strong; nothing asked for is the default profile at strength 1.
+def stack_from_extra(extra: Iterable[Mapping[str, Any]]) -> Stack:
+    """Read the data that `stack_to_extra` returned."""
+    return tuple(Entry(entry["slot"], entry["strength"], EditSpan(**entry["span"])) for entry in extra)
+
+
+def requested(extra_args: object, config: ServingConfig, names: Iterable[str]) -> list[tuple[str, float]]:
+    """Return the profiles that a request asks for and their strengths; empty: no steering.
+
+    A request that asks for nothing gets the default at strength 1.
 
     Args:
-        extra_args: the request's ``SamplingParams.extra_args``. Of its keys, ``steering`` names a profile, or is
-            ``"off"``, and ``steering_strength`` is a number from 0 to `max_strength`. Other keys that begin with
-            ``steering`` or ``steerfast``, in whatever case, are refused; the rest is somebody else's.
-        names: profiles there are.
-
-    Returns:
-        The profile's name, None: nobody steers; and the strength.
+        extra_args: the request's ``SamplingParams.extra_args``. ``steering`` names a profile, several as ``"a,b"``, or
+            is ``"off"``. ``steering_strength`` is a number from 0 to `max_strength` for all of them, or several as
+            ``"1,0.5"``, one for each. Other keys that begin with ``steering`` or ``steerfast``, in any case, are
+            refused. All other keys are ignored.
+        names: the profiles that are loaded.
 
     Raises:
-        ValueError: what it asks for cannot be, or is not its to ask for on a locked server. The message begins with
+        ValueError: the request asks for something unknown, or for anything on a locked server. The message begins with
             the field.
     """
-    asked = _asked(extra_args)
+    fields = _steering_fields(extra_args)
     if config.locked:
-        _check_locked(asked, config.default)
-        return config.default, 1.0
-    name = asked.get(STEERING, config.default)
-    if name is not None or STEERING in asked:
-        known = [*names, OFF]
-        if not isinstance(name, str) or name not in known:
-            raise ValueError(f"{STEERING}: expected one of {', '.join(known)}, got {_shown(name)}")
-    if name == OFF:
-        name = None
-    if STRENGTH not in asked:
-        return name, 1.0
-    strength = asked[STRENGTH]
-    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-    if not (number and 0 <= strength <= config.max_strength):
-        raise ValueError(f"{STRENGTH}: expected a number from 0 to {config.max_strength:g}, got {_shown(strength)}")
-    if name is None:
-        raise ValueError(f"{STRENGTH}: expected {STEERING} to name a profile, got nobody to steer")
-    return name, float(strength)
+        _check_locked(fields, config.default)
+        return [(name, 1.0) for name in split_names(config.default)]
+    stack = _stack(fields, config, [*names, OFF])
+    if STRENGTH not in fields:
+        return [(name, 1.0) for name in stack]
+    strengths = _strengths(fields[STRENGTH], config)
+    if not stack:
+        raise ValueError(f"{STRENGTH}: expected {STEERING} to name a profile, got no profile to steer")
+    if len(strengths) == 1:
+        strengths *= len(stack)
+    if len(strengths) != len(stack):
+        raise ValueError(
+            f"{STRENGTH}: expected one number, or {len(stack)}, one for each profile, got {len(strengths)}"
+        )
+    return list(zip(stack, strengths, strict=True))
 
 
-def _asked(extra_args: object) -> dict[str, Any]:
-    """Those of a request's keys that are about steering."""
+def _steering_fields(extra_args: object) -> dict[str, Any]:
+    """Return the request's keys about steering."""
     if extra_args is None:
         return {}
     if not isinstance(extra_args, Mapping):
         raise ValueError(f"extra_args: expected an object, got {_shown(extra_args)}")
-    asked = {}
+    fields = {}
     for key, value in extra_args.items():
-        if not isinstance(key, str) or not key.casefold().startswith(_OURS):
+        if not isinstance(key, str) or not key.casefold().startswith(_RESERVED):
             continue
         if key not in (STEERING, STRENGTH):
             raise ValueError(f"{_shown(key)}: expected the keys {STEERING} and {STRENGTH} only, got this one")
-        asked[key] = value
-    return asked
+        fields[key] = value
+    return fields
 
 
-def _check_locked(asked: Mapping[str, Any], default: str | None) -> None:
-    if STEERING in asked and not (isinstance(asked[STEERING], str) and asked[STEERING] == default):
+def _stack(fields: Mapping[str, Any], config: ServingConfig, known: Sequence[str]) -> list[str]:
+    """Return the profiles by name, in the order of the request; none for "off"."""
+    value = fields.get(STEERING, config.default)
+    if value is None and STEERING not in fields:
+        return []
+    stack = split_names(value) if isinstance(value, str) else [value]
+    for name in stack:
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"{STEERING}: expected one of {', '.join(known)}, got {_shown(name)}")
+    if stack == [OFF]:
+        return []
+    if OFF in stack:
+        raise ValueError(f"{STEERING}: expected {OFF} alone, got {_shown(value)}")
+    if len(stack) > config.stack:
         raise ValueError(
-            f"{STEERING}: expected {default}, to which this server is locked, got {_shown(asked[STEERING])}"
+            f"{STEERING}: expected at most {config.stack} profiles, for which this server was started, got {len(stack)}"
         )
-    if STRENGTH in asked:
-        raise ValueError(f"{STRENGTH}: expected none, as this server is locked, got {_shown(asked[STRENGTH])}")
+    if len({*stack}) < len(stack):
+        raise ValueError(f"{STEERING}: expected each profile once, got {_shown(value)}")
+    return stack
+
+
+def _strengths(value: object, config: ServingConfig) -> list[float]:
+    """Return the strengths that a request gives, one or several."""
+    parts: list[Any] = value.split(",") if isinstance(value, str) else [value]
+    strengths = []
+    for part in parts:
+        if isinstance(part, str) and _NUMBER.fullmatch(part):
+            part = float(part)
+        number = isinstance(part, (int, float)) and not isinstance(part, bool)
+        if not (number and 0 <= part <= config.max_strength):
+            raise ValueError(f"{STRENGTH}: expected a number from 0 to {config.max_strength:g}, got {_shown(part)}")
+        strengths.append(float(part))
+    return strengths
+
+
+def _check_locked(fields: Mapping[str, Any], default: str | None) -> None:
+    if STEERING in fields and not (isinstance(fields[STEERING], str) and fields[STEERING] == default):
+        raise ValueError(
+            f"{STEERING}: expected {default}, to which this server is locked, got {_shown(fields[STEERING])}"
+        )
+    if STRENGTH in fields:
+        raise ValueError(f"{STRENGTH}: expected none, as this server is locked, got {_shown(fields[STRENGTH])}")
 
 
 def _shown(value: object) -> str:
-    """A client's value in one short line."""
+    """Return a client's value as one short line."""
     try:
         return _SHORT.repr(value)
     except Exception:  # an int of too many digits, or its own repr

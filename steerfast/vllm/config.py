@@ -1,9 +1,9 @@
-"""What an engine may steer by: the ``steerfast`` key of vLLM's ``additional_config``.
+"""The ``steerfast`` key of vLLM's ``additional_config``: the profiles that an engine serves, and its limits.
 
-A user writes ``{"profiles": {name: file}, "default": name, "locked": bool, "max_strength": number, "slots": n,
-"layers": [...], "directory": folder}``, all optional but for one of profiles and directory. `normalise` checks that
-and fills in the rest while vLLM makes its configuration; `ServingConfig.of` reads it in every process. vLLM hashes the
-key, so that compiled models of engines with other layers never serve this one.
+A user writes ``{"profiles": {name: file}, "default": "name" or "name,name", "locked": bool, "max_strength": number,
+"slots": n, "stack": n, "layers": [...], "directory": folder}``. All keys are optional, except one of profiles and
+directory. `normalise` checks the key and completes it while vLLM makes its configuration; `ServingConfig.of` reads it
+in every process. vLLM hashes the key, so that engines with other layers never share a compiled model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from steerfast._versions import installed_version
 from steerfast.errors import ProfileError
-from steerfast.kernels.contract import Kinds
+from steerfast.kernels.contract import MAX_STACK, Kinds
 from steerfast.profile import ModelIdentity, SteeringProfile
 from steerfast.runtime.bank import kinds_of
 from steerfast.runtime.roster import check_packed
@@ -33,21 +33,23 @@ __all__ = [
     "identity_of",
     "install",
     "normalise",
+    "split_names",
     "splits_prompts",
 ]
 
 KEY = "steerfast"
-OFF = "off"  # what a request says that wants nobody to steer it
+OFF = "off"  # a request says so to be left unsteered
 DEFAULT_SLOTS = 32
 DEFAULT_MAX_STRENGTH = 10.0  # text falls apart well before this
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = installed_version("steerfast") or "unknown"
 _EXPECTED = {
     "profiles": (Mapping, "an object of names and files"),
-    "default": (str, "a profile's name or null"),
+    "default": (str, "a profile's name or null"),  # or names, with commas
     "locked": (bool, "true or false"),
     "max_strength": ((int, float), "a number"),
     "slots": (int, "a whole number"),
+    "stack": (int, "a whole number"),
     "layers": (list, "a list of layer numbers or null"),
     "directory": (str, "a folder or null"),
 }
@@ -56,15 +58,15 @@ _NULLABLE = {"default", "layers", "directory"}
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """What an engine may steer by.
+    """The profiles that an engine serves, and its limits.
 
     profiles: name -> absolute path, in the order of their slots.
-    default: who steers a request that asks for nobody in particular; None: nobody does.
-    locked: whether requests have no say in it.
-    max_strength: the most that a request may ask for; profiles are tuned at 1.
-    slots: how many profiles there is room for.
-    layers: those that profiles may steer or read, ascending.
-    kinds: what profiles may do, a `steerfast.kernels.contract.Kinds`.
+    default: steers requests that name no profile; a stack is "a,b". None: no steering.
+    locked: whether the default steers all requests, whatever they ask for.
+    max_strength: the largest strength of a request; profiles are tuned at 1.
+    slots: room for profiles. stack: the most profiles on one request.
+    layers: the layers that profiles may steer or read, ascending.
+    kinds: the edits and gates that profiles may have, a `steerfast.kernels.contract.Kinds`.
     directory: where profiles may be loaded from later; None: nowhere.
     version: of steerfast.
     """
@@ -78,13 +80,14 @@ class ServingConfig:
     directory: str | None
     version: str
     max_strength: float = DEFAULT_MAX_STRENGTH
+    stack: int = 1
 
     @classmethod
     def of(cls, vllm_config: Any) -> ServingConfig | None:
-        """The configuration of an engine; None where it has none and nothing is to be steered.
+        """Return the configuration of an engine; None where it has none and steers nothing.
 
         Raises:
-            ValueError: it was not normalised, or by another version.
+            ValueError: `normalise` did not make it, or another version did.
         """
         config = vllm_config.additional_config
         raw = config.get(KEY) if isinstance(config, Mapping) else None
@@ -102,7 +105,7 @@ class ServingConfig:
         """Raise ProfileError where this engine cannot serve `profile`.
 
         Args:
-            model: the engine's; what it does not know of it is not compared.
+            model: the engine's; fields that it does not know are not compared.
             split: whether a prompt may come in several steps (chunked prefill).
         """
         if (problem := profile.model.mismatch(model)) is not None:
@@ -122,12 +125,12 @@ class ServingConfig:
 
 
 def layers_of(profile: SteeringProfile) -> set[int]:
-    """Layers that a profile steers or reads."""
+    """Return the layers that a profile steers or reads."""
     return {*profile.steered_layers, *profile.gate_layers}
 
 
 def identity_of(text_config: Any) -> ModelIdentity:
-    """What a HuggingFace text config says of its model."""
+    """Return the identity of a model by its HuggingFace text config."""
     return ModelIdentity(
         name=str(getattr(text_config, "_name_or_path", "") or text_config.model_type),
         architecture=str(text_config.model_type),
@@ -136,11 +139,16 @@ def identity_of(text_config: Any) -> ModelIdentity:
     )
 
 
+def split_names(stack: str | None) -> list[str]:
+    """Return the profiles of a stack "a,b" by name; None: no profile."""
+    return [] if stack is None else stack.split(",")
+
+
 def check_name(name: object) -> str:
-    """A profile's name, if it can be one.
+    """Return a profile's name.
 
     Raises:
-        ValueError: it is no string of 1 to 64 letters, digits, dots, underscores and dashes, or means nobody.
+        ValueError: it is no string of 1 to 64 letters, digits, dots, underscores and dashes, or is "off".
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() == OFF:
         raise ValueError(
@@ -151,7 +159,7 @@ def check_name(name: object) -> str:
 
 
 def normalise(raw: object, text_config: Any) -> dict[str, Any]:
-    """What a user wrote under ``additional_config.steerfast``, checked and complete, as JSON data.
+    """Return the user's ``additional_config.steerfast``, checked and complete, as JSON data.
 
     Args:
         raw: see the module.
@@ -164,41 +172,23 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
     model = identity_of(text_config)
     paths = {check_name(name): _absolute(f"profiles.{name}", path) for name, path in given["profiles"].items()}
     profiles = {name: SteeringProfile.load(path) for name, path in paths.items()}
-    directory = given["directory"]
-    if directory is not None:
-        directory = _absolute("directory", directory)
-        if not Path(directory).is_dir():
-            raise ValueError(f"{KEY}.directory: expected a folder, got {given['directory']!r}, which is none")
-    elif not profiles:
+    directory = _directory(given["directory"])
+    if directory is None and not profiles:
         raise ValueError(f"{KEY}.profiles: expected a profile at least, or a directory to load some from, got none")
-    default = given["default"]
-    if default is not None and default not in profiles:
-        raise ValueError(f"{KEY}.default: expected one of {', '.join(profiles) or 'no profiles'}, got {default!r}")
-    if given["locked"] and default is None:
-        raise ValueError(f"{KEY}.locked: expected a default to lock requests to, got none")
+    stack = _stack_size(given["stack"], len(profiles), directory)
+    default = _default(given["default"], given["locked"], list(profiles), stack)
     most = float(given["max_strength"])
     if not 0 < most < math.inf:
         raise ValueError(f"{KEY}.max_strength: expected a finite number above 0, got {given['max_strength']!r}")
-    slots = max(DEFAULT_SLOTS, len(profiles) + 1) if given["slots"] is None else given["slots"]
-    if slots <= len(profiles):
-        raise ValueError(
-            f"{KEY}.slots: expected at least {len(profiles) + 1}, one more than profiles, so that one can be "
-            f"replaced, got {slots}"
-        )
-    layers = given["layers"]
-    if layers is None:
-        needed: set[int] = set().union(*map(layers_of, profiles.values()))
-        layers = sorted(needed) if profiles else list(range(model.num_layers))
-    elif any(isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < model.num_layers for at in layers):
-        raise ValueError(f"{KEY}.layers: expected numbers in 0..{model.num_layers - 1}, got {layers!r}")
     kinds = Kinds.ANY if directory is not None else max(map(kinds_of, profiles.values()))
     config = ServingConfig(
         profiles=paths,
         default=default,
         locked=given["locked"],
         max_strength=most,
-        slots=slots,
-        layers=tuple(sorted(set(layers))),
+        slots=_slots(given["slots"], len(profiles)),
+        stack=stack,
+        layers=_layers(given["layers"], profiles, model.num_layers),
         kinds=int(kinds),
         directory=directory,
         version=_VERSION,
@@ -208,8 +198,57 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
     return {**asdict(config), "layers": list(config.layers)}
 
 
+def _directory(given: str | None) -> str | None:
+    if given is None:
+        return None
+    directory = _absolute("directory", given)
+    if not Path(directory).is_dir():
+        raise ValueError(f"{KEY}.directory: expected a folder, got {given!r}, which is none")
+    return directory
+
+
+def _stack_size(given: int | None, profiles: int, directory: str | None) -> int:
+    if given is None:
+        return 2 if profiles > 1 or directory is not None else 1
+    if not 1 <= given <= MAX_STACK:
+        raise ValueError(f"{KEY}.stack: expected 1 to {MAX_STACK} profiles on a request, got {given}")
+    return given
+
+
+def _default(given: str | None, locked: bool, names: list[str], stack: int) -> str | None:
+    default = split_names(given)
+    if unknown := [name for name in default if name not in names]:
+        raise ValueError(f"{KEY}.default: expected one of {', '.join(names) or 'no profiles'}, got {unknown[0]!r}")
+    if len({*default}) < len(default):
+        raise ValueError(f"{KEY}.default: expected each profile once, got {given!r}")
+    if len(default) > stack:
+        raise ValueError(f"{KEY}.default: expected at most {stack} profiles ({KEY}.stack), got {given!r}")
+    if locked and given is None:
+        raise ValueError(f"{KEY}.locked: expected a default to lock requests to, got none")
+    return given
+
+
+def _slots(given: int | None, profiles: int) -> int:
+    slots = max(DEFAULT_SLOTS, profiles + 1) if given is None else given
+    if slots <= profiles:
+        raise ValueError(
+            f"{KEY}.slots: expected at least {profiles + 1}, one more than profiles, so that one can be replaced, "
+            f"got {slots}"
+        )
+    return slots
+
+
+def _layers(given: list[Any] | None, profiles: Mapping[str, SteeringProfile], count: int) -> tuple[int, ...]:
+    if given is None:
+        needed: set[int] = set().union(*map(layers_of, profiles.values()))
+        return tuple(sorted(needed)) if profiles else tuple(range(count))
+    if any(isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count for layer in given):
+        raise ValueError(f"{KEY}.layers: expected numbers in 0..{count - 1}, got {given!r}")
+    return tuple(sorted(set(given)))
+
+
 def _typed(raw: object) -> dict[str, Any]:
-    """All keys, each of its type; what was not given has its default, slots None."""
+    """Return all keys, each of its type; a missing key has its default, slots and stack None."""
     if not isinstance(raw, Mapping):
         raise ValueError(f"{KEY}: expected an object, got {raw!r}")
     unknown = [str(key) for key in raw if key not in _EXPECTED]
@@ -217,7 +256,7 @@ def _typed(raw: object) -> dict[str, Any]:
         raise ValueError(f"{KEY}: expected the keys {', '.join(_EXPECTED)}, got {', '.join(unknown)}")
     values: dict[str, Any] = {
         "profiles": {}, "default": None, "locked": False, "max_strength": DEFAULT_MAX_STRENGTH, "slots": None,
-        "layers": None, "directory": None,
+        "stack": None, "layers": None, "directory": None,
     }  # fmt: skip
     for key, value in raw.items():
         kind, expected = _EXPECTED[key]
@@ -239,18 +278,14 @@ def _shown(layers: Any) -> str:
 
 
 def splits_prompts(vllm_config: Any) -> bool:
-    """Whether a prompt may come in several steps."""
+    """Return whether a prompt may come in several steps."""
     scheduler = vllm_config.scheduler_config
     aligned = getattr(vllm_config.cache_config, "mamba_cache_mode", None) == "align"  # their states end with blocks
     return scheduler.enable_chunked_prefill or scheduler.long_prefill_token_threshold > 0 or aligned
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Refuse engines under which decisions or rows would get lost.
-
-    Raises:
-        ValueError: what cannot be, and why.
-    """
+    """Raise ValueError for an engine that would lose decisions or rows; the message says why."""
     config = ServingConfig.of(vllm_config)
     if config is None:
         return
@@ -290,9 +325,8 @@ def check_engine(vllm_config: Any) -> None:
 
 def install() -> None:
     """Let `EngineArgs.create_engine_config` check and complete the configuration of steering."""
-    from vllm.engine.arg_utils import EngineArgs
 
-    @around(EngineArgs, "create_engine_config")
+    @around("EngineArgs", "create_engine_config")
     def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
         config = vllm_config.additional_config

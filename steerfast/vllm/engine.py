@@ -1,16 +1,15 @@
-"""What runs in vLLM's engine core: the registry of profiles, who steers each request, and whose cache blocks are whose.
+"""The engine core's part of steering: the profiles, the requests that they steer, and the names of cache blocks.
 
-A request's blocks are named, by hashes, when they are full, and whoever has a block of the same name reads its keys and
-values instead of computing them. Profiles edit rows from the prompt's last token on, and gates read that or some before
-it, so that
+vLLM names a block of a request by a hash, when it is full. A request that finds a block of the same name reads its keys
+and values instead of computing them. Profiles edit rows from the prompt's last token on, and gates read that row or
+some before it. Therefore
 
-- blocks that end before those are everybody's, like those of requests that nobody steers;
-- blocks from there on wait for their names until the gate has decided. Where it stayed shut nothing was edited, and
-  they get the names that they would have had. Else they get random ones, which nobody else asks for: not the next turn
-  of the conversation either, whose earlier turns are to be read unedited. The request itself finds them again when it
-  resumes.
+- blocks that end before the first row that a profile edits or reads are shared by all requests;
+- blocks from there on get no name until the gates have decided. If none opened, no row was edited, and the blocks get
+  their usual names. Otherwise they get random names, so that only the request itself finds them, when it resumes. The
+  next turn of the conversation computes the earlier answer anew, unedited.
 
-Profiles that edit whole prompts give their requests a cache salt instead, which vLLM puts into all names.
+Profiles that edit whole prompts give their requests a cache salt instead, which is part of all names.
 """
 
 from __future__ import annotations
@@ -26,29 +25,45 @@ from typing import Any
 
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.tables import NO_END
-from steerfast.vllm.assignment import Assignment, requested
-from steerfast.vllm.compat import around, expect
-from steerfast.vllm.config import KEY, ServingConfig, check_name, identity_of, splits_prompts
+from steerfast.runtime.span import NO_END, Entry, Stack
+from steerfast.vllm import compat
+from steerfast.vllm.assignment import requested, stack_to_extra
+from steerfast.vllm.compat import around
+from steerfast.vllm.config import KEY, ServingConfig, check_name, identity_of, split_names, splits_prompts
 from steerfast.vllm.registry import Registry, Version
 
-__all__ = ["Steering", "inside", "install"]
+__all__ = ["EngineSteering", "HeldProfiles", "inside", "install"]
 
 Hasher = Callable[[Any], list[bytes]]
+Decision = tuple[Sequence[float], Sequence[float]]  # gate values and scores of a profile, by layer
 _NAME_BYTES = 32  # of a block
 
 
 @dataclass(eq=False)
-class _Held:
-    """What a request that is steered holds: a version, and vLLM's way to name its blocks."""
+class HeldProfiles:
+    """The versions that a steered request holds, and vLLM's function that names its blocks."""
 
-    version: Version
+    versions: tuple[Version, ...]
     hasher: Hasher | None
-    pending: bool = True
+    decided: bool = False
+
+    @property
+    def edits_prompt(self) -> bool:
+        """Whether some profile edits rows before the prompt's last."""
+        return not all(version.span.after_prompt for version in self.versions)
+
+    @property
+    def always_edits(self) -> bool:
+        """Whether some profile has no gate."""
+        return any(version.span.open for version in self.versions)
+
+    def unread_rows(self, prompt: int) -> int:
+        """Return how many rows of a prompt of so many rows come before the first that is read or edited."""
+        return max(0, prompt - max(1, *(version.span.mean_rows for version in self.versions)))
 
 
-class Steering:
-    """The part of one engine core that steers. But for `assign` and `own`, its busy loop alone may call it.
+class EngineSteering:
+    """The steering of one engine core. Only its busy loop may call it, except `assign` and `own`.
 
     Args:
         config, vllm_config: the engine's.
@@ -65,8 +80,8 @@ class Steering:
         self.registry = Registry(config.slots)
         self._block_size = scheduler.hash_block_size
         self._cache = scheduler.kv_cache_manager
-        self._nameless: set[Any] = set()  # requests with a full block that has no name yet
-        self._untold: dict[str, dict[str, Any]] = {}  # decisions that no output has carried yet
+        self._unnamed: set[Any] = set()  # requests with a full block that has no name yet
+        self._unreported: dict[str, list[dict[str, Any]]] = {}  # decisions that no output has carried yet
         self._secret = secrets.token_hex(16)  # so that no client can choose a salt of ours
         for name, path in config.profiles.items():
             profile = SteeringProfile.load(path)
@@ -75,117 +90,132 @@ class Steering:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def assign(self, request: Any) -> Version | None:
-        """Settle who steers an `EngineCoreRequest`, and write it where workers read it.
+    def assign(self, request: Any) -> tuple[Version, ...]:
+        """Decide which profiles steer an `EngineCoreRequest`, and write that where workers read it.
+
+        Returns:
+            The versions that the request holds from now on; none: it is not steered.
 
         Raises:
-            ValueError: it asks for what it cannot have.
+            ValueError: the request asks for something that it cannot have.
         """
         params = request.sampling_params
         if params is None:
-            return None
-        name, strength = requested(params.extra_args, self.config, self.registry.names)
-        if name is None:
-            return None
+            return ()
+        asked = requested(params.extra_args, self.config, self.registry.names)
+        if not asked:
+            return ()
         if request.resumable:
             raise ValueError("resumable: expected a request whose prompt is complete, got a session that is steered")
-        version = self.registry.hold(name)
-        if request.mm_features and not (version.late or version.open):
-            self.registry.release(version)
+        versions = self.registry.hold(*(name for name, _ in asked))
+        whole = [each.name for each in versions if not (each.span.after_prompt or each.span.open)]
+        if request.mm_features and whole:
+            self.registry.release(*versions)
             raise ValueError(
-                f"steering: expected text alone under profile {name!r}, which edits whole prompts, got more"
+                f"steering: expected a prompt of text under profile {whole[0]!r}, which edits whole prompts, got more"
             )
+        stack = tuple(
+            Entry(version.slot, strength, version.span) for version, (_, strength) in zip(versions, asked, strict=True)
+        )
         request.sampling_params = copy(params)  # siblings of a request with n > 1 share theirs
-        reach = (version.late, version.open, version.answer_rows, version.mean)
-        extra = Assignment(version.slot, strength, *reach).as_extra()
-        request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: extra}
-        if not version.late:
-            # Blocks of an answer that ceases to be steered are not those of a prompt that holds it.
-            shared = version.open and version.answer_rows == NO_END
-            alike = f"{version.checksum}:{strength!r}" if shared else request.request_id
-            request.cache_salt = f"{KEY}:{self._secret}:{alike}:{request.cache_salt or ''}"
-        return version
+        request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: stack_to_extra(stack)}
+        if not all(entry.span.after_prompt for entry in stack):
+            request.cache_salt = self._salt(request, versions, stack)
+        return versions
 
-    def own(self, request: Any, version: Version) -> None:
-        """Let a new `Request` hold `version`; take back the names of blocks that may be edited."""
-        request.steerfast = _Held(version, request._block_hasher)
-        if request._block_hasher is None or not version.late:
+    def _salt(self, request: Any, versions: Sequence[Version], stack: Stack) -> str:
+        """Return the salt of a request whose prompt is edited: requests share blocks that are edited alike."""
+        # A row must be edited alike in a prompt and in an answer: by all profiles, or the request shares no blocks.
+        spans = [entry.span for entry in stack]
+        shared = all(span.open and not span.after_prompt and span.answer_rows == NO_END for span in spans)
+        pairs = zip(versions, stack, strict=True)
+        edits = (f"{version.checksum}:{entry.strength!r}" for version, entry in pairs)
+        alike = ":".join(edits) if shared else request.request_id
+        return f"{KEY}:{self._secret}:{alike}:{request.cache_salt or ''}"
+
+    def own(self, request: Any, versions: tuple[Version, ...]) -> None:
+        """Let a new `Request` hold `versions`, and take back the names of blocks that may be edited."""
+        held = request.steerfast = HeldProfiles(versions, request._block_hasher)
+        if held.hasher is None or held.edits_prompt:
             return
-        # The rows that its gates read have to be computed, whoever has them.
-        del request.block_hashes[max(0, request.num_prompt_tokens - max(1, version.mean)) // self._block_size :]
+        # Every row that a gate reads has to be computed, even if it is in the cache.
+        del request.block_hashes[held.unread_rows(request.num_prompt_tokens) // self._block_size :]
         request._block_hasher = partial(_random_names, self._block_size)
-        if version.open:
+        if held.always_edits:
             request.update_block_hashes()
 
     def enter(self, request: Any) -> None:
-        """A request that holds a version is about to be scheduled."""
+        """Prepare for a request that holds versions and is about to be scheduled."""
         if request._block_hasher is None or len(request.block_hashes) == request.num_tokens // self._block_size:
             return
-        # vLLM expects a name for every full block. A step seldom has a prompt that ends with a block and has yet to
-        # decide, and this is called for every request of every step, so that only then it does more than vLLM's.
-        self._nameless.add(request)
+        # vLLM expects a name for every full block, and names blocks of every request in every step. Its function is
+        # replaced only while some prompt that ends with a block has yet to decide, which is rare.
+        self._unnamed.add(request)
         self._cache.coordinator.cache_blocks = self._cache_named_blocks
 
     def leave(self, request: Any) -> None:
-        """A request ended, or was never scheduled."""
+        """Let go of the versions of a request that ended, or was never scheduled."""
         held, request.steerfast = request.steerfast, None
         if held is not None:
-            self._named(request)
-            self.registry.release(held.version)
+            self._forget_unnamed(request)
+            self.registry.release(*held.versions)
 
-    def decide(
-        self, requests: Mapping[str, Any], decided: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    ) -> None:
-        """Gates of these requests decided; the tokens of that step are not known yet."""
-        for name, (values, scores) in decided.items():
+    def decide(self, requests: Mapping[str, Any], decisions: Mapping[str, Sequence[Decision]]) -> None:
+        """Take the decisions of a step, whose tokens are not known yet: for each request one per profile."""
+        for name, decided in decisions.items():
             request = requests.get(name)
             held = None if request is None else request.steerfast
-            if request is None or held is None or not held.pending:
+            if request is None or held is None or held.decided:
                 continue
-            held.pending = False
-            version = held.version
-            if not version.open and not any(values):  # nothing is edited; a NaN is no zero
-                request._block_hasher = held.hasher
-            if request in self._nameless:
+            held.decided = True
+            if not held.always_edits and not any(any(values) for values, _ in decided):  # a NaN is no zero
+                request._block_hasher = held.hasher  # no row is edited
+            if request in self._unnamed:
                 request.update_block_hashes()
-                self._named(request)
+                self._forget_unnamed(request)
                 self._cache.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
-            fired = version.open or any(not value < 0.5 for value in values)
-            in_band = any(score > end for score, end in zip(scores, version.abstain, strict=False))
-            self._untold[name] = {
-                "profile": version.name,
-                "version": version.number,
-                "fired": fired,
-                "undecided": in_band and not fired,
-                "scores": list(scores),
-                "nan": any(map(math.isnan, scores)),
-                "slots": self.registry.in_use,
-            }
+            self._unreported[name] = [
+                self._report(version, *decision) for version, decision in zip(held.versions, decided, strict=True)
+            ]
 
-    def tell(self, requests: Mapping[str, Any], outputs: Mapping[int, Any]) -> None:
-        """Let the first output of each request carry what was decided."""
-        if not self._untold:
+    def _report(self, version: Version, values: Sequence[float], scores: Sequence[float]) -> dict[str, Any]:
+        """Return the decision of one profile as the front end reads it."""
+        fired = version.span.open or any(not value < 0.5 for value in values)  # a NaN fires
+        in_band = any(score > end for score, end in zip(scores, version.abstain, strict=False))
+        return {
+            "profile": version.name,
+            "version": version.number,
+            "fired": fired,
+            "undecided": in_band and not fired,
+            "scores": list(scores),
+            "nan": any(map(math.isnan, scores)),
+            "slots": self.registry.in_use,
+        }
+
+    def report(self, requests: Mapping[str, Any], outputs: Mapping[int, Any]) -> None:
+        """Let the first output of each request carry its decisions."""
+        if not self._unreported:
             return
         for client in outputs.values():
             for output in client.outputs:
-                if (told := self._untold.pop(output.request_id, None)) is not None:
-                    output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: told}
-        self._untold = {name: told for name, told in self._untold.items() if name in requests}
+                if (decisions := self._unreported.pop(output.request_id, None)) is not None:
+                    output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: decisions}
+        self._unreported = {name: found for name, found in self._unreported.items() if name in requests}
 
     def _cache_named_blocks(self, request: Any, num_computed_tokens: int) -> None:
         coordinator = self._cache.coordinator
         named = len(request.block_hashes) * self._block_size
         type(coordinator).cache_blocks(coordinator, request, min(num_computed_tokens, named))
 
-    def _named(self, request: Any) -> None:
-        self._nameless.discard(request)
-        if not self._nameless:
+    def _forget_unnamed(self, request: Any) -> None:
+        self._unnamed.discard(request)
+        if not self._unnamed:
             vars(self._cache.coordinator).pop("cache_blocks", None)
 
     # -- profiles ------------------------------------------------------------------------------------------------------
 
     def profiles(self) -> list[dict[str, Any]]:
-        """All versions that have a slot, as plain data."""
+        """Return all versions that have a slot, as plain data."""
         return [
             {
                 "name": version.name,
@@ -195,7 +225,7 @@ class Steering:
                 "checksum": version.checksum,
                 "requests": version.requests,
                 "current": version.current,
-                "default": version.current and version.name == self.config.default,
+                "default": version.current and version.name in split_names(self.config.default),
             }
             for version in self.registry.versions()
         ]
@@ -204,7 +234,7 @@ class Steering:
         """Load a profile under a new name.
 
         Raises:
-            ValueError: the name is taken or can be none; or as `replace`.
+            ValueError: the name is taken or not allowed; or as `replace`.
         """
         if check_name(name) in self.registry.names:
             raise ProfileError(f"name: expected a new one, got {name!r}, which is loaded (replace it instead)")
@@ -214,7 +244,7 @@ class Steering:
         """Give requests from now on another version of a profile.
 
         Raises:
-            ValueError: there is no such name or file, or the profile does not fit this engine; nothing has changed.
+            ValueError: there is no such name or file, or the profile does not fit this engine. The engine is unchanged.
         """
         self.registry.current(name)
         self._put(executor, name, file)
@@ -225,13 +255,13 @@ class Steering:
         Raises:
             ValueError: there is no such name, or it is the default.
         """
-        if name == self.config.default:
+        if name in split_names(self.config.default):
             raise ProfileError(f"name: expected another than the default, which can only be replaced, got {name!r}")
         self.registry.retire(name)
         self.sweep(executor)
 
     def sweep(self, executor: Any) -> None:
-        """Empty slots that nobody uses any more."""
+        """Empty the slots of versions that no request holds any more."""
         for slot in list(self.registry.spoilt):
             executor.collective_rpc("steerfast_clear", args=(slot,))
             self.registry.free([slot])
@@ -254,19 +284,19 @@ class Steering:
 
 
 def _random_names(block_size: int, request: Any) -> list[bytes]:
-    """Names of a request's full blocks that have none, for nobody else to find."""
+    """Return random names for a request's full blocks that have none."""
     missing = request.num_tokens // block_size - len(request.block_hashes)
     return [secrets.token_bytes(_NAME_BYTES) for _ in range(missing)]
 
 
 def inside(directory: str | None, file: object) -> str:
-    """The path of a profile's file in the configured directory, given its name alone.
+    """Return the path of a profile's file in the configured directory, by its name.
 
     Raises:
-        ProfileError: there is no directory; or the name is a path, has another ending, or leads elsewhere.
+        ProfileError: there is no directory; or the name is a path, has another ending, or links to another folder.
     """
     if directory is None:
-        raise ProfileError(f"file: expected {KEY}.directory to be configured, from which files are taken, it is not")
+        raise ProfileError(f"file: expected {KEY}.directory to be configured, from which files are loaded, got none")
     plain = (
         isinstance(file, str)
         and file.isprintable()
@@ -286,27 +316,27 @@ def inside(directory: str | None, file: object) -> str:
 
 
 def steerfast_profiles(core: Any) -> list[dict[str, Any]]:
-    """See `Steering.profiles`."""
+    """See `EngineSteering.profiles`."""
     return _steering(core).profiles()
 
 
 def steerfast_load(core: Any, name: str, file: str) -> None:
-    """See `Steering.load`."""
+    """See `EngineSteering.load`."""
     _steering(core).load(core.model_executor, name, file)
 
 
 def steerfast_replace(core: Any, name: str, file: str) -> None:
-    """See `Steering.replace`."""
+    """See `EngineSteering.replace`."""
     _steering(core).replace(core.model_executor, name, file)
 
 
 def steerfast_remove(core: Any, name: str) -> None:
-    """See `Steering.remove`."""
+    """See `EngineSteering.remove`."""
     _steering(core).remove(core.model_executor, name)
 
 
-def _steering(core: Any) -> Steering:
-    steering: Steering | None = core.scheduler.steerfast
+def _steering(core: Any) -> EngineSteering:
+    steering: EngineSteering | None = core.scheduler.steerfast
     if steering is None:
         raise ProfileError("engine: expected one that steers, got one that was not configured for it")
     return steering
@@ -314,56 +344,55 @@ def _steering(core: Any) -> Steering:
 
 def install() -> None:
     """Let the engine cores of configured engines steer; those of others pass through."""
-    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
-    from vllm.v1.core.sched.interface import SchedulerInterface
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.request import Request
-
-    expect(Request, "update_block_hashes")
-    expect(KVCacheCoordinator, "cache_blocks")
-    Request.steerfast = None  # a `_Held`, if somebody steers it
-    SchedulerInterface.steerfast = None  # a `Steering`, of an engine that steers
+    compat.Request.steerfast = None  # `HeldProfiles` of a steered request
+    compat.SchedulerInterface.steerfast = None  # the `EngineSteering` of an engine that steers
     for function in (steerfast_profiles, steerfast_load, steerfast_replace, steerfast_remove):
-        setattr(EngineCore, function.__name__, function)
+        setattr(compat.EngineCore, function.__name__, function)
+    _wrap_start()
+    _wrap_requests()
+    _wrap_steps()
 
-    # The first that an engine core does with its configuration. (Its process calls this within EngineCore.__init__.)
-    @around(EngineCore, "_initialize_kv_caches")
+
+def _wrap_start() -> None:
+    # The first call of an engine core with its configuration. (Its process calls this within EngineCore.__init__.)
+    @around("EngineCore", "_initialize_kv_caches")
     def initialize(original: Any, self: Any, vllm_config: Any) -> Any:
         if ServingConfig.of(vllm_config) is None:
             return original(self, vllm_config)
         scheduler = vllm_config.scheduler_config.get_scheduler_cls()
         wrapped = ("update_from_output", "_free_request")
-        own = issubclass(scheduler, Scheduler)
-        if not own or any(getattr(scheduler, name) is not getattr(Scheduler, name) for name in wrapped):
+        own = issubclass(scheduler, compat.Scheduler)
+        if not own or any(getattr(scheduler, name) is not getattr(compat.Scheduler, name) for name in wrapped):
             raise ValueError(f"{KEY}: expected vLLM's own scheduler, got {scheduler.__name__}")
         if not all(self.model_executor.collective_rpc("steerfast_steers")):
             raise ValueError(f"{KEY}: expected all workers to steer, some do not: is the plugin installed for all?")
         return original(self, vllm_config)
 
-    @around(Scheduler, "__init__")
+    @around("Scheduler", "__init__")
     def init_scheduler(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         if (config := ServingConfig.of(vllm_config)) is not None:
-            self.steerfast = Steering(config, vllm_config, self)
+            self.steerfast = EngineSteering(config, vllm_config, self)
 
-    # Where a request is read, in a thread of its own, so that hashing long prompts keeps no step waiting.
-    @around(EngineCore, "preprocess_add_request")
+
+def _wrap_requests() -> None:
+    # vLLM reads requests in a thread of its own, so that hashing a long prompt delays no step.
+    @around("EngineCore", "preprocess_add_request")
     def preprocess(original: Any, self: Any, request: Any) -> Any:
         steering = self.scheduler.steerfast
-        version = None if steering is None else steering.assign(request)
-        if version is None:
+        versions = () if steering is None else steering.assign(request)
+        if not versions:
             return original(self, request)
         try:
             made, wave = original(self, request)
-            steering.own(made, version)
+            steering.own(made, versions)
         except BaseException:
-            steering.registry.release(version)
+            steering.registry.release(*versions)
             raise
         return made, wave
 
-    # From here on the scheduler has it, unless that refuses it, or takes it for a message to another request.
-    @around(EngineCore, "add_request")
+    # The scheduler has the request from here on, unless it refuses it or reads it as a message to another request.
+    @around("EngineCore", "add_request")
     def add_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         if request.steerfast is None:
             return original(self, request, *args, **kwargs)
@@ -374,26 +403,28 @@ def install() -> None:
             if self.scheduler.requests.get(request.request_id) is not request:
                 self.scheduler.steerfast.leave(request)
 
-    # The one way out: finished, failed or aborted.
-    @around(Scheduler, "_free_request")
+    # Every request ends here: finished, failed or aborted.
+    @around("Scheduler", "_free_request")
     def free_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.steerfast is not None:
             self.steerfast.leave(request)
         return original(self, request, *args, **kwargs)
 
-    # Decisions come with the tokens of their step, and have to be known before these fill blocks.
-    @around(Scheduler, "update_from_output")
+
+def _wrap_steps() -> None:
+    # Decisions come with the tokens of their step, and have to be known before these tokens fill blocks.
+    @around("Scheduler", "update_from_output")
     def update_from_output(original: Any, self: Any, scheduled: Any, output: Any) -> Any:
         if self.steerfast is None:
             return original(self, scheduled, output)
-        if decided := getattr(output, "steerfast", None):
-            self.steerfast.decide(self.requests, decided)
+        if decisions := getattr(output, "steerfast", None):
+            self.steerfast.decide(self.requests, decisions)
         outputs = original(self, scheduled, output)
-        self.steerfast.tell(self.requests, outputs)
+        self.steerfast.report(self.requests, outputs)
         return outputs
 
-    # Between two steps, where workers can be told to empty slots.
-    @around(EngineCore, "post_step")
+    # Workers can empty slots between two steps.
+    @around("EngineCore", "post_step")
     def post_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if self.scheduler.steerfast is not None and self.scheduler.steerfast.registry.spoilt:

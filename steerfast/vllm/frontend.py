@@ -1,7 +1,7 @@
-"""Where requests come in and answers go out: what is refused, and how decisions are told, logged and counted.
+"""The front end: refuses wrong requests at once, and reports, logs and counts decisions.
 
-vLLM's front end runs in each API server, and in the caller's process offline. Nothing here is what keeps a request
-steered: the engine judges again (`steerfast.vllm.engine`). Here a wrong one learns at once what is wrong with it.
+vLLM's front end runs in each API server, and offline in the caller's process. It is no guard: the engine core checks
+every request again (`steerfast.vllm.engine`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 from steerfast.text.tokenizer import template_hash, tokenizer_hash
+from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import KEY, ServingConfig
@@ -22,7 +23,8 @@ from steerfast.vllm.metrics import metrics
 
 __all__ = ["FrontEnd", "install"]
 
-_log = logging.getLogger("vllm.steerfast")  # under vLLM's, which has the handlers
+_log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
+_SHOWN = ("profile", "fired", "undecided", "scores")
 
 
 class FrontEnd:
@@ -46,7 +48,7 @@ class FrontEnd:
             )
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Compare every profile with this tokenizer, None: with none.
+        """Compare every profile with this tokenizer; None: the engine has none.
 
         Raises:
             ProfileError: see `check_tokenizer`.
@@ -56,10 +58,10 @@ class FrontEnd:
             self.check_tokenizer(name, SteeringProfile.load(path))
 
     def check_tokenizer(self, name: str, profile: SteeringProfile) -> None:
-        """Refuse a profile whose gate was fitted on prompts that this tokenizer renders in another way.
+        """Check that this tokenizer renders prompts as the one that the profile was fitted with.
 
         Raises:
-            ProfileError: it was made with another tokenizer or chat template.
+            ProfileError: the profile was made with another tokenizer or chat template.
         """
         here = replace(
             profile.model,
@@ -70,28 +72,28 @@ class FrontEnd:
             raise ProfileError(f"profile {name!r}: {problem}")
 
     def set_profiles(self, names: Iterable[str], slots: int) -> None:
-        """The engine has these profiles now, and so many slots in use."""
+        """Note the profiles that the engine has now, and how many slots are in use."""
         self.names = list(names)
         self._metrics.know(self.names)
         self._metrics.slots(slots)
 
     def check(self, extra_args: Mapping[str, Any] | None, resumable: bool = False) -> None:
-        """Refuse what a request may not ask for.
+        """Check the keys of a request about steering.
 
         Raises:
-            VLLMValidationError: the field, what was expected and what came; a client gets status 400.
+            VLLMValidationError: a key is wrong; the message names it, and a client gets status 400.
         """
         try:
-            name, _ = requested(extra_args, self.config, self.names)
+            stack = requested(extra_args, self.config, self.names)
         except ValueError as error:
             raise self._refusal(str(error)) from None
-        if resumable and name is not None:
+        if resumable and stack:
             raise self._refusal(
                 "resumable: expected a request with its whole prompt, got a session, which is not steered"
             )
 
     def refuse_beam_search(self) -> None:
-        """Beams come to the engine as requests of one token each, whose gates would decide at every token anew.
+        """Refuse beams: each token of one is a request of its own, whose gate would decide anew.
 
         Raises:
             VLLMValidationError: always.
@@ -99,40 +101,44 @@ class FrontEnd:
         raise self._refusal("use_beam_search: expected false on a server that steers, got true")
 
     def _refusal(self, message: str) -> Exception:
-        from vllm.exceptions import VLLMValidationError
-
         field = message.partition(":")[0]
         self._metrics.rejected(field if field in ("steering", "steering_strength") else "other")
-        return VLLMValidationError(message, parameter=field)
+        return compat.VLLMValidationError(message, parameter=field)
 
     def collect(self, outputs: Iterable[Any], states: Mapping[str, Any]) -> None:
-        """Take the decisions out of engine outputs: count them, log them and let the requests' answers carry them.
+        """Take the decisions out of engine outputs: count and log them, and let the requests' answers carry them.
 
         Args:
-            outputs: `EngineCoreOutput`; those with a decision have it under `KEY` of ``kv_transfer_params``.
-            states: `RequestState` by request; one that was aborted has none.
+            outputs: `EngineCoreOutput`; ``kv_transfer_params[KEY]`` has a request's decisions, one per profile.
+            states: `RequestState` by request; an aborted one has none.
         """
         for output in outputs:
             if output.kv_transfer_params is None:
                 continue
-            told = output.kv_transfer_params.pop(KEY, None)
+            decisions = output.kv_transfer_params.pop(KEY, None)
             if not output.kv_transfer_params:
                 output.kv_transfer_params = None
-            if told is None:
+            if decisions is None:
                 continue
-            profile, fired, undecided, scores = (told[key] for key in ("profile", "fired", "undecided", "scores"))
-            self._metrics.decided(profile, fired, scores, told["nan"])
-            self._metrics.slots(told["slots"])
-            if _log.isEnabledFor(logging.INFO):
-                shown = " ".join(f"{score:.4f}" for score in scores) or "none"
-                decision = "fired" if fired else "undecided" if undecided else "shut"
-                _log.info("Request %s: profile %s %s, scores %s", output.request_id, profile, decision, shown)
+            for decision in decisions:
+                self._count(output.request_id, decision)
             if (state := states.get(output.request_id)) is not None:
-                _let_tell(state, {"profile": profile, "fired": fired, "undecided": undecided, "scores": scores})
+                shown = [{name: decision[name] for name in _SHOWN} for decision in decisions]
+                _add_steering(state, shown[0] if len(shown) == 1 else shown)
+
+    def _count(self, request: str, decision: Mapping[str, Any]) -> None:
+        """Count and log the decision of one profile."""
+        profile, fired, undecided, scores = (decision[name] for name in _SHOWN)
+        self._metrics.decided(profile, fired, scores, decision["nan"])
+        self._metrics.slots(decision["slots"])
+        if _log.isEnabledFor(logging.INFO):
+            shown = " ".join(f"{score:.4f}" for score in scores) or "none"
+            outcome = "fired" if fired else "undecided" if undecided else "shut"
+            _log.info("Request %s: profile %s %s, scores %s", request, profile, outcome, shown)
 
 
-def _let_tell(state: Any, steering: dict[str, Any]) -> None:
-    """Let all coming outputs of a request carry `steering`. Requests without a decision stay as they are."""
+def _add_steering(state: Any, steering: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """Let all later outputs of a request carry `steering`. Requests without a decision stay as they are."""
     make = state.make_request_output
 
     def make_request_output(*args: Any, **kwargs: Any) -> Any:
@@ -145,17 +151,10 @@ def _let_tell(state: Any, steering: dict[str, Any]) -> None:
 
 
 def install() -> None:
-    """Wrap the constructors of vLLM's front end; only those of engines that steer get more than they had."""
-    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
-    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-    from vllm.outputs import RequestOutput
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.llm_engine import LLMEngine
+    """Wrap the constructors of vLLM's front end. Those of engines that do not steer pass through."""
+    compat.RequestOutput.steering = None  # of a steered request: what `FrontEnd.collect` found
 
-    RequestOutput.steering = None  # what `FrontEnd.collect` tells of a request that some profile was to steer
-
-    @around(InputProcessor, "__init__")
+    @around("InputProcessor", "__init__")
     def init_input(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         config = ServingConfig.of(vllm_config)
         self.steerfast = front = None if config is None else FrontEnd(config)
@@ -187,21 +186,21 @@ def install() -> None:
 
         processor.process_outputs = process_outputs
 
-    for engine in (AsyncLLM, LLMEngine):
+    for engine in ("AsyncLLM", "LLMEngine"):
         around(engine, "__init__")(init_engine)
 
-    @around(BeamSearchOnlineMixin, "beam_search")
+    @around("BeamSearchOnlineMixin", "beam_search")
     def online(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        _no_beams(self.engine_client)
+        _refuse_beams(self.engine_client)
         return original(self, *args, **kwargs)
 
-    @around(BeamSearchOfflineMixin, "beam_search")
+    @around("BeamSearchOfflineMixin", "beam_search")
     def offline(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        _no_beams(self.llm_engine)
+        _refuse_beams(self.llm_engine)
         return original(self, *args, **kwargs)
 
 
-def _no_beams(engine: Any) -> None:
+def _refuse_beams(engine: Any) -> None:
     front = getattr(engine.input_processor, "steerfast", None)
     if front is not None:
         front.refuse_beam_search()

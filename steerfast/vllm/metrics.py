@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics about steering, of this API server."""
+"""Counters of steering that Prometheus reads at /metrics of this API server."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 __all__ = ["FIELDS", "Metrics", "metrics"]
 
 FIELDS = ("steering", "steering_strength", "other")
-"""What a rejected request was rejected for; ``other``: a steerfast key of its own, beam search, a session."""
+"""The fields for which requests are rejected; ``other``: an unknown key of steerfast, beam search, a session."""
 # Cosines lie near 0, dot products of residual rows reach some hundreds.
 _SIZES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _BUCKETS = (*(-size for size in reversed(_SIZES)), 0.0, *_SIZES)
 
 
 class Metrics:
-    """Counters of one process. Made once, see `metrics`: Prometheus refuses a second metric of the same name.
+    """The counters of one process. `metrics` makes one: Prometheus refuses a second metric of the same name.
 
-    Their names do not begin with ``vllm:``, as vLLM drops those when it sets up its own.
+    Their names do not begin with ``vllm:``, because vLLM drops such metrics when it sets up its own.
     """
 
     def __init__(self) -> None:
@@ -51,11 +51,11 @@ class Metrics:
                 metric.labels(name)
 
     def slots(self, count: int) -> None:
-        """There are `count` slots in use."""
+        """Note that `count` slots are in use."""
         self._slots.set(count)
 
     def decided(self, profile: str, fired: bool, scores: Iterable[float], nan: bool) -> None:
-        """A request's steering is settled; no scores: its profile has no gate."""
+        """Count the decision of one profile for a request; no scores: the profile has no gate."""
         scores = list(scores)
         if scores or nan:
             self._evaluations.labels(profile).inc()
@@ -67,11 +67,11 @@ class Metrics:
                 self._score.labels(profile).observe(score)
 
     def rejected(self, field: str) -> None:
-        """A request was refused for `field`, one of `FIELDS`."""
+        """Count a request that was refused for `field`, one of `FIELDS`."""
         self._rejected.labels(field).inc()
 
 
 @cache
 def metrics() -> Metrics:
-    """Those of this process."""
+    """Return the counters of this process."""
     return Metrics()

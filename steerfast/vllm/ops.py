@@ -1,7 +1,7 @@
 """The op that vLLM's compiled graphs hold at a steered layer.
 
-A graph knows the number of the layer and nothing else: banks and tables lie where `Runtime` keeps them, so a graph
-outlives any profile, and one that another process compiled serves this one.
+A graph knows only the number of the layer. Banks and tables belong to the `RowServer`, so a graph outlives every
+profile, and a graph that another process compiled works here.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch import Tensor
 
 from steerfast.kernels.contract import library
 
-__all__ = ["Runtime", "activate", "serve_"]
+__all__ = ["RowServer", "activate", "serve_"]
 
 
-class Runtime(Protocol):
-    """What edits rows."""
+class RowServer(Protocol):
+    """The object that edits rows, a `steerfast.vllm.worker.WorkerRuntime`."""
 
     def serve(self, x: Tensor, residual: Tensor | None, layer: int) -> None:
         """Decide gates and edit x, rows [n, H] of the stream (with residual: of the sum of both), in place."""
 
 
-_active: Runtime | None = None
+_active: RowServer | None = None
 
 
-def activate(runtime: Runtime) -> None:
-    """Let `runtime` serve this process's next forward passes."""
+def activate(server: RowServer) -> None:
+    """Let `server` edit the rows of this process's next forward passes."""
     global _active
-    _active = runtime
+    _active = server
 
 
 def _serve_(x: Tensor, residual: Tensor | None, layer: int) -> None:

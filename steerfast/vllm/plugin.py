@@ -1,19 +1,21 @@
-"""The entry point that vLLM calls in each of its processes, before it reads any configuration or makes any model.
+"""The entry point that vLLM calls in each of its processes, before it reads a configuration or makes a model.
 
-Every part wraps methods of vLLM's classes. What it wraps passes through where the engine at hand was not configured
-for steering (`steerfast.vllm.config.ServingConfig.of` is None).
+Every part wraps methods of vLLM's classes. A wrapped method passes through for an engine that is not configured for
+steering (`steerfast.vllm.config.ServingConfig.of` is None).
 """
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Install all parts; once per process, however often it is called.
+    """Install all parts, once per process, however often vLLM calls this.
 
     Raises:
-        AttributeError: this vLLM lacks what a part wraps. It then does not start.
+        AttributeError: this vLLM differs from what steerfast expects; it then does not start.
     """
-    from steerfast.vllm import config, engine, frontend, worker
+    from steerfast.vllm import compat, config, engine, frontend, runners
 
-    for part in (config, worker, engine, frontend):
+    compat.check_version()
+    compat.check()
+    for part in (config, runners, engine, frontend):
         part.install()

@@ -1,7 +1,7 @@
-"""Which profiles an engine has: names, their versions, the slots these take, and the requests that hold them.
+"""The profiles of an engine: their names and versions, the slots of these, and how many requests hold each.
 
-A replaced or removed version stays in its slot until the last request that began with it ended. Then the slot is
-emptied, and free. Threads may share a registry.
+A replaced or removed version stays in its slot until its last request ended. Then the slot is emptied, and free.
+Threads may share a registry.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from dataclasses import dataclass, field
 
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.roster import reach
+from steerfast.runtime.span import EditSpan
 
 __all__ = ["Registry", "Version"]
 
 
 @dataclass(eq=False)
 class Version:
-    """A profile as it was loaded once.
+    """One load of a profile.
 
-    number: 1 for the first of its name. path: the file. late: positions ``response``. open: it has no gate.
-    answer_rows: how many rows after a prompt it steers. mean: of how many of a prompt's last rows its gates read
-    the mean, 0: none.
-    abstain: lower ends of the bands of its gates, ascending by layer; none where it has no band.
+    number: 1 for the first of its name. path: the file. span: the rows that it edits and reads.
+    abstain: lower ends of the abstain bands of its gates, ascending by layer; empty where it has no band.
     requests: how many hold it. current: whether new requests can.
     """
 
@@ -34,10 +32,7 @@ class Version:
     slot: int
     path: str
     checksum: str
-    late: bool
-    open: bool
-    answer_rows: int
-    mean: int
+    span: EditSpan
     abstain: tuple[float, ...] = ()
     requests: int = field(default=0, init=False)
     current: bool = field(default=True, init=False)
@@ -46,11 +41,11 @@ class Version:
 class Registry:
     """The profiles of an engine of `slots` slots.
 
-    A slot is free; or `take` took it, until `put` or `spoil`; or a version has it; or it is spoilt, until it was
-    emptied on the device and `free` says so.
+    A slot is free; or `take` took it, until `put` or `spoil`; or a version has it; or it is spoilt, until workers
+    emptied it and `free` is called.
 
     Attributes:
-        spoilt: slots to be emptied.
+        spoilt: slots that workers have to empty.
     """
 
     def __init__(self, slots: int) -> None:
@@ -64,22 +59,22 @@ class Registry:
 
     @property
     def names(self) -> list[str]:
-        """Profiles that requests may name."""
+        """Return the profiles that requests may name."""
         with self._lock:
             return list(self._current)
 
     @property
     def in_use(self) -> int:
-        """Slots that are not free."""
+        """Return how many slots are not free."""
         return self.slots - len(self._free)
 
     def versions(self) -> list[Version]:
-        """All that have a slot: the current ones, then those that requests still hold."""
+        """Return all that have a slot: the current ones, then those that requests still hold."""
         with self._lock:
             return [*self._current.values(), *self._retired]
 
     def current(self, name: str) -> Version:
-        """The version that new requests get.
+        """Return the version that new requests get.
 
         Raises:
             ProfileError: there is none of this name.
@@ -91,27 +86,29 @@ class Registry:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def hold(self, name: str) -> Version:
-        """The current version of a profile, for a request that will `release` it.
+    def hold(self, *names: str) -> tuple[Version, ...]:
+        """Return the current versions of the profiles of a stack, for a request that will `release` them.
 
         Raises:
-            ProfileError: there is none of this name.
+            ProfileError: there is no profile of one of the names; the request then holds none.
         """
         with self._lock:
-            version = self.current(name)
-            version.requests += 1
-            return version
+            versions = tuple(map(self.current, names))
+            for version in versions:
+                version.requests += 1
+            return versions
 
-    def release(self, version: Version) -> None:
-        """A request that held this version ended."""
+    def release(self, *versions: Version) -> None:
+        """Note that a request ended that held these versions."""
         with self._lock:
-            version.requests -= 1
-            self._leave(version)
+            for version in versions:
+                version.requests -= 1
+                self._empty_if_unused(version)
 
     # -- profiles ------------------------------------------------------------------------------------------------------
 
     def take(self) -> int:
-        """A free slot.
+        """Return a slot that was free.
 
         Raises:
             ProfileError: there is none.
@@ -126,11 +123,11 @@ class Registry:
             return self._free.popleft()
 
     def put(self, name: str, slot: int, path: str, profile: SteeringProfile) -> Version:
-        """`profile` lies in a slot that was taken: from now on requests get it by `name`."""
+        """Let new requests get `profile`, which lies in a slot that was taken, by `name`."""
         with self._lock:
             self._numbers[name] += 1
             abstain = () if profile.abstain is None else tuple(profile.abstain[profile.gate_layers].tolist())
-            version = Version(name, self._numbers[name], slot, path, profile.checksum, *reach(profile), abstain)
+            version = Version(name, self._numbers[name], slot, path, profile.checksum, EditSpan.of(profile), abstain)
             before = self._current.get(name)
             self._current[name] = version
             if before is not None:
@@ -149,11 +146,11 @@ class Registry:
             self._retire(version)
 
     def spoil(self, slot: int) -> None:
-        """A slot that was taken is not wanted after all; what lies in it is unknown."""
+        """Give up a slot that was taken; its content is unknown."""
         self.spoilt.append(slot)
 
     def free(self, slots: Iterable[int]) -> None:
-        """Slots that were spoilt are empty again."""
+        """Note that workers emptied these spoilt slots."""
         with self._lock:
             for slot in slots:
                 self.spoilt.remove(slot)
@@ -162,9 +159,9 @@ class Registry:
     def _retire(self, version: Version) -> None:
         version.current = False
         self._retired.append(version)
-        self._leave(version)
+        self._empty_if_unused(version)
 
-    def _leave(self, version: Version) -> None:
+    def _empty_if_unused(self, version: Version) -> None:
         if not version.current and not version.requests:
             self._retired.remove(version)
             self.spoilt.append(version.slot)

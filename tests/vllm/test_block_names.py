@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 
 from steerfast.profile import Gate
+from steerfast.runtime.span import Entry, Stack
+from steerfast.vllm.assignment import stack_from_extra
 
 BLOCK = 4
 WINDOW = 6  # no whole blocks
@@ -51,12 +53,16 @@ def decide(slot: int, prompt: tuple[int, ...]) -> bool:
     return hash((slot, *prompt, 7)) % 2 == 0
 
 
-def chain(tokens: list[int], prompt: int, extra: dict[str, Any] | None, fired: bool) -> list[int]:
+def chain(tokens: list[int], prompt: int, stack: Stack, fired: Sequence[bool]) -> list[int]:
     """Keys and values of all rows of one request, computed afresh."""
     rows, before = [], 0
     for number, token in enumerate(tokens):
-        edited = fired and extra is not None and (number >= prompt - 1 or not extra["late"])
-        before = hash((before, token, *((extra["slot"], extra["strength"]) if edited and extra else ())))
+        edits = [
+            (entry.slot, entry.strength)
+            for entry, opened in zip(stack, fired, strict=True)
+            if opened and (number >= prompt - 1 or not entry.span.after_prompt)
+        ]
+        before = hash((before, token, *edits))
         rows.append(before)
     return rows
 
@@ -68,9 +74,9 @@ class Served:
     tokens: list[int]
     prompt: int
     blocks: list[int]
-    extra: dict[str, Any] | None
-    fired: bool | None
-    told: bool = False
+    stack: Stack
+    fired: list[bool] | None = None
+    reported: bool = False
     counted: int = 0  # rows of its prompt up to which it has been in steps
 
 
@@ -107,9 +113,9 @@ class Workers:
         past = {}
         for new in scheduled.scheduled_new_reqs:
             extra = (new.sampling_params.extra_args or {}).get("steerfast")
-            fired = None if extra is None or not extra["open"] else True
+            stack = () if extra is None else stack_from_extra(extra)
             prompt = list(new.prompt_token_ids)
-            self.requests[new.req_id] = Served(prompt, len(prompt), list(new.block_ids[0]), extra, fired)
+            self.requests[new.req_id] = Served(prompt, len(prompt), list(new.block_ids[0]), stack)
             past[new.req_id] = new.num_computed_tokens
         known = scheduled.scheduled_cached_reqs
         for name, blocks, computed in zip(known.req_ids, known.new_block_ids, known.num_computed_tokens, strict=True):
@@ -132,21 +138,22 @@ class Workers:
         return output
 
     def _rows(self, request: Served, past: int, count: int) -> tuple[list[int], Any]:
-        decision, extra, last = None, request.extra, request.prompt - 1
-        if extra is not None and extra["mean"] and request.fired is None:
-            known = max(request.counted, request.prompt - extra["mean"])
+        decision, stack, last = None, request.stack, request.prompt - 1
+        if means := [entry.span.mean_rows for entry in stack if entry.span.mean_rows and request.fired is None]:
+            known = max(request.counted, request.prompt - max(means))
             assert past <= known, "rows whose mean is read came from a cache"
         request.counted = max(request.counted, min(past + count, request.prompt))
-        if extra is not None and past <= last < past + count and (request.fired is None or extra["open"]):
-            if request.fired is None:
-                request.fired = self.decide(extra["slot"], tuple(request.tokens[: request.prompt]))
-            if not request.told:
-                request.told = True
-                decision = ([], []) if extra["open"] else ([float(request.fired)], [0.25])
+        if stack and past <= last < past + count and not request.reported:
+            request.fired, request.reported = fired_of(stack, request.tokens[: request.prompt], self.decide), True
+            decision = [
+                ([], []) if entry.span.open else ([float(fired)], [0.25])
+                for entry, fired in zip(stack, request.fired, strict=True)
+            ]
         assert past + count <= len(request.tokens), "a token that nobody sampled"
-        rows = chain(request.tokens, request.prompt, extra, bool(request.fired))
+        fired = request.fired or [entry.span.open for entry in stack]
+        rows = chain(request.tokens, request.prompt, stack, fired)
         if past:
-            assert extra is None or past <= last or request.fired is not None, "the deciding row came from a cache"
+            assert not stack or past <= last or request.fired is not None, "the deciding row came from a cache"
             at = request.blocks[(past - 1) // BLOCK], (past - 1) % BLOCK
             assert self.memory[at] == rows[past - 1], "what the cache holds is not what this request would compute"
         for number in range(past, past + count):
@@ -155,6 +162,11 @@ class Workers:
             return [], decision
         request.tokens.append(_sampled(rows[-1]))
         return request.tokens[-1:], decision
+
+
+def fired_of(stack: Stack, prompt: list[int], decide: Decide) -> list[bool]:
+    """Whether each profile edits."""
+    return [entry.span.open or decide(entry.slot, tuple(prompt)) for entry in stack]
 
 
 def _sampled(row: int) -> int:
@@ -170,7 +182,7 @@ class Asked:
     strength: float
     count: int
     answer: list[int] = field(default_factory=list)
-    told: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
     cached: int | None = None
     over: bool = False
 
@@ -236,7 +248,7 @@ class Engine:
             if output.prefill_stats is not None:
                 asked.cached = output.prefill_stats.num_cached_tokens
             if output.kv_transfer_params is not None:
-                asked.told.append(output.kv_transfer_params["steerfast"])
+                asked.reports += output.kv_transfer_params["steerfast"]
             asked.answer += output.new_token_ids
             asked.over |= output.finish_reason is not None
 
@@ -253,8 +265,8 @@ class Engine:
         steering, manager = self.steering, self.core.scheduler.kv_cache_manager
         assert all(version.requests == 0 and version.current for version in steering.registry.versions())
         assert not steering.registry.spoilt
-        assert not steering._nameless
-        assert not steering._untold
+        assert not steering._unnamed
+        assert not steering._unreported
         assert "cache_blocks" not in vars(manager.coordinator)
         assert manager.usage == 0
 
@@ -267,6 +279,7 @@ PROFILES = {
     "mean": replace(gated(6), gate=Gate(pooling="mean")),
     "recent": replace(gated(7), gate=Gate(pooling="mean", window=WINDOW)),
 }
+STACKS = ["gate,gate-two", "gate-two,gate", "always,gate", "recent,gate", "gate,mean", "whole,gate", "whole,always"]
 WHOLE = {
     **PROFILES,
     "whole-gate": replace(gated(5), gate=Gate(), positions="all"),
@@ -306,21 +319,19 @@ def make(checkpoint: Path, saved: Any) -> Iterator[Callable[..., Engine]]:
         yield engine
 
 
-def truth(asked: Asked, slot: int, extra: dict[str, Any] | None, decide: Decide = decide) -> tuple[list[int], bool]:
-    """The answer, and whether the gate opened, with nothing cached."""
+def truth(asked: Asked, stack: Stack, decide: Decide = decide) -> tuple[list[int], list[bool]]:
+    """The answer, and which gates opened, with nothing cached."""
     tokens, prompt = list(asked.prompt), len(asked.prompt)
-    fired = extra is not None and (extra["open"] or decide(slot, tuple(tokens)))
+    fired = fired_of(stack, tokens, decide)
     while len(tokens) < min(prompt + asked.count, LONGEST):
-        tokens.append(_sampled(chain(tokens, prompt, extra, fired)[-1]))
+        tokens.append(_sampled(chain(tokens, prompt, stack, fired)[-1]))
     return tokens[prompt:], fired
 
 
-def expected(engine: Engine, asked: Asked, decide: Decide = decide) -> tuple[list[int], bool]:
-    if asked.profile in (None, "off"):
-        return truth(asked, -1, None)
-    version = engine.steering.registry.current(asked.profile)
-    extra = {"slot": version.slot, "strength": asked.strength, "late": version.late, "open": version.open}
-    return truth(asked, version.slot, extra, decide)
+def expected(engine: Engine, asked: Asked, decide: Decide = decide) -> tuple[list[int], list[bool]]:
+    names = [] if asked.profile in (None, "off") else asked.profile.split(",")
+    versions = [engine.steering.registry.current(name) for name in names]
+    return truth(asked, tuple(Entry(each.slot, asked.strength, each.span) for each in versions), decide)
 
 
 def check_answers(engine: Engine, decide: Decide = decide) -> None:
@@ -330,11 +341,11 @@ def check_answers(engine: Engine, decide: Decide = decide) -> None:
             assert asked.answer == answer[: len(asked.answer)]
             continue
         assert asked.answer == answer
-        assert [told["fired"] for told in asked.told] == ([] if asked.profile in (None, "off") else [fired])
+        assert [report["fired"] for report in asked.reports] == fired
 
 
 numbers = st.integers(0, 1000)
-profiles = st.sampled_from([None, "off", *PROFILES])
+profiles = st.sampled_from([None, "off", *PROFILES, *STACKS])
 asks = st.tuples(
     st.just("ask"), numbers, st.sampled_from([0, 0, 1, 3, 4, 5, 8]), profiles, st.sampled_from([1.0, 1.0, 2.0]),
     st.integers(1, 14),
@@ -370,12 +381,12 @@ def play(engine: Engine, script: list[Any], names: list[str | None]) -> None:
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("blocks", [12, 64], ids=["few blocks", "many blocks"])
+@pytest.mark.parametrize("blocks", [LONGEST // BLOCK + 2, 64], ids=["few blocks", "many blocks"])  # one request fits
 @settings(max_examples=120)
 @given(script=st.lists(actions, min_size=5, max_size=40))
 def test_what_is_cached_is_what_would_be_computed(make: Any, ahead: bool, blocks: int, script: list[Any]) -> None:
     engine = make(ahead=ahead, blocks=blocks)
-    play(engine, script, [None, "off", *PROFILES])
+    play(engine, script, [None, "off", *PROFILES, *STACKS])
     engine.finish()
     check_answers(engine)
     engine.check_idle()
@@ -386,7 +397,7 @@ def test_what_is_cached_is_what_would_be_computed(make: Any, ahead: bool, blocks
 @given(script=st.lists(actions, min_size=5, max_size=40))
 def test_profiles_that_edit_whole_prompts(make: Any, ahead: bool, script: list[Any]) -> None:
     engine = make(ahead=ahead, blocks=24, budget=LONGEST, split=False)
-    play(engine, script, ["whole", "whole-gate", "whole-mean", "gate", None])
+    play(engine, script, ["whole", "whole-gate", "whole-mean", "gate", "gate,whole", "whole-mean,gate", None])
     engine.finish()
     check_answers(engine)
     engine.check_idle()
@@ -402,7 +413,7 @@ def test_where_gates_stay_shut_as_much_is_shared_as_if_nobody_steered(
         return False
 
     steered, plain = make(ahead=ahead, decide=shut), make(ahead=ahead)
-    for engine, names in ((steered, ["gate", "gate-two"]), (plain, [None])):
+    for engine, names in ((steered, ["gate", "gate-two", "gate,gate-two"]), (plain, [None])):
         for ask in script:
             play(engine, [ask], names)
             engine.finish()  # who comes while others have yet to decide may miss the block that their prompt ends with
@@ -431,6 +442,38 @@ def test_how_much_of_a_turn_the_next_one_reads(make: Any, ahead: bool, length: i
         kept = length - 1 if edited else length + 9 - 1  # rows that no edit touched; nobody computed the last token's
         assert following[0].cached == kept // BLOCK * BLOCK
         assert [asked.cached for asked in following[1:]] == [(length + 9) // BLOCK * BLOCK] * 2
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("opens", [None, "gate", "gate-two"])
+def test_a_stack_keeps_its_answer_to_itself_if_any_of_it_edits(make: Any, ahead: bool, opens: str | None) -> None:
+    engine = make(ahead=ahead, decide=lambda slot, prompt: slot == (-1 if opens is None else slots[opens]))
+    slots = {version.name: version.slot for version in engine.steering.registry.versions()}
+    turn = Asked([0, 1, 1] * 3, "gate,gate-two", 1.0, 9)
+    engine.add(turn)
+    engine.finish()
+    assert [report["fired"] for report in turn.reports] == [opens == "gate", opens == "gate-two"]
+    following = Asked([*turn.prompt, *turn.answer, 1], None, 1.0, 2)
+    engine.add(following)
+    engine.finish()
+    kept = len(turn.prompt) - 1 + (9 if opens is None else 0)  # rows without an edit
+    assert following.cached == kept // BLOCK * BLOCK
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_a_stack_reads_what_all_of_its_gates_leave(make: Any, ahead: bool) -> None:
+    engine = make(ahead=ahead)
+    prompt = [0, 1, 1] * 4
+    cached = []
+    for profile in (None, "gate,recent", "recent,gate", "gate,mean", "whole,gate", "whole,gate"):
+        asked = Asked(prompt, profile, 1.0, 2)
+        engine.add(asked)
+        engine.finish()
+        cached.append(asked.cached)
+    window = (len(prompt) - WINDOW) // BLOCK * BLOCK
+    assert cached == [0, window, window, 0, 0, 0]
     engine.check_idle()
 
 
@@ -567,7 +610,7 @@ def test_a_request_may_end_in_the_step_that_decides(make: Any, ahead: bool) -> N
 def test_aborted_while_their_decision_is_on_its_way(make: Any, ahead: bool) -> None:
     engine = make(ahead=ahead)
     names = [engine.add(Asked([0, 1] * 4, profile, 1.0, 5)) for profile in ("gate", "gate-two", "always")]
-    assert engine.steering._nameless
+    assert engine.steering._unnamed
     engine.core.abort_requests(names[:1])  # waiting
     engine.step()
     engine.core.abort_requests(names[1:])  # async: the step is out, its output is not
@@ -584,7 +627,7 @@ def test_siblings_share_parameters_that_nobody_writes_to(make: Any, ahead: bool)
     for number in range(3):
         request = EngineCoreRequest(f"{number}_x", [0, 1, 1, 0], None, shared, None, 0.0, None, None, None)
         made, wave = engine.core.preprocess_add_request(request)
-        assert made.sampling_params.extra_args["steerfast"]["strength"] == 2.0
+        assert made.sampling_params.extra_args["steerfast"][0]["strength"] == 2.0
         engine.core.add_request(made, wave)
         engine.asked[f"{number}_x"] = Asked([0, 1, 1, 0], "gate", 2.0, 4)
     assert shared.extra_args == {"steering": "gate", "steering_strength": 2.0}
@@ -608,7 +651,7 @@ def test_engines_that_nobody_configured_are_as_they_were(checkpoint: Path, monke
     assert request.steerfast is None
     assert len(request.block_hashes) == 3
     engine.finish()
-    assert asked.answer == truth(asked, -1, None)[0]
-    assert asked.told == []
+    assert asked.answer == truth(asked, ())[0]
+    assert asked.reports == []
     with pytest.raises(ValueError, match=r"^engine: expected one that steers"):
         engine.core.steerfast_profiles()

@@ -71,6 +71,18 @@ def test_what_was_not_written_is_filled_in(path, text_config) -> None:
     assert config.layers == (1, 3)
 
 
+def test_a_request_may_have_two_profiles_where_there_are_several(path, text_config, tmp_path) -> None:
+    def stack(**given: Any) -> int:
+        return normalise({"profiles": {"one": path}, **given}, text_config)["stack"]
+
+    both = {"one": path, "two": path}
+    assert (stack(), stack(profiles=both), stack(directory=str(tmp_path)), stack(stack=4)) == (1, 2, 2, 4)
+    complete = normalise({"profiles": both, "default": "two,one", "locked": True}, text_config)
+    assert ServingConfig.of(engine(complete)).default == "two,one"
+    with pytest.raises(ValueError, match=r"default: expected at most 1 profiles .*, got 'two,one'"):
+        normalise({"profiles": both, "default": "two,one", "stack": 1}, text_config)
+
+
 def test_layers_of_the_sensor_are_declared_too(tiny_llama, make_profile, tmp_path, text_config) -> None:
     make_profile(tiny_llama, layers=[3], sensor=2).save(tmp_path / "one.safetensors")
     assert normalise({"profiles": {"one": str(tmp_path / "one.safetensors")}}, text_config)["layers"] == [2, 3]
@@ -105,7 +117,7 @@ def test_profiles_keep_their_order_and_there_is_room_for_one_more(profile, tmp_p
     [
         (
             {"profile": {}},
-            "expected the keys profiles, default, locked, max_strength, slots, layers, directory, got profile",
+            "expected the keys profiles, default, locked, max_strength, slots, stack, layers, directory, got profile",
         ),
         ({"profiles": ["one"]}, "profiles: expected an object"),
         ({"profiles": None}, "profiles: expected an object"),
@@ -125,6 +137,11 @@ def test_profiles_keep_their_order_and_there_is_room_for_one_more(profile, tmp_p
         ({"max_strength": 0}, "max_strength: expected a finite number above 0, got 0"),
         ({"max_strength": float("nan")}, "max_strength: expected a finite number above 0, got nan"),
         ({"max_strength": True}, "max_strength: expected a number, got True"),
+        ({"default": "one,two"}, "default: expected one of one, got 'two'"),
+        ({"default": "one,one", "stack": 2}, "default: expected each profile once, got 'one,one'"),
+        ({"stack": 0}, "stack: expected 1 to 4 profiles on a request, got 0"),
+        ({"stack": 5}, "stack: expected 1 to 4 profiles on a request, got 5"),
+        ({"stack": True}, "stack: expected a whole number, got True"),
         ({"slots": 1}, "slots: expected at least 2"),
         ({"slots": True}, "slots: expected a whole number, got True"),
         ({"slots": 2.0}, "slots: expected a whole number"),

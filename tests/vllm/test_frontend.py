@@ -54,7 +54,7 @@ def metric(name: str, **labels: str) -> float:
 def output(name: str, profile: str = "safety", **told: Any) -> SimpleNamespace:
     decision = {"profile": profile, "version": 1, "fired": True, "undecided": False, "scores": [0.04], "nan": False,
                 "slots": 2, **told}  # fmt: skip
-    return SimpleNamespace(request_id=name, kv_transfer_params={"steerfast": decision})
+    return SimpleNamespace(request_id=name, kv_transfer_params={"steerfast": [decision]})
 
 
 def state() -> SimpleNamespace:
@@ -160,6 +160,20 @@ def test_decisions_are_taken_out_counted_and_told(make_front: Callable[..., Fron
     assert told.steering == {"profile": "safety", "fired": False, "undecided": True, "scores": [0.03]}
     assert states["shut"].make_request_output(None) is None
     assert not hasattr(states["plain"].make_request_output("text"), "steering")
+
+
+def test_a_stack_reports_each_of_its_profiles(make_front: Callable[..., FrontEnd]) -> None:
+    front, made = make_front(), state()
+    both = output("r", fired=False, scores=[0.01])
+    both.kv_transfer_params["steerfast"] += output("r", profile="tone", scores=[]).kv_transfer_params["steerfast"]
+    before = [metric("steered_requests_total", profile=name) for name in ("safety", "tone")]
+    front.collect([both], {"r": made})
+    assert made.make_request_output("text").steering == [
+        {"profile": "safety", "fired": False, "undecided": False, "scores": [0.01]},
+        {"profile": "tone", "fired": True, "undecided": False, "scores": []},
+    ]
+    after = [metric("steered_requests_total", profile=name) for name in ("safety", "tone")]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [0, 1]
 
 
 # ---- admin ---------------------------------------------------------------------------------------

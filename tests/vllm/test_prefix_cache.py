@@ -131,8 +131,8 @@ def check_idle(llm: Any) -> None:
     steering = core_of(llm).scheduler.steerfast
     assert [version.requests for version in steering.registry.versions()] == [0] * 4
     assert not steering.registry.spoilt
-    assert not steering._nameless
-    assert not steering._untold
+    assert not steering._unnamed
+    assert not steering._unreported
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_preempted_requests_keep_their_decision(
 
     def preempt(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         held = request.steerfast
-        preempted.append((None, False) if held is None else (held.version.name, not held.pending))
+        preempted.append((None, False) if held is None else (held.versions[0].name, held.decided))
         original(self, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", preempt)

@@ -19,7 +19,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from steerfast.errors import ProfileError
 from steerfast.profile import Gate, ModelIdentity, SteeringProfile
 from steerfast.vllm.config import ServingConfig
-from steerfast.vllm.engine import Steering, _Held
+from steerfast.vllm.engine import EngineSteering, HeldProfiles
 from steerfast.vllm.registry import Registry, Version
 
 MODEL = ModelIdentity(name="tiny", architecture="llama", hidden_size=4, num_layers=3)
@@ -99,7 +99,7 @@ class RegistryMachine(RuleBasedStateMachine):
             with pytest.raises(ProfileError, match=r"^name: expected one of "):
                 self.registry.hold(name)
             return multiple()
-        version = self.registry.hold(name)
+        (version,) = self.registry.hold(name)
         key = self.current[name]
         assert (version.name, version.number) == key
         assert version.current
@@ -178,10 +178,10 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make(directory: Path) -> Callable[..., tuple[Steering, Workers]]:
+def make(directory: Path) -> Callable[..., tuple[EngineSteering, Workers]]:
     """A function (**fields of the config) -> the steering of an engine with one profile, safety, and its workers."""
 
-    def made(*, split: bool = True, **fields: Any) -> tuple[Steering, Workers]:
+    def made(*, split: bool = True, **fields: Any) -> tuple[EngineSteering, Workers]:
         PROFILE.save(directory.parent / "safety.safetensors")
         path = str(directory.parent / "safety.safetensors")
         values = {
@@ -198,12 +198,12 @@ def make(directory: Path) -> Callable[..., tuple[Steering, Workers]]:
         workers = Workers()
         for slots in workers.slots:
             slots[0] = PROFILE.checksum
-        return Steering(ServingConfig(**{**values, **fields}), vllm_config, scheduler), workers
+        return EngineSteering(ServingConfig(**{**values, **fields}), vllm_config, scheduler), workers
 
     return made
 
 
-def _same(steering: Steering, workers: Workers) -> None:
+def _same(steering: EngineSteering, workers: Workers) -> None:
     """The workers' slots are the versions'."""
     want = {version.slot: version.checksum for version in steering.registry.versions()}
     assert workers.slots == [want, want]
@@ -213,9 +213,9 @@ def test_replaced_profiles_stay_until_their_last_request_ended(make: Any, direct
     steering, workers = make()
     profile(2).save(directory / "two.safetensors")
     profile(3).save(directory / "three.safetensors")
-    first = [steering.registry.hold("safety") for _ in range(2)]
+    first = [steering.registry.hold("safety")[0] for _ in range(2)]
     steering.replace(workers, "safety", "two.safetensors")
-    second = steering.registry.hold("safety")
+    (second,) = steering.registry.hold("safety")
     assert (first[0].number, first[0].slot, second.number, second.slot) == (1, 0, 2, 1)
     _same(steering, workers)
     shown = [(p["name"], p["version"], p["slot"], p["file"], p["requests"], p["current"]) for p in steering.profiles()]
@@ -242,8 +242,8 @@ def test_load_and_remove(make: Any, directory: Path) -> None:
     steering, workers = make()
     profile(2, gate=Gate("always")).save(directory / "tone.safetensors")
     steering.load(workers, "tone", "tone.safetensors")
-    version = steering.registry.hold("tone")
-    assert (version.open, version.late, version.number) == (True, True, 1)
+    (version,) = steering.registry.hold("tone")
+    assert (version.span.open, version.span.after_prompt, version.number) == (True, True, 1)
     with pytest.raises(ProfileError, match=r"^name: expected a new one, got 'tone'"):
         steering.load(workers, "tone", "tone.safetensors")
     steering.remove(workers, "tone")
@@ -265,7 +265,7 @@ class Request:
     _block_hasher = None
 
     def __init__(self, version: Version) -> None:
-        self.steerfast = _Held(version, None)
+        self.steerfast = HeldProfiles((version,), None)
 
 
 def test_a_decision_says_where_a_gate_does_not_know(make: Any, directory: Path) -> None:
@@ -282,9 +282,45 @@ def test_a_decision_says_where_a_gate_does_not_know(make: Any, directory: Path) 
         ("safety", [0.0], [-0.4], (False, False)),
     ]
     requests = {str(n): Request(steering.registry.current(name)) for n, (name, *_) in enumerate(cases)}
-    steering.decide(requests, {str(n): (values, scores) for n, (_, values, scores, _) in enumerate(cases)})
-    told = [(one["fired"], one["undecided"]) for one in steering._untold.values()]
+    steering.decide(requests, {str(n): [(values, scores)] for n, (_, values, scores, _) in enumerate(cases)})
+    told = [(one["fired"], one["undecided"]) for (one,) in steering._unreported.values()]
     assert told == [expected for *_, expected in cases]
+
+
+def test_a_stack_holds_each_of_its_profiles(make: Any, directory: Path) -> None:
+    steering, workers = make()
+    profile(2).save(directory / "tone.safetensors")
+    profile(3).save(directory / "three.safetensors")
+    steering.load(workers, "tone", "tone.safetensors")
+    with pytest.raises(ProfileError, match=r"^name: expected one of safety, tone, got 'nobody'"):
+        steering.registry.hold("safety", "nobody")
+    assert [version.requests for version in steering.registry.versions()] == [0, 0]
+    stack = steering.registry.hold("tone", "safety")
+    assert [(version.name, version.slot, version.requests) for version in stack] == [("tone", 1, 1), ("safety", 0, 1)]
+    steering.replace(workers, "tone", "three.safetensors")
+    assert steering.registry.hold("safety", "tone")[1].number == 2
+    assert [(p["name"], p["requests"]) for p in steering.profiles()] == [("safety", 2), ("tone", 1), ("tone", 1)]
+    steering.registry.release(*stack)
+    steering.sweep(workers)
+    _same(steering, workers)
+    assert [(p["name"], p["version"], p["requests"]) for p in steering.profiles()] == [("safety", 1, 1), ("tone", 2, 1)]
+
+
+def test_each_profile_of_a_stack_reports_for_itself(make: Any, directory: Path) -> None:
+    steering, workers = make()
+    profile(2, gate=Gate("always")).save(directory / "tone.safetensors")
+    steering.load(workers, "tone", "tone.safetensors")
+    request: Any = Request(steering.registry.current("safety"))
+    for names, decisions, fired in (
+        (("safety", "tone"), [([0.0], [-0.4]), ([], [])], [False, True]),
+        (("tone", "safety"), [([], []), ([1.0], [0.4])], [True, True]),
+    ):
+        request.steerfast = HeldProfiles(tuple(map(steering.registry.current, names)), None)
+        steering.decide({"r": request}, {"r": decisions})
+        reports = steering._unreported.pop("r")
+        assert [(one["profile"], one["fired"], one["scores"]) for one in reports] == [
+            (name, opened, scores) for name, opened, (_, scores) in zip(names, fired, decisions, strict=True)
+        ]
 
 
 @pytest.mark.parametrize("locked", [False, True])
@@ -293,6 +329,13 @@ def test_the_default_stays(make: Any, directory: Path, locked: bool) -> None:
     with pytest.raises(ProfileError, match=r"^name: expected another than the default"):
         steering.remove(workers, "safety")
     assert steering.registry.names == ["safety"]
+
+
+def test_each_profile_of_a_default_stack_stays(make: Any, directory: Path) -> None:
+    steering, workers = make(default="tone,safety", stack=2)
+    with pytest.raises(ProfileError, match=r"^name: expected another than the default"):
+        steering.remove(workers, "safety")
+    assert [p["default"] for p in steering.profiles()] == [True]
 
 
 @pytest.mark.parametrize("name", ["off", "Off", "", "a/b", "..", "x" * 65, "ä", "a b", "a\n", 7, None])
@@ -370,7 +413,7 @@ def test_what_does_not_fit_changes_nothing(make: Any, directory: Path) -> None:
 
     whole, workers = make(split=False)  # prompts come whole: a gate may edit all of one
     whole.load(workers, "all", "split.safetensors")
-    assert not whole.registry.current("all").late
+    assert not whole.registry.current("all").span.after_prompt
 
 
 def test_a_worker_that_refuses_leaves_no_slot_behind(make: Any, directory: Path) -> None:

@@ -17,8 +17,17 @@ from torch import Tensor, nn
 from toy import HIDDEN, LAYERS, Engine, asked, random_rows
 
 from steerfast.errors import ArchitectureError, ProfileError, SteerfastError
+from steerfast.vllm.layers import serve_output, wrap_forward
 from steerfast.vllm.ops import activate, serve_
-from steerfast.vllm.worker import _serve_output, _wrap_forward
+
+STACKS = ["own,sensor", "sensor,always", "everywhere,soft", "mean,recent", "recent,own"]
+
+
+def check_decision(found: Any, expected: Any) -> None:
+    """One per profile: gate values and scores."""
+    for (values, scores), (known_values, known_scores) in zip(found, expected, strict=True):
+        assert values == pytest.approx(known_values, abs=1e-4)
+        assert scores == pytest.approx(known_scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("stages", [[[0, 1, 2, 3, 4]], [[0, 1], [2, 3, 4]], [[0], [1, 2], [3, 4]]], ids=len)
@@ -30,7 +39,7 @@ def test_any_schedule_gives_every_request_its_own_rows(profiles, tmp_path, stage
     waiting = []
     for number in range(14):
         prompt = rng.choice([1, 1, 2, 5, 9, 17])
-        name = rng.choice([None, *profiles])
+        name = rng.choice([None, *profiles, *STACKS])
         waiting.append((f"r{number % 9}", prompt, name, rng.choice([1.0, 0.5, -0.7])))
     live: dict[str, dict[str, Any]] = {}
     ended: set[str] = set()
@@ -72,15 +81,14 @@ def test_any_schedule_gives_every_request_its_own_rows(profiles, tmp_path, stage
             if deciding:
                 state["told"] = True
                 told_of.append(state["name"])
-                for mine, theirs in zip(told[request], decision, strict=True):
-                    assert mine == pytest.approx(theirs, abs=1e-4)
+                check_decision(told[request], decision)
             state["past"] = past + length
             if state["past"] == len(state["rows"]):
                 del live[request]
                 ended.add(request)
     assert len(set(told_of)) >= 3
     for runtime in engine.runtimes:
-        assert runtime.requests.names <= ended
+        assert runtime.roster.names <= ended
 
 
 def test_rows_that_nobody_steers_keep_their_bits(profiles, tmp_path) -> None:
@@ -99,7 +107,7 @@ def test_rows_that_nobody_steers_keep_their_bits(profiles, tmp_path) -> None:
         for layer in range(LAYERS):
             x = 0.9 * x + engine.bias[layer]
         assert torch.equal(found[name], x)
-    assert told["shut"][0] == [0.0]
+    assert [values for values, _ in told["shut"]] == [[0.0]]
     assert "off" not in told
 
 
@@ -108,15 +116,15 @@ def test_a_pass_without_requests_steers_nothing_and_moves_no_latch(profiles, tmp
     runtime = engine.runtimes[0]
     rows = random_rows(8, 5)
     engine.step([("one", 0, 4)], {"one": rows}, [asked("one", engine.extra("own", 1.0), 4)])
-    before = runtime.requests.values.clone(), runtime.requests.scores.clone()
+    before = runtime.roster.values.clone(), runtime.roster.scores.clone()
     runtime.rest()
     x = random_rows(engine.max_rows, 6)
     for layer in runtime.config.layers:
         y = x.clone()
         serve_(y, None, layer)
         assert torch.equal(x, y)
-    assert torch.equal(before[0], runtime.requests.values)
-    assert torch.equal(before[1], runtime.requests.scores)
+    assert torch.equal(before[0], runtime.roster.values)
+    assert torch.equal(before[1], runtime.roster.scores)
     found, told = engine.step([("one", 4, 4)], {"one": rows})
     expected, _ = engine.truth(rows, 4, "own", 1.0)
     torch.testing.assert_close(found["one"].double(), expected[4:], rtol=0, atol=2e-4)
@@ -134,21 +142,20 @@ def test_a_pass_without_requests_counts_in_no_mean(profiles, tmp_path, name) -> 
         torch.testing.assert_close(found["one"].double(), expected[past : past + length], rtol=0, atol=2e-4)
         assert ("one" in told) == (past == 6)
         if told:
-            for mine, theirs in zip(told["one"], decision, strict=True):
-                assert mine == pytest.approx(theirs, abs=1e-4)
-        before = runtime.requests.sums.clone()
+            check_decision(told["one"], decision)
+        before = runtime.roster.sums.clone()
         assert before.any()
         runtime.rest()
-        assert runtime.requests.tables.member.eq(-1).all()
+        assert runtime.roster.tables.member.eq(-1).all()
         for layer in runtime.config.layers:
             serve_(random_rows(engine.max_rows, 6), None, layer)
-        assert torch.equal(runtime.requests.sums, before)
+        assert torch.equal(runtime.roster.sums, before)
 
 
 def test_steps_that_only_answer_send_no_tables(profiles, tmp_path, monkeypatch) -> None:
     """Until something changes: who is in the step, in which order, how many rows, or a request starts over."""
     engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
-    tables = engine.runtimes[0].requests.tables
+    tables = engine.runtimes[0].roster.tables
     sent = []
     write = tables.write
     monkeypatch.setattr(tables, "write", lambda *args, **kwargs: (sent.append(1), write(*args, **kwargs)))
@@ -190,7 +197,7 @@ def test_steps_that_only_answer_send_no_tables(profiles, tmp_path, monkeypatch) 
 def test_tables_are_sent_where_an_answer_ceases_to_be_steered(profiles, tmp_path, monkeypatch) -> None:
     profiles = {**profiles, "short": replace(profiles["always"], answer_tokens=4)}
     engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
-    tables, sent = engine.runtimes[0].requests.tables, []
+    tables, sent = engine.runtimes[0].roster.tables, []
     write = tables.write
     monkeypatch.setattr(tables, "write", lambda *args, **kwargs: (sent.append(1), write(*args, **kwargs)))
     rows = {"a": random_rows(20, 1), "b": random_rows(20, 2)}
@@ -214,6 +221,24 @@ def test_tables_are_sent_where_an_answer_ceases_to_be_steered(profiles, tmp_path
     assert counts == [1, 1, 0, 0, 1, 0, 1, 0]
 
 
+def test_each_edit_of_a_stack_ends_for_itself(profiles, tmp_path, monkeypatch) -> None:
+    profiles = {**profiles, "short": replace(profiles["always"], answer_tokens=4)}
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    tables, sent = engine.runtimes[0].roster.tables, []
+    write = tables.write
+    monkeypatch.setattr(tables, "write", lambda *args, **kwargs: (sent.append(1), write(*args, **kwargs)))
+    rows = random_rows(20, 1)
+    truth = engine.truth(rows, 2, "own,short", 1.0)[0]
+    new, counts = [asked("a", engine.extra("own,short"), 2)], []
+    for past, length in ((0, 2), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (3, 1), (4, 1), (5, 1)):  # and once again
+        sent.clear()
+        found, _ = engine.step([("a", past, length)], {"a": rows}, new)
+        counts.append(len(sent))
+        torch.testing.assert_close(found["a"].double(), truth[past : past + length], rtol=0, atol=2e-4)
+        new = []
+    assert counts == [1, 1, 0, 0, 1, 0, 1, 0, 1]
+
+
 def test_decisions_wait_for_an_output_that_is_copied_beside_the_step(profiles, tmp_path) -> None:
     engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
     runtime = engine.runtimes[0]
@@ -226,11 +251,11 @@ def test_decisions_wait_for_an_output_that_is_copied_beside_the_step(profiles, t
         def get_output(self) -> Any:
             return SimpleNamespace(tokens=[1])
 
-    output = runtime.tell(Later())
+    output = runtime.report(Later())
     ready = output.get_output()
-    assert (ready.tokens, ready.steerfast) == ([1], {"one": ([], [])})
+    assert (ready.tokens, ready.steerfast) == ([1], {"one": [([], [])]})
     plain = SimpleNamespace()
-    assert runtime.tell(plain) is plain
+    assert runtime.report(plain) is plain
     assert not vars(plain)
 
 
@@ -277,14 +302,14 @@ def test_what_would_run_unsteered_stops(profiles, tmp_path) -> None:
     runtime = engine.runtimes[0]
     rows = {"one": random_rows(8, 1)}
     with pytest.raises(SteerfastError, match="slot that holds a profile, got 9"):
-        engine.step([("one", 0, 4)], rows, [asked("one", {**engine.extra("own"), "slot": 9}, 4)])
+        engine.step([("one", 0, 4)], rows, [asked("one", [{**engine.extra("own")[0], "slot": 9}], 4)])
     with pytest.raises(SteerfastError, match="'two': the last token of its prompt came from a cache"):
         engine.step([("two", 4, 4)], {"two": rows["one"]}, [asked("two", engine.extra("own"), 4)])
     for name, past in (("mean", 1), ("recent", 3)):  # which reads the last 4 of 6
         with pytest.raises(SteerfastError, match=f"'{name}': rows of its prompt, of which a gate reads the mean, came"):
             engine.step([(name, past, 2)], {name: rows["one"]}, [asked(name, engine.extra(name), 6)])
-    runtime._pending.clear()
-    runtime._seen.clear()
+    runtime._undecided.clear()
+    runtime._served.clear()
     runtime.step([], [], [], 2)
     serve_(torch.zeros(2, HIDDEN), None, runtime.config.layers[0])
     with pytest.raises(ArchitectureError, match=r"to steer layers \[0, 1, 2, 3, 4\], it did \[0\]"):
@@ -331,7 +356,7 @@ def recorder() -> Recorder:
 
 
 def steered(cls: type[nn.Module], at: int | None = 3) -> Any:
-    _wrap_forward(cls)
+    wrap_forward(cls)
     layer: Any = cls()
     if at is not None:
         layer.steerfast_layer, layer.steerfast_width, layer.steerfast_adds = at, 4, hasattr(layer, "norm")
@@ -406,4 +431,4 @@ def test_a_pass_without_a_runtime_is_refused() -> None:
 def test_an_unexpected_output_names_what_came() -> None:
     layer = steered(make_layer("one"))
     with pytest.raises(ArchitectureError, match="got NoneType"):
-        _serve_output(layer, None)
+        serve_output(layer, None)

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from steerfast.kernels.contract import Kinds
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.roster import reach
-from steerfast.runtime.tables import answer_rows
-from steerfast.vllm.assignment import Assignment
+from steerfast.runtime.span import EditSpan, Entry, answer_rows
+from steerfast.vllm.assignment import stack_to_extra
 from steerfast.vllm.config import KEY, ServingConfig, layers_of
 from steerfast.vllm.ops import serve_
-from steerfast.vllm.worker import Runtime
+from steerfast.vllm.worker import WorkerRuntime, WorkerShape
 
 LAYERS, HIDDEN = 5, 32  # as tiny_llama
 
@@ -31,7 +30,8 @@ class Engine:
     max_rows: int = 24
     max_requests: int = 4
     pair: bool = False
-    runtimes: list[Runtime] = field(init=False)
+    stack: int = 2
+    runtimes: list[WorkerRuntime] = field(init=False)
 
     def __post_init__(self) -> None:
         paths = {}
@@ -39,28 +39,30 @@ class Engine:
             paths[name] = str(self.folder / f"{name}.safetensors")
             profile.save(paths[name])
         layers = sorted(set().union(*map(layers_of, self.profiles.values())))
-        config = ServingConfig(paths, None, False, len(paths) + 1, tuple(layers), int(Kinds.ANY), None, "")
+        config = ServingConfig(
+            paths, None, False, len(paths) + 1, tuple(layers), int(Kinds.ANY), None, "", stack=self.stack
+        )
         model = next(iter(self.profiles.values())).model
         self.slots = {name: slot for slot, name in enumerate(paths)}
         self.bias = torch.randn(LAYERS, HIDDEN, generator=torch.Generator().manual_seed(0))
         self.runtimes = [
-            Runtime(
+            WorkerRuntime(
                 config,
                 model,
                 [layer for layer in stage if layer in layers],
                 torch.device("cpu"),
-                self.max_rows,
-                self.max_requests,
-                first=stage is self.stages[0],
-                last=stage is self.stages[-1],
+                WorkerShape(
+                    self.max_rows, self.max_requests, first=stage is self.stages[0], last=stage is self.stages[-1]
+                ),
             )
             for stage in self.stages
         ]
 
-    def extra(self, name: str | None, strength: float = 1.0) -> dict[str, Any]:
-        if name is None:
-            return Assignment(-1, 1.0, late=True, open=False).as_extra()
-        return Assignment(self.slots[name], strength, *reach(self.profiles[name])).as_extra()
+    def extra(self, name: str | None, strength: float = 1.0) -> list[dict[str, Any]]:
+        names = [] if name is None else name.split(",")
+        return stack_to_extra(
+            tuple(Entry(self.slots[each], strength, EditSpan.of(self.profiles[each])) for each in names)
+        )
 
     def step(
         self,
@@ -84,7 +86,7 @@ class Engine:
             assert tensors is None or KEY not in tensors.tensors
             x = self.forward(stage, x)
             tensors = runtime.launched(Sent({"hidden_states": x}))
-        output = self.runtimes[-1].tell(SimpleNamespace())
+        output = self.runtimes[-1].report(SimpleNamespace())
         ends = torch.tensor(lengths).cumsum(0).tolist()
         found = {name: x[end - length : end] for (name, _, length), end in zip(batch, ends, strict=True)}
         return found, getattr(output, "steerfast", {})
@@ -102,35 +104,42 @@ class Engine:
         return x
 
     def truth(self, rows: Tensor, prompt: int, name: str | None, strength: float) -> tuple[Tensor, Any]:
-        """All rows of a request through all layers, one at a time; its gate layers' values and scores."""
+        """All rows of a request through all layers, one at a time; each profile's gate values and scores."""
         x = rows.double()
-        profile = None if name is None else self.profiles[name]
-        told = {}
+        stack = [] if name is None else [self.profiles[each] for each in name.split(",")]
+        decided: list[dict[int, Any]] = [{} for _ in stack]
         for layer in range(LAYERS):
             x = 0.9 * x + self.bias[layer].double()
-            if profile is None:
-                continue
-            if layer in profile.gate_layers:
-                read = x[prompt - 1 : prompt]
-                if profile.gate.pooling == "mean":
-                    read = x[max(0, prompt - (profile.gate.window or prompt)) : prompt]
-                each = read @ profile.direction[layer].double()
-                if profile.gate.score == "cosine":
-                    each = each / read.norm(dim=1)
-                score = each.mean()
-                above = score - float(profile.threshold[layer])
-                sharp = profile.gate.sharpness
-                told[layer] = float(torch.sigmoid(sharp * above) if sharp else above > 0), float(score)
-                assert sharp or abs(float(above)) > 1e-4
-            gate = 1.0
-            if profile.gate.kind != "always":
-                gate = told.get(layer if profile.sensor == "own" else profile.sensor, (0.0,))[0]
-            first = prompt - 1 if profile.positions == "response" else 0
-            x[first : prompt + answer_rows(profile.answer_tokens)] += (
-                gate * strength * float(profile.strength[layer]) * profile.vector[layer].double()
-            )
-        decided = [told[layer] for layer in sorted(told)]
-        return x, ([value for value, _ in decided], [score for _, score in decided])
+            for profile, latch in zip(stack, decided, strict=True):
+                if layer in profile.gate_layers:
+                    latch[layer] = decision(profile, x, prompt, layer)
+            edits = torch.zeros_like(x)
+            for profile, latch in zip(stack, decided, strict=True):
+                gate = 1.0
+                if profile.gate.kind != "always":
+                    gate = latch.get(layer if profile.sensor == "own" else profile.sensor, (0.0,))[0]
+                first = prompt - 1 if profile.positions == "response" else 0
+                edits[first : prompt + answer_rows(profile.answer_tokens)] += (
+                    gate * strength * float(profile.strength[layer]) * profile.vector[layer].double()
+                )
+            x = x + edits
+        both = [[latch[layer] for layer in sorted(latch)] for latch in decided]
+        return x, [([value for value, _ in each], [score for _, score in each]) for each in both]
+
+
+def decision(profile: SteeringProfile, x: Tensor, prompt: int, layer: int) -> tuple[float, float]:
+    """The value and the score of a gate."""
+    read = x[prompt - 1 : prompt]
+    if profile.gate.pooling == "mean":
+        read = x[max(0, prompt - (profile.gate.window or prompt)) : prompt]
+    each = read @ profile.direction[layer].double()
+    if profile.gate.score == "cosine":
+        each = each / read.norm(dim=1)
+    score = each.mean()
+    above = score - float(profile.threshold[layer])
+    sharp = profile.gate.sharpness
+    assert sharp or abs(float(above)) > 1e-4
+    return float(torch.sigmoid(sharp * above) if sharp else above > 0), float(score)
 
 
 class Sent:
@@ -140,7 +149,7 @@ class Sent:
         self.tensors = tensors
 
 
-def asked(name: str, extra: dict[str, Any] | None, prompt: int) -> Any:
+def asked(name: str, extra: list[dict[str, Any]] | None, prompt: int) -> Any:
     parameters = SimpleNamespace(extra_args=None if extra is None else {KEY: extra})
     return SimpleNamespace(req_id=name, sampling_params=parameters, prompt_len=prompt)
 

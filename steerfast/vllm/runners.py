@@ -1,0 +1,157 @@
+"""The adapters of vLLM's workers and of its two model runners.
+
+A runner reports, shortly before a step's forward pass, which requests lie where in its rows (`_adapt`). The rest is the
+same for both: `steerfast.vllm.worker`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from steerfast.errors import SteerfastError
+from steerfast.vllm import compat
+from steerfast.vllm.compat import around
+from steerfast.vllm.config import ServingConfig, identity_of, splits_prompts
+from steerfast.vllm.layers import find_layers, sketch_of, steer_layers
+from steerfast.vllm.ops import activate
+from steerfast.vllm.worker import WorkerRuntime, WorkerShape
+
+__all__ = ["attach", "install"]
+
+
+def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
+    """Steer a model runner whose model is loaded.
+
+    Raises:
+        ArchitectureError: its model cannot be steered.
+        ProfileError: a profile is another model's.
+    """
+    compat.check_runner(runner)
+    vllm_config, model = runner.vllm_config, runner.get_model()
+    text_config = vllm_config.model_config.hf_text_config
+    identity = replace(identity_of(text_config), embedding_sketch=sketch_of(model, text_config.vocab_size))
+    here = steer_layers(find_layers(model, identity.num_layers), config.layers, identity.hidden_size)
+    scheduler, stage = vllm_config.scheduler_config, compat.get_pp_group()
+    graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    shape = WorkerShape(
+        max_rows=max(scheduler.max_num_batched_tokens, graphs),
+        max_requests=scheduler.max_num_seqs,
+        split=splits_prompts(vllm_config),
+        first=stage.is_first_rank,
+        last=stage.is_last_rank,
+    )
+    runtime = WorkerRuntime(config, identity, here, runner.device, shape)
+    runner.steerfast = runtime
+    if hasattr(runner, "model_memory_usage"):  # the KV cache gets the rest
+        runner.model_memory_usage += runtime.nbytes
+    _adapt(runner, runtime)
+    activate(runtime)
+    return runtime
+
+
+def _adapt(runner: Any, runtime: WorkerRuntime) -> None:
+    """Let a runner report its steps."""
+    (_adapt_v1 if compat.is_v1(runner) else _adapt_v2)(runner, runtime)
+    execute_model, sample_tokens = runner.execute_model, runner.sample_tokens
+
+    def execute(scheduled: Any, intermediate_tensors: Any = None, **kwargs: Any) -> Any:
+        run = partial(execute_model, scheduled, intermediate_tensors, **kwargs)
+        if kwargs.get("dummy_run"):
+            runtime.rest()
+            return run()
+        runtime.begin(scheduled)
+        if not scheduled.total_num_scheduled_tokens:
+            return run()
+        runtime.incoming = intermediate_tensors
+        return runtime.launched(run())
+
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        return runtime.report(sample_tokens(*args, **kwargs))
+
+    runner.execute_model, runner.sample_tokens = execute, sample
+
+
+def _adapt_v1(runner: Any, runtime: WorkerRuntime) -> None:
+    preprocess, dummy_run = runner._preprocess, runner._dummy_run
+
+    def steered_preprocess(scheduled: Any, num_input_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        names = list(batch.req_ids)
+        past = batch.num_computed_tokens_cpu[: len(names)]
+        lengths = np.fromiter(map(scheduled.num_scheduled_tokens.__getitem__, names), np.int64, len(names))
+        runtime.step(names, past, lengths, num_input_tokens)
+        return preprocess(scheduled, num_input_tokens, *args, **kwargs)
+
+    def steered_dummy_run(*args: Any, **kwargs: Any) -> Any:
+        runtime.rest()
+        return dummy_run(*args, **kwargs)
+
+    runner._preprocess, runner._dummy_run = steered_preprocess, steered_dummy_run
+
+
+def _adapt_v2(runner: Any, runtime: WorkerRuntime) -> None:
+    state = runner.model_state
+    preprocess_state = state.preprocess_state
+
+    def steered_preprocess_state(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime.step(
+            list(input_batch.req_ids),
+            input_batch.num_computed_tokens_np[: input_batch.num_reqs],
+            input_batch.num_scheduled_tokens[: input_batch.num_reqs],
+            input_batch.num_tokens_after_padding,
+        )
+        return preprocess_state(input_batch, *args, **kwargs)
+
+    state.preprocess_state = steered_preprocess_state
+
+
+def _runtime(worker: Any) -> WorkerRuntime:
+    runtime = getattr(worker.model_runner, "steerfast", None)
+    if runtime is None:
+        raise SteerfastError("worker: expected one that steers, got one that was not configured for it")
+    return runtime
+
+
+def steerfast_steers(worker: Any) -> bool:
+    """Return whether a worker steers, so that the engine notices one that does not."""
+    return getattr(worker.model_runner, "steerfast", None) is not None
+
+
+def steerfast_write(worker: Any, slot: int, path: str, checksum: str) -> str | None:
+    """See `WorkerRuntime.write`. Return the error as text: if a worker raises, vLLM drops the answers of others."""
+    try:
+        _runtime(worker).write(slot, path, checksum)
+    except Exception as error:
+        return str(error)
+    return None
+
+
+def steerfast_clear(worker: Any, slot: int) -> None:
+    """See `WorkerRuntime.clear`."""
+    _runtime(worker).clear(slot)
+
+
+def install() -> None:
+    """Let workers of configured engines steer, and answer `steerfast_*` of collective_rpc."""
+    for function in (steerfast_steers, steerfast_write, steerfast_clear):
+        setattr(compat.WorkerBase, function.__name__, function)
+
+    # init_worker would be too early: a worker's process loads its plugins in the middle of it.
+    @around("WorkerWrapperBase", "init_device")
+    def init_device(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        config = ServingConfig.of(self.vllm_config)
+        if config is not None:
+            load_model = self.worker.load_model
+
+            def steered_load_model(*args: Any, **kwargs: Any) -> Any:
+                loaded = load_model(*args, **kwargs)
+                attach(self.worker.model_runner, config)
+                return loaded
+
+            self.worker.load_model = steered_load_model
+        return result
