@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from steerfast.kernels import add_steer_rms_norm as norms
-from steerfast.kernels import gate as gates
-from steerfast.kernels import steer as edits
-from steerfast.kernels.contract import (
+from . import add_steer_rms_norm as norms
+from . import gate as gates
+from . import steer as edits
+from .contract import (
     FLOAT_DTYPES,
     SHARPNESS,
     TABLE_WIDTH,
@@ -25,8 +25,8 @@ from steerfast.kernels.contract import (
     Operands,
     Score,
 )
-from steerfast.kernels.edit_kinds import EDITS
-from steerfast.kernels.edits import reference_stream
+from .edit_kinds import EDITS
+from .edits import reference_stream
 
 _ROWS, _HIDDEN, _SEQUENCES, _EPS = 8, 576, 4, 1e-5
 # Float32 may lose this share of the sum of the terms of a row: 64 roundings of 2^-24.

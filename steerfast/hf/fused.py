@@ -1,13 +1,14 @@
 """Decoder layers whose residual adds, edits and norms are one op.
 
-A block's second add is read by the norm of the *next* block. So each place where an add meets the norm after it is a
-:class:`Seam`: it does both at once, hands the new residual stream on, and keeps the normalised rows for the norm that
-will ask for them. Whoever changes the residual stream in between (a hook, a move to another device) is noticed: the
-norm is then taken of what came. Only modules' classes change, and back; weights and their names stay.
+The norm of the *next* block reads a block's second add. So each add before a norm is a `FusedAdd`: it adds, steers and
+normalises at once, passes the new residual stream on, and keeps the normalised rows for the norm that will ask for
+them. If something else changes the residual stream in between (a hook, a move to another device), these rows are
+dropped and the norm is taken of the changed stream. Only the classes of modules change, and back; weights and their
+names stay.
 
-Fused are passes without gradients of models in eval mode. In others the same layers add, steer and normalise one after
-the other, differentiably. So they do under torch.compile, in plain torch: a compiler fuses adds, edits and norms by
-itself, and a model that nobody steers is the stock model's graph.
+Passes without gradients of models in eval mode are fused. In other passes the same layers add, steer and normalise one
+after the other, differentiably. So they do under torch.compile, in plain torch: a compiler fuses adds, edits and norms
+itself, and an unsteered model is the stock model's graph.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from steerfast.kernels.add_steer_rms_norm import add_scaled_torch, add_steer_rms
 from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Operands
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 
-__all__ = ["CompiledEdit", "Seam", "is_fused", "is_patched", "patch", "set_compiled_edit", "steer_layer", "unpatch"]
+__all__ = ["CompiledEdit", "FusedAdd", "is_fused", "is_patched", "patch", "set_compiled_edit", "steer_layer", "unpatch"]
 
 Steer = Callable[[int, Tensor, Tensor], Operands | None]
 """(layer, x, residual) -> what is edited, None: nothing. x, residual: [N, T, H]; the residual stream is their sum."""
@@ -62,7 +63,7 @@ def set_compiled_edit(edit: CompiledEdit | None) -> None:
     _compiled_edit = edit
 
 
-class Seam:
+class FusedAdd:
     """Where something is added to the residual stream, and the norm that reads the sum, if one does.
 
     Attributes:
@@ -157,7 +158,7 @@ def patch(model: nn.Module) -> nn.Module:
             )
     for index, layer in enumerate(decoder.layers):
         reader = getattr(layer, family.before_mlp) if family.before_mlp else None
-        inner, outer = Seam(index, reader, family), Seam(index, None, family)
+        inner, outer = FusedAdd(index, reader, family), FusedAdd(index, None, family)
         _swap(layer, _layer_forward, steerfast_inner=inner, steerfast_outer=outer)
         if reader is not None:
             _swap(reader, _norm_forward, steerfast_seam=inner)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import SteerfastError
+from steerfast.hf.compat import CONTINUOUS_BATCHING, check
 from steerfast.hf.latch import Latch
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Reach
@@ -122,6 +123,7 @@ def steered_manager(runs: PackedRuns, make: Callable[..., Any], /, *args: Any, *
     """
     from transformers import ContinuousBatchingConfig
 
+    check(CONTINUOUS_BATCHING)
     cached = _persistent(runs.model)
     if cached is not None and getattr(cached, "steerfast_runs", None) is not runs:
         raise SteerfastError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from steerfast.errors import SteerfastError
 from steerfast.hf import caches
 from steerfast.hf.calls import GENERATING, SteeredCalls
+from steerfast.hf.compat import CACHES, check
 from steerfast.hf.hooks import StepHooks
 from steerfast.hf.latch import Latch
 from steerfast.hf.packed import PackedRuns, forget_manager
@@ -70,7 +71,8 @@ class Steering:
         if profile is not None:
             slots.check("profile", profile)
         decoder.refuse_if_steered()
-        caches.argument(decoder.backbone)  # a decision has to have where to stay
+        caches.argument(decoder.backbone)  # refuses a model without a cache for decisions
+        check(CACHES)
         try:
             self._hooks.attach(model)
             if profile is not None:

@@ -26,6 +26,7 @@ from steerfast.runtime.tables import PackedRows, StepTables
 
 __all__ = ["Request", "Roster", "check_packed"]
 
+_MOST_STEPS = 256  # by their number of rows; each is cheap to make again
 _KEPT = 1 << 16  # decisions of ended requests; some 500 bytes each
 
 
@@ -302,6 +303,8 @@ class Roster:
             decisions = Decisions(self.values, self.scores, self.sums)
             deciders = self.deciders if deciding else None
             step = Step(reach, lambda _: self.bank, self.tables.of(width), self.tables.strength, decisions, deciders)
+            if len(self._steps) >= _MOST_STEPS:
+                self._steps.clear()
             known = self._steps[width, deciding] = (reach, step)
         return known[1]
 

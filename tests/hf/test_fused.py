@@ -19,7 +19,7 @@ import steerfast
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.hf import caches, fused
 from steerfast.hf.families import FAMILIES
-from steerfast.hf.fused import Seam, is_patched
+from steerfast.hf.fused import FusedAdd, is_patched
 from steerfast.hf.structure import find_decoder
 
 NAMES = [family.prefix for family in FAMILIES]
@@ -48,7 +48,7 @@ def same(actual: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(actual, expected, **_TIGHT)
 
 
-def every_seam(model: nn.Module) -> list[Seam]:
+def every_seam(model: nn.Module) -> list[FusedAdd]:
     layers = find_decoder(model).layers
     found = [*(layer.steerfast_inner for layer in layers), *(layer.steerfast_outer for layer in layers)]
     assert len(found) == 2 * len(layers)
@@ -57,19 +57,19 @@ def every_seam(model: nn.Module) -> list[Seam]:
 
 def fused_norms(model: nn.Module, run: Callable[[], Any]) -> int:
     """How many norms were taken together with their add while `run` ran."""
-    count, take = 0, Seam.take
+    count, take = 0, FusedAdd.take
 
-    def counting(self: Seam, stream: Tensor) -> Tensor | None:
+    def counting(self: FusedAdd, stream: Tensor) -> Tensor | None:
         nonlocal count
         normed = take(self, stream)
         count += normed is not None
         return normed
 
-    Seam.take = counting  # type: ignore[method-assign]
+    FusedAdd.take = counting  # type: ignore[method-assign]
     try:
         run()
     finally:
-        Seam.take = take  # type: ignore[method-assign]
+        FusedAdd.take = take  # type: ignore[method-assign]
     return count
 
 

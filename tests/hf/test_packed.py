@@ -538,7 +538,7 @@ def test_cancelled_requests(llama: Any, truth: Truth, make_profile: MakeProfile)
         for name in ("goes", "waits"):
             manager.cancel_request(name)
         held.step(2)
-        assert manager.steerfast_slots == {manager.steerfast_steering.of_requests(1, one)[0][0]}
+        assert manager.steerfast_slots == {manager.steerfast_runs.roster.of_requests(1, one)[0][0].slot}
         manager.add_request(prompt(7), "goes", steering=one)
         manager.add_request(prompt(8), "waits", steering=other)
         held.release()
