@@ -11,8 +11,9 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from steerfast._seams import Seam
 
 __all__ = ["PATHS", "SEAMS", "TESTED", "Seam", "around", "check", "check_runner", "check_version", "is_v1"]
 
@@ -76,59 +77,6 @@ def __getattr__(name: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "-"):
             raise  # something that vLLM itself misses
         raise _unsupported(PATHS[name], "found none") from error
-
-
-@dataclass(frozen=True)
-class Seam:
-    """A method or an attribute of vLLM that steerfast wraps, calls or sets.
-
-    owner: a key of `PATHS`, a class. name: of the method or attribute.
-    parameters: names of the method's first parameters, in order; "*" at the end: more may follow. None: an attribute.
-    why: what steerfast does with it.
-    """
-
-    owner: str
-    name: str
-    parameters: tuple[str, ...] | None
-    why: str
-
-    @property
-    def path(self) -> str:
-        """Module, class and name, with dots."""
-        return f"{PATHS[self.owner].replace(':', '.')}.{self.name}"
-
-    def check(self, owner: type | None = None) -> None:
-        """Raise AttributeError where the installed vLLM differs.
-
-        Args:
-            owner: the class to look at, a subclass of the one in the table. Default: the one in the table.
-        """
-        owner = __getattr__(self.owner) if owner is None else owner
-        if self.parameters is None:
-            if not _has_attribute(owner, self.name):
-                raise _unsupported(self.path, "found none", self.why)
-            return
-        try:
-            method = inspect.getattr_static(owner, self.name)
-        except AttributeError:
-            raise _unsupported(self.path, "found none", self.why) from None
-        found = list(inspect.signature(method).parameters)  # of the original, where it is wrapped
-        first = [name for name in self.parameters if name != "*"]
-        if found[: len(first)] != first or (len(found) > len(first) and self.parameters[-1] != "*"):
-            expected = ", ".join(self.parameters)
-            raise _unsupported(f"{self.path}({expected})", f"got ({', '.join(found)})", self.why)
-
-
-def _has_attribute(owner: type, name: str) -> bool:
-    """Whether the class or a base of it has the attribute, declares it, or names it in a method."""
-    if hasattr(owner, name):
-        return True
-    for each in owner.__mro__:
-        methods = (getattr(inspect.unwrap(member), "__code__", None) for member in vars(each).values())
-        named = any(name in code.co_names for code in methods if code is not None)
-        if named or name in getattr(each, "__annotations__", {}):
-            return True
-    return False
 
 
 def _unsupported(expected: str, got: str, why: str = "imported") -> AttributeError:
@@ -249,7 +197,19 @@ RUNNER_SEAMS = (
 def check(seams: Iterable[Seam] = SEAMS) -> None:
     """Raise AttributeError at the first seam that the installed vLLM does not have as expected."""
     for seam in seams:
-        seam.check()
+        check_seam(seam)
+
+
+def check_seam(seam: Seam, owner: type | None = None) -> None:
+    """Raise AttributeError where the installed vLLM differs from a seam.
+
+    Args:
+        owner: the class to look at, a subclass of the table's class. Default: the table's class.
+    """
+    difference = seam.difference(__getattr__(seam.owner) if owner is None else owner)
+    if difference is not None:
+        path = f"{PATHS[seam.owner].replace(':', '.')}.{seam.expected}"
+        raise _unsupported(path, difference, seam.why)
 
 
 def is_v1(runner: Any) -> bool:
@@ -265,7 +225,7 @@ def check_runner(runner: Any) -> None:
         owners = {"RunnerV2": type(runner), "ModelState": type(runner.model_state)}
     for seam in RUNNER_SEAMS:
         if seam.owner in owners:
-            seam.check(owners[seam.owner])
+            check_seam(seam, owners[seam.owner])
 
 
 @functools.cache
@@ -295,7 +255,7 @@ def around(owner: str, name: str) -> Callable[[F], F]:
     seam = next((seam for seam in SEAMS if (seam.owner, seam.name) == (owner, name)), None)
     if seam is None or seam.parameters is None:
         raise KeyError(f"{owner}.{name}: expected a method in steerfast.vllm.compat.SEAMS")
-    seam.check()
+    check_seam(seam)
     cls = __getattr__(owner)
 
     def put(function: F) -> F:
