@@ -121,6 +121,15 @@ def test_a_request_names_a_profile_and_a_strength(client: openai.OpenAI, expect:
     assert chat(client, HARMFUL, steering="safety", steering_strength=0) == expect(HARMFUL)
 
 
+def test_a_request_names_a_stack(client: openai.OpenAI, oracle: Oracle, profiles: Any) -> None:
+    """Both gates decide each for its own, with a strength each."""
+    stack = [profiles["safety"], profiles["tone"]]
+    for prompt in (HARMFUL, HARMLESS):
+        tokens, _ = oracle.answer_of_stack(oracle.prompt(prompt), stack, (1.0, 0.5), TOKENS)
+        text = oracle.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert chat(client, prompt, steering="safety,tone", steering_strength="1,0.5") == text
+
+
 def test_off_is_nobody(client: openai.OpenAI, expect: Any) -> None:
     assert chat(client, HARMFUL, steering="off") == expect(HARMFUL)
 
