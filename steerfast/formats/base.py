@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steerfast.errors import ProfileError
 from steerfast.profile import EDITS, Gate, ModelIdentity, SteeringProfile
+from steerfast.profile.checks import check_one_of
 
 # A vector for each of 126 layers of 16384 is 8 MB, its JSON 45 MB.
 MOST_BYTES = 256 << 20
@@ -71,6 +72,7 @@ class ImportOptions:
     name: str = "imported"
 
     def __post_init__(self) -> None:
+        check_one_of("edit", self.edit, EDITS)
         if self.gate is None and self.gate_kind in ("prompt", "token"):
             raise ProfileError(f"gate_kind: expected a gate with it, got {self.gate_kind!r} without a gate")
         if self.sharpness is not None and (self.gate is None or self.gate_kind == "always"):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steerfast._files import content_checksum, write_atomically
 from steerfast.errors import OutputError, ProfileError
-from steerfast.profile import FORMAT_VERSION, Gate, ModelIdentity, SteeringProfile
+from steerfast.profile import EDITS, FORMAT_VERSION, Gate, ModelIdentity, SteeringProfile
 from steerfast.profile import file as profile_file
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -408,7 +408,7 @@ def spoiled(tensor: Tensor, where: tuple[int, ...], value: float) -> Tensor:
             "abstain of layer 2: expected at most its threshold, 0, got 0.25",
         ),
         (lambda p: {"direction": 2 * p.direction}, "direction of layer 0: expected unit norm, got norm 2"),
-        (lambda p: {"edit": "erase"}, "edit: expected one of add, ablate, clamp, keep_norm, rotate, got 'erase'"),
+        (lambda p: {"edit": "erase"}, f"edit: expected one of {', '.join(EDITS)}, got 'erase'"),
         (lambda p: {"edit": "clamp"}, "low, high: a clamp expects at least one limit, got none"),
         (lambda p: {"edit": "clamp", "low": 2.0, "high": 1.5}, "low: expected at most high, 1.5, got 2"),
         (lambda p: {"edit": "clamp", "low": math.inf}, "low: expected a number or -inf, got inf"),
