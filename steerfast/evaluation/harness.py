@@ -230,12 +230,12 @@ def _score_batch(
 
     # `generate` calls this in place of its own loop: so steering knows where each prompt ends.
     def score(model: Any, input_ids: Tensor, **given: Any) -> Tensor:
-        prefill = step(batch.ids, batch.mask, batch.positions, caches.found(given), logits_to_keep=1)
+        prefill = step(batch.ids, batch.mask, batch.positions, caches.cache_in(given), logits_to_keep=1)
         later = None
         if width:
             owner = torch.tensor(owners, device=batch.ids.device)
             ids, valid = _padded(texts, width, pad_token_id, batch.ids.device)
-            cache = caches.found(prefill)
+            cache = caches.cache_in(prefill)
             cache.batch_select_indices(owner)
             mask = torch.cat([batch.mask[owner], valid], dim=1)
             positions = batch.mask.sum(dim=1)[owner, None] + torch.arange(width, device=ids.device)

@@ -166,7 +166,7 @@ class HFBackend:
         config: Any = self.model.config
         with self._prompt_row() as row:
             output, last = self._pass(DynamicCache(config=config), torch.tensor([root.prompt], device=self.device))
-        cache = caches.found(output)
+        cache = caches.cache_in(output)
         if not caches.splits(cache):
             raise ArchitectureError(f"model: expected keys and values that grow by a token, got {type(cache).__name__}")
         for number, layer in enumerate(cache.layers):
@@ -288,7 +288,7 @@ class HFBackend:
             chosen: the tokens, int64 [m]. tokens: the length of the answers with them.
         """
         output, last = self._pass(rows.cache, chosen[:, None])
-        return _OpenRows(caches.found(output), output.logits[:, -1], latent.grow(rows.hidden, last, tokens))
+        return _OpenRows(caches.cache_in(output), output.logits[:, -1], latent.grow(rows.hidden, last, tokens))
 
     def _pass(self, cache: DynamicCache, ids: Tensor) -> tuple[Any, Tensor]:
         """Return the output for ids [m, t], and the last hidden states float32 [m, H] at the last tokens."""
