@@ -1,13 +1,13 @@
 """Decoder layers whose residual adds, edits and norms are one op.
 
-The norm of the *next* block reads a block's second add. A :class:`Seam` joins an add with the norm after it: it runs
-both in one op, returns the new residual stream, and keeps the normalised rows for the norm. If something changes the
-residual stream in between (a hook, a move to another device), the norm notices and computes its rows. A patch changes
-only the classes of modules; weights and their names stay.
+A block's second add is read by the norm of the *next* block. So each place where an add meets the norm after it is a
+:class:`Seam`: it does both at once, hands the new residual stream on, and keeps the normalised rows for the norm that
+will ask for them. Whoever changes the residual stream in between (a hook, a move to another device) is noticed: the
+norm is then taken of what came. Only modules' classes change, and back; weights and their names stay.
 
-Passes in eval mode without gradients are fused. In other passes the same layers add, steer and normalise one after the
-other, differentiably. Under torch.compile they do so in plain torch: the compiler fuses adds, edits and norms, and the
-graph of an unsteered model is that of the stock model.
+Fused are passes without gradients of models in eval mode. In others the same layers add, steer and normalise one after
+the other, differentiably. So they do under torch.compile, in plain torch: a compiler fuses adds, edits and norms by
+itself, and a model that nobody steers is the stock model's graph.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def set_compiled_edit(edit: CompiledEdit | None) -> None:
 
 
 class Seam:
-    """Join an add to the residual stream with the norm that reads the sum, if there is one.
+    """Where something is added to the residual stream, and the norm that reads the sum, if one does.
 
     Attributes:
         steer: decides the step's gates and returns the edit; None: no edit. Set by `steer_layer`.

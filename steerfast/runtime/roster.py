@@ -227,7 +227,7 @@ class Roster:
             return latch[..., 0] if self.stack == 1 else latch
 
     def bounds(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """Return prompt lengths, and the first rows after the edited ones, of these requests: int64 [2, n]."""
+        """Return the prompt's length of these requests, and the first row of each that is edited no more: [2, n]."""
         with self._lock:
             requests = [self._requests[name] for name in names]
         ends = [(request.prompt_length, request.edit_end) for request in requests]

@@ -202,7 +202,7 @@ class Repeat:
 
         Args:
             past: [n], rows of each sequence before the step. prompts: [n], the prompt's length.
-            ends: [n], the first row after the edited ones.
+            ends: [n], the first row that is edited no more.
         """
         if not (past >= prompts).all():
             return None
