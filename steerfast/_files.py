@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and safetensors files that say when they were damaged."""
+"""Write files whole or not at all, and safetensors files with a checksum."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEY = "steerfast"  # of the safetensors metadata that holds the header
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a crash, never meets half a file.
 
-    A device or a pipe (``/dev/stdout``) is written to as it is, never replaced by a file.
+    A device or a pipe (``/dev/stdout``) is written to directly, never replaced by a file.
 
     Raises:
         OutputError: the folder does not exist or cannot be written.
@@ -53,7 +53,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def content_checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over JSON data and tensors on the CPU, their names, dtypes and shapes included."""
+    """Return a SHA-256 over JSON data and CPU tensors, with their names, dtypes and shapes."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -75,13 +75,13 @@ def write_checked(path: str | os.PathLike[str], header: Mapping[str, Any], tenso
 def read_checked(
     path: str | os.PathLike[str], kind: str, version: int, error: type[SteerfastError]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file that `write_checked` wrote.
+    """Return header and tensors of a file that `write_checked` wrote.
 
     Args:
-        kind: what the file is called where it is wrong. version: what its header says as ``format``.
+        kind: the name of this kind of file in errors. version: the expected ``format`` of its header.
 
     Raises:
-        error: missing, truncated, without a header, of another format, a wrong checksum.
+        error: the file is missing or truncated, has no header, another format or a wrong checksum.
     """
     source = Path(path)
     if not source.is_file():

@@ -1,10 +1,10 @@
-"""Errors of steerfast. Each message names the argument, what was expected, and what came."""
+"""Errors of steerfast. Each message names the argument, the expected value and the actual value."""
 
 from __future__ import annotations
 
 
 class SteerfastError(Exception):
-    """Base class of every error that steerfast raises on purpose."""
+    """Base class of all errors that steerfast raises on purpose."""
 
 
 class ProfileError(SteerfastError, ValueError):
@@ -20,11 +20,11 @@ class ArchitectureError(SteerfastError, ValueError):
 
 
 class OutputError(SteerfastError, OSError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written to the requested place."""
 
 
 class GuardError(SteerfastError, ValueError):
-    """A guard cannot run as asked: a limit out of range, a scorer or critic that is missing or of another model."""
+    """A guard cannot run: a limit is out of range, or a scorer or critic is missing or of another model."""
 
 
 class JudgeError(SteerfastError, RuntimeError):

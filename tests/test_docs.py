@@ -1,4 +1,4 @@
-"""What the README and docs/ tell to type: commands take the options they are given, Python runs on tiny models."""
+"""Run what the README and docs/ show: commands accept their options, Python runs on tiny models."""
 
 from __future__ import annotations
 
@@ -127,6 +127,8 @@ def here(
         "loaded_model": copy.deepcopy(tiny_llama),
         "profile": profile,
         "other": make_profile(tiny_llama, tiny_tokenizer, layers=[1], seed=1),
+        "safety": profile,
+        "tone": make_profile(tiny_llama, tiny_tokenizer, layers=[1, 2], seed=2),
         "prompts": prompts,
         "batch": dict(tiny_tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt", **options)),
     }
@@ -146,6 +148,14 @@ def test_patched_model(here: dict[str, Any]) -> None:
     again = steerfast.AutoSteeredModelForCausalLM.from_pretrained("folder")
     answers = [model.generate(**here["batch"], max_new_tokens=8) for model in (here["model"], again)]
     assert torch.equal(*answers)
+
+
+def test_stacks(here: dict[str, Any]) -> None:
+    (block,) = (code for code in blocks("python.md", "python") if "[safety, tone]]" in code)
+    model = here["loaded_model"]
+    model.generation_config.max_new_tokens = 4
+    with steerfast.steer(model, None):
+        exec(block, {**here, "model": model})
 
 
 def test_readme_packed(here: dict[str, Any], tiny_llama: Any) -> None:
@@ -193,19 +203,20 @@ def test_images(here: dict[str, Any], make_profile: Callable[..., SteeringProfil
 
 
 def test_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    from steerfast.kernels.contract import TABLE_WIDTH, Norm
+    from steerfast.kernels.contract import Norm
+    from steerfast.runtime.bank import Bank
 
     (block,) = (code for code in blocks("python.md", "python") if "add_steer_rms_norm" in code)
     signature, warmed = inspect.signature(steerfast.warmup), []
     monkeypatch.setattr(steerfast, "warmup", lambda *args, **options: warmed.append(signature.bind(*args, **options)))
     x, rows = torch.randn(2, 8), torch.tensor([[0, -1], [1, -1]], dtype=torch.int32)
     numbers = {"values": torch.ones(2, 1), "strength": torch.ones(2, 1), "eps": 1e-6, "norm": Norm.LLAMA}
-    bank = (torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(1, TABLE_WIDTH))
-    names = {"x": x, "residual": x, "weight": torch.ones(8), "rows": rows, **numbers, "bank_of_layer": bank}
+    bank = {"bank": Bank(num_layers=1, hidden_size=8, slots=1), "layer": 0}
+    names = {"x": x, "residual": x, "weight": torch.ones(8), "rows": rows, **numbers, **bank}
     names["steerfast"] = steerfast
     exec(block, names)
     assert torch.equal(names["residual"], 2 * x)
-    assert len(warmed) == 1  # with arguments that it takes; itself it is for a GPU
+    assert len(warmed) == 1  # with valid arguments; the call itself needs a GPU
 
 
 def test_evaluation_from_python(here: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _isa() -> tuple[str | None, str | None]:
-    """The C++ ops' instruction set, or what is wrong with the one that was asked for."""
+    """Return the C++ ops' instruction set, and the reason if the requested one cannot be used."""
     from steerfast import _native
 
     try:

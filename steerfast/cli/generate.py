@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 _TEMPERATURE = 0.7
 
 Decided = Callable[[], Iterable[tuple[bool, bool]]]
-"""Of each prompt of the last batch, whether it fired and whether it is undecided."""
+"""Return for each prompt of the last batch whether it fired and whether it is undecided."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are decoded: greedily, or sampled from `seed` on where there is a temperature."""
+    """Hold how answers are decoded: greedily, or with a temperature sampled from `seed` on."""
 
     max_new_tokens: int
     temperature: float | None
     seed: int
 
     def arguments(self) -> dict[str, Any]:
-        """For `generate` of transformers."""
+        """Return the arguments for `generate` of transformers."""
         if self.temperature is None:
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         return {"max_new_tokens": self.max_new_tokens, "do_sample": True, "temperature": self.temperature}
@@ -95,12 +95,12 @@ def command(
         return _answers(model, tokenizer, ids, decoding, options["batch_size"], what, decided)
 
     with steerfast.steer(model, profile, strength, tokenizer=tokenizer) as steering:
-        steered, decided = answer(
+        answers, decisions = answer(
             "steered", lambda: zip(steering.fired.tolist(), steering.undecided.tolist(), strict=True)
         )
     results: list[dict[str, Any]] = [
         {"prompt": text, "fired": fired, "undecided": undecided, "steered": said}
-        for text, (fired, undecided), said in zip(texts, decided, steered, strict=True)
+        for text, (fired, undecided), said in zip(texts, decisions, answers, strict=True)
     ]
     if options["compare"]:
         for result, said in zip(results, answer("unsteered")[0], strict=True):
@@ -129,9 +129,9 @@ def _answers(
     what: str,
     decided: Decided | None,
 ) -> tuple[list[str], list[tuple[bool, bool]]]:
-    """Answers to `prompts`, and what `decided` says of each batch after it: which fired, which are undecided.
+    """Return answers to `prompts`, and for each prompt whether it fired and whether it is undecided.
 
-    Every batch starts from its own seed, so that the unsteered run draws the same numbers as the steered one.
+    Every batch has its own seed, so that unsteered and steered runs draw the same numbers.
     """
     import torch
 
@@ -147,9 +147,9 @@ def _answers(
         output = model.generate(  # type: ignore[operator]
             input_ids=batch.ids, attention_mask=batch.mask, pad_token_id=padding, **decoding.arguments()
         )
-        said = tokenizer.batch_decode(output[:, batch.ids.shape[1] :], skip_special_tokens=True)
-        told = decided() if decided is not None else [(False, False)] * len(said)
-        for index, text, flag in zip(batch.indices, said, told, strict=True):
+        decoded = tokenizer.batch_decode(output[:, batch.ids.shape[1] :], skip_special_tokens=True)
+        decisions = decided() if decided is not None else [(False, False)] * len(decoded)
+        for index, text, flag in zip(batch.indices, decoded, decisions, strict=True):
             answers[index], flags[index] = text.strip(), flag
     return answers, flags
 

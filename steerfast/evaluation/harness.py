@@ -26,7 +26,7 @@ _NORMAL_95 = 1.959964  # standard errors on either side of a mean
 
 
 class AnswerScore(NamedTuple):
-    """The natural log-likelihood of each token of an answer, and whether greedy decoding would choose the answer."""
+    """Hold the natural log-likelihood of each token of an answer, and whether greedy decoding chooses the answer."""
 
     log_likelihoods: list[float]
     greedy: bool
@@ -228,14 +228,14 @@ def _score_batch(
         placed = {"position_ids": positions} if has_positions else {}
         return forward(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name: cache}, **placed, **options)
 
-    # `generate` calls this in place of its own loop: so steering knows where each prompt ends.
+    # `generate` calls this instead of its loop, so that steering knows where each prompt ends.
     def score(model: Any, input_ids: Tensor, **given: Any) -> Tensor:
-        prefill = step(batch.ids, batch.mask, batch.positions, caches.found(given), logits_to_keep=1)
+        prefill = step(batch.ids, batch.mask, batch.positions, caches.cache_in(given), logits_to_keep=1)
         later = None
         if width:
             owner = torch.tensor(owners, device=batch.ids.device)
             ids, valid = _padded(texts, width, pad_token_id, batch.ids.device)
-            cache = caches.found(prefill)
+            cache = caches.cache_in(prefill)
             cache.batch_select_indices(owner)
             mask = torch.cat([batch.mask[owner], valid], dim=1)
             positions = batch.mask.sum(dim=1)[owner, None] + torch.arange(width, device=ids.device)

@@ -46,7 +46,7 @@ _WARM = 3  # calls before the clock runs; a compiled step records its CUDA graph
 
 @dataclass(frozen=True)
 class Result:
-    """A system's figures for one batch size and prompt length.
+    """Hold a system's figures for one batch size and prompt length.
 
     ttft_ms, tpot_ms: medians of the prefill with its token, and of a decode step; p99_ms: of a decode step.
     peak_bytes: most memory during both, other contents included: on CUDA allocated by torch, on Linux resident in the

@@ -246,7 +246,7 @@ def _line(number: int) -> dict[str, str]:
 
 
 def _bars(figure: Any, result: Mapping[str, Any], key: str, sets: Sequence[str]) -> None:
-    """A panel for each set, a bar for each system."""
+    """Draw a panel for each set, a bar for each system."""
     systems = result["systems"]
     columns = {1: 1, 2: 2, 4: 2}.get(len(sets), 3)
     rows = -(-len(sets) // columns)

@@ -45,7 +45,7 @@ class LearnOptions:
             `steerfast.judging.refusal.is_refusal_strict`, are left out.
         refusal: a text to learn instead. Default without a sibling: `steerfast.fitting.extract.FORCED_REFUSAL`.
         layer: the decoder block to whose output the vector is added. Default: the sensor, which saves a second pass
-            over prompts; the middle layer where there is none.
+            over prompts; the middle layer without one.
         positions: where the vector is added, see `SteeringProfile`; it holds for the positions of its lessons.
         max_norm: largest norm of the vector, as a share of the mean norm of the layer's rows.
         steps: batches of `batch_size` prompts to learn from; the prompts come round again where there are fewer.

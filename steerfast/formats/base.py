@@ -30,7 +30,7 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class Condition:
-    """A gate from a file: it opens where the cosine of the row and `direction` exceeds `threshold`.
+    """Hold a gate from a file: it opens where the cosine of the row and `direction` exceeds `threshold`.
 
     layer: 0-based block whose output is read.
     direction: float32 [H], not zero.
@@ -48,7 +48,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """How the vectors of a file become a profile.
+    """Hold how the vectors of a file become a profile.
 
     layers: 0-based blocks to steer, in place of the file's own choice.
     strength: of every steered layer, in place of the file's.
@@ -81,7 +81,7 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class Imported:
-    """The content of another project's file.
+    """Hold the content of another project's file.
 
     vectors: 0-based block whose output is edited -> float32 [H], residual-stream units. -1 stands for the embeddings,
         which some projects edit and no profile does.
@@ -212,7 +212,7 @@ def _in_rows(values: Mapping[int, Tensor] | Mapping[int, float], rows: Tensor) -
 
 @dataclass(frozen=True)
 class ExportRows:
-    """The rows that a profile adds where its gate is open, ready to be written: strength times vector.
+    """Hold the rows that a profile with an open gate adds, ready to write: strength times vector.
 
     rows: 0-based block -> float32 [H], ascending.
     notes: facts that the other project's users need, and losses.

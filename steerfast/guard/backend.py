@@ -155,7 +155,7 @@ class HFBackend:
 
     @torch.inference_mode()
     def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
-        """As `Backend.start`; one pass over the prompt, whatever `n` is.
+        """Start as `Backend.start`, with one pass over the prompt for any `n`.
 
         Raises:
             GuardError: an empty prompt, or one longer than the context.
@@ -166,7 +166,7 @@ class HFBackend:
         config: Any = self.model.config
         with self._prompt_row() as row:
             output, last = self._pass(DynamicCache(config=config), torch.tensor([root.prompt], device=self.device))
-        cache = caches.found(output)
+        cache = caches.cache_in(output)
         if not caches.splits(cache):
             raise ArchitectureError(f"model: expected keys and values that grow by a token, got {type(cache).__name__}")
         for number, layer in enumerate(cache.layers):
@@ -181,7 +181,7 @@ class HFBackend:
     def extend(
         self, candidates: Candidates, block: int, sampling: Sampling | None = None, penalty: Tensor | None = None
     ) -> tuple[list[list[int]], Tensor, Tensor]:
-        """As `Backend.extend`.
+        """Extend as `Backend.extend`.
 
         Raises:
             GuardError: a block below 1, or past the model's context.
@@ -238,7 +238,7 @@ class HFBackend:
 
     @torch.inference_mode()
     def append(self, candidates: Candidates, tokens: Sequence[int]) -> None:
-        """As `Backend.append`, a pass per token: a steering reads several tokens at once as another prompt."""
+        """Append one token per pass: a steering reads several tokens at once as another prompt."""
         for token in tokens:
             chosen = torch.full((len(candidates),), token, device=self.device)
             candidates.state = self._forward(candidates.state, chosen, candidates.length + 1)
@@ -248,7 +248,7 @@ class HFBackend:
 
     @torch.inference_mode()
     def branch(self, candidates: Candidates, index: Sequence[int], ordinals: Sequence[int] | None = None) -> Candidates:
-        """As `Backend.branch`. Keys and values are copied where the rows change, else when one of the two grows."""
+        """Branch as `Backend.branch`. Keys and values are copied if the rows change, otherwise when one copy grows."""
         new = branch_of(candidates, index, ordinals)
         row_of = (~candidates.finished).cumsum(0) - 1
         rows = row_of[torch.as_tensor(index, dtype=torch.long)[~new.finished]]
@@ -258,7 +258,7 @@ class HFBackend:
 
     @torch.inference_mode()
     def join(self, parts: Sequence[Candidates]) -> Candidates:
-        """As `Backend.join`."""
+        """Join as `Backend.join`."""
         if len(parts) == 1:
             return parts[0]
         new = union_of(parts)
@@ -288,7 +288,7 @@ class HFBackend:
             chosen: the tokens, int64 [m]. tokens: the length of the answers with them.
         """
         output, last = self._pass(rows.cache, chosen[:, None])
-        return _OpenRows(caches.found(output), output.logits[:, -1], latent.grow(rows.hidden, last, tokens))
+        return _OpenRows(caches.cache_in(output), output.logits[:, -1], latent.grow(rows.hidden, last, tokens))
 
     def _pass(self, cache: DynamicCache, ids: Tensor) -> tuple[Any, Tensor]:
         """Return the output for ids [m, t], and the last hidden states float32 [m, H] at the last tokens."""

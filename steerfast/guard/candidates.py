@@ -25,7 +25,7 @@ _NUCLEUS = 1024  # tokens in which top_p is looked for before the whole vocabula
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: by temperature, top_k and top_p, applied in that order, as transformers does.
+    """Hold how a token is drawn: by temperature, top_k and top_p, applied in that order, as transformers does.
 
     temperature: 0 takes the likeliest token. top_k: 0 means all tokens. top_p: 1 means all tokens.
     processors: a transformers ``LogitsProcessorList`` (or any callable of token ids [n, T] and logits [n, V]) that is

@@ -59,7 +59,7 @@ class Trained:
 
 
 class _Opening:
-    """A backend whose answers all open with the same words, which count as generated, and may end with them."""
+    """Open all answers of a backend with the same words; they count as generated, and may end with them."""
 
     def __init__(self, backend: Backend, opening: Sequence[int], ended: bool) -> None:
         self._backend, self._opening, self._ended = backend, list(opening), ended

@@ -204,7 +204,7 @@ class _Counts:
 
 
 class Search:
-    """The engine.
+    """Run the search.
 
     Args:
         cost, reward: scorers; without a reward all answers are worth the same.

@@ -1,7 +1,7 @@
 """Model classes whose decoder layers are fused and that carry their steering.
 
 ``SteeredLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with fused layers, and so on for each of
-`steerfast.hf.families` and each multimodal class listed here; the classes are made when they are first asked for.
+`steerfast.hf.families` and each multimodal class listed here. A class is made at its first use.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from steerfast.hf.steering import Steering, steer
 from steerfast.profile import SteeringProfile
 
 PROFILE_FILE = Path("steerfast", "profile.safetensors")
-"""Where save_pretrained puts the profile. In a folder of its own, because engines load each safetensors file beside a
-config as weights."""
+"""Where save_pretrained writes the profile. Its folder is separate: engines load safetensors files beside a config as
+weights."""
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "gguf_file")
 
 
 class SteeredModel:
-    """What all steered classes add to the transformers class they extend.
+    """Add steering to a transformers class.
 
     Attributes:
         steering: the attached `Steering`, None before `steer`.
@@ -35,7 +35,7 @@ class SteeredModel:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        return False  # or transformers would not translate the weights' names in checkpoints, as it does for its own
+        return False  # otherwise transformers does not translate the weights' names in checkpoints
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -55,11 +55,10 @@ class SteeredModel:
 
         Args:
             pretrained_model_name_or_path: a folder or hub id, as for the stock class.
-            steering: a profile or its file. Default: the one that `save_pretrained` put beside the weights, if any.
+            steering: a profile or its file. Default: the profile beside the weights (`save_pretrained`), if any.
             strength: multiplies the profile's strengths.
-            tokenizer: where given, it is checked against the one the profile was made with.
-            args, kwargs: as for the stock class: dtype, device_map, attn_implementation, quantization_config, revision
-                and so on.
+            tokenizer: if given, it has to match the profile's tokenizer.
+            args, kwargs: as for the stock class: dtype, device_map, attn_implementation, quantization_config, ...
 
         Raises:
             ProfileError: the profile cannot be read, belongs to another model, or steers no layer.
@@ -73,7 +72,7 @@ class SteeredModel:
         return loaded
 
     def steer(self, profile: SteeringProfile | None, strength: float = 1.0, *, tokenizer: Any = None) -> Steering:
-        """Attach `profile` in place of the one attached before; errors as `steerfast.steer`, and then nothing changes.
+        """Replace the attached profile by `profile`. Errors are those of `steerfast.steer`; they change nothing.
 
         None: steer only the calls of `generate` that name a profile.
         """
@@ -95,21 +94,22 @@ class SteeredModel:
             self.steering = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the stock class, steered.
+        """Run `generate` of the stock class, steered.
 
         Args:
-            steering: optional: a profile for this call, or a list with one per prompt; None: not steered.
-            steering_strength: optional: a number for this call, or a list with one per prompt.
+            steering: optional: a profile for this call, or a list with an entry per prompt: a profile, a stack of
+                profiles, or None (not steered).
+            steering_strength: optional: a number for this call, or a list with an entry per prompt.
             args, kwargs: as for the stock class.
         """
         return self._call("generate", args, kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate_batch` of the stock class, steered; arguments as for `generate`."""
+        """Run `generate_batch` of the stock class, steered; arguments as for `generate`."""
         return self._call("generate_batch", args, kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock manager of continuous batching, whose requests are steered."""
+        """Return the stock manager of continuous batching; its requests are steered."""
         return self._call("init_continuous_batching", args, kwargs)
 
     def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -138,11 +138,11 @@ class SteeredModel:
 
 
 class _AutoSteeredModel:
-    """Picks the steered class by the checkpoint's config. Not instantiated.
+    """Pick the steered class by the checkpoint's config. Not instantiated.
 
     Class attributes:
-        _loader: transformers' class that picks the stock one.
-        _stock: the stock class for each config's model type; the steered one extends it.
+        _loader: transformers' class that picks the stock class.
+        _stock: the stock class of each model type.
     """
 
     _loader: ClassVar[str]
@@ -163,8 +163,8 @@ class _AutoSteeredModel:
     ) -> Any:
         """Load a checkpoint with fused layers where its family is known, and attach a profile.
 
-        Models of other families, and those that bring their own code (trust_remote_code), keep their layers and are
-        steered by hooks on them; their `steering` is a `Steering` even without a profile. Arguments and errors:
+        Models of other families, and models with remote code (trust_remote_code), keep their layers. Hooks steer them,
+        and their `steering` is a `Steering` even without a profile. Arguments and errors:
         `SteeredModel.from_pretrained`.
         """
         import transformers
@@ -189,7 +189,7 @@ class _AutoSteeredModel:
     def from_config(
         cls, config: Any, *, steering: SteeringProfile | None = None, strength: float = 1.0, **kwargs: Any
     ) -> Any:
-        """A model with random weights, of the steered class where the config's family is known."""
+        """Return a model with random weights, of the steered class if the config's family is known."""
         import transformers
 
         steered = cls._steered(config)
@@ -204,23 +204,22 @@ class _AutoSteeredModel:
 
     @classmethod
     def _steered(cls, config: Any) -> Any:
-        """The steered class of a config; None where its layers cannot be fused."""
+        """Return the steered class of a config; None: its layers cannot be fused."""
         stock = cls._stock.get(getattr(config, "model_type", ""))
         return _class_of(stock) if stock and config.get_text_config().model_type in _FUSED else None
 
 
 class AutoSteeredModelForCausalLM(_AutoSteeredModel):
-    """Picks the steered class of a language model by the checkpoint's config. Not instantiated."""
+    """Pick the steered class of a language model by the checkpoint's config. Not instantiated."""
 
     _loader = "AutoModelForCausalLM"
     _stock: ClassVar = {family.model_type: f"{family.prefix}ForCausalLM" for family in FAMILIES}
 
 
 class AutoSteeredModelForImageTextToText(_AutoSteeredModel):
-    """Picks the steered class of a model that reads images and text by the checkpoint's config. Not instantiated.
+    """Pick the steered class of a model that reads images and text by the checkpoint's config. Not instantiated.
 
-    The layers of the language model inside, of whichever family, are fused and steered; those of the vision model are
-    left alone.
+    The layers of the language model are fused and steered; those of the vision model stay stock.
     """
 
     _loader = "AutoModelForImageTextToText"
@@ -237,7 +236,7 @@ _STOCK = {*AutoSteeredModelForCausalLM._stock.values(), *AutoSteeredModelForImag
 
 
 def _profile(given: Any, source: str | os.PathLike[str], options: dict[str, Any]) -> SteeringProfile | None:
-    """The profile that was given, or the one beside the weights."""
+    """Return the given profile, or the profile beside the weights."""
     if given is None:
         from transformers.utils import cached_file
 
@@ -267,7 +266,7 @@ def _class_of(stock: str) -> Any:
 
         attributes = {"__module__": __name__, "__doc__": f"transformers' {stock}, steered."}
         globals()[name] = type(name, (SteeredModel, getattr(transformers, stock)), attributes)
-        # How checkpoints name the weights is found by the config's model type, but for some by the name of the class.
+        # transformers maps the weights' names in checkpoints by model type, and for some models by class name.
         mapping = conversion_mapping.get_checkpoint_conversion_mapping(stock)
         if mapping is not None:
             conversion_mapping.register_checkpoint_conversion_mapping(name, mapping, overwrite=True)

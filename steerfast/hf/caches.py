@@ -1,6 +1,6 @@
-"""Find the cache in a model's arguments and outputs; take some sequences from them and put them back; take a pass back.
+"""Find the cache in a model's arguments and outputs, run some of its sequences again, and undo a pass.
 
-For the second pass over prompts whose gate fired, see `steerfast.hf.steering`.
+`steerfast.hf.second_pass` needs this for prompts whose gate fired.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError
 
-__all__ = ["argument", "found", "merged", "rewind", "rewinds", "select", "splits"]
+__all__ = ["argument", "cache_in", "merge", "rewind", "rewinds", "select", "splits"]
 
 _NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 
 def argument(model: nn.Module) -> str:
-    """What the forward of a model, or of its backbone, calls the cache of keys and values.
+    """Return the argument name of the KV cache in the forward of a model or its backbone.
 
     Raises:
-        ArchitectureError: it takes none, or one that does not count tokens: a state of linear attention alone.
+        ArchitectureError: the forward takes no cache, or the cache does not count tokens (linear attention alone).
     """
     from transformers import DynamicCache
 
@@ -40,8 +40,8 @@ def argument(model: nn.Module) -> str:
     return name
 
 
-def found(values: Mapping[str, Any]) -> Any:
-    """The cache among a forward's arguments or outputs, by either name; None where there is none."""
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments or outputs of a forward, or None."""
     for name in _NAMES:
         if (cache := values.get(name)) is not None:
             return cache
@@ -49,7 +49,7 @@ def found(values: Mapping[str, Any]) -> Any:
 
 
 def splits(cache: Any) -> bool:
-    """Whether sequences can be taken from a cache and put back: plain keys and values that grow."""
+    """Return whether a cache can give up and take back sequences: it holds plain keys and values that grow."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     layers = getattr(cache, "layers", None)
@@ -57,7 +57,7 @@ def splits(cache: Any) -> bool:
 
 
 def select(name: str, value: Any, index: Tensor, count: int) -> Any:
-    """The argument `name` of a backbone for some of its `count` sequences."""
+    """Return the argument `name` of a backbone for the sequences of `index`, out of `count`."""
     if isinstance(value, dict):
         return {key: select(name, one, index, count) for key, one in value.items()}
     if hasattr(value, "batch_select_indices"):
@@ -72,8 +72,8 @@ def select(name: str, value: Any, index: Tensor, count: int) -> Any:
     return value.index_select(dimension, index.to(value.device))
 
 
-def merged(first: Any, second: Any, index: Tensor, count: int) -> Any:
-    """The outputs, or caches, of all sequences with some of them taken from a second pass."""
+def merge(first: Any, second: Any, index: Tensor, count: int) -> Any:
+    """Return outputs or caches of all `count` sequences; those of `index` come from a second pass."""
     if isinstance(first, Tensor):
         if first.dim() == 0 or first.shape[0] != count:
             return first
@@ -84,15 +84,15 @@ def merged(first: Any, second: Any, index: Tensor, count: int) -> Any:
             old.values = old.values.index_copy(0, index.to(old.values.device), new.values)
         return first
     if isinstance(first, dict):  # transformers' outputs, too
-        parts: Any = {key: merged(value, second[key], index, count) for key, value in first.items()}
+        parts: Any = {key: merge(value, second[key], index, count) for key, value in first.items()}
         return type(first)(**parts)
     if isinstance(first, (tuple, list)):
-        return type(first)(merged(a, b, index, count) for a, b in zip(first, second, strict=True))
+        return type(first)(merge(a, b, index, count) for a, b in zip(first, second, strict=True))
     return first
 
 
 def rewinds(cache: Any, width: int) -> bool:
-    """Whether a pass over `width` tokens of all sequences can be taken back: caches of a fixed size write in place."""
+    """Return whether a cache can undo a pass over `width` tokens: it has a fixed size and writes in place."""
     from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
     return all(
@@ -103,12 +103,12 @@ def rewinds(cache: Any, width: int) -> bool:
 
 
 def _keeps(past: int, width: int, window: int) -> bool:
-    """Whether a sliding window still holds all it held before `width` more tokens came."""
+    """Return whether a sliding window loses nothing when `width` tokens come."""
     return past == 0 or past + width <= window
 
 
 def rewind(cache: Any, lengths: list[int]) -> None:
-    """Let each layer of a cache hold as many tokens as it did; see `rewinds`."""
+    """Set each layer of a cache back to its earlier number of tokens; see `rewinds`."""
     for layer, length in zip(cache.layers, lengths, strict=True):
         layer.cumulative_length.fill_(length)
         if hasattr(layer, "cumulative_length_int"):

@@ -1,7 +1,7 @@
-"""What is particular to each architecture whose decoder layers can be fused. A new family is one line here and a test.
+"""The model families whose decoder layers can be fused. A new family is one line here and a test.
 
-A block adds to the residual stream twice, each time as ``stream + after(module(before(stream)))``; a family says which
-of its attributes are ``before`` and ``after`` of the attention and of the MLP.
+A block adds to the residual stream twice, each time as ``stream + after(module(before(stream)))``. A family names the
+attributes that are ``before`` and ``after`` for the attention and the MLP.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from steerfast.kernels.contract import Norm
 
 @dataclass(frozen=True)
 class Family:
-    """Names in one architecture's modules. None: the block has no such module.
+    """Name the modules of one architecture. None: the block has no such module.
 
     before_attention, before_mlp: the RMSNorm that reads the residual stream.
     after_attention, after_mlp: a norm or dropout between the module and the residual add.
     norm: how its RMSNorm rounds; eps: the attribute that holds its epsilon.
-    text: whether its plain name stands for the multimodal model, and the language model's config is a part of that.
+    text: the plain name means the multimodal model; its config contains the config of the language model.
     """
 
     folder: str
@@ -36,17 +36,17 @@ class Family:
 
     @property
     def model_type(self) -> str:
-        """What the config of its language models calls them."""
+        """The model type in the config of the language model."""
         return f"{self.folder}_text" if self.text else self.folder
 
     @property
     def attributes(self) -> set[str]:
-        """The modules that a layer of this family has, all of them."""
+        """All modules that a layer of this family has."""
         optional = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
         return {"self_attn", "mlp"} | {name for name in optional if name is not None}
 
     def check(self, index: int, layer: nn.Module) -> None:
-        """Raise ArchitectureError where a layer is not built as declared, naming the layer and the attribute."""
+        """Raise ArchitectureError with layer and attribute if a layer is not built as declared."""
         built = {name for name, _ in layer.named_children()}
         for name in sorted(self.attributes ^ built):
             what = "has no" if name in self.attributes else "has an undeclared"
@@ -61,6 +61,7 @@ class Family:
                 self.check_norm(f"layer {index}.{reader}", layer.get_submodule(reader))
 
     def check_norm(self, place: str, norm: nn.Module) -> None:
+        """Raise ArchitectureError if a norm lacks its weight or epsilon."""
         for attribute in ("weight", self.eps):
             if not hasattr(norm, attribute):
                 raise ArchitectureError(f"model: {place} ({type(norm).__name__}) has no {attribute!r}")
@@ -96,17 +97,17 @@ FAMILIES = (
         norm=Norm.VLLM,
     ),
 )
-"""Families with causal language models of their own; multimodal models are built of their layers, too."""
+"""Families that have causal language models. Multimodal models use their layers, too."""
 
 MULTIMODAL_FAMILIES = (
     Family("qwen2_vl", "Qwen2VL", text=True),
     Family("qwen2_5_vl", "Qwen2_5_VL", text=True),
 )
-"""Families whose layers only multimodal models are built of."""
+"""Families that have only multimodal models."""
 
 
 def family_of(layer: type) -> Family | None:
-    """The family that a decoder layer's class belongs to; None: none that can be fused."""
+    """Return the family of a decoder layer's class; None: the layer cannot be fused."""
     for parent in layer.__mro__:
         for family in (*FAMILIES, *MULTIMODAL_FAMILIES):
             if parent.__name__ == f"{family.prefix}DecoderLayer" and parent.__module__.startswith(

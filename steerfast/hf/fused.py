@@ -31,17 +31,17 @@ from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 __all__ = ["CompiledEdit", "FusedAdd", "is_fused", "is_patched", "patch", "set_compiled_edit", "steer_layer", "unpatch"]
 
 Steer = Callable[[int, Tensor, Tensor], Operands | None]
-"""(layer, x, residual) -> what is edited, None: nothing. x, residual: [N, T, H]; the residual stream is their sum."""
+"""(layer, x, residual) -> operands of the edit, or None. x, residual: [N, T, H]; the residual stream is their sum."""
 
 
 class CompiledEdit(NamedTuple):
-    """Say what a compiled model adds in a step in which no gate decides and all edits are latched additions.
+    """Hold the edit of a compiled model for a step without deciding gates, with latched additions only.
 
-    All three tensors stay where they are: a CUDA graph reads them there, and copies nothing.
+    All three tensors keep their addresses: a CUDA graph reads them there, and copies nothing.
 
     Attributes:
-        rows: int32 [rows, 1 + K], as the ops take them.
-        scales: float32 [layers, rows, K], by which the slots of each row multiply their vectors.
+        rows: int32 [rows, 1 + K], as for the ops.
+        scales: float32 [layers, rows, K], factors of the slots' vectors in each row.
         vectors: [layers, slots, H].
     """
 
@@ -54,10 +54,10 @@ _compiled_edit: CompiledEdit | None = None
 
 
 def set_compiled_edit(edit: CompiledEdit | None) -> None:
-    """Set what the layers of a model that is being traced add from here on; None: their seams say.
+    """Set the edit of the layers of a model that is being traced; None: ask their seams.
 
-    A variable that the trace itself has set needs no guard where it is read. A seam's attribute would be guarded in
-    each layer, before every step: 190 us of 42 ms with 30 layers.
+    A variable that the trace sets needs no guard. A seam's attribute would be guarded in each layer before every step:
+    190 us of 42 ms with 30 layers.
     """
     global _compiled_edit
     _compiled_edit = edit
@@ -67,7 +67,7 @@ class FusedAdd:
     """Where something is added to the residual stream, and the norm that reads the sum, if one does.
 
     Attributes:
-        steer: decides the step's gates and says what is edited; None: nobody does. Set by `steer_layer`.
+        steer: decides the step's gates and returns the edit; None: no edit. Set by `steer_layer`.
     """
 
     __slots__ = ("_eps", "_kind", "_normed", "_stream", "_version", "layer", "norm", "steer")
@@ -83,7 +83,7 @@ class FusedAdd:
         self._version: int | None = None
 
     def add(self, x: Tensor, residual: Tensor, fuse: bool) -> Tensor:
-        """The residual stream x + residual, steered: [N, T, H]."""
+        """Return the residual stream x + residual, steered: [N, T, H]."""
         traced = torch.compiler.is_compiling()
         if not traced:
             x, residual = x.contiguous(), residual.contiguous()
@@ -95,7 +95,7 @@ class FusedAdd:
                     operands = self.steer(self.layer, x, residual)
             else:  # entering the context takes longer than the decision
                 operands = self.steer(self.layer, x, residual)
-        if traced:  # a compiler fuses this with the norm by itself, so nothing is handed on
+        if traced:  # the compiler fuses this with the norm, so the seam keeps nothing
             return residual + x if operands is None else add_steer_torch(x, residual, operands)
         differentiable = grad and (x.requires_grad or residual.requires_grad)
         if fuse and not differentiable and (weight := self._weight(x, residual, grad)) is not None:
@@ -112,7 +112,7 @@ class FusedAdd:
         return stream
 
     def take(self, stream: Tensor) -> Tensor | None:
-        """The normalised rows of this very residual stream, once; None where there are none of it."""
+        """Return the normalised rows of this very tensor, once; None: the seam holds none of it."""
         waiting, normed = self._stream, self._normed
         if waiting is None:
             return None
@@ -122,26 +122,26 @@ class FusedAdd:
         return None if torch.is_grad_enabled() and stream.requires_grad else normed
 
     def _weight(self, x: Tensor, residual: Tensor, grad: bool) -> Tensor | None:
-        """The norm's weight where the op may read it: it may lie on other devices, or be offloaded."""
+        """Return the norm's weight, or None if the op cannot read it: wrong device or dtype, or offloaded."""
         if self.norm is None:
             return None
-        weight = self.norm._parameters.get("weight")  # the module's own look-up takes as long as the rest of this
+        weight = self.norm._parameters.get("weight")  # a module's attribute look-up takes as long as the rest
         if weight is None or is_distributed(weight) or (grad and weight.requires_grad):
             return None
-        # Of another dtype than x, some stock norms change that of x.
+        # With a weight of another dtype, some stock norms change the dtype of x.
         alike = x.dtype == residual.dtype == weight.dtype and x.device == residual.device == weight.device
         return weight if alike else None
 
 
 def patch(model: nn.Module) -> nn.Module:
-    """Turn the decoder layers of a loaded HuggingFace model into fused ones, in place.
+    """Fuse the decoder layers of a loaded HuggingFace model, in place.
 
     Returns:
-        The model. `unpatch` turns it back; `isinstance`, parameters and their names stay what they are.
+        The model. `unpatch` undoes this; `isinstance`, parameters and their names stay.
 
     Raises:
-        ArchitectureError: the layers belong to no known family, or are not built as it declares; nothing is changed.
-        SteerfastError: the model is patched, or steered: detach first.
+        ArchitectureError: the layers belong to no known family, or are not built as it declares. Nothing changes then.
+        SteerfastError: the model is already patched, or steered: detach first.
     """
     decoder = find_decoder(model)
     decoder.refuse_if_steered()
@@ -151,7 +151,7 @@ def patch(model: nn.Module) -> nn.Module:
     final = _final_norm(decoder, family)
     for index, layer in enumerate(decoder.layers):
         family.check(index, layer)
-    for name, module in _swapped(decoder, family, final):
+    for name, module in _patch_targets(decoder, family, final):
         if _is_replaced(module):
             raise ArchitectureError(
                 f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first"
@@ -174,7 +174,7 @@ def patch(model: nn.Module) -> nn.Module:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Turn a patched model back into the stock one, in place; it is returned.
+    """Turn a patched model back into the stock model, in place, and return it.
 
     Raises:
         SteerfastError: the model is not patched, or steered: detach first.
@@ -183,28 +183,28 @@ def unpatch(model: nn.Module) -> nn.Module:
     if not is_patched(model):
         raise SteerfastError("model: expected a patched one, got one that is not")
     for name, module in model.named_modules():
-        if _made_by(module) is not None and _is_replaced(module):
+        if _forward_maker(module) is not None and _is_replaced(module):
             raise SteerfastError(
                 f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first"
             )
     for module in model.modules():
-        if _made_by(module) is not None:
+        if _forward_maker(module) is not None:
             _swap_back(module)
     return model
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether the decoder layers of the model are fused."""
-    return any(_made_by(module) is not None for module in model.modules())
+    """Return whether the decoder layers of the model are fused."""
+    return any(_forward_maker(module) is not None for module in model.modules())
 
 
 def is_fused(layer: nn.Module) -> bool:
-    """Whether a decoder layer has a seam at which its output is added up."""
-    return _made_by(layer) in (_layer_forward, _steered_layer_forward)
+    """Return whether a decoder layer is fused, so that a seam adds its output."""
+    return _forward_maker(layer) in (_layer_forward, _steered_layer_forward)
 
 
 def steer_layer(layer: Any, steer: Steer | None) -> None:
-    """Let `steer` say what is edited at the seam of a fused layer; None: nobody."""
+    """Let `steer` edit at the outer seam of a fused layer; None: no edit."""
     layer.steerfast_outer.steer = steer
     _swap(layer, _layer_forward if steer is None else _steered_layer_forward)
 
@@ -213,17 +213,17 @@ def steer_layer(layer: Any, steer: Steer | None) -> None:
 
 
 def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
-    """A decoder layer's forward. That nobody steers it is known here, which spares a compiler a look at the seam."""
+    """Return a decoder layer's forward. `steered` is fixed in it, so that a compiler need not read the seam."""
     family, names = family_of(stock), list(inspect.signature(stock.forward).parameters)[2:]
     assert family is not None
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
             kwargs |= dict(zip(names, args, strict=False))
-        traced = torch.compiler.is_compiling()  # what is read here in vain is guarded once per layer
+        traced = torch.compiler.is_compiling()  # a compiler guards each attribute read below, per layer
         fuse = not traced and not self.training
-        if not traced and self._forward_pre_hooks and _change_unseen():
-            hidden_states = hidden_states.view_as(hidden_states)  # not the stream whose norm was taken
+        if not traced and self._forward_pre_hooks and _changes_uncounted():
+            hidden_states = hidden_states.view_as(hidden_states)  # another tensor, so that no seam recognises it
         x = hidden_states
         if family.before_attention is not None:
             x = getattr(self, family.before_attention)(x)
@@ -234,16 +234,16 @@ def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
         if family.before_mlp is not None:
             x = getattr(self, family.before_mlp)(x)
         x = self.mlp(x)
-        if isinstance(x, tuple):  # some mixtures of experts also return what their router said
+        if isinstance(x, tuple):  # some mixtures of experts also return router logits
             x = x[0]
         if family.after_mlp is not None:
             x = getattr(self, family.after_mlp)(x)
         if traced and not steered:
             return stream + x
         if traced and (edit := _compiled_edit) is not None and edit.rows.device == x.device:
-            layer = self.self_attn.layer_idx  # which the attention has guarded
+            layer = self.self_attn.layer_idx  # the attention has guarded it already
             return add_scaled_torch(x, stream, edit.rows, edit.scales[layer], edit.vectors[layer])
-        if not traced and self._forward_hooks and _change_unseen():
+        if not traced and self._forward_hooks and _changes_uncounted():
             fuse = False
         return self.steerfast_outer.add(x, stream, fuse)
 
@@ -259,7 +259,7 @@ def _norm_forward(stock: Any) -> Callable[..., Tensor]:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         normed = None if torch.compiler.is_compiling() else self.steerfast_seam.take(x)
-        if normed is None or (self._forward_pre_hooks and _change_unseen()):
+        if normed is None or (self._forward_pre_hooks and _changes_uncounted()):
             return stock_forward(self, x)
         return normed
 
@@ -268,23 +268,24 @@ def _norm_forward(stock: Any) -> Callable[..., Tensor]:
 
 @functools.cache
 def _class(make_forward: Callable[[Any], Callable[..., Tensor]], stock: Any) -> Any:
-    """`stock`, a module's class, with the forward that is made for it; the same class every time.
+    """Return a subclass of `stock`, a module's class, with the forward made for it; the same class every time.
 
-    It keeps its name: transformers and accelerate choose modules by the name of their class. And it has itself what a
-    compiler looks for in each layer: it would guard that no class has it before the one where it was found.
+    It keeps its name: transformers and accelerate choose modules by class name. It holds the attributes that a compiler
+    reads in each layer: for an inherited one the compiler would guard every class on the way to it.
     """
-    found = {name: getattr(stock, name) for name in _LOOKED_FOR if hasattr(stock, name)}
-    made = {"forward": make_forward(stock), "steerfast_made_by": make_forward, "__reduce_ex__": _reduce}
-    return type(stock.__name__, (stock,), {"__module__": stock.__module__, "__call__": _call(stock), **found, **made})
+    read = {name: getattr(stock, name) for name in _COMPILER_READS if hasattr(stock, name)}
+    made = {"forward": make_forward(stock), "steerfast_forward_maker": make_forward, "__reduce_ex__": _reduce}
+    return type(stock.__name__, (stock,), {"__module__": stock.__module__, "__call__": _call(stock), **read, **made})
 
 
-_LOOKED_FOR = ("_call_impl", "_compiled_call_impl", "gradient_checkpointing")
+_COMPILER_READS = ("_call_impl", "_compiled_call_impl", "gradient_checkpointing")
 
 
 def _call(stock: Any) -> Any:
-    """The `__call__` of a module's class. In some versions of transformers a layer's asks for gradient checkpointing,
-    which is for training, and goes on by super(): behind that Dynamo cannot see that nothing in the layer has changed,
-    and checks all of it before each step.
+    """Return the `__call__` of a module's class.
+
+    In some versions of transformers a layer's `__call__` checks for gradient checkpointing, then calls super(). Dynamo
+    cannot see through super() that the layer is unchanged, and checks all of it before each step.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -298,19 +299,19 @@ def _call(stock: Any) -> Any:
     return call
 
 
-def _made_by(module: nn.Module) -> Callable[[Any], Callable[..., Tensor]] | None:
-    """What made the forward of a patched module; None: the module is not patched."""
-    return getattr(type(module), "steerfast_made_by", None)
+def _forward_maker(module: nn.Module) -> Callable[[Any], Callable[..., Tensor]] | None:
+    """Return the function that made a patched module's forward; None: the module is not patched."""
+    return getattr(type(module), "steerfast_forward_maker", None)
 
 
 def _stock(module: nn.Module) -> Any:
-    """The class that a module has, or had before it was patched."""
-    return type(module) if _made_by(module) is None else type(module).__base__
+    """Return the class that a module has, or had before the patch."""
+    return type(module) if _forward_maker(module) is None else type(module).__base__
 
 
 def _reduce(module: Any, protocol: Any) -> Any:
     # A class made at run time cannot be found by name again: rebuild it from the class it extends.
-    return _rebuild, (_made_by(module), _stock(module)), module.__dict__
+    return _rebuild, (_forward_maker(module), _stock(module)), module.__dict__
 
 
 def _rebuild(make_forward: Any, stock: Any) -> Any:
@@ -332,8 +333,9 @@ def _swap_back(module: nn.Module) -> None:
 
 
 def _rewire(module: Any) -> None:
-    """Where accelerate has put a function of its own before the module's forward, let it call the new one; where it
-    took that off, it left the class's forward on the module, which would hide the new one.
+    """Make accelerate's wrapper around a module's forward call the new forward.
+
+    Without its wrapper, accelerate leaves the old class's forward on the module. Remove it: it would hide the new one.
     """
     if "_old_forward" in vars(module):
         module._old_forward = type(module).forward.__get__(module)
@@ -342,31 +344,31 @@ def _rewire(module: Any) -> None:
 
 
 def _is_replaced(module: Any) -> bool:
-    """Whether someone put another forward on the module than its class's: whichever class it had would not matter."""
+    """Return whether the module has a forward that is not its class's, so that a new class would change nothing."""
     own = vars(module).get("_old_forward", vars(module).get("forward"))
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def _swapped(decoder: Decoder, family: Family, final: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that a patch turns into fused ones, by name."""
+def _patch_targets(decoder: Decoder, family: Family, final: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules that a patch changes, with their names."""
     readers = [name for name in (family.before_attention, family.before_mlp) if name is not None]
     norms = [(f"layer {i}.{name}", getattr(layer, name)) for i, layer in enumerate(decoder.layers) for name in readers]
     return [*((f"layer {i}", layer) for i, layer in enumerate(decoder.layers)), *norms, ("norm", final)]
 
 
 def _version(stream: Tensor) -> int | None:
-    """How often it was changed in place; None where nobody counts, see `_change_unseen`."""
+    """Return how often a tensor changed in place; None: torch does not count, see `_changes_uncounted`."""
     return None if stream.is_inference() else stream._version
 
 
-def _change_unseen() -> bool:
-    """Whether hooks may change the residual stream in place and no version would tell."""
+def _changes_uncounted() -> bool:
+    """Return whether hooks may change the residual stream in place without a new version."""
     return torch.is_inference_mode_enabled()
 
 
 @functools.lru_cache(maxsize=64)
 def _idle(device: torch.device, sequences: int, tokens: int, hidden_size: int) -> Operands:
-    """Operands of rows that nobody steers."""
+    """Return the operands of unsteered rows."""
     with torch.inference_mode(False):
         record = torch.zeros(sequences * tokens, 1, dtype=torch.int32, device=device)
         empty = torch.zeros(0, 0, device=device)

@@ -1,4 +1,4 @@
-"""Padded batches of prompts and greedy answers to them: one way for fitting, judging and generating."""
+"""Make padded batches of prompts, and greedy answers to them, for fitting, judging and generating."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from steerfast.text.encoding import pad_token
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """indices: places of the rows in the caller's list; ids, mask: int64 [N, T]; last: int64 [N], last valid column."""
+    """Hold N padded prompts.
+
+    indices: their places in the caller's list. ids, mask: int64 [N, T]. last: int64 [N], the last valid columns.
+    """
 
     indices: list[int]
     ids: Tensor
@@ -40,7 +43,7 @@ def batches(
     pad_token_id: int,
     device: torch.device,
 ) -> Iterator[PromptBatch]:
-    """Padded batches of `sequences`, longest first (so that memory runs out at once, if it does)."""
+    """Yield padded batches of `sequences`, the longest first: if memory is too small, the first batch fails."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -56,12 +59,13 @@ def batches(
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter."""
     return next(model.parameters()).device
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while the context lasts; then every module has its own mode again."""
+    """Put the model in evaluation mode within the context, and restore every module's mode after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -82,17 +86,17 @@ def greedy_answers(
     description: str | None = None,
     after: Callable[[PromptBatch], None] | None = None,
 ) -> list[list[int]]:
-    """Greedy answers of the model as it stands (steered or not): token ids without the prompt and the end token.
+    """Return greedy answers of the model, steered or not: token ids without the prompt and the end token.
 
-    `after` is called when a batch is answered; a steering attached still holds what its gates decided.
+    `after` is called after each batch; an attached steering still holds the decisions of its gates.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     work = list(batches(prompts, batch_size, "left", pad_token(tokenizer), device_of(model)))
     with evaluating(model):
         for batch in track(work, description or "", show=description is not None):
             inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
-            found = greedy_batch(model, tokenizer, inputs, max_new_tokens)
-            for index, answer in zip(batch.indices, found, strict=True):
+            batch_answers = greedy_batch(model, tokenizer, inputs, max_new_tokens)
+            for index, answer in zip(batch.indices, batch_answers, strict=True):
                 answers[index] = answer
             if after is not None:
                 after(batch)
@@ -100,7 +104,7 @@ def greedy_answers(
 
 
 def greedy_batch(model: nn.Module, tokenizer: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> list[list[int]]:
-    """`greedy_answers` to one batch: `inputs` are what the model reads, left-padded, with ``input_ids`` among them."""
+    """Return `greedy_answers` to one batch. `inputs` are the model's inputs, left-padded, ``input_ids`` among them."""
     generate: Any = model.generate
     output = generate(
         **inputs,
@@ -116,6 +120,7 @@ def greedy_batch(model: nn.Module, tokenizer: Any, inputs: Mapping[str, Any], ma
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Return the token ids that end an answer."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     listed = ends if isinstance(ends, (list, tuple)) else [ends]

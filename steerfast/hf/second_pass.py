@@ -70,11 +70,11 @@ class SecondPass:
         if not chosen:
             return output
         if self.lengths is not None:  # its sequences cannot be told apart: all again, and shut gates change nothing
-            caches.rewind(caches.found(self.given), self.lengths)
+            caches.rewind(caches.cache_in(self.given), self.lengths)
             return reread(self.given, plan, latch, self.valid)
         count, index = len(plan.stacks), torch.tensor(chosen, device=self.valid.device)
         given = {name: caches.select(name, value, index, count) for name, value in self.given.items()}
         latch = latch.copy()
         latch.select(index)
         second = reread(given, plan.select(chosen), latch, self.valid[index])
-        return caches.merged(output, second, index, count)
+        return caches.merge(output, second, index, count)

@@ -121,7 +121,7 @@ class Stepper:
             ArchitectureError: the call has no tokens, or a mask of an unknown form.
             SteerfastError: the cache holds decisions of another number of sequences.
         """
-        tokens, cache = tokens_of(given), caches.found(given)
+        tokens, cache = tokens_of(given), caches.cache_in(given)
         if tokens is None:
             raise ArchitectureError(f"model: {type(module).__name__} was called without input_ids or inputs_embeds")
         if self.repeats(tokens, cache):

@@ -22,7 +22,7 @@ STEERED_MARK = "_steerfast_steered"
 class Decoder:
     """The parts of a decoder-only model that steering touches.
 
-    backbone: the module that owns the layers and is called with input ids and the KV cache.
+    backbone: the module that owns the layers and takes input ids and the KV cache.
     layers: the decoder blocks, in order; their output is the residual stream [N, T, hidden_size].
     """
 
@@ -31,7 +31,7 @@ class Decoder:
     hidden_size: int
 
     def refuse_if_steered(self) -> None:
-        """Raise SteerfastError where a steering is attached: what comes next needs the model as it is."""
+        """Raise SteerfastError if a steering is attached."""
         if hasattr(self.backbone, STEERED_MARK):
             raise SteerfastError("model: expected an unsteered one, got one that is steered; detach that first")
 
@@ -39,11 +39,11 @@ class Decoder:
 def find_decoder(model: nn.Module) -> Decoder:
     """Find the decoder layers of `model`.
 
-    They are the one shallowest ModuleList with as many entries as the (text) config counts layers, beside the
-    embedding of the model's tokens: vision towers have such lists, too.
+    They are the shallowest ModuleList with as many entries as the (text) config has layers. The token embedding has to
+    be its sibling, because vision towers have such lists, too.
 
     Raises:
-        ArchitectureError: no config, an encoder-decoder, no such list, or several.
+        ArchitectureError: the model has no config, an encoder, no such list, or several.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
@@ -73,9 +73,10 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(backbone, layers, hidden)
 
 
-def hands_on(model: nn.Module, backbone: nn.Module) -> bool:
-    """Whether `model` runs transformers' own forward around `backbone`: it calls that with the tokens, mask and cache
-    that it was called with. Adapters, models with inputs other than text, and forwards of others may change them.
+def passes_through(model: nn.Module, backbone: nn.Module) -> bool:
+    """Return whether `model` passes its tokens, mask and cache to `backbone` unchanged.
+
+    transformers' own forwards of text models do. Adapters, other inputs and custom forwards may change them.
     """
     from transformers import PreTrainedModel
 
@@ -86,12 +87,12 @@ def hands_on(model: nn.Module, backbone: nn.Module) -> bool:
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor: its shards or copies lie on several ranks, and no kernel can read it."""
+    """Return whether a tensor is a DTensor: it lies on several ranks, and no kernel can read it."""
     return type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and a few values of every tensor: tells fine-tunes apart, and reads little."""
+    """Return a SHA-256 over names, shapes and a few values of every tensor: it differs between fine-tunes."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().reshape(-1)
@@ -102,7 +103,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def identify(model: nn.Module, tokenizer: Any = None) -> ModelIdentity:
-    """Describe `model` (and its tokenizer, where given) so that a profile can recognise it."""
+    """Return the identity of `model` (and its tokenizer, if given) that a profile is checked against."""
     decoder = find_decoder(model)
     config: Any = model.config
     return ModelIdentity(
@@ -122,16 +123,16 @@ def _sketch(model: nn.Module) -> tuple[float, ...] | None:
     weight: Tensor = embedding.weight
     if weight.device.type == "meta" or weight.dim() != 2 or not weight.is_floating_point():
         return None
-    return embedding_sketch(_taken(weight.detach(), sketched_rows(len(weight)).to(weight.device)))
+    return embedding_sketch(_embedding_rows(weight.detach(), sketched_rows(len(weight)).to(weight.device)))
 
 
-def _taken(weight: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of an embedding. Where its shards lie on several ranks, all of these have to ask for the rows."""
+def _embedding_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows of an embedding. If it is sharded, all ranks have to call this."""
     if not is_distributed(weight):
         return weight[rows]
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
-    # As an embedding looks them up: an index would gather all shards first.
-    found: Any = F.embedding(DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim), weight)
-    return found.full_tensor()
+    # An embedding look-up: an index would gather all shards first.
+    looked_up: Any = F.embedding(DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim), weight)
+    return looked_up.full_tensor()

@@ -21,7 +21,7 @@ def check_instance(name: str, value: object, kind: type, words: str) -> None:
 
 
 def check_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise where `value` is none of the `allowed` words."""
+    """Raise if `value` is not one of the `allowed` words."""
     if value not in tuple(allowed):
         raise ProfileError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 

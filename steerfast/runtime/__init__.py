@@ -1,1 +1,1 @@
-"""Steps, independent of an engine: profiles on a device, who steers which rows, and what gates decide."""
+"""Steps, independent of an engine: profiles on a device, the rows that they edit, and the decisions of gates."""

@@ -1,7 +1,7 @@
-"""The bank: profiles on a device, in the layout the ops read, at addresses that never change.
+"""The bank: profiles on a device, in the layout that the ops read, at addresses that never change.
 
-A profile takes one slot in every layer. Adding, replacing and removing one writes into the same memory, so that a
-captured CUDA graph or a compiled model sees the change without a capture or a compilation of its own.
+A profile takes one slot in every layer. `add`, `replace` and `remove` write into the same memory. So a captured CUDA
+graph or a compiled model sees the change without another capture or compilation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Bank", "Deciders", "LayerBank", "Reach", "kinds_of"]
 
 
 class Deciders(NamedTuple):
-    """Say which gates decide in a step. A decider is one profile on one sequence, see `steerfast.runtime.decide`.
+    """Hold which gates decide in a step. A decider is one profile on one sequence, see `steerfast.runtime.decide`.
 
     Attributes:
         row: int32 [layers, n·K], the row that the gate reads; -1: none.
@@ -40,12 +40,12 @@ class Deciders(NamedTuple):
 
 @dataclass(frozen=True)
 class Reach:
-    """Say at which layers some profiles act.
+    """Hold the layers at which some profiles act.
 
     Attributes:
-        gates: layers where a gate decides. means: those where it reads a mean. sensors: those where it decides for all.
-        edits: layers that are edited.
-        kinds: the fewest kinds of slots that hold the profiles.
+        gates: layers where a gate decides. means: layers where it reads a mean.
+        sensors: layers where it decides for all layers. edits: layers that are edited.
+        kinds: the smallest kind of slot that holds the profiles.
     """
 
     gates: frozenset[int] = frozenset()
@@ -80,13 +80,13 @@ class Reach:
 
     @property
     def layers(self) -> frozenset[int]:
-        """Layers where anything happens."""
+        """Layers with a gate or an edit."""
         return self.gates | self.edits
 
 
 @dataclass(frozen=True)
 class LayerBank:
-    """One layer's slots: views of the bank's memory, in the order in which the ops take them.
+    """Hold one layer's slots: views of the bank's memory, in the argument order of the ops.
 
     vectors, directions: [slots, H], of the bank's dtype. table: float32 [slots, TABLE_WIDTH]. kinds: the bank's.
     """
@@ -98,37 +98,37 @@ class LayerBank:
 
 
 def kinds_of(profile: SteeringProfile) -> Kinds:
-    """The fewest kinds of slots that hold `profile`: a token gate and any edit but ``add`` need `Kinds.ANY`."""
+    """Return the smallest kind of slot that holds `profile`: token gates and edits other than ``add`` need `ANY`."""
     simple = not EDITS[profile.edit].reads_sums and profile.gate.kind != "token"
     return Kinds.LATCHED_ADD if simple else Kinds.ANY
 
 
 class Bank:
-    """Profiles of one model on a device, by name.
+    """Hold profiles of one model on a device, by name.
 
-    A row or sequence names its profile by slot. A slot that holds no profile leaves rows as they are; one that a
-    removed profile left is taken again last, but whoever numbers rows must not name it for that profile any more.
-    Changes go to the device's current stream: what was launched before reads the old profile, what is launched
-    later the new one. A change that is refused changes nothing.
+    A row or sequence names its profile by slot. An empty slot does not edit rows. The slot of a removed profile is
+    reused last, but rows must stop naming it for that profile. Changes go to the device's current stream: earlier
+    launches read the old profile, later launches the new profile. A refused change changes nothing.
 
     Args:
         num_layers: decoder layers of the model.
         hidden_size: H, width of its residual stream.
-        slots: how many profiles there is room for.
-        device: where they live.
-        dtype: of vectors and directions. Gates and sums are exact for the values as stored.
-        kinds: what profiles may do. `Kinds.LATCHED_ADD` spares every row its sums, and takes only profiles that add,
-            with an ``always`` or ``prompt`` gate.
+        slots: the most profiles.
+        device: of the memory.
+        dtype: of vectors and directions. Gates and sums are exact for the stored values.
+        kinds: the kinds of profiles. `Kinds.LATCHED_ADD` needs no sums over rows, and takes only ``add`` edits with an
+            ``always`` or ``prompt`` gate.
 
     Attributes:
         vectors: [layers, slots, H].
         directions: [layers, slots, H].
         table: float32 [layers, slots, TABLE_WIDTH], see `steerfast.kernels.contract`.
-        gates: bool [layers, slots], where a slot's gate decides. means: the same of those that read a mean.
-        sensors: bool [layers, slots], where its prompt gate decides for all layers.
+        gates: bool [layers, slots], the layers where a slot's gate decides.
+        means: bool [layers, slots], the layers where it reads a mean.
+        sensors: bool [layers, slots], the layers where a prompt gate decides for all layers.
 
     Raises:
-        ValueError: a size below 1, or another dtype.
+        ValueError: a size is below 1, or the dtype is not supported.
     """
 
     def __init__(
@@ -146,11 +146,11 @@ class Bank:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if dtype not in contract.FLOAT_DTYPES:
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-        with torch.inference_mode(False):  # so that it also serves a caller outside inference mode
+        with torch.inference_mode(False):  # also serve callers outside inference mode
             shape = (num_layers, slots, hidden_size)
             self.vectors = torch.zeros(shape, dtype=dtype, device=device)
             self.directions = torch.zeros(shape, dtype=dtype, device=device)
-            self.table = _shut(num_layers)[:, None].repeat(1, slots, 1).to(device)
+            self.table = _empty_table(num_layers)[:, None].repeat(1, slots, 1).to(device)
             self.gates = torch.zeros(shape[:2], dtype=torch.bool, device=device)
             self.means = torch.zeros(shape[:2], dtype=torch.bool, device=device)
             self.sensors = torch.zeros(shape[:2], dtype=torch.bool, device=device)
@@ -163,7 +163,7 @@ class Bank:
         self._slots: dict[str, int] = {}
         self._free = deque(range(slots))
 
-    # -- what it holds -------------------------------------------------------------------------------------------------
+    # -- content -------------------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
@@ -171,28 +171,28 @@ class Bank:
         return sorted(self._slots, key=self._slots.__getitem__)
 
     def slot(self, name: str) -> int:
-        """The slot of the profile `name`.
+        """Return the slot of the profile `name`.
 
         Raises:
-            ProfileError: there is none of this name.
+            ProfileError: no profile has this name.
         """
         if name not in self._slots:
             raise ProfileError(f"name: expected one of {', '.join(self.names) or 'none'}, got {name!r}")
         return self._slots[name]
 
     def profile(self, name: str) -> SteeringProfile:
-        """The profile `name`, as it was given."""
+        """Return the profile `name`."""
         self.slot(name)
         return self._profiles[name]
 
     def layer(self, layer: int) -> LayerBank:
-        """What the ops read at `layer`."""
+        """Return the slots of `layer` for the ops."""
         if torch.compiler.is_compiling():  # views in the graph: three tensors to guard and to pass, not three per layer
             return LayerBank(self.vectors[layer], self.directions[layer], self.table[layer], self.kinds)
         return self._layers[layer]
 
     def deciders(self, row: Tensor, slot: Tensor) -> Deciders:
-        """Return the gates of each layer that decide, and what they read.
+        """Return the gates of each layer that decide, and the rows that they read.
 
         Args:
             row: int32 [n], the row at which the prompt gates of each sequence decide; -1: none in this step.
@@ -209,7 +209,7 @@ class Bank:
     # -- changes -------------------------------------------------------------------------------------------------------
 
     def add(self, name: str, profile: SteeringProfile, slot: int | None = None) -> int:
-        """Put `profile` into a free slot, the one given or any, and return that.
+        """Put `profile` into `slot`, or any free slot, and return the slot.
 
         Raises:
             ProfileError: the name or the slot is taken, the bank is full, or the profile does not fit the bank or the
@@ -222,7 +222,7 @@ class Bank:
             raise ProfileError(f"profile {name!r}: expected a free slot, got a full bank ({count} slots)")
         if slot is not None and slot not in self._free:
             raise ProfileError(f"slot: expected a free one, got {slot}")
-        staged = self._staged(name, profile)
+        staged = self._prepare(name, profile)
         slot = self._free[0] if slot is None else slot
         self._free.remove(slot)
         self._write(slot, profile, *staged)
@@ -233,27 +233,31 @@ class Bank:
         """Put `profile` into the slot of `name`.
 
         Raises:
-            ProfileError: there is no such name, or the profile does not fit.
+            ProfileError: no profile has this name, or `profile` does not fit.
         """
         slot = self.slot(name)
-        self._write(slot, profile, *self._staged(name, profile))
+        self._write(slot, profile, *self._prepare(name, profile))
         self._profiles[name] = profile
 
     def remove(self, name: str) -> None:
-        """Empty the slot of `name`: a row that still names it is left as it is.
+        """Empty the slot of `name`: rows that still name it are not edited.
 
         Raises:
-            ProfileError: there is no such name.
+            ProfileError: no profile has this name.
         """
         slot = self.slot(name)
         layers, _, hidden = self.vectors.shape
         zeros = torch.zeros(layers, hidden, dtype=self.vectors.dtype, device="cpu")
-        self._write(slot, None, zeros, zeros, _shut(layers))
+        self._write(slot, None, zeros, zeros, _empty_table(layers))
         del self._slots[name], self._profiles[name]
         self._free.append(slot)
 
-    def _staged(self, name: str, profile: SteeringProfile) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors and directions [layers, H] and table [layers, TABLE_WIDTH] of `profile` on the CPU, verified."""
+    def _prepare(self, name: str, profile: SteeringProfile) -> tuple[Tensor, Tensor, Tensor]:
+        """Return vectors and directions [layers, H] and table [layers, TABLE_WIDTH] of `profile` on the CPU.
+
+        Raises:
+            ProfileError: the profile does not fit.
+        """
         for what, have, want in (
             ("layers", profile.model.num_layers, self.vectors.shape[0]),
             ("hidden size", profile.model.hidden_size, self.vectors.shape[2]),
@@ -289,8 +293,8 @@ class Bank:
         self.sensors[:, slot].copy_(gates & single)
 
 
-def _shut(layers: int) -> Tensor:
-    """Table rows [layers, TABLE_WIDTH] of a slot that holds no profile."""
+def _empty_table(layers: int) -> Tensor:
+    """Return the table rows [layers, TABLE_WIDTH] of an empty slot."""
     table = torch.zeros(layers, contract.TABLE_WIDTH, dtype=torch.float32, device="cpu")
     table[:, contract.THRESHOLD] = math.inf
     table[:, contract.GATE] = GateKind.PROMPT
@@ -298,7 +302,7 @@ def _shut(layers: int) -> Tensor:
 
 
 def _table(name: str, profile: SteeringProfile, vectors: Tensor, directions: Tensor) -> Tensor:
-    """Table rows [layers, TABLE_WIDTH] of `profile`; vectors and directions float64 [layers, H], as stored."""
+    """Return the table rows [layers, TABLE_WIDTH] of `profile`; vectors, directions: float64 [layers, H], as stored."""
     table = torch.zeros(len(vectors), contract.TABLE_WIDTH, dtype=torch.float32, device="cpu")
     table[:, contract.THRESHOLD] = profile.threshold
     table[:, contract.SHARPNESS] = profile.gate.sharpness
@@ -310,7 +314,7 @@ def _table(name: str, profile: SteeringProfile, vectors: Tensor, directions: Ten
         raise ProfileError(f"profile {name!r}: expected vectors whose squared norm float32 can hold, got inf")
     table[:, contract.GATE] = GateKind[profile.gate.kind.upper()]
     if profile.gate.kind == "token" and profile.sensor != "own":
-        table[profile.sensor + 1 :, contract.GATE] = GateKind.PROMPT  # these read what the sensor decided
+        table[profile.sensor + 1 :, contract.GATE] = GateKind.PROMPT  # these layers read the sensor's decision
     table[:, contract.SCORE] = Score[profile.gate.score.upper()]
     edit = EDITS[profile.edit]
     table[:, contract.EDIT] = edit.id

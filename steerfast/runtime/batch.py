@@ -1,4 +1,4 @@
-"""The roster of padded batches: who steers each sequence of the next call, and the plan that follows from it."""
+"""The roster of padded batches: the profiles on each sequence of the next call, and its plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from steerfast.runtime.span import EditSpan, Entry, Stack, slots_of
 __all__ = ["INHERIT", "BatchRoster", "Buffers", "Plan", "Steered", "finite"]
 
 INHERIT: Any = object()
-"""Sentinel: an argument was not given, where None means that nobody steers."""
+"""Sentinel: the argument was not given. None means that no profile steers."""
 
 Steered = SteeringProfile | None
 """A profile, or None: not steered."""
@@ -44,22 +44,22 @@ class Buffers:
         if key not in self._kept:
             if len(self._kept) > _MOST_BUFFERS:
                 self._kept.clear()
-            with torch.inference_mode(False):  # so that they also serve a caller outside inference mode
+            with torch.inference_mode(False):  # also serve callers outside inference mode
                 self._kept[key] = make()
         return self._kept[key]
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Say who steers each of n sequences, and where.
+    """Hold the profiles on each of n sequences, and their layers.
 
     Attributes:
         stacks: the profiles on each sequence.
         profiles: the same, as profiles.
-        reach: where these profiles act.
-        owner: names them; decisions in a cache count only for the same owner.
+        reach: the layers where these profiles act.
+        owner: their names; decisions in a cache count only for the same owner.
         by_token: each row decides for itself.
-        ahead: which sequences are steered before the layer that decides; empty: none.
+        ahead: the sequences that are steered before the layer that decides; empty: none.
     """
 
     stacks: tuple[Stack, ...]
@@ -75,7 +75,7 @@ class Plan:
         return max(1, *(len(stack) for stack in self.stacks)) if self.stacks else 1
 
     def each(self, value: Callable[[Entry], Any]) -> list[list[Any]]:
-        """Return a value of each entry, [n][K], with that of an empty entry where there is none."""
+        """Return a value of each entry, [n][K]; short stacks are filled with empty entries."""
         width = self.width
         return [[value(entry) for entry in (*stack, *[Entry()] * (width - len(stack)))] for stack in self.stacks]
 
@@ -102,8 +102,8 @@ class BatchRoster:
 
     Attributes:
         profile: the profile of calls that name none.
-        attach: called when profiles came, which may act at layers without steering.
-        held: returns slots that requests of continuous batching need.
+        attach: called after new profiles, which may act at layers without hooks.
+        held: returns the slots that requests of continuous batching need.
     """
 
     def __init__(self, slots: ProfileSlots, strength: float) -> None:
@@ -122,7 +122,7 @@ class BatchRoster:
         return tuple(Entry(entry.slot, self.strength, entry.span) for entry in self._own)
 
     def adopt(self, profile: SteeringProfile) -> None:
-        """Make `profile` the one of calls that name none."""
+        """Make `profile` the default of calls that name no profile."""
         (self._own,) = self.assign(profile, None)
         self.profile = profile
 
@@ -142,7 +142,7 @@ class BatchRoster:
 
     @property
     def named(self) -> int | None:
-        """How many prompts a context names stacks for; None: it names one for all, or there is no context."""
+        """The number of prompts that a context lists stacks for; None: one stack for all, or no context."""
         return len(self._contexts[-1]) if self._contexts and len(self._contexts[-1]) != 1 else None
 
     def assign(self, steering: Any, strength: Any) -> Assignment:
@@ -169,14 +169,16 @@ class BatchRoster:
             )
         profiles: dict[str, SteeringProfile | None] = {}
         for i, entry in enumerate(entries):
-            profiles |= _labelled(f"steering[{i}]", entry)
+            profiles |= _by_argument(f"steering[{i}]", entry)
         count = max(len(entries), len(numbers))
         strengths = [self._strengths(i, entries[i % len(entries)], numbers[i % len(numbers)]) for i in range(count)]
         slots = self._take(profiles)
         stacks = []
         for i in range(count):
             entry = entries[i % len(entries)]
-            labels = [label for label, profile in _labelled(f"steering[{i % len(entries)}]", entry).items() if profile]
+            labels = [
+                label for label, profile in _by_argument(f"steering[{i % len(entries)}]", entry).items() if profile
+            ]
             stacks.append(
                 tuple(
                     Entry(slots[label], number, EditSpan.of(self.slots.at(slots[label])))
@@ -215,10 +217,10 @@ class BatchRoster:
         return slots
 
     def plan(self, count: int, prompts: int | None) -> Plan:
-        """Return the plan of a step of `count` sequences; prompts with several sequences lie one after the other.
+        """Return the plan of a step of `count` sequences; the sequences of a prompt are adjacent.
 
         Raises:
-            SteerfastError: the call names stacks for another number of sequences.
+            SteerfastError: the call lists stacks for another number of sequences.
         """
         stacks = self.current
         if len(stacks) > 1 and (count % len(stacks) or (prompts or len(stacks)) != len(stacks)):
@@ -243,8 +245,8 @@ class BatchRoster:
         )
 
 
-def _labelled(label: str, entry: Any) -> dict[str, Any]:
-    """Return the profiles of an entry of `steering` by the argument that names each."""
+def _by_argument(label: str, entry: Any) -> dict[str, Any]:
+    """Return the profiles of an entry of `steering` by argument, such as ``steering[0][1]``."""
     if not isinstance(entry, (list, tuple)):
         return {label: entry}
     if not 1 <= len(entry) <= MAX_STACK:
@@ -256,7 +258,7 @@ def _labelled(label: str, entry: Any) -> dict[str, Any]:
 
 
 def finite(name: str, strength: float) -> float:
-    """Return the number, or raise SteerfastError where it is not finite."""
+    """Return the number, or raise SteerfastError if it is not finite."""
     if not math.isfinite(strength):
         raise SteerfastError(f"{name}: expected a finite number, got {strength}")
     return float(strength)

@@ -1,7 +1,7 @@
 """How gates decide in a step: the same for every engine.
 
 A *decider* is one profile on one sequence. Of n sequences with up to K profiles each, sequence i and profile k are
-decider i·K + k, so that each has a threshold, a reading and a latched value of its own.
+decider i·K + k, with its own threshold, reading and latched value.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["Columns", "decide", "spread"]
 
 
 class Columns(NamedTuple):
-    """Hold what the gates of one layer decided.
+    """Hold the decisions of the gates of one layer.
 
     Attributes:
         values, scores: float32 [n·K, 1], latched gate values and the scores behind them; written.
-        sums: float64 [n·K, 1], scores added up over the rows of a mean so far; written. None: no gate reads a mean.
+        sums: float64 [n·K, 1], sums of scores over the rows of a mean so far; written. None: no gate reads a mean.
     """
 
     values: Tensor
@@ -35,12 +35,12 @@ class Columns(NamedTuple):
 def decide(
     x: Tensor, residual: Tensor | None, rows: RowTable, bank: LayerBank, deciders: Deciders, columns: Columns
 ) -> None:
-    """Latch the decisions of one layer; deciders without a row in this step keep theirs.
+    """Latch the decisions of one layer. Deciders without a row in this step keep their decisions.
 
     Args:
         x, residual: [rows, H], the residual stream is x, or the sum of both.
         rows: the step's tables.
-        deciders: those of this layer, [n·K] each.
+        deciders: of this layer, [n·K] each.
         columns: the layer's decisions; written.
     """
     gates = GateOperands(rows.slot.view(-1, 1), bank.directions, bank.table, columns.scores, columns.values)
@@ -52,5 +52,5 @@ def decide(
 
 
 def spread(values: Tensor, layer: int, senses: Tensor) -> None:
-    """Copy the values of a sensor to all layers: values float32 [layers, n·K], where senses, bool [n·K], holds."""
+    """Copy a sensor's values to all layers of `values`, float32 [layers, n·K], where `senses`, bool [n·K], is True."""
     values.copy_(torch.where(senses, values[layer], values))

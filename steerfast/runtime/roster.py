@@ -1,8 +1,8 @@
-"""The roster of an engine that packs: who steers each request, and what its gates decided, for as long as it lives.
+"""The roster of an engine that packs: the profiles and decisions of each request while it runs.
 
-Engines that batch continuously put rows of different requests into each step and split prompts over several steps. They
-may compute a request's rows again after they dropped its cache. So a request keeps one column from its first step to
-its last: its slots, strengths and decisions lie there, at addresses that never change.
+With continuous batching a step holds rows of different requests, and a prompt may come in several steps. The engine may
+also drop a request's cache and compute its rows again. So a request keeps one column from its first step to its last:
+its slots, strengths and decisions lie there, at addresses that never change.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Request:
 
     Attributes:
         stack: its profiles; empty: it is not steered.
-        prompt_length: tokens of its prompt; the last of them decides.
-        column: its column of the roster, None: it has none now.
-        decided: its gates decided. counted: up to which row its prompt's means have been read.
+        prompt_length: tokens of its prompt; gates decide at the last one.
+        column: its column of the roster; None: its decisions wait on the host.
+        decided: its gates decided. counted: the prompt rows that its means have read.
     """
 
     stack: Stack
@@ -54,7 +54,7 @@ class Request:
 
     @property
     def edit_end(self) -> int:
-        """The first row that no profile edits any more."""
+        """The first row after the edited ones."""
         return self.prompt_length + max((entry.span.answer_rows for entry in self.stack), default=0)
 
     @property
@@ -69,7 +69,7 @@ class Request:
 
 
 class _Columns(NamedTuple):
-    """Spread the requests of a step over arrays: prompt, past and length [n], the entries of their stacks [n, K]."""
+    """Hold the requests of a step as arrays: prompt, past and length [n], the entries of their stacks [n, K]."""
 
     prompt: NDArray[np.int64]
     past: NDArray[np.int64]
@@ -82,13 +82,13 @@ class _Columns(NamedTuple):
 
 
 class Roster:
-    """The requests of one engine, by name, and the tables of its current step. Threads may share it.
+    """Hold the requests of one engine, by name, and the tables of its current step. Threads may share it.
 
     Args:
-        bank: whose slots steer them.
+        bank: holds the profiles.
         max_rows: the most rows of a step.
-        max_requests: the most requests of a step. Requests that rest between steps may be more: their decisions
-            then wait on the host.
+        max_requests: the most requests of a step. More requests may rest between steps: their decisions wait on the
+            host.
         stack: K, the most profiles on a request.
 
     Attributes:
@@ -108,8 +108,10 @@ class Roster:
         self._free = list(range(max_requests))
         self._ended: dict[str, int] = {}  # columns of requests that ended
         self._host: dict[str, Tensor] = {}  # values, scores and sums without a column, float64 [3, layers, K]
-        self._deciding: list[Request] = []  # those that decide in this step
-        self._counting: list[tuple[Request, int]] = []  # those whose means read rows of it, and how many then
+        self._deciding: list[Request] = []  # requests that decide in this step
+        self._counting: list[
+            tuple[Request, int]
+        ] = []  # requests whose means read rows of this step, and their new `counted`
         self._was_deciding = False
         self._launched = torch.cuda.Event() if bank.table.is_cuda else None
         self._lock = threading.RLock()
@@ -118,7 +120,7 @@ class Roster:
         device = self.bank.table.device
         self.tables = StepTables(max_rows, max_requests, stack, device)
         self._steps: dict[tuple[int, bool], tuple[Reach, Step]] = {}
-        with torch.inference_mode(False):  # so that they also serve a caller outside inference mode
+        with torch.inference_mode(False):  # also serve callers outside inference mode
             shape = (len(self.bank.table), max_requests * stack)
             self.values = torch.zeros(shape, dtype=torch.float32, device=device)
             self.scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
@@ -130,14 +132,14 @@ class Roster:
             )
 
     def widen(self, stack: int) -> None:
-        """Make room for `stack` profiles on a request, between two steps: decisions stay, addresses change."""
+        """Make room for `stack` profiles on a request, between two steps. Decisions stay, addresses change."""
         with self._lock:
             old, before = self.stack, (self.values, self.scores, self.sums)
             self._allocate(len(self.tables.rows), len(self.tables.slot), stack)
-            for mine, theirs in zip((self.values, self.scores, self.sums), before, strict=True):
-                mine.unflatten(1, (-1, stack))[..., :old] = theirs.unflatten(1, (-1, old))
+            for new, theirs in zip((self.values, self.scores, self.sums), before, strict=True):
+                new.unflatten(1, (-1, stack))[..., :old] = theirs.unflatten(1, (-1, old))
             for name, latch in self._host.items():
-                wide = self._fresh(Request((), 0)).clone()
+                wide = self._new_latch(Request((), 0)).clone()
                 wide[..., :old] = latch
                 self._host[name] = wide
 
@@ -170,14 +172,14 @@ class Roster:
             return slots_of(request.stack for request in self._requests.values())
 
     def add(self, name: str, request: Request, like: str | None = None) -> None:
-        """Let `name` be a request from the next step on; a request that ended may have had the same name.
+        """Add a request from the next step on. An ended request may have had the same name.
 
         Args:
-            like: a request of the same prompt and profiles, whose cached rows were copied for this one. Means take
-                these rows, too.
+            like: a request of the same prompt and profiles whose cached rows were copied for this one. Means include
+                these rows.
 
         Raises:
-            ValueError: there is such a request, or its stack is longer than K.
+            ValueError: a request of this name runs, or the stack is longer than K.
         """
         with self._lock:
             if name in self._requests:
@@ -190,7 +192,7 @@ class Roster:
                 self._continue(name, request, like)
 
     def end(self, names: Iterable[str]) -> None:
-        """Let these requests have no more steps; the decisions of the last 65,536 of them stay readable."""
+        """End these requests. The decisions of the last 65,536 ended requests stay readable."""
         with self._lock:
             for name in self._requests.keys() & set(names):
                 request = self._requests.pop(name)
@@ -200,7 +202,7 @@ class Roster:
                     self.forget(name)
 
     def forget(self, name: str) -> None:
-        """Drop the decisions of a request that ended."""
+        """Drop the decisions of an ended request."""
         with self._lock:
             self._host.pop(name, None)
             if name in self._ended:
@@ -209,7 +211,7 @@ class Roster:
     def decision(self, name: str) -> Tensor | None:
         """Return gate values and scores, float32 [2, layers] on the CPU, or [2, layers, K] if K is not 1.
 
-        None: nothing is known, or decided yet.
+        None: the request is unknown, or has not decided.
         """
         with self._lock:
             request = self._requests.get(name)
@@ -248,16 +250,16 @@ class Roster:
 
         Args:
             names: requests of the step, in the order of their rows.
-            past: rows of each that came in earlier steps and are cached.
-            lengths: its rows in this step.
+            past: rows of each request in earlier steps, which are cached.
+            lengths: rows of each request in this step.
             padded_rows: rows of the step, padding included.
 
         Returns:
-            Whether some gate reads rows of it.
+            Whether a gate reads rows of the step.
 
         Raises:
-            KeyError: there is no such request.
-            ValueError: more requests or rows than there is room for.
+            KeyError: a request is unknown.
+            ValueError: too many requests or rows.
             SteerfastError: rows of a prompt whose mean a gate reads were never in a step.
         """
         with self._lock:
@@ -286,13 +288,13 @@ class Roster:
         self._deciding = [request for request, now in zip(requests, decides, strict=True) if now]
         if self._deciding or self._was_deciding:
             deciders = self.bank.deciders(self.tables.deciding, self.tables.slot)
-            for mine, now in zip(self.deciders, deciders, strict=True):
-                mine.copy_(now)
+            for current, now in zip(self.deciders, deciders, strict=True):
+                current.copy_(now)
         self._was_deciding = bool(self._deciding)
         return self._was_deciding or counted is not None
 
     def current(self, width: int, deciding: bool, reach: Reach) -> Step:
-        """Return the step that `step` has set up, as layers read it.
+        """Return the `Step` of the tables that `step` has written.
 
         Args:
             width: its rows, padding included. deciding: whether gates are launched.
@@ -335,9 +337,9 @@ class Roster:
     def _count(
         self, names: Sequence[str], requests: Sequence[Request], arrays: _Columns
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        """Return which rows of each request its means take in this step: rows of its prompt that no earlier step had.
+        """Return the first row of each request that its means count in this step, and the first after the last.
 
-        A request's rows may be computed again, or stay in its cache: they count once. None: no row counts.
+        Rows may be computed again, or come from the cache: each prompt row counts once. None: no row counts.
         """
         self._counting = []
         if not any(request.reads_mean for request in requests):
@@ -359,7 +361,7 @@ class Roster:
         return (first, until) if (until > first).any() else None
 
     def launched(self) -> None:
-        """Note that the step's forward pass lies on the device's current stream: its decisions can be read."""
+        """Note that the step's forward pass is on the device's current stream: its decisions can be read."""
         with self._lock:
             if self._launched is not None:
                 self._launched.record()
@@ -385,7 +387,7 @@ class Roster:
         else:
             return
         self._host[name] = latch.clone()
-        if other is None or other.decided:  # of a request that ended, nothing else is kept
+        if other is None or other.decided:  # an ended request keeps only its decisions
             request.decided, request.counted = True, request.prompt_length
         else:
             request.counted = other.counted
@@ -396,14 +398,14 @@ class Roster:
 
     def _deciders_of(self, columns: Sequence[int]) -> Tensor:
         index = torch.tensor(columns, dtype=torch.int64, device="cpu")[:, None] * self.stack
-        return _sent((index + torch.arange(self.stack)).flatten(), self.values.device)
+        return _to_device((index + torch.arange(self.stack)).flatten(), self.values.device)
 
     def _latches(self, columns: Sequence[int]) -> Tensor:
         """Return values, scores and sums in these columns, float64 [columns, 3, layers, K] on the CPU."""
         index = self._deciders_of(columns)
         tensors = (self.values, self.scores, self.sums)
-        found = torch.stack([t[:, index].double() for t in tensors]).cpu()  # [3, layers, columns·K]
-        return found.unflatten(2, (-1, self.stack)).permute(2, 0, 1, 3)
+        stacked = torch.stack([t[:, index].double() for t in tensors]).cpu()  # [3, layers, columns·K]
+        return stacked.unflatten(2, (-1, self.stack)).permute(2, 0, 1, 3)
 
     def _give_columns(self, names: Sequence[str], requests: Sequence[Request]) -> None:
         missing = [(name, request) for name, request in zip(names, requests, strict=True) if request.column is None]
@@ -417,20 +419,20 @@ class Roster:
         for name, request in missing:
             request.column = self._free.pop()
             latch = self._host.pop(name, None)
-            latches.append(self._fresh(request) if latch is None else latch)
+            latches.append(self._new_latch(request) if latch is None else latch)
         index = self._deciders_of([request.column for _, request in missing])  # type: ignore[misc]
-        values, scores, sums = _sent(torch.cat(latches, dim=2), self.values.device)  # [3, layers, missing·K]
+        values, scores, sums = _to_device(torch.cat(latches, dim=2), self.values.device)  # [3, layers, missing·K]
         self.values[:, index], self.scores[:, index], self.sums[:, index] = values.float(), scores.float(), sums
 
-    def _fresh(self, request: Request) -> Tensor:
-        """Return the latch of a request that decided nothing, float64 [3, layers, K]."""
+    def _new_latch(self, request: Request) -> Tensor:
+        """Return the latch of a request before its gates decide, float64 [3, layers, K]."""
         is_open = [float(entry.span.open) for entry in request.stack]
         is_open += [0.0] * (self.stack - len(is_open))
         start = torch.tensor([is_open, [float("-inf")] * self.stack, [0.0] * self.stack], dtype=torch.float64)
         return start[:, None].expand(3, len(self.values), self.stack)
 
     def _make_room(self, count: int, busy: set[str]) -> None:
-        """Move decisions to the host: of requests that ended, and where those are too few, of some that rest."""
+        """Free at least `count` columns: move the decisions of ended requests, then of resting ones, to the host."""
         moved, self._ended = self._ended, {}
         for name, request in self._requests.items():
             if len(moved) >= count:
@@ -445,17 +447,17 @@ class Roster:
             del self._host[name]
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device, without waiting for the device's earlier work."""
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on a device, without waiting for the device's earlier work."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def check_packed(name: str, profile: SteeringProfile, *, split: bool = True, remedy: str = "") -> None:
-    """Raise ProfileError where packed steps cannot hold a profile.
+    """Raise ProfileError if packed steps cannot hold a profile.
 
     Args:
-        name: of the argument that gave it.
-        split: whether a prompt may come in several steps. remedy: text that the message adds about that.
+        name: of the argument with the profile.
+        split: a prompt may come in several steps. remedy: advice about that for the message.
     """
     if profile.gate.kind == "token":
         raise ProfileError(f"{name}: expected an always or prompt gate with continuous batching, got a token gate")

@@ -1,4 +1,4 @@
-"""Profiles in use on a model: each has a slot in the banks on the model's devices until others need the slot."""
+"""Slots of the profiles in use on a model, the same in the banks on all its devices."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from steerfast.runtime.span import UNSTEERED
 __all__ = ["ProfileSlots"]
 
 _CHANGES = threading.RLock()
-"""Held while profiles or banks are added: requests come from one thread, and banks are first asked for by another."""
+"""Held while profiles or banks are added: one thread adds requests, another may make the first bank."""
 
-_SLOTS = 17  # 16 beside the model's own; the slot that was unused for longest makes room for another profile
+_SLOTS = 17  # 16 and the model's own; a new profile takes the slot that was unused for longest
 
 
 class ProfileSlots:
     """Keep each profile in one slot, the same on all devices.
 
     Args:
-        identity: of the model that the profiles have to fit.
-        device: where the first bank is made, so that a profile which no bank can hold is refused at once.
+        identity: of the model.
+        device: of the first bank, so that a profile that no bank can hold is refused at once.
 
     Attributes:
-        reach: where all profiles act that have been here.
+        reach: the layers where all profiles so far act.
         changes: how often a slot got another profile.
     """
 
@@ -39,25 +39,25 @@ class ProfileSlots:
         self.changes = 0
         self._device = device
         self._profiles: list[SteeringProfile | None] = [None] * _SLOTS
-        self._names: list[str] = [""] * _SLOTS  # their checksums, which take a hash over all they hold
+        self._names: list[str] = [""] * _SLOTS  # the profiles' checksums
         self._used: list[int] = list(range(_SLOTS))  # slots, longest unused first
         self._banks: dict[torch.device, Bank] = {}
 
     def check(self, name: str, profile: SteeringProfile) -> None:
-        """Raise ProfileError where the profile, given as argument `name`, is another model's or steers no layer."""
+        """Raise ProfileError if the profile of argument `name` is another model's or steers no layer."""
         if (problem := profile.model.mismatch(self.identity)) is not None:
             raise ProfileError(f"{name}: {problem}")
         if not profile.steered_layers:
             raise ProfileError(f"{name}: expected a strength other than 0 in at least one layer, got none (run tune)")
 
     def take(self, profiles: Mapping[str, SteeringProfile | None], held: set[int]) -> dict[str, int]:
-        """Return the slot of each profile, -1 for None, by the argument that gave it.
+        """Return the slot of each profile, -1 for None, by argument.
 
-        Slots that are `held`, and those of `profiles`, keep their profiles.
+        Slots in `held`, and slots of `profiles`, keep their profiles.
 
         Raises:
-            ProfileError: a profile belongs to another model, steers no layer, or no bank can hold it.
-            SteerfastError: too many profiles, or token gates together with others.
+            ProfileError: a profile belongs to another model, steers no layer, or does not fit the bank.
+            SteerfastError: too many profiles, or token gates together with other gates.
         """
         for argument, profile in profiles.items():
             if profile is not None:

@@ -1,4 +1,4 @@
-"""Which rows of a sequence a profile edits, and which its gate reads."""
+"""The rows of a sequence that a profile edits, and the rows that its gate reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def answer_rows(answer_tokens: int | None) -> int:
 
 
 def mean_rows(gate: Gate) -> int:
-    """Return how many of a prompt's last rows the gate takes the mean of; 0: it reads the last row alone."""
+    """Return how many of a prompt's last rows the gate takes the mean of; 0: it reads only the last row."""
     if gate.pooling != "mean":
         return 0
     return NO_END if gate.window is None else min(NO_END, gate.window)
@@ -30,13 +30,13 @@ def mean_rows(gate: Gate) -> int:
 
 @dataclass(frozen=True)
 class EditSpan:
-    """Say which rows of a sequence one profile edits, and which rows its gate reads.
+    """Hold the rows of a sequence that one profile edits, and the rows that its gate reads.
 
     Attributes:
-        after_prompt: edits begin at the prompt's last row (positions ``response``), not at its first.
+        after_prompt: edits begin at the prompt's last row (positions ``response``), not at its first row.
         open: the profile has no gate to wait for.
         answer_rows: how many rows after the prompt are edited.
-        mean_rows: how many of the prompt's last rows the gate takes the mean of; 0: it reads the last row alone.
+        mean_rows: how many of the prompt's last rows the gate takes the mean of; 0: it reads only the last row.
     """
 
     after_prompt: bool = True

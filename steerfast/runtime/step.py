@@ -1,7 +1,7 @@
 """A step: one forward pass as its layers see it.
 
-A step is a value. An engine makes it before the pass, layers read it, and the next pass has another one, or the same
-one again where nothing changed (`Repeat`).
+A step is a value. An engine makes it before the pass, and layers read it. The next pass has a new step, or the same
+step if nothing changed (`Repeat`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = ["Decisions", "Repeat", "Step", "TokenStep"]
 
 @dataclass(eq=False)
 class Decisions:
-    """Latched decisions of n sequences with K profiles each.
+    """Hold the latched decisions of n sequences with K profiles each.
 
     Attributes:
         values: float32 [layers, n·K], gate values. scores: float32 [layers, n·K], the scores behind them.
-        sums: float64 [layers, n·K], scores that earlier steps added up for a mean; None: no step came before.
+        sums: float64 [layers, n·K], sums of scores from earlier steps for a mean; None: this is the first step.
     """
 
     values: Tensor
@@ -39,17 +39,17 @@ class Decisions:
 
 
 class Step:
-    """One forward pass: which rows are edited, which gates decide, and where decisions lie.
+    """Hold one forward pass: the rows that are edited, the gates that decide, and their decisions.
 
     Args:
-        reach: the layers where something happens in this step.
+        reach: the layers with a gate or an edit in this step.
         bank: returns the profiles on a device.
         rows: the tables of the step, on the device of its tokens.
         strength: float32 [n, K].
         decisions: latched decisions; gates that decide in this step write them.
-        deciders: which gates decide, by layer; None: no gate does.
-        loaded: the layers where any loaded profile acts. Compiled models ask for these, so that another batch needs no
-            compilation. Default: reach.
+        deciders: the gates that decide, by layer; None: no gate decides.
+        loaded: the layers where any loaded profile acts. Compiled models use these, so that another batch compiles
+            nothing. Default: reach.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Step:
         self._columns: list[tuple[Tensor, Tensor]] | None = None
 
     def operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
-        """Decide this layer's gates, and return how its rows are edited; None: not at all.
+        """Decide this layer's gates, and return the operands of its edit; None: no edit.
 
         Args:
             x, residual: [..., H], the residual stream is x, or the sum of both.
@@ -121,7 +121,7 @@ class Step:
     def _decide(
         self, layer: int, x: Tensor, residual: Tensor | None, rows: RowTable, bank: LayerBank, reach: Reach
     ) -> None:
-        """Latch the decisions of this layer, and for a sensor those of all layers."""
+        """Latch the decisions of this layer; a sensor's are copied to all layers."""
         assert self.deciders is not None
         decisions, (values, scores) = self.decisions, self._layer(layer)
         row, closes, senses = (by_layer[layer] for by_layer in self.deciders)
@@ -144,12 +144,12 @@ class Step:
 
 
 class TokenStep(Step):
-    """A step of token gates: each row decides for itself, in this step only.
+    """Hold a step of token gates: each row decides for itself, in this step only.
 
-    `decisions` keeps the highest of each sequence; the rows' own are here.
+    `decisions` keeps the highest value of each sequence; the values of single rows are in the step.
 
     Args:
-        rows: tables in which each row is a sequence (`RowTable.each_for_itself`); all else as of `Step`.
+        rows: tables in which each row is a sequence (`RowTable.each_for_itself`); the others as for `Step`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -158,7 +158,7 @@ class TokenStep(Step):
         self._row_values = torch.zeros(count, 1, dtype=torch.float32, device=self.rows.rows.device)
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the rows' values: a sensor's stay for the layers after it."""
+        """Return the rows' values. The values of a sensor stay for the layers after it."""
         return self._row_values, self._row_values
 
     def _decide(
@@ -185,8 +185,8 @@ class Repeat:
     `Step` again, and costs the host the same for any number of requests.
 
     Attributes:
-        key: all that a step was made for, except the number of rows before it.
-        first: the smallest number of rows before it. until: the largest number of rows after it. Both are one number
+        key: the inputs of the step, except the number of rows before it.
+        first: the smallest number of rows before it. until: the largest number of rows after it. Each is one number
             for all sequences, or [n].
     """
 
@@ -198,7 +198,7 @@ class Repeat:
     def of(
         cls, key: Any, past: NDArray[np.integer], prompts: NDArray[np.integer], ends: NDArray[np.integer]
     ) -> Repeat | None:
-        """Return what repeats a step after `past` rows, or None where it holds rows of a prompt.
+        """Return the repeat of a step after `past` rows, or None if the step holds prompt rows.
 
         Args:
             past: [n], rows of each sequence before the step. prompts: [n], the prompt's length.
@@ -211,7 +211,7 @@ class Repeat:
         return cls(key, first, np.where(over, 2 * NO_END, ends).min(axis=1))
 
     def covers(self, key: Any, past: int | NDArray[np.integer], lengths: int | NDArray[np.integer]) -> bool:
-        """Return whether the step of `key` after `past` rows is the same one again."""
+        """Return whether the step of `key` after `past` rows is the same step again."""
         if key != self.key:
             return False
         inside = (past >= self.first) & (past + lengths <= self.until)

@@ -1,6 +1,6 @@
-"""Which row of a step belongs to which sequence, which slots may edit it, and which row decides.
+"""The tables of a step: the sequence of each row, the slots that may edit it, and the rows that gates read.
 
-A step is one forward pass; its residual stream is seen as rows [rows, H]. In a padded batch of N sequences × T tokens
+A step is one forward pass; its residual stream has rows [rows, H]. In a padded batch of N sequences × T tokens
 row = n·T + t (`prompt_rows`, `response_rows`); a serving engine packs sequences of any lengths (`StepTables`).
 """
 
@@ -27,7 +27,7 @@ _ALIGNMENT = 4  # numbers: regions start at multiples of 16 bytes, as fresh tens
 
 @dataclass(frozen=True)
 class RowTable:
-    """Say which rows of a step belong to which of n sequences, and which of their up to K slots edit or read them.
+    """Map the rows of a step to n sequences, and to the up to K slots that edit or read them.
 
     Attributes:
         rows: int32 [rows, 1 + K], the sequence of each row, then its slots; -1: no edit.
@@ -50,7 +50,7 @@ class RowTable:
         return RowTable(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
 
     def each_for_itself(self) -> RowTable:
-        """Return the same step with every row a sequence that decides if it is steered, for token gates."""
+        """Return tables for token gates: every row is a sequence, and decides if it is steered."""
         index = torch.arange(len(self.rows), dtype=torch.int32, device=self.rows.device)
         slot = self.rows[:, 1:].contiguous()
         steered = (slot >= 0).any(dim=1)
@@ -66,8 +66,8 @@ def prompt_rows(
         valid: bool [N, T], False on padding (left, right or in between).
         prompt_columns: columns before this one are prompt; later ones (drafted tokens) follow it.
         slot: int32 [N, K], the slots of each sequence; -1: none.
-        after_prompt: bool [N, K], whether a slot edits from the prompt's last valid row on, not every valid row.
-            Sequences without a prompt row in this step have all their valid rows edited.
+        after_prompt: bool [N, K], a slot edits from the prompt's last valid row on, not every valid row. If a
+            sequence has no prompt row in this step, all its valid rows are edited.
         answer_rows: int32 [N, K], how many columns after the prompt a slot edits.
         mean_rows: int32 [N, K], how many of the prompt's last rows a mean is taken of.
     """
@@ -108,13 +108,13 @@ def _row_table(row_slot: Tensor, deciding: Tensor, slot: Tensor) -> RowTable:
     return RowTable(torch.cat([sequence, row_slot], dim=2).view(-1, 1 + stack), deciding, slot)
 
 
-Whole = Sequence[int] | NDArray[np.integer]
-Wholes = Sequence[Sequence[int]] | NDArray[np.integer]
+Integers = Sequence[int] | NDArray[np.integer]
+IntegerRows = Sequence[Sequence[int]] | NDArray[np.integer]
 
 
 @dataclass(frozen=True, eq=False)
 class PackedRows:
-    """Describe a step whose n sequences lie one after the other, each with K slots.
+    """Describe a step with n sequences one after the other, each with K slots.
 
     Attributes:
         lengths: [n], rows of each sequence.
@@ -123,31 +123,31 @@ class PackedRows:
         deciding: [n], which of its rows a sequence's prompt gates read, from 0; -1: none in this step.
         edited_from: [n, K], the first of its rows that a slot edits, from 0; the length or more: none. Default: all.
         edited_until: [n, K], the first of its rows that a slot no longer edits, from 0. Default: no limit.
-        counted: [n, K] and [n, K], the first of its rows that counts in a mean score, and the first after it that does
-            not, from 0. Default: none counts.
+        counted: [n, K] and [n, K], its rows that count in a mean score: the first, and the first after the last, from
+            0. Default: no row counts.
         total: [n, K], how many rows that mean is taken of, over all steps. Default: 0.
-        columns: [n], distinct: where each sequence lies in the tables. Default: 0, 1, ...
+        columns: [n], distinct, the place of each sequence in the tables. Default: 0, 1, ...
         padded_rows: rows of the launch, at least the sum of the lengths; rows beyond the sum are not edited.
     """
 
-    lengths: Whole
-    slots: Wholes
+    lengths: Integers
+    slots: IntegerRows
     strengths: Sequence[Sequence[float]] | NDArray[np.floating]
-    deciding: Whole
-    edited_from: Wholes | None = None
-    edited_until: Wholes | None = None
-    counted: tuple[Wholes, Wholes] | None = None
-    total: Wholes | None = None
-    columns: Whole | None = None
+    deciding: Integers
+    edited_from: IntegerRows | None = None
+    edited_until: IntegerRows | None = None
+    counted: tuple[IntegerRows, IntegerRows] | None = None
+    total: IntegerRows | None = None
+    columns: Integers | None = None
     padded_rows: int | None = None
 
-    def checked(self, max_rows: int, max_sequences: int, stack: int) -> _Checked:
+    def arrays(self, max_rows: int, max_sequences: int, stack: int) -> _StepArrays:
         """Return the step as arrays.
 
         Raises:
             ValueError: a shape or number is out of bounds.
         """
-        length = _whole("lengths", self.lengths, (None,), 0, max_rows)
+        length = _integers("lengths", self.lengths, (None,), 0, max_rows)
         count, used = len(length), int(length.sum())
         if count > max_sequences:
             raise ValueError(f"lengths: expected at most {max_sequences} sequences, got {count}")
@@ -157,30 +157,32 @@ class PackedRows:
         if not used <= padded <= max_rows:
             raise ValueError(f"padded_rows: expected {used} to {max_rows}, got {padded}")
         shape = (count, stack)
-        slot = _whole("slots", self.slots, shape, UNSTEERED, _INT32_MAX)
-        deciding = _whole("deciding", self.deciding, (count,), -1, _INT32_MAX)
+        slot = _integers("slots", self.slots, shape, UNSTEERED, _INT32_MAX)
+        deciding = _integers("deciding", self.deciding, (count,), -1, _INT32_MAX)
         if (beyond := deciding >= length).any():
             at = int(beyond.argmax())
             raise ValueError(f"deciding: expected a row of sequence {at}, below {length[at]}, got {deciding[at]}")
         first, until = (
-            None if given is None else _whole(name, given, shape, 0, _INT32_MAX)
+            None if given is None else _integers(name, given, shape, 0, _INT32_MAX)
             for name, given in (("edited_from", self.edited_from), ("edited_until", self.edited_until))
         )
-        counted = None if self.counted is None else _whole("counted", self.counted, (2, *shape), 0, _INT32_MAX)
-        total = np.zeros(shape, np.int64) if self.total is None else _whole("total", self.total, shape, 0, _INT32_MAX)
+        counted = None if self.counted is None else _integers("counted", self.counted, (2, *shape), 0, _INT32_MAX)
+        total = (
+            np.zeros(shape, np.int64) if self.total is None else _integers("total", self.total, shape, 0, _INT32_MAX)
+        )
         column = np.arange(count)
         if self.columns is not None:
-            column = _whole("columns", self.columns, (count,), 0, max_sequences - 1)
+            column = _integers("columns", self.columns, (count,), 0, max_sequences - 1)
             if len(np.unique(column)) < count:
                 raise ValueError(f"columns: expected distinct ones, got {column.tolist()}")
         with np.errstate(over="ignore"):
-            strength = _shaped("strengths", self.strengths, shape).astype(np.float32)
+            strength = _array("strengths", self.strengths, shape).astype(np.float32)
         if not np.isfinite(strength).all():
             raise ValueError(f"strengths: expected finite numbers, got {strength[~np.isfinite(strength)][0]}")
-        return _Checked(length, slot, strength, deciding, first, until, counted, total, column, used, padded)
+        return _StepArrays(length, slot, strength, deciding, first, until, counted, total, column, used, padded)
 
 
-class _Checked(NamedTuple):
+class _StepArrays(NamedTuple):
     """Hold a `PackedRows` as arrays; used, padded: rows without and with padding."""
 
     length: NDArray[np.int64]
@@ -199,15 +201,15 @@ class _Checked(NamedTuple):
 class StepTables:
     """A step's tables on a device, at addresses that never change, for serving engines and captured graphs.
 
-    Everything lies in one buffer: first the sequences, at the capacity's size, then the rows. So a step is one copy
-    of the part that it uses, however many requests it serves. Launch the ops on ``rows[:n]``, where n is the step's
-    number of rows or the padded one of a graph.
+    One buffer holds all tables: first the sequences, at full capacity, then the rows. So a step is one copy of the used
+    part, for any number of requests. Launch the ops on ``rows[:n]``; n is the number of rows of the step, or the padded
+    number of a graph.
 
     Args:
         max_rows: the most rows of a step.
         max_sequences: the most sequences of a step.
         stack: K, the slots of a sequence.
-        device: where the tables live.
+        device: of the tables.
 
     Attributes:
         rows: int32 [max_rows, 1 + K], deciding: int32 [max_sequences], slot: int32 [max_sequences, K]: as in
@@ -240,9 +242,9 @@ class StepTables:
             self._start[name] = size
             size += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
         pinned = device.type == "cuda"
-        with torch.inference_mode(False):  # so that they also serve a caller outside inference mode
+        with torch.inference_mode(False):  # also serve callers outside inference mode
             self._device = torch.full((size,), -1, dtype=torch.int32, device=device)
-            # Two, because the host may fill the next step's while the device still reads this one's.
+            # Two buffers: the host may fill the next while the device still reads the last.
             self._hosts = [
                 _Host(torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=pinned)) for _ in range(1 + pinned)
             ]
@@ -263,7 +265,7 @@ class StepTables:
         return self.slot.shape[1]
 
     def of(self, width: int) -> RowTable:
-        """Return the tables of a step of `width` rows, padding included: views, which later steps change."""
+        """Return the tables of a step of `width` rows, padding included: views that later steps change."""
         member = self.member[: width * self.stack]
         return RowTable(self.rows[:width], self.deciding, self.slot, member, self.total)
 
@@ -276,9 +278,9 @@ class StepTables:
         """Send the tables of the next step to the device, on the current stream.
 
         Raises:
-            ValueError: a shape or number is out of bounds; the tables stay what they were.
+            ValueError: a shape or number is out of bounds; the tables do not change.
         """
-        arrays = step.checked(len(self.rows), len(self.slot), self.stack)
+        arrays = step.arrays(len(self.rows), len(self.slot), self.stack)
         host = self._hosts[0]
         if host.copied is not None:
             host.copied.synchronize()
@@ -295,7 +297,7 @@ class StepTables:
             host.copied.record(torch.cuda.current_stream(self._device.device))
         self._hosts.append(self._hosts.pop(0))
 
-    def _fill_sequences(self, host: _Host, step: _Checked, start: NDArray[np.int64]) -> None:
+    def _fill_sequences(self, host: _Host, step: _StepArrays, start: NDArray[np.int64]) -> None:
         stack = self.stack
         for name, content, unused in (
             ("deciding", np.where(step.deciding < 0, -1, start + step.deciding), -1),
@@ -307,7 +309,7 @@ class StepTables:
             region[:] = unused
             (region if name != "total" else region.reshape(-1, stack))[step.column] = content
 
-    def _fill_rows(self, host: _Host, step: _Checked, sequence: NDArray[np.int64], place: NDArray[np.int64]) -> None:
+    def _fill_rows(self, host: _Host, step: _StepArrays, sequence: NDArray[np.int64], place: NDArray[np.int64]) -> None:
         used, padded, rows = step.used, step.padded, host.regions["rows"]
         rows[:used, 0] = step.column[sequence]
         rows[:used, 1:] = step.slot[sequence]
@@ -318,7 +320,9 @@ class StepTables:
         rows[used:padded, 0] = 0
         rows[used:padded, 1:] = UNSTEERED
 
-    def _send_members(self, host: _Host, step: _Checked, sequence: NDArray[np.int64], place: NDArray[np.int64]) -> None:
+    def _send_members(
+        self, host: _Host, step: _StepArrays, sequence: NDArray[np.int64], place: NDArray[np.int64]
+    ) -> None:
         stack = self.stack
         member = host.regions["member"][: max(step.padded, self._counted) * stack]
         member[:] = UNSTEERED
@@ -336,30 +340,30 @@ class StepTables:
 
 @dataclass
 class _Host:
-    """A buffer of the host, its regions as arrays, and the event after which it may be written again."""
+    """Hold a host buffer, its regions as arrays, and the event after which it may be written again."""
 
     buffer: Tensor
     regions: dict[str, NDArray[np.int32]] = field(default_factory=dict)
     copied: torch.cuda.Event | None = None
 
 
-def _shaped(name: str, given: object, shape: tuple[int | None, ...]) -> NDArray[Any]:
-    """An array of this shape; None: any size."""
+def _array(name: str, given: object, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    """Return an array of this shape; None: any size."""
     try:
         array = np.asarray(given)
     except ValueError:
         raise ValueError(f"{name}: expected rows of one length, got {given!r}") from None
     if array.size == 0 and not all(shape):
-        array = np.zeros([size or 0 for size in shape], dtype=np.int64)  # an empty list has one dimension alone
+        array = np.zeros([size or 0 for size in shape], dtype=np.int64)  # an empty list has one dimension
     if array.ndim != len(shape) or any(w is not None and w != n for w, n in zip(shape, array.shape, strict=True)):
         expected = ", ".join("n" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(array.shape)}")
     return array
 
 
-def _whole(name: str, given: object, shape: tuple[int | None, ...], low: int, high: int) -> NDArray[np.int64]:
-    """Whole numbers of this shape in low..high."""
-    numbers = _shaped(name, given, shape)
+def _integers(name: str, given: object, shape: tuple[int | None, ...], low: int, high: int) -> NDArray[np.int64]:
+    """Return integers of this shape, from `low` to `high`."""
+    numbers = _array(name, given, shape)
     if numbers.dtype.kind not in "iu":
         raise ValueError(f"{name}: expected whole numbers, got {numbers.dtype}")
     outside = (numbers < low) | (numbers > high)

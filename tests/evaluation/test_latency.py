@@ -159,7 +159,7 @@ def test_every_step_is_the_one_after_the_prompt(tiny_llama: Any) -> None:
         config, parameters, forward = tiny_llama.config, tiny_llama.parameters, tiny_llama.forward
 
         def __call__(self, **given: Any) -> Any:
-            lengths.append((caches.found(given).get_seq_length(), given["input_ids"].shape[1]))
+            lengths.append((caches.cache_in(given).get_seq_length(), given["input_ids"].shape[1]))
             return tiny_llama(**given)
 
     counting: Any = Counting()

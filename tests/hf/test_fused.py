@@ -22,6 +22,8 @@ from steerfast.hf.families import FAMILIES
 from steerfast.hf.fused import FusedAdd, is_patched
 from steerfast.hf.structure import find_decoder
 
+pytestmark = pytest.mark.contract
+
 NAMES = [family.prefix for family in FAMILIES]
 DTYPES = [torch.float32, torch.bfloat16]
 _TIGHT = {"rtol": 0.0, "atol": 3e-5}  # logits up to 10, layers summed in another order

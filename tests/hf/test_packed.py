@@ -26,6 +26,8 @@ from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Bank
 from steerfast.runtime.roster import Roster
 
+pytestmark = pytest.mark.contract
+
 TOKENS = 6
 LENGTHS = (3, 1, 9, 17, 5, 30, 2, 12, 7, 1, 21)
 STRENGTHS = (1.0, 0.5, 1.0, 0.7, -1.2, 1.0, 0.8, 1.0, 1.0, 0.6, 1.0)

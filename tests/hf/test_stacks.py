@@ -17,6 +17,8 @@ from steerfast.errors import SteerfastError
 from steerfast.hf import caches
 from steerfast.profile import SteeringProfile
 
+pytestmark = pytest.mark.contract
+
 NEW = 4
 
 

@@ -23,6 +23,8 @@ from steerfast.hf import caches
 from steerfast.hf.structure import find_decoder
 from steerfast.profile import SteeringProfile
 
+pytestmark = pytest.mark.contract
+
 _NEW_TOKENS = 6
 
 

@@ -18,6 +18,8 @@ from steerfast.errors import ProfileError, SteerfastError
 from steerfast.hf.steering import Steering
 from steerfast.profile import SteeringProfile
 
+pytestmark = pytest.mark.contract
+
 Assignment = list[SteeringProfile | None]
 
 

@@ -21,6 +21,8 @@ from steerfast.errors import ProfileError, SteerfastError
 from steerfast.hf import latch
 from steerfast.profile import Gate, SteeringProfile
 
+pytestmark = pytest.mark.contract
+
 _LAYERS = 5
 
 

@@ -23,6 +23,8 @@ import steerfast
 from steerfast.hf.structure import identify
 from steerfast.profile import SteeringProfile
 
+pytestmark = pytest.mark.contract
+
 _SECONDS = 100
 _TIGHT = {"rtol": 0.0, "atol": 1e-4}  # logits up to 10, of products that are summed in another order
 Results = dict[str, Tensor]

@@ -16,6 +16,8 @@ from steerfast.kernels import edits
 from steerfast.kernels import gate as gate_module
 from steerfast.kernels.contract import EditId, GateKind, Kinds, Norm, Score
 
+pytestmark = pytest.mark.contract
+
 SIZES = [1, 7, 8, 111, 500, 576, 769, 1128]
 
 

@@ -25,6 +25,8 @@ from kernel_cases import (
 from steerfast import _native
 from steerfast.kernels.contract import SHARPNESS, EditId, GateKind, Kinds, Norm, Score
 
+pytestmark = pytest.mark.contract
+
 needs_cpp = pytest.mark.skipif(not _native.available, reason=f"the C++ ops are absent: {_native.reason}")
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -17,6 +17,8 @@ from kernel_cases import (
 
 from steerfast.kernels.contract import GATE, THRESHOLD, EditId, GateKind, Kinds, Norm, Score
 
+pytestmark = pytest.mark.contract
+
 NAN, INF = float("nan"), float("inf")
 
 

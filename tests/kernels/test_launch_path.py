@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.contract,
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
+]
 
 STUB = """
 import json, time

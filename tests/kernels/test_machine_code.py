@@ -26,6 +26,8 @@ import torch
 from steerfast.kernels.contract import MAX_HIDDEN_SIZE, Kinds, Norm
 from steerfast.kernels.launch import LaunchShape, launch_shape
 
+pytestmark = pytest.mark.contract
+
 TABLE = Path(__file__).with_name("machine_code.json")
 # Bytes of stack that older compilers cannot do without, in a kernel of prompts alone.
 KNOWN_STACK = {("3.6", "sm_90 prompt K=1 ANY bfloat16 4096"): 16}

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.contract
+
 HERE = Path(__file__).resolve().parent
 EDITS, GATE, STEER, NORM = "edits.py", "gate.py", "steer.py", "add_steer_rms_norm.py"
 

@@ -11,6 +11,8 @@ from kernel_cases import DTYPES, Case, Implementation, assert_same_bits, bits, m
 from steerfast.kernels import steer as steer_module
 from steerfast.kernels.contract import EDIT, GATE, SHARPNESS, EditId, GateKind, GateOperands, Kinds, Norm
 
+pytestmark = pytest.mark.contract
+
 NAN = float("nan")
 
 

@@ -25,6 +25,8 @@ from steerfast.errors import OutputError, ProfileError
 from steerfast.profile import EDITS, FORMAT_VERSION, Gate, ModelIdentity, SteeringProfile
 from steerfast.profile import file as profile_file
 
+pytestmark = pytest.mark.contract
+
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYERS, HIDDEN = 4, 6
 
