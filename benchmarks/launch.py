@@ -28,7 +28,6 @@ is also measured on rows of 64 numbers, which take hardly any work.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +37,7 @@ import torch
 from cases import EPS, FUSED, GATES, STEER, Buffers, Case, Tensors
 from report import Report, parser, spread
 
+from steerfast.evaluation.timing import interleave, turns
 from steerfast.kernels import add_steer_rms_norm as fused
 from steerfast.kernels import gate, steer
 from steerfast.kernels.contract import Kinds, Norm
@@ -163,21 +163,16 @@ def launch_as_triton_does(o: Tensors, b: Buffers) -> None:
 
 def time_on_host(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, list[float]]:
     """Return microseconds per call; the providers take turns of a few calls, each round in a new random order."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, draw = list(calls), random.Random(0)
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 50 or time.perf_counter() < end:
-        rounds += 1
-        draw.shuffle(order)
-        for name in order:
-            call = calls[name]
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter_ns()
-            for _ in range(BATCH):
-                call()
-            times[name].append((time.perf_counter_ns() - start) / BATCH / 1e3)
+
+    def microseconds(call: Callable[[], Any], number: int) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(BATCH):
+            call()
+        return (time.perf_counter_ns() - start) / BATCH / 1e3
+
+    times = interleave({name: partial(microseconds, call) for name, call in calls.items()}, turns(calls, seconds, 50))
     if device == "cuda":
         torch.cuda.synchronize()
     return times

@@ -31,6 +31,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
+pytestmark = pytest.mark.contract
+
 
 class State(ModelState):
     """What it does for every model, nothing for any."""

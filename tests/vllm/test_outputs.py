@@ -17,6 +17,8 @@ from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.score import row_scores
 from steerfast.profile import Gate, SteeringProfile
 
+pytestmark = pytest.mark.contract
+
 pytest.importorskip("vllm")
 
 Truth = Callable[[list[int], Any, float], Any]

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from steerfast.profile import Gate, SteeringProfile
 
+pytestmark = pytest.mark.contract
+
 pytest.importorskip("vllm")
 
 BLOCK = 32

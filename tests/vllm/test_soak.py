@@ -25,7 +25,7 @@ from steerfast.profile import SteeringProfile
 from steerfast.text.prompts import read_prompts
 from steerfast.vllm.admin import PATH
 
-pytestmark = [pytest.mark.real, pytest.mark.soak]
+pytestmark = [pytest.mark.real, pytest.mark.soak, pytest.mark.contract]
 
 SECONDS = float(os.environ.get("STEERFAST_SOAK_SECONDS", "120"))
 CLIENTS = 10
