@@ -10,6 +10,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 PIP = $(BIN)/python -m pip install
 VLLM_PIP = $(VLLM_BIN)/python -m pip install
 EXTRAS := gguf,report
+DEV_EXTRAS := dev,judge,$(EXTRAS)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 export HF_HUB_OFFLINE ?= 1
@@ -95,7 +96,7 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(call stage,installing the development tools,$(VENV)/install-dev.log,$(PIP) --no-build-isolation \
-	  --editable ".[dev,judge,$(EXTRAS)]")
+	  --editable ".[$(DEV_EXTRAS)]")
 	@touch $@
 
 # The compiled ops are those that the other environment built: same Python, same torch.
