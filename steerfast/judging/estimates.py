@@ -6,7 +6,7 @@ A gate fires when its score is strictly above the threshold; every function here
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,22 +196,6 @@ class GateFigures:
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers, for JSON."""
         return {name: value.to_list() if isinstance(value, Estimate) else value for name, value in vars(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GateFigures:
-        """Read what `to_dict` wrote; ProfileError if a figure is missing or unknown."""
-        expected = tuple(cls.__dataclass_fields__)
-        if set(values) != set(expected):
-            raise ProfileError(f"gate figures: expected {', '.join(expected)}, got {', '.join(values) or 'nothing'}")
-        return cls(
-            auc=Estimate.from_list(values["auc"]),
-            hit_rate=Estimate.from_list(values["hit_rate"]),
-            false_positive_rate=Estimate.from_list(values["false_positive_rate"]),
-            harmful_mean=float(values["harmful_mean"]),
-            harmless_mean=float(values["harmless_mean"]),
-            n_harmful=int(values["n_harmful"]),
-            n_harmless=int(values["n_harmless"]),
-        )
 
 
 def gate_figures(harmful_scores: ArrayLike, harmless_scores: ArrayLike, threshold: float) -> GateFigures:

@@ -53,11 +53,6 @@ class Request:
         return slots_of([self.stack])
 
     @property
-    def edit_end(self) -> int:
-        """The first row after the edited ones."""
-        return self.prompt_length + max((entry.span.answer_rows for entry in self.stack), default=0)
-
-    @property
     def read_from(self) -> int:
         """The first row that a mean takes; the prompt's length where no gate reads a mean."""
         return max(0, self.prompt_length - max((entry.span.mean_rows for entry in self.stack), default=0))

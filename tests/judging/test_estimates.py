@@ -13,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 from steerfast.errors import ProfileError, PromptError
 from steerfast.judging.estimates import (
     Estimate,
-    GateFigures,
     auc,
     bootstrap,
     gate_figures,
@@ -170,14 +169,10 @@ def test_gate_figures_count_strictly_and_survive_json() -> None:
     assert figures.harmful_mean == pytest.approx(0.6)
     assert figures.harmless_mean == pytest.approx(1.3 / 3)
     assert (figures.n_harmful, figures.n_harmless) == (4, 3)
-    assert GateFigures.from_dict(json.loads(json.dumps(figures.to_dict()))) == figures
+    assert json.loads(json.dumps(figures.to_dict()))["auc"] == figures.auc.to_list()
 
 
 def test_broken_json_is_refused() -> None:
-    values = gate_figures([1.0], [0.0], 0.5).to_dict()
-    del values["auc"]
-    with pytest.raises(ProfileError, match="gate figures: expected auc"):
-        GateFigures.from_dict(values)
     with pytest.raises(ProfileError, match="estimate"):
         Estimate.from_list([1.0, 2.0])
     assert Estimate.from_list(Estimate(0.5, 0.25, 0.75).to_list()) == Estimate(0.5, 0.25, 0.75)
