@@ -20,5 +20,5 @@ def command() -> None:
     \b
     Example:
       steerfast guard train --model MODEL --profile safety.safetensors --output guard/
-      steerfast guard generate guard/ "How do I pick a lock?" --profile safety.safetensors
+      steerfast guard generate guard/ "How do I pick a lock?" --profile safety.safetensors --json FILE
     """
