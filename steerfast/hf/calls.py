@@ -14,7 +14,7 @@ from steerfast.hf.hooks import StepHooks
 from steerfast.hf.latch import Latch
 from steerfast.hf.packed import PackedRuns, steered_manager
 from steerfast.hf.step import GeneratedPrompt, Stepper, is_flat
-from steerfast.runtime.batch import BatchRoster
+from steerfast.runtime.batch import INHERIT, BatchRoster
 from steerfast.runtime.span import slots_of
 
 __all__ = ["GENERATING", "SteeredCalls"]
@@ -58,10 +58,13 @@ class SteeredCalls:
     def call(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one of the model's own methods `GENERATING`.
 
-        `steering` and `steering_strength` among `kwargs` are taken as `Steering.assigned` does.
+        `steering` and `steering_strength` among `kwargs` are taken as `Steering.assigned` does. A strength alone goes
+        to the profiles that steer the call without it.
         """
         if "steering" in kwargs or "steering_strength" in kwargs:
-            steering = kwargs.pop("steering", self._roster.profile)
+            if not self._hooks.undo:
+                raise SteerfastError("steering: it was detached; call steer() again")
+            steering = kwargs.pop("steering", INHERIT)
             with self._roster.assigned(steering, kwargs.pop("steering_strength", None)):
                 return self.call(name, method, args, kwargs)
         if name == "generate":

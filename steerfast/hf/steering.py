@@ -115,9 +115,11 @@ class Steering:
 
         Raises:
             ProfileError: a profile belongs to another model or steers no layer.
-            SteerfastError: lists of different lengths, more than 16 profiles, a strength that is not finite, or token
-                gates together with others.
+            SteerfastError: lists of different lengths, more than 16 profiles, a strength that is not finite, token
+                gates together with others, or the steering was detached.
         """
+        if not self.attached:
+            raise SteerfastError("steering: it was detached; call steer() again")
         return self._roster.assigned(steering, strength)
 
     # -- decisions of the last batch ---------------------------------------------------------------------------------
@@ -171,7 +173,8 @@ class Steering:
     @property
     def nan_scores(self) -> int:
         """How many sequences of the last batch have a NaN score; they count as fired."""
-        return int(self.scores.isnan().any(dim=0).sum())
+        nan = self.scores.isnan().any(dim=0)
+        return int((nan if nan.dim() == 1 else nan.any(dim=1)).sum())
 
     def decision(self, request_id: str) -> tuple[bool, Tensor] | None:
         """Return the decision on a request of continuous batching, the last 65,536 that ended included.

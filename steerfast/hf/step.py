@@ -103,8 +103,9 @@ class Stepper:
         self._static: dict[tuple[int, int, torch.device], CompiledEdit] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out steps: their tables may be another engine's."""
-        return {**vars(self), "step": None, "_repeat": None, "_repeated": None, "second_pass": None}
+        """Leave out steps, whose tables may be another engine's, and the call that runs: a copy is in none."""
+        now = dict.fromkeys(("step", "prompt", "second_pass", "_repeat", "_repeated"))
+        return {**vars(self), **now, "rereading": False}
 
     def operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
         """Decide a layer's gates and return how its rows are edited, see `Step.operands`."""

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,14 +154,22 @@ class Bank:
             self.gates = torch.zeros(shape[:2], dtype=torch.bool, device=device)
             self.means = torch.zeros(shape[:2], dtype=torch.bool, device=device)
             self.sensors = torch.zeros(shape[:2], dtype=torch.bool, device=device)
-            self._layers = [
-                LayerBank(self.vectors[layer], self.directions[layer], self.table[layer], kinds)
-                for layer in range(num_layers)
-            ]
-        self.kinds = kinds
+            self.kinds = kinds
+            self._layers = self._views()
         self._profiles: dict[str, SteeringProfile] = {}
         self._slots: dict[str, int] = {}
         self._free = deque(range(slots))
+
+    def _views(self) -> list[LayerBank]:
+        return [LayerBank(*each, self.kinds) for each in zip(self.vectors, self.directions, self.table, strict=True)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the views: pickle would give each a memory of its own."""
+        return {name: value for name, value in vars(self).items() if name != "_layers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._layers = self._views()
 
     # -- content -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,6 +126,10 @@ class BatchRoster:
         (self._own,) = self.assign(profile, None)
         self.profile = profile
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave contexts out: nobody would end them in a copy."""
+        return {**vars(self), "_contexts": []}
+
     @contextmanager
     def assigned(self, steering: Any, strength: Any) -> Iterator[None]:
         """Steer the sequences of calls within the context; see `assign`."""
@@ -151,6 +155,7 @@ class BatchRoster:
         Args:
             steering: a profile for all sequences, None, or a list with an entry per sequence: a profile, None, or a
                 list of up to 4 profiles (a stack).
+                `INHERIT`: the stacks of the call without it.
             strength: a number for all, or a list with an entry per sequence: a number, or a list of numbers, one per
                 profile of the stack. None: `strength`.
 
@@ -158,15 +163,14 @@ class BatchRoster:
             ProfileError: a profile belongs to another model or steers no layer.
             SteerfastError: lists of different lengths, too many profiles, or a strength that is not finite.
         """
+        strength = strength.tolist() if hasattr(strength, "tolist") else strength
+        if steering is INHERIT:
+            return self._with_strengths(self.current, strength)
         entries = [steering] if steering is None or isinstance(steering, SteeringProfile) else list(steering)
         numbers = [strength] if strength is None or isinstance(strength, (int, float)) else list(strength)
-        for name, given in (("steering", entries), ("steering_strength", numbers)):
-            if not given:
-                raise SteerfastError(f"{name}: expected one entry per sequence, got an empty list")
-        if len(entries) != len(numbers) and 1 not in (len(entries), len(numbers)):
-            raise SteerfastError(
-                f"steering_strength: expected {len(entries)} numbers, one per profile, got {len(numbers)}"
-            )
+        if not entries:
+            raise SteerfastError("steering: expected one entry per sequence, got an empty list")
+        _check_lengths(entries, numbers)
         profiles: dict[str, SteeringProfile | None] = {}
         for i, entry in enumerate(entries):
             profiles |= _by_argument(f"steering[{i}]", entry)
@@ -187,9 +191,22 @@ class BatchRoster:
             )
         return tuple(stacks)
 
+    def _with_strengths(self, stacks: Assignment, strength: Any) -> Assignment:
+        """Return stacks with other strengths."""
+        numbers = list(strength) if isinstance(strength, (list, tuple)) else [strength]
+        _check_lengths(stacks, numbers)
+        count = max(len(stacks), len(numbers))
+        changed = []
+        for i in range(count):
+            stack = stacks[i % len(stacks)]
+            strengths = self._strengths(i, stack, numbers[i % len(numbers)])
+            changed.append(tuple(replace(entry, strength=one) for entry, one in zip(stack, strengths, strict=True)))
+        return tuple(changed)
+
     def _strengths(self, i: int, entry: Any, number: Any) -> list[float]:
         """Return a strength for each profile of the i-th stack."""
         count = len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None)
+        number = number.tolist() if hasattr(number, "tolist") else number
         if isinstance(number, (list, tuple)):
             if len(number) != count:
                 raise SteerfastError(
@@ -203,7 +220,7 @@ class BatchRoster:
         if steering is INHERIT and strength is None:
             stacks = self.current
         else:
-            stacks = self.assign(self.profile if steering is INHERIT else steering, strength)
+            stacks = self.assign(steering, strength)
         if len(stacks) not in (1, count):
             raise SteerfastError(f"steering: expected {count} entries, one per request, got {len(stacks)}")
         for slot in slots_of(stacks):
@@ -257,8 +274,15 @@ def _by_argument(label: str, entry: Any) -> dict[str, Any]:
     return {f"{label}[{k}]": profile for k, profile in enumerate(entry)}
 
 
-def finite(name: str, strength: float) -> float:
-    """Return the number, or raise SteerfastError if it is not finite."""
-    if not math.isfinite(strength):
+def _check_lengths(entries: Sequence[Any], numbers: Sequence[Any]) -> None:
+    if not numbers:
+        raise SteerfastError("steering_strength: expected one entry per sequence, got an empty list")
+    if len(entries) != len(numbers) and 1 not in (len(entries), len(numbers)):
+        raise SteerfastError(f"steering_strength: expected {len(entries)} numbers, one per profile, got {len(numbers)}")
+
+
+def finite(name: str, strength: Any) -> float:
+    """Return the number, or raise SteerfastError if it is not a finite one."""
+    if isinstance(strength, str) or not hasattr(strength, "__float__") or not math.isfinite(strength):
         raise SteerfastError(f"{name}: expected a finite number, got {strength}")
     return float(strength)

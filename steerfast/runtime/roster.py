@@ -129,6 +129,7 @@ class Roster:
     def widen(self, stack: int) -> None:
         """Make room for `stack` profiles on a request, between two steps. Decisions stay, addresses change."""
         with self._lock:
+            self._wait()
             old, before = self.stack, (self.values, self.scores, self.sums)
             self._allocate(len(self.tables.rows), len(self.tables.slot), stack)
             for new, theirs in zip((self.values, self.scores, self.sums), before, strict=True):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from model_cases import CLOSE, MakeProfile, Oracle, four_prompts, greedy, padded
@@ -239,3 +242,72 @@ def test_wrong_stacks_are_refused(
     stacks = [[known.get(name) if isinstance(name, str) else name for name in stack] for stack in steering]
     with steerfast.steer(model, None), pytest.raises(SteerfastError, match=message):
         model.generate(**padded([[3, 4, 5]]), max_new_tokens=1, steering=stacks, steering_strength=strength)
+
+
+def test_sequences_with_a_nan_score_count_once(model: Any, make_profile: MakeProfile) -> None:
+    embeds = model.get_input_embeddings()(torch.ones(3, 4, dtype=torch.long)).detach()
+    embeds[0] = float("nan")
+    with torch.no_grad(), steerfast.steer(model, None) as steering:
+        with steering.assigned([[make_profile(model, seed=s) for s in (1, 2)]]):
+            model(inputs_embeds=embeds)
+        assert steering.nan_scores == 1
+
+
+# -- found by trying to break it, with one profile as with several -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_takes_profiles_that_come_later(model: Any, make_profile: MakeProfile, copied: Any) -> None:
+    own, later = (make_profile(model, seed=s, kind="always") for s in (1, 9))
+    batch = padded(four_prompts())
+    with steerfast.steer(model, own):
+        _, want = greedy(model, batch, NEW, steering=[[own, later]])
+        _, got = greedy(copied(model), batch, NEW, steering=[[own, later]])
+    assert torch.equal(got, want)
+
+
+def test_a_copy_made_in_the_middle_of_a_call_is_in_none(model: Any, make_profile: MakeProfile) -> None:
+    own, other = (make_profile(model, seed=s, positions="response", threshold=-2.0) for s in (1, 2))
+    copies: list[Any] = []
+    with torch.no_grad(), steerfast.steer(model, own):
+        hook = model.model.register_forward_hook(lambda *_: None if copies else copies.append(copy.deepcopy(model)))
+        greedy(model, padded(four_prompts()), NEW, steering=other)
+        hook.remove()
+
+        def two_turns(one: Any) -> Tensor:
+            cache = one(torch.tensor([four_prompts()[0]]))[caches.argument(one)]
+            return one(torch.tensor([[7]]), **{caches.argument(one): cache}).logits
+
+        assert torch.equal(two_turns(copies[0]), two_turns(model))
+
+
+def test_a_handle_that_was_detached_steers_nothing(model: Any, plain: Any, make_profile: MakeProfile) -> None:
+    profile, tokens = make_profile(model, threshold=-2.0), torch.tensor([four_prompts()[0]])
+    steering = steerfast.steer(model, profile)
+    generate = model.generate
+    steering.detach()
+    with pytest.raises(SteerfastError, match="it was detached; call steer"):
+        steering.assigned(profile)
+    with pytest.raises(SteerfastError, match="it was detached; call steer"):
+        generate(tokens, steering=profile, max_new_tokens=1)
+    assert not steering.attached
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, **CLOSE)
+
+
+def test_a_strength_alone_goes_to_the_profiles_of_the_context(model: Any, make_profile: MakeProfile) -> None:
+    own, other = (make_profile(model, seed=s, threshold=-2.0) for s in (1, 2))
+    batch = padded(four_prompts())
+    with steerfast.steer(model, own) as steering:
+        _, want = greedy(model, batch, NEW, steering=[[other, own]], steering_strength=[[2.0, 0.5]])
+        with steering.assigned([[other, own]]):
+            _, got = greedy(model, batch, NEW, steering_strength=[[2.0, 0.5]])
+        _, alone = greedy(model, batch, NEW, steering_strength=np.float32(2.0))
+        _, same = greedy(model, batch, NEW, steering=own, steering_strength=2.0)
+        for wrong in ("x", [], [[1.0]], [[1.0, None]], [1.0, 2.0, 3.0]):
+            with pytest.raises(SteerfastError, match="steering"):
+                greedy(model, batch, NEW, steering=[[other, own]], steering_strength=wrong)
+    assert torch.equal(got, want)
+    assert torch.equal(alone, same)
