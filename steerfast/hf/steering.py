@@ -24,7 +24,7 @@ from steerfast.hf.packed import PackedRuns, forget_manager
 from steerfast.hf.step import Stepper
 from steerfast.hf.structure import find_decoder, identify
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.batch import BatchRoster, Plan, finite
+from steerfast.runtime.batch import BatchRoster, Plan
 from steerfast.runtime.slots import ProfileSlots
 
 __all__ = ["GENERATING", "Steering", "steer"]
@@ -97,7 +97,7 @@ class Steering:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._roster.strength = finite("strength", value)
+        self._roster.strength = value
 
     def assigned(
         self,

@@ -17,15 +17,12 @@ from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Reach
 from steerfast.runtime.roster import check_packed
 from steerfast.runtime.slots import ProfileSlots
-from steerfast.runtime.span import EditSpan, Entry, Stack, slots_of
+from steerfast.runtime.span import EditSpan, Entry, Stack, filled, slots_of
 
-__all__ = ["INHERIT", "BatchRoster", "Buffers", "Plan", "Steered", "finite"]
+__all__ = ["INHERIT", "BatchRoster", "Buffers", "Plan", "finite"]
 
 INHERIT: Any = object()
 """Sentinel: the argument was not given. None means that no profile steers."""
-
-Steered = SteeringProfile | None
-"""A profile, or None: not steered."""
 
 Assignment = tuple[Stack, ...]
 """The stacks of a call: one per prompt, or one for all prompts."""
@@ -77,7 +74,7 @@ class Plan:
     def each(self, value: Callable[[Entry], Any]) -> list[list[Any]]:
         """Return a value of each entry, [n][K]; short stacks are filled with empty entries."""
         width = self.width
-        return [[value(entry) for entry in (*stack, *[Entry()] * (width - len(stack)))] for stack in self.stacks]
+        return [[value(entry) for entry in filled(stack, width)] for stack in self.stacks]
 
     def tensor(self, value: Callable[[Entry], Any], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return `each` as a tensor [n, K]."""
@@ -85,12 +82,9 @@ class Plan:
 
     def select(self, chosen: Sequence[int]) -> Plan:
         """Return the plan of some of the sequences."""
-        stacks = [self.stacks[n] for n in chosen]
-        missing = self.width - max(map(len, stacks), default=0)
-        if stacks and missing and self.width > 1:
-            stacks[0] = (*stacks[0], *[Entry()] * missing)  # so that K stays
+        stacks = tuple(filled(self.stacks[n], self.width) for n in chosen)  # so that K stays
         profiles = tuple(self.profiles[n] for n in chosen)
-        return Plan(tuple(stacks), profiles, self.reach, self.owner, self.by_token, ())
+        return Plan(stacks, profiles, self.reach, self.owner, self.by_token, ())
 
 
 class BatchRoster:
@@ -101,29 +95,34 @@ class BatchRoster:
         strength: multiplies the profiles' strengths where a call names no strength.
 
     Attributes:
-        profile: the profile of calls that name none.
+        profile: the profile of calls that name none. own: the stack of sequences for which a call names no profile.
         attach: called after new profiles, which may act at layers without hooks.
         held: returns the slots that requests of continuous batching need.
     """
 
     def __init__(self, slots: ProfileSlots, strength: float) -> None:
         self.slots = slots
-        self.strength = finite("strength", strength)
+        self._strength = finite("strength", strength)
         self.profile: SteeringProfile | None = None
         self.held: Callable[[], set[int]] = set
         self.attach: Callable[[], object] = tuple
         self._contexts: list[Assignment] = []
-        self._own: Stack = ()
+        self.own: Stack = ()
         self._plans = Buffers()
 
     @property
-    def own(self) -> Stack:
-        """The stack of sequences for which a call names no profile."""
-        return tuple(Entry(entry.slot, self.strength, entry.span) for entry in self._own)
+    def strength(self) -> float:
+        """Multiplies the profiles' strengths where a call names no strength."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = finite("strength", value)
+        (self.own,) = self._with_strengths((self.own,), self._strength)
 
     def adopt(self, profile: SteeringProfile) -> None:
         """Make `profile` the default of calls that name no profile."""
-        (self._own,) = self.assign(profile, None)
+        (self.own,) = self.assign(profile, None)
         self.profile = profile
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,7 +227,7 @@ class BatchRoster:
         return list(stacks) * (count // len(stacks))
 
     def _take(self, profiles: dict[str, SteeringProfile | None]) -> dict[str, int]:
-        held = slots_of([self._own, *(stack for stacks in self._contexts for stack in stacks)]) | self.held()
+        held = slots_of([self.own, *(stack for stacks in self._contexts for stack in stacks)]) | self.held()
         slots = self.slots.take(profiles, held)
         self.attach()
         return slots

@@ -20,7 +20,7 @@ from torch import Tensor
 from steerfast.errors import ProfileError, SteerfastError
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Bank, Deciders, Reach
-from steerfast.runtime.span import Entry, Stack, slots_of
+from steerfast.runtime.span import Stack, filled, slots_of
 from steerfast.runtime.step import Decisions, Step
 from steerfast.runtime.tables import PackedRows, StepTables
 
@@ -46,11 +46,6 @@ class Request:
     column: int | None = field(default=None, init=False)
     decided: bool = field(default=False, init=False)
     counted: int = field(default=0, init=False)
-
-    @property
-    def slots(self) -> set[int]:
-        """The slots that steer it."""
-        return slots_of([self.stack])
 
     @property
     def read_from(self) -> int:
@@ -312,8 +307,7 @@ class Roster:
         past: Sequence[int] | NDArray[np.integer],
         lengths: Sequence[int] | NDArray[np.integer],
     ) -> _Columns:
-        empty = (Entry(),) * self.stack
-        stacks = [(*request.stack, *empty)[: self.stack] for request in requests]
+        stacks = [filled(request.stack, self.stack) for request in requests]
 
         def each(values: list[list[object]], dtype: type) -> NDArray[np.generic]:
             return np.array(values, dtype=dtype).reshape(-1, self.stack)

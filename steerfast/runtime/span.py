@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from steerfast.profile import Gate, SteeringProfile
 
-__all__ = ["NO_END", "UNSTEERED", "EditSpan", "Entry", "Stack", "answer_rows", "mean_rows", "slots_of"]
+__all__ = ["NO_END", "UNSTEERED", "EditSpan", "Entry", "Stack", "answer_rows", "filled", "mean_rows", "slots_of"]
 
 UNSTEERED = -1
 NO_END = 2**30  # more rows than an answer has; twice as many are still an int32
@@ -72,6 +72,11 @@ class Entry:
 
 Stack = tuple[Entry, ...]
 """The profiles on one sequence, at most `MAX_STACK`; empty: the sequence is not steered."""
+
+
+def filled(stack: Stack, width: int) -> Stack:
+    """Return a stack with empty entries up to `width`."""
+    return (*stack, *[Entry()] * (width - len(stack)))
 
 
 def slots_of(stacks: Iterable[Stack]) -> set[int]:
