@@ -143,7 +143,7 @@ def test_no_prompt_serves_two_purposes() -> None:
         for record in shipped_records(name):
             texts = {record["prompt"].casefold(), record.get("request", record["prompt"]).casefold()}
             held.setdefault(purpose(name), set()).update(texts)
-    assert len(held) == 10 + 9
+    assert len(held) == 10 + 8
     for one, other in itertools.combinations(held, 2):
         assert not held[one] & held[other], f"{one} and {other}"
 
