@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "DECIDES",
     "DIRECTION_SQ",
     "EDIT",
     "GATE",
@@ -22,6 +23,7 @@ __all__ = [
     "LOW",
     "MAX_HIDDEN_SIZE",
     "MAX_STACK",
+    "READING",
     "SCORE",
     "SHARPNESS",
     "STRENGTH",
@@ -29,12 +31,14 @@ __all__ = [
     "THRESHOLD",
     "VECTOR_DIRECTION",
     "VECTOR_SQ",
+    "Decides",
     "EditId",
     "GateKind",
     "GateOperands",
     "Kinds",
     "Norm",
     "Operands",
+    "Reading",
     "Score",
     "implementations",
     "is_number",
@@ -66,6 +70,22 @@ class EditId(IntEnum):
     ROTATE = 3
 
 
+class Decides(IntEnum):
+    """The layers for which a gate decides at a layer."""
+
+    NOTHING = 0
+    HERE = 1  # for this layer
+    EVERYWHERE = 2  # a sensor: for all layers
+
+
+class Reading(IntFlag):
+    """The rows that a gate which decides reads; the score is the sum of both."""
+
+    LAST = 1  # the deciding row, by `directions`
+    MEAN = 2  # the mean score of the counted rows, by `mean_directions`
+    BOTH = 3
+
+
 class Kinds(IntEnum):
     """The kinds of slots in a launch: the fewer kinds, the less work for every row."""
 
@@ -94,6 +114,8 @@ HIGH = 7  # CLAMP: the largest coefficient along v.  ROTATE: the sine of the tar
 GATE = 8  # a GateKind
 SCORE = 9  # a Score
 EDIT = 10  # an EditId
+DECIDES = 11  # a Decides: whether the slot's gate decides at this layer, and for which layers
+READING = 12  # a Reading
 TABLE_WIDTH = 16  # padded: the row of a slot is one 64-byte line
 
 MAX_STACK = 4  # slots that may edit one row
@@ -104,24 +126,23 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Operands(NamedTuple):
-    """Say how rows are edited: n sequences, each with up to K profiles at once (0 <= K <= MAX_STACK).
+    """Say how rows are edited, each by up to K slots (0 <= K <= MAX_STACK).
 
-    Build it once and keep it: it holds no row of the residual stream.
+    A row's record is {slot, scale}: nothing else of its sequence matters to an edit. The host has multiplied the scale,
+    or a gate that decides on the device (`GateOperands`). Build operands once and keep them: they hold no row.
 
     Attributes:
-        rows: int32 [rows, 1 + K], for each row its sequence, then its slots; -1: no slot. A slot, or a used sequence,
-            that is out of range is an error on a CPU and undefined on a GPU.
-        values: float32 [n, K], latched gate values from 0 (shut) to 1 (open).
-        strength: float32 [n, K], multiplies the strengths of the slots.
+        slots: int32 [rows, K]; -1: no slot. A used slot out of range is an error on a CPU and undefined on a GPU.
+        scales: float32 [rows, K]: gate value * strength of the slot * strength of the sequence. 0: the slot leaves the
+            row alone. Where the op takes the gate from the row (TOKEN), the scale leaves the gate out.
         vectors: [slots, H] float32, bfloat16 or float16, steering vectors in units of the residual stream.
-        directions: [slots, H], dtype of `vectors`, unit norm by convention; token gates and ROTATE read them.
+        directions: [slots, H], dtype of `vectors`; token gates and ROTATE read them.
         table: float32 [slots, TABLE_WIDTH], the numbers of each slot, in the columns above.
-        kinds: a `Kinds`. LATCHED_ADD treats every slot as an addition by its latched value.
+        kinds: a `Kinds`. LATCHED_ADD treats every slot as an addition by its scale.
     """
 
-    rows: Tensor
-    values: Tensor
-    strength: Tensor
+    slots: Tensor
+    scales: Tensor
     vectors: Tensor
     directions: Tensor
     table: Tensor
@@ -129,21 +150,46 @@ class Operands(NamedTuple):
 
 
 class GateOperands(NamedTuple):
-    """Say which slots the gates of n sequences read, and where their decisions are stored.
+    """Say which gates decide in a step, and where their decisions go.
+
+    A *decider* is one profile on one sequence: of n sequences with K profiles each, sequence i and profile k are
+    decider j = i*K + k. D = n*K. It decides at a layer whose table row has DECIDES, in the step that holds the deciding
+    row.
 
     Attributes:
-        slot: int32 [n, K], the slots of each sequence; -1: no slot.
-        directions: [slots, H] float32, bfloat16 or float16, unit norm by convention.
-        table: float32 [slots, TABLE_WIDTH], as in `Operands`.
-        scores: float32 [n, K], written.
-        values: float32 [n, K], gate values from 0 to 1, written.
+        sequence: int32 [rows], the sequence of each row; -1: padding.
+        deciding: int32 [n], the row at which the gates of a sequence decide; -1: none in this step.
+        counted: int32 [D, 3], the rows that a mean reads: the first, the first after the last, and how many rows the
+            mean has over all steps. Padding between them does not count.
+        slots: int32 [D]; -1: no slot.
+        strength: float32 [D], strengths of the sequence.
+        directions: [slots, H] float32, bfloat16 or float16, of the layer: what the reading LAST reads.
+        mean_directions: [slots, H], dtype of `directions`, of the layer: what the reading MEAN reads.
+        tables: float32 [layers, slots, TABLE_WIDTH], as `Operands.table`, of all layers.
+        row_scores: float32 [rows or more, K]: scratch, scores that count in means.
+        last_scores: float32 [D]: scratch, scores of deciding rows.
+        sums: float64 [layers, D], scores that earlier steps added up for a mean; written.
+        scores: float32 [layers, D], written.
+        values: float32 [layers, D], gate values from 0 to 1, written.
+        scales: float32 [layers, rows or more, K], `Operands.scales` of all layers, written.
+        layer: the layer.
     """
 
-    slot: Tensor
+    sequence: Tensor
+    deciding: Tensor
+    counted: Tensor
+    slots: Tensor
+    strength: Tensor
     directions: Tensor
-    table: Tensor
+    mean_directions: Tensor
+    tables: Tensor
+    row_scores: Tensor
+    last_scores: Tensor
+    sums: Tensor
     scores: Tensor
     values: Tensor
+    scales: Tensor
+    layer: int = 0
 
 
 library = torch.library.Library("steerfast", "FRAGMENT")
@@ -228,17 +274,49 @@ def check_bank(x: Tensor, table: Tensor, **banks: Tensor) -> None:
 
 def check_operands(x: Tensor, operands: Operands) -> None:
     """Raise where `operands` do not fit rows `x` [rows, H], which are checked already."""
-    rows, values, strength, vectors, directions, table, kinds = operands
-    if rows.dim() != 2:
-        raise ValueError(f"rows: expected 2 dimensions [rows, 1 + K], got shape {list(rows.shape)}")
-    stack = rows.shape[1] - 1
-    check_stack("rows", stack)
-    check_like("rows", rows, (x.shape[0], 1 + stack), (torch.int32,), x.device)
-    sequences = values.shape[0] if values.dim() else 0
-    check_like("values", values, (sequences, stack), (torch.float32,), x.device)
-    check_like("strength", strength, (sequences, stack), (torch.float32,), x.device)
+    slots, scales, vectors, directions, table, kinds = operands
+    if slots.dim() != 2:
+        raise ValueError(f"slots: expected 2 dimensions [rows, K], got shape {list(slots.shape)}")
+    check_stack("slots", slots.shape[1])
+    shape = (x.shape[0], slots.shape[1])
+    check_like("slots", slots, shape, (torch.int32,), x.device)
+    check_like("scales", scales, shape, (torch.float32,), x.device)
     check_bank(x, table, vectors=vectors, directions=directions)
     check_choice("kinds", kinds, Kinds)
+
+
+def check_gates(x: Tensor, gates: GateOperands) -> None:
+    """Raise where `gates` do not fit rows `x` [rows, H], which are checked already."""
+    tables, deciding, scales = gates.tables, gates.deciding, gates.scales
+    if tables.dim() != 3 or scales.dim() != 3 or deciding.dim() != 1:
+        raise ValueError(
+            "gates: expected tables [layers, slots, columns], scales [layers, rows, K] and deciding [n], got shapes "
+            f"{list(tables.shape)}, {list(scales.shape)} and {list(deciding.shape)}"
+        )
+    layers, rows, stack = scales.shape
+    if not 0 <= gates.layer < layers:
+        raise ValueError(f"layer: expected 0 to {layers - 1}, got {gates.layer}")
+    if rows < len(x):
+        raise ValueError(f"scales: expected at least {len(x)} rows like x, got {rows}")
+    check_stack("scales", stack)
+    check_bank(x, tables[gates.layer], directions=gates.directions, mean_directions=gates.mean_directions)
+    deciders = len(deciding) * stack
+    float32, int32 = (torch.float32,), (torch.int32,)
+    for name, shape, dtypes in (
+        ("sequence", (len(x),), int32),
+        ("deciding", (len(deciding),), int32),
+        ("counted", (deciders, 3), int32),
+        ("slots", (deciders,), int32),
+        ("strength", (deciders,), float32),
+        ("tables", (layers, *tables.shape[1:]), float32),
+        ("row_scores", (max(len(x), len(gates.row_scores)), stack), float32),
+        ("last_scores", (deciders,), float32),
+        ("sums", (layers, deciders), (torch.float64,)),
+        ("scores", (layers, deciders), float32),
+        ("values", (layers, deciders), float32),
+        ("scales", (layers, rows, stack), float32),
+    ):
+        check_like(name, getattr(gates, name), shape, dtypes, x.device)
 
 
 def tensors(operands: Operands | GateOperands) -> dict[str, Tensor]:
