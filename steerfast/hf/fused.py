@@ -27,11 +27,12 @@ from steerfast.hf.structure import Decoder, find_decoder, is_distributed
 from steerfast.kernels.add_steer_rms_norm import add_scaled_torch, add_steer_rms_norm_unchecked, add_steer_torch
 from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Operands
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
+from steerfast.runtime.step import LayerEdit
 
 __all__ = ["CompiledEdit", "FusedAdd", "is_fused", "is_patched", "patch", "set_compiled_edit", "steer_layer", "unpatch"]
 
-Steer = Callable[[int, Tensor, Tensor], Operands | None]
-"""(layer, x, residual) -> operands of the edit, or None. x, residual: [N, T, H]; the residual stream is their sum."""
+Steer = Callable[[int, Tensor, Tensor], LayerEdit | None]
+"""(layer, x, residual) -> the edit, or None. x, residual: [N, T, H]; the residual stream is their sum."""
 
 
 class CompiledEdit(NamedTuple):
@@ -40,12 +41,10 @@ class CompiledEdit(NamedTuple):
     All three tensors keep their addresses: a CUDA graph reads them there, and copies nothing.
 
     Attributes:
-        rows: int32 [rows, 1 + K], as for the ops.
-        scales: float32 [layers, rows, K], factors of the slots' vectors in each row.
-        vectors: [layers, slots, H].
+        slots: int32 [rows, K]. scales: float32 [layers, rows, K]. vectors: [layers, slots, H]. As for the ops.
     """
 
-    rows: Tensor
+    slots: Tensor
     scales: Tensor
     vectors: Tensor
 
@@ -67,7 +66,7 @@ class FusedAdd:
     """Where something is added to the residual stream, and the norm that reads the sum, if one does.
 
     Attributes:
-        steer: decides the step's gates and returns the edit; None: no edit. Set by `steer_layer`.
+        steer: returns the edit of the step; None: no edit. Set by `steer_layer`.
     """
 
     __slots__ = ("_eps", "_kind", "_normed", "_stream", "_version", "layer", "norm", "steer")
@@ -88,27 +87,26 @@ class FusedAdd:
         if not traced:
             x, residual = x.contiguous(), residual.contiguous()
         grad = torch.is_grad_enabled()
-        operands = None
+        edit = None
         if self.steer is not None:
             if grad:
                 with torch.no_grad():
-                    operands = self.steer(self.layer, x, residual)
+                    edit = self.steer(self.layer, x, residual)
             else:  # entering the context takes longer than the decision
-                operands = self.steer(self.layer, x, residual)
+                edit = self.steer(self.layer, x, residual)
         if traced:  # the compiler fuses this with the norm, so the seam keeps nothing
-            return residual + x if operands is None else add_steer_torch(x, residual, operands)
+            return residual + x if edit is None else add_steer_torch(x, residual, edit.operands)
         differentiable = grad and (x.requires_grad or residual.requires_grad)
         if fuse and not differentiable and (weight := self._weight(x, residual, grad)) is not None:
-            if operands is None:
-                operands = _idle(x.device, *x.shape)
+            operands, gates = _idle(x.device, *x.shape) if edit is None else edit
             eps = getattr(self.norm, self._eps)
-            normed, stream = add_steer_rms_norm_unchecked(x, residual, weight, operands, eps, self._kind)
+            normed, stream = add_steer_rms_norm_unchecked(x, residual, weight, operands, eps, self._kind, gates)
             self._stream, self._normed, self._version = stream, normed, _version(stream)
             return stream
         stream = residual + x
-        if operands is not None:
+        if edit is not None:
             steer = steer_torch_ if differentiable else steer_unchecked_
-            steer(stream.view(-1, stream.shape[-1]), None, operands)
+            steer(stream.view(-1, stream.shape[-1]), None, *edit)
         return stream
 
     def take(self, stream: Tensor) -> Tensor | None:
@@ -240,9 +238,9 @@ def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
             x = getattr(self, family.after_mlp)(x)
         if traced and not steered:
             return stream + x
-        if traced and (edit := _compiled_edit) is not None and edit.rows.device == x.device:
+        if traced and (edit := _compiled_edit) is not None and edit.slots.device == x.device:
             layer = self.self_attn.layer_idx  # the attention has guarded it already
-            return add_scaled_torch(x, stream, edit.rows, edit.scales[layer], edit.vectors[layer])
+            return add_scaled_torch(x, stream, edit.slots, edit.scales[layer], edit.vectors[layer])
         if not traced and self._forward_hooks and _changes_uncounted():
             fuse = False
         return self.steerfast_outer.add(x, stream, fuse)
@@ -367,14 +365,13 @@ def _changes_uncounted() -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _idle(device: torch.device, sequences: int, tokens: int, hidden_size: int) -> Operands:
-    """Return the operands of unsteered rows."""
+def _idle(device: torch.device, sequences: int, tokens: int, hidden_size: int) -> LayerEdit:
+    """Return the edit of unsteered rows."""
     with torch.inference_mode(False):
-        record = torch.zeros(sequences * tokens, 1, dtype=torch.int32, device=device)
-        empty = torch.zeros(0, 0, device=device)
+        slots = torch.zeros(sequences * tokens, 0, dtype=torch.int32, device=device)
         bank = torch.zeros(1, hidden_size, device=device)
         table = torch.zeros(1, TABLE_WIDTH, device=device)
-        return Operands(record, empty, empty, bank, bank, table, int(Kinds.LATCHED_ADD))
+        return LayerEdit(Operands(slots, slots.float(), bank, bank, table, int(Kinds.LATCHED_ADD)))
 
 
 def _family(decoder: Decoder) -> Family:

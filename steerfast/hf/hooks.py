@@ -70,7 +70,7 @@ class StepHooks:
         self.layers.add(layer)
         module = self._decoder.layers[layer]
         if is_fused(module):
-            steer_layer(module, self._stepper.operands)
+            steer_layer(module, self._stepper.edit)
             self.undo.append(functools.partial(steer_layer, module, None))
             return
         # First of the layer's hooks, so that others see the edited residual stream.
@@ -137,7 +137,7 @@ class StepHooks:
             made = caches.cache_in(output) if isinstance(output, dict) else None
             parts = output if isinstance(output, tuple) else (made,)
             cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
-        if _log.isEnabledFor(logging.DEBUG) and self._stepper.step is not None and self._stepper.step.deciders:
+        if _log.isEnabledFor(logging.DEBUG) and self._stepper.step is not None and self._stepper.step.decides:
             _log.debug("decided: %s", self._stepper.latch)
         if cache is not None:
             assert self._stepper.latch is not None
@@ -156,9 +156,9 @@ class StepHooks:
         differentiable = torch.is_grad_enabled() and hidden.requires_grad
         edited = hidden.clone() if differentiable or not hidden.is_contiguous() else hidden
         x = edited.view(-1, hidden.shape[-1])
-        operands = self._stepper.operands(layer, x.detach(), None)
-        if operands is not None:
-            (steer_torch_ if differentiable else steer_unchecked_)(x, None, operands)
+        edit = self._stepper.edit(layer, x.detach(), None)
+        if edit is not None:
+            (steer_torch_ if differentiable else steer_unchecked_)(x, None, *edit)
         if edited is hidden:
             return None
         return edited if isinstance(output, Tensor) else (edited, *output[1:])

@@ -12,6 +12,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerfast.runtime.step import Decisions
@@ -47,14 +48,20 @@ class Latch(Decisions):
         is_open = (values >= 0.5).any(dim=0).tolist()
         return f"open {is_open}, scores by layer { ({layer: scores[layer].tolist() for layer in read}) }"
 
+    def to(self, device: torch.device) -> Decisions:
+        """Return the decisions on a device: the same tensors where they are there."""
+        sums = None if self.sums is None else self.sums.to(device)
+        return Decisions(self.values.to(device), self.scores.to(device), sums)
+
     @property
     def sequences(self) -> int:
         """N."""
         return self.values.shape[1] // self.stack
 
-    def copy(self) -> Latch:
-        """Return a copy that shares no memory."""
-        return Latch(self.values.clone(), self.scores.clone(), None, self.owner, self.stack, self.prompt)
+    def copy(self, device: torch.device | None = None) -> Latch:
+        """Return a copy that shares no memory, on a device; None: where this one lies."""
+        values, scores = (tensor.to(device or tensor.device, copy=True) for tensor in (self.values, self.scores))
+        return Latch(values, scores, None, self.owner, self.stack, self.prompt)
 
     def by_sequence(self, tensor: Tensor) -> Tensor:
         """Return a tensor [layers, N·K] as [layers, N, K]."""

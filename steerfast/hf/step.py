@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,10 @@ from steerfast.hf.latch import Latch
 from steerfast.hf.packed import PackedRuns, is_paged
 from steerfast.hf.second_pass import SecondPass
 from steerfast.hf.structure import Decoder
-from steerfast.kernels.contract import Kinds, Operands
-from steerfast.kernels.edits import torch_scales
-from steerfast.runtime.bank import Deciders
+from steerfast.kernels.contract import Kinds
 from steerfast.runtime.batch import BatchRoster, Buffers, Plan
 from steerfast.runtime.span import UNSTEERED
-from steerfast.runtime.step import Repeat, Step, TokenStep
+from steerfast.runtime.step import Decisions, LayerEdit, Repeat, Step, StepMemory, TokenStep
 from steerfast.runtime.tables import RowTable, prompt_rows, response_rows
 
 __all__ = ["GeneratedPrompt", "Stepper", "arguments", "is_flat", "tokens_of"]
@@ -107,11 +105,11 @@ class Stepper:
         now = dict.fromkeys(("step", "prompt", "second_pass", "_repeat", "_repeated"))
         return {**vars(self), **now, "rereading": False}
 
-    def operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
-        """Decide a layer's gates and return how its rows are edited, see `Step.operands`."""
+    def edit(self, layer: int, x: Tensor, residual: Tensor | None) -> LayerEdit | None:
+        """Return how the rows of a layer are edited, see `Step.edit`."""
         step = self.step
         assert step is not None
-        return step.operands(layer, x, residual)
+        return step.edit(layer, x, residual)
 
     # -- a step, from top to bottom ----------------------------------------------------------------------------------
 
@@ -187,23 +185,24 @@ class Stepper:
 
     def _prefill(self, call: _Call, plan: Plan, latch: Latch | None, columns: int) -> None:
         """Make a step of prompt rows: gates decide at each sequence's last valid one."""
-        latch = self._shut_latch(plan, call.device) if latch is None else latch.copy()
+        latch = self._shut_latch(plan, call.device) if latch is None else latch.copy(call.device)
         latch.prompt = call.past + columns
         valid = self._valid(call)
         if plan.ahead:
             self.second_pass = SecondPass.of(plan, call.given, call.cache, valid, columns)
-        rows, deciders = self.prompt_tables(plan, valid, columns, waits=plan.ahead)
-        self.step, self.latch = self.make(plan, latch, rows, deciders), latch
+        rows = self.prompt_tables(plan, valid, columns, waits=plan.ahead)
+        self.step, self.latch = self.make(plan, latch, rows, decides=True), latch
 
     def _decode(self, call: _Call, plan: Plan, latch: Latch) -> None:
         """Make a step of answer rows: latched decisions hold, and token gates decide row by row."""
-        rows, scales = self._answer_tables(plan, call.width, call.past - latch.prompt, call.device)
+        rows = self._answer_tables(plan, call.width, call.past - latch.prompt, call.device)
         latch = latch.copy() if plan.by_token else latch
-        self.step, self.latch = self.make(plan, latch, rows, None), latch
+        self.step, self.latch = self.make(plan, latch, rows, decides=plan.by_token), latch
         if plan.by_token:
             return
-        if scales is not None and latch.values.device == call.device:
-            self.compiled = self._compiled_edit(rows, scales, latch)
+        adds = self.roster.slots.reach.kinds == Kinds.LATCHED_ADD
+        if adds and is_fused(self.decoder.layers[0]):  # hooks would not read it
+            self.compiled = self._compiled_edit(self.step.memory)
         ends = (latch.prompt + entry.span.answer_rows for stack in plan.stacks for entry in stack)
         until = min((end for end in ends if end > call.past), default=math.inf)
         self._repeat, self._repeated = Repeat(self._key(call.tokens), call.past, until), latch.values
@@ -217,17 +216,20 @@ class Stepper:
         self.step = steps.roster.current(width, steps.deciding, reach)
         self.latch = steps.latch
 
-    def make(self, plan: Plan, latch: Latch, rows: RowTable, deciders: Deciders | None) -> Step:
+    def make(self, plan: Plan, latch: Latch, rows: RowTable, decides: bool) -> Step:
         """Return the step of a plan."""
-        roster, device = self.roster, rows.rows.device
+        roster, device = self.roster, rows.slots.device
         bank, loaded = roster.slots.bank, roster.slots.reach
+        table = bank(device).table
         strength = self._tensor("strength", plan, lambda entry: entry.strength, torch.float32, device)
         if not plan.by_token:
-            return Step(plan.reach, bank, rows, strength, latch, deciders, loaded)
-        strength = strength.repeat_interleave(len(rows.rows) // max(1, len(strength)), dim=0)
+            memory = StepMemory.of(rows, strength, latch.to(device), table)
+            return Step(plan.reach, bank, memory, decides, loaded)
+        strength = strength.repeat_interleave(len(rows.slots) // max(1, len(strength)), dim=0)
         rows = rows.each_for_itself()
-        deciders = bank(device).deciders(rows.deciding, rows.slot)
-        return TokenStep(plan.reach, bank, rows, strength, latch, deciders, loaded)
+        shut = torch.zeros(len(table), rows.deciders.numel(), device=device)
+        of_rows = Decisions(shut, torch.full_like(shut, float("-inf")))
+        return TokenStep(latch, plan.reach, bank, StepMemory.of(rows, strength, of_rows, table), decides, loaded)
 
     def read_again(self, module: nn.Module, output: Any) -> Any:
         """Return the output of a step, after a second pass where one is due."""
@@ -239,8 +241,8 @@ class Stepper:
 
         def reread(given: dict[str, Any], plan: Plan, latch: Latch, valid: Tensor) -> Any:
             step = self.step
-            rows, _ = self.prompt_tables(plan, valid, second_pass.columns)
-            self.step, self.rereading = self.make(plan, latch, rows, None), True
+            rows = self.prompt_tables(plan, valid, second_pass.columns)
+            self.step, self.rereading = self.make(plan, latch, rows, decides=False), True
             try:
                 return module(**given)
             finally:
@@ -252,14 +254,14 @@ class Stepper:
 
     def prompt_tables(
         self, plan: Plan, valid: Tensor, columns: int, waits: tuple[bool, ...] = ()
-    ) -> tuple[RowTable, Deciders]:
-        """Return the rows of a step of prompt tokens, and the gates that decide in it.
+    ) -> RowTable:
+        """Return the rows of a step of prompt tokens.
 
         Sequences that wait for a second pass are not edited before they have decided. Where no token is padding these
-        are the same tables every time, and not 45 operations on small tensors.
+        are the same tables every time, and not 40 operations on small tensors.
         """
 
-        def make() -> tuple[RowTable, Deciders]:
+        def make() -> RowTable:
             device = valid.device
             slot = self._tensor("slot", plan, lambda entry: entry.slot, torch.int32, device)
             after = plan.tensor(lambda entry: entry.span.after_prompt, torch.bool, device)
@@ -268,64 +270,47 @@ class Stepper:
             rows = prompt_rows(valid, columns, slot, after, answer, mean)
             if waits:
                 waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])[:, None]
-                rows.rows[:, 1:] = torch.where(waiting, UNSTEERED, rows.rows[:, 1:])
-            deciders = self.roster.slots.bank(device).deciders(rows.deciding, slot)
-            return rows, Deciders(*(tensor.unbind() for tensor in deciders))  # type: ignore[arg-type]
+                rows = replace(rows, slots=torch.where(waiting, UNSTEERED, rows.slots))
+            return rows
 
         count, width = valid.shape
         if valid is not self._all_valid(count, width, valid.device):
             return make()
         key = ("prompt", plan.stacks, plan.owner, waits, count, width, columns, valid.device)
-        tables: tuple[RowTable, Deciders] = self._buffers.get(key, make)
+        tables: RowTable = self._buffers.get(key, make)
         return tables
 
-    def _answer_tables(
-        self, plan: Plan, width: int, answered: int, device: torch.device
-    ) -> tuple[RowTable, Tensor | None]:
-        """Return the rows of a step of answer tokens, the same tables until an edit ends.
-
-        The tensor, float32 [layers, rows, K], multiplies the vectors of open gates in a compiled model; None where an
-        edit is not a latched addition.
-        """
+    def _answer_tables(self, plan: Plan, width: int, answered: int, device: torch.device) -> RowTable:
+        """Return the rows of a step of answer tokens, the same tables until an edit ends."""
         edited = tuple(
             tuple(min(max(rows - answered, 0), width) for rows in stack)
             for stack in plan.each(lambda entry: entry.span.answer_rows)
         )
-        adds = self.roster.slots.reach.kinds == Kinds.LATCHED_ADD
 
-        def make() -> tuple[RowTable, Tensor | None]:
+        def make() -> RowTable:
             slot = self._tensor("slot", plan, lambda entry: entry.slot, torch.int32, device)
             each = torch.tensor(edited, dtype=torch.int32, device=device).view(slot.shape)
-            rows = response_rows(slot, width, each)
-            if not adds or plan.by_token or not is_fused(self.decoder.layers[0]):  # hooks would not read them
-                return rows, None
-            table = self.roster.slots.bank(device).table
-            strengths = self._tensor("strength", plan, lambda entry: entry.strength, torch.float32, device)
-            is_open = torch.ones(len(table), *strengths.shape, device=device)
-            return rows, torch_scales(rows.rows, is_open, strengths, table)
+            return response_rows(slot, width, each)
 
-        key = ("answer", plan.stacks, plan.owner, width, edited, adds, device)
-        tables: tuple[RowTable, Tensor | None] = self._buffers.get(key, make)
+        tables: RowTable = self._buffers.get(("answer", plan.stacks, plan.owner, width, edited, device), make)
         return tables
 
-    def _compiled_edit(self, rows: RowTable, scales: Tensor, latch: Latch) -> CompiledEdit:
+    def _compiled_edit(self, memory: StepMemory) -> CompiledEdit:
         """Write the edit of this step where compiled models read it.
 
         Not one of the buffers that may be dropped: a CUDA graph whose inputs moved is recorded again.
         """
-        device, (count, width) = rows.rows.device, rows.rows.shape
-        key = (count, width, device)
+        slots, scales = memory.rows.slots, memory.scales
+        key = (*slots.shape, slots.device)
         if key not in self._static:
             with torch.inference_mode(False):
-                table = torch.zeros(count, width, dtype=torch.int32, device=device)
-                scale = torch.zeros(len(scales), count, width - 1, device=device)
-            self._static[key] = edit = CompiledEdit(table, scale, self.roster.slots.bank(device).vectors)
+                own = torch.zeros_like(slots), torch.zeros_like(scales)
+            self._static[key] = edit = CompiledEdit(*own, self.roster.slots.bank(slots.device).vectors)
             for tensor in edit:
                 torch._dynamo.mark_static_address(tensor)
         edit = self._static[key]
-        edit.rows.copy_(rows.rows)
-        values = latch.by_sequence(latch.values)
-        torch.mul(values.repeat_interleave(count // values.shape[1], dim=1), scales, out=edit.scales)
+        edit.slots.copy_(slots)
+        edit.scales.copy_(scales)
         return edit
 
     def _shut_latch(self, plan: Plan, device: torch.device) -> Latch:

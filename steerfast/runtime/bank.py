@@ -10,32 +10,18 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerfast.errors import ProfileError
 from steerfast.kernels import contract
-from steerfast.kernels.contract import GateKind, Kinds, Score
+from steerfast.kernels.contract import Decides, GateKind, Kinds, Reading, Score
 from steerfast.kernels.edit_kinds import EDITS
 from steerfast.profile import SteeringProfile
 
-__all__ = ["Bank", "Deciders", "LayerBank", "Reach", "kinds_of"]
-
-
-class Deciders(NamedTuple):
-    """Hold which gates decide in a step. A decider is one profile on one sequence, see `steerfast.runtime.decide`.
-
-    Attributes:
-        row: int32 [layers, n·K], the row that the gate reads; -1: none.
-        closes: bool [layers, n·K], whether the mean that the gate reads ends in this step.
-        senses: bool [layers, n·K], whether the decision is for all layers.
-    """
-
-    row: Tensor
-    closes: Tensor
-    senses: Tensor
+__all__ = ["Bank", "LayerBank", "Reach", "kinds_of"]
 
 
 @dataclass(frozen=True)
@@ -43,14 +29,11 @@ class Reach:
     """Hold the layers at which some profiles act.
 
     Attributes:
-        gates: layers where a gate decides. means: layers where it reads a mean.
-        sensors: layers where it decides for all layers. edits: layers that are edited.
+        gates: layers where a gate decides. edits: layers that are edited.
         kinds: the smallest kind of slot that holds the profiles.
     """
 
     gates: frozenset[int] = frozenset()
-    means: frozenset[int] = frozenset()
-    sensors: frozenset[int] = frozenset()
     edits: frozenset[int] = frozenset()
     kinds: Kinds = Kinds.LATCHED_ADD
 
@@ -59,11 +42,8 @@ class Reach:
         """Return where these profiles act."""
         reach = cls()
         for profile in profiles:
-            gates = frozenset(profile.gate_layers)
             reach |= cls(
-                gates=gates,
-                means=gates if profile.gate.pooling == "mean" else frozenset(),
-                sensors=gates if profile.sensor != "own" and profile.gate.kind == "prompt" else frozenset(),
+                gates=frozenset(profile.gate_layers),
                 edits=frozenset(profile.steered_layers),
                 kinds=kinds_of(profile),
             )
@@ -72,8 +52,6 @@ class Reach:
     def __or__(self, other: Reach) -> Reach:
         return Reach(
             self.gates | other.gates,
-            self.means | other.means,
-            self.sensors | other.sensors,
             self.edits | other.edits,
             max(self.kinds, other.kinds),
         )
@@ -88,13 +66,13 @@ class Reach:
 class LayerBank:
     """Hold one layer's slots: views of the bank's memory, in the argument order of the ops.
 
-    vectors, directions: [slots, H], of the bank's dtype. table: float32 [slots, TABLE_WIDTH]. kinds: the bank's.
+    vectors, directions, mean_directions: [slots, H], of the bank's dtype. table: float32 [slots, TABLE_WIDTH].
     """
 
     vectors: Tensor
     directions: Tensor
+    mean_directions: Tensor
     table: Tensor
-    kinds: Kinds
 
 
 def kinds_of(profile: SteeringProfile) -> Kinds:
@@ -122,10 +100,8 @@ class Bank:
     Attributes:
         vectors: [layers, slots, H].
         directions: [layers, slots, H].
+        mean_directions: [layers, slots, H], what gates read in a mean.
         table: float32 [layers, slots, TABLE_WIDTH], see `steerfast.kernels.contract`.
-        gates: bool [layers, slots], the layers where a slot's gate decides.
-        means: bool [layers, slots], the layers where it reads a mean.
-        sensors: bool [layers, slots], the layers where a prompt gate decides for all layers.
 
     Raises:
         ValueError: a size is below 1, or the dtype is not supported.
@@ -150,10 +126,8 @@ class Bank:
             shape = (num_layers, slots, hidden_size)
             self.vectors = torch.zeros(shape, dtype=dtype, device=device)
             self.directions = torch.zeros(shape, dtype=dtype, device=device)
+            self.mean_directions = torch.zeros(shape, dtype=dtype, device=device)
             self.table = _empty_table(num_layers)[:, None].repeat(1, slots, 1).to(device)
-            self.gates = torch.zeros(shape[:2], dtype=torch.bool, device=device)
-            self.means = torch.zeros(shape[:2], dtype=torch.bool, device=device)
-            self.sensors = torch.zeros(shape[:2], dtype=torch.bool, device=device)
             self.kinds = kinds
             self._layers = self._views()
         self._profiles: dict[str, SteeringProfile] = {}
@@ -161,7 +135,12 @@ class Bank:
         self._free = deque(range(slots))
 
     def _views(self) -> list[LayerBank]:
-        return [LayerBank(*each, self.kinds) for each in zip(self.vectors, self.directions, self.table, strict=True)]
+        return [LayerBank(*each) for each in zip(*self.tensors, strict=True)]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All memory: vectors, directions, mean_directions and table."""
+        return self.vectors, self.directions, self.mean_directions, self.table
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the views: pickle would give each a memory of its own."""
@@ -195,24 +174,9 @@ class Bank:
 
     def layer(self, layer: int) -> LayerBank:
         """Return the slots of `layer` for the ops."""
-        if torch.compiler.is_compiling():  # views in the graph: three tensors to guard and to pass, not three per layer
-            return LayerBank(self.vectors[layer], self.directions[layer], self.table[layer], self.kinds)
+        if torch.compiler.is_compiling():  # views in the graph: four tensors to guard and to pass, not four per layer
+            return LayerBank(*(tensor[layer] for tensor in self.tensors))
         return self._layers[layer]
-
-    def deciders(self, row: Tensor, slot: Tensor) -> Deciders:
-        """Return the gates of each layer that decide, and the rows that they read.
-
-        Args:
-            row: int32 [n], the row at which the prompt gates of each sequence decide; -1: none in this step.
-            slot: int32 [n, K], the slots of each sequence; -1: none. [n]: K is 1.
-        """
-        if slot.dim() == 2 and slot.shape[1] > 1:
-            row = row.repeat_interleave(slot.shape[1])
-        slot = slot.flatten()
-        index = slot.long()
-        here = self.gates[:, index] & (row >= 0) & (slot >= 0)
-        closes = here & self.means[:, index]
-        return Deciders(torch.where(here & ~closes, row, -1), closes, here & self.sensors[:, index])
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
@@ -233,7 +197,7 @@ class Bank:
         staged = self._prepare(name, profile)
         slot = self._free[0] if slot is None else slot
         self._free.remove(slot)
-        self._write(slot, profile, *staged)
+        self._write(slot, *staged)
         self._slots[name], self._profiles[name] = slot, profile
         return slot
 
@@ -244,7 +208,7 @@ class Bank:
             ProfileError: no profile has this name, or `profile` does not fit.
         """
         slot = self.slot(name)
-        self._write(slot, profile, *self._prepare(name, profile))
+        self._write(slot, *self._prepare(name, profile))
         self._profiles[name] = profile
 
     def remove(self, name: str) -> None:
@@ -256,12 +220,12 @@ class Bank:
         slot = self.slot(name)
         layers, _, hidden = self.vectors.shape
         zeros = torch.zeros(layers, hidden, dtype=self.vectors.dtype, device="cpu")
-        self._write(slot, None, zeros, zeros, _empty_table(layers))
+        self._write(slot, zeros, zeros, zeros, _empty_table(layers))
         del self._slots[name], self._profiles[name]
         self._free.append(slot)
 
-    def _prepare(self, name: str, profile: SteeringProfile) -> tuple[Tensor, Tensor, Tensor]:
-        """Return vectors and directions [layers, H] and table [layers, TABLE_WIDTH] of `profile` on the CPU.
+    def _prepare(self, name: str, profile: SteeringProfile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return vectors and both directions [layers, H] and table [layers, TABLE_WIDTH] of `profile` on the CPU.
 
         Raises:
             ProfileError: the profile does not fit.
@@ -280,25 +244,18 @@ class Bank:
                 f"profile {name!r}: expected an 'add' edit with an always or prompt gate, as the bank was made for, "
                 f"got {profile.edit!r} with a {profile.gate.kind} gate"
             )
-        vectors, directions = profile.vector.to(self.vectors.dtype), profile.direction.to(self.vectors.dtype)
-        for what, stored in (("vector", vectors), ("direction", directions)):
+        dtype = self.vectors.dtype
+        vectors, directions, means = (
+            given.to(dtype) for given in (profile.vector, profile.direction, profile.direction)
+        )
+        for what, stored in (("vector", vectors), ("direction", directions), ("direction", means)):
             if not bool(stored.isfinite().all()):
                 raise ProfileError(f"profile {name!r}: expected a {what} within the range of {stored.dtype}, got inf")
-        return vectors, directions, _table(name, profile, vectors.double(), directions.double())
+        return vectors, directions, means, _table(name, profile, vectors.double(), directions.double())
 
-    def _write(
-        self, slot: int, profile: SteeringProfile | None, vectors: Tensor, directions: Tensor, table: Tensor
-    ) -> None:
-        self.vectors[:, slot].copy_(vectors)
-        self.directions[:, slot].copy_(directions)
-        self.table[:, slot].copy_(table)
-        gates = torch.zeros(len(table), dtype=torch.bool, device="cpu")
-        if profile is not None:
-            gates[profile.gate_layers] = True
-        self.gates[:, slot].copy_(gates)
-        self.means[:, slot].copy_(gates & (profile is not None and profile.gate.pooling == "mean"))
-        single = profile is not None and profile.sensor != "own" and profile.gate.kind == "prompt"
-        self.sensors[:, slot].copy_(gates & single)
+    def _write(self, slot: int, *tensors: Tensor) -> None:
+        for own, new in zip(self.tensors, tensors, strict=True):
+            own[:, slot].copy_(new)
 
 
 def _empty_table(layers: int) -> Tensor:
@@ -327,4 +284,6 @@ def _table(name: str, profile: SteeringProfile, vectors: Tensor, directions: Ten
     edit = EDITS[profile.edit]
     table[:, contract.EDIT] = edit.id
     table[:, contract.LOW], table[:, contract.HIGH] = edit.columns(**edit.given(profile))
+    table[profile.gate_layers, contract.DECIDES] = Decides.HERE if profile.sensor == "own" else Decides.EVERYWHERE
+    table[:, contract.READING] = Reading.MEAN if profile.gate.pooling == "mean" else Reading.LAST
     return table

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerfast.errors import ProfileError, SteerfastError
+from steerfast.kernels.edits import torch_scales
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.bank import Bank, Deciders, Reach
+from steerfast.runtime.bank import Bank, Reach
 from steerfast.runtime.span import Stack, filled, slots_of
-from steerfast.runtime.step import Decisions, Step
+from steerfast.runtime.step import Step, StepMemory
 from steerfast.runtime.tables import PackedRows, StepTables
 
 __all__ = ["Request", "Roster", "check_packed"]
@@ -85,7 +86,7 @@ class Roster:
         tables: the step's rows, slots and strengths; a request's sequence number is its column.
         values: float32 [layers, max_requests·K], latched gate values. scores: the scores behind them.
         sums: float64 [layers, max_requests·K], scores added up by gates that read a mean.
-        deciders: which gates decide in this step, [layers, max_requests·K] each.
+        scales: float32 [layers, max_rows, K], the scales of the step's rows.
 
     Raises:
         ValueError: a size is out of bounds.
@@ -102,7 +103,6 @@ class Roster:
         self._counting: list[
             tuple[Request, int]
         ] = []  # requests whose means read rows of this step, and their new `counted`
-        self._was_deciding = False
         self._launched = torch.cuda.Event() if bank.table.is_cuda else None
         self._lock = threading.RLock()
 
@@ -115,18 +115,15 @@ class Roster:
             self.values = torch.zeros(shape, dtype=torch.float32, device=device)
             self.scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
             self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
-            self.deciders = Deciders(
-                torch.full(shape, -1, dtype=torch.int32, device=device),
-                torch.zeros(shape, dtype=torch.bool, device=device),
-                torch.zeros(shape, dtype=torch.bool, device=device),
-            )
+            self.scales = torch.zeros(shape[0], max_rows, stack, dtype=torch.float32, device=device)
+            self._scratch = torch.zeros_like(self.scales[0]), torch.zeros_like(self.values[0])
 
     def widen(self, stack: int) -> None:
         """Make room for `stack` profiles on a request, between two steps. Decisions stay, addresses change."""
         with self._lock:
             self._wait()
             old, before = self.stack, (self.values, self.scores, self.sums)
-            self._allocate(len(self.tables.rows), len(self.tables.slot), stack)
+            self._allocate(len(self.tables.slots), len(self.tables.deciders), stack)
             for new, theirs in zip((self.values, self.scores, self.sums), before, strict=True):
                 new.unflatten(1, (-1, stack))[..., :old] = theirs.unflatten(1, (-1, old))
             for name, latch in self._host.items():
@@ -145,10 +142,8 @@ class Roster:
     @property
     def nbytes(self) -> int:
         """Memory on the device."""
-        tables = self.tables
-        tensors = [self.values, self.scores, self.sums, *self.deciders]
-        tensors += [tables.rows, tables.deciding, tables.slot, tables.strength, tables.member, tables.total]
-        return sum(tensor.nbytes for tensor in tensors)
+        tensors = [self.values, self.scores, self.sums, self.scales, *self._scratch]
+        return self.tables.nbytes + sum(tensor.nbytes for tensor in tensors)
 
     @property
     def names(self) -> set[str]:
@@ -277,12 +272,13 @@ class Roster:
             )
         )
         self._deciding = [request for request, now in zip(requests, decides, strict=True) if now]
-        if self._deciding or self._was_deciding:
-            deciders = self.bank.deciders(self.tables.deciding, self.tables.slot)
-            for current, now in zip(self.deciders, deciders, strict=True):
-                current.copy_(now)
-        self._was_deciding = bool(self._deciding)
-        return self._was_deciding or counted is not None
+        self.write_scales(padded_rows)
+        return bool(self._deciding) or counted is not None
+
+    def write_scales(self, width: int) -> None:
+        """Write the scales of the first `width` rows of the step, from the decisions so far."""
+        rows, strength = self.tables.of(width), self.tables.strength.view(-1)
+        self.scales[:, :width] = torch_scales(rows.slots, self.values, strength, rows.sequence, self.bank.table)
 
     def current(self, width: int, deciding: bool, reach: Reach) -> Step:
         """Return the `Step` of the tables that `step` has written.
@@ -293,9 +289,9 @@ class Roster:
         """
         known = self._steps.get((width, deciding))
         if known is None or known[0] is not reach:
-            decisions = Decisions(self.values, self.scores, self.sums)
-            deciders = self.deciders if deciding else None
-            step = Step(reach, lambda _: self.bank, self.tables.of(width), self.tables.strength, decisions, deciders)
+            latches = self.values, self.scores, self.sums, self.scales
+            memory = StepMemory(self.tables.of(width), self.tables.strength.view(-1), *latches, *self._scratch)
+            step = Step(reach, lambda _: self.bank, memory, deciding)
             if len(self._steps) >= _MOST_STEPS:
                 self._steps.clear()
             known = self._steps[width, deciding] = (reach, step)
@@ -401,8 +397,8 @@ class Roster:
         missing = [(name, request) for name, request in zip(names, requests, strict=True) if request.column is None]
         if not missing:
             return
-        if len(requests) > len(self.tables.slot):
-            raise ValueError(f"names: expected at most {len(self.tables.slot)} requests, got {len(requests)}")
+        if len(requests) > len(self.tables.deciders):
+            raise ValueError(f"names: expected at most {len(self.tables.deciders)} requests, got {len(requests)}")
         if len(missing) > len(self._free):
             self._make_room(len(missing) - len(self._free), set(names))
         latches = []

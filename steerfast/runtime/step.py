@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerfast.kernels.contract import Operands
-from steerfast.runtime.bank import Bank, Deciders, LayerBank, Reach
-from steerfast.runtime.decide import Columns, decide, spread
+from steerfast.kernels.contract import GateOperands, Operands
+from steerfast.kernels.edits import torch_scales
+from steerfast.kernels.gate import decide_torch_, score_unchecked_
+from steerfast.runtime.bank import Bank, LayerBank, Reach
 from steerfast.runtime.span import NO_END
 from steerfast.runtime.tables import RowTable
 
-__all__ = ["Decisions", "Repeat", "Step", "TokenStep"]
+__all__ = ["Decisions", "LayerEdit", "Repeat", "Step", "StepMemory", "TokenStep"]
 
 
 @dataclass(eq=False)
@@ -38,16 +39,75 @@ class Decisions:
     sums: Tensor | None = None
 
 
+class LayerEdit(NamedTuple):
+    """Hold the arguments of the op that edits the rows of a layer.
+
+    Attributes:
+        operands: how rows are edited. gates: the gates that decide in the same launch; None: no gate decides.
+    """
+
+    operands: Operands
+    gates: GateOperands | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StepMemory:
+    """Hold the memory that the layers of a step share on one device.
+
+    Attributes:
+        rows: the tables. strength: float32 [n·K].
+        values, scores, sums: as in `Decisions`.
+        scales: float32 [layers, rows or more, K], the scale of each row's slots.
+        row_scores, last_scores: scratch, see `steerfast.kernels.contract.GateOperands`.
+    """
+
+    rows: RowTable
+    strength: Tensor
+    values: Tensor
+    scores: Tensor
+    sums: Tensor
+    scales: Tensor
+    row_scores: Tensor
+    last_scores: Tensor
+
+    @classmethod
+    def of(cls, rows: RowTable, strength: Tensor, decisions: Decisions, table: Tensor) -> StepMemory:
+        """Return the memory of a step whose scales follow from the decisions so far.
+
+        Args:
+            strength: float32 [n, K]. table: float32 [layers, slots, TABLE_WIDTH].
+        """
+        values, sums = decisions.values, decisions.sums
+        strength = strength.flatten()
+        return cls(
+            rows,
+            strength,
+            values,
+            decisions.scores,
+            torch.zeros_like(values, dtype=torch.float64) if sums is None else sums,
+            torch_scales(rows.slots, values, strength, rows.sequence, table),
+            torch.zeros_like(rows.slots, dtype=torch.float32),
+            torch.zeros_like(strength),
+        )
+
+    def to(self, device: torch.device) -> StepMemory:
+        """Return the same memory on another device."""
+        return StepMemory(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def take_decisions(self, other: StepMemory) -> None:
+        """Take over decisions, and the scales that follow from them, from the memory on another device."""
+        for name in ("values", "scores", "sums", "scales"):
+            getattr(self, name).copy_(getattr(other, name))
+
+
 class Step:
     """Hold one forward pass: the rows that are edited, the gates that decide, and their decisions.
 
     Args:
         reach: the layers with a gate or an edit in this step.
         bank: returns the profiles on a device.
-        rows: the tables of the step, on the device of its tokens.
-        strength: float32 [n, K].
-        decisions: latched decisions; gates that decide in this step write them.
-        deciders: the gates that decide, by layer; None: no gate decides.
+        memory: the tables and decisions, on the device of the step's tokens.
+        decides: gates decide in this step.
         loaded: the layers where any loaded profile acts. Compiled models use these, so that another batch compiles
             nothing. Default: reach.
     """
@@ -56,125 +116,111 @@ class Step:
         self,
         reach: Reach,
         bank: Callable[[torch.device], Bank],
-        rows: RowTable,
-        strength: Tensor,
-        decisions: Decisions,
-        deciders: Deciders | None = None,
+        memory: StepMemory,
+        decides: bool = False,
         loaded: Reach | None = None,
     ) -> None:
         self.reach = reach
         self.loaded = reach if loaded is None else loaded
         self.bank = bank
-        self.rows = rows
-        self.decisions = decisions
-        self.deciders = deciders
-        self._placed = {rows.rows.device: (rows, strength)}
-        self._operands: dict[tuple[int, torch.device], Operands] = {}
-        self._columns: list[tuple[Tensor, Tensor]] | None = None
+        self.memory = memory
+        self.decides = decides
+        self._placed = {memory.values.device: memory}
+        self._edits: dict[tuple[int, torch.device], LayerEdit] = {}
 
-    def operands(self, layer: int, x: Tensor, residual: Tensor | None) -> Operands | None:
-        """Decide this layer's gates, and return the operands of its edit; None: no edit.
+    def edit(self, layer: int, x: Tensor, residual: Tensor | None) -> LayerEdit | None:
+        """Score the rows that this layer's gates read, and return how the layer is edited; None: not at all.
 
         Args:
             x, residual: [..., H], the residual stream is x, or the sum of both.
         """
         device, compiling = x.device, torch.compiler.is_compiling()
-        keeps = self.deciders is None and not compiling  # a graph must not leave its tensors here
-        if keeps and (known := self._operands.get((layer, device))) is not None:
-            return known
         reach = self.loaded if compiling else self.reach
-        decides, edits = self.deciders is not None and layer in reach.gates, layer in reach.edits
-        if not decides and not edits:
+        decides = self.decides and layer in reach.gates
+        keeps = not self.decides and not compiling  # a graph must not leave its tensors here
+        if keeps and (known := self._edits.get((layer, device))) is not None:
+            return known
+        if not decides and layer not in reach.edits:
             return None
-        rows, strength = self._on(device)
-        bank = self.bank(device).layer(layer)
+        memory, whole = self._on(device), self.bank(device)
+        bank = whole.layer(layer)
+        scales = memory.scales[layer, : len(memory.rows.slots)]
+        edit = LayerEdit(
+            Operands(memory.rows.slots, scales, bank.vectors, bank.directions, bank.table, int(reach.kinds))
+        )
         if decides:
-            flat = None if residual is None else residual.flatten(0, -2)
-            self._decide(layer, x.flatten(0, -2), flat, rows, bank, reach)
-        if not edits:
-            return None
-        values = self._layer(layer)[0]
-        if values.device != device:
-            values = values.to(device)
-        values = values.view(-1, rows.slot.shape[1])
-        operands = Operands(rows.rows, values, strength, bank.vectors, bank.directions, bank.table, int(reach.kinds))
+            gates = self._gates(layer, memory, bank, whole.table)
+            score_unchecked_(x.flatten(0, -2), None if residual is None else residual.flatten(0, -2), gates)
+            edit = self._decide(edit.operands, gates)
+            if edit.gates is None and layer not in reach.edits:
+                return None
         if keeps:
-            self._operands[layer, device] = operands
-        return operands
+            self._edits[layer, device] = edit
+        return edit
 
-    def _on(self, device: torch.device) -> tuple[RowTable, Tensor]:
-        """Return tables and strengths on the device of a layer; a model may lie on several."""
+    def _gates(self, layer: int, memory: StepMemory, bank: LayerBank, tables: Tensor) -> GateOperands:
+        rows = memory.rows
+        return GateOperands(
+            sequence=rows.sequence,
+            deciding=rows.deciding,
+            counted=rows.counted,
+            slots=rows.deciders.view(-1),
+            strength=memory.strength,
+            directions=bank.directions,
+            mean_directions=bank.mean_directions,
+            tables=tables,
+            row_scores=memory.row_scores,
+            last_scores=memory.last_scores,
+            sums=memory.sums,
+            scores=memory.scores,
+            values=memory.values,
+            scales=memory.scales,
+            layer=layer,
+        )
+
+    def _decide(self, operands: Operands, gates: GateOperands) -> LayerEdit:
+        """Return the edit whose launch decides, or decide now where nothing but plain torch can."""
+        device = gates.values.device
+        if not torch.compiler.is_compiling() and device == self.memory.values.device and len(self._placed) == 1:
+            return LayerEdit(operands, gates)
+        self._decide_now(operands.slots, gates)
+        return LayerEdit(operands)
+
+    def _decide_now(self, slots: Tensor, gates: GateOperands) -> None:
+        """Decide in plain torch, and tell the other devices that the model lies on."""
+        decide_torch_(slots, gates)
+        device = gates.values.device
+        for where, memory in self._placed.items():
+            if where != device:
+                memory.take_decisions(self._placed[device])
+
+    def _on(self, device: torch.device) -> StepMemory:
+        """Return the memory on the device of a layer; a model may lie on several."""
         if device not in self._placed:
-            rows, strength = next(iter(self._placed.values()))
-            self._placed[device] = rows.to(device), strength.to(device)
+            self._placed[device] = self.memory.to(device)
         return self._placed[device]
-
-    def _layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return values and scores [n·K, 1] of a layer: views, all made at once (35 us for 30 layers, not 129)."""
-        values, scores = self.decisions.values, self.decisions.scores
-        if torch.compiler.is_compiling():
-            return values[layer, :, None], scores[layer, :, None]
-        if self._columns is None:
-            self._columns = list(zip(values.unsqueeze(2).unbind(), scores.unsqueeze(2).unbind(), strict=True))
-        return self._columns[layer]
-
-    def _decide(
-        self, layer: int, x: Tensor, residual: Tensor | None, rows: RowTable, bank: LayerBank, reach: Reach
-    ) -> None:
-        """Latch the decisions of this layer; a sensor's are copied to all layers."""
-        assert self.deciders is not None
-        decisions, (values, scores) = self.decisions, self._layer(layer)
-        row, closes, senses = (by_layer[layer] for by_layer in self.deciders)
-        home, away = decisions.values.device, x.device
-        sums = self._sums(layer, values) if layer in reach.means else None
-        if home != away:
-            values, scores, row, closes = values.to(away), scores.to(away), row.to(away), closes.to(away)
-            sums = None if sums is None else sums.to(away)
-        decide(x, residual, rows, bank, Deciders(row, closes, senses), Columns(values, scores, sums))
-        if home != away:
-            decisions.scores[layer], decisions.values[layer] = scores[:, 0].to(home), values[:, 0].to(home)
-            if sums is not None and decisions.sums is not None:
-                decisions.sums[layer] = sums[:, 0].to(home)
-        if layer in reach.sensors:
-            spread(decisions.values, layer, senses.to(home))
-
-    def _sums(self, layer: int, values: Tensor) -> Tensor:
-        sums = self.decisions.sums
-        return torch.zeros_like(values, dtype=torch.float64) if sums is None else sums[layer, :, None]
 
 
 class TokenStep(Step):
     """Hold a step of token gates: each row decides for itself, in this step only.
 
-    `decisions` keeps the highest value of each sequence; the values of single rows are in the step.
-
     Args:
-        rows: tables in which each row is a sequence (`RowTable.each_for_itself`); the others as for `Step`.
+        decisions: keeps the highest value of each sequence; the values of single rows are in the step.
+        The others as for `Step`; `memory` is of tables in which each row is a sequence (`RowTable.each_for_itself`).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, decisions: Decisions, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        count = self.rows.slot.numel()
-        self._row_values = torch.zeros(count, 1, dtype=torch.float32, device=self.rows.rows.device)
+        self.decisions = decisions
 
-    def _layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the rows' values. The values of a sensor stay for the layers after it."""
-        return self._row_values, self._row_values
-
-    def _decide(
-        self, layer: int, x: Tensor, residual: Tensor | None, rows: RowTable, bank: LayerBank, reach: Reach
-    ) -> None:
-        assert self.deciders is not None
-        values = self._row_values = self._row_values.to(x.device)
-        row = self.deciders.row[layer].to(x.device)
-        scores, now = torch.full_like(values, float("-inf")), torch.zeros_like(values)
-        decide(x, residual, rows, bank, Deciders(row, row, row), Columns(now, scores, None))
-        values.copy_(torch.where(row[:, None] >= 0, now, values))
-        stack = rows.slot.shape[1]
-        for latch, new in ((self.decisions.scores[layer], scores), (self.decisions.values[layer], now)):
-            width = len(x) // (len(latch) // stack)
-            highest = new.view(-1, width, stack).amax(dim=1).flatten()
-            latch.copy_(torch.maximum(latch, highest.to(latch.device)))
+    def _decide(self, operands: Operands, gates: GateOperands) -> LayerEdit:
+        self._decide_now(operands.slots, gates)
+        stack = operands.slots.shape[1]
+        for latch, new in ((self.decisions.scores, gates.scores), (self.decisions.values, gates.values)):
+            rows = new[gates.layer].view(-1, stack)
+            highest = rows.view(latch.shape[1] // stack, -1, stack).amax(dim=1).flatten()
+            latch[gates.layer] = torch.maximum(latch[gates.layer], highest.to(latch.device))
+        return LayerEdit(operands)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,32 +29,32 @@ _ALIGNMENT = 4  # numbers: regions start at multiples of 16 bytes, as fresh tens
 class RowTable:
     """Map the rows of a step to n sequences, and to the up to K slots that edit or read them.
 
+    A *decider* is one profile on one sequence: sequence i and profile k are decider i·K + k.
+
     Attributes:
-        rows: int32 [rows, 1 + K], the sequence of each row, then its slots; -1: no edit.
-        deciding: int32 [n], the row that each sequence's prompt gates read; -1: the step holds no prompt row of it.
-        slot: int32 [n, K], the slots whose gates the sequence decides.
-        member: int32 [rows·K], the decider (`steerfast.runtime.decide`) in whose mean a row counts; -1: none. None: no
-            row counts in a mean.
-        total: int32 [n·K], how many rows that mean is taken of.
+        slots: int32 [rows, K], the slots that edit each row; -1: no edit.
+        sequence: int32 [rows], the sequence of each row; -1: padding.
+        deciding: int32 [n], the row at which each sequence's prompt gates decide; -1: the step holds no prompt row of it.
+        deciders: int32 [n, K], the slot of each decider; -1: none.
+        counted: int32 [n·K, 3], the rows in the mean of a decider: the first, the first after the last, and how many
+            the mean has in all steps.
     """
 
-    rows: Tensor
+    slots: Tensor
+    sequence: Tensor
     deciding: Tensor
-    slot: Tensor
-    member: Tensor | None = None
-    total: Tensor | None = None
+    deciders: Tensor
+    counted: Tensor
 
     def to(self, device: torch.device) -> RowTable:
         """Return the same tables on a device."""
-        tensors = (self.rows, self.deciding, self.slot, self.member, self.total)
-        return RowTable(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
+        return RowTable(*(getattr(self, each.name).to(device, non_blocking=True) for each in fields(self)))
 
     def each_for_itself(self) -> RowTable:
         """Return tables for token gates: every row is a sequence, and decides if it is steered."""
-        index = torch.arange(len(self.rows), dtype=torch.int32, device=self.rows.device)
-        slot = self.rows[:, 1:].contiguous()
-        steered = (slot >= 0).any(dim=1)
-        return RowTable(torch.cat([index[:, None], slot], dim=1), torch.where(steered, index, UNSTEERED), slot)
+        index = torch.arange(len(self.slots), dtype=torch.int32, device=self.slots.device)
+        deciding = torch.where((self.slots >= 0).any(dim=1), index, UNSTEERED)
+        return RowTable(self.slots, index, deciding, self.slots, _no_rows(self.slots))
 
 
 def prompt_rows(
@@ -72,7 +72,6 @@ def prompt_rows(
         mean_rows: int32 [N, K], how many of the prompt's last rows a mean is taken of.
     """
     count, width = valid.shape
-    stack = slot.shape[1]
     column = torch.arange(width, dtype=torch.int32, device=valid.device)
     prompt = valid & (column < prompt_columns)
     last = torch.where(prompt, column, -1).amax(dim=1)
@@ -80,13 +79,18 @@ def prompt_rows(
     edited &= column[:, None] < prompt_columns + answer_rows[:, None]
     start = torch.arange(count, dtype=torch.int32, device=valid.device) * width
     decides = (last >= 0) & (slot >= 0).any(dim=1)
-    row_slot = torch.where(edited, slot[:, None], UNSTEERED)
-    rows = _row_table(row_slot, torch.where(decides, start + last, UNSTEERED), slot)
     rank = prompt.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)  # 1 at the last row of a prompt
     counts = prompt[..., None] & (rank[..., None] <= mean_rows[:, None])
-    decider = torch.arange(count * stack, dtype=torch.int32, device=valid.device).view(count, 1, stack)
-    member = torch.where(counts, decider, UNSTEERED).flatten()
-    return replace(rows, member=member, total=counts.sum(dim=1, dtype=torch.int32).flatten())
+    first = torch.where(counts, column[:, None], width).amin(dim=1)  # [N, K]
+    until = torch.where(counts, column[:, None] + 1, 0).amax(dim=1)
+    counted = torch.stack([start[:, None] + first.minimum(until), start[:, None] + until, counts.sum(dim=1)], dim=2)
+    return RowTable(
+        torch.where(edited, slot[:, None], UNSTEERED).flatten(0, 1),
+        torch.where(valid, _sequences(count, width, valid.device), UNSTEERED).flatten(),
+        torch.where(decides, start + last, UNSTEERED),
+        slot,
+        counted.flatten(0, 1).int(),
+    )
 
 
 def response_rows(slot: Tensor, width: int, edited: Tensor) -> RowTable:
@@ -97,15 +101,19 @@ def response_rows(slot: Tensor, width: int, edited: Tensor) -> RowTable:
         edited: int32 [N, K], how many of these rows a slot edits.
     """
     column = torch.arange(width, dtype=torch.int32, device=slot.device)
-    row_slot = torch.where(column[:, None] < edited[:, None], slot[:, None], UNSTEERED)
-    return _row_table(row_slot, torch.full_like(slot[:, 0], UNSTEERED), slot)
+    slots = torch.where(column[:, None] < edited[:, None], slot[:, None], UNSTEERED).flatten(0, 1)
+    sequence = _sequences(len(slot), width, slot.device).flatten()
+    return RowTable(slots, sequence, torch.full_like(slot[:, 0], UNSTEERED), slot, _no_rows(slot))
 
 
-def _row_table(row_slot: Tensor, deciding: Tensor, slot: Tensor) -> RowTable:
-    """Return tables for the slots of each row, int32 [N, T, K]."""
-    count, width, stack = row_slot.shape
-    sequence = torch.arange(count, dtype=torch.int32, device=slot.device)[:, None, None].expand(count, width, 1)
-    return RowTable(torch.cat([sequence, row_slot], dim=2).view(-1, 1 + stack), deciding, slot)
+def _sequences(count: int, width: int, device: torch.device) -> Tensor:
+    """Return the sequence of each row of a padded batch, int32 [N, T]."""
+    return torch.arange(count, dtype=torch.int32, device=device)[:, None].repeat(1, width)
+
+
+def _no_rows(deciders: Tensor) -> Tensor:
+    """Return that no decider's mean has a row, int32 [n·K, 3]."""
+    return torch.zeros(deciders.numel(), 3, dtype=torch.int32, device=deciders.device)
 
 
 Integers = Sequence[int] | NDArray[np.integer]
@@ -166,7 +174,8 @@ class PackedRows:
             None if given is None else _integers(name, given, shape, 0, _INT32_MAX)
             for name, given in (("edited_from", self.edited_from), ("edited_until", self.edited_until))
         )
-        counted = None if self.counted is None else _integers("counted", self.counted, (2, *shape), 0, _INT32_MAX)
+        none = np.zeros((2, *shape), np.int64)
+        counted = none if self.counted is None else _integers("counted", self.counted, (2, *shape), 0, _INT32_MAX)
         total = (
             np.zeros(shape, np.int64) if self.total is None else _integers("total", self.total, shape, 0, _INT32_MAX)
         )
@@ -191,7 +200,7 @@ class _StepArrays(NamedTuple):
     deciding: NDArray[np.int64]
     first: NDArray[np.int64] | None
     until: NDArray[np.int64] | None
-    counted: NDArray[np.int64] | None
+    counted: NDArray[np.int64]
     total: NDArray[np.int64]
     column: NDArray[np.int64]
     used: int
@@ -212,10 +221,9 @@ class StepTables:
         device: of the tables.
 
     Attributes:
-        rows: int32 [max_rows, 1 + K], deciding: int32 [max_sequences], slot: int32 [max_sequences, K]: as in
-            `RowTable`.
+        slots: int32 [max_rows, K], sequence: int32 [max_rows], deciding: int32 [max_sequences], deciders: int32
+            [max_sequences, K], counted: int32 [max_sequences·K, 3]: as in `RowTable`.
         strength: float32 [max_sequences, K].
-        member: int32 [max_rows·K], total: int32 [max_sequences·K]: as in `RowTable`.
 
     Raises:
         ValueError: a size is out of bounds.
@@ -229,11 +237,11 @@ class StepTables:
             raise ValueError(f"stack: expected 1 to {MAX_STACK} slots of a sequence, got {stack}")
         self._shapes = {
             "deciding": (max_sequences,),
-            "slot": (max_sequences, stack),
+            "deciders": (max_sequences, stack),
             "strength": (max_sequences, stack),
-            "total": (max_sequences * stack,),
-            "rows": (max_rows, 1 + stack),
-            "member": (max_rows * stack,),
+            "counted": (max_sequences * stack, 3),
+            "sequence": (max_rows,),
+            "slots": (max_rows, stack),
         }
         device = torch.device(device)
         self._start: dict[str, int] = {}
@@ -249,12 +257,11 @@ class StepTables:
                 _Host(torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=pinned)) for _ in range(1 + pinned)
             ]
             on_device = self._regions(self._device)
-        self.rows, self.deciding, self.slot = (on_device[name] for name in ("rows", "deciding", "slot"))
-        self.member, self.total = on_device["member"], on_device["total"]
-        self._counted = 0  # rows of the last step, if some of them count in a mean
+        self.slots, self.sequence, self.deciding = (on_device[name] for name in ("slots", "sequence", "deciding"))
+        self.deciders, self.counted = on_device["deciders"], on_device["counted"]
         self.strength = on_device["strength"].view(torch.float32)
-        self.strength.zero_()
-        self.rows[:, 0] = 0
+        for tensor in (self.strength, self.counted):
+            tensor.zero_()
         for host in self._hosts:
             host.regions = {name: region.numpy() for name, region in self._regions(host.buffer).items()}
             host.copied = torch.cuda.Event() if pinned else None
@@ -262,12 +269,16 @@ class StepTables:
     @property
     def stack(self) -> int:
         """K, the slots of a sequence."""
-        return self.slot.shape[1]
+        return self.deciders.shape[1]
 
     def of(self, width: int) -> RowTable:
         """Return the tables of a step of `width` rows, padding included: views that later steps change."""
-        member = self.member[: width * self.stack]
-        return RowTable(self.rows[:width], self.deciding, self.slot, member, self.total)
+        return RowTable(self.slots[:width], self.sequence[:width], self.deciding, self.deciders, self.counted)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory on the device."""
+        return self._device.nbytes
 
     def _regions(self, buffer: Tensor) -> dict[str, Tensor]:
         return {
@@ -280,7 +291,7 @@ class StepTables:
         Raises:
             ValueError: a shape or number is out of bounds; the tables do not change.
         """
-        arrays = step.arrays(len(self.rows), len(self.slot), self.stack)
+        arrays = step.arrays(len(self.slots), len(self.deciders), self.stack)
         host = self._hosts[0]
         if host.copied is not None:
             host.copied.synchronize()
@@ -289,53 +300,37 @@ class StepTables:
         place = (np.arange(arrays.used) - start[sequence])[:, None]
         self._fill_sequences(host, arrays, start)
         self._fill_rows(host, arrays, sequence, place)
-        end = self._start["rows"] + arrays.padded * (1 + self.stack)
-        self._device[:end].copy_(host.buffer[:end], non_blocking=True)
-        if arrays.counted is not None or self._counted:
-            self._send_members(host, arrays, sequence, place)
+        # Two copies: the rows' slots do not follow the rows' sequences where the step has fewer rows than there is room.
+        begin, rows = self._start["slots"], arrays.padded
+        for part in (slice(self._start["sequence"] + rows), slice(begin, begin + rows * self.stack)):
+            self._device[part].copy_(host.buffer[part], non_blocking=True)
         if host.copied is not None:
             host.copied.record(torch.cuda.current_stream(self._device.device))
         self._hosts.append(self._hosts.pop(0))
 
     def _fill_sequences(self, host: _Host, step: _StepArrays, start: NDArray[np.int64]) -> None:
-        stack = self.stack
+        first, until = start[:, None] + np.minimum(step.counted, step.length[:, None])
+        counted = np.stack([first, until, step.total], axis=2)
         for name, content, unused in (
             ("deciding", np.where(step.deciding < 0, -1, start + step.deciding), -1),
-            ("slot", step.slot, UNSTEERED),
+            ("deciders", step.slot, UNSTEERED),
             ("strength", step.strength.view(np.int32), 0),
-            ("total", step.total, 0),
+            ("counted", counted, 0),
         ):
             region = host.regions[name]
             region[:] = unused
-            (region if name != "total" else region.reshape(-1, stack))[step.column] = content
+            region.reshape(-1, *content.shape[1:])[step.column] = content
 
     def _fill_rows(self, host: _Host, step: _StepArrays, sequence: NDArray[np.int64], place: NDArray[np.int64]) -> None:
-        used, padded, rows = step.used, step.padded, host.regions["rows"]
-        rows[:used, 0] = step.column[sequence]
-        rows[:used, 1:] = step.slot[sequence]
+        used, padded, slots = step.used, step.padded, host.regions["slots"]
+        host.regions["sequence"][:used] = step.column[sequence]
+        host.regions["sequence"][used:padded] = UNSTEERED
+        slots[:used] = step.slot[sequence]
         if step.first is not None:
-            rows[:used, 1:][place < step.first[sequence]] = UNSTEERED
+            slots[:used][place < step.first[sequence]] = UNSTEERED
         if step.until is not None:
-            rows[:used, 1:][place >= step.until[sequence]] = UNSTEERED
-        rows[used:padded, 0] = 0
-        rows[used:padded, 1:] = UNSTEERED
-
-    def _send_members(
-        self, host: _Host, step: _StepArrays, sequence: NDArray[np.int64], place: NDArray[np.int64]
-    ) -> None:
-        stack = self.stack
-        member = host.regions["member"][: max(step.padded, self._counted) * stack]
-        member[:] = UNSTEERED
-        self._counted = 0
-        if step.counted is not None:
-            first, until = step.counted
-            inside = (place >= first[sequence]) & (place < until[sequence])
-            decider = step.column[sequence][:, None] * stack + np.arange(stack)
-            member[: step.used * stack].reshape(-1, stack)[inside] = decider[inside]
-            self._counted = step.padded
-        begin = self._start["member"]
-        part = slice(begin, begin + len(member))
-        self._device[part].copy_(host.buffer[part], non_blocking=True)
+            slots[:used][place >= step.until[sequence]] = UNSTEERED
+        slots[used:padded] = UNSTEERED
 
 
 @dataclass

@@ -78,23 +78,25 @@ class WorkerRuntime:
         self._repeat: Repeat | None = None
         self._expected = set(layers)
         self._served: set[int] = set()
+        self._reach = self._reach_of_profiles()
         for slot, path in enumerate(config.profiles.values()):
             self.write(slot, path)
-        self._reach = self._fixed_reach(kinds)
 
-    def _fixed_reach(self, kinds: Kinds) -> Reach:
-        """Return where profiles act, now and later: captured graphs keep their launches."""
-        if self.config.directory is not None:
-            everywhere = frozenset(self.config.layers)
-            return Reach(everywhere, everywhere, everywhere, everywhere, kinds)
-        return Reach.of(self.bank.profile(name) for name in self.bank.names) | Reach(kinds=kinds)
+    def _reach_of_profiles(self) -> Reach:
+        """Return where the loaded profiles act."""
+        return Reach.of(map(self.bank.profile, self.bank.names)) | Reach(kinds=self.bank.kinds)
+
+    def _reach_of_graphs(self) -> Reach:
+        """Return where profiles act, now and later: a captured graph keeps its launches."""
+        if self.config.directory is None:
+            return self._reach
+        everywhere = frozenset(self.config.layers)
+        return Reach(everywhere, everywhere, self.bank.kinds)
 
     @property
     def nbytes(self) -> int:
         """Memory on the device."""
-        bank = self.bank
-        tensors = [bank.vectors, bank.directions, bank.table, bank.gates, bank.means, bank.sensors]
-        return self.roster.nbytes + sum(tensor.nbytes for tensor in tensors)
+        return self.roster.nbytes + sum(tensor.nbytes for tensor in self.bank.tensors)
 
     # -- profiles ------------------------------------------------------------------------------------------------------
 
@@ -111,11 +113,13 @@ class WorkerRuntime:
         self.config.check(path, profile, self.identity, split=self.shape.split)
         self.bank.add(_bank_name(slot), profile, slot)
         self._gates[slot] = profile.gate_layers
+        self._reach = self._reach_of_profiles()
 
     def clear(self, slot: int) -> None:
         """Empty a slot, if it is not empty; its requests have ended."""
         if self._gates.pop(slot, None) is not None:
             self.bank.remove(_bank_name(slot))
+            self._reach = self._reach_of_profiles()
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -171,6 +175,7 @@ class WorkerRuntime:
         self._repeat = Repeat.of(key, before, *self.roster.bounds(names))
         if self._deciding_now and not self.shape.first:
             self._receive(self.incoming.tensors.pop(KEY))
+            self.roster.write_scales(padded_rows)
         self.incoming = None
 
     def _deciders(self, names: Sequence[str], past: Iterable[int], lengths: Iterable[int]) -> list[tuple[str, Request]]:
@@ -190,19 +195,20 @@ class WorkerRuntime:
         activate(self)
         self._repeat = None
         if not self._empty:
-            self._launch_gates = self.roster.step([], [], [], len(self.roster.tables.rows))
+            self._launch_gates = self.roster.step([], [], [], len(self.roster.tables.slots))
             self._empty = True
 
     def serve(self, x: Tensor, residual: Tensor | None, layer: int) -> None:
         """Decide this layer's gates and edit x in place, for the op."""
         self._served.add(layer)
-        if len(x) > (most := len(self.roster.tables.rows)):
+        if len(x) > (most := len(self.roster.tables.slots)):
             raise SteerfastError(f"x: expected at most {most} rows, got {len(x)}")
         # A captured graph decides in every replay, where the tables name rows.
-        decides = self._launch_gates or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-        operands = self.roster.current(len(x), decides, self._reach).operands(layer, x, residual)
-        if operands is not None:
-            steer_unchecked_(x, residual, operands)
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        reach = self._reach_of_graphs() if captured else self._reach
+        edit = self.roster.current(len(x), captured or self._launch_gates, reach).edit(layer, x, residual)
+        if edit is not None:
+            steer_unchecked_(x, residual, *edit)
 
     def launched(self, output: Any) -> Any:
         """Note that the step's forward pass lies on the current stream; `output` is the runner's.

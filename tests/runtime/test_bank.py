@@ -13,19 +13,19 @@ from torch import Tensor
 
 from steerfast.errors import ProfileError
 from steerfast.kernels import contract
-from steerfast.kernels.contract import EditId, GateKind, Kinds, Operands, Score
+from steerfast.kernels.contract import Decides, EditId, GateKind, Kinds, Operands, Reading, Score
+from steerfast.kernels.edits import torch_scales
 from steerfast.kernels.steer import reference, steer_
 from steerfast.profile import Gate, SteeringProfile
 from steerfast.runtime.bank import Bank, kinds_of
-from steerfast.runtime.tables import StepTables
+from steerfast.runtime.tables import PackedRows, StepTables
 
 MakeProfile = Callable[..., SteeringProfile]
 LAYERS, HIDDEN = 5, 32
 
 
 def content(bank: Bank) -> tuple[Tensor, ...]:
-    tensors = (bank.vectors, bank.directions, bank.table, bank.gates, bank.means, bank.sensors)
-    return tuple(tensor.clone() for tensor in tensors)
+    return tuple(tensor.clone() for tensor in bank.tensors)
 
 
 def equal(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
@@ -35,9 +35,10 @@ def equal(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 def touched(bank: Bank, slots: list[int], x: Tensor, layer: int = 2) -> list[bool]:
     """Which rows an edit by these slots moves, with every latched gate open."""
     part = bank.layer(layer)
-    rows = torch.tensor([[0, slot] for slot in slots], dtype=torch.int32)
-    one = torch.ones(1, 1)
-    y = reference(x, None, Operands(rows, one, one, part.vectors, part.directions, part.table, part.kinds))
+    rows = torch.tensor([[slot] for slot in slots], dtype=torch.int32)
+    every, none = torch.ones(len(bank.table), 1), torch.zeros(len(slots), dtype=torch.int32)
+    scales = torch_scales(rows, every, torch.ones(1), none, bank.table)[layer]
+    y = reference(x, None, Operands(rows, scales, part.vectors, part.directions, part.table, bank.kinds))
     return (y != x.double()).any(dim=1).tolist()
 
 
@@ -54,7 +55,6 @@ def test_a_slot_holds_its_profile(tiny_llama: Any, make_profile: MakeProfile, dt
     assert bank.names == ["p0", "p1", "p2"]
     for layer in range(LAYERS):
         part = bank.layer(layer)
-        assert part.kinds == Kinds.ANY
         assert part.table.shape == (3, contract.TABLE_WIDTH)
         assert part.vectors.is_contiguous()
         assert part.table.is_contiguous()
@@ -140,54 +140,30 @@ def test_memory_stays_where_it_is(tiny_llama: Any, make_profile: MakeProfile) ->
 
 def test_where_gates_decide(tiny_llama: Any, make_profile: MakeProfile) -> None:
     bank = Bank(LAYERS, HIDDEN, 6)
-    addresses = [tensor.data_ptr() for tensor in (bank.gates, bank.means, bank.sensors)]
 
-    def held(tensor: Tensor) -> list[list[int]]:
-        assert tensor.dtype == torch.bool
-        return [tensor[:, slot].nonzero().flatten().tolist() for slot in range(6)]
+    def held(column: int, number: int) -> list[list[int]]:
+        return [(bank.table[:, slot, column] == number).nonzero().flatten().tolist() for slot in range(6)]
 
-    assert held(bank.gates) == held(bank.means) == held(bank.sensors) == [[]] * 6
+    everywhere = list(range(LAYERS))
+    assert held(contract.DECIDES, Decides.NOTHING) == [everywhere] * 6
     bank.add("own", make_profile(tiny_llama, layers=[1, 3]))
     bank.add("sensor", make_profile(tiny_llama, layers=[1, 3], sensor=2))
     bank.add("always", make_profile(tiny_llama, layers=[1, 3], kind="always"))
     bank.add("token", make_profile(tiny_llama, layers=[1, 3], kind="token", sensor=0))
     bank.add("mean", make_profile(tiny_llama, layers=[1, 3], pooling="mean"))
     bank.add("mean sensor", make_profile(tiny_llama, layers=[2, 3], sensor=1, pooling="mean"))
-    assert held(bank.gates) == [[1, 3], [2], [], [0], [1, 3], [1]]
-    assert held(bank.means) == [[], [], [], [], [1, 3], [1]]
-    assert held(bank.sensors) == [[], [2], [], [], [], [1]]
-
-    # Two of the first slot, one of which decides nothing in this step, one that nobody steers, and three that read a
-    # mean, one of which decides nothing yet.
-    sequences = ((5, 0), (-1, 0), (7, 1), (9, 2), (11, -1), (13, 3), (15, 4), (17, 5), (-1, 5))
-    row, slot = torch.tensor(sequences, dtype=torch.int32).T
-    decides = bank.deciders(row, slot)
-    assert decides.row.tolist() == [
-        [-1, -1, -1, -1, -1, 13, -1, -1, -1],
-        [5, -1, -1, -1, -1, -1, -1, -1, -1],
-        [-1, -1, 7, -1, -1, -1, -1, -1, -1],
-        [5, -1, -1, -1, -1, -1, -1, -1, -1],
-        [-1] * 9,
-    ]
-    assert decides.closes.nonzero().tolist() == [[1, 6], [1, 7], [3, 6]]
-    assert decides.senses.nonzero().tolist() == [[1, 7], [2, 2]]
-    assert [tensor.dtype for tensor in decides] == [torch.int32, torch.bool, torch.bool]
+    assert held(contract.DECIDES, Decides.HERE) == [[1, 3], [], [], [], [1, 3], []]
+    assert held(contract.DECIDES, Decides.EVERYWHERE) == [[], [2], [], [0], [], [1]]
+    assert [slot for slot, layers in enumerate(held(contract.READING, Reading.MEAN)) if layers] == [4, 5]
 
     bank.replace("own", make_profile(tiny_llama, layers=[4], sensor=3, pooling="mean"))
     bank.replace("sensor", make_profile(tiny_llama, layers=[1, 3], kind="always"))
     bank.replace("mean sensor", make_profile(tiny_llama, layers=[2, 3]))
     bank.remove("token")
     bank.remove("mean")
-    assert held(bank.gates) == [[3], [], [], [], [], [2, 3]]
-    assert held(bank.means) == [[3], [], [], [], [], []]
-    assert held(bank.sensors) == [[3], [], [], [], [], []]
-    decides = bank.deciders(row, slot)
-    assert [[layer, at, int(decides.row[layer, at])] for layer, at in (decides.row >= 0).nonzero().tolist()] == [
-        [2, 7, 17],
-        [3, 7, 17],
-    ]
-    assert decides.closes.nonzero().tolist() == decides.senses.nonzero().tolist() == [[3, 0]]
-    assert [tensor.data_ptr() for tensor in (bank.gates, bank.means, bank.sensors)] == addresses
+    assert held(contract.DECIDES, Decides.HERE) == [[], [], [], [], [], [2, 3]]
+    assert held(contract.DECIDES, Decides.EVERYWHERE) == [[3], [], [], [], [], []]
+    assert [slot for slot, layers in enumerate(held(contract.READING, Reading.MEAN)) if layers] == [0]
 
 
 def test_a_slot_that_was_left_is_taken_last(tiny_llama: Any, make_profile: MakeProfile) -> None:
@@ -287,14 +263,14 @@ def test_a_bank_may_change_inside_and_outside_inference_mode(tiny_llama: Any, ma
 @pytest.mark.parametrize("kinds", Kinds)
 def test_a_captured_graph_sees_every_change(tiny_llama: Any, make_profile: MakeProfile, kinds: Kinds) -> None:
     bank, tables = Bank(LAYERS, HIDDEN, 2, "cuda", kinds=kinds), StepTables(4, 2, 1, "cuda")
-    part, values = bank.layer(2), torch.ones(2, 1, device="cuda")
+    part, values = bank.layer(2), torch.ones(LAYERS, 2, device="cuda")
     stock = torch.randn(4, HIDDEN, device="cuda")
     x = stock.clone()
 
     def step() -> None:
         x.copy_(stock)
-        bank_of = (part.vectors, part.directions, part.table, part.kinds)
-        steer_(x, None, Operands(tables.rows, values, tables.strength, *bank_of))
+        scales = torch_scales(tables.slots, values, tables.strength.view(-1), tables.sequence, bank.table)[2]
+        steer_(x, None, Operands(tables.slots, scales, part.vectors, part.directions, part.table, kinds))
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -302,11 +278,11 @@ def test_a_captured_graph_sees_every_change(tiny_llama: Any, make_profile: MakeP
         step()
 
     def moved(slots: list[int]) -> list[bool]:
-        tables.write([3, 1], [[slot] for slot in slots], [[1.0], [0.5]], [-1, -1])
+        tables.write(PackedRows([3, 1], [[slot] for slot in slots], [[1.0], [0.5]], [-1, -1]))
         graph.replay()
-        rows = tables.rows.cpu()
-        bank_of = (part.vectors, part.directions, part.table, part.kinds)
-        want = reference(stock, None, Operands(rows, values, tables.strength, *bank_of))
+        scales = torch_scales(tables.slots, values, tables.strength.view(-1), tables.sequence, bank.table)[2]
+        operands = Operands(tables.slots, scales, part.vectors, part.directions, part.table, kinds)
+        want = reference(stock, None, operands)
         torch.testing.assert_close(x.double().cpu(), want, rtol=1e-5, atol=1e-5)
         return (x != stock).any(dim=1).tolist()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import steerfast.runtime.roster
 from steerfast.errors import SteerfastError
+from steerfast.kernels.contract import STRENGTH
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Bank
 from steerfast.runtime.roster import Request, Roster
@@ -131,36 +132,37 @@ class Engine:
         }
         padded = min(MAX_ROWS, used + padding)
         assert self.requests.step(names, past, lengths, padded) == (bool(deciding) or any(counting.values()))
-        tables, decides, start = self.requests.tables, self.requests.deciders, 0
+        tables, start = self.requests.tables, 0
         columns = []
         for name, one, before, length in zip(names, known, past, lengths, strict=True):
-            rows = tables.rows[start : start + length].tolist()
-            column = rows[0][0]
+            rows = tables.slots[start : start + length].tolist()
+            column = int(tables.sequence[start])
             columns.append(column)
             places = range(before, before + length)
             steered = [(not one.late or p >= one.prompt - 1) and p < one.prompt + one.answer_rows for p in places]
-            assert rows == [[column, one.slot if here else -1] for here in steered]
-            members = tables.member[start : start + length].tolist()
-            assert members == [column if place in counting[name] else -1 for place in places]
-            assert tables.slot[column].tolist() == [one.slot]
+            assert rows == [[one.slot if here else -1] for here in steered]
+            assert tables.sequence[start : start + length].tolist() == [column] * length
+            begin, end, total = tables.counted[column].tolist()
+            assert [place for place in places if begin <= start + place - before < end] == counting[name]
+            assert not counting[name] or total == len(one.window)
+            assert tables.deciders[column].tolist() == [one.slot]
+            assert tables.deciding[column] == (start + deciding[name] if name in deciding else -1)
             assert tables.strength[column].tolist() == [one.strength]
             assert torch.equal(self.latch(column), one.latch)
             assert torch.equal(self.requests.sums[:, column], one.sums)
-            for layer in range(LAYERS):
-                here = name in deciding and layer in GATES[one.slot]
-                reads_row = here and one.slot != MEAN
-                assert decides.row[layer, column] == (start + deciding[name] if reads_row else -1)
-                assert decides.closes[layer, column] == (here and one.slot == MEAN)
-                assert decides.senses[layer, column] == (here and one.slot == 1)
+            scales = self.requests.scales[:, start : start + length, 0]
+            own = self.requests.bank.table[:, one.slot, STRENGTH] * (one.slot >= 0) * one.strength
+            gate = torch.ones(LAYERS) if one.slot == 2 else one.latch[0]
+            assert torch.equal(scales, (gate * own)[:, None] * torch.tensor(steered))
             start += length
         assert len(set(columns)) == len(columns)
-        assert tables.rows[used:padded].tolist() == [[0, -1]] * (padded - used)
-        assert tables.member[used:].eq(-1).all()
+        assert tables.slots[used:padded].eq(-1).all()
+        assert tables.sequence[used:padded].eq(-1).all()
+        assert self.requests.scales[:, used:padded].eq(0).all()
         others = [column for column in range(MAX_REQUESTS) if column not in columns]
-        assert tables.slot[others].eq(-1).all()
-        assert decides.row[:, others].eq(-1).all()
-        assert not decides.closes[:, others].any()
-        assert not decides.senses[:, others].any()
+        assert tables.deciders[others].eq(-1).all()
+        assert tables.deciding[others].eq(-1).all()
+        assert tables.counted[others].eq(0).all()
         self.check()  # nothing is decided before the step was launched
         for name, one, before, length, column in zip(names, known, past, lengths, columns, strict=True):
             one.past = before + length
@@ -261,7 +263,7 @@ def test_a_request_may_have_no_row_in_a_step(bank: Bank) -> None:
     assert requests.decision("b") is not None
     assert requests.step(["a"], [0], [1], 1)
     assert not requests.step([], [], [], 1)
-    assert requests.deciders.row.eq(-1).all()
+    assert requests.tables.deciding.eq(-1).all()
 
 
 def test_a_step_that_failed_decided_nothing(bank: Bank) -> None:
@@ -287,8 +289,9 @@ def test_rows_count_once_however_often_they_come(bank: Bank) -> None:
         (0, 5, [], True),
     ):
         assert requests.step(["a"], [past], [length], 8) == bool(counted)
-        assert (requests.tables.member >= 0).nonzero().flatten().tolist() == counted
-        assert requests.deciders.closes.any() == (past + length == 5 and bool(counted))
+        (begin, end, total), *_ = requests.tables.counted.tolist()
+        assert list(range(begin, end)) == counted
+        assert total == (5 if counted else 0)
         if runs:
             requests.launched()
     assert requests.decision("a") is not None
@@ -302,17 +305,17 @@ def test_rows_of_a_mean_that_were_never_in_a_step(bank: Bank, mean: int, cached:
     assert requests.step(["a", "b"], [0, cached], [1, 1], 2) == (mean != 4 or cached == 2)
     requests.launched()
     requests.add("c", request(MEAN, 1.0, 6, mean=mean))
-    before = requests.tables.rows.clone(), requests.tables.member.clone()
+    before = requests.tables.slots.clone(), requests.tables.counted.clone()
     with pytest.raises(SteerfastError, match="request 'c': rows of its prompt, of which a gate reads the mean, came"):
         requests.step(["a", "c"], [1, wrong], [1, 1], 2)
-    assert torch.equal(requests.tables.rows, before[0])
-    assert torch.equal(requests.tables.member, before[1])
+    assert torch.equal(requests.tables.slots, before[0])
+    assert torch.equal(requests.tables.counted, before[1])
     requests.step(["a"], [1], [5], 5)
     requests.launched()
     assert requests.decision("a") is not None
 
 
-def test_steps_in_which_no_row_counts_are_one_copy(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_in_which_no_row_counts(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = Roster(bank, 8, 2)
     requests.add("a", request(MEAN, 1.0, 6, mean=2))
     counted = []
@@ -342,22 +345,20 @@ def test_decisions_of_long_ago_are_dropped(bank: Bank, monkeypatch: pytest.Monke
 
 def test_addresses_never_change(bank: Bank) -> None:
     requests = Roster(bank, 4, 2)
-    tensors = [requests.values, requests.scores, requests.sums, *requests.deciders]
+    tensors = [requests.values, requests.scores, requests.sums, requests.scales]
     addresses = [tensor.data_ptr() for tensor in tensors]
     for name in "abcde":
         requests.add(name, request(1, 1.0, 1))
         requests.step([name], [0], [1], 1)
         requests.launched()
-    now = [requests.values, requests.scores, requests.sums, *requests.deciders]
+    now = [requests.values, requests.scores, requests.sums, requests.scales]
     assert all(old is new for old, new in zip(tensors, now, strict=True))
     assert [tensor.data_ptr() for tensor in now] == addresses
     assert [tensor.dtype for tensor in now] == [
         torch.float32,
         torch.float32,
         torch.float64,
-        torch.int32,
-        torch.bool,
-        torch.bool,
+        torch.float32,
     ]
 
 

@@ -22,7 +22,7 @@ MASKS = st.integers(1, 5).flatmap(
 
 
 def tensors(rows: RowTable) -> tuple[Tensor, ...]:
-    return tuple(t for t in (rows.rows, rows.deciding, rows.slot, rows.member, rows.total) if t is not None)
+    return rows.slots, rows.sequence, rows.deciding, rows.deciders, rows.counted
 
 
 # -- padded batches ----------------------------------------------------------------------------------------------------
@@ -45,24 +45,23 @@ def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, d
     rows = prompt_rows(
         torch.tensor(mask), prompt_columns, int32(*slots), torch.tensor(late)[:, None], int32(*answer), int32(*mean)
     )
-    expected, deciding, member, total = [], [], [], []
+    expected, sequence, deciding, means = [], [], [], []
     for n, valid in enumerate(mask):
         prompt = [t for t in range(width) if valid[t] and t < prompt_columns]
         deciding.append(n * width + prompt[-1] if prompt and slots[n] >= 0 else -1)
         counted = prompt[max(0, len(prompt) - mean[n]) :]
-        total.append(len(counted))
+        begin, end = (counted[0], counted[-1] + 1) if counted else (0, 0)
+        means.append([n * width + begin, n * width + end, len(counted)])
         for t in range(width):
             in_answer = not prompt or t >= prompt[-1]
             here = valid[t] and (in_answer or not late[n]) and t < prompt_columns + answer[n]
-            expected.append([n, slots[n] if here else UNSTEERED])
-            member.append(n if t in counted else -1)
-    assert rows.rows.tolist() == expected
+            expected.append([slots[n] if here else UNSTEERED])
+            sequence.append(n if valid[t] else -1)
+    assert rows.slots.tolist() == expected
+    assert rows.sequence.tolist() == sequence
     assert rows.deciding.tolist() == deciding
-    assert rows.slot.tolist() == [[slot] for slot in slots]
-    assert rows.member is not None
-    assert rows.total is not None
-    assert rows.member.tolist() == member
-    assert rows.total.tolist() == total
+    assert rows.deciders.tolist() == [[slot] for slot in slots]
+    assert rows.counted.tolist() == means
     assert [t.dtype for t in tensors(rows)] == [torch.int32] * 5
     assert all(t.is_contiguous() for t in tensors(rows))
 
@@ -70,16 +69,18 @@ def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, d
 @pytest.mark.parametrize(("slots", "width"), [((0,), 1), ((2, -1, 0), 1), ((0, 3), 4)])
 def test_response_rows_steer_everything_and_decide_nothing(slots: tuple[int, ...], width: int) -> None:
     rows = response_rows(int32(*slots), width, int32(*[width] * len(slots)))
-    assert rows.rows.tolist() == [[n, slot] for n, slot in enumerate(slots) for _ in range(width)]
+    assert rows.slots.tolist() == [[slot] for slot in slots for _ in range(width)]
+    assert rows.sequence.tolist() == [n for n in range(len(slots)) for _ in range(width)]
     assert rows.deciding.tolist() == [-1] * len(slots)
-    assert rows.slot.tolist() == [[slot] for slot in slots]
-    assert [t.dtype for t in tensors(rows)] == [torch.int32] * 3
+    assert rows.deciders.tolist() == [[slot] for slot in slots]
+    assert rows.counted.tolist() == [[0, 0, 0]] * len(slots)
+    assert [t.dtype for t in tensors(rows)] == [torch.int32] * 5
     assert all(t.is_contiguous() for t in tensors(rows))
 
 
 def test_response_rows_end() -> None:
     rows = response_rows(int32(5, 6, -1), 3, int32(0, 2, 3))
-    assert rows.rows[:, 1].tolist() == [-1, -1, -1, 6, 6, -1, -1, -1, -1]
+    assert rows.slots[:, 0].tolist() == [-1, -1, -1, 6, 6, -1, -1, -1, -1]
 
 
 def test_answer_rows() -> None:
@@ -98,21 +99,18 @@ def test_each_row_for_itself() -> None:
     rows = prompt_rows(
         torch.tensor([[False, True], [True, True]]), 2, int32(0, 0), torch.tensor([[True], [True]]), ends, int32(0, 0)
     ).each_for_itself()
-    assert rows.rows.tolist() == [[0, -1], [1, 0], [2, -1], [3, 0]]
+    assert rows.sequence.tolist() == [0, 1, 2, 3]
     assert rows.deciding.tolist() == [-1, 1, -1, 3]
-    assert rows.slot.tolist() == [[-1], [0], [-1], [0]]
-    assert [t.dtype for t in tensors(rows)] == [torch.int32] * 3
+    assert rows.slots.tolist() == rows.deciders.tolist() == [[-1], [0], [-1], [0]]
+    assert rows.counted.tolist() == [[0, 0, 0]] * 4
+    assert [t.dtype for t in tensors(rows)] == [torch.int32] * 5
     assert all(t.is_contiguous() for t in tensors(rows))
 
 
 def test_rows_move_as_one() -> None:
     valid, slot, ends = torch.ones(2, 2, dtype=torch.bool), int32(0, 0), int32(2, 2)
-    for rows, count in (
-        (response_rows(slot, 2, ends), 3),
-        (prompt_rows(valid, 2, slot, torch.tensor([[True], [True]]), ends, ends), 5),
-    ):
-        moved = tensors(rows.to(torch.device("meta")))
-        assert [t.device.type for t in moved] == ["meta"] * count
+    rows = prompt_rows(valid, 2, slot, torch.tensor([[True], [True]]), ends, ends)
+    assert [t.device.type for t in tensors(rows.to(torch.device("meta")))] == ["meta"] * 5
 
 
 # -- a serving engine's steps ------------------------------------------------------------------------------------------
@@ -158,44 +156,45 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def of(tables: StepTables) -> tuple[Tensor, ...]:
-    return tables.rows, tables.deciding, tables.slot, tables.strength, tables.member, tables.total
+    return tables.slots, tables.sequence, tables.deciding, tables.deciders, tables.strength, tables.counted
 
 
 def as_loop(step: dict[str, Any]) -> dict[str, list[Any]]:
     stack = step["stack"]
     rows: list[list[int]] = []
-    tables = {
-        "rows": rows,
+    tables: dict[str, list[Any]] = {
+        "slots": rows,
+        "sequence": [],
         "deciding": [-1] * 5,
-        "slot": [[-1] * stack] * 5,
+        "deciders": [[-1] * stack] * 5,
         "strength": [[0.0] * stack] * 5,
-        "total": [0] * 5 * stack,
-        "member": [-1] * 20 * stack,
+        "counted": [[0, 0, 0]] * 5 * stack,
     }
     for n, length in enumerate(step["lengths"]):
         column = step["columns"][n] if step["columns"] is not None else n
         if step["deciding"][n] >= 0:
             tables["deciding"][column] = len(rows) + step["deciding"][n]
-        tables["slot"][column], tables["strength"][column] = step["slots"][n], step["strengths"][n]
-        if step["total"] is not None:
-            tables["total"][column * stack : (column + 1) * stack] = step["total"][n]
+        tables["deciders"][column], tables["strength"][column] = step["slots"][n], step["strengths"][n]
+        for k in range(stack):
+            span = [min(each[n][k], length) for each in step["counted"] or ()] or [0, 0]
+            total = 0 if step["total"] is None else step["total"][n][k]
+            tables["counted"][column * stack + k] = [*(len(rows) + at for at in span), total]
+        tables["sequence"] += [column] * length
         for t in range(length):
-            for k in range(stack if step["counted"] is not None else 0):
-                if step["counted"][0][n][k] <= t < step["counted"][1][n][k]:
-                    tables["member"][len(rows) * stack + k] = column * stack + k
             first = step["edited_from"][n] if step["edited_from"] is not None else [0] * stack
             until = step["edited_until"][n] if step["edited_until"] is not None else [length] * stack
             each = zip(step["slots"][n], first, until, strict=True)
-            rows.append([column, *(slot if begin <= t < end else -1 for slot, begin, end in each)])
-    rows += [[0] + [-1] * stack] * ((step["padded_rows"] or len(rows)) - len(rows))
+            rows.append([slot if begin <= t < end else -1 for slot, begin, end in each])
+    padding = (step["padded_rows"] or len(rows)) - len(rows)
+    rows += [[-1] * stack] * padding
+    tables["sequence"] += [-1] * padding
     return tables
 
 
 @given(some=st.lists(steps(), min_size=1, max_size=4))
-def test_written_tables_equal_a_loop_and_cost_one_copy(some: list[dict[str, Any]]) -> None:
-    """And where rows of this or the last step count in a mean, another one."""
+def test_written_tables_equal_a_loop_and_cost_two_copies(some: list[dict[str, Any]]) -> None:
     stack = some[0]["stack"]
-    tables, counting = StepTables(20, 5, stack, "cpu"), False
+    tables = StepTables(20, 5, stack, "cpu")
     addresses = [t.data_ptr() for t in of(tables)]
     for step in some:
         if step["stack"] != stack:
@@ -203,12 +202,10 @@ def test_written_tables_equal_a_loop_and_cost_one_copy(some: list[dict[str, Any]
         arguments = {key: value for key, value in step.items() if key != "stack"}
         with Copies() as copies:
             tables.write(PackedRows(**arguments))
-        counted, counting = counting, step["counted"] is not None and len(as_loop(step)["rows"]) > 0
-        assert [name for name, _ in copies.calls] == ["copy_"] * (1 + (counted or step["counted"] is not None))
-        expected = as_loop(step)
-        assert tables.rows[: len(expected["rows"])].tolist() == expected["rows"]
-        for name in ("deciding", "slot", "strength", "total", "member"):
-            assert getattr(tables, name).tolist() == expected[name]
+        assert [name for name, _ in copies.calls] == ["copy_"] * 2
+        for name, expected in as_loop(step).items():
+            here = getattr(tables, name)
+            assert (here[: len(expected)] if name in ("slots", "sequence") else here).tolist() == expected, name
     assert [t.data_ptr() for t in of(tables)] == addresses
 
 
@@ -220,25 +217,18 @@ def test_the_copy_is_as_long_as_the_step() -> None:
         with Copies() as copies:
             tables.write(PackedRows(lengths, [[0, -1]] * n, [[1.0, 1.0]] * n, [-1] * n))
         sizes += [size for _, size in copies.calls]
-    before_rows = 8 * (1 + 2 + 2 + 2)
-    assert sizes == [before_rows + 3 * rows for rows in (1, 8, 300)]
-    sizes.clear()
-    for length, counted in ((100, True), (3, True), (30, False), (2, False)):
-        with Copies() as copies:
-            tables.write(
-                PackedRows([length], [[0, -1]], [[1.0, 1.0]], [-1], counted=([[0, 9]], [[2, 9]]) if counted else None)
-            )
-        sizes += [size for _, size in copies.calls[1:]]
-    assert sizes == [200, 200, 60]  # where this step or the last one counts
+    before_rows = 8 * (1 + 2 + 2 + 2 * 3)
+    assert sizes == [size for rows in (1, 8, 300) for size in (before_rows + rows, 2 * rows)]
 
 
 def test_new_tables_steer_nothing() -> None:
     tables = StepTables(6, 3, 2, "cpu")
-    assert tables.rows.tolist() == [[0, -1, -1]] * 6
+    assert tables.slots.tolist() == [[-1, -1]] * 6
+    assert tables.sequence.tolist() == [-1] * 6
     assert tables.deciding.tolist() == [-1] * 3
-    assert tables.slot.tolist() == [[-1, -1]] * 3
+    assert tables.deciders.tolist() == [[-1, -1]] * 3
     assert tables.strength.tolist() == [[0.0, 0.0]] * 3
-    assert tables.member.tolist() == [-1] * 12
+    assert tables.counted.tolist() == [[0, 0, 0]] * 6
     assert [t.dtype for t in of(tables) if t is not tables.strength] == [torch.int32] * 5
     assert tables.strength.dtype == torch.float32
     for tensor in of(tables):
@@ -250,7 +240,8 @@ def test_arrays_are_taken_as_they_are() -> None:
     tables = StepTables(6, 3, 1, "cpu")
     two = np.array([2, 1], dtype=np.int32)
     tables.write(PackedRows(two, np.array([[4], [5]]), np.array([[0.5], [2.0]]), np.array([1, -1])))
-    assert tables.rows[:3].tolist() == [[0, 4], [0, 4], [1, 5]]
+    assert tables.slots[:3].tolist() == [[4], [4], [5]]
+    assert tables.sequence[:3].tolist() == [0, 0, 1]
     assert tables.deciding.tolist() == [1, -1, -1]
 
 
@@ -330,8 +321,8 @@ def test_a_step_is_not_overwritten_while_the_device_still_reads_it() -> None:
     seen = []
     torch.cuda._sleep(200_000_000)  # the host runs ahead
     for step in range(6):
-        tables.write([1] * 512, [[step]] * 512, [[float(step)]] * 512, [-1] * 512)
-        seen.append((tables.rows[:, 1].clone(), tables.strength[:, 0].clone()))
+        tables.write(PackedRows([1] * 512, [[step]] * 512, [[float(step)]] * 512, [-1] * 512))
+        seen.append((tables.slots[:, 0].clone(), tables.strength[:, 0].clone()))
     for step, (slot, strength) in enumerate(seen):
         assert (slot == step).all()
         assert (strength == step).all()
