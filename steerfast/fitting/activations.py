@@ -26,31 +26,48 @@ def last_token(hidden: Tensor, batch: PromptBatch) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), batch.last.to(hidden.device)]
 
 
-def prompt_mean(hidden: Tensor, batch: PromptBatch, *, unit: bool, window: int | None = None) -> Tensor:
+def prompt_mean(
+    hidden: Tensor, batch: PromptBatch, *, unit: bool, window: int | None = None, offset: int = 0
+) -> Tensor:
     """Return the mean of each prompt's rows, or of the rows at norm 1: [N, T, H] -> float64 [N, H].
 
     Args:
         window: how many of the last rows to take; None: all.
+        offset: how many of the first rows to leave out, though never the last.
     """
     valid = batch.mask.bool().to(hidden.device)
-    if window is not None:
-        valid &= valid.flip(1).cumsum(dim=1).flip(1) <= min(window, valid.shape[1])
-    rows = hidden.float()
-    if unit:
-        length = rows.norm(dim=-1, keepdim=True)
-        rows = torch.where(length == 0, 0, rows / length)
+    rank, place = valid.flip(1).cumsum(dim=1).flip(1), valid.cumsum(dim=1)
+    valid = valid & (rank <= min(window or valid.shape[1], valid.shape[1])) & ((place > offset) | (rank == 1))
+    rows = _unit(hidden) if unit else hidden.float()
     # Padding rows may hold NaN, so they are replaced: weight 0 would not remove them.
     return torch.where(valid[..., None], rows, 0).sum(1, dtype=torch.float64) / valid.sum(1, keepdim=True)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Return rows [..., H] at norm 1, float32; zero rows stay zero."""
+    rows = rows.float()
+    length = rows.norm(dim=-1, keepdim=True)
+    return torch.where(length == 0, 0, rows / length)
 
 
 def gate_reading(gate: Gate) -> tuple[Reduce, Literal["cosine", "dot"]]:
     """Return the reduction of a prompt that the gate reads, and the score to take of it.
 
-    The mean cosine with a direction is the dot product of the direction and the mean of unit rows.
+    The mean cosine with a direction is the dot product of the direction and the mean of unit rows. A gate that reads
+    both keeps two rows of each prompt, [N, 2, H]: the last, at norm 1 if the score is a cosine, and the mean.
     """
     if gate.pooling == "last":
         return last_token, gate.score
-    return partial(prompt_mean, unit=gate.score == "cosine", window=gate.window), "dot"
+    unit = gate.score == "cosine"
+    mean = partial(prompt_mean, unit=unit, window=gate.window, offset=gate.offset)
+    if gate.pooling == "mean":
+        return mean, "dot"
+
+    def both(hidden: Tensor, batch: PromptBatch) -> Tensor:
+        last = last_token(hidden, batch)
+        return torch.stack([(_unit(last) if unit else last).double(), mean(hidden, batch)], dim=1)
+
+    return both, "dot"
 
 
 def answer_mean(prompt_lengths: Sequence[int], tokens: int) -> Reduce:

@@ -92,10 +92,20 @@ def layer_scores(
 
 
 def row_scores(profile: SteeringProfile, rows: Tensor) -> Tensor:
-    """Return every layer's gate score, float32 [prompts, layers], of rows [prompts, layers, H] by `gate_reading`."""
-    layers, kind = range(rows.shape[1]), gate_reading(profile.gate)[1]
-    scores = [project(rows[:, layer], profile.direction[layer], kind) for layer in layers]
-    return torch.stack(scores, dim=1).float()
+    """Return every layer's gate score, float32 [prompts, layers], of the rows that `gate_reading` keeps.
+
+    Args:
+        rows: [prompts, layers, H], or [prompts, layers, 2, H] for a gate that reads both the last row and the mean.
+    """
+    read = {"last": [profile.direction], "mean": [profile.read_in_mean]}
+    read["both"] = [*read["last"], *read["mean"]]
+    kind = gate_reading(profile.gate)[1]
+    rows = rows if rows.dim() == 4 else rows[:, :, None]
+    scores = torch.zeros(rows.shape[:2], dtype=torch.float64, device="cpu")
+    for part, directions in enumerate(read[profile.gate.pooling]):
+        for layer in range(rows.shape[1]):
+            scores[:, layer] += project(rows[:, layer, part], directions[layer], kind)
+    return scores.float()
 
 
 def check_model(profile: SteeringProfile, model: nn.Module, tokenizer: Any = None) -> None:

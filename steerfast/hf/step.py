@@ -190,7 +190,7 @@ class Stepper:
         valid = self._valid(call)
         if plan.ahead:
             self.second_pass = SecondPass.of(plan, call.given, call.cache, valid, columns)
-        rows = self.prompt_tables(plan, valid, columns, waits=plan.ahead)
+        rows = self.prompt_tables(plan, valid, columns, plan.ahead, begins=call.past == 0)
         self.step, self.latch = self.make(plan, latch, rows, decides=True), latch
 
     def _decode(self, call: _Call, plan: Plan, latch: Latch) -> None:
@@ -253,9 +253,9 @@ class Stepper:
     # -- tables ------------------------------------------------------------------------------------------------------
 
     def prompt_tables(
-        self, plan: Plan, valid: Tensor, columns: int, waits: tuple[bool, ...] = ()
+        self, plan: Plan, valid: Tensor, columns: int, waits: tuple[bool, ...] = (), begins: bool = True
     ) -> RowTable:
-        """Return the rows of a step of prompt tokens.
+        """Return the rows of a step of prompt tokens; `begins`: they are the first of their prompts.
 
         Sequences that wait for a second pass are not edited before they have decided. Where no token is padding these
         are the same tables every time, and not 40 operations on small tensors.
@@ -267,7 +267,8 @@ class Stepper:
             after = plan.tensor(lambda entry: entry.span.after_prompt, torch.bool, device)
             answer = plan.tensor(lambda entry: entry.span.answer_rows, torch.int32, device)
             mean = plan.tensor(lambda entry: entry.span.mean_rows, torch.int32, device)
-            rows = prompt_rows(valid, columns, slot, after, answer, mean)
+            skipped = plan.tensor(lambda entry: entry.span.mean_from * begins, torch.int32, device)
+            rows = prompt_rows(valid, columns, slot, after, answer, mean, skipped)
             if waits:
                 waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])[:, None]
                 rows = replace(rows, slots=torch.where(waiting, UNSTEERED, rows.slots))
@@ -276,7 +277,7 @@ class Stepper:
         count, width = valid.shape
         if valid is not self._all_valid(count, width, valid.device):
             return make()
-        key = ("prompt", plan.stacks, plan.owner, waits, count, width, columns, valid.device)
+        key = ("prompt", plan.stacks, plan.owner, waits, begins, count, width, columns, valid.device)
         tables: RowTable = self._buffers.get(key, make)
         return tables
 

@@ -1,6 +1,7 @@
 """The file of a profile: one safetensors file, data only, format 1.
 
-Tensors: ``layer.<l>.direction`` and ``layer.<l>.vector`` [H], ``layer.<l>.candidate.<kind>`` [H], ``threshold``,
+Tensors: ``layer.<l>.direction`` and ``layer.<l>.vector`` [H], where a gate reads a mean by another direction
+``layer.<l>.mean_direction`` [H], ``layer.<l>.candidate.<kind>`` [H], ``threshold``,
 ``strength``, ``norm`` and, where gates abstain, ``abstain`` [layers]. A layer without content has no tensor. Everything
 else is JSON under the header key ``steerfast``, with a SHA-256 over it and every tensor. The parameters of an edit
 stand in the header where the profile has that edit; null is a limit that is not set.
@@ -31,7 +32,7 @@ FORMAT_VERSION = 1
 
 PER_LAYER = ("threshold", "strength", "norm")
 _PLAIN = ("edit", "sensor", "positions", "vector_kind", "fitted", "calibration", "tuned")  # JSON data as they are
-_TENSOR_NAME = re.compile(r"layer\.(\d+)\.(direction|vector|candidate\..+)", re.DOTALL)
+_TENSOR_NAME = re.compile(r"layer\.(\d+)\.(direction|mean_direction|vector|candidate\..+)", re.DOTALL)
 
 
 def header(profile: SteeringProfile) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def tensors(profile: SteeringProfile) -> dict[str, Tensor]:
     if profile.abstain is not None:
         named["abstain"] = profile.abstain.clone()
     wide = {"direction": profile.direction, "vector": profile.vector}
+    if profile.mean_direction is not None:
+        wide["mean_direction"] = profile.mean_direction
     wide |= {f"candidate.{kind}": tensor for kind, tensor in profile.candidates.items()}
     for name, tensor in wide.items():
         for layer in tensor.any(dim=1).nonzero().flatten().tolist():
@@ -83,6 +86,7 @@ def fields(content: dict[str, Any], named: dict[str, Tensor]) -> dict[str, Any]:
         "answer_tokens": content.get("answer_tokens"),
         "direction": wide.pop("direction"),
         "vector": wide.pop("vector"),
+        "mean_direction": wide.pop("mean_direction", None),
         "candidates": {name.removeprefix("candidate."): tensor for name, tensor in wide.items()},
     }
 
@@ -104,7 +108,7 @@ def _wide_tensors(model: ModelIdentity, named: dict[str, Tensor]) -> dict[str, T
         match = _TENSOR_NAME.fullmatch(name)
         if match is None or int(match[1]) >= model.num_layers:
             raise ProfileError(
-                f"tensor {name!r}: expected layer.<l>.direction, .vector or .candidate.<kind>, "
+                f"tensor {name!r}: expected layer.<l>.direction, .mean_direction, .vector or .candidate.<kind>, "
                 f"l in 0..{model.num_layers - 1}"
             )
         check_tensor(name, tensor, (model.hidden_size,))

@@ -34,12 +34,14 @@ class SteeringProfile:
 
     Args:
         model: the model the profile belongs to.
-        direction: float32 [layers, H], unit rows, which the gate reads. A zero row: the layer has no gate.
+        direction: float32 [layers, H], which the gate reads; unit rows for the score ``cosine``. A zero row: the layer
+            has no gate.
         threshold: float32 [layers], in units of the score.
         vector: float32 [layers, H], in units of the residual stream, which the edit uses. A zero row: no edit.
         strength: float32 [layers]; 0: the layer is not steered.
         norm: float32 [layers], mean norm of the residual rows that the profile was fitted on; 0 where unknown.
         gate: how the profile decides.
+        mean_direction: float32 [layers, H], what the gate reads in the mean over a prompt; None: `direction`.
         abstain: float32 [layers], at most the threshold; -inf: no lower end. A score above it and not above the
             threshold lies in the abstain band. There the gate stays shut, and the profile is `undecided`. None: no
             band.
@@ -68,6 +70,7 @@ class SteeringProfile:
     strength: Tensor
     norm: Tensor
     gate: Gate = field(default_factory=Gate)
+    mean_direction: Tensor | None = None
     abstain: Tensor | None = None
     edit: str = "add"
     low: float = -math.inf
@@ -84,18 +87,21 @@ class SteeringProfile:
 
     def __post_init__(self) -> None:
         layers, hidden = self.model.num_layers, self.model.hidden_size
-        wide = {"direction": self.direction, "vector": self.vector}
+        directions = {"direction": self.direction}
+        if self.mean_direction is not None:
+            if self.gate.pooling == "last":
+                raise ProfileError("mean_direction: expected None where no mean is read, got a tensor")
+            directions["mean_direction"] = self.mean_direction
+        wide = {**directions, "vector": self.vector}
         wide |= {f"candidates[{kind!r}]": tensor for kind, tensor in self.candidates.items()}
         for name, tensor in wide.items():
             check_tensor(name, tensor, (layers, hidden))
         for name in file.PER_LAYER:
             check_tensor(name, getattr(self, name), (layers,))
         self._check_abstain()
-        length = self.direction.norm(dim=1)
-        wrong = ((length > 0) & ((length - 1).abs() > 1e-3)).nonzero()
-        if len(wrong):
-            layer = int(wrong[0])
-            raise ProfileError(f"direction of layer {layer}: expected unit norm, got norm {float(length[layer]):.4g}")
+        if self.gate.score == "cosine":
+            for name, tensor in directions.items():
+                _check_unit(name, tensor)
         check_instance("vector_kind", self.vector_kind, str, "a string")
         for name in ("fitted", "calibration", "tuned"):
             check_instance(name, getattr(self, name), Mapping, "a mapping")
@@ -105,7 +111,7 @@ class SteeringProfile:
             raise ProfileError(f"answer_tokens: expected None or a whole number >= 1, got {self.answer_tokens!r}")
         if self.sensor != "own" and not (isinstance(self.sensor, int) and 0 <= self.sensor < layers):
             raise ProfileError(f"sensor: expected 'own' or a layer in 0..{layers - 1}, got {self.sensor!r}")
-        self._check_steered(length)
+        self._check_steered(self.direction.norm(dim=1))
 
     def _check_abstain(self) -> None:
         if self.abstain is None:
@@ -160,6 +166,11 @@ class SteeringProfile:
                 f"direction of layer {layer}: a rotation turns in the plane of the direction and the vector, expected "
                 f"them at least {_LEAST_PLANE:g} degree from parallel"
             )
+
+    @property
+    def read_in_mean(self) -> Tensor:
+        """Return what the gate reads in the mean over a prompt, float32 [layers, H]."""
+        return self.direction if self.mean_direction is None else self.mean_direction
 
     @property
     def steered_layers(self) -> list[int]:
@@ -246,3 +257,12 @@ class SteeringProfile:
             raise ProfileError(f"profile {str(path)!r}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"profile {str(path)!r}: incomplete or malformed ({error!r})") from None
+
+
+def _check_unit(name: str, tensor: Tensor) -> None:
+    """Raise ProfileError if a row of `tensor` is neither zero nor of norm 1."""
+    length = tensor.norm(dim=1)
+    wrong = ((length > 0) & ((length - 1).abs() > 1e-3)).nonzero()
+    if len(wrong):
+        layer = int(wrong[0])
+        raise ProfileError(f"{name} of layer {layer}: expected unit norm, got norm {float(length[layer]):.4g}")

@@ -246,9 +246,9 @@ class Bank:
             )
         dtype = self.vectors.dtype
         vectors, directions, means = (
-            given.to(dtype) for given in (profile.vector, profile.direction, profile.direction)
+            given.to(dtype) for given in (profile.vector, profile.direction, profile.read_in_mean)
         )
-        for what, stored in (("vector", vectors), ("direction", directions), ("direction", means)):
+        for what, stored in (("vector", vectors), ("direction", directions), ("mean_direction", means)):
             if not bool(stored.isfinite().all()):
                 raise ProfileError(f"profile {name!r}: expected a {what} within the range of {stored.dtype}, got inf")
         return vectors, directions, means, _table(name, profile, vectors.double(), directions.double())
@@ -285,5 +285,5 @@ def _table(name: str, profile: SteeringProfile, vectors: Tensor, directions: Ten
     table[:, contract.EDIT] = edit.id
     table[:, contract.LOW], table[:, contract.HIGH] = edit.columns(**edit.given(profile))
     table[profile.gate_layers, contract.DECIDES] = Decides.HERE if profile.sensor == "own" else Decides.EVERYWHERE
-    table[:, contract.READING] = Reading.MEAN if profile.gate.pooling == "mean" else Reading.LAST
+    table[:, contract.READING] = Reading[profile.gate.pooling.upper()]
     return table

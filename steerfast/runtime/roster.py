@@ -51,7 +51,8 @@ class Request:
     @property
     def read_from(self) -> int:
         """The first row that a mean takes; the prompt's length where no gate reads a mean."""
-        return max(0, self.prompt_length - max((entry.span.mean_rows for entry in self.stack), default=0))
+        spans = [entry.span for entry in self.stack if entry.span.mean_rows]
+        return min((span.first_read(self.prompt_length) for span in spans), default=self.prompt_length)
 
     @property
     def reads_mean(self) -> bool:
@@ -60,7 +61,10 @@ class Request:
 
 
 class _Columns(NamedTuple):
-    """Hold the requests of a step as arrays: prompt, past and length [n], the entries of their stacks [n, K]."""
+    """Hold the requests of a step as arrays: prompt, past and length [n], the entries of their stacks [n, K].
+
+    mean_first: the first prompt row that the mean takes; the prompt's length where the gate reads no mean.
+    """
 
     prompt: NDArray[np.int64]
     past: NDArray[np.int64]
@@ -69,7 +73,7 @@ class _Columns(NamedTuple):
     strength: NDArray[np.float64]
     after_prompt: NDArray[np.bool_]
     answer_rows: NDArray[np.int64]
-    mean_rows: NDArray[np.int64]
+    mean_first: NDArray[np.int64]
 
 
 class Roster:
@@ -256,7 +260,6 @@ class Roster:
         undecided = np.array([not request.decided for request in requests], dtype=np.bool_)
         decides = undecided & (arrays.slot >= 0).any(axis=1) & (last >= 0) & (last < arrays.length)
         counted = self._count(names, requests, arrays)
-        total = np.minimum(arrays.prompt[:, None], arrays.mean_rows)
         self.tables.write(
             PackedRows(
                 lengths,
@@ -266,7 +269,7 @@ class Roster:
                 edited_from=np.where(arrays.after_prompt, last.clip(0)[:, None], 0),
                 edited_until=(arrays.prompt[:, None] + arrays.answer_rows - arrays.past[:, None]).clip(0),
                 counted=counted,
-                total=None if counted is None else total,
+                total=None if counted is None else arrays.prompt[:, None] - arrays.mean_first,
                 columns=[request.column for request in requests],  # type: ignore[misc]
                 padded_rows=padded_rows,
             )
@@ -309,15 +312,20 @@ class Roster:
             return np.array(values, dtype=dtype).reshape(-1, self.stack)
 
         spans = [[entry.span for entry in stack] for stack in stacks]
+        lengths_of = [request.prompt_length for request in requests]
+        means = [
+            [span.first_read(length) if span.mean_rows else length for span in row]
+            for row, length in zip(spans, lengths_of, strict=True)
+        ]
         return _Columns(
-            np.array([request.prompt_length for request in requests], dtype=np.int64),
+            np.array(lengths_of, dtype=np.int64),
             np.asarray(past, dtype=np.int64),
             np.asarray(lengths, dtype=np.int64),
             each([[entry.slot for entry in stack] for stack in stacks], np.int64),  # type: ignore[arg-type]
             each([[entry.strength for entry in stack] for stack in stacks], np.float64),  # type: ignore[arg-type]
             each([[span.after_prompt for span in row] for row in spans], np.bool_),  # type: ignore[arg-type]
             each([[span.answer_rows for span in row] for row in spans], np.int64),  # type: ignore[arg-type]
-            each([[span.mean_rows for span in row] for row in spans], np.int64),  # type: ignore[arg-type]
+            each(means, np.int64),  # type: ignore[arg-type]
         )
 
     def _count(
@@ -330,7 +338,7 @@ class Roster:
         self._counting = []
         if not any(request.reads_mean for request in requests):
             return None
-        first, until = np.zeros_like(arrays.mean_rows), np.zeros_like(arrays.mean_rows)
+        first, until = np.zeros_like(arrays.mean_first), np.zeros_like(arrays.mean_first)
         for i, (name, request) in enumerate(zip(names, requests, strict=True)):
             if not request.reads_mean or request.counted >= request.prompt_length:
                 continue
@@ -340,8 +348,8 @@ class Roster:
                     f"request {name!r}: rows of its prompt, of which a gate reads the mean, came from a cache"
                 )
             end = min(request.prompt_length - past, int(arrays.length[i]))
-            begin = np.maximum(request.counted, request.prompt_length - arrays.mean_rows[i]) - past
-            reads = arrays.mean_rows[i] > 0
+            begin = np.maximum(request.counted, arrays.mean_first[i]) - past
+            reads = arrays.mean_first[i] < request.prompt_length
             first[i], until[i] = np.where(reads, begin.clip(0), 0), np.where(reads, max(0, end), 0)
             self._counting.append((request, max(request.counted, past + end)))
         return (first, until) if (until > first).any() else None

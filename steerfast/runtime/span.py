@@ -23,7 +23,7 @@ def answer_rows(answer_tokens: int | None) -> int:
 
 def mean_rows(gate: Gate) -> int:
     """Return how many of a prompt's last rows the gate takes the mean of; 0: it reads only the last row."""
-    if gate.pooling != "mean":
+    if gate.pooling == "last":
         return 0
     return NO_END if gate.window is None else min(NO_END, gate.window)
 
@@ -37,12 +37,18 @@ class EditSpan:
         open: the profile has no gate to wait for.
         answer_rows: how many rows after the prompt are edited.
         mean_rows: how many of the prompt's last rows the gate takes the mean of; 0: it reads only the last row.
+        mean_from: how many of the prompt's first rows the mean leaves out, though never the last row.
     """
 
     after_prompt: bool = True
     open: bool = False
     answer_rows: int = NO_END
     mean_rows: int = 0
+    mean_from: int = 0
+
+    def first_read(self, prompt_length: int) -> int:
+        """Return the first row of a prompt that the gate reads."""
+        return max(0, min(prompt_length - 1, max(self.mean_from, prompt_length - max(1, self.mean_rows))))
 
     @classmethod
     def of(cls, profile: SteeringProfile) -> EditSpan:
@@ -52,6 +58,7 @@ class EditSpan:
             open=profile.gate.kind == "always",
             answer_rows=answer_rows(profile.answer_tokens),
             mean_rows=mean_rows(profile.gate),
+            mean_from=profile.gate.offset,
         )
 
 

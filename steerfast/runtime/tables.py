@@ -34,7 +34,7 @@ class RowTable:
     Attributes:
         slots: int32 [rows, K], the slots that edit each row; -1: no edit.
         sequence: int32 [rows], the sequence of each row; -1: padding.
-        deciding: int32 [n], the row at which each sequence's prompt gates decide; -1: the step holds no prompt row of it.
+        deciding: int32 [n], the row at which each sequence's prompt gates decide; -1: the step has no prompt row of it.
         deciders: int32 [n, K], the slot of each decider; -1: none.
         counted: int32 [n·K, 3], the rows in the mean of a decider: the first, the first after the last, and how many
             the mean has in all steps.
@@ -58,7 +58,13 @@ class RowTable:
 
 
 def prompt_rows(
-    valid: Tensor, prompt_columns: int, slot: Tensor, after_prompt: Tensor, answer_rows: Tensor, mean_rows: Tensor
+    valid: Tensor,
+    prompt_columns: int,
+    slot: Tensor,
+    after_prompt: Tensor,
+    answer_rows: Tensor,
+    mean_rows: Tensor,
+    mean_from: Tensor,
 ) -> RowTable:
     """Return the tables of a step that holds prompt rows.
 
@@ -70,6 +76,7 @@ def prompt_rows(
             sequence has no prompt row in this step, all its valid rows are edited.
         answer_rows: int32 [N, K], how many columns after the prompt a slot edits.
         mean_rows: int32 [N, K], how many of the prompt's last rows a mean is taken of.
+        mean_from: int32 [N, K], how many of the prompt's first rows a mean leaves out, though never the last row.
     """
     count, width = valid.shape
     column = torch.arange(width, dtype=torch.int32, device=valid.device)
@@ -80,7 +87,9 @@ def prompt_rows(
     start = torch.arange(count, dtype=torch.int32, device=valid.device) * width
     decides = (last >= 0) & (slot >= 0).any(dim=1)
     rank = prompt.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)  # 1 at the last row of a prompt
+    place = prompt.cumsum(dim=1, dtype=torch.int32)  # 1 at the first row of a prompt
     counts = prompt[..., None] & (rank[..., None] <= mean_rows[:, None])
+    counts &= (place[..., None] > mean_from[:, None]) | (rank[..., None] == 1)
     first = torch.where(counts, column[:, None], width).amin(dim=1)  # [N, K]
     until = torch.where(counts, column[:, None] + 1, 0).amax(dim=1)
     counted = torch.stack([start[:, None] + first.minimum(until), start[:, None] + until, counts.sum(dim=1)], dim=2)
@@ -300,7 +309,7 @@ class StepTables:
         place = (np.arange(arrays.used) - start[sequence])[:, None]
         self._fill_sequences(host, arrays, start)
         self._fill_rows(host, arrays, sequence, place)
-        # Two copies: the rows' slots do not follow the rows' sequences where the step has fewer rows than there is room.
+        # Two copies: between the rows' sequences and their slots lies the room for more rows.
         begin, rows = self._start["slots"], arrays.padded
         for part in (slice(self._start["sequence"] + rows), slice(begin, begin + rows * self.stack)):
             self._device[part].copy_(host.buffer[part], non_blocking=True)

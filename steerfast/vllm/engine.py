@@ -59,7 +59,7 @@ class HeldProfiles:
 
     def unread_rows(self, prompt: int) -> int:
         """Return how many rows of a prompt of so many rows come before the first that is read or edited."""
-        return max(0, prompt - max(1, *(version.span.mean_rows for version in self.versions)))
+        return min(version.span.first_read(prompt) for version in self.versions)
 
 
 class EngineSteering:

@@ -443,7 +443,7 @@ def test_requests_that_lose_their_cache(
 
     def counted(requests: Roster, *args: Any) -> bool:
         deciding = step(requests, *args)
-        decided.append(int(((requests.deciders.row >= 0) | requests.deciders.closes).any(dim=0).sum()))
+        decided.append(int((requests.tables.deciding >= 0).sum()))
         return deciding
 
     monkeypatch.setattr(Roster, "step", counted)

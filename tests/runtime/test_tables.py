@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerfast.profile import Gate
-from steerfast.runtime.span import NO_END, UNSTEERED, answer_rows, mean_rows
+from steerfast.runtime.span import NO_END, UNSTEERED, EditSpan, answer_rows, mean_rows
 from steerfast.runtime.tables import PackedRows, RowTable, StepTables, prompt_rows, response_rows
 
 MASKS = st.integers(1, 5).flatmap(
@@ -42,14 +42,15 @@ def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, d
 
     slots, late = of_each(st.integers(-1, 3)), of_each(st.booleans())
     answer, mean = of_each(st.sampled_from([0, 1, 2, NO_END])), of_each(st.sampled_from([0, 1, 2, 3, NO_END]))
-    rows = prompt_rows(
-        torch.tensor(mask), prompt_columns, int32(*slots), torch.tensor(late)[:, None], int32(*answer), int32(*mean)
-    )
+    skipped = of_each(st.integers(0, 3))
+    after = torch.tensor(late)[:, None]
+    each = int32(*slots), after, int32(*answer), int32(*mean), int32(*skipped)
+    rows = prompt_rows(torch.tensor(mask), prompt_columns, *each)
     expected, sequence, deciding, means = [], [], [], []
     for n, valid in enumerate(mask):
         prompt = [t for t in range(width) if valid[t] and t < prompt_columns]
         deciding.append(n * width + prompt[-1] if prompt and slots[n] >= 0 else -1)
-        counted = prompt[max(0, len(prompt) - mean[n]) :]
+        counted = prompt[max(0, len(prompt) - mean[n], min(skipped[n], len(prompt) - 1)) :]
         begin, end = (counted[0], counted[-1] + 1) if counted else (0, 0)
         means.append([n * width + begin, n * width + end, len(counted)])
         for t in range(width):
@@ -91,14 +92,30 @@ def test_answer_rows() -> None:
 def test_mean_rows() -> None:
     assert [mean_rows(Gate(kind)) for kind in ("always", "prompt", "token")] == [0, 0, 0]  # type: ignore[arg-type]
     windows = (None, 1, 128, 2**40)
-    assert [mean_rows(Gate(pooling="mean", window=window)) for window in windows] == [NO_END, 1, 128, NO_END]
+    for pooling in ("mean", "both"):
+        assert [mean_rows(Gate(pooling=pooling, window=window)) for window in windows] == [NO_END, 1, 128, NO_END]
+
+
+@pytest.mark.parametrize(
+    ("span", "first"),
+    [
+        (EditSpan(), 9),
+        (EditSpan(mean_rows=NO_END), 0),
+        (EditSpan(mean_rows=4), 6),
+        (EditSpan(mean_rows=NO_END, mean_from=3), 3),
+        (EditSpan(mean_rows=4, mean_from=3), 6),
+        (EditSpan(mean_rows=4, mean_from=8), 8),
+        (EditSpan(mean_rows=NO_END, mean_from=20), 9),
+    ],
+)
+def test_the_first_row_that_a_gate_reads(span: EditSpan, first: int) -> None:
+    assert span.first_read(10) == first
 
 
 def test_each_row_for_itself() -> None:
-    ends = int32(NO_END, NO_END)
-    rows = prompt_rows(
-        torch.tensor([[False, True], [True, True]]), 2, int32(0, 0), torch.tensor([[True], [True]]), ends, int32(0, 0)
-    ).each_for_itself()
+    ends, none = int32(NO_END, NO_END), int32(0, 0)
+    valid, after = torch.tensor([[False, True], [True, True]]), torch.tensor([[True], [True]])
+    rows = prompt_rows(valid, 2, none, after, ends, none, none).each_for_itself()
     assert rows.sequence.tolist() == [0, 1, 2, 3]
     assert rows.deciding.tolist() == [-1, 1, -1, 3]
     assert rows.slots.tolist() == rows.deciders.tolist() == [[-1], [0], [-1], [0]]
@@ -109,7 +126,7 @@ def test_each_row_for_itself() -> None:
 
 def test_rows_move_as_one() -> None:
     valid, slot, ends = torch.ones(2, 2, dtype=torch.bool), int32(0, 0), int32(2, 2)
-    rows = prompt_rows(valid, 2, slot, torch.tensor([[True], [True]]), ends, ends)
+    rows = prompt_rows(valid, 2, slot, torch.tensor([[True], [True]]), ends, ends, ends)
     assert [t.device.type for t in tensors(rows.to(torch.device("meta")))] == ["meta"] * 5
 
 

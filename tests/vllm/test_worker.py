@@ -146,7 +146,7 @@ def test_a_pass_without_requests_counts_in_no_mean(profiles, tmp_path, name) -> 
         before = runtime.roster.sums.clone()
         assert before.any()
         runtime.rest()
-        assert runtime.roster.tables.member.eq(-1).all()
+        assert runtime.roster.tables.counted.eq(0).all()
         for layer in runtime.config.layers:
             serve_(random_rows(engine.max_rows, 6), None, layer)
         assert torch.equal(runtime.roster.sums, before)
