@@ -187,7 +187,7 @@ void run(void (*const (&each)[3][3])(const Args&, int64_t, int64_t), const Args&
 
 // ---- decisions, from the scores of rows ----
 
-// The scores of this step that the mean of decider j counts, added in the order of the rows.
+// Adds up, in the order of the rows, the scores of this step that the mean of decider j counts.
 double counted_sum(const Deciders& deciders, int64_t j) {
   const int32_t* counted = deciders.counted + 3 * j;
   double sum = 0.0;
@@ -195,6 +195,7 @@ double counted_sum(const Deciders& deciders, int64_t j) {
   return sum;
 }
 
+// `earlier`: the sum of earlier steps
 float decided_score(const Deciders& deciders, int64_t j, int reading, double earlier) {
   if (!(reading & reads_mean)) return reading & reads_last ? deciders.last_scores[j] : 0.0f;
   const float mean = float((earlier + counted_sum(deciders, j)) / deciders.counted[3 * j + 2]);
@@ -211,13 +212,13 @@ void steer(const SteerArgs& args) { run(kernels().steer, args); }
 
 void add_steer_rms_norm(const NormArgs& args) { run(kernels().add_steer_rms_norm, args); }
 
-// Row by row: each row stores only the decisions and scales that are its own, as the rows of a GPU do.
+// A row stores only its own decisions and scales, as a GPU program does.
 void decide(const DecideArgs& args) {
   const Deciders& deciders = args.deciders;
   const auto numbers = [&](int64_t layer, int64_t slot) {
     return args.tables + (layer * args.table_slots + slot) * table_width;
   };
-  int64_t last = -1;  // the rows of a sequence follow each other: its first row decides for all of them
+  int64_t last = -1;  // the rows of a sequence follow each other: the first decides for all
   float scores[max_stack], values[max_stack];
   for (int64_t r = 0; r < args.rows; ++r) {
     const int64_t sequence = deciders.sequence[r];
