@@ -22,6 +22,7 @@ from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConf
 import steerfast.runtime.slots
 from steerfast.errors import SteerfastError
 from steerfast.hf.auto import SteeredLlamaForCausalLM
+from steerfast.kernels.contract import DECIDES
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Bank
 from steerfast.runtime.roster import Roster
@@ -443,7 +444,8 @@ def test_requests_that_lose_their_cache(
 
     def counted(requests: Roster, *args: Any) -> bool:
         deciding = step(requests, *args)
-        decided.append(int((requests.tables.deciding >= 0).sum()))
+        slots = requests.tables.deciders[requests.tables.deciding >= 0, 0].long()
+        decided.append(int((requests.bank.table[:, slots, DECIDES] > 0).any(dim=0).sum()))
         return deciding
 
     monkeypatch.setattr(Roster, "step", counted)
@@ -714,10 +716,10 @@ def test_one_graph_serves_all_batches(llama: Any, truth: Truth, make_profile: Ma
                 expected = [truth(*one) for one in zip(prompts(), order, strengths, strict=True)]
                 assert [outputs[name].generated_tokens for name in names] == expected
                 rounds.append(len(graphs))
-            # Captured graphs are dropped where a profile does what they do not hold: here, decide for all layers in 3.
+            # Captured graphs are dropped where a profile does what they do not hold: here, take sums over rows.
             captured = manager.batch_processor.inputs_and_outputs.graphs
-            sensor = make_profile(llama, seed=9, sensor=3, layers=[3], positions="response", threshold=-1.5)
-            for profile, same in ((profiles[1], True), (sensor, False)):
+            sums = make_profile(llama, seed=9, sensor=3, layers=[3], positions="response", edit="ablate")
+            for profile, same in ((profiles[1], True), (sums, False)):
                 name = manager.add_request(prompt(5), steering=profile)
                 assert collect(manager, 1)[name].generated_tokens == truth(prompt(5), profile)
                 assert (manager.batch_processor.inputs_and_outputs.graphs is captured) == same
