@@ -107,6 +107,8 @@ if triton is not None:
 
 def gate_triton_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
     """Run :func:`gate_` as a Triton kernel, one program per sequence, without checks."""
+    if launch.repeat(site := (row, *gates), x, residual):
+        return
     slot, directions, table, scores, values = gates
     count, hidden_size = row.shape[0], x.shape[1]
     if not count:
@@ -116,7 +118,7 @@ def gate_triton_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tens
     launch(
         x,
         count,
-        (x.dtype, directions.dtype),
+        site,
         (x, residual, directions, row, slot, table, scores, values),
         strides,
         (hidden_size, shape.block, slot.shape[1], contiguous, residual is not None, nvidia(x)),
@@ -214,7 +216,7 @@ def gate_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gat
 @reported
 def gate_unchecked_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
     """Run :func:`gate_` without checks; eager CUDA rows go to the kernel without the dispatcher."""
-    if eager_cuda(x):
+    if eager_cuda(x, residual, row, gates):
         gate_triton_(x, residual, row, gates)
     else:
         _op(x, residual, row, *gates)

@@ -116,6 +116,8 @@ if triton is not None:
 
 def steer_triton_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
     """Run :func:`steer_` as a Triton kernel, one program per row, without checks."""
+    if launch.repeat(operands, x, residual):
+        return
     rows, values, strength, vectors, directions, table, kinds = operands
     count, hidden_size = x.shape
     stack = rows.shape[1] - 1
@@ -126,7 +128,7 @@ def steer_triton_(x: torch.Tensor, residual: torch.Tensor | None, operands: Oper
     launch(
         x,
         count,
-        (x.dtype, vectors.dtype),
+        operands,
         (x, residual, vectors, directions, rows, values, strength, table),
         strides,
         (hidden_size, shape.block, stack, contiguous, residual is not None, kinds, nvidia(x)),
@@ -209,7 +211,7 @@ def steer_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -
 @reported
 def steer_unchecked_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
     """Run :func:`steer_` without checks; eager CUDA rows go to the kernel without the dispatcher."""
-    if eager_cuda(x):
+    if eager_cuda(x, residual, operands):
         steer_triton_(x, residual, operands)
     else:
         _op(x, residual, *operands)
