@@ -216,16 +216,19 @@ def add_steer_rms_norm_triton(
     gates: GateOperands | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run :func:`add_steer_rms_norm` as a Triton kernel, one program per row, without checks."""
-    slots, scales, vectors, directions, table, kinds = operands
-    *leading, hidden_size = x.shape
-    count = prod(leading)
-    address, contiguous, strides = layout(x, residual)
-    if contiguous:
+    if x.is_contiguous():
         normed, new_residual = torch.empty_like(x), torch.empty_like(x)
     else:
         normed, new_residual = x.new_empty(x.shape), x.new_empty(x.shape)
+    site = (*operands, eps, norm, *(gates or ()))
+    if launch.repeat(site, x, residual, (normed, new_residual), weight):
+        return normed, new_residual
+    *leading, hidden_size = x.shape
+    count = prod(leading)
     if not count:
         return normed, new_residual
+    address, contiguous, strides = layout(x, residual)
+    slots, scales, vectors, directions, table, kinds = operands
     # Without the outputs: memory from torch starts at multiples of 16 bytes.
     address |= weight.data_ptr() | vectors.data_ptr() | directions.data_ptr()
     shape = launch_shape(hidden_size, x.dtype)
@@ -233,7 +236,7 @@ def add_steer_rms_norm_triton(
     launch(
         x,
         count,
-        (x.dtype, weight.dtype, vectors.dtype),
+        site,
         (x, residual, normed, new_residual, weight, vectors, directions, slots, scales, table, *pointers),
         (*strides, *sizes, eps),
         (hidden_size, shape.block, slots.shape[1], contiguous, norm, kinds, layers, nvidia(x)),
@@ -421,7 +424,7 @@ def add_steer_rms_norm_unchecked(
 
     x and residual may also be contiguous [..., H]; the results have their shape.
     """
-    if eager_cuda(x):
+    if eager_cuda(x, residual, weight, operands):
         return add_steer_rms_norm_triton(x, residual, weight, operands, eps, norm, gates)
     if inductor_fuses(x, operands.kinds):
         return add_steer_rms_norm_torch(x, residual, weight, operands, eps, norm, gates)

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "DECIDES",
@@ -213,6 +214,7 @@ def implementations(op: str) -> dict[str, bool]:
 
 def check_rows(x: Tensor, name: str = "x") -> None:
     """Raise where `x` is not [rows, H] of a float dtype with the H numbers of a row next to each other."""
+    check_tangent(name, x)
     if x.dim() != 2:
         raise ValueError(f"{name}: expected 2 dimensions [rows, H], got shape {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
@@ -244,6 +246,7 @@ def check_like(
     name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     """Raise where `tensor` is not contiguous, of this shape, of one of these dtypes, and on this device."""
+    check_tangent(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {_names(dtypes)}, got {tensor.dtype}")
     if tensor.shape != torch.Size(shape):
@@ -346,19 +349,50 @@ def check_decisions(written: dict[str, Tensor], read: dict[str, Tensor | None], 
 
 
 def check_separate(written: dict[str, Tensor], read: Mapping[str, Tensor | None]) -> None:
-    """Raise where a tensor that is written starts in the memory of another argument: its readers would race."""
-    starts = {name: tensor.data_ptr() for name, tensor in read.items() if tensor is not None and tensor.numel()}
+    """Raise where a tensor that is written shares memory with another argument: its readers would race."""
+    others = {name: tensor for name, tensor in read.items() if tensor is not None and tensor.numel()}
     for name, tensor in written.items():
         if not tensor.numel():
             continue
-        start = tensor.data_ptr()
-        end = (
-            start + (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.itemsize
-        )
-        for other, pointer in starts.items():
-            if start <= pointer < end:
+        for other, read_tensor in others.items():
+            if _overlap(_rows_in_memory(tensor), _rows_in_memory(read_tensor)):
                 raise ValueError(f"{other}: expected memory of its own, got a tensor that shares that of {name}")
-        starts[name] = start
+        others[name] = tensor
+
+
+def _rows_in_memory(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Return the bytes of a tensor that is not empty as rows: the first address, the stride, rows, bytes of a row."""
+    size = tensor.itemsize
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), 0, 1, tensor.numel() * size
+    count, *shape = tensor.shape
+    stride, *strides = tensor.stride()
+    width = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+    return tensor.data_ptr(), stride * size, count, width * size
+
+
+def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
+    """Say whether two tensors share a byte. Rows in the gaps between the other's rows do not."""
+    few, many = sorted((one, other), key=lambda rows: rows[2])
+    start, stride, count, width = many
+    if few[0] + few[1] * (few[2] - 1) + few[3] <= start or start + stride * (count - 1) + width <= few[0]:
+        return False
+    for first in range(few[0], few[0] + few[1] * few[2], few[1]) if few[1] else (few[0],):
+        row = max(0, -((start + width - 1 - first) // stride)) if stride else 0  # the first that ends behind `first`
+        if row < count and start + row * stride < first + few[3] and first < start + row * stride + width:
+            return True
+    return False
+
+
+def check_tangent(name: str, value: object) -> None:
+    """Raise where forward-mode AD differentiates a tensor: an op would drop its tangent."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling() or not isinstance(value, Tensor):
+        return
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: expected no tangent of forward-mode AD, got one; the ops in plain torch (steer_torch_, "
+            "add_steer_rms_norm_torch) are differentiable"
+        )
 
 
 def check_choice(name: str, value: int, kind: type[IntEnum]) -> int:

@@ -338,6 +338,8 @@ if triton is not None:
 
 def score_triton_(x: Tensor, residual: Tensor | None, gates: GateOperands) -> None:
     """Run :func:`score_` as a Triton kernel, one program per row, without checks."""
+    if launch.repeat(gates, x, residual):
+        return
     count, hidden_size = x.shape
     stack = gates.row_scores.shape[1]
     if not count or not stack:
@@ -348,7 +350,7 @@ def score_triton_(x: Tensor, residual: Tensor | None, gates: GateOperands) -> No
     launch(
         x,
         count,
-        (x.dtype, directions.dtype),
+        gates,
         (x, residual, directions, mean_directions, sequence, deciding, counted, slots, *rest),
         strides,
         (hidden_size, shape.block, stack, contiguous, residual is not None, nvidia(x)),
@@ -538,7 +540,7 @@ def score_(x: Tensor, residual: Tensor | None, gates: GateOperands) -> None:
 @reported
 def score_unchecked_(x: Tensor, residual: Tensor | None, gates: GateOperands) -> None:
     """Run :func:`score_` without checks; eager CUDA rows go to the kernel without the dispatcher."""
-    if eager_cuda(x):
+    if eager_cuda(x, residual, gates):
         score_triton_(x, residual, gates)
     else:
         _op(x, residual, *_score_arguments(gates))

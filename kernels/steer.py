@@ -153,6 +153,8 @@ def steer_triton_(
     x: torch.Tensor, residual: torch.Tensor | None, operands: Operands, gates: GateOperands | None = None
 ) -> None:
     """Run :func:`steer_` as a Triton kernel, one program per row, without checks."""
+    if launch.repeat(site := operands if gates is None else (*operands, *gates), x, residual):
+        return
     slots, scales, vectors, directions, table, kinds = operands
     count, hidden_size = x.shape
     stack = slots.shape[1]
@@ -164,7 +166,7 @@ def steer_triton_(
     launch(
         x,
         count,
-        (x.dtype, vectors.dtype),
+        site,
         (x, residual, vectors, directions, slots, scales, table, *pointers),
         (*strides, *sizes),
         (hidden_size, shape.block, stack, contiguous, residual is not None, kinds, layers, nvidia(x)),
@@ -275,7 +277,7 @@ def steer_unchecked_(
     x: torch.Tensor, residual: torch.Tensor | None, operands: Operands, gates: GateOperands | None = None
 ) -> None:
     """Run :func:`steer_` without checks; eager CUDA rows go to the kernel without the dispatcher."""
-    if eager_cuda(x):
+    if eager_cuda(x, residual, operands):
         steer_triton_(x, residual, operands, gates)
     else:
         _op(x, residual, operands, gates)

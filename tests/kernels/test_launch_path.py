@@ -49,7 +49,7 @@ class Stub:
 
 driver.set_active(Stub())
 knobs.runtime.jit_post_compile_hook = lambda **event: compilations.append(event["fn"].name)
-torch.cuda.current_device = lambda: 0
+torch.cuda.current_device = torch._C._cuda_getDevice = lambda: 0
 torch.cuda.synchronize = lambda device=None: None
 torch._C._cuda_getCurrentRawStream = lambda device: 7
 
@@ -61,6 +61,7 @@ class OnDevice:
     dtype = property(lambda self: self.tensor.dtype)
     shape = property(lambda self: self.tensor.shape)
     def data_ptr(self): return self.tensor.data_ptr()
+    def get_device(self): return 0
     def stride(self, dim=None): return self.tensor.stride() if dim is None else self.tensor.stride(dim)
     def is_contiguous(self): return self.tensor.is_contiguous()
     def new_empty(self, shape): return OnDevice(self.tensor.new_empty(shape))
@@ -126,7 +127,7 @@ print(json.dumps([count, compiled, compilations]))
 FAST = """
 def described(launch):
     name, grid, stream, function, metadata, arguments = launch
-    return [name, grid, stream, [a.data_ptr() if isinstance(a, OnDevice) else repr(a) for a in arguments]]
+    return [name, grid, stream, [repr(a.data_ptr() if isinstance(a, OnDevice) else a) for a in arguments]]
 
 def step():
     '''What a step launches, and how many of these launches were Triton's own.'''
@@ -146,6 +147,7 @@ everything = [fused.launch, steer.launch, gate.launch]
 kept = [len(l.compiled) for l in everything]
 for launcher in everything:
     launcher.compiled.clear()
+    launcher.plans.clear()
     launcher.reusable = False
 off = step()
 unkept = [len(l.compiled) for l in everything]
