@@ -63,6 +63,7 @@ PATHS = {
     "WorkerBase": "vllm.v1.worker.worker_base:WorkerBase",
     "WorkerWrapperBase": "vllm.v1.worker.worker_base:WorkerWrapperBase",
     "get_pp_group": "vllm.distributed.parallel_state:get_pp_group",
+    "get_tp_group": "vllm.distributed.parallel_state:get_tp_group",
 }
 """Name -> module:attribute. `compat.NAME` is the attribute."""
 
