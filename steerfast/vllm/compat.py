@@ -173,7 +173,9 @@ RUNNER_SEAMS = (
         ("self", "scheduler_output", "num_input_tokens", "intermediate_tensors", "*"),
         "wrapped, V1: the rows of a step are known",
     ),
-    Seam("RunnerV1", "_dummy_run", ("self", "num_tokens", "*"), "wrapped, V1: a pass without requests"),
+    Seam(
+        "RunnerV1", "_dummy_run", ("self", "num_tokens", "*"), "wrapped, V1: a pass without requests; called on a CPU"
+    ),
     Seam("RunnerV1", "sample_tokens", ("self", "grammar_output"), "wrapped, V1: decisions go with the tokens"),
     Seam("RunnerV1", "get_model", ("self",), "called, V1"),
     Seam("RunnerV1", "input_batch", None, "read, V1: req_ids and num_computed_tokens_cpu"),

@@ -8,7 +8,7 @@ before anything is steered, and refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -46,13 +46,9 @@ class RowLayout:
         return layout
 
     def watch(self, model: nn.Module) -> None:
-        """Take the number of rows of each pass of `model` from its positions, [rows] or [axes, rows]."""
-
-        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            positions = kwargs["positions"] if "positions" in kwargs else args[1]  # forward(input_ids, positions, ...)
-            self.rows = positions.shape[-1]
-
-        model.register_forward_pre_hook(begin, with_kwargs=True)
+        """Take the number of rows of each pass of `model` from its positions."""
+        _wrap_call(type(model))
+        model.steerfast_layout = self  # type: ignore[assignment]
 
     def check(self, layer: int, stream: Tensor, addend: Tensor | None) -> None:
         """Raise ArchitectureError where a layer does not hand on all rows, the same on every rank.
@@ -102,6 +98,23 @@ class RowLayout:
             "spreads or drops rows of a pass; serve it without expert parallelism across data-parallel ranks "
             "(--enable-expert-parallel), and without other options that split a pass"
         )
+
+
+def _wrap_call(cls: Any) -> None:
+    """Wrap the call of a model's class once. A hook does not run in classes that vLLM compiles."""
+    if "steerfast_layout" in vars(cls):
+        return
+    original = cls.__call__
+
+    @wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.steerfast_layout is not None and type(self) is cls:
+            positions = kwargs["positions"] if "positions" in kwargs else args[1]  # (input_ids, positions, ...)
+            self.steerfast_layout.rows = positions.shape[-1]  # [rows] or [axes, rows]
+        return original(self, *args, **kwargs)
+
+    cls.steerfast_layout = None
+    cls.__call__ = call
 
 
 def _checksum(rows: Tensor) -> Tensor:

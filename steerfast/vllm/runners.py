@@ -52,8 +52,9 @@ def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
         runner.model_memory_usage += runtime.nbytes
     _adapt(runner, runtime)
     activate(runtime)
-    if runner.device.type == "cpu":  # a GPU's worker measures the memory of a pass before it serves, which checks rows
-        runner._dummy_run(shape.max_requests)
+    if runner.device.type == "cpu" and vllm_config.compilation_config.mode == 0:
+        # The first pass checks rows. Other workers run one before they serve, to compile or to measure its memory.
+        runner._dummy_run(shape.max_requests, is_profile=True)
     return runtime
 
 

@@ -159,7 +159,9 @@ def answer(layout: str, rank: Rank, profile: SteeringProfile, path: str, each: E
 
 
 @pytest.fixture
-def answers(tmp_path) -> Callable[..., list[Any]]:
+def answers(tmp_path, monkeypatch) -> Callable[..., list[Any]]:
+    monkeypatch.setattr("steerfast.vllm.worker.activate", lambda server: None)  # in vLLM, a rank has a process
+
     def ask(layout: str, profile: SteeringProfile, group: Threads | None = None, passes: int = 1) -> list[Any]:
         path, each = str(tmp_path / "p.safetensors"), EachRank()
         profile.save(path)
