@@ -64,8 +64,13 @@ class EvalSet:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON data: every field, with a count in place of the items."""
-        data = {name: value for name, value in vars(self).items() if name not in ("name", "items")}
-        return {**data, "count": len(self.items)}
+        return {
+            "kind": self.kind,
+            "count": len(self.items),
+            "duplicates": self.duplicates,
+            "source": self.source,
+            "digest": self.digest,
+        }
 
 
 def load_set(source: str, limit: int | None = None, seed: int = 0) -> EvalSet:
@@ -82,20 +87,26 @@ def load_set(source: str, limit: int | None = None, seed: int = 0) -> EvalSet:
     Raises:
         PromptError: an unknown set, kind or column, an unreadable or empty source, a limit below 1.
     """
-    known = BUILT_IN.get(source)
-    match = _SOURCE.fullmatch(f"{source}={known[0]}:{SHIPPED_PREFIX}{known[1]}" if known else source)
-    if match is None or match["kind"] not in KINDS:
-        raise PromptError(
-            f"set: expected one of {', '.join(BUILT_IN)}, or KIND:FILE with a kind of {', '.join(KINDS)}, got {source!r}"
-        )
-    where = match["where"]
+    if source in BUILT_IN:
+        name = source
+        kind, shipped = BUILT_IN[source]
+        where = SHIPPED_PREFIX + shipped
+    else:
+        match = _SOURCE.fullmatch(source)
+        if match is None or match["kind"] not in KINDS:
+            raise PromptError(
+                f"set: expected one of {', '.join(BUILT_IN)}, or KIND:FILE with a kind of {', '.join(KINDS)}, "
+                f"got {source!r}"
+            )
+        kind, where = match["kind"], match["where"]
+        name = match["name"] or _default_name(where)
     records = _hub_records(where) if where.startswith(_HUB) else _file_records(where)
     items: dict[str, Item] = {}
     for record in records:
         items.setdefault(record["prompt"], Item(record["prompt"], _style(record)))
     return EvalSet(
-        name=match["name"] or _default_name(where),
-        kind=match["kind"],
+        name=name,
+        kind=kind,
         items=sample(list(items.values()), limit, seed),
         source=where,
         digest=describe_set([record["prompt"] for record in records])["sha256"],

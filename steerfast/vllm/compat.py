@@ -63,6 +63,7 @@ PATHS = {
     "WorkerBase": "vllm.v1.worker.worker_base:WorkerBase",
     "WorkerWrapperBase": "vllm.v1.worker.worker_base:WorkerWrapperBase",
     "get_pp_group": "vllm.distributed.parallel_state:get_pp_group",
+    "get_tp_group": "vllm.distributed.parallel_state:get_tp_group",
 }
 """Name -> module:attribute. `compat.NAME` is the attribute."""
 
@@ -172,7 +173,9 @@ RUNNER_SEAMS = (
         ("self", "scheduler_output", "num_input_tokens", "intermediate_tensors", "*"),
         "wrapped, V1: the rows of a step are known",
     ),
-    Seam("RunnerV1", "_dummy_run", ("self", "num_tokens", "*"), "wrapped, V1: a pass without requests"),
+    Seam(
+        "RunnerV1", "_dummy_run", ("self", "num_tokens", "*"), "wrapped, V1: a pass without requests; called on a CPU"
+    ),
     Seam("RunnerV1", "sample_tokens", ("self", "grammar_output"), "wrapped, V1: decisions go with the tokens"),
     Seam("RunnerV1", "get_model", ("self",), "called, V1"),
     Seam("RunnerV1", "input_batch", None, "read, V1: req_ids and num_computed_tokens_cpu"),

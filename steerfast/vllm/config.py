@@ -66,6 +66,8 @@ class ServingConfig:
     max_strength: the largest strength of a request; profiles are tuned at 1.
     slots: room for profiles. stack: the most profiles on one request.
     layers: the layers that profiles may steer or read, ascending.
+    reading: the layers where a gate, or an edit other than ``add``, may read rows; None: all of `layers`. It is part of
+        the key of compiled models, as the op gets other operands there.
     kinds: the edits and gates that profiles may have, a `steerfast.kernels.contract.Kinds`.
     directory: where profiles may be loaded from later; None: nowhere.
     version: of steerfast.
@@ -81,6 +83,7 @@ class ServingConfig:
     version: str
     max_strength: float = DEFAULT_MAX_STRENGTH
     stack: int = 1
+    reading: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, vllm_config: Any) -> ServingConfig | None:
@@ -99,7 +102,8 @@ class ServingConfig:
             )
         if raw["version"] != _VERSION:
             raise ValueError(f"additional_config.{KEY}: expected version {_VERSION}, got {raw['version']}")
-        return cls(**{**raw, "profiles": dict(raw["profiles"]), "layers": tuple(raw["layers"])})
+        reading = None if raw["reading"] is None else tuple(raw["reading"])
+        return cls(**{**raw, "profiles": dict(raw["profiles"]), "layers": tuple(raw["layers"]), "reading": reading})
 
     def check(self, name: str, profile: SteeringProfile, model: ModelIdentity, *, split: bool) -> None:
         """Raise ProfileError where this engine cannot serve `profile`.
@@ -121,12 +125,23 @@ class ServingConfig:
                 f"profile {name!r}: expected an 'add' edit with an always or prompt gate, as every profile has that "
                 f"the engine was started with, got {profile.edit!r} with a {profile.gate.kind} gate"
             )
+        reading = self.layers if self.reading is None else self.reading
+        if more := sorted(reading_layers(profile) - set(reading)):
+            raise ProfileError(
+                f"profile {name!r}: expected gates, and edits other than 'add', among layers {_shown(reading)}, as "
+                f"when the engine was configured, got {_shown(more)} too (start the engine again)"
+            )
         check_packed(f"profile {name!r}", profile, split=split, remedy=" (unless --no-enable-chunked-prefill)")
 
 
 def layers_of(profile: SteeringProfile) -> set[int]:
     """Return the layers that a profile steers or reads."""
     return {*profile.steered_layers, *profile.gate_layers}
+
+
+def reading_layers(profile: SteeringProfile) -> set[int]:
+    """Return the layers where a profile reads rows: those of its gates, and of edits other than ``add``."""
+    return {*profile.gate_layers, *(profile.steered_layers if profile.edit != "add" else ())}
 
 
 def identity_of(text_config: Any) -> ModelIdentity:
@@ -192,10 +207,12 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
         kinds=int(kinds),
         directory=directory,
         version=_VERSION,
+        reading=_reading(profiles, directory),
     )
     for name, profile in profiles.items():
         config.check(name, profile, model, split=False)
-    return {**asdict(config), "layers": list(config.layers)}
+    reading = None if config.reading is None else list(config.reading)
+    return {**asdict(config), "layers": list(config.layers), "reading": reading}
 
 
 def _directory(given: str | None) -> str | None:
@@ -245,6 +262,12 @@ def _layers(given: list[Any] | None, profiles: Mapping[str, SteeringProfile], co
     if any(isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count for layer in given):
         raise ValueError(f"{KEY}.layers: expected numbers in 0..{count - 1}, got {given!r}")
     return tuple(sorted(set(given)))
+
+
+def _reading(profiles: Mapping[str, SteeringProfile], directory: str | None) -> tuple[int, ...] | None:
+    if directory is not None:  # profiles that are loaded later may read anywhere
+        return None
+    return tuple(sorted(set().union(*map(reading_layers, profiles.values()))))
 
 
 def _typed(raw: object) -> dict[str, Any]:
@@ -302,6 +325,11 @@ def check_engine(vllm_config: Any) -> None:
             parallel.pipeline_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher",
             "pipeline parallelism under an external launcher",
             "its stages hand over no decisions",
+        ),
+        (
+            bool(getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False)),
+            "--kv-sharing-fast-prefill",
+            "its last layers drop rows of a step",
         ),
         (getattr(parallel, "use_ubatching", False), "micro-batches (DBO)", "they split the rows of a step"),
         (

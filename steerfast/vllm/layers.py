@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dis
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +17,7 @@ from steerfast.profile import embedding_sketch, sketched_rows
 from steerfast.vllm import compat
 from steerfast.vllm.ops import serve_
 
-__all__ = ["find_layers", "serve_output", "sketch_of", "steer_layers", "wrap_forward"]
+__all__ = ["adds_residual", "find_layers", "serve_output", "sketch_of", "steer_layers", "wrap_forward"]
 
 
 def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
@@ -48,14 +52,20 @@ def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
     return found[0][1]
 
 
-def steer_layers(layers: nn.ModuleList, declared: Iterable[int], hidden_size: int) -> list[int]:
-    """Let the declared layers that are here call the op on their output, and return their numbers."""
+def steer_layers(
+    layers: nn.ModuleList, declared: Iterable[int], hidden_size: int, reading: Collection[int] | None = None
+) -> list[int]:
+    """Let the declared layers that are here call the op on their output, and return their numbers.
+
+    Args:
+        reading: the layers where a gate, or an edit other than ``add``, reads rows. Default: all.
+    """
     here = [at for at in declared if not isinstance(layers[at], compat.PPMissingLayer)]
     for at in here:
         layer: Any = layers[at]
         wrap_forward(type(layer))
         layer.steerfast_layer, layer.steerfast_width = at, hidden_size
-        layer.steerfast_adds = any("RMSNorm" in type(child).__name__ for child in layer.children())
+        layer.steerfast_reads = reading is None or at in reading
     return here
 
 
@@ -65,6 +75,7 @@ def wrap_forward(cls: Any) -> None:
         return
     original = cls.forward
 
+    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         # A subclass that calls this one's forward has its own wrapper.
@@ -72,23 +83,59 @@ def wrap_forward(cls: Any) -> None:
             serve_output(self, output)
         return output
 
-    cls.steerfast_layer = None
+    cls.steerfast_layer, cls.steerfast_reads = None, True
+    cls.steerfast_adds = adds_residual(original)
     cls.forward = forward
 
 
+def adds_residual(forward: Callable[..., Any]) -> bool:
+    """Return whether the layers of a class add the pair that the layer before returns.
+
+    Such a forward reads its argument ``residual``. Others overwrite it first, or have none: the first tensor that they
+    return is the whole stream. (GraniteMoeHybrid, EXAONE 4, HyperCLOVA X, Cohere and others return a stale residual
+    with it, which nobody reads.)
+    """
+    for step in dis.get_instructions(inspect.unwrap(forward)):
+        if "FAST" in step.opname or "DEREF" in step.opname:  # one instruction may access two variables
+            names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            for verb, name in zip(re.findall("LOAD|STORE|DELETE", step.opname), names, strict=False):
+                if name == "residual":
+                    return verb == "LOAD"
+    return False
+
+
 def serve_output(layer: Any, output: Any) -> None:
-    """Edit a layer's output: the stream, (stream, None), or (x, residual), which the next norm adds."""
+    """Edit a layer's output: the stream, (stream, ignored), or (x, residual), which the next layer adds.
+
+    Of (x, residual), residual is edited. Every rank of tensor parallelism has it whole, but x may still be a partial
+    sum, and vLLM fuses the all-reduce of x with the norm after it if nobody else reads x. So the op gets x only where
+    rows are read.
+    """
     x, residual = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != layer.steerfast_width:
+    x = _rows(layer, x)
+    if residual is None or not layer.steerfast_adds:
+        serve_(x, None, layer.steerfast_layer)
+        return
+    residual = _rows(layer, residual)
+    if x.dtype != residual.dtype and layer.steerfast_reads:
         raise ArchitectureError(
-            f"model: expected {type(layer).__name__} to return rows [n, {layer.steerfast_width}] or a pair of such, "
-            f"got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+            f"model: expected {type(layer).__name__} to return a pair of one dtype where rows are read, got {x.dtype} "
+            f"and {residual.dtype}"
         )
-    if residual is not None and not layer.steerfast_adds:
-        raise ArchitectureError(
-            f"model: {type(layer).__name__} returns a pair, but has no RMSNorm: expected one, which adds the two"
-        )
-    serve_(x, residual, layer.steerfast_layer)
+    serve_(residual, x if layer.steerfast_reads else None, layer.steerfast_layer)
+
+
+def _rows(layer: Any, tensor: Any) -> Tensor:
+    """Return the rows [n, H] that a layer returns as [n, H] or, in models of transformers, [1, n, H]."""
+    if isinstance(tensor, Tensor) and tensor.shape[-1:] == (layer.steerfast_width,):
+        if tensor.dim() == 2:
+            return tensor
+        if tensor.dim() == 3 and tensor.shape[0] == 1:
+            return tensor[0]
+    raise ArchitectureError(
+        f"model: expected {type(layer).__name__} to return rows [n, {layer.steerfast_width}] or a pair of such, "
+        f"got {tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__}"
+    )
 
 
 def sketch_of(model: nn.Module, vocabulary: int) -> tuple[float, ...] | None:

@@ -19,8 +19,8 @@ __all__ = ["RowServer", "activate", "serve_"]
 class RowServer(Protocol):
     """The object that edits rows, a `steerfast.vllm.worker.WorkerRuntime`."""
 
-    def serve(self, x: Tensor, residual: Tensor | None, layer: int) -> None:
-        """Decide gates and edit x, rows [n, H] of the stream (with residual: of the sum of both), in place."""
+    def serve(self, stream: Tensor, addend: Tensor | None, layer: int) -> None:
+        """Decide gates and edit `stream`, [n, H], in place. The rows are those of `stream`, or of stream + addend."""
 
 
 _active: RowServer | None = None
@@ -32,17 +32,17 @@ def activate(server: RowServer) -> None:
     _active = server
 
 
-def _serve_(x: Tensor, residual: Tensor | None, layer: int) -> None:
+def _serve_(stream: Tensor, addend: Tensor | None, layer: int) -> None:
     if _active is None:
         raise RuntimeError(f"steerfast::serve_: layer {layer} is steered, but no runtime is active")
-    _active.serve(x, residual, layer)
+    _active.serve(stream, addend, layer)
 
 
-def _fake(x: Tensor, residual: Tensor | None, layer: int) -> None:
+def _fake(stream: Tensor, addend: Tensor | None, layer: int) -> None:
     return None
 
 
-library.define("serve_(Tensor(a!) x, Tensor? residual, int layer) -> ()")
+library.define("serve_(Tensor(a!) stream, Tensor? addend, int layer) -> ()")
 library.impl("serve_", _serve_, "CompositeExplicitAutograd")
 torch.library.register_fake("steerfast::serve_", _fake, lib=library)
 

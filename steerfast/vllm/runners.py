@@ -18,6 +18,7 @@ from steerfast.vllm.compat import around
 from steerfast.vllm.config import ServingConfig, identity_of, splits_prompts
 from steerfast.vllm.layers import find_layers, sketch_of, steer_layers
 from steerfast.vllm.ops import activate
+from steerfast.vllm.ranks import RowLayout
 from steerfast.vllm.worker import WorkerRuntime, WorkerShape
 
 __all__ = ["attach", "install"]
@@ -34,7 +35,8 @@ def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
     vllm_config, model = runner.vllm_config, runner.get_model()
     text_config = vllm_config.model_config.hf_text_config
     identity = replace(identity_of(text_config), embedding_sketch=sketch_of(model, text_config.vocab_size))
-    here = steer_layers(find_layers(model, identity.num_layers), config.layers, identity.hidden_size)
+    layers = find_layers(model, identity.num_layers)
+    here = steer_layers(layers, config.layers, identity.hidden_size, config.reading)
     scheduler, stage = vllm_config.scheduler_config, compat.get_pp_group()
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     shape = WorkerShape(
@@ -44,12 +46,15 @@ def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
         first=stage.is_first_rank,
         last=stage.is_last_rank,
     )
-    runtime = WorkerRuntime(config, identity, here, runner.device, shape)
+    runtime = WorkerRuntime(config, identity, here, runner.device, shape, RowLayout.of(model))
     runner.steerfast = runtime
     if hasattr(runner, "model_memory_usage"):  # the KV cache gets the rest
         runner.model_memory_usage += runtime.nbytes
     _adapt(runner, runtime)
     activate(runtime)
+    if runner.device.type == "cpu" and vllm_config.compilation_config.mode == 0:
+        # The first pass checks rows. Other workers run one before they serve, to compile or to measure its memory.
+        runner._dummy_run(shape.max_requests, is_profile=True)
     return runtime
 
 

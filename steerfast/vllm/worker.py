@@ -21,6 +21,7 @@ from steerfast.runtime.step import Repeat
 from steerfast.vllm.assignment import stack_from_extra
 from steerfast.vllm.config import KEY, ServingConfig
 from steerfast.vllm.ops import activate
+from steerfast.vllm.ranks import RowLayout
 
 __all__ = ["WorkerRuntime", "WorkerShape"]
 
@@ -50,6 +51,7 @@ class WorkerRuntime:
         layers: those of `config.layers` that this worker has (a stage of a pipeline has some).
         device: where the model lives.
         shape: the sizes of its steps.
+        layout: checks the rows that layers hand on. Default: one rank, rows unknown.
 
     Attributes:
         bank: profiles by slot. roster: requests that have not ended.
@@ -63,8 +65,10 @@ class WorkerRuntime:
         layers: Iterable[int],
         device: torch.device,
         shape: WorkerShape,
+        layout: RowLayout | None = None,
     ) -> None:
         self.config, self.identity, self.shape = config, model, shape
+        self.layout = RowLayout(model.name) if layout is None else layout
         kinds = Kinds(config.kinds)
         self.bank = Bank(model.num_layers, model.hidden_size, config.slots, device, kinds=kinds)
         self.roster = Roster(self.bank, shape.max_rows, shape.max_requests, config.stack)
@@ -198,17 +202,18 @@ class WorkerRuntime:
             self._launch_gates = self.roster.step([], [], [], len(self.roster.tables.slots))
             self._empty = True
 
-    def serve(self, x: Tensor, residual: Tensor | None, layer: int) -> None:
-        """Decide this layer's gates and edit x in place, for the op."""
+    def serve(self, stream: Tensor, addend: Tensor | None, layer: int) -> None:
+        """Decide this layer's gates and edit `stream` in place, for the op: see `RowServer`."""
         self._served.add(layer)
-        if len(x) > (most := len(self.roster.tables.slots)):
-            raise SteerfastError(f"x: expected at most {most} rows, got {len(x)}")
+        self.layout.check(layer, stream, addend)
+        if len(stream) > (most := len(self.roster.tables.slots)):
+            raise SteerfastError(f"stream: expected at most {most} rows, got {len(stream)}")
         # A captured graph decides in every replay, where the tables name rows.
-        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        captured = stream.is_cuda and torch.cuda.is_current_stream_capturing()
         reach = self._reach_of_graphs() if captured else self._reach
-        edit = self.roster.current(len(x), captured or self._launch_gates, reach).edit(layer, x, residual)
+        edit = self.roster.current(len(stream), captured or self._launch_gates, reach).edit(layer, stream, addend)
         if edit is not None:
-            steer_unchecked_(x, residual, *edit)
+            steer_unchecked_(stream, addend, *edit)
 
     def launched(self, output: Any) -> Any:
         """Note that the step's forward pass lies on the current stream; `output` is the runner's.

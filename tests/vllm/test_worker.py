@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from toy import HIDDEN, LAYERS, Engine, asked, random_rows
 
 from steerfast.errors import ArchitectureError, ProfileError, SteerfastError
-from steerfast.vllm.layers import serve_output, wrap_forward
-from steerfast.vllm.ops import activate, serve_
+from steerfast.vllm.ops import serve_
 
 STACKS = ["own,sensor", "sensor,always", "everywhere,soft", "mean,recent", "recent,own"]
 
@@ -316,119 +314,3 @@ def test_what_would_run_unsteered_stops(profiles, tmp_path) -> None:
         runtime.launched(None)
     with pytest.raises(SteerfastError, match="at most 24 rows, got 25"):
         serve_(torch.zeros(25, HIDDEN), None, 1)
-
-
-# -- layers --------------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def serve(self, x: Tensor, residual: Tensor | None, layer: int) -> None:
-        self.calls.append((layer, tuple(x.shape), residual is not None))
-        x += layer
-
-
-class RMSNorm(nn.Module):
-    pass
-
-
-def make_layer(returns: str, *, norm: bool = True) -> type[nn.Module]:
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            if norm:
-                self.norm = RMSNorm()
-
-        def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-            y = x * 2
-            return {"pair": (y, x), "full": (y, None), "one": y, "three": (y, x, x), "wide": y[:, None]}[returns]
-
-    return Layer
-
-
-@pytest.fixture
-def recorder() -> Recorder:
-    made = Recorder()
-    activate(made)
-    return made
-
-
-def steered(cls: type[nn.Module], at: int | None = 3) -> Any:
-    wrap_forward(cls)
-    layer: Any = cls()
-    if at is not None:
-        layer.steerfast_layer, layer.steerfast_width, layer.steerfast_adds = at, 4, hasattr(layer, "norm")
-    return layer
-
-
-@pytest.mark.parametrize(("returns", "pair"), [("pair", True), ("full", False), ("one", False)])
-def test_the_stream_is_found_in_what_a_layer_returns(recorder, returns, pair) -> None:
-    output = steered(make_layer(returns))(torch.ones(2, 4))
-    x = output if returns == "one" else output[0]
-    assert torch.equal(x, torch.full((2, 4), 5.0))
-    assert recorder.calls == [(3, (2, 4), pair)]
-
-
-@pytest.mark.parametrize("returns", ["three", "wide"])
-def test_a_layer_that_returns_something_else_is_refused(recorder, returns) -> None:
-    with pytest.raises(ArchitectureError, match=r"to return rows \[n, 4\] or a pair of such"):
-        steered(make_layer(returns))(torch.ones(2, 4))
-    assert not recorder.calls
-
-
-def test_a_pair_that_no_norm_adds_is_refused(recorder) -> None:
-    with pytest.raises(ArchitectureError, match="returns a pair, but has no RMSNorm"):
-        steered(make_layer("pair", norm=False))(torch.ones(2, 4))
-
-
-def test_layers_of_a_drafter_and_of_other_engines_are_left_alone(recorder) -> None:
-    cls = make_layer("one")
-    mine, other = steered(cls), steered(cls, None)
-    assert torch.equal(other(torch.ones(2, 4)), torch.full((2, 4), 2.0))
-    assert not recorder.calls
-    mine(torch.ones(2, 4))
-    assert len(recorder.calls) == 1
-
-
-def test_a_layer_whose_class_extends_a_steered_one_is_steered_once(recorder) -> None:
-    base = make_layer("one")
-
-    class Same(base):  # type: ignore[misc, valid-type]
-        pass
-
-    class More(base):  # type: ignore[misc, valid-type]
-        def forward(self, x: Tensor) -> Any:
-            return super().forward(x) + 1
-
-    for cls, expected in ((base, 5.0), (Same, 5.0), (More, 6.0)):
-        recorder.calls.clear()
-        assert torch.equal(steered(cls)(torch.ones(2, 4)), torch.full((2, 4), expected))
-        assert len(recorder.calls) == 1
-
-
-def test_the_op_survives_functionalisation(recorder) -> None:
-    first, second = steered(make_layer("pair"), 1), steered(make_layer("one"), 2)
-
-    def model(x: Tensor) -> Tensor:
-        y, residual = first(x)
-        return second(y + residual) * 10
-
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.ones(2, 4)
-    assert torch.equal(compiled(x), torch.full((2, 4), 100.0))
-    assert [call[0] for call in recorder.calls] == [1, 2]
-    assert torch.equal(x, torch.ones(2, 4))
-
-
-def test_a_pass_without_a_runtime_is_refused() -> None:
-    activate(None)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="layer 2 is steered, but no runtime is active"):
-        serve_(torch.ones(2, 4), None, 2)
-
-
-def test_an_unexpected_output_names_what_came() -> None:
-    layer = steered(make_layer("one"))
-    with pytest.raises(ArchitectureError, match="got NoneType"):
-        serve_output(layer, None)
