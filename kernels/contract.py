@@ -285,8 +285,8 @@ def check_operands(x: Tensor, operands: Operands) -> None:
     check_choice("kinds", kinds, Kinds)
 
 
-def check_gates(x: Tensor, gates: GateOperands) -> None:
-    """Raise where `gates` do not fit rows `x` [rows, H], which are checked already."""
+def check_gates(x: Tensor, gates: GateOperands, operands: Operands | None = None) -> None:
+    """Raise where `gates` do not fit rows `x` [rows, H] or `operands`, which are checked already."""
     tables, deciding, scales = gates.tables, gates.deciding, gates.scales
     if tables.dim() != 3 or scales.dim() != 3 or deciding.dim() != 1:
         raise ValueError(
@@ -297,8 +297,8 @@ def check_gates(x: Tensor, gates: GateOperands) -> None:
     if not 0 <= gates.layer < layers:
         raise ValueError(f"layer: expected 0 to {layers - 1}, got {gates.layer}")
     if rows < len(x):
-        raise ValueError(f"scales: expected at least {len(x)} rows like x, got {rows}")
-    check_stack("scales", stack)
+        raise ValueError(f"gates.scales: expected at least {len(x)} rows like x, got {rows}")
+    check_stack("gates.scales", stack)
     check_bank(x, tables[gates.layer], directions=gates.directions, mean_directions=gates.mean_directions)
     deciders = len(deciding) * stack
     float32, int32 = (torch.float32,), (torch.int32,)
@@ -316,12 +316,33 @@ def check_gates(x: Tensor, gates: GateOperands) -> None:
         ("values", (layers, deciders), float32),
         ("scales", (layers, rows, stack), float32),
     ):
-        check_like(name, getattr(gates, name), shape, dtypes, x.device)
+        check_like(f"gates.{name}", getattr(gates, name), shape, dtypes, x.device)
+    if operands is not None:
+        check_like("table", operands.table, tables.shape[1:], float32, x.device)
+        own = gates.scales[gates.layer, : len(x)]
+        check_like("scales", operands.scales, own.shape, float32, x.device)
+        if not torch.compiler.is_compiling() and own.numel() and operands.scales.data_ptr() != own.data_ptr():
+            raise ValueError("scales: expected the rows of gates.scales at the layer of the gates, got another tensor")
 
 
 def tensors(operands: Operands | GateOperands) -> dict[str, Tensor]:
-    """Return the tensors of `operands` by name."""
-    return {name: value for name, value in operands._asdict().items() if isinstance(value, Tensor)}
+    """Return the tensors of `operands` by the names that messages give them."""
+    prefix = "gates." if isinstance(operands, GateOperands) else ""
+    return {prefix + name: value for name, value in operands._asdict().items() if isinstance(value, Tensor)}
+
+
+def check_decisions(written: dict[str, Tensor], read: dict[str, Tensor | None], gates: GateOperands | None) -> None:
+    """Raise where an argument shares memory with one of `written`, or with a decision that `gates` write.
+
+    read: the operands' scales among them, which are rows of the gates' scales where there are gates.
+    """
+    if gates is not None:
+        of_gates = tensors(gates)
+        names = ("gates.sums", "gates.scores", "gates.values", "gates.scales")
+        written |= {name: of_gates.pop(name) for name in names}
+        del read["scales"]
+        read |= of_gates
+    check_separate(written, read)
 
 
 def check_separate(written: dict[str, Tensor], read: Mapping[str, Tensor | None]) -> None:

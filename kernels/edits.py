@@ -7,8 +7,9 @@ arithmetic is float32. Every product and every sum over the numbers of a row is 
     score   DOT: <s, d>.  COSINE: <s, d> / sqrt(<s, s>), and 0 where <s, s> is 0
     value   SHARPNESS == 0: 1 if score > THRESHOLD else 0.  Otherwise sigmoid(SHARPNESS * (score - THRESHOLD)).
             A NaN counts as fired: 1
-    g       ALWAYS: 1.  PROMPT: the latched value of the sequence.  TOKEN: the value of the row itself
-    beta    0 if g == 0, else g * (STRENGTH * strength of the sequence)
+    scale   0 if g == 0, else g * (STRENGTH * strength of the sequence). g is the value of a PROMPT gate, otherwise 1.
+            Whoever decides stores it: the host, or :mod:`.gate`. The ops read it
+    beta    the scale of the row's slot.  TOKEN: 0 if the value of the row itself is 0, else that value * scale
 
 A slot whose beta is 0 does nothing. Any other slot displaces the row by ``(a - 1)*s + b*v + c*d``. The sums
 xx = <s, s>, xd = <s, d>, xv = <s, v> and the constants vv, vd, dd of the table give
@@ -65,16 +66,17 @@ except ImportError:  # a CPU-only install: the ops then run as C++ or torch
 
 __all__ = [
     "reference_displacement",
-    "reference_gate",
     "reference_rows",
+    "reference_score",
     "reference_stream",
+    "reference_value",
     "torch_added",
     "torch_displaced",
-    "torch_gate",
-    "torch_numbers",
-    "torch_opened",
     "torch_scales",
+    "torch_score",
     "torch_stream",
+    "torch_used",
+    "torch_value",
 ]
 
 CANCELLED = 2.0**-16  # share of a squared norm below which float32 sums leave no direction
@@ -90,17 +92,22 @@ def reference_stream(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Te
     return (x.cpu().float() + residual.cpu().float()).to(x.dtype).double()
 
 
-def reference_gate(s: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor) -> tuple[float, float]:
-    """Return score and value of one float64 row s [H]; `numbers` is the table row of the slot."""
+def reference_score(s: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor) -> float:
+    """Return the score of one float64 row s [H]; `numbers` is the table row of the slot."""
     score = float(s @ direction)
     if numbers[SCORE] == Score.COSINE:
         norm = float(s.norm())
         score = score * 0.0 if norm == 0 else score / norm
+    return score
+
+
+def reference_value(score: float, numbers: torch.Tensor) -> float:
+    """Return the gate value of a score."""
     if score != score:
-        return score, 1.0
+        return 1.0
     sharpness, distance = float(numbers[SHARPNESS]), score - float(numbers[THRESHOLD])
     value = torch.tensor(sharpness * distance, dtype=torch.float64).sigmoid().item() if sharpness else distance > 0
-    return score, 1.0 if value != value else float(value)
+    return 1.0 if value != value else float(value)
 
 
 def reference_displacement(
@@ -134,24 +141,19 @@ def reference_displacement(
 
 def reference_rows(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> torch.Tensor:
     """Return the float64 rows y [rows, H], displaced by each of their slots, one after the other."""
-    rows, values, strength, vectors, directions, table, kinds = operands
+    slots, scales, vectors, directions, table, kinds = operands
     y = y.clone()
-    for r, (sequence, *slots) in enumerate(rows.tolist()):
-        for k, slot in enumerate(slots):
-            if slot < 0:
+    for r, (of_row, scale_of_row) in enumerate(zip(slots.tolist(), scales.tolist(), strict=True)):
+        for slot, beta in zip(of_row, scale_of_row, strict=True):
+            if slot < 0 or beta == 0:
                 continue
             vector, direction, numbers = (t[slot].double().cpu() for t in (vectors, directions, table))
-            kind = int(numbers[GATE])
-            if kind == GateKind.ALWAYS:
-                gate = 1.0
-            elif kind == GateKind.TOKEN and kinds == Kinds.ANY:
-                gate = reference_gate(s[r], direction, numbers)[1]
-            else:
-                gate = float(values[sequence, k])
-            beta = gate * float(numbers[STRENGTH]) * float(strength[sequence, k]) if gate else 0.0
+            if kinds == Kinds.LATCHED_ADD:
+                numbers[EDIT] = EditId.ADD
+            elif numbers[GATE] == GateKind.TOKEN:
+                gate = reference_value(reference_score(s[r], direction, numbers), numbers)
+                beta = gate * beta if gate else 0.0
             if beta:
-                if kinds == Kinds.LATCHED_ADD:
-                    numbers[EDIT] = EditId.ADD
                 y[r] += reference_displacement(s[r], vector, direction, numbers, beta)
     return y
 
@@ -160,7 +162,6 @@ def reference_rows(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> torc
 
 if triton is not None:
     _COSINE = tl.constexpr(float(Score.COSINE))
-    _ALWAYS = tl.constexpr(float(GateKind.ALWAYS))
     _PROMPT = tl.constexpr(float(GateKind.PROMPT))
     _TOKEN = tl.constexpr(float(GateKind.TOKEN))
     _ADD = tl.constexpr(float(EditId.ADD))
@@ -194,14 +195,14 @@ if triton is not None:
             return a * b
 
     @triton.jit
-    def gate_score(xd, xx, numbers):  # type: ignore[no-untyped-def]
-        """Return the score from the sums <s, d> and <s, s>; `numbers` points to the table row of the slot."""
+    def gate_score(xd, xx, kind):  # type: ignore[no-untyped-def]
+        """Return the score of this kind from the sums <s, d> and <s, s>."""
         cosine = tl.where(xx == 0.0, 0.0, tl.div_rn(xd, tl.sqrt_rn(xx)))
-        return tl.where(tl.load(numbers + _SCORE) == _COSINE, cosine, xd)
+        return tl.where(kind == _COSINE, cosine, xd)
 
     @triton.jit
     def gate_value(score, numbers):  # type: ignore[no-untyped-def]
-        """Return the gate value of a score."""
+        """Return the gate value of a score; `numbers` points to the table row of the slot."""
         threshold = tl.load(numbers + _THRESHOLD)
         sharpness = tl.load(numbers + _SHARPNESS)
         one = tl.full((), 1.0, tl.float32)
@@ -238,42 +239,33 @@ if triton is not None:
         return s
 
     @triton.jit
-    def read_gate(  # type: ignore[no-untyped-def]
-        s, slot, directions_ptr, table_ptr, inside, columns, H: tl.constexpr, NVIDIA: tl.constexpr
-    ):
-        """Return score and gate value of the row s by the gate of the slot."""
-        numbers = table_ptr + slot * _TABLE_WIDTH
-        d = load_row(directions_ptr, slot, H, inside, columns, H, True)
-        xd = tl.sum(product(s, d, NVIDIA), axis=0)
-        score = gate_score(xd, tl.sum(product(s, s, NVIDIA), axis=0), numbers)
-        return score, gate_value(score, numbers)
+    def add_pairs(a, b, c, d):  # type: ignore[no-untyped-def]
+        """Return the sums of two pairs."""
+        return a + c, b + d
 
     @triton.jit
-    def latched(  # type: ignore[no-untyped-def]
-        record, sequence, is_latched, values_ptr, strength_ptr, table_ptr, K: tl.constexpr
+    def row_score(  # type: ignore[no-untyped-def]
+        s, slot, kind, directions_ptr, inside, columns, H: tl.constexpr, NVIDIA: tl.constexpr
     ):
-        """Return slots, gate kinds, gate values and strengths of the K slots in a row's record; zeros for slot -1.
+        """Return the score of the row s by the direction of the slot; both sums in one reduction."""
+        d = load_row(directions_ptr, slot, H, inside, columns, H, True)
+        xd, xx = tl.reduce((product(s, d, NVIDIA), product(s, s, NVIDIA)), 0, add_pairs)
+        return gate_score(xd, xx, kind)
 
-        Everything is loaded before anything is decided: K slots cost one latency, not K.
-        """
-        slots, kinds, gates, strengths = (), (), (), ()
+    @triton.jit
+    def records(slots_ptr, scales_ptr, row, K: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Return the slots and scales of a row; scale 0 for slot -1. No load waits for another."""
+        slots, scales = (), ()
         for k in tl.static_range(K):
-            slot = tl.load(record + 1 + k).to(tl.int64)
-            used = slot >= 0
-            numbers = table_ptr + slot * _TABLE_WIDTH
-            kind = tl.load(numbers + _GATE, mask=used, other=0.0)
-            value = tl.load(values_ptr + sequence * K + k, mask=used & is_latched, other=0.0)
-            alpha = tl.load(numbers + _STRENGTH, mask=used, other=0.0)
-            alpha = alpha * tl.load(strength_ptr + sequence * K + k, mask=used, other=0.0)
+            slot = tl.load(slots_ptr + row * K + k).to(tl.int64)
+            scale = tl.load(scales_ptr + row * K + k)
             slots = slots + (slot,)  # type: ignore[assignment]
-            kinds = kinds + (kind,)  # type: ignore[assignment]
-            gates = gates + (tl.where(kind == _ALWAYS, 1.0, value),)  # type: ignore[assignment]
-            strengths = strengths + (alpha,)  # type: ignore[assignment]
-        return slots, kinds, gates, strengths
+            scales = scales + (tl.where(slot >= 0, scale, 0.0),)  # type: ignore[assignment]
+        return slots, scales
 
     @triton.jit
     def scaled(gate, strength):  # type: ignore[no-untyped-def]
-        """Return beta: a shut gate wins over a strength that is not finite."""
+        """Return gate * strength: a shut gate wins over a strength that is not finite."""
         return tl.where(gate == 0.0, 0.0, gate * strength)
 
     @triton.jit
@@ -319,9 +311,7 @@ if triton is not None:
         x_stride,
         residual_stride,
         slots,
-        kinds,
-        gates,
-        strengths,
+        scales,
         vectors_ptr,
         directions_ptr,
         table_ptr,
@@ -340,27 +330,28 @@ if triton is not None:
         """
         changed = tl.full((), 0, tl.int1)
         for k in tl.static_range(K):
-            slot = slots[k]
-            beta = scaled(gates[k], strengths[k])
+            slot, beta = slots[k], scales[k]
             if KINDS == _LATCHED_ADD:
-                if beta != 0.0:
-                    v = load_row(vectors_ptr, slot, H, inside, columns, H, True)
-                    y += product(beta, v, NVIDIA)
-                    changed = tl.full((), 1, tl.int1)
-            elif (slot >= 0) & ((beta != 0.0) | (kinds[k] == _TOKEN)):
+                # No branch: the vector is asked for beside the row, and the weight does not wait behind it.
+                v = load_row(vectors_ptr, slot, H, inside & (beta != 0.0), columns, H, True)
+                y = tl.where(beta != 0.0, y + product(beta, v, NVIDIA), y)
+                changed |= beta != 0.0
+            elif beta != 0.0:
                 numbers = table_ptr + slot * _TABLE_WIDTH
+                kind = tl.load(numbers + _GATE)
                 edit = tl.load(numbers + _EDIT)
+                scored = tl.load(numbers + _SCORE)
                 scale = tl.full((), 0.0, tl.float32)
                 b = beta
                 c = tl.full((), 0.0, tl.float32)
-                if (kinds[k] == _TOKEN) | (edit != _ADD):
+                if (kind == _TOKEN) | (edit != _ADD):
                     s = load_stream(
                         x_ptr, residual_ptr, row, x_stride, residual_stride, inside, columns, H, CONTIGUOUS, PAIR
                     )
                     xx = tl.sum(product(s, s, NVIDIA), axis=0)
                     xd = tl.sum(product(s, load_row(directions_ptr, slot, H, inside, columns, H, True), NVIDIA), axis=0)
-                    if kinds[k] == _TOKEN:
-                        beta = scaled(gate_value(gate_score(xd, xx, numbers), numbers), strengths[k])
+                    if kind == _TOKEN:
+                        beta = scaled(gate_value(gate_score(xd, xx, scored), numbers), beta)
                         b = beta
                     if edit != _ADD:
                         xv = tl.sum(
@@ -388,21 +379,20 @@ def torch_stream(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor
     return x.float() if residual is None else (x.float() + residual.float()).to(x.dtype).float()
 
 
-def torch_gate(s: torch.Tensor, d: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scores and gate values [n] of float32 rows s and directions d [n, H] by table rows [n, TABLE_WIDTH].
+def torch_score(s: torch.Tensor, d: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return the scores [n] of float32 rows s and directions d [n, H] by table rows [n, TABLE_WIDTH].
 
     Enumerations are compared as ints here and below: Dynamo (torch 2.13) folds `tensor == IntEnum` to False.
     """
     scores = (s * d).sum(-1)
     square = (s * s).sum(-1)
     cosine = torch.where(square == 0, 0.0, scores / square.sqrt())
-    scores = torch.where(numbers[:, SCORE] == int(Score.COSINE), cosine, scores)
-    return scores, torch_opened(scores, numbers)
+    return torch.where(numbers[:, SCORE] == int(Score.COSINE), cosine, scores)
 
 
-def torch_opened(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Return the gate values [...] of float32 scores by table rows [..., TABLE_WIDTH]."""
-    threshold, sharpness = numbers[..., THRESHOLD], numbers[..., SHARPNESS]
+def torch_value(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return the gate values [n] of float32 scores by table rows [n, TABLE_WIDTH]."""
+    threshold, sharpness = numbers[:, THRESHOLD], numbers[:, SHARPNESS]
     hard = torch.where(scores <= threshold, 0.0, 1.0)
     soft = torch.sigmoid(sharpness * (scores - threshold))
     values = torch.where(sharpness == 0, hard, soft)
@@ -410,7 +400,7 @@ def torch_opened(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def torch_scaled(gate: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Return beta [rows]."""
+    """Return gate * strength: a shut gate wins over a strength that is not finite."""
     return torch.where(gate == 0, 0.0, gate * strength)
 
 
@@ -461,22 +451,20 @@ def torch_displaced(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> tup
     Runs on any device without a synchronisation. Differentiable in y and s; gates carry no gradient. y keeps its shape:
     Inductor copies a flattened y before every matrix product that reads it.
     """
-    rows, values, strength, vectors, directions, table, kinds = operands
-    if kinds == int(Kinds.LATCHED_ADD) and len(values):
-        return torch_added(y, rows, torch_scales(rows, values, strength, table), vectors)
+    slots, scales, vectors, directions, table, kinds = operands
+    if kinds == int(Kinds.LATCHED_ADD):
+        return torch_added(y, slots, scales, vectors)
     each = (*y.shape[:-1], 1)
     changed = torch.zeros(each, dtype=torch.bool, device=y.device)
-    if not len(values):  # without a sequence there is no slot
-        return y, changed
-    every_slot, every_number, gates, alphas = _torch_latched(rows, values, strength, table)
-    for k in range(rows.shape[1] - 1):
-        slot, numbers = every_slot[:, k], every_number[:, k]
+    for k in range(slots.shape[1]):
+        slot = torch_used(slots[:, k])
         v, d = vectors.index_select(0, slot).float(), directions.index_select(0, slot).float()
+        numbers = table.index_select(0, slot)
         flat = s.reshape(v.shape)
-        own = torch_gate(flat.detach(), d, numbers)[1]
-        beta = torch_scaled(torch.where(numbers[:, GATE] == int(GateKind.TOKEN), own, gates[:, k]), alphas[:, k])
+        own = torch_value(torch_score(flat.detach(), d, numbers), numbers)
+        beta = torch_scaled(torch.where(numbers[:, GATE] == int(GateKind.TOKEN), own, 1.0), scales[:, k])
         scale, b, c = torch_coefficients(flat, v, d, beta, numbers)
-        moves = ((rows[:, 1 + k] >= 0) & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))).view(each)
+        moves = ((slots[:, k] >= 0) & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))).view(each)
         scale, b, c = scale.view(each), b.view(each), c.view(each)
         moved = torch.where(scale != 0, y + scale * s, y) + b * v.view(y.shape)
         moved = torch.where(c != 0, moved + c * d.view(y.shape), moved)
@@ -486,46 +474,47 @@ def torch_displaced(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> tup
     return y, changed
 
 
-def torch_scales(rows: torch.Tensor, values: torch.Tensor, strength: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the factors of the vectors where all slots are latched additions, float32 [..., rows, K].
-
-    values [..., n, K] and table [..., slots, TABLE_WIDTH] belong to one layer or to several layers at once.
-    """
-    _, _, gates, alphas = _torch_latched(rows, values, strength, table)
-    return torch.where(rows[:, 1:] >= 0, torch_scaled(gates, alphas), 0.0)
-
-
 def torch_added(
-    y: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, vectors: torch.Tensor
+    y: torch.Tensor, slots: torch.Tensor, scales: torch.Tensor, vectors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `torch_displaced` returns, for latched additions whose scales [rows, K] are known."""
+    """Return what `torch_displaced` returns, for slots [rows, K] that all add by their scales [rows, K]."""
     each = (*y.shape[:-1], 1)
     changed = torch.zeros(each, dtype=torch.bool, device=y.device)
-    for k in range(rows.shape[1] - 1):
-        v = vectors.index_select(0, _used(rows[:, 1 + k])).float()
-        b = scales[:, k].view(each)
+    for k in range(slots.shape[1]):
+        v = vectors.index_select(0, torch_used(slots[:, k])).float()
+        b = torch.where(slots[:, k] >= 0, scales[:, k], 0.0).view(each)
         moves = b != 0
         y = torch.where(moves, y + b * v.view(y.shape), y)
         changed = changed | moves
     return y, changed
 
 
-def _torch_latched(
-    rows: torch.Tensor, values: torch.Tensor, strength: torch.Tensor, table: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return slots [rows, K], their numbers [..., rows, K, TABLE_WIDTH], and their gates and alphas [..., rows, K]."""
-    slot = _used(rows[:, 1:])
-    sequence = torch.where((rows[:, 1:] >= 0).any(dim=1), rows[:, 0], 0)  # a row without a slot may name any sequence
-    numbers = torch_numbers(table, rows[:, 1:])
-    gate = torch.where(numbers[..., GATE] == int(GateKind.ALWAYS), 1.0, values.index_select(-2, sequence))
-    return slot, numbers, gate, numbers[..., STRENGTH] * strength.index_select(0, sequence)
+def torch_scales(
+    slots: torch.Tensor, values: torch.Tensor, strength: torch.Tensor, sequence: torch.Tensor, tables: torch.Tensor
+) -> torch.Tensor:
+    """Return the scales of rows at all layers, float32 [layers, rows, K]; 0 for slot -1 and sequence -1.
+
+    Args:
+        slots: int32 [rows, K]. sequence: int32 [rows].
+        values: float32 [layers, D], gate values of the deciders of `GateOperands`; PROMPT gates read them.
+        strength: float32 [D]. tables: float32 [layers, slots, TABLE_WIDTH].
+    """
+    if not len(strength):  # without a sequence there is no slot
+        return values.new_zeros(len(values), *slots.shape)
+    used = (slots >= 0) & (sequence >= 0)[:, None]
+    slot = torch.where(used, slots, 0).flatten()
+    decider = torch_deciders(sequence, slots.shape[1]).flatten()
+    kind, alpha = tables[..., GATE].index_select(1, slot), tables[..., STRENGTH].index_select(1, slot)
+    gate = torch.where(kind == int(GateKind.PROMPT), values.index_select(1, decider), 1.0)
+    scales = torch_scaled(gate, alpha * strength.index_select(0, decider))
+    return torch.where(used, scales.unflatten(1, slots.shape), 0.0)
 
 
-def torch_numbers(table: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Return table rows [..., n, K, TABLE_WIDTH] of slots [n, K]; slot -1 reads slot 0. table: [..., slots, width]."""
-    return table.index_select(-2, _used(slots).flatten()).unflatten(-2, slots.shape)
+def torch_deciders(sequence: torch.Tensor, stack: int) -> torch.Tensor:
+    """Return the deciders [rows, K] of rows by their sequence [rows]; those of sequence 0 where a row has none."""
+    return torch_used(sequence)[:, None] * stack + torch.arange(stack, dtype=sequence.dtype, device=sequence.device)
 
 
-def _used(numbers: torch.Tensor) -> torch.Tensor:
-    """Return 0 for slot -1: slot 0 is then read and not used."""
+def torch_used(numbers: torch.Tensor) -> torch.Tensor:
+    """Return 0 for -1: slot or sequence 0 is then read and not used."""
     return torch.where(numbers >= 0, numbers, 0)

@@ -125,13 +125,13 @@ def reported(op: _Op) -> _Op:
     @wraps(op)
     def report(x: torch.Tensor, *arguments: Any) -> Any:
         if not torch.compiler.is_compiling():
-            (operands,) = (a for a in arguments if isinstance(a, (Operands, GateOperands)))
-            if isinstance(operands, Operands):
-                count, stack, kinds = len(operands.rows), operands.rows.shape[1] - 1, Kinds(operands.kinds).name
-            else:
-                (count, stack), kinds = operands.slot.shape, "gates"
+            told = [a for a in arguments if isinstance(a, (Operands, GateOperands))]
+            words = [Kinds(a.kinds).name if isinstance(a, Operands) else "gates" for a in told]
+            stack, kinds = told[0].scales.shape[-1], ", ".join(words)
             name = op.__name__.removesuffix("_unchecked").replace("_unchecked_", "_")
-            _log.debug("%s: %d rows, H %d, K %d, %s, %s", name, count, x.shape[-1], stack, kinds, x.device)
+            _log.debug(
+                "%s: %d rows, H %d, K %d, %s, %s", name, x.shape[:-1].numel(), x.shape[-1], stack, kinds, x.device
+            )
         return op(x, *arguments)
 
     return report  # type: ignore[return-value]

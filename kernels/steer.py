@@ -4,9 +4,11 @@ Numerics contract, for row ``r``: ``y = x[r]`` in float32, displaced by each slo
 then rounded once to the dtype of x. Serving engines keep the residual stream as a pair: x, which the layer adds, and
 residual. There gates and sums read the sum of both, and the displacement is added to x.
 
-A row that no slot displaces is not written. Without a token gate or an edit that takes sums it is not read either. So
-its bits stay, and nothing of another row, slot or sequence leaks into it. (Plain torch writes the same bits back.) No
-gate reads another row here: in place, that row could be edited already.
+A row that no slot displaces is not written. A row without a scale is not read either. So its bits stay, and nothing of
+another row, slot or sequence leaks into it. (Plain torch writes the same bits back.)
+
+The deciding form decides gates first, as :mod:`.gate` defines. No program reads another row: in place, that row could
+be edited already. So gates read the scores that ``score_`` left.
 """
 
 from __future__ import annotations
@@ -16,23 +18,27 @@ from collections.abc import Callable
 import torch
 
 from .contract import (
+    GateOperands,
     Operands,
     check_apart,
+    check_decisions,
+    check_gates,
     check_operands,
     check_residual,
     check_rows,
-    check_separate,
     library,
     tensors,
 )
 from .edits import reference_rows, reference_stream, torch_displaced, torch_stream
+from .gate import DECIDING, decided_operands, deciding_arguments, flat_gates, unflat
 from .launch import Launcher, eager_cuda, launch_shape, layout, nvidia, reported
 
 try:
     import triton
     import triton.language as tl
 
-    from .edits import _LATCHED_ADD, _TOKEN, displace, latched, load_row, scaled
+    from .edits import displace, load_row, records
+    from .gate import GATE_NUMBERS, SCALARS, decided_scales
 except ImportError:  # a CPU-only install: the ops then run as C++ or torch
     triton = None
 
@@ -52,35 +58,66 @@ def reference(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize_on_alignment=["rows_ptr", "values_ptr", "strength_ptr", "table_ptr"])
+    @triton.jit(do_not_specialize=GATE_NUMBERS, do_not_specialize_on_alignment=SCALARS)
     def steer_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
         residual_ptr,
         vectors_ptr,
         directions_ptr,
-        rows_ptr,
-        values_ptr,
-        strength_ptr,
+        slots_ptr,
+        scales_ptr,
         table_ptr,
+        sequence_ptr,
+        deciding_ptr,
+        counted_ptr,
+        decider_slots_ptr,
+        strength_ptr,
+        tables_ptr,
+        row_scores_ptr,
+        last_scores_ptr,
+        sums_ptr,
+        scores_ptr,
+        values_ptr,
+        all_scales_ptr,
         x_stride,
         residual_stride,
+        layer,
+        layers,
+        deciders,
+        table_rows,
+        scale_rows,
         H: tl.constexpr,
         BLOCK: tl.constexpr,
         K: tl.constexpr,
         CONTIGUOUS: tl.constexpr,
         PAIR: tl.constexpr,
         KINDS: tl.constexpr,
+        LAYERS: tl.constexpr,
         NVIDIA: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
-        record = rows_ptr + row * (K + 1)
-        sequence = tl.load(record).to(tl.int64)
-        slots, kinds, gates, strengths = latched(record, sequence, True, values_ptr, strength_ptr, table_ptr, K)
+        slots, scales = records(slots_ptr, scales_ptr, row, K)
+        if LAYERS:
+            gates = (
+                sequence_ptr,
+                deciding_ptr,
+                counted_ptr,
+                decider_slots_ptr,
+                strength_ptr,
+                tables_ptr,
+                row_scores_ptr,
+                last_scores_ptr,
+                sums_ptr,
+                scores_ptr,
+                values_ptr,
+                all_scales_ptr,
+            )
+            scales = decided_scales(
+                row, slots, scales, gates, layer, layers, deciders, table_rows, scale_rows, K, LAYERS
+            )
         wanted = tl.full((), 0, tl.int1)
         for k in tl.static_range(K):
-            wanted |= scaled(gates[k], strengths[k]) != 0.0
-            if KINDS != _LATCHED_ADD:
-                wanted |= kinds[k] == _TOKEN
+            wanted |= scales[k] != 0.0
         if wanted:
             columns = tl.arange(0, BLOCK)
             inside = columns < H
@@ -92,9 +129,7 @@ if triton is not None:
                 x_stride,
                 residual_stride,
                 slots,
-                kinds,
-                gates,
-                strengths,
+                scales,
                 vectors_ptr,
                 directions_ptr,
                 table_ptr,
@@ -114,22 +149,25 @@ if triton is not None:
     launch = Launcher(steer_kernel)
 
 
-def steer_triton_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
+def steer_triton_(
+    x: torch.Tensor, residual: torch.Tensor | None, operands: Operands, gates: GateOperands | None = None
+) -> None:
     """Run :func:`steer_` as a Triton kernel, one program per row, without checks."""
-    rows, values, strength, vectors, directions, table, kinds = operands
+    slots, scales, vectors, directions, table, kinds = operands
     count, hidden_size = x.shape
-    stack = rows.shape[1] - 1
+    stack = slots.shape[1]
     if not count or not stack:
         return
     address, contiguous, strides = layout(x, residual)
     shape = launch_shape(hidden_size, x.dtype)
+    pointers, sizes, layers = deciding_arguments(gates)
     launch(
         x,
         count,
         (x.dtype, vectors.dtype),
-        (x, residual, vectors, directions, rows, values, strength, table),
-        strides,
-        (hidden_size, shape.block, stack, contiguous, residual is not None, kinds, nvidia(x)),
+        (x, residual, vectors, directions, slots, scales, table, *pointers),
+        (*strides, *sizes),
+        (hidden_size, shape.block, stack, contiguous, residual is not None, kinds, layers, nvidia(x)),
         shape,
         address | vectors.data_ptr() | directions.data_ptr(),
     )
@@ -138,13 +176,16 @@ def steer_triton_(x: torch.Tensor, residual: torch.Tensor | None, operands: Oper
 # ---- torch -------------------------------------------------------------------------------------------------
 
 
-def steer_torch_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
+def steer_torch_(
+    x: torch.Tensor, residual: torch.Tensor | None, operands: Operands, gates: GateOperands | None = None
+) -> None:
     """Run :func:`steer_` in plain torch, on any device, without a synchronisation and without checks.
 
     Differentiable in x and residual; gates carry no gradient.
     """
     if not len(x):
         return
+    operands = decided_operands(operands, gates)
     before = x.clone() if torch.is_grad_enabled() and x.requires_grad else x  # the backward pass of sums needs it
     s = torch_stream(before, residual)
     y, changed = torch_displaced(before.float(), s, operands)
@@ -154,9 +195,14 @@ def steer_torch_(x: torch.Tensor, residual: torch.Tensor | None, operands: Opera
 # ---- registration ------------------------------------------------------------------------------------------
 
 
-def _flat(run: Callable[[torch.Tensor, torch.Tensor | None, Operands], None]) -> Callable[..., None]:
+def _flat(run: Callable[..., None]) -> Callable[..., None]:
     """Adapt `run` to the op's schema, which is flat."""
     return lambda x, residual, *operands: run(x, residual, Operands(*operands))
+
+
+def _flat_deciding(run: Callable[..., None]) -> Callable[..., None]:
+    """Adapt `run` to the schema of the overload ``deciding``."""
+    return lambda x, residual, *flat: run(x, residual, *unflat(*flat))
 
 
 def _fake(*arguments: object) -> None:
@@ -164,22 +210,36 @@ def _fake(*arguments: object) -> None:
 
 
 library.define(
-    "steer_(Tensor(a!) x, Tensor? residual, Tensor rows, Tensor values, Tensor strength, Tensor vectors, "
-    "Tensor directions, Tensor table, int kinds) -> ()"
+    "steer_(Tensor(a!) x, Tensor? residual, Tensor slots, Tensor scales, Tensor vectors, Tensor directions, "
+    "Tensor table, int kinds) -> ()"
 )
-# The C++ extension registers itself for CPU. Plain torch records no backward pass here, as C++ and Triton do not.
-library.impl("steer_", torch.no_grad()(_flat(steer_torch_)), "CompositeExplicitAutograd")
-if triton is not None:
-    library.impl("steer_", _flat(steer_triton_), "CUDA")
-torch.library.register_fake("steerfast::steer_", _fake, lib=library)
-_op = torch.ops.steerfast.steer_.default
+library.define(
+    "steer_.deciding(Tensor(a!) x, Tensor? residual, Tensor slots, Tensor vectors, Tensor directions, Tensor table, "
+    f"int kinds, {DECIDING}) -> ()"
+)
+for _name, _adapt in (("steer_", _flat), ("steer_.deciding", _flat_deciding)):
+    # The C++ extension registers itself for CPU. Plain torch records no backward pass here, as C++ and Triton do not.
+    library.impl(_name, torch.no_grad()(_adapt(steer_torch_)), "CompositeExplicitAutograd")
+    if triton is not None:
+        library.impl(_name, _adapt(steer_triton_), "CUDA")
+    torch.library.register_fake(f"steerfast::{_name}", _fake, lib=library)
+
+
+def _op(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands, gates: GateOperands | None) -> None:
+    if gates is None:
+        torch.ops.steerfast.steer_.default(x, residual, *operands)
+    else:
+        slots, _, *bank = operands
+        torch.ops.steerfast.steer_.deciding(x, residual, slots, *bank, *flat_gates(gates))
 
 
 # ---- public ------------------------------------------------------------------------------------------------
 
 
-def steer_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
-    """Steer the rows of ``x`` in place.
+def steer_(
+    x: torch.Tensor, residual: torch.Tensor | None, operands: Operands, gates: GateOperands | None = None
+) -> None:
+    """Steer the rows of ``x`` in place; decide gates first where there are any.
 
     The op has no backward pass: gradients pass through it unchanged. :func:`steer_torch_` is differentiable.
     :func:`steer_unchecked_` does the same without the checks, for callers that own their buffers.
@@ -188,28 +248,34 @@ def steer_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -
         x: [rows, H] float32, bfloat16 or float16; the last dimension contiguous, rows apart from each other.
         residual: None, or rows like x, to which x will be added; only read.
         operands: how the rows are edited, see :class:`.contract.Operands`.
+        gates: the gates of this layer, whose rows `score_` has scored; None: no gate decides. With gates, the scales of
+            `operands` are ``gates.scales[layer, :rows]``.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape, stride, device or choice is wrong, or x shares memory with another argument; the
-            message names the argument.
+        ValueError: a shape, stride, device or choice is wrong, or x or a decision shares memory with another argument;
+            the message names the argument.
     """
     check_rows(x)
     check_apart(x)
     if residual is not None:
         check_residual(x, residual)
     check_operands(x, operands)
+    if gates is not None:
+        check_gates(x, gates, operands)
     if not torch.compiler.is_compiling():
-        check_separate({"x": x}, {"residual": residual, **tensors(operands)})
+        check_decisions({"x": x}, {"residual": residual, **tensors(operands)}, gates)
         if x.requires_grad and torch.is_grad_enabled():
             torch.autograd.graph.increment_version(x)  # a backward pass that saved the old x then raises
-    torch.ops.steerfast.steer_.default(x, residual, *operands)
+    _op(x, residual, operands, gates)
 
 
 @reported
-def steer_unchecked_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
+def steer_unchecked_(
+    x: torch.Tensor, residual: torch.Tensor | None, operands: Operands, gates: GateOperands | None = None
+) -> None:
     """Run :func:`steer_` without checks; eager CUDA rows go to the kernel without the dispatcher."""
     if eager_cuda(x):
-        steer_triton_(x, residual, operands)
+        steer_triton_(x, residual, operands, gates)
     else:
-        _op(x, residual, *operands)
+        _op(x, residual, operands, gates)
