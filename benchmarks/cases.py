@@ -91,7 +91,8 @@ class Tensors:
         slot = index % case.profiles if case.profiles else torch.full_like(index, -1)
         chosen = ((index + 1) * case.active).floor() > (index * case.active).floor()
         sequence = torch.arange(case.rows) * used // case.rows
-        first, until = index[:used] * case.rows // used, (index[:used] + 1) * case.rows // used
+        ends = (torch.arange(used + 1) * case.rows + used - 1) // used  # the first row of each sequence, and the end
+        first, until = ends[:-1], ends[1:]
         gated = case.op in GATED
         decides = chosen[:used] & (slot[:used] >= 0) & gated
         edited = ~decides[sequence] | (torch.arange(case.rows) == until[sequence] - 1)

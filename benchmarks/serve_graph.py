@@ -63,10 +63,11 @@ from steerfast.vllm.worker import WorkerRuntime, WorkerShape
 
 EPS = 1e-5
 STRENGTH = 8.0  # of unit vectors, beside rows of norm sqrt(H): seen in bfloat16, too
-# Operations that launch nothing on a GPU: views and allocations.
+# Operations that launch nothing on a GPU: views, allocations, and conversions without a copy inside.
 FREE = re.compile(
     r"aten::(empty\w*|select|slice|narrow|view\w*|as_strided|(un)?squeeze|expand\w*|t|transpose|permute|unbind|detach"
-    r"|alias|resolve_\w+|(_unsafe_|_)?(reshape|view)\w*|(un)?flatten|split\w*|chunk|lift_fresh|unsafe_\w+)$"
+    r"|alias|resolve_\w+|(_unsafe_|_)?(reshape|view)\w*|(un)?flatten|split\w*|chunk|lift_fresh|unsafe_\w+|to|detach_"
+    r"|resize_|contiguous|scalar_tensor)$"
 )
 
 
@@ -408,13 +409,13 @@ def profiled(call: Callable[[], Any]) -> list[Any]:
 
 
 def operations(events: Iterable[Any]) -> Counter[str]:
-    """Count what a GPU would launch: ops of steerfast, each once, and other operations without parts."""
+    """Count what a GPU would launch: ops of steerfast, each once, and the smallest other operations."""
     found: Counter[str] = Counter()
     for event in events:
         if event.name.startswith("steerfast::") and event.name != "steerfast::serve_":
             found["steerfast"] += 1
-        elif event.cpu_children:
-            found += operations(event.cpu_children)
+        elif parts := operations(event.cpu_children):
+            found += parts
         elif event.name.startswith("aten::") and not FREE.match(event.name):
             found["other"] += 1
     return found
