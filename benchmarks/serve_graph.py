@@ -296,14 +296,14 @@ class Played:
     """
 
     def __init__(self, decoder: Decoder, steering: Steering | None) -> None:
-        self.steering = steering
+        self.steering, self.cuda = steering, decoder.device == "cuda"
         declared = frozenset(() if steering is None else steering.declared)
         self._run: Callable[[], Tensor] = partial(decoder.step, declared)
         if steering is not None:
             activate(steering.runtime)
             steering.runtime.rest()
         self._run()
-        if decoder.device == "cuda":
+        if self.cuda:
             self._capture()
         if steering is not None:
             steering.admit()
@@ -331,7 +331,7 @@ class Played:
 
     def microseconds(self, number: int) -> float:
         """Return the time of one step."""
-        if not torch.cuda.is_available():
+        if not self.cuda:
             if self.steering is not None:
                 activate(self.steering.runtime)
             start = time.perf_counter_ns()
