@@ -71,12 +71,11 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return same;
 }
 
-// The slots per row of an index tensor [count, offset + K].
-inline int64_t stack(const char* name, const Tensor& index, int64_t offset) {
-  const int64_t width = index.dim() == 2 ? index.size(1) : -1;
-  STD_TORCH_CHECK(offset <= width && width <= offset + max_stack, name, ": expected 0 to ", max_stack,
-                  " slots per row");
-  return width - offset;
+// The slots per row of a tensor [rows, K].
+inline int64_t stack(const char* name, const Tensor& tensor) {
+  const int64_t width = tensor.dim() == 2 ? tensor.size(1) : -1;
+  STD_TORCH_CHECK(0 <= width && width <= max_stack, name, ": expected 0 to ", max_stack, " slots per row");
+  return width;
 }
 
 inline const void* bank(const char* name, const Tensor& tensor, const Tensor& directions, const Tensor& x,

@@ -14,10 +14,11 @@ namespace {
 
 using namespace steerfast::checks;
 
-int64_t fill(steerfast::Operands& args, const Tensor& x, const Tensor* residual, const Tensor& directions,
-             const Tensor& table) {
+void fill(steerfast::Operands& args, const Tensor& x, const Tensor* residual, const Tensor& directions,
+          const Tensor& table) {
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
   const Rows rows = check_rows("x", x, x);
+  args.count = rows.count;
   args.hidden_size = rows.size;
   args.x_stride = rows.stride;
   args.x_dtype = dtype("x", x);
@@ -35,30 +36,78 @@ int64_t fill(steerfast::Operands& args, const Tensor& x, const Tensor* residual,
   args.table = data<const float>("table", table, x, ScalarType::Float, slots * steerfast::table_width);
   args.bank_dtype = dtype("directions", directions);
   args.directions = bank("directions", directions, directions, x, slots, args.hidden_size);
-  return rows.count;
 }
 
-void fill(steerfast::EditArgs& args, const Tensor& x, const Tensor* residual, const Tensor& rows, const Tensor& values,
-          const Tensor& strength, const Tensor& vectors, const Tensor& directions, const Tensor& table,
-          int64_t kinds) {
-  args.count = fill(args, x, residual, directions, table);
+void fill(steerfast::Deciders& args, const Tensor& x, int64_t rows, const Tensor& sequence, const Tensor& deciding,
+          const Tensor& counted, const Tensor& slots, const Tensor& row_scores, const Tensor& last_scores,
+          int64_t table_slots) {
+  args.stack = stack("row_scores", row_scores);
+  args.count = deciding.numel() * args.stack;
+  args.sequence = data<const int32_t>("sequence", sequence, x, ScalarType::Int, rows);
+  args.deciding = data<const int32_t>("deciding", deciding, x, ScalarType::Int, deciding.numel());
+  args.counted = data<const int32_t>("counted", counted, x, ScalarType::Int, args.count * 3);
+  args.slots = data<const int32_t>("slots", slots, x, ScalarType::Int, args.count);
+  const int64_t scored = std::max(rows, row_scores.size(0));
+  args.row_scores = data<float>("row_scores", row_scores, x, ScalarType::Float, scored * args.stack);
+  args.last_scores = data<float>("last_scores", last_scores, x, ScalarType::Float, args.count);
+  int64_t last = -1;
+  for (int64_t r = 0; r < rows; last = args.sequence[r++]) {
+    const int64_t own = args.sequence[r];
+    if (own < 0 || own == last) continue;
+    check_index("sequence", own, deciding.numel());
+    check_index("deciding", args.deciding[own], rows);
+    for (int64_t j = own * args.stack; j < (own + 1) * args.stack; ++j) {
+      check_index("slots", args.slots[j], table_slots);
+      const int32_t first = args.counted[3 * j], until = args.counted[3 * j + 1];
+      STD_TORCH_CHECK(args.slots[j] < 0 || first >= until || (first >= 0 && until <= rows),
+                      "counted: expected rows from 0 to ", rows, ", got ", first, " to ", until);
+    }
+  }
+}
+
+void fill(steerfast::EditArgs& args, const Tensor& x, const Tensor* residual, const Tensor& slots,
+          const Tensor& vectors, const Tensor& directions, const Tensor& table, int64_t kinds) {
+  fill(args, x, residual, directions, table);
   check_choice("kinds", kinds, 2);
   args.kinds = steerfast::Kinds(kinds);
-  args.stack = stack("rows", rows, 1);
-  args.rows = data<const int32_t>("rows", rows, x, ScalarType::Int, args.count * (1 + args.stack));
-  const int64_t sequences = values.dim() == 2 ? values.size(0) : 0;
-  args.values = const_cast<float*>(data<const float>("values", values, x, ScalarType::Float, sequences * args.stack));
-  args.strength = data<const float>("strength", strength, x, ScalarType::Float, sequences * args.stack);
+  args.stack = stack("slots", slots);
+  args.slots = data<const int32_t>("slots", slots, x, ScalarType::Int, args.count * args.stack);
   args.vectors = bank("vectors", vectors, directions, x, table.size(0), args.hidden_size);
-  args.deciding = nullptr;
-  args.scores = nullptr;
-  for (const int32_t* row = args.rows; row < args.rows + args.count * (1 + args.stack); row += 1 + args.stack)
-    for (int64_t k = 1; k <= args.stack; ++k) {
-      if (row[k] < 0) continue;
-      STD_TORCH_CHECK(row[0] >= 0, "rows: expected a sequence, got ", row[0]);
-      check_index("rows: sequence", row[0], sequences);
-      check_index("rows: slot", row[k], table.size(0));
-    }
+  for (int64_t i = 0; i < args.count * args.stack; ++i) check_index("slots", args.slots[i], table.size(0));
+}
+
+void fill_scales(steerfast::EditArgs& args, const Tensor& x, const Tensor& scales) {
+  args.scales = data<const float>("scales", scales, x, ScalarType::Float, args.count * args.stack);
+}
+
+// The scales of `edit` become those that the decisions write.
+steerfast::DecideArgs decisions(steerfast::EditArgs& edit, const Tensor& x, const Tensor& sequence,
+                                const Tensor& deciding, const Tensor& counted, const Tensor& slots,
+                                const Tensor& strength, const Tensor& tables, const Tensor& row_scores,
+                                const Tensor& last_scores, const Tensor& sums, const Tensor& scores,
+                                const Tensor& values, const Tensor& scales, int64_t layer) {
+  steerfast::DecideArgs args;
+  STD_TORCH_CHECK(tables.dim() == 3 && scales.dim() == 3, "tables, scales: expected 3 dimensions");
+  args.layers = tables.size(0);
+  args.table_slots = tables.size(1);
+  args.rows = edit.count;
+  args.slots = edit.slots;
+  check_choice("layer", layer, args.layers);
+  args.layer = layer;
+  fill(args.deciders, x, args.rows, sequence, deciding, counted, slots, row_scores, last_scores, args.table_slots);
+  STD_TORCH_CHECK(args.deciders.stack == edit.stack, "row_scores: expected the slots per row of slots");
+  const int64_t decisions = args.layers * args.deciders.count;
+  args.strength = data<const float>("strength", strength, x, ScalarType::Float, args.deciders.count);
+  args.tables = data<const float>("tables", tables, x, ScalarType::Float,
+                                  args.layers * args.table_slots * steerfast::table_width);
+  args.sums = data<double>("sums", sums, x, ScalarType::Double, decisions);
+  args.scores = data<float>("scores", scores, x, ScalarType::Float, decisions);
+  args.values = data<float>("values", values, x, ScalarType::Float, decisions);
+  args.scale_rows = std::max(args.rows, scales.size(1));
+  const int64_t layer_scales = args.scale_rows * edit.stack;
+  args.scales = data<float>("scales", scales, x, ScalarType::Float, args.layers * layer_scales);
+  edit.scales = args.scales + layer * layer_scales;
+  return args;
 }
 
 // Only the fused op takes and returns rows in the shape of the residual stream.
@@ -68,38 +117,44 @@ void check_flat(const Tensor& x) {
 
 const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
-void gate_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& row, const Tensor& slot,
-           const Tensor& directions, const Tensor& table, const Tensor& scores, const Tensor& values) {
+void score_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& sequence, const Tensor& deciding,
+            const Tensor& counted, const Tensor& slots, const Tensor& directions, const Tensor& mean_directions,
+            const Tensor& table, const Tensor& row_scores, const Tensor& last_scores) {
   check_flat(x);
-  steerfast::GateArgs args;
-  const int64_t rows = fill(args, x, pointer(residual), directions, table);
-  args.sequences = row.numel();
-  args.stack = stack("slot", slot, 0);
-  const int64_t count = args.sequences * args.stack;
-  args.row = data<const int32_t>("row", row, x, ScalarType::Int, args.sequences);
-  args.slot = data<const int32_t>("slot", slot, x, ScalarType::Int, count);
-  args.scores = data<float>("scores", scores, x, ScalarType::Float, count);
-  args.values = data<float>("values", values, x, ScalarType::Float, count);
-  for (int64_t i = 0; i < count; ++i) {
-    if (args.row[i / args.stack] < 0 || args.slot[i] < 0) continue;
-    check_index("row", args.row[i / args.stack], rows);
-    check_index("slot", args.slot[i], table.size(0));
-  }
-  steerfast::gate(args);
+  steerfast::ScoreArgs args;
+  fill(args, x, pointer(residual), directions, table);
+  fill(args.deciders, x, args.count, sequence, deciding, counted, slots, row_scores, last_scores, table.size(0));
+  args.mean_directions = bank("mean_directions", mean_directions, directions, x, table.size(0), args.hidden_size);
+  steerfast::score(args);
 }
 
-void steer_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& rows, const Tensor& values,
-            const Tensor& strength, const Tensor& vectors, const Tensor& directions, const Tensor& table,
-            int64_t kinds) {
+void steer_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& slots, const Tensor& scales,
+            const Tensor& vectors, const Tensor& directions, const Tensor& table, int64_t kinds) {
   check_flat(x);
   steerfast::SteerArgs args;
-  fill(args, x, pointer(residual), rows, values, strength, vectors, directions, table, kinds);
+  fill(args, x, pointer(residual), slots, vectors, directions, table, kinds);
+  fill_scales(args, x, scales);
   args.out = x.mutable_data_ptr();
   steerfast::steer(args);
 }
 
-std::tuple<Tensor, Tensor> norm(steerfast::NormArgs& args, const Tensor& x, const Tensor& weight, double eps,
-                                int64_t norm) {
+void steer_deciding_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& slots,
+                     const Tensor& vectors, const Tensor& directions, const Tensor& table, int64_t kinds,
+                     const Tensor& sequence, const Tensor& deciding, const Tensor& counted,
+                     const Tensor& decider_slots, const Tensor& strength, const Tensor& tables,
+                     const Tensor& row_scores, const Tensor& last_scores, const Tensor& sums, const Tensor& scores,
+                     const Tensor& values, const Tensor& scales, int64_t layer) {
+  check_flat(x);
+  steerfast::SteerArgs args;
+  fill(args, x, pointer(residual), slots, vectors, directions, table, kinds);
+  steerfast::decide(decisions(args, x, sequence, deciding, counted, decider_slots, strength, tables, row_scores,
+                              last_scores, sums, scores, values, scales, layer));
+  args.out = x.mutable_data_ptr();
+  steerfast::steer(args);
+}
+
+std::tuple<Tensor, Tensor> fill_norm(steerfast::NormArgs& args, const Tensor& x, const Tensor& weight, double eps,
+                                     int64_t norm) {
   check_choice("norm", norm, 3);
   args.norm = steerfast::Norm(norm);
   args.eps = float(eps);
@@ -109,32 +164,35 @@ std::tuple<Tensor, Tensor> norm(steerfast::NormArgs& args, const Tensor& x, cons
   Tensor new_residual = fresh(x);
   args.normed = normed.mutable_data_ptr();
   args.new_residual = new_residual.mutable_data_ptr();
-  steerfast::add_steer_rms_norm(args);
   return {normed, new_residual};
 }
 
 std::tuple<Tensor, Tensor> add_steer_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                              const Tensor& rows, const Tensor& values, const Tensor& strength,
-                                              const Tensor& vectors, const Tensor& directions, const Tensor& table,
-                                              double eps, int64_t norm_kind, int64_t kinds) {
+                                              const Tensor& slots, const Tensor& scales, const Tensor& vectors,
+                                              const Tensor& directions, const Tensor& table, double eps,
+                                              int64_t norm, int64_t kinds) {
   steerfast::NormArgs args;
-  fill(args, x, &residual, rows, values, strength, vectors, directions, table, kinds);
-  return norm(args, x, weight, eps, norm_kind);
+  fill(args, x, &residual, slots, vectors, directions, table, kinds);
+  fill_scales(args, x, scales);
+  const auto outputs = fill_norm(args, x, weight, eps, norm);
+  steerfast::add_steer_rms_norm(args);
+  return outputs;
 }
 
-std::tuple<Tensor, Tensor> add_steer_rms_norm_prompt(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                     const Tensor& rows, const Tensor& deciding, const Tensor& scores,
-                                                     const Tensor& values, const Tensor& strength,
-                                                     const Tensor& vectors, const Tensor& directions,
-                                                     const Tensor& table, double eps, int64_t norm_kind) {
+std::tuple<Tensor, Tensor> add_steer_rms_norm_deciding(
+    const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& slots, const Tensor& vectors,
+    const Tensor& directions, const Tensor& table, int64_t kinds, const Tensor& sequence, const Tensor& deciding,
+    const Tensor& counted, const Tensor& decider_slots, const Tensor& strength, const Tensor& tables,
+    const Tensor& row_scores, const Tensor& last_scores, const Tensor& sums, const Tensor& scores,
+    const Tensor& values, const Tensor& scales, int64_t layer, double eps, int64_t norm) {
   steerfast::NormArgs args;
-  fill(args, x, &residual, rows, values, strength, vectors, directions, table, int64_t(steerfast::Kinds::any));
-  const int64_t sequences = values.dim() == 2 ? values.size(0) : 0;
-  args.deciding = data<const int32_t>("deciding", deciding, x, ScalarType::Int, sequences);
-  args.scores = data<float>("scores", scores, x, ScalarType::Float, sequences * args.stack);
-  args.values = data<float>("values", values, x, ScalarType::Float, sequences * args.stack);
-  for (int64_t i = 0; i < sequences; ++i) check_index("deciding", args.deciding[i], args.count);
-  return norm(args, x, weight, eps, norm_kind);
+  fill(args, x, &residual, slots, vectors, directions, table, kinds);
+  const steerfast::DecideArgs gates = decisions(args, x, sequence, deciding, counted, decider_slots, strength, tables,
+                                                row_scores, last_scores, sums, scores, values, scales, layer);
+  const auto outputs = fill_norm(args, x, weight, eps, norm);
+  steerfast::decide(gates);
+  steerfast::add_steer_rms_norm(args);
+  return outputs;
 }
 
 std::string cpu_isa() { return steerfast::isa(); }
@@ -146,10 +204,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(steerfast, m) { m.def("cpu_isa() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(steerfast, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(steerfast, CPU, m) {
-  m.impl("gate_", TORCH_BOX(&gate_));
+  m.impl("score_", TORCH_BOX(&score_));
   m.impl("steer_", TORCH_BOX(&steer_));
+  m.impl("steer_.deciding", TORCH_BOX(&steer_deciding_));
   m.impl("add_steer_rms_norm", TORCH_BOX(&add_steer_rms_norm));
-  m.impl("add_steer_rms_norm.prompt", TORCH_BOX(&add_steer_rms_norm_prompt));
+  m.impl("add_steer_rms_norm.deciding", TORCH_BOX(&add_steer_rms_norm_deciding));
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

@@ -164,8 +164,10 @@ if triton is not None:
         y = load_row(x_ptr, row, x_stride, inside, columns, H, CONTIGUOUS)
         y += load_row(residual_ptr, row, residual_stride, inside, columns, H, CONTIGUOUS)
         # Early, to hide its latency behind that of the row; later below, where its registers would spill.
-        if (KINDS != _ANY) & (K <= 1):
+        if KINDS != _ANY:
             weight = load_row(weight_ptr, 0, 0, inside, columns, H, True)
+            if K:
+                tl.debug_barrier()  # ptxas would ask for the weight after the vector has come
         y, _ = displace(
             y,
             x_ptr,
@@ -193,7 +195,7 @@ if triton is not None:
         mean = tl.div_rn(tl.sum(product(n, n, NVIDIA), axis=0), tl.full((), H, tl.float32))
         rstd = tl.div_rn(tl.full((), 1.0, tl.float32), tl.sqrt_rn(mean + tl.full((), eps, tl.float32)))
         normed = n * rstd
-        if (KINDS == _ANY) | (K > 1):
+        if KINDS == _ANY:
             weight = load_row(weight_ptr, 0, 0, inside, columns, H, True)
         if NORM == _LLAMA:
             normed = normed.to(dtype).to(tl.float32)

@@ -330,13 +330,15 @@ if triton is not None:
         """
         changed = tl.full((), 0, tl.int1)
         for k in tl.static_range(K):
-            slot, beta = slots[k], scales[k]
+            beta = scales[k]
+            slot = tl.where(beta != 0.0, slots[k], -1)
             if KINDS == _LATCHED_ADD:
-                # No branch: the vector is asked for beside the row, and the weight does not wait behind it.
-                v = load_row(vectors_ptr, slot, H, inside & (beta != 0.0), columns, H, True)
-                y = tl.where(beta != 0.0, y + product(beta, v, NVIDIA), y)
-                changed |= beta != 0.0
-            elif beta != 0.0:
+                # No branch, behind which the loads of other slots and of the weight would wait.
+                used = tl.broadcast_to(slot, columns.shape) >= 0
+                v = load_row(vectors_ptr, slot, H, inside & used, columns, H, True)
+                y = tl.where(used, y + product(beta, v, NVIDIA), y)
+                changed |= slot >= 0
+            elif slot >= 0:
                 numbers = table_ptr + slot * _TABLE_WIDTH
                 kind = tl.load(numbers + _GATE)
                 edit = tl.load(numbers + _EDIT)

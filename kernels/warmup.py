@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .add_steer_rms_norm import add_steer_rms_norm_prompt_triton, add_steer_rms_norm_triton
+from .add_steer_rms_norm import add_steer_rms_norm_triton
 from .contract import MAX_STACK, TABLE_WIDTH, GateOperands, Kinds, Norm, Operands
-from .gate import gate_triton_
+from .gate import score_triton_
 from .steer import steer_triton_
 
 __all__ = ["Variants", "warmup"]
@@ -26,7 +26,8 @@ class Variants:
         bank_dtype: of vectors and directions; the default is that of a bank.
         stacks: numbers K of slots per row, from 0 (no steering) to MAX_STACK.
         kinds, norms: those that the launches name.
-        pairs: whether `steer_` and `gate_` get a residual; in the decoder of a serving engine they do.
+        pairs: whether `steer_` and `score_` get a residual; in the decoder of a serving engine they do.
+        layers: number of layers of the bank; launches that decide write to all of them.
     """
 
     weight_dtype: torch.dtype | None = None
@@ -35,6 +36,7 @@ class Variants:
     kinds: Iterable[Kinds] = tuple(Kinds)
     norms: Iterable[Norm] = (Norm.LLAMA,)
     pairs: Iterable[bool] = (False, True)
+    layers: int = 32
 
     def __post_init__(self) -> None:
         for name in ("stacks", "kinds", "norms", "pairs"):
@@ -82,23 +84,26 @@ def _launch(hidden_size: int, dtype: torch.dtype, device: torch.device, wanted: 
     x, residual = torch.zeros(2, 1, hidden_size, dtype=dtype, device=device).unbind()
     weight = torch.ones(hidden_size, dtype=wanted.weight_dtype or dtype, device=device)
     vectors, directions = torch.zeros(2, 1, hidden_size, dtype=wanted.bank_dtype, device=device).unbind()
-    table = torch.zeros(1, TABLE_WIDTH, device=device)
-    row = torch.full((1,), -1, dtype=torch.int32, device=device)
-    rows = torch.full((1, 1 + stack), -1, dtype=torch.int32, device=device)
-    slot = torch.full((1, stack), -1, dtype=torch.int32, device=device)
-    values, strength, scores = torch.zeros(3, 1, stack, device=device).unbind()
-    each = [Operands(rows, values, strength, vectors, directions, table, int(kinds)) for kinds in wanted.kinds]
+    tables = torch.zeros(wanted.layers, 1, TABLE_WIDTH, device=device)
+    row, deciders, counted, slots = (
+        torch.full(shape, -1, dtype=torch.int32, device=device) for shape in ((1,), (stack,), (stack, 3), (1, stack))
+    )
+    strength, last_scores = torch.zeros(2, stack, device=device).unbind()
+    scores, values = torch.zeros(2, wanted.layers, stack, device=device).unbind()
+    sums = torch.zeros(wanted.layers, stack, dtype=torch.float64, device=device)
+    scales = torch.zeros(wanted.layers, 1, stack, device=device)
+    read = (row, row, counted, deciders, strength, directions, directions, tables, scales[0], last_scores)
+    gates = GateOperands(*read, sums, scores, values, scales)
+    each = [Operands(slots, scales[0], vectors, directions, tables[0], int(kinds)) for kinds in wanted.kinds]
+    forms = (None, gates) if stack else (None,)
     count = 0
-    for operands, norm in product(each, wanted.norms):
-        add_steer_rms_norm_triton(x, residual, weight, operands, 1e-6, int(norm))
+    for operands, norm, form in product(each, wanted.norms, forms):
+        add_steer_rms_norm_triton(x, residual, weight, operands, 1e-6, int(norm), form)
         count += 1
-        if stack and operands.kinds == Kinds.ANY:
-            add_steer_rms_norm_prompt_triton(x, residual, weight, operands, row, scores, 1e-6, int(norm))
-            count += 1
     for pair in wanted.pairs if stack else ():
         second = residual if pair else None
-        gate_triton_(x, second, row, GateOperands(slot, directions, table, scores, values))
-        for operands in each:
-            steer_triton_(x, second, operands)
-        count += 1 + len(each)
+        score_triton_(x, second, gates)
+        for operands, form in product(each, forms):
+            steer_triton_(x, second, operands, form)
+        count += 1 + len(each) * len(forms)
     return count

@@ -188,7 +188,7 @@ STEERFAST_TARGET float dot(const float* s, const D* d, int64_t size) {
   return fold(sums);
 }
 
-// The rows s of a launch, read when a gate or an edit asks for a sum. The last one read stays.
+// The rows s of a launch, read when a gate or an edit asks for a sum. The last row read stays.
 template <class X, class B>
 class Reader {
  public:
@@ -216,8 +216,8 @@ class Reader {
     return square_;
   }
 
-  STEERFAST_TARGET float score(int64_t row, int64_t slot) {
-    const float sum = dot(row, args_.directions, slot);
+  STEERFAST_TARGET float score(int64_t row, const void* directions, int64_t slot) {
+    const float sum = dot(row, directions, slot);
     if (args_.table[slot * table_width + score_column] != float(Score::cosine)) return sum;
     const float square = this->square(row);
     return square == 0.0f ? 0.0f : sum / std::sqrt(square);
@@ -254,20 +254,22 @@ class Editor {
   STEERFAST_TARGET Editor(const EditArgs& args, float* scratch) : args_(args), reader_(args, scratch) {}
 
   STEERFAST_TARGET void collect(Displacements<B>& out, int64_t r) {
-    const int32_t* row = args_.rows + r * (1 + args_.stack);
-    const int64_t sequence = row[0];
+    const int32_t* slots = args_.slots + r * args_.stack;
+    const float* scales = args_.scales + r * args_.stack;
+    const bool any = args_.kinds == Kinds::any;
     out.count = 0;
-    bool scales = false;
+    bool keeps_norm = false;
     for (int64_t k = 0; k < args_.stack; ++k) {
-      const int64_t slot = row[1 + k];
-      if (slot < 0) continue;
+      const int64_t slot = slots[k];
+      float beta = scales[k];
+      if (slot < 0 || beta == 0.0f) continue;
       const float* t = args_.table + slot * table_width;
-      const int64_t own = sequence * args_.stack + k;
-      const float g = gate(r, sequence, k, slot);
-      const float beta = g == 0.0f ? 0.0f : g * (t[strength_column] * args_.strength[own]);
-      if (beta == 0.0f) continue;
+      if (any && t[gate_column] == float(Gate::token)) {
+        beta = scaled(gate_value(reader_.score(r, args_.directions, slot), t), beta);
+        if (beta == 0.0f) continue;
+      }
       Coefficients by = {Edit::add, 0.0f, beta, 0.0f};
-      if (args_.kinds == Kinds::any && t[edit_column] != float(Edit::add)) {
+      if (any && t[edit_column] != float(Edit::add)) {
         Sums sums = {};
         sums.xv = reader_.dot(r, args_.vectors, slot);
         if (t[edit_column] == float(Edit::keep_norm)) sums.xx = reader_.square(r);
@@ -275,43 +277,16 @@ class Editor {
         by = coefficients(t, beta, sums);
         if (by.a == 0.0f && by.b == 0.0f && by.c == 0.0f) continue;
       }
-      scales |= by.edit == Edit::keep_norm;
+      keeps_norm |= by.edit == Edit::keep_norm;
       const int64_t offset = slot * args_.hidden_size;
       out.each[out.count++] = {by, (const B*)args_.vectors + offset, (const B*)args_.directions + offset};
     }
-    out.s = scales ? reader_.row(r) : nullptr;
+    out.s = keeps_norm ? reader_.row(r) : nullptr;
   }
 
  private:
-  STEERFAST_TARGET float gate(int64_t r, int64_t sequence, int64_t k, int64_t slot) {
-    const float* t = args_.table + slot * table_width;
-    const int64_t own = sequence * args_.stack + k;
-    if (t[gate_column] == float(Gate::always)) return 1.0f;
-    if (args_.kinds == Kinds::latched_add) return args_.values[own];
-    if (t[gate_column] == float(Gate::token)) return gate_value(reader_.score(r, slot), t);
-    const int64_t deciding = args_.deciding ? args_.deciding[sequence] : -1;
-    if (deciding < 0) return args_.values[own];
-    // Rows of one sequence usually follow each other; the decision at the first row then serves all of them.
-    Decision& last = decisions_[k];
-    if (last.sequence != sequence || last.slot != slot) {
-      const float score = reader_.score(deciding, slot);
-      last = {sequence, slot, score, gate_value(score, t)};
-    }
-    if (r == deciding) {
-      args_.scores[own] = last.score;
-      args_.values[own] = last.value;
-    }
-    return last.value;
-  }
-
-  struct Decision {
-    int64_t sequence = -1, slot = -1;
-    float score, value;
-  };
-
   const EditArgs& args_;
   Reader<X, B> reader_;
-  Decision decisions_[max_stack];
 };
 
 // y of the block at i, displaced
@@ -413,19 +388,30 @@ STEERFAST_TARGET NormRow choose_norm(Norm norm) {
   }
 }
 
-// ---- ranges of sequences and of rows ----
+// ---- ranges of rows ----
 
 template <class X, class B>
-STEERFAST_TARGET void gate(const GateArgs& args, int64_t begin, int64_t end) {
+STEERFAST_TARGET void score(const ScoreArgs& args, int64_t begin, int64_t end) {
+  const Deciders& deciders = args.deciders;
   Reader<X, B> reader(args, scratch(args.hidden_size));
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = args.row[i];
-    if (row < 0) continue;
-    for (int64_t k = i * args.stack; k < (i + 1) * args.stack; ++k) {
-      const int64_t slot = args.slot[k];
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t sequence = deciders.sequence[r];
+    float* row_scores = deciders.row_scores + r * deciders.stack;
+    if (sequence < 0) {
+      std::fill_n(row_scores, deciders.stack, 0.0f);
+      continue;
+    }
+    for (int64_t k = 0; k < deciders.stack; ++k) {
+      const int64_t j = sequence * deciders.stack + k, slot = deciders.slots[j];
+      if (slot < 0) continue;
       const float* t = args.table + slot * table_width;
-      args.scores[k] = slot < 0 ? 0.0f : reader.score(row, slot);
-      args.values[k] = slot < 0 ? 0.0f : t[gate_column] == float(Gate::always) ? 1.0f : gate_value(args.scores[k], t);
+      if (t[decides_column] == float(Decides::nothing)) continue;
+      const int reading = int(t[reading_column]);
+      const int32_t* counted = deciders.counted + 3 * j;
+      if ((reading & reads_last) && r == deciders.deciding[sequence])
+        deciders.last_scores[j] = reader.score(r, args.directions, slot);
+      if ((reading & reads_mean) && counted[0] <= r && r < counted[1])
+        row_scores[k] = reader.score(r, args.mean_directions, slot);
     }
   }
 }

@@ -50,6 +50,9 @@ inline float gate_value(float score, const float* columns) {
   return value == value ? value : 1.0f;
 }
 
+// A shut gate wins over a strength that is not finite.
+inline float scaled(float gate, float strength) { return gate == 0.0f ? 0.0f : gate * strength; }
+
 // Sums over the row s that an edit reads.
 struct Sums {
   float xx, xv, xd;
@@ -126,7 +129,7 @@ namespace {
 // the ops of one instruction set, for each dtype of x and of the bank
 struct Kernels {
   const char* isa;
-  void (*gate[3][3])(const GateArgs&, int64_t, int64_t);
+  void (*score[3][3])(const ScoreArgs&, int64_t, int64_t);
   void (*steer[3][3])(const SteerArgs&, int64_t, int64_t);
   void (*add_steer_rms_norm[3][3])(const NormArgs&, int64_t, int64_t);
 };
@@ -138,7 +141,7 @@ struct Kernels {
         {isa::op<f16, float>, isa::op<f16, bf16>, isa::op<f16, f16>},              \
   }
 #define STEERFAST_KERNELS(isa) \
-  { #isa, STEERFAST_DTYPES(isa, gate), STEERFAST_DTYPES(isa, steer), STEERFAST_DTYPES(isa, add_steer_rms_norm) }
+  { #isa, STEERFAST_DTYPES(isa, score), STEERFAST_DTYPES(isa, steer), STEERFAST_DTYPES(isa, add_steer_rms_norm) }
 
 #if defined(__x86_64__)
 bool has_f16c() {
@@ -174,27 +177,86 @@ int64_t row_bytes(const Operands& args) { return args.hidden_size * (args.x_dtyp
 
 // Runs a kernel over 0..count, on torch's threads only from 1 MiB on: waking them costs more than a small batch.
 template <class Args>
-void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t count) {
+void run(void (*const (&each)[3][3])(const Args&, int64_t, int64_t), const Args& args) {
   constexpr int64_t mebibyte = 1 << 20;
-  if (count * row_bytes(args) < mebibyte) return kernel(args, 0, count);
+  const auto kernel = each[int(args.x_dtype)][int(args.bank_dtype)];
+  if (args.count * row_bytes(args) < mebibyte) return kernel(args, 0, args.count);
   const int64_t grain = std::max<int64_t>(1, mebibyte / 4 / row_bytes(args));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  torch::stable::parallel_for(0, args.count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// ---- decisions, from the scores of rows ----
+
+// Adds up, in the order of the rows, the scores of this step that the mean of decider j counts.
+double counted_sum(const Deciders& deciders, int64_t j) {
+  const int32_t* counted = deciders.counted + 3 * j;
+  double sum = 0.0;
+  for (int64_t r = counted[0]; r < counted[1]; ++r) sum += deciders.row_scores[r * deciders.stack + j % deciders.stack];
+  return sum;
+}
+
+// `earlier`: the sum of earlier steps
+float decided_score(const Deciders& deciders, int64_t j, int reading, double earlier) {
+  if (!(reading & reads_mean)) return reading & reads_last ? deciders.last_scores[j] : 0.0f;
+  const float mean = float((earlier + counted_sum(deciders, j)) / deciders.counted[3 * j + 2]);
+  return reading & reads_last ? deciders.last_scores[j] + mean : mean;
 }
 
 }  // namespace
 
 const char* isa() { return kernels().isa; }
 
-void gate(const GateArgs& args) {
-  run(kernels().gate[int(args.x_dtype)][int(args.bank_dtype)], args, args.sequences);
-}
+void score(const ScoreArgs& args) { run(kernels().score, args); }
 
-void steer(const SteerArgs& args) {
-  run(kernels().steer[int(args.x_dtype)][int(args.bank_dtype)], args, args.count);
-}
+void steer(const SteerArgs& args) { run(kernels().steer, args); }
 
-void add_steer_rms_norm(const NormArgs& args) {
-  run(kernels().add_steer_rms_norm[int(args.x_dtype)][int(args.bank_dtype)], args, args.count);
+void add_steer_rms_norm(const NormArgs& args) { run(kernels().add_steer_rms_norm, args); }
+
+// A row stores only its own decisions and scales, as a GPU program does.
+void decide(const DecideArgs& args) {
+  const Deciders& deciders = args.deciders;
+  const auto numbers = [&](int64_t layer, int64_t slot) {
+    return args.tables + (layer * args.table_slots + slot) * table_width;
+  };
+  int64_t last = -1;  // the rows of a sequence follow each other: the first decides for all
+  float scores[max_stack], values[max_stack];
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const int64_t sequence = deciders.sequence[r];
+    if (sequence < 0) continue;
+    const int64_t deciding = deciders.deciding[sequence];
+    for (int64_t k = 0; k < deciders.stack; ++k) {
+      const int64_t j = sequence * deciders.stack + k, slot = deciders.slots[j];
+      if (slot < 0) continue;
+      const float* t = numbers(args.layer, slot);
+      if (t[decides_column] == float(Decides::nothing)) continue;
+      const int reading = int(t[reading_column]);
+      const bool everywhere = t[decides_column] == float(Decides::everywhere);
+      const int64_t begin = everywhere ? 0 : args.layer, end = everywhere ? args.layers : args.layer + 1;
+      const int64_t at = args.layer * deciders.count + j;
+      if (deciding < 0) {
+        const int32_t* counted = deciders.counted + 3 * j;
+        if ((reading & reads_mean) && counted[0] < counted[1] && r == counted[1] - 1)
+          args.sums[at] += counted_sum(deciders, j);
+        continue;
+      }
+      if (sequence != last) {
+        scores[k] = decided_score(deciders, j, reading, args.sums[at]);
+        values[k] = gate_value(scores[k], t);
+      }
+      if (r == deciding) {
+        args.scores[at] = scores[k];
+        for (int64_t l = begin; l < end; ++l) args.values[l * deciders.count + j] = values[k];
+      }
+      if (args.slots[r * deciders.stack + k] < 0) continue;
+      for (int64_t l = begin; l < end; ++l) {
+        const float* of_layer = numbers(l, slot);
+        const float gate = of_layer[gate_column] == float(Gate::prompt) ? values[k] : 1.0f;
+        args.scales[(l * args.scale_rows + r) * deciders.stack + k] =
+            scaled(gate, of_layer[strength_column] * args.strength[j]);
+      }
+    }
+    last = sequence;
+  }
 }
 
 }  // namespace steerfast

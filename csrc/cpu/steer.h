@@ -7,8 +7,9 @@
 
 namespace steerfast {
 
-// The operands that all ops share: rows of the residual stream, the bank, and the latches of the sequences.
+// The operands that all ops share: rows of the residual stream, and the bank.
 struct Operands {
+  int64_t count;  // rows
   const void* x;
   int64_t x_stride;
   const void* residual;  // null: x alone is the row
@@ -18,22 +19,45 @@ struct Operands {
   const void* directions;
   DType bank_dtype;
   const float* table;
-  int64_t stack;  // slots per sequence and per row
-  float* scores;  // null where the op decides nothing
-  float* values;  // written only where it decides
 };
 
-struct GateArgs : Operands {
-  int64_t sequences;
-  const int32_t* row;
-  const int32_t* slot;
+// The gates that may decide: each slot of a sequence is a decider.
+struct Deciders {
+  int64_t count;  // of all sequences
+  int64_t stack;  // of a sequence
+  const int32_t* sequence;
+  const int32_t* deciding;
+  const int32_t* counted;
+  const int32_t* slots;
+  float* row_scores;
+  float* last_scores;
+};
+
+struct ScoreArgs : Operands {
+  Deciders deciders;
+  const void* mean_directions;
+};
+
+struct DecideArgs {
+  Deciders deciders;
+  int64_t rows;
+  const int32_t* slots;  // those that edit the rows
+  const float* strength;
+  const float* tables;
+  int64_t table_slots;
+  double* sums;
+  float* scores;
+  float* values;
+  float* scales;
+  int64_t scale_rows;  // per layer
+  int64_t layers;
+  int64_t layer;
 };
 
 struct EditArgs : Operands {
-  int64_t count;
-  const int32_t* rows;
-  const int32_t* deciding;  // null: every gate is latched or the row's own
-  const float* strength;
+  int64_t stack;  // slots per row
+  const int32_t* slots;
+  const float* scales;
   const void* vectors;
   Kinds kinds;
 };
@@ -56,7 +80,8 @@ struct NormArgs : EditArgs {
 const char* isa();
 
 // Indices must be in range.
-void gate(const GateArgs& args);
+void score(const ScoreArgs& args);
+void decide(const DecideArgs& args);
 void steer(const SteerArgs& args);
 void add_steer_rms_norm(const NormArgs& args);
 

@@ -22,11 +22,13 @@ from steerfast.kernels import add_steer_rms_norm as norm_module
 from steerfast.kernels import gate as gate_module
 from steerfast.kernels import steer as steer_module
 from steerfast.kernels.contract import (
+    DECIDES,
     DIRECTION_SQ,
     EDIT,
     GATE,
     HIGH,
     LOW,
+    READING,
     SCORE,
     SHARPNESS,
     STRENGTH,
@@ -34,14 +36,17 @@ from steerfast.kernels.contract import (
     THRESHOLD,
     VECTOR_DIRECTION,
     VECTOR_SQ,
+    Decides,
     EditId,
     GateKind,
     GateOperands,
     Kinds,
     Norm,
     Operands,
+    Reading,
     Score,
 )
+from steerfast.kernels.edits import reference_score, reference_stream, reference_value
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CUDA = torch.cuda.is_available()
@@ -58,10 +63,9 @@ class Implementation:
     """
 
     name: str
-    gate_: Callable[..., None]
+    score_: Callable[..., None]
     steer_: Callable[..., None]
     add_steer_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    prompt: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     device: str = "cpu"
     interpreted: bool = False
 
@@ -72,7 +76,7 @@ class Implementation:
         if self.name == "triton" and gate_module.triton is None:
             return "triton is not installed"
         if self.interpreted:
-            assert type(gate_module.gate_kernel).__name__ == "InterpretedFunction", (
+            assert type(gate_module.score_kernel).__name__ == "InterpretedFunction", (
                 "without a GPU, TRITON_INTERPRET=1 must be set before the kernels are imported"
             )
         return None
@@ -83,45 +87,53 @@ class Implementation:
 
 
 _ops = torch.ops.steerfast
+DIRECT: dict[str, Callable[..., Any]] = {
+    "score_": _ops.score_.default,
+    "steer_": _ops.steer_.default,
+    "steer_.deciding": _ops.steer_.deciding,
+    "add_steer_rms_norm": _ops.add_steer_rms_norm.default,
+    "add_steer_rms_norm.deciding": _ops.add_steer_rms_norm.deciding,
+}
 
 
-def direct_gate_(x: torch.Tensor, residual: torch.Tensor | None, row: torch.Tensor, gates: GateOperands) -> None:
-    _ops.gate_.default(x, residual, row, *gates)
+def direct_score_(x: torch.Tensor, residual: torch.Tensor | None, gates: GateOperands) -> None:
+    sequence, deciding, counted, slots, _, directions, mean_directions, tables, row_scores, last_scores, *_ = gates
+    read = (sequence, deciding, counted, slots, directions, mean_directions, tables[gates.layer])
+    DIRECT["score_"](x, residual, *read, row_scores, last_scores)
 
 
-def direct_steer_(x: torch.Tensor, residual: torch.Tensor | None, operands: Operands) -> None:
-    _ops.steer_.default(x, residual, *operands)
+def direct_steer_(
+    x: torch.Tensor, residual: torch.Tensor | None, operands: Operands, gates: GateOperands | None = None
+) -> None:
+    if gates is None:
+        DIRECT["steer_"](x, residual, *operands)
+    else:
+        DIRECT["steer_.deciding"](x, residual, operands.slots, *operands[2:], *gates[:5], *gates[7:])
 
 
 def direct_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, operands: Operands, eps: float, norm: int
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    operands: Operands,
+    eps: float,
+    norm: int,
+    gates: GateOperands | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    *read, kinds = operands
-    return _ops.add_steer_rms_norm.default(x, residual, weight, *read, eps, norm, kinds)
+    if gates is None:
+        return DIRECT["add_steer_rms_norm"](x, residual, weight, *operands[:-1], eps, norm, operands.kinds)
+    read = (operands.slots, *operands[2:], *gates[:5], *gates[7:])
+    return DIRECT["add_steer_rms_norm.deciding"](x, residual, weight, *read, eps, norm)
 
 
-def direct_prompt(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, operands: Operands, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    deciding, scores, eps, norm = rest
-    rows, *read, _ = operands
-    return _ops.add_steer_rms_norm.prompt(x, residual, weight, rows, deciding, scores, *read, eps, norm)
-
-
-_torch = (
-    gate_module.gate_torch_,
-    steer_module.steer_torch_,
-    norm_module.add_steer_rms_norm_torch,
-    norm_module.add_steer_rms_norm_prompt_torch,
-)
+_torch = (gate_module.score_torch_, steer_module.steer_torch_, norm_module.add_steer_rms_norm_torch)
 TORCH = Implementation("torch", *_torch)
-CPP = Implementation("cpp", direct_gate_, direct_steer_, direct_norm, direct_prompt)
+CPP = Implementation("cpp", direct_score_, direct_steer_, direct_norm)
 TRITON = Implementation(
     "triton",
-    gate_module.gate_triton_,
+    gate_module.score_triton_,
     steer_module.steer_triton_,
     norm_module.add_steer_rms_norm_triton,
-    norm_module.add_steer_rms_norm_prompt_triton,
     "cuda" if CUDA else "cpu",
     interpreted=not CUDA,
 )
@@ -129,6 +141,8 @@ IMPLEMENTATIONS = [TORCH, CPP, TRITON, *([Implementation("torch-cuda", *_torch, 
 
 
 # ---- cases -------------------------------------------------------------------------------------------------
+
+DECISIONS = ("sums", "scores", "values", "all_scales")  # the fields of a case that a launch which decides writes
 
 
 @dataclass(frozen=True)
@@ -138,17 +152,24 @@ class Case:
     x: torch.Tensor
     residual: torch.Tensor
     weight: torch.Tensor
-    row: torch.Tensor
-    slot: torch.Tensor
-    rows: torch.Tensor
-    deciding: torch.Tensor
-    scores: torch.Tensor
-    values: torch.Tensor
-    strength: torch.Tensor
+    slots: torch.Tensor
     vectors: torch.Tensor
     directions: torch.Tensor
-    table: torch.Tensor
-    pair: bool  # whether gate_ and steer_ get the residual
+    sequence: torch.Tensor
+    deciding: torch.Tensor
+    counted: torch.Tensor
+    decider_slots: torch.Tensor
+    strength: torch.Tensor
+    mean_directions: torch.Tensor
+    tables: torch.Tensor
+    row_scores: torch.Tensor
+    last_scores: torch.Tensor
+    sums: torch.Tensor
+    scores: torch.Tensor
+    values: torch.Tensor
+    all_scales: torch.Tensor
+    layer: int = 1
+    pair: bool = False  # whether score_ and steer_ get the residual
     eps: float = 1e-5
     norm: Norm = Norm.LLAMA
     kinds: Kinds = Kinds.ANY
@@ -159,16 +180,36 @@ class Case:
         return replace(self, **{k: move(t, device) for k, t in tensors.items() if isinstance(t, torch.Tensor)})
 
     @property
+    def table(self) -> torch.Tensor:
+        return self.tables[self.layer]
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """Those of the rows at the layer."""
+        return self.all_scales[self.layer, : len(self.slots)]
+
+    @property
     def gates(self) -> GateOperands:
-        return GateOperands(self.slot, self.directions, self.table, self.scores, self.values)
+        names = [
+            "sequence",
+            "deciding",
+            "counted",
+            "decider_slots",
+            "strength",
+            "directions",
+            "mean_directions",
+            "tables",
+        ]
+        names += ["row_scores", "last_scores", *DECISIONS, "layer"]
+        return GateOperands(*(getattr(self, name) for name in names))
 
     def operands(self, kinds: Kinds | None = None) -> Operands:
         """What the ops take; `kinds` instead of the case's where given."""
-        read = (self.rows, self.values, self.strength, self.vectors, self.directions, self.table)
+        read = (self.slots, self.scales, self.vectors, self.directions, self.table)
         return Operands(*read, int(self.kinds if kinds is None else kinds))
 
-    def gate_arguments(self) -> tuple[Any, ...]:
-        return (self.x, self.residual if self.pair else None, self.row, self.gates)
+    def score_arguments(self) -> tuple[Any, ...]:
+        return (self.x, self.residual if self.pair else None, self.gates)
 
     def steer_arguments(self) -> tuple[Any, ...]:
         return (self.x, self.residual if self.pair else None, self.operands())
@@ -176,22 +217,23 @@ class Case:
     def norm_arguments(self) -> tuple[Any, ...]:
         return (self.x, self.residual, self.weight, self.operands(), self.eps, int(self.norm))
 
-    def prompt_arguments(self) -> tuple[Any, ...]:
-        operands = self.operands(Kinds.ANY)
-        return (self.x, self.residual, self.weight, operands, self.deciding, self.scores, self.eps, int(self.norm))
-
     def flat(self, op: Any) -> dict[str, Any]:
         """The arguments of a torch op, by the names in its schema."""
-        values = {argument.name: getattr(self, argument.name) for argument in op._schema.arguments}
+        names = [argument.name for argument in op._schema.arguments]
+        values = {name: getattr(self, name) for name in names}
+        if "layer" in names:
+            values["scales"] = self.all_scales
+        if "mean_directions" in names:
+            values["slots"] = self.decider_slots
         if "weight" not in values and not self.pair:
             values["residual"] = None
         return values
 
-    def run_gate(self, implementation: Implementation) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and values afterwards."""
+    def run_score(self, implementation: Implementation) -> tuple[torch.Tensor, torch.Tensor]:
+        """row_scores and last_scores afterwards."""
         case = self.on(implementation.device)
-        implementation.gate_(*case.gate_arguments())
-        return case.scores.cpu(), case.values.cpu()
+        implementation.score_(*case.score_arguments())
+        return case.row_scores.cpu(), case.last_scores.cpu()
 
     def run_steer(self, implementation: Implementation) -> torch.Tensor:
         """The rows afterwards."""
@@ -204,22 +246,43 @@ class Case:
         normed, residual = implementation.add_steer_rms_norm(*self.on(implementation.device).norm_arguments())
         return normed.cpu(), residual.cpu()
 
-    def run_prompt(self, implementation: Implementation) -> tuple[torch.Tensor, ...]:
-        """Normed rows, new residual, and scores and values afterwards."""
+    def decide_steer(self, implementation: Implementation) -> tuple[torch.Tensor, Case]:
+        """The rows, and the case with its decisions, after a launch that decides."""
         case = self.on(implementation.device)
-        outputs = implementation.prompt(*case.prompt_arguments())
-        return tuple(t.cpu() for t in (*outputs, case.scores, case.values))
+        implementation.steer_(*case.steer_arguments(), case.gates)
+        return case.x.cpu(), self.decided_by(case)
+
+    def decide_norm(self, implementation: Implementation) -> tuple[torch.Tensor, torch.Tensor, Case]:
+        """Normed rows, new residual, and the case with its decisions, after a launch that decides."""
+        case = self.on(implementation.device)
+        normed, residual = implementation.add_steer_rms_norm(*case.norm_arguments(), case.gates)
+        return normed.cpu(), residual.cpu(), self.decided_by(case)
+
+    def decided_by(self, other: Case) -> Case:
+        """The case with the decisions of another one."""
+        return replace(self, **{name: getattr(other, name).cpu() for name in DECISIONS})
+
+    def scored_by(self, implementation: Implementation) -> Case:
+        """The case with the scores of its rows."""
+        row_scores, last_scores = self.run_score(implementation)
+        return replace(self, row_scores=row_scores, last_scores=last_scores)
 
     def select(self, pick: torch.Tensor) -> Case:
-        """The case with these rows only."""
-        return replace(self, x=self.x[pick], residual=self.residual[pick], rows=self.rows[pick])
+        """The case with these rows only; gates still name the old ones."""
+        names = ("x", "residual", "slots", "sequence", "row_scores")
+        picked = {name: getattr(self, name)[pick] for name in names}
+        return replace(self, **picked, all_scales=self.all_scales[:, pick])
 
     def plain(self, **changes: float) -> Case:
-        """All slots ADD with an ALWAYS gate of strength 1, but for table columns given by name."""
-        table = self.table.clone()
+        """All slots ADD with an ALWAYS gate and scale 1, but for table columns given by name.
+
+        STRENGTH is the scale, too.
+        """
+        tables = self.tables.clone()
         for column, value in {"EDIT": EditId.ADD, "GATE": GateKind.ALWAYS, "STRENGTH": 1.0, **changes}.items():
-            table[:, COLUMNS[column]] = value
-        return replace(self, table=table, strength=torch.ones_like(self.strength))
+            tables[..., COLUMNS[column]] = value
+        scales = torch.full_like(self.all_scales, changes.get("STRENGTH", 1.0))
+        return replace(self, tables=tables, strength=torch.ones_like(self.strength), all_scales=scales)
 
 
 COLUMNS = {
@@ -234,6 +297,8 @@ COLUMNS = {
     "GATE": GATE,
     "SCORE": SCORE,
     "EDIT": EDIT,
+    "DECIDES": DECIDES,
+    "READING": READING,
 }
 
 
@@ -249,8 +314,8 @@ def move(tensor: torch.Tensor, device: str) -> torch.Tensor:
 class CaseOptions:
     """Shapes, dtypes and choices of `make_case`.
 
-    `shared`: the rows of a sequence name the slots of their sequence or none, as prompt gates in the same launch want
-    it; otherwise every row has slots of its own.
+    `shared`: a row names the slots of its sequence or none, as gates that decide want it; otherwise every row has
+    slots of its own.
     """
 
     rows: int = 6
@@ -261,10 +326,13 @@ class CaseOptions:
     stack: int = 1
     slots: int = 3
     sequences: int = 4
+    layers: int = 3
     strided: bool = False
     pair: bool = False
     gates: Sequence[GateKind] = tuple(GateKind)
     edits: Sequence[EditId] = tuple(EditId)
+    decides: Sequence[Decides] = tuple(Decides)
+    readings: Sequence[Reading] = (Reading.LAST, Reading.MEAN, Reading.BOTH)
     kinds: Kinds = Kinds.ANY
     norm: Norm = Norm.LLAMA
     shared: bool = False
@@ -290,36 +358,70 @@ def make_case(*values: Any, **options: Any) -> Case:
 
     bank_dtype = o.bank_dtype or o.dtype
     vectors = torch.randn(o.slots, o.size, generator=g).to(bank_dtype)
-    directions = torch.nn.functional.normalize(torch.randn(o.slots, o.size, generator=g), dim=1).to(bank_dtype)
-    table = with_products(make_table(o, g), vectors, directions)
+    directions, mean_directions = (
+        torch.nn.functional.normalize(torch.randn(2, o.slots, o.size, generator=g), dim=2).to(bank_dtype).unbind()
+    )
+    tables = torch.stack([with_products(make_table(o, g), vectors, directions) for _ in range(o.layers)])
     count = o.sequences if o.rows else 0
+    deciders = count * o.stack
+    sequence = make_sequences(o, g)
     slot = torch.randint(-1, o.slots, (count, o.stack), generator=g, dtype=torch.int32)
-    sequence = torch.randint(o.sequences, (o.rows, 1), generator=g, dtype=torch.int32)
-    steered = pick(g, [True, True, True, False], o.rows, 1)
-    own = slot[sequence[:, 0].long()] if o.shared else torch.randint(-1, o.slots, (o.rows, o.stack), generator=g)
-    records = torch.where(steered, torch.cat([sequence, own], dim=1), -1).int()
-    deciding = torch.full((count,), -1, dtype=torch.int32)
-    for r in torch.randperm(o.rows, generator=g).tolist():
-        if records[r, 0] >= 0 and torch.rand((), generator=g) < 0.6:
-            deciding[records[r, 0]] = r
+    steered = (sequence[:, None] >= 0) & pick(g, [True, True, True, False], o.rows, 1)
+    own = slot[sequence.clamp(min=0).long()] if o.shared else torch.randint(-1, o.slots, (o.rows, o.stack), generator=g)
+    deciding, counted = make_ranges(o, g, sequence)
     return Case(
         x=stream(2),
         residual=stream(3),
         weight=(1 + 0.3 * torch.randn(o.size, generator=g)).to(o.weight_dtype or o.dtype),
-        row=torch.randint(-1, max(o.rows, 1), (count,), generator=g, dtype=torch.int32),
-        slot=slot,
-        rows=records,
-        deciding=deciding,
-        scores=torch.randn(count, o.stack, generator=g),
-        values=pick(g, [0.0, 0.3, 1.0], count, o.stack),
-        strength=pick(g, [0.0, 1.0, 1.0, -0.7], count, o.stack),
+        slots=torch.where(steered, own, -1).int(),
         vectors=vectors,
         directions=directions,
-        table=table,
+        sequence=sequence,
+        deciding=deciding,
+        counted=counted,
+        decider_slots=slot.flatten(),
+        strength=pick(g, [0.0, 1.0, 1.0, -0.7], deciders),
+        mean_directions=mean_directions * 3,  # a direction may have any length
+        tables=tables,
+        row_scores=torch.randn(o.rows, o.stack, generator=g) * 0.2,
+        last_scores=torch.randn(deciders, generator=g) * 0.2,
+        sums=torch.randn(o.layers, deciders, generator=g).double(),
+        scores=torch.randn(o.layers, deciders, generator=g),
+        values=pick(g, [0.0, 0.3, 1.0], o.layers, deciders),
+        all_scales=torch.randn(o.layers, o.rows, o.stack, generator=g)
+        * pick(g, [0.0, 0.7, 1.0], o.layers, o.rows, o.stack),
+        layer=o.layers // 2,
         pair=o.pair,
         norm=o.norm,
         kinds=o.kinds,
     )
+
+
+def make_sequences(o: CaseOptions, g: torch.Generator) -> torch.Tensor:
+    """int32 [rows]: the rows of each sequence lie together, in any order of the sequences, some of them padding."""
+    where = torch.randint(o.sequences, (o.rows,), generator=g).sort().values
+    sequence = torch.randperm(o.sequences, generator=g)[where]
+    return torch.where(pick(g, [True, True, True, True, False], o.rows), sequence, -1).int()
+
+
+def make_ranges(o: CaseOptions, g: torch.Generator, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """deciding [n], and counted [D, 3]: ranges that end at a row of the sequence, or are empty."""
+    count = o.sequences if o.rows else 0
+    deciding = torch.full((count,), -1, dtype=torch.int32)
+    counted = torch.zeros(count * o.stack, 3, dtype=torch.int32)
+    for q in range(count):
+        rows = (sequence == q).nonzero().flatten()
+        if not len(rows):
+            continue
+        if torch.rand((), generator=g) < 0.6:
+            deciding[q] = rows[torch.randint(len(rows), (), generator=g)]
+        for k in range(o.stack):
+            first, last = rows[torch.randint(len(rows), (2,), generator=g).sort().values].tolist()
+            inside = int(((rows >= first) & (rows <= last)).sum())
+            earlier = int(torch.randint(4, (), generator=g))
+            is_empty = bool(torch.rand((), generator=g) < 0.2)
+            counted[q * o.stack + k] = torch.tensor([first, first if is_empty else last + 1, inside + earlier])
+    return deciding, counted
 
 
 def make_table(o: CaseOptions, g: torch.Generator) -> torch.Tensor:
@@ -333,6 +435,8 @@ def make_table(o: CaseOptions, g: torch.Generator) -> torch.Tensor:
     table[:, GATE] = pick(g, o.gates, o.slots).float()
     table[:, SCORE] = pick(g, list(Score), o.slots).float()
     table[:, EDIT] = pick(g, o.edits, o.slots).float()
+    table[:, DECIDES] = pick(g, o.decides, o.slots).float()
+    table[:, READING] = pick(g, o.readings, o.slots).float()
     turns = table[:, EDIT] == EditId.ROTATE
     table[:, LOW] = torch.where(turns, angle.cos(), clips[:, 0])
     table[:, HIGH] = torch.where(turns, angle.sin(), clips[:, 1])
@@ -353,7 +457,7 @@ def with_products(table: torch.Tensor, vectors: torch.Tensor, directions: torch.
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+    return tensor.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.itemsize])
 
 
 def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -374,8 +478,8 @@ def rounding(implementation: Implementation, dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a row's own gate reads: its score and value, and how far either may be off (a hard value: by 1)."""
+class Near:
+    """A gate's score and value, and how far either may be off (a hard value: by 1)."""
 
     score: float
     score_error: float
@@ -383,15 +487,21 @@ class Reading:
     value_error: float
 
 
-def read_gate(s: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor, stream_error: float) -> Reading:
-    d = direction.double()
-    score, value = gate_module.reference_gate(s, d, numbers.double())
-    error = (SUM + stream_error) * float((s * d).abs().sum())
-    if numbers[SCORE] == Score.COSINE:
-        error = error / max(float(s.norm()), 1e-30) + PRODUCT + stream_error
+def near(score: float, error: float, numbers: torch.Tensor) -> Near:
+    """The reading of a score that may be off by `error`."""
     sharpness, distance = float(numbers[SHARPNESS]), abs(score - float(numbers[THRESHOLD]))
     value_error = abs(sharpness) / 4 * (error + 2.0**-23 * distance) + 1e-6
-    return Reading(score, error, value, value_error if sharpness else float(distance <= error))
+    value = reference_value(score, numbers.double())
+    return Near(score, error, value, value_error if sharpness else float(distance <= error))
+
+
+def read_gate(s: torch.Tensor, direction: torch.Tensor, numbers: torch.Tensor, stream_error: float) -> Near:
+    """The reading of a float64 row."""
+    d = direction.double()
+    error = (SUM + stream_error) * float((s * d).abs().sum())
+    if numbers[SCORE] == Score.COSINE:
+        error = error / max(float(s.norm()), 1e-30) + PRODUCT * max(1.0, float(d.norm())) + stream_error
+    return near(reference_score(s, d, numbers.double()), error, numbers)
 
 
 def coefficients(edit: EditId, numbers: Sequence[float]) -> tuple[float, float, float]:
@@ -470,40 +580,30 @@ class Expected:
     sure: torch.Tensor
 
 
-def expected_rows(
-    case: Case,
-    start: torch.Tensor,
-    pair: bool,
-    values: torch.Tensor,
-    values_error: torch.Tensor,
-    kinds: Kinds,
-    truncates: bool,
-) -> Expected:
-    """The float64 rows `start` displaced by their slots, with gate values [n, K] that may be off by values_error."""
-    s = gate_module.reference_stream(case.x, case.residual if pair else None)
+def expected_rows(case: Case, start: torch.Tensor, pair: bool, truncates: bool) -> Expected:
+    """The float64 rows `start` displaced by their slots."""
+    s = reference_stream(case.x, case.residual if pair else None)
     stream_error = torch.finfo(case.x.dtype).eps if truncates and pair else 0.0
     rows, size, sure = start.clone(), start.abs(), torch.ones(len(start), dtype=torch.bool)
     error = torch.zeros_like(start)
-    for r, (q, *slots) in enumerate(case.rows.tolist()):
+    for r, slots in enumerate(case.slots.tolist()):
         for k, slot in enumerate(slots):
-            if slot < 0:
+            scale = float(case.scales[r, k])
+            if slot < 0 or scale == 0:
                 continue
             v, d = case.vectors[slot].double(), case.directions[slot].double()
             numbers = case.table[slot].tolist()
-            gate, gate_error = float(values[q, k]), float(values_error[q, k])
-            if numbers[GATE] == GateKind.ALWAYS:
-                gate, gate_error = 1.0, 0.0
-            elif numbers[GATE] == GateKind.TOKEN and kinds == Kinds.ANY:
+            gate, gate_error = 1.0, 0.0
+            if numbers[GATE] == GateKind.TOKEN and case.kinds == Kinds.ANY:
                 reading = read_gate(s[r], d, case.table[slot], stream_error)
                 gate, gate_error = reading.value, reading.value_error
-            alpha = numbers[STRENGTH] * float(case.strength[q, k])
-            if gate_error >= 1 and alpha:  # a hard gate on its threshold
+            if gate_error >= 1:  # a hard gate on its threshold
                 sure[r] = False
                 continue
-            beta = gate * alpha
-            edit = EditId.ADD if kinds == Kinds.LATCHED_ADD else EditId(int(numbers[EDIT]))
+            beta = gate * scale
+            edit = EditId.ADD if case.kinds == Kinds.LATCHED_ADD else EditId(int(numbers[EDIT]))
             by, off = bounded_coefficients(
-                edit, beta, abs(alpha) * gate_error + PRODUCT * abs(beta), s[r], v, d, numbers, stream_error
+                edit, beta, abs(scale) * gate_error + PRODUCT * abs(beta), s[r], v, d, numbers, stream_error
             )
             for x, coefficient, delta in zip((s[r], v, d), by, off, strict=True):
                 rows[r] += coefficient * x
@@ -530,85 +630,113 @@ def assert_consistent(mine: Expected, reference: torch.Tensor) -> None:
 # ---- each op against its reference -------------------------------------------------------------------------
 
 
-def check_gate(implementation: Implementation, case: Case) -> None:
-    scores, values = case.run_gate(implementation)
-    assert scores.dtype == values.dtype == torch.float32
-    want_scores, want_values = gate_module.reference(*case.gate_arguments())
-    s = gate_module.reference_stream(case.x, case.residual if case.pair else None)
+def check_score(implementation: Implementation, case: Case) -> None:
+    """Every score that a gate reads, and the bits of all others."""
+    row_scores, last_scores = case.run_score(implementation)
+    assert row_scores.dtype == last_scores.dtype == torch.float32
+    want_rows, want_lasts = gate_module.reference(*case.score_arguments())
+    s = reference_stream(case.x, case.residual if case.pair else None)
     stream_error = torch.finfo(case.x.dtype).eps if implementation.truncates(case.x.dtype) and case.pair else 0.0
-    for i, r in enumerate(case.row.tolist()):
-        if r < 0:
-            assert_same_bits(scores[i], case.scores[i])
-            assert_same_bits(values[i], case.values[i])
+    stack = case.slots.shape[1]
+    rows, lasts = case.row_scores.clone(), case.last_scores.clone()  # what stays where nothing reads
+    rows[case.sequence < 0] = 0.0
+    for j, slot in enumerate(case.decider_slots.tolist()):
+        if slot < 0 or case.table[slot, DECIDES] == Decides.NOTHING:
             continue
-        for k, slot in enumerate(case.slot[i].tolist()):
-            if slot < 0:
-                assert scores[i, k] == values[i, k] == 0
-                continue
-            reading = read_gate(s[r], case.directions[slot], case.table[slot], stream_error)
-            assert abs(float(scores[i, k]) - float(want_scores[i, k])) <= reading.score_error
-            always = case.table[slot, GATE] == GateKind.ALWAYS
-            assert abs(float(values[i, k]) - float(want_values[i, k])) <= (0 if always else reading.value_error)
+        (q, k), reading, numbers = divmod(j, stack), int(case.table[slot, READING]), case.table[slot]
+        first, until, _ = case.counted[j].tolist()
+        if reading != Reading.MEAN and case.deciding[q] >= 0:
+            got = read_gate(s[case.deciding[q]], case.directions[slot], numbers, stream_error)
+            assert abs(float(last_scores[j]) - float(want_lasts[j])) <= got.score_error
+            assert abs(got.score - float(want_lasts[j])) <= got.score_error
+            lasts[j] = last_scores[j]
+        for r in range(first, until) if reading != Reading.LAST else ():
+            if case.sequence[r] == q:
+                got = read_gate(s[r], case.mean_directions[slot], numbers, stream_error)
+                assert abs(float(row_scores[r, k]) - float(want_rows[r, k])) <= got.score_error
+                assert abs(got.score - float(want_rows[r, k])) <= got.score_error
+                rows[r, k] = row_scores[r, k]
+    assert_same_bits(row_scores, rows)
+    assert_same_bits(last_scores, lasts)
 
 
 def check_steer(implementation: Implementation, case: Case) -> None:
-    x = case.run_steer(implementation)
+    judge_steer(implementation, case, case.run_steer(implementation))
+
+
+def check_norm(implementation: Implementation, case: Case) -> None:
+    judge_norm(implementation, case, case.run_norm(implementation))
+
+
+def check_steer_deciding(implementation: Implementation, case: Case) -> None:
+    x, decided = case.decide_steer(implementation)
+    judge_decisions(case, decided)
+    judge_steer(implementation, decided, x)
+
+
+def check_norm_deciding(implementation: Implementation, case: Case) -> None:
+    *outputs, decided = case.decide_norm(implementation)
+    judge_decisions(case, decided)
+    judge_norm(implementation, decided, (outputs[0], outputs[1]))
+
+
+def judge_decisions(case: Case, decided: Case) -> None:
+    """Every sum, score, value and scale that a gate writes, and the bits of all others."""
+    reference = gate_module.reference_decide(case.slots, case.gates)
+    sums, scores, values, scales = (getattr(case, name).clone() for name in DECISIONS)
+    layer, stack = case.layer, case.slots.shape[1]
+    for j, slot in enumerate(case.decider_slots.tolist()):
+        numbers = case.table[slot]
+        if slot < 0 or numbers[DECIDES] == Decides.NOTHING:
+            continue
+        (q, k), reading = divmod(j, stack), int(numbers[READING])
+        first, until, total = case.counted[j].tolist()
+        parts = case.row_scores[first:until, k].double()
+        sum_error = 2.0**-48 * float(parts.abs().sum() + case.sums[layer, j].abs())
+        if case.deciding[q] < 0:
+            if reading != Reading.LAST:
+                assert abs(float(decided.sums[layer, j] - reference[0][layer, j])) <= sum_error
+                sums[layer, j] = decided.sums[layer, j]
+            continue
+        mean = float(case.sums[layer, j] + parts.sum()) / total if reading != Reading.LAST else 0.0
+        last = float(case.last_scores[j]) if reading != Reading.MEAN else 0.0
+        gate = near(mean + last, 2.0**-23 * (abs(mean) + abs(mean + last)), numbers)
+        assert abs(float(decided.scores[layer, j]) - gate.score) <= gate.score_error
+        assert abs(float(reference[1][layer, j]) - gate.score) <= gate.score_error
+        scores[layer, j] = decided.scores[layer, j]
+        everywhere = numbers[DECIDES] == Decides.EVERYWHERE
+        for of in range(len(values)) if everywhere else [layer]:
+            value = float(decided.values[of, j])
+            assert abs(value - float(reference[2][of, j])) <= gate.value_error
+            values[of, j] = value
+            alpha = float(case.tables[of, slot, STRENGTH]) * float(case.strength[j])
+            factor = value if case.tables[of, slot, GATE] == GateKind.PROMPT else 1.0
+            for r in ((case.sequence == q) & (case.slots[:, k] >= 0)).nonzero().flatten().tolist():
+                assert abs(float(decided.all_scales[of, r, k]) - factor * alpha) <= PRODUCT * abs(factor * alpha)
+                assert abs(factor * alpha - float(reference[3][of, r, k])) <= abs(alpha) * gate.value_error + 1e-6
+                scales[of, r, k] = decided.all_scales[of, r, k]
+    for name, want in zip(DECISIONS, (sums, scores, values, scales), strict=True):
+        assert_same_bits(getattr(decided, name), want)
+
+
+def judge_steer(implementation: Implementation, case: Case, x: torch.Tensor) -> None:
     assert x.dtype == case.x.dtype
-    truncates = implementation.truncates(x.dtype)
-    no_error = torch.zeros(case.values.shape, dtype=torch.float64)
-    want = expected_rows(
-        case, case.x.double(), case.pair, case.values.double(), no_error, case.kinds, truncates
-    )  # fmt: skip
+    want = expected_rows(case, case.x.double(), case.pair, implementation.truncates(x.dtype))
     reference = steer_module.reference(*case.steer_arguments())
     assert_consistent(want, reference)
     tolerance = rounding(implementation, x.dtype) * reference.abs() + want.error + smallest(x.dtype)
     assert_within(x[want.sure], reference[want.sure], tolerance[want.sure], "x")
 
 
-def check_norm(implementation: Implementation, case: Case) -> None:
-    outputs = case.run_norm(implementation)
-    no_error = torch.zeros(case.values.shape, dtype=torch.float64)
-    reference = norm_module.reference(*case.norm_arguments())
-    judge_norm(implementation, case, outputs, reference, case.values.double(), no_error, case.kinds)
-
-
-def check_prompt(implementation: Implementation, case: Case) -> None:
-    normed, new_residual, scores, values = case.run_prompt(implementation)
-    *reference, want_scores, want_values = norm_module.reference_prompt(*case.prompt_arguments())
-    s = gate_module.reference_stream(case.x, case.residual)
-    stream_error = torch.finfo(case.x.dtype).eps if implementation.truncates(case.x.dtype) else 0.0
-    values_error = torch.zeros_like(want_values)
-    for q, p in enumerate(case.deciding.tolist()):
-        for k in range(values.shape[1]):
-            slot = int(case.rows[p, 1 + k]) if p >= 0 else -1
-            if slot < 0 or case.table[slot, GATE] != GateKind.PROMPT:
-                assert_same_bits(scores[q, k], case.scores[q, k])
-                assert_same_bits(values[q, k], case.values[q, k])
-                continue
-            reading = read_gate(s[p], case.directions[slot], case.table[slot], stream_error)
-            assert abs(float(scores[q, k]) - float(want_scores[q, k])) <= reading.score_error
-            assert abs(float(values[q, k]) - float(want_values[q, k])) <= reading.value_error
-            values_error[q, k] = reading.value_error
-    judge_norm(implementation, case, (normed, new_residual), tuple(reference), want_values, values_error, Kinds.ANY)
-
-
-def judge_norm(
-    implementation: Implementation,
-    case: Case,
-    outputs: tuple[torch.Tensor, torch.Tensor],
-    reference: tuple[torch.Tensor, ...],
-    values: torch.Tensor,
-    values_error: torch.Tensor,
-    kinds: Kinds,
-) -> None:
+def judge_norm(implementation: Implementation, case: Case, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
     normed, new_residual = outputs
     dtype = case.x.dtype
     assert normed.dtype == new_residual.dtype == dtype
     assert normed.is_contiguous()
     assert new_residual.is_contiguous()
     start = case.x.double() + case.residual.double()
-    want = expected_rows(case, start, True, values, values_error, kinds, implementation.truncates(dtype))
-    want_normed, want_residual = reference
+    want = expected_rows(case, start, True, implementation.truncates(dtype))
+    want_normed, want_residual = norm_module.reference(*case.norm_arguments())
     assert_consistent(want, want_residual)
     sure, half = want.sure, rounding(implementation, dtype)
     rounded = half * want_residual.abs() + want.error + smallest(dtype)
@@ -629,4 +757,10 @@ def smallest(dtype: torch.dtype) -> float:
     return 2.0**-25 if dtype == torch.float16 else 2.0**-133
 
 
-CHECKS = {"gate_": check_gate, "steer_": check_steer, "add_steer_rms_norm": check_norm, "prompt": check_prompt}
+CHECKS = {
+    "score_": check_score,
+    "steer_": check_steer,
+    "steer_.deciding": check_steer_deciding,
+    "add_steer_rms_norm": check_norm,
+    "add_steer_rms_norm.deciding": check_norm_deciding,
+}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import CHECKS, DTYPES, TORCH, Case, Implementation, bits, make_case
+from kernel_cases import CHECKS, DTYPES, TORCH, Case, Implementation, bits, judge_decisions, make_case
 
 from steerfast.kernels import add_steer_rms_norm as norm_module
 from steerfast.kernels import edits
 from steerfast.kernels import gate as gate_module
-from steerfast.kernels.contract import EditId, GateKind, Kinds, Norm, Score
+from steerfast.kernels.contract import Decides, EditId, GateKind, Kinds, Norm, Reading, Score
 
 pytestmark = pytest.mark.contract
 
@@ -50,14 +50,20 @@ fuzz = settings(
 
 @fuzz
 @given(case=cases())
-def test_gate(implementation: Implementation, case: Case) -> None:
-    CHECKS["gate_"](implementation, case)
+def test_score(implementation: Implementation, case: Case) -> None:
+    CHECKS["score_"](implementation, case)
 
 
 @fuzz
 @given(case=cases())
 def test_steer(implementation: Implementation, case: Case) -> None:
     CHECKS["steer_"](implementation, case)
+
+
+@fuzz
+@given(case=cases(shared=True))
+def test_steer_deciding(implementation: Implementation, case: Case) -> None:
+    CHECKS["steer_.deciding"](implementation, case)
 
 
 @fuzz
@@ -68,8 +74,8 @@ def test_add_steer_rms_norm(implementation: Implementation, case: Case) -> None:
 
 @fuzz
 @given(case=cases(shared=True))
-def test_prompt(implementation: Implementation, case: Case) -> None:
-    CHECKS["prompt"](implementation, case)
+def test_add_steer_rms_norm_deciding(implementation: Implementation, case: Case) -> None:
+    CHECKS["add_steer_rms_norm.deciding"](implementation, case)
 
 
 @pytest.mark.parametrize("size", [4096, 5125, 16384])
@@ -78,9 +84,8 @@ def test_long_rows(implementation: Implementation, size: int) -> None:
     for name, check in CHECKS.items():
         for seed in range(2):
             dtype = torch.float16 if size == 16384 else torch.float32
-            check(
-                implementation, make_case(rows, size, dtype, stack=2, slots=slots, shared=name == "prompt", seed=seed)
-            )
+            shared = name.endswith("deciding")
+            check(implementation, make_case(rows, size, dtype, stack=2, slots=slots, shared=shared, seed=seed))
 
 
 # ---- edits at their edges ----------------------------------------------------------------------------------
@@ -89,13 +94,13 @@ def test_long_rows(implementation: Implementation, size: int) -> None:
 def edit_case(edit: EditId, strength: float = 1.0, rows: int = 5, **table: float) -> Case:
     """Every row steered by slot 0, at once and fully."""
     case = make_case(rows=rows, size=111, sequences=1, slots=1).plain(EDIT=edit, STRENGTH=strength, **table)
-    case.rows[:] = 0
+    case.slots[:] = 0
     return case
 
 
 def products(vector: torch.Tensor, direction: torch.Tensor, case: Case) -> Case:
     case.vectors[0], case.directions[0] = vector, direction
-    case.table[0, 3:6] = torch.stack([vector @ vector, vector @ direction, direction @ direction])
+    case.tables[:, 0, 3:6] = torch.stack([vector @ vector, vector @ direction, direction @ direction])
     return case
 
 
@@ -156,9 +161,11 @@ def test_undefined_edits_leave_the_row(implementation: Implementation) -> None:
 def fully_steered(edit: EditId, dtype: torch.dtype) -> Case:
     case = make_case(rows=8, size=576, dtype=dtype, slots=2, sequences=2, pair=True, shared=True, seed=4)
     case = case.plain(EDIT=edit, STRENGTH=0.7)
-    case.rows[:, 0] = case.rows[:, 1] = torch.arange(8) % 2
-    case.deciding[:] = torch.tensor([0, 1])
-    case.table[:, 6:8] = torch.tensor([0.6, 0.8]) if edit == EditId.ROTATE else 0.3
+    case.sequence[:] = torch.arange(8) // 4
+    case.slots[:, 0] = case.sequence
+    case.decider_slots[:], case.deciding[:] = torch.tensor([0, 1]), torch.tensor([2, 7])
+    case.counted[:] = torch.tensor([[0, 3, 3], [4, 8, 5]])
+    case.tables[..., 6:8] = torch.tensor([0.6, 0.8]) if edit == EditId.ROTATE else 0.3
     case.x[:], case.residual[:] = case.x / case.x.float().std(1, keepdim=True), case.residual / 9
     return case
 
@@ -175,7 +182,7 @@ def fully_steered(edit: EditId, dtype: torch.dtype) -> Case:
         (EditId.ROTATE, 2),
     ],
 )
-@pytest.mark.parametrize("name", ["steer_", "add_steer_rms_norm", "prompt"])
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "score_"])
 def test_one_percent_off_in_a_coefficient_is_noticed(
     name: str, edit: EditId, which: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,23 +199,32 @@ def test_one_percent_off_in_a_coefficient_is_noticed(
         CHECKS[name](TORCH, case)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["score", "value"])
-@pytest.mark.parametrize("name", ["gate_", "prompt"])
-def test_one_percent_off_in_a_gate_is_noticed(name: str, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = fully_steered(EditId.ADD, torch.bfloat16).plain(GATE=GateKind.PROMPT, SCORE=Score.COSINE, SHARPNESS=4.0)
-    case.row[:], case.slot[:] = torch.tensor([0, 1]), torch.tensor([[0], [1]])
+def decision_case() -> Case:
+    case = fully_steered(EditId.ADD, torch.bfloat16)
+    columns = {"DECIDES": Decides.EVERYWHERE, "READING": Reading.BOTH, "SHARPNESS": 4.0, "STRENGTH": 0.7}
+    return case.plain(GATE=GateKind.PROMPT, SCORE=Score.COSINE, **columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("score_", "torch_score"), ("steer_.deciding", "torch_value"), ("steer_.deciding", "torch_scales")],
+)
+def test_one_percent_off_in_a_decision_is_noticed(name: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, right = decision_case(), getattr(gate_module, function)
     CHECKS[name](TORCH, case)
-    module: Any = norm_module if name == "prompt" else gate_module
-    right = module.torch_gate
-
-    def wrong(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        result = list(right(*arguments))
-        result[which] = result[which] * 1.01
-        return tuple(result)
-
-    monkeypatch.setattr(module, "torch_gate", wrong)
+    monkeypatch.setattr(gate_module, function, lambda *arguments: right(*arguments) * 1.01)
     with pytest.raises(AssertionError):
         CHECKS[name](TORCH, case)
+
+
+@pytest.mark.parametrize("field", ["row_scores", "last_scores", "sums", "counted"])
+def test_one_percent_off_in_a_mean_is_noticed(field: str) -> None:
+    case = decision_case()
+    _, decided = case.decide_steer(TORCH)
+    judge_decisions(case, decided)
+    off = getattr(case, field) + 1 if field == "counted" else getattr(case, field) * 1.01
+    with pytest.raises(AssertionError):
+        judge_decisions(replace(case, **{field: off}), decided)
 
 
 # ---- norms -------------------------------------------------------------------------------------------------
@@ -228,7 +244,7 @@ def norm_case(implementation: Implementation, dtype: torch.dtype, norm: Norm) ->
     """Rows of comparable norm; every other one steered by a plain addition."""
     rows = 4 if implementation.interpreted else 32
     case = make_case(rows, 1128, dtype, seed=7, norm=norm, kinds=Kinds.LATCHED_ADD).plain()
-    case.rows[:] = torch.tensor([[0, 0], [-1, -1]]).repeat(rows // 2, 1)
+    case.slots[:, 0] = torch.tensor([0, -1]).repeat(rows // 2)
     case.x[:] = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(8)) * 3
     case.residual[:] = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(9)) * 3
     return case

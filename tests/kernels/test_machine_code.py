@@ -29,15 +29,14 @@ from steerfast.kernels.launch import LaunchShape, launch_shape
 pytestmark = pytest.mark.contract
 
 TABLE = Path(__file__).with_name("machine_code.json")
-# Bytes of stack that older compilers cannot do without, in a kernel of prompts alone.
-KNOWN_STACK = {("3.6", "sm_90 prompt K=1 ANY bfloat16 4096"): 16}
+LAYERS = 32  # of the kernels that decide
 SLACK = 8  # registers: the step in which a GPU hands them out
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel. `prompt` is the overload of add_steer_rms_norm that decides prompt gates."""
+    """One compiled kernel; `decides`: the deciding form."""
 
     op: str
     arch: int = 90
@@ -48,33 +47,33 @@ class Kernel:
     pair: bool = False
     norm: Norm = Norm.LLAMA
     contiguous: bool = True
+    decides: bool = False
+    bank: str = ""  # the dtype of vectors and directions where it is another one
 
     def __str__(self) -> str:
-        extras = [f"K={self.stack}", self.kinds.name] if self.op != "gate_" else [f"K={self.stack}"]
+        extras = ["deciding"] * self.decides + [f"K={self.stack}"] + [self.kinds.name] * (self.op != "score_")
         extras += ["pair"] * self.pair + [self.norm.name] * (self.norm != Norm.LLAMA)
-        extras += ["strided"] * (not self.contiguous)
+        extras += ["strided"] * (not self.contiguous) + [f"bank={self.bank}"] * bool(self.bank)
         return " ".join([f"sm_{self.arch}", self.op, *extras, self.dtype, str(self.size)])
 
     @property
     def shape(self) -> LaunchShape:
         return launch_shape(self.size, getattr(torch, self.dtype))
 
-    @property
-    def accesses(self) -> int:
+    def accesses(self, dtype: str = "") -> int:
         """16-byte accesses of a thread per row that it reads or writes."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
+        itemsize: int = getattr(torch, dtype or self.dtype).itemsize
         return self.shape.block * itemsize // (16 * 32 * self.shape.num_warps)
 
     @property
     def least_loads(self) -> int:
         """128-bit loads of a thread if it reads every row once: x, residual, weight, and the slots' vectors."""
-        pair = self.pair or "norm" in self.op or self.op == "prompt"
-        norm = "norm" in self.op or self.op == "prompt"
-        return self.accesses * (1 + pair + norm + self.stack)
+        norm = "norm" in self.op
+        return self.accesses() * (1 + (self.pair or norm) + norm) + self.accesses(self.bank) * self.stack
 
     @property
     def stores(self) -> int:
-        return self.accesses * {"gate_": 0, "steer_": 1}.get(self.op, 2)
+        return self.accesses() * {"score_": 0, "steer_": 1}.get(self.op, 2)
 
 
 ANY, LATCHED_ADD = Kinds.ANY, Kinds.LATCHED_ADD
@@ -83,30 +82,33 @@ KERNELS = [
         kernel
         for arch in (80, 90, 100, 120)
         for kernel in (
-            Kernel("gate_", arch),
-            Kernel("gate_", arch, pair=True),
+            Kernel("score_", arch),
+            Kernel("score_", arch, pair=True),
             Kernel("steer_", arch),
             Kernel("steer_", arch, kinds=ANY),
             Kernel("steer_", arch, kinds=ANY, pair=True),
+            Kernel("steer_", arch, decides=True),
             Kernel("add_steer_rms_norm", arch, stack=0),
             Kernel("add_steer_rms_norm", arch),
             Kernel("add_steer_rms_norm", arch, kinds=ANY),
-            Kernel("prompt", arch, kinds=ANY),
+            Kernel("add_steer_rms_norm", arch, decides=True),
         )
     ),
-    Kernel("gate_", stack=4, contiguous=False),
+    Kernel("score_", stack=4, contiguous=False),
+    Kernel("score_", size=16384, pair=True),
     Kernel("steer_", stack=4, contiguous=False),
-    Kernel("add_steer_rms_norm", stack=4),
-    Kernel("add_steer_rms_norm", stack=4, kinds=ANY, norm=Norm.VLLM),
-    Kernel("prompt", stack=4, kinds=ANY, norm=Norm.GEMMA),
-    *(Kernel("add_steer_rms_norm", size=size) for size in (576, 2048, 5120, 8192, 16384)),
-    *(Kernel("prompt", size=size, kinds=ANY) for size in (576, 16384)),
+    Kernel("steer_", stack=4, kinds=ANY, pair=True, decides=True),
     Kernel("steer_", size=16384, kinds=ANY, pair=True),
-    Kernel("prompt", dtype="float16", kinds=ANY),
     Kernel("steer_", dtype="float16"),
+    Kernel("add_steer_rms_norm", stack=4),
+    Kernel("add_steer_rms_norm", size=16384, stack=4, bank="float32"),
+    Kernel("add_steer_rms_norm", stack=4, kinds=ANY, norm=Norm.VLLM),
+    Kernel("add_steer_rms_norm", stack=4, kinds=ANY, norm=Norm.GEMMA, decides=True),
+    *(Kernel("add_steer_rms_norm", size=size) for size in (576, 2048, 5120, 8192, 16384)),
+    *(Kernel("add_steer_rms_norm", size=size, kinds=ANY, decides=True) for size in (576, 4096, 16384)),
     Kernel("add_steer_rms_norm", dtype="float32", size=576),
     Kernel("add_steer_rms_norm", dtype="float32", size=8192),
-    Kernel("prompt", dtype="float32", size=8192, kinds=ANY),
+    Kernel("add_steer_rms_norm", dtype="float32", size=8192, decides=True),
 ]
 
 
@@ -121,11 +123,12 @@ def build(kernel: Kernel) -> Any:
 
     from steerfast.kernels import add_steer_rms_norm, gate, steer
 
-    rows = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[kernel.dtype]
+    pointer = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
     constants: dict[str, Any] = {"H": kernel.size, "BLOCK": kernel.shape.block, "K": kernel.stack, "NVIDIA": True}
     constants |= {"CONTIGUOUS": kernel.contiguous}
-    if kernel.op == "gate_":
-        function = gate.gate_kernel
+    gates = set(gate.SCALARS) - {"slots_ptr", "scales_ptr", "table_ptr"}
+    if kernel.op == "score_":
+        function = gate.score_kernel
         constants |= {"PAIR": kernel.pair} | ({} if kernel.pair else {"residual_ptr": None})
     elif kernel.op == "steer_":
         function = steer.steer_kernel
@@ -133,19 +136,20 @@ def build(kernel: Kernel) -> Any:
         constants |= {} if kernel.pair else {"residual_ptr": None}
     else:
         function = add_steer_rms_norm.add_steer_rms_norm_kernel
-        decide = kernel.op == "prompt"
-        constants |= {"NORM": int(kernel.norm), "KINDS": int(kernel.kinds), "DECIDE": decide}
-        constants |= {} if decide else {"deciding_ptr": None, "scores_ptr": None}
-    tensors = {"x_ptr", "residual_ptr", "normed_ptr", "new_residual_ptr", "weight_ptr", "vectors_ptr", "directions_ptr"}
-    ints = {"rows_ptr", "row_ptr", "slot_ptr", "deciding_ptr"}
+        constants |= {"NORM": int(kernel.norm), "KINDS": int(kernel.kinds)}
+    if kernel.op != "score_":
+        constants |= {"LAYERS": LAYERS} if kernel.decides else {"LAYERS": 0, **dict.fromkeys(gates)}
+    streams = {"x_ptr", "residual_ptr", "normed_ptr", "new_residual_ptr", "weight_ptr"}
+    tensors = {*streams, "vectors_ptr", "directions_ptr", "mean_directions_ptr"}
+    ints = {"slots_ptr", "sequence_ptr", "deciding_ptr", "counted_ptr", "decider_slots_ptr"}
     signature, hints = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in tensors:
-            signature[name] = rows
+            signature[name] = pointer[kernel.dtype if name in streams else kernel.bank or kernel.dtype]
         elif name.endswith("_ptr"):
-            signature[name] = "*i32" if name in ints else "*fp32"
+            signature[name] = "*fp64" if name == "sums_ptr" else "*i32" if name in ints else "*fp32"
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
         if name in tensors - set(constants) or name.endswith("_stride"):

@@ -214,7 +214,7 @@ def test_changes_that_are_refused_change_nothing(
 
 def test_a_bank_for_latched_adds_takes_nothing_else(tiny_llama: Any, make_profile: MakeProfile) -> None:
     bank = Bank(LAYERS, HIDDEN, 4, kinds=Kinds.LATCHED_ADD)
-    assert bank.layer(0).kinds == Kinds.LATCHED_ADD
+    assert bank.kinds == Kinds.LATCHED_ADD
     simple = make_profile(tiny_llama)
     for number, gate in enumerate(("always", "prompt")):
         fits = replace(simple, gate=Gate(gate))  # type: ignore[arg-type]

@@ -185,7 +185,7 @@ class Engine:
             score = -self.decisions
             if one.mean:
                 assert one.read == list(one.window)  # each of them, once
-                score = float(self.requests.sums[layer, column] / self.requests.tables.total[column])
+                score = float(self.requests.sums[layer, column] / self.requests.tables.counted[column, 2])
                 assert score == pytest.approx(float(one.scores[layer, one.window].mean()), rel=1e-12)
             self.requests.scores[layer, column] = one.latch[1, layer] = score
             everywhere = slice(None) if one.slot == 1 else layer
@@ -289,7 +289,7 @@ def test_rows_count_once_however_often_they_come(bank: Bank) -> None:
         (0, 5, [], True),
     ):
         assert requests.step(["a"], [past], [length], 8) == bool(counted)
-        (begin, end, total), *_ = requests.tables.counted.tolist()
+        begin, end, total = requests.tables.counted[requests.tables.sequence[0]].tolist()
         assert list(range(begin, end)) == counted
         assert total == (5 if counted else 0)
         if runs:
@@ -385,7 +385,7 @@ def test_other_threads_may_look(bank: Bank) -> None:
         name = str(number)
         requests.add(name, request(number % 2, 1.0, 1))
         requests.step([name], [0], [1], 1)
-        requests.scores[1, int(requests.tables.rows[0, 0])] = number
+        requests.scores[1, int(requests.tables.sequence[0])] = number
         requests.launched()
         if number >= 5:
             requests.end([str(number - 5)])
