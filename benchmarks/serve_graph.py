@@ -6,9 +6,10 @@
                                                the same code, eager: a check of itself, and launch counts
 
 The decoder does what an engine does: in-place add + RMSNorm, products by cuBLAS (bfloat16, or float8 with the
-quantisation in the kernel before), attention over a full cache. Its layers return x and residual as vLLM's do; declared
-layers call `steerfast::serve_`. As in vLLM the graph is captured before the first request. Then a step decides the
-gates, and the next step is timed. Profiles have a prompt gate that reads a mean, at the first layer that they edit.
+quantisation in the kernel before), attention over a full cache. Its layers return x and residual as vLLM's do. Declared
+layers call `steerfast::serve_`, which edits the residual, and reads x too where a gate may read rows. As in vLLM the
+graph is captured before the first request. Then a step decides the gates, and the next step is timed. Profiles have a
+prompt gate that reads a mean, at the first layer that they edit.
 
     stock, control   no plugin, twice
     idle             the middle layer is declared; no request is steered
@@ -38,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,8 +173,8 @@ class Decoder:
         weights = (self.qkv, self.o, self.up, self.down, self.norms, [self.head, self.cache])
         return sum(tensor.nbytes for tensor in itertools.chain(*weights))
 
-    def step(self, declared: frozenset[int] = frozenset()) -> Tensor:
-        """Return logits [batch, vocabulary]; declared layers call the plugin's op."""
+    def step(self, declared: Mapping[int, bool]) -> Tensor:
+        """Return logits [batch, vocabulary]; `declared` layers call the plugin's op, and say whether it reads x."""
         d, batch = self.dimensions, len(self.embedded)
         residual = self.embedded.clone()
         x = torch.zeros_like(residual)
@@ -189,7 +190,7 @@ class Decoder:
             pair = self._product(self._norm(x, residual, 2 * layer + 1, self.narrow), self.up[layer])
             x = self._product(self._activation(pair), self.down[layer])
             if layer in declared:
-                serve_(x, residual, layer)
+                serve_(residual, x if declared[layer] else None, layer)
         return self._norm(x, residual, 2 * d.layers, self.dtype) @ self.head.t()
 
     def _norm(self, x: Tensor, residual: Tensor, at: int, dtype: torch.dtype) -> Tensor:
@@ -226,7 +227,10 @@ class Steering:
         self.identity = ModelIdentity(name="random", architecture="llama", hidden_size=d.hidden, num_layers=d.layers)
         every = list(range(d.layers))
         edited = every if system.all_layers else [d.middle]
-        self.declared = every if system.directory else edited
+        # Profiles that come later may read rows anywhere; those of a system read them at their sensor.
+        self.declared = {
+            layer: system.directory or layer == edited[0] for layer in (every if system.directory else edited)
+        }
         self.profiles = [self._profile(edited, seed) for seed in range(system.profiles)]
         config = ServingConfig(
             profiles=self._saved(folder),
@@ -297,8 +301,7 @@ class Played:
 
     def __init__(self, decoder: Decoder, steering: Steering | None) -> None:
         self.steering, self.cuda = steering, decoder.device == "cuda"
-        declared = frozenset(() if steering is None else steering.declared)
-        self._run: Callable[[], Tensor] = partial(decoder.step, declared)
+        self._run: Callable[[], Tensor] = partial(decoder.step, {} if steering is None else steering.declared)
         if steering is not None:
             activate(steering.runtime)
             steering.runtime.rest()
@@ -434,15 +437,15 @@ class Captured:
 
     runtime: WorkerRuntime
 
-    def serve(self, x: Tensor, residual: Tensor | None, layer: int) -> None:
+    def serve(self, stream: Tensor, addend: Tensor | None, layer: int) -> None:
         with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
-            self.runtime.serve(x.as_subclass(OnDevice), residual, layer)
+            self.runtime.serve(stream.as_subclass(OnDevice), addend, layer)
 
 
 def count(decoder: Decoder, system: System, folder: Path) -> list[dict[str, Any]]:
     """Return the operations of each layer in a captured pass and in a later eager step, and those between steps."""
     steering = Steering(system, decoder, len(decoder.embedded), folder)
-    declared = frozenset(steering.declared)
+    declared = steering.declared
     steering.runtime.rest()
     activate(Captured(steering.runtime))
     lines = []
