@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.hf.families import FAMILIES, MULTIMODAL_FAMILIES, Family, family_of
 from steerfast.hf.structure import Decoder, find_decoder, is_distributed
-from steerfast.kernels.add_steer_rms_norm import add_scaled_torch, add_steer_rms_norm_unchecked, add_steer_torch
+from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked, add_steer_torch
 from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Operands
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.runtime.step import LayerEdit
@@ -47,6 +47,11 @@ class CompiledEdit(NamedTuple):
     slots: Tensor
     scales: Tensor
     vectors: Tensor
+
+    def of(self, layer: int) -> Operands:
+        """Return the operands of a layer; latched additions read neither directions nor table."""
+        vectors = self.vectors[layer]
+        return Operands(self.slots, self.scales[layer], vectors, vectors, vectors, int(Kinds.LATCHED_ADD))
 
 
 _compiled_edit: CompiledEdit | None = None
@@ -240,7 +245,7 @@ def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
             return stream + x
         if traced and (edit := _compiled_edit) is not None and edit.slots.device == x.device:
             layer = self.self_attn.layer_idx  # the attention has guarded it already
-            return add_scaled_torch(x, stream, edit.slots, edit.scales[layer], edit.vectors[layer])
+            return add_steer_torch(x, stream, edit.of(layer))
         if not traced and self._forward_hooks and _changes_uncounted():
             fuse = False
         return self.steerfast_outer.add(x, stream, fuse)
