@@ -78,7 +78,7 @@ gpu-measure:
 	step kernel-tests 50 $(PYTHON) -m pytest -q -m gpu tests/kernels; \
 	step serve-graph 150 $(PYTHON) benchmarks/serve_graph.py --device cuda --batches 64 1 256 --limit 110 --json "$(OUT)"; \
 	step ops 90 $(PYTHON) benchmarks/ops.py --device cuda --rows 1 64 256 1024 --hidden-sizes 4096 --limit 70 --json "$(OUT)"; \
-	step launch 30 $(PYTHON) benchmarks/launch.py --device cuda --seconds 0.5 --json "$(OUT)"; \
+	step launch 30 $(PYTHON) benchmarks/launch.py --device cuda --ops-only --json "$(OUT)"; \
 	step serve-graph-8k 45 $(PYTHON) benchmarks/serve_graph.py --device cuda --batches 64 --contexts 8192 --seconds 6 \
 	  --json "$(OUT)/context-8192"; \
 	step serve-graph-fp8 45 $(PYTHON) benchmarks/serve_graph.py --device cuda --batches 64 1 --weights fp8 --seconds 3 \

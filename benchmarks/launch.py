@@ -186,6 +186,7 @@ def main() -> int:
     options.add_argument("--rows", type=int, nargs="+", default=[1])
     options.add_argument("--hidden-sizes", type=int, nargs="+", help="default: 4096, on a CPU also 64")
     options.add_argument("--seconds", type=float, default=1.0, help="for each op and shape (default 1)")
+    options.add_argument("--ops-only", action="store_true", help="neither seam nor step, which compiles for a minute")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     report = Report("launch", given.device, given.json)
@@ -202,6 +203,8 @@ def main() -> int:
                 }
                 for name, times in time_on_host(calls, given.device, given.seconds).items():
                     report.line({"op": op, "provider": name, **record, **spread(times)})
+    if given.ops_only:
+        return int(report.failed)
     for name, times in time_on_host(seams(given.device), given.device, given.seconds).items():
         report.line({"op": "seam", "provider": name, "rows": 1, "hidden": SEAM, "dtype": "float32", **spread(times)})
     with torch.inference_mode(False), torch.no_grad():
