@@ -15,11 +15,12 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 export HF_HUB_OFFLINE ?= 1
 
-# Where `make gpu` writes its results.
+# Where `make gpu-measure` writes its results, and the most seconds that it or `make gpu-tests` takes.
 OUT ?= benchmarks/results
+GPU_SECONDS ?= 550
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test lint gpu clean
+.PHONY: demo serve test lint gpu-measure gpu-tests clean
 
 # $(call stage,NAME,LOG,COMMAND) runs COMMAND quietly: a line with its name and its seconds. If it fails, its log follows.
 define stage
@@ -55,34 +56,54 @@ lint: $(VENV)/.installed-dev
 	$(call stage,mypy,$(VENV)/mypy.log,$(BIN)/mypy)
 	$(call stage,imports,$(VENV)/imports.log,$(BIN)/lint-imports)
 
-# Tests and measurements on a GPU, with $(PYTHON) and the packages it has: nothing is made, installed or downloaded.
-# A step that fails, or that takes longer than its seconds, does not stop the others; the exit status says that one did.
-gpu: export PYTHONPATH := .
-gpu:
-	@mkdir -p "$(OUT)"; failed=; \
-	step() { \
-	  name=$$1 seconds=$$2; shift 2; echo "== $$name"; start=$$(date +%s); \
-	  timeout -s INT -k 10 "$$seconds" "$$@"; status=$$?; \
-	  echo "== $$name: status $$status, $$(($$(date +%s) - start)) s"; \
-	  [ $$status = 0 ] || failed="$$failed $$name"; \
-	}; \
-	step gpu-tests 200 $(PYTHON) -m pytest -q -m gpu tests; \
-	step kernel-tests 300 $(PYTHON) -m pytest -q -m "not gpu" --ignore tests/kernels/test_machine_code.py tests/kernels; \
+# Measurements and tests on a GPU, with $(PYTHON) and the packages it has: nothing is made, installed or downloaded.
+# Each takes at most GPU_SECONDS, the most decisive step first. A step that fails, or that takes longer than its seconds,
+# does not stop the others; the exit status says that one did.
+define gpu_steps
+mkdir -p "$(OUT)"; failed=; end=$$(( $$(date +%s) + $(GPU_SECONDS) )); \
+step() { \
+  name=$$1 seconds=$$2; shift 2; start=$$(date +%s); left=$$(( end - start )); \
+  if [ $$left -lt 5 ]; then echo "== $$name: left out, no time"; failed="$$failed $$name"; return; fi; \
+  [ $$seconds -lt $$left ] || seconds=$$left; echo "== $$name"; \
+  timeout -s INT -k 5 "$$seconds" "$$@"; status=$$?; \
+  echo "== $$name: status $$status, $$(( $$(date +%s) - start )) s"; \
+  [ $$status = 0 ] || failed="$$failed $$name"; \
+}
+endef
+gpu_failed = if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+gpu-measure gpu-tests: export PYTHONPATH := .
+gpu-measure:
+	@$(gpu_steps); \
+	step kernel-tests 50 $(PYTHON) -m pytest -q -m gpu tests/kernels; \
+	step serve-graph 150 $(PYTHON) benchmarks/serve_graph.py --device cuda --batches 64 1 256 --limit 110 --json "$(OUT)"; \
+	step ops 90 $(PYTHON) benchmarks/ops.py --device cuda --rows 1 64 256 1024 --hidden-sizes 4096 --limit 70 --json "$(OUT)"; \
+	step launch 30 $(PYTHON) benchmarks/launch.py --device cuda --ops-only --json "$(OUT)"; \
+	step serve-graph-8k 45 $(PYTHON) benchmarks/serve_graph.py --device cuda --batches 64 --contexts 8192 --seconds 6 \
+	  --json "$(OUT)/context-8192"; \
+	step serve-graph-fp8 45 $(PYTHON) benchmarks/serve_graph.py --device cuda --batches 64 1 --weights fp8 --seconds 3 \
+	  --json "$(OUT)/fp8"; \
+	step models-compiled 75 $(PYTHON) benchmarks/models.py --device cuda --compile --shapes llama-3.1-8b --batches 16 \
+	  --prompts 128 --seconds 10 --systems control idle open-one open-all --json "$(OUT)/compiled"; \
+	step compiled 40 $(PYTHON) benchmarks/compiled.py --device cuda --rows 64 1 --seconds 1 --json "$(OUT)"; \
+	step launches 20 $(PYTHON) benchmarks/sanitize.py; \
+	$(PYTHON) benchmarks/bars.py --results "$(OUT)"; \
+	$(gpu_failed)
+
+gpu-tests:
+	@$(gpu_steps); \
+	step gpu-tests 220 $(PYTHON) -m pytest -q -m gpu tests; \
 	if [ -n "$(SANITIZER)" ]; then \
-	  step memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	    "$(SANITIZER)" --tool memcheck --error-exitcode 3 $(PYTHON) benchmarks/sanitize.py; \
+	  for tool in memcheck racecheck; do \
+	    step $$tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	      "$(SANITIZER)" --tool $$tool --error-exitcode 3 $(PYTHON) benchmarks/sanitize.py; \
+	  done; \
 	else \
-	  echo "== memcheck: no compute-sanitizer here, the same launches without it"; \
+	  echo "== memcheck, racecheck: no compute-sanitizer here, the same launches without it"; \
 	  step launches 40 $(PYTHON) benchmarks/sanitize.py; \
 	fi; \
-	step launch 45 $(PYTHON) benchmarks/launch.py --device cuda --json "$(OUT)"; \
-	step ops 100 $(PYTHON) benchmarks/ops.py --device cuda --limit 80 --json "$(OUT)"; \
-	step compiled 90 $(PYTHON) benchmarks/compiled.py --device cuda --rows 1 64 --seconds 1 --json "$(OUT)"; \
-	step models 120 $(PYTHON) benchmarks/models.py --device cuda --limit 90 --json "$(OUT)"; \
-	step models-compiled 240 $(PYTHON) benchmarks/models.py --device cuda --compile --shapes llama-3.1-8b --batches 1 \
-	  --prompts 128 --seconds 20 --systems control idle open-one open-all --json "$(OUT)/compiled"; \
-	$(PYTHON) benchmarks/bars.py --results "$(OUT)"; \
-	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+	step kernel-tests 220 $(PYTHON) -m pytest -q -m "not gpu" --ignore tests/kernels/test_machine_code.py tests/kernels; \
+	$(gpu_failed)
 
 $(VENV)/.installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steerfast needs Python 3.10 or newer")'

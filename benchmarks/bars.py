@@ -1,4 +1,4 @@
-"""Check the project's bars on the lines of ops.py and launch.py.
+"""Check the project's bars on the lines of ops.py, launch.py and serve_graph.py.
 
     python benchmarks/bars.py                             the results in benchmarks/results
     python benchmarks/bars.py --results DIR
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ def ratio(line: Line, other: Line) -> float:
 class Results:
     """The timed lines of one device."""
 
-    def __init__(self, ops: list[Line], launches: list[Line]) -> None:
+    def __init__(self, ops: list[Line], launches: list[Line], steps: list[Line]) -> None:
         self.ops, self.launches = ops, launches
+        self.steps = {self.step(line, line["system"]): line for line in steps}
         self.by_case = {(self.case(line), line["provider"]): line for line in ops}
 
     @staticmethod
@@ -70,9 +71,30 @@ class Results:
         yield from ((1 / value, at) for value, at in self.against(lines, "separate"))
 
     def launch(self) -> Iterator[Value]:
+        """Yield the host time of an eager launch over that of torch.add."""
+        adds = {(ln["rows"], ln["hidden"]): ln["us"] for ln in self.launches if ln["provider"] == "torch.add"}
         for line in self.launches:
-            if (line["op"], line["provider"]) == (FUSED, "unchecked"):
-                yield line["us"], where(line)
+            if (line["op"], line["provider"]) == (FUSED, "unchecked") and (line["rows"], line["hidden"]) in adds:
+                yield line["us"] / adds[line["rows"], line["hidden"]], where(line)
+
+    @staticmethod
+    def step(line: Line, system: str) -> tuple[Any, ...]:
+        return system, line["batch"], line["context"], line["weights"]
+
+    def replays(self, system: str, value: Callable[[Line], float | None], most: int = 1 << 30) -> Iterator[Value]:
+        """Yield `value` of the lines of a system, to batches of `most`."""
+        for line in self.steps.values():
+            if line["system"] == system and line["batch"] <= most and (found := value(line)) is not None:
+                yield found, f"batch {line['batch']}, context {line['context']}, {line['weights']}"
+
+    def edited_layer(self, line: Line) -> float | None:
+        """Return the microseconds of a layer that is edited but has no sensor; None: not measured."""
+        one = self.steps.get(self.step(line, "open-one"))
+        return one and (line["more_us"] - one["more_us"]) / (line["declared"] - one["declared"])
+
+    def over_one_profile(self, line: Line) -> float | None:
+        one = self.steps.get(self.step(line, "open-all"))
+        return one and line["us"] / one["us"]
 
 
 def bars(results: Results, cuda: bool) -> Iterator[tuple[str, str, list[Value], float]]:
@@ -87,7 +109,15 @@ def bars(results: Results, cuda: bool) -> Iterator[tuple[str, str, list[Value], 
     yield "fused op over itself without slots, every row count", "<=", list(unsteered), 1.05
     yield "256 profiles over one", "<=", list(results.against(many, "steerfast", profiles=1)), 1.05
     yield "steer_ without an active row over an empty kernel, to 256 rows", "<=", list(results.inactive()), 1.2
-    yield "host time of an eager launch, us", "<=", list(results.launch()), 6.0
+    yield "host time of an eager launch over torch.add", "<=", list(results.launch()), 2.5
+    replays = results.replays
+    yield "unsteered step over the bandwidth floor", "<=", list(replays("stock", lambda ln: ln["of_floor"])), 1.25
+    yield "captured sensor layer, to batch 64, us", "<=", list(replays("open-one", lambda ln: ln["more_us"], 64)), 3.0
+    yield "captured edited layer, to batch 64, us", "<=", list(replays("open-all", results.edited_layer, 64)), 2.0
+    idle = replays("directory", lambda ln: ln["more_us"] / ln["declared"])
+    yield "idle declared layer, us", "<=", list(idle), 1.3
+    yield "all layers steered over no plugin", "<=", list(replays("open-all", lambda ln: ln["ratio"])), 1.012
+    yield "64 profiles over one", "<=", list(replays("profiles-64", results.over_one_profile)), 1.01
 
 
 def read(path: Path) -> list[Line]:
@@ -100,9 +130,11 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     directory = parser.parse_args().results
     missed = 0
-    for path in sorted(directory.glob("ops-*.jsonl")):
-        device = path.stem.removeprefix("ops-")
-        results = Results(read(path), read(directory / f"launch-{device}.jsonl"))
+    names = {
+        path.stem.removeprefix(kind) for kind in ("ops-", "serve-graph-") for path in directory.glob(f"{kind}*.jsonl")
+    }
+    for device in sorted(names):
+        results = Results(*(read(directory / f"{kind}-{device}.jsonl") for kind in ("ops", "launch", "serve-graph")))
         print(device)
         for name, comparison, values, limit in bars(results, device != "cpu"):
             if not values:

@@ -1,7 +1,8 @@
-"""Triton kernels that the ops are measured against: the norm a serving engine runs, and an empty one."""
+"""Triton kernels that the ops are measured against: the norm and activation of a serving engine, and an empty one."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,7 +12,7 @@ from steerfast.kernels.launch import launch_shape
 
 @triton.jit
 def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, residual_ptr, weight_ptr, eps, H: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, residual_ptr, out_ptr, weight_ptr, eps, H: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -22,7 +23,18 @@ def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(residual_ptr + at, y.to(residual_ptr.dtype.element_ty), mask=inside)
     rstd = tl.rsqrt(tl.sum(y * y, axis=0) / H + eps)
-    tl.store(x_ptr + at, (y * rstd * weight).to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, (y * rstd * weight).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_mul_kernel(pair_ptr, out_ptr, H: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < H
+    gate = tl.load(pair_ptr + row * 2 * H + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(pair_ptr + row * 2 * H + H + columns, mask=inside, other=0.0).to(tl.float32)
+    product = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row * H + columns, product.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -30,10 +42,23 @@ def empty_kernel(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p):  # type: ignor
     pass
 
 
-def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-    """Residual add and RMSNorm of [rows, H] as serving engines do it: in place, x becomes the normalised rows."""
+def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> None:
+    """Residual add and RMSNorm of [rows, H] as serving engines do it: in place, x becomes the normalised rows.
+
+    With `out`, which may be float8 (scale 1), `out` becomes the normalised rows and x stays.
+    """
     shape = launch_shape(x.shape[1], x.dtype)
-    add_rms_norm_kernel[(len(x),)](x, residual, weight, eps, x.shape[1], shape.block, num_warps=shape.num_warps)
+    add_rms_norm_kernel[(len(x),)](
+        x, residual, x if out is None else out, weight, eps, x.shape[1], shape.block, num_warps=shape.num_warps
+    )
+
+
+def silu_mul(pair: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return silu of the left half of `pair` [rows, 2 * H] times its right half, [rows, H] of `dtype`."""
+    rows, hidden = len(pair), pair.shape[1] // 2
+    out = torch.empty(rows, hidden, dtype=dtype, device=pair.device)
+    silu_mul_kernel[(rows, triton.cdiv(hidden, 1024))](pair, out, hidden, 1024, num_warps=4)
+    return out
 
 
 def empty(x: Tensor, residual: Tensor, others: tuple[Tensor, ...], eps: float) -> None:

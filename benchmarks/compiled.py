@@ -32,7 +32,7 @@ from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_torch
 from steerfast.kernels.contract import Kinds, Norm, Operands
 
 Seam = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
-BUFFERS = ("weight", "rows", "no_slots", "values", "strength", "none", "vectors", "directions", "table")
+BUFFERS = ("weight", "slots", "scales", "no_slots", "no_scales", "vectors", "directions", "table")
 NORM, KINDS = int(Norm.LLAMA), int(Kinds.LATCHED_ADD)
 
 
@@ -61,17 +61,17 @@ class Stack(nn.Module):
 
 
 def op(x: Tensor, residual: Tensor, m: Any) -> tuple[Tensor, Tensor]:
-    tables = (m.rows, m.values, m.strength, m.vectors, m.directions, m.table)
+    tables = (m.slots, m.scales, m.vectors, m.directions, m.table)
     return torch.ops.steerfast.add_steer_rms_norm.default(x, residual, m.weight, *tables, EPS, NORM, KINDS)
 
 
 def in_torch(x: Tensor, residual: Tensor, m: Any) -> tuple[Tensor, Tensor]:
-    operands = Operands(m.rows, m.values, m.strength, m.vectors, m.directions, m.table, KINDS)
+    operands = Operands(m.slots, m.scales, m.vectors, m.directions, m.table, KINDS)
     return add_steer_rms_norm_torch(x, residual, m.weight, operands, EPS, NORM)
 
 
 def unsteered(x: Tensor, residual: Tensor, m: Any) -> tuple[Tensor, Tensor]:
-    operands = Operands(m.no_slots, m.none, m.none, m.vectors, m.directions, m.table, KINDS)
+    operands = Operands(m.no_slots, m.no_scales, m.vectors, m.directions, m.table, KINDS)
     return add_steer_rms_norm_torch(x, residual, m.weight, operands, EPS, NORM)
 
 

@@ -10,6 +10,7 @@ One JSON line per op and provider, microseconds of host time per call:
     checked      the public function, which checks every argument
     fn[grid]     the same Triton kernel launched as Triton does it (CUDA, fused op)
     torch        the op in plain torch
+    torch.add    torch.add of the rows: the yardstick, a launch by C++ (line `torch.add` of the fused op)
     empty        an empty Triton kernel with as many arguments, launched as Triton does it (CUDA)
 
 And per half of a decoder layer (op ``seam``, one token, hidden size 576), where the residual add meets the norm:
@@ -34,14 +35,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import EPS, FUSED, GATES, STEER, Buffers, Case, Tensors
+from cases import EPS, FUSED, SCORE, STEER, Buffers, Case, Tensors
 from report import Report, parser, spread
 
 from steerfast.evaluation.timing import interleave, turns
 from steerfast.kernels import add_steer_rms_norm as fused
 from steerfast.kernels import gate, steer
-from steerfast.kernels.contract import Kinds, Norm
-from steerfast.kernels.launch import launch_shape, nvidia
+from steerfast.kernels.contract import Norm
+from steerfast.kernels.launch import Launcher
 
 SEAM = 576
 STEP = 32  # layers
@@ -62,11 +63,12 @@ def providers(o: Tensors, b: Buffers) -> dict[str, Callable[[], Any]]:
             "unchecked": fused.add_steer_rms_norm_unchecked,
             "checked": fused.add_steer_rms_norm,
             "torch": fused.add_steer_rms_norm_torch,
+            "torch.add": lambda *_: torch.add(b.x, b.residual),
         }
         if o.device == "cuda":
             from baselines import empty
 
-            ways["fn[grid]"] = lambda *_: launch_as_triton_does(o, b)
+            ways["fn[grid]"] = launched_by_triton()
             ways["empty"] = lambda *_: empty(b.x, b.residual, (o.weight, *tables), EPS)
     elif o.case.op == STEER:
         arguments = (b.x, None, o.operands)
@@ -77,12 +79,14 @@ def providers(o: Tensors, b: Buffers) -> dict[str, Callable[[], Any]]:
             "torch": steer.steer_torch_,
         }
     else:
-        arguments = (b.x, None, o.gate_row, o.gates)
+        arguments = (b.x, None, o.gates)
+        g = o.gates
+        read = (g.sequence, g.deciding, g.counted, g.slots, g.directions, g.mean_directions, g.tables[g.layer])
         ways = {
-            "op": lambda *_: ops.gate_.default(b.x, None, o.gate_row, *o.gates),
-            "unchecked": gate.gate_unchecked_,
-            "checked": gate.gate_,
-            "torch": gate.gate_torch_,
+            "op": lambda *_: ops.score_.default(b.x, None, *read, g.row_scores, g.last_scores),
+            "unchecked": gate.score_unchecked_,
+            "checked": gate.score_,
+            "torch": gate.score_torch_,
         }
     return {name: lambda way=way: way(*arguments) for name, way in ways.items()}  # type: ignore[misc]
 
@@ -150,15 +154,19 @@ def steps() -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def launch_as_triton_does(o: Tensors, b: Buffers) -> None:
-    """Launch the kernel of the fused op with the op's arguments, bound and inspected by Triton."""
-    shape = launch_shape(o.case.hidden, o.case.dtype)
-    normed, new_residual = b.x.new_empty(b.x.shape), b.x.new_empty(b.x.shape)
-    tensors = (b.x, b.residual, normed, new_residual, o.weight, o.vectors, o.directions, o.rows, o.values, o.strength)
-    constants = (o.case.hidden, shape.block, 1, True, int(Norm.LLAMA), int(Kinds.LATCHED_ADD), False, nvidia(b.x))
-    fused.add_steer_rms_norm_kernel[(len(b.x),)](
-        *tensors, o.table, None, None, 0, 0, EPS, *constants, num_warps=shape.num_warps, enable_fp_fusion=False
-    )
+def launched_by_triton() -> Callable[..., Any]:
+    """Return the fused op without its fast path: Triton binds and inspects the arguments of each launch."""
+    slow = Launcher(fused.launch.kernel)
+    slow.reusable = False
+
+    def call(*arguments: Any) -> Any:
+        fast, fused.launch = fused.launch, slow
+        try:
+            return fused.add_steer_rms_norm_unchecked(*arguments)
+        finally:
+            fused.launch = fast
+
+    return call
 
 
 def time_on_host(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, list[float]]:
@@ -184,12 +192,13 @@ def main() -> int:
     options.add_argument("--rows", type=int, nargs="+", default=[1])
     options.add_argument("--hidden-sizes", type=int, nargs="+", help="default: 4096, on a CPU also 64")
     options.add_argument("--seconds", type=float, default=1.0, help="for each op and shape (default 1)")
+    options.add_argument("--ops-only", action="store_true", help="neither seam nor step, which compiles for a minute")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     report = Report("launch", given.device, given.json)
     for hidden in given.hidden_sizes or ([4096] if given.device == "cuda" else [64, 4096]):
         for rows in given.rows:
-            for op in (FUSED, STEER, GATES):
+            for op in (FUSED, STEER, SCORE):
                 case = Case(op, rows, hidden)
                 record = {"rows": rows, "hidden": hidden, "dtype": "bfloat16"}
                 operands = Tensors(case, given.device)
@@ -200,6 +209,8 @@ def main() -> int:
                 }
                 for name, times in time_on_host(calls, given.device, given.seconds).items():
                     report.line({"op": op, "provider": name, **record, **spread(times)})
+    if given.ops_only:
+        return int(report.failed)
     for name, times in time_on_host(seams(given.device), given.device, given.seconds).items():
         report.line({"op": "seam", "provider": name, "rows": 1, "hidden": SEAM, "dtype": "float32", **spread(times)})
     with torch.inference_mode(False), torch.no_grad():

@@ -5,7 +5,7 @@
     python benchmarks/ops.py --quick
 
 One JSON line per case and provider (cases.py, providers.py): median and 20th/80th percentile in microseconds; `gbps`,
-the bytes that the op must move (residual, weight, vectors and tables included; the same bytes for every
+the bytes that the op must move (residual, weight, vectors and records included; the same bytes for every
 provider) over the median; `pct_copy`, that as a percentage of a large copy's bandwidth in the same process (above 100
 where the rows lie in a cache). Providers take turns, one call each (timing.py). `graph_us`, on CUDA: the median per
 call of a CUDA graph, where the op's calls take less than 20 us and the cache is warm.
@@ -24,7 +24,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from cases import FUSED, PROMPT, STEER, Case, Tensors
+from cases import FUSED, GATED, STEER, Case, Tensors
 from providers import OPS, forget_compiled, providers
 from report import Report, parser, spread
 from timing import CPU_CACHE, copy_bandwidth, time_in_graph, time_on_cpu, time_on_cuda
@@ -36,11 +36,12 @@ def sweep(hidden_sizes: list[int], rows: list[int], ops: list[str], dtype: torch
     """Yield the cases. The first hidden size in full: all ops, shares of active rows and numbers of profiles."""
     for at, hidden in enumerate(hidden_sizes):
         for op, count, cache in product(ops[:1] if at else ops, rows, ("warm", "cold")):
-            if op != PROMPT or count >= 16:
-                yield Case(op, count, hidden, cache=cache, dtype=dtype)
+            yield Case(op, count, hidden, cache=cache, dtype=dtype)
         if at:
             continue
         some = [count for count in rows if count in (1, 16, 64, 256, 1024, 8192)]
+        for op, count in product([op for op in GATED if op in ops], some):  # a step in which no gate decides
+            yield Case(op, count, hidden, active=0.0, dtype=dtype)
         steering = [op for op in (FUSED, STEER) if op in ops]
         for op, count, active in product(steering, some, (0.0, 0.1)):
             if not active or active * count >= 1:

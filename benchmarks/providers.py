@@ -1,12 +1,13 @@
 """The compared ways to do the work of an op: ours, and the usual ones.
 
-    steerfast            our op
+    steerfast            our op; where gates decide, `score_` and then the deciding form
     steerfast-unsteered  the fused op without slots (K = 0)
-    steerfast-any        the fused op compiled for every kind of edit and gate (Kinds.ANY)
+    steerfast-any        the op compiled for every kind of edit and gate (Kinds.ANY)
+    steerfast-plain      where gates decide: the form that only edits, with decisions made before
     norm                 residual add and RMSNorm without steering: a fused Triton kernel, in place as serving engines
                          have it; on a CPU torch's add and rms_norm
     norm+add             the same after a separate elementwise steering add to the block's output
-    separate             our ops as separate passes: torch's add, steer_, torch's rms_norm (prompt: gate_, fused op)
+    separate             our ops as separate passes: torch's add, steer_, torch's rms_norm
     torch                plain torch as usually written: gathers, a float32 sum, the norm
     torch.compile        the same, compiled by Inductor with a dynamic number of rows
     add                  for steer_: an unconditional add of a vector to every row, as a forward hook does
@@ -23,28 +24,35 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import EPS, FUSED, GATES, PROMPT, STEER, Buffers, Tensors
+from cases import EPS, FUSED, FUSED_DECIDING, SCORE, STEER, STEER_DECIDING, Buffers, Tensors
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked
-from steerfast.kernels.contract import STRENGTH, THRESHOLD, GateOperands, Norm
-from steerfast.kernels.gate import gate_unchecked_
+from steerfast.kernels.contract import Norm
+from steerfast.kernels.gate import score_unchecked_
 from steerfast.kernels.steer import steer_unchecked_
 
 Call = Callable[[Buffers], Any]
 
-OPS = (FUSED, PROMPT, STEER, GATES)
+OPS = (FUSED, FUSED_DECIDING, STEER, STEER_DECIDING, SCORE)
 LLAMA = int(Norm.LLAMA)
 
 
 def providers(o: Tensors) -> dict[str, Call]:
     """Return the providers of the case's op, by name; each takes the rows of one call."""
-    return {FUSED: _fused, PROMPT: _prompt, STEER: _steer, GATES: _gate}[o.case.op](o)
+    makers = {
+        FUSED: _fused,
+        FUSED_DECIDING: _fused_deciding,
+        STEER: _steer,
+        STEER_DECIDING: _steer_deciding,
+        SCORE: _score,
+    }
+    return makers[o.case.op](o)
 
 
 def _fused(o: Tensors) -> dict[str, Call]:
-    plain = (o.weight, o.rows, o.values, o.strength, o.vectors, o.table)
+    plain = (o.weight, o.slots, o.scales, o.vectors)
     add, norm = _elementwise_add(o), _norm(o)
 
     def norm_add(b: Buffers) -> Any:
@@ -72,30 +80,25 @@ def _fused(o: Tensors) -> dict[str, Call]:
     }
 
 
-def _prompt(o: Tensors) -> dict[str, Call]:
-    tables = (o.strength, o.vectors, o.directions, o.table, EPS, LLAMA)
-    fused = torch.ops.steerfast.add_steer_rms_norm.prompt
-    slot = o.gate_slot.new_full((len(o.deciding), 1), -1)
-    gates, decided = GateOperands(slot, o.directions, o.table, o.scores, o.latch), o.any._replace(values=o.latch)
-    used = o.deciding >= 0
-    slot[used] = o.gate_slot[o.deciding[used].long()]
-
-    def separate(b: Buffers) -> Any:
-        gate_unchecked_(b.x, b.residual, o.deciding, gates)
-        return add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, decided, EPS, LLAMA)
+def _fused_deciding(o: Tensors) -> dict[str, Call]:
+    def decide(b: Buffers) -> Any:
+        score_unchecked_(b.x, b.residual, o.gates)
+        return add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, o.decided, EPS, LLAMA, o.gates)
 
     return {
-        "steerfast": lambda b: fused(b.x, b.residual, o.weight, o.rows, o.deciding, o.scores, o.latch, *tables),
-        "separate": separate,
+        "steerfast": decide,
+        "steerfast-plain": lambda b: add_steer_rms_norm_unchecked(b.x, b.residual, o.weight, o.operands, EPS, LLAMA),
         "norm": _norm(o),
+        **_empty(o),
         "copy": lambda b: b.pair.clone(),
     }
 
 
 def _steer(o: Tensors) -> dict[str, Call]:
-    plain = (o.rows, o.values, o.strength, o.vectors, o.table)
+    plain = (o.slots, o.scales, o.vectors)
     found: dict[str, Call] = {
         "steerfast": lambda b: steer_unchecked_(b.x, None, o.operands),
+        "steerfast-any": lambda b: steer_unchecked_(b.x, None, o.any),
         "add": _elementwise_add(o),
         "torch": lambda b: torch_steer_(b.x, *plain),
         "torch.compile": lambda b: compiled(torch_steer_)(b.x, *plain),
@@ -106,13 +109,24 @@ def _steer(o: Tensors) -> dict[str, Call]:
     return found
 
 
-def _gate(o: Tensors) -> dict[str, Call]:
-    written = (o.gate_scores, o.gate_values)
-    plain = (o.gate_slot[:, 0], o.directions, o.table)
+def _steer_deciding(o: Tensors) -> dict[str, Call]:
+    def decide(b: Buffers) -> None:
+        score_unchecked_(b.x, b.residual, o.gates)
+        steer_unchecked_(b.x, b.residual, o.decided, o.gates)
+
     return {
-        "steerfast": lambda b: gate_unchecked_(b.x, None, o.gate_row, o.gates),
-        "torch": lambda b: torch_gate_(b.x, *plain, *written),
-        "torch.compile": lambda b: compiled(torch_gate_)(b.x, *plain, *written),
+        "steerfast": decide,
+        "steerfast-plain": lambda b: steer_unchecked_(b.x, b.residual, o.operands),
+        **_empty(o),
+    }
+
+
+def _score(o: Tensors) -> dict[str, Call]:
+    plain = (o.read_slot, o.directions, o.gates.row_scores)
+    return {
+        "steerfast": lambda b: score_unchecked_(b.x, None, o.gates),
+        "torch": lambda b: torch_score_(b.x, *plain),
+        "torch.compile": lambda b: compiled(torch_score_)(b.x, *plain),
         **_empty(o),
     }
 
@@ -132,9 +146,10 @@ def _norm(o: Tensors) -> Call:
 
 def _elementwise_add(o: Tensors) -> Call:
     if o.moved_rows == o.case.rows and o.moving_profiles == 1:
-        vector = o.vectors[0]
+        vector = o.vectors[0].to(o.case.dtype)
         return lambda b: b.x.add_(vector)
-    return lambda b: b.x.addcmul_(o.vectors.index_select(0, o.slot), o.beta)
+    vectors = o.vectors.to(o.case.dtype)
+    return lambda b: b.x.addcmul_(vectors.index_select(0, o.slot), o.beta)
 
 
 def _empty(o: Tensors) -> dict[str, Call]:
@@ -142,7 +157,7 @@ def _empty(o: Tensors) -> dict[str, Call]:
         return {}
     from baselines import empty
 
-    others = (o.weight, o.vectors, o.directions, o.rows, o.values, o.strength, o.table)
+    others = (o.weight, o.vectors, o.directions, o.slots, o.scales, o.table)
     return {"empty": lambda b: empty(b.x, b.residual, others, EPS)}
 
 
@@ -150,34 +165,26 @@ def _empty(o: Tensors) -> dict[str, Call]:
 
 
 def torch_add_steer_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, rows: Tensor, values: Tensor, strength: Tensor, vectors: Tensor,
-    table: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = x.float() + residual.float() + _displacement(rows, values, strength, vectors, table)
+    x: Tensor, residual: Tensor, weight: Tensor, slots: Tensor, scales: Tensor, vectors: Tensor
+) -> tuple[Tensor, Tensor]:
+    y = x.float() + residual.float() + _displacement(slots, scales, vectors)
     new_residual = y.to(x.dtype)
     n = new_residual.float()
     normed = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + EPS)
     return weight * normed.to(x.dtype), new_residual
 
 
-def torch_steer_(x: Tensor, rows: Tensor, values: Tensor, strength: Tensor, vectors: Tensor, table: Tensor) -> None:
-    x.add_(_displacement(rows, values, strength, vectors, table))
+def torch_steer_(x: Tensor, slots: Tensor, scales: Tensor, vectors: Tensor) -> None:
+    x.add_(_displacement(slots, scales, vectors))
 
 
-def torch_gate_(
-    x: Tensor, slot: Tensor, directions: Tensor, table: Tensor, scores: Tensor, values: Tensor
-) -> None:  # fmt: skip
-    index = slot.clamp(min=0)
-    score = (x.float() * directions[index].float()).sum(-1)
-    scores[:, 0] = score
-    values[:, 0] = torch.where(slot >= 0, (score > table[index, THRESHOLD]).float(), 0.0)
+def torch_score_(x: Tensor, slot: Tensor, directions: Tensor, row_scores: Tensor) -> None:
+    score = (x.float() * directions[slot.clamp(min=0)]).sum(-1)
+    row_scores[:, 0] = torch.where(slot >= 0, score, 0.0)
 
 
-def _displacement(rows: Tensor, values: Tensor, strength: Tensor, vectors: Tensor, table: Tensor) -> Tensor:
-    sequence, slot = rows[:, 0], rows[:, 1]
-    index = slot.clamp(min=0)
-    beta = values[sequence, 0] * strength[sequence, 0] * table[index, STRENGTH]
-    return torch.where(slot >= 0, beta, 0.0)[:, None] * vectors[index].float()
+def _displacement(slots: Tensor, scales: Tensor, vectors: Tensor) -> Tensor:
+    return torch.where(slots >= 0, scales, 0.0) * vectors[slots[:, 0].clamp(min=0)]
 
 
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FUSED, GATES, STEER, Case, Tensors
+from cases import FUSED, FUSED_DECIDING, SCORE, STEER, STEER_DECIDING, Case, Tensors
 from providers import providers
 
 pytest.importorskip("pytest_benchmark")
@@ -21,7 +21,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = {
     FUSED: ("steerfast", "steerfast-unsteered", "norm", "norm+add", "separate", "torch", "copy"),
     STEER: ("steerfast", "add", "torch"),
-    GATES: ("steerfast", "torch"),
+    FUSED_DECIDING: ("steerfast", "steerfast-plain"),
+    STEER_DECIDING: ("steerfast", "steerfast-plain"),
+    SCORE: ("steerfast", "torch"),
 }
 
 

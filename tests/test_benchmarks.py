@@ -1,0 +1,120 @@
+"""The benchmarks of ops and serving steps: what they time is right, and how much a captured step launches."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(script: str, *arguments: str) -> list[str]:
+    """Return the lines that a script prints."""
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def serve_graph() -> list[dict[str, Any]]:
+    arguments = ("--device", "cpu", "--shape", "tiny", "--seconds", "0", "--rounds", "3", "--weights", "bf16", "fp8")
+    return [json.loads(line) for line in run("serve_graph.py", *arguments)]
+
+
+def test_a_serving_step_is_timed_beside_every_system(serve_graph: list[dict[str, Any]]) -> None:
+    timed = {(line["weights"], line["system"]) for line in serve_graph if line["op"] == "serve-graph"}
+    systems = {"idle", "shut", "open-one", "open-all", "directory", "directory-open", "profiles-64"}
+    assert timed == {(weights, name) for weights in ("bf16", "fp8") for name in ("stock", "control", *systems)}
+
+
+@pytest.mark.contract
+def test_a_captured_layer_holds_two_launches_with_a_sensor_and_one_without(serve_graph: list[dict[str, Any]]) -> None:
+    sensors = {"open-all": {0}, "profiles-64": {0}, "directory": set(range(4)), "directory-open": set(range(4))}
+    layers = [line for line in serve_graph if line.get("pass") == "captured"]
+    assert len({line["system"] for line in layers}) == 7
+    for line in layers:
+        most = 2 if line["layer"] in sensors.get(line["system"], {2}) else 1
+        assert line.get("steerfast", 0) <= most, line
+        assert line.get("other", 0) == 0, line
+
+
+@pytest.mark.contract
+def test_a_settled_step_launches_one_edit_a_layer_and_nothing_between_steps(serve_graph: list[dict[str, Any]]) -> None:
+    settled = [line for line in serve_graph if "settled" in (line.get("pass"), line.get("between"))]
+    for line in settled:
+        acts = "pass" in line and (not line["system"].startswith("directory") or line["layer"] == 2)
+        assert line.get("steerfast", 0) <= int(acts), line
+        assert line.get("other", 0) == 0, line
+
+
+def test_the_launches_of_the_sanitizer_agree_with_plain_torch() -> None:
+    assert run("sanitize.py", "--device", DEVICE)[-1].endswith(f"launches on {DEVICE}")
+
+
+@pytest.fixture
+def neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Let the benchmarks import each other, as they do when run as scripts."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("active", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("op", "other"),
+    [
+        ("add_steer_rms_norm", "torch"),
+        ("add_steer_rms_norm.deciding", "steerfast-plain"),
+        ("steer_", "torch"),
+        ("steer_.deciding", "steerfast-plain"),
+        ("score_", "torch"),
+    ],
+)
+def test_the_compared_providers_do_the_same(neighbours: Any, op: str, other: str, active: float) -> None:
+    cases, providers = neighbours("cases"), neighbours("providers")
+    found = []
+    with torch.inference_mode():
+        for name in ("steerfast", other):
+            torch.manual_seed(0)
+            tensors = cases.Tensors(cases.Case(op, 300, 64, active, profiles=16, dtype=torch.float32), DEVICE)
+            tensors.vectors.mul_(1e4)  # far from the tolerance
+            (buffers,) = tensors.buffers(1)
+            before = buffers.pair.clone()
+            result = providers.providers(tensors)[name](buffers)
+            outputs = result if isinstance(result, tuple) else (buffers.x, buffers.residual)
+            found.append((*outputs, tensors.gates.row_scores))
+            steered = tensors.moved_rows > 0
+            assert op == "score_" or "rms" in op or torch.equal(buffers.pair, before) != steered
+    for one, two in zip(*(each[:2] for each in found), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    if op == "score_":
+        torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-5, atol=1e-5)
+
+
+def test_bars_read_the_lines_of_serving_steps(neighbours: Any) -> None:
+    bars = neighbours("bars")
+    step = {"batch": 64, "context": 1024, "weights": "bf16", "of_floor": 1.2, "ratio": 1.01}
+    lines = [
+        {**step, "system": "stock", "declared": 0, "us": 5000.0, "more_us": 0.0},
+        {**step, "system": "open-one", "declared": 1, "us": 5002.0, "more_us": 2.0},
+        {**step, "system": "open-all", "declared": 32, "us": 5050.0, "more_us": 48.5},
+        {**step, "system": "profiles-64", "declared": 32, "us": 5100.5, "more_us": 98.5},
+    ]
+    found = {name: values for name, _, values, _ in bars.bars(bars.Results([], [], lines), cuda=True)}
+    assert found["captured sensor layer, to batch 64, us"][0][0] == 2.0
+    assert found["captured edited layer, to batch 64, us"][0][0] == 1.5
+    assert found["64 profiles over one"][0][0] == pytest.approx(1.01)
+    assert found["idle declared layer, us"] == []
