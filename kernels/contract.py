@@ -295,7 +295,7 @@ def check_gates(x: Tensor, gates: GateOperands, operands: Operands | None = None
         )
     layers, rows, stack = scales.shape
     if not 0 <= gates.layer < layers:
-        raise ValueError(f"layer: expected 0 to {layers - 1}, got {gates.layer}")
+        raise ValueError(f"gates.layer: expected 0 to {layers - 1}, got {gates.layer}")
     if rows < len(x):
         raise ValueError(f"gates.scales: expected at least {len(x)} rows like x, got {rows}")
     check_stack("gates.scales", stack)

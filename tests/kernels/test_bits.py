@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     CPP,
+    DECISIONS,
     DTYPES,
     IMPLEMENTATIONS,
     Case,
@@ -23,7 +24,18 @@ from kernel_cases import (
 )
 
 from steerfast import _native
-from steerfast.kernels.contract import SHARPNESS, EditId, GateKind, Kinds, Norm, Score
+from steerfast.kernels.contract import (
+    DECIDES,
+    READING,
+    SHARPNESS,
+    Decides,
+    EditId,
+    GateKind,
+    Kinds,
+    Norm,
+    Reading,
+    Score,
+)
 
 pytestmark = pytest.mark.contract
 
@@ -31,18 +43,44 @@ needs_cpp = pytest.mark.skipif(not _native.available, reason=f"the C++ ops are a
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def run_all(implementation: Implementation, case: Case) -> dict[str, torch.Tensor]:
-    """The outputs of every op; gates of one whole row each."""
-    every = replace(
+def each_decides(case: Case) -> Case:
+    """The case with a sequence for every row, whose gates read that row by both readings."""
+    rows, stack = case.slots.shape
+    number = torch.arange(rows, dtype=torch.int32)
+    own = number.repeat_interleave(stack)
+    decisions = {name: torch.zeros(len(case.tables), rows * stack) for name in ("scores", "values")}
+    tables = case.tables.clone()
+    tables[..., DECIDES], tables[..., READING] = Decides.EVERYWHERE, Reading.BOTH
+    return replace(
         case,
-        row=torch.arange(len(case.x), dtype=torch.int32),
-        slot=case.rows[:, 1:].contiguous(),
-        scores=torch.zeros(len(case.x), case.rows.shape[1] - 1),
-        values=torch.zeros(len(case.x), case.rows.shape[1] - 1),
+        sequence=number,
+        deciding=number,
+        counted=torch.stack([own, own + 1, torch.full_like(own, 2)], dim=1),
+        decider_slots=case.slots.flatten(),
+        strength=torch.ones(rows * stack),
+        row_scores=torch.zeros(rows, stack),
+        last_scores=torch.zeros(rows * stack),
+        sums=torch.zeros(len(case.tables), rows * stack, dtype=torch.float64),
+        tables=tables,
+        **decisions,
     )
-    names = ("scores", "values", "x", "normed", "new_residual")
-    outputs = (*every.run_gate(implementation), case.run_steer(implementation), *case.run_norm(implementation))
-    return dict(zip(names, outputs, strict=True))
+
+
+def run_all(implementation: Implementation, case: Case) -> dict[str, torch.Tensor]:
+    """The outputs of every op, by row; in the forms that decide, every row decides."""
+    scored = each_decides(case).scored_by(implementation)
+    x, decided = scored.decide_steer(implementation)
+    normed, residual, other = scored.decide_norm(implementation)
+    rows, of_rows = len(case.x), (decided.scores, decided.values, other.scores, other.values)
+    outputs = {
+        "row scores": scored.row_scores,
+        "last scores": scored.last_scores.view(rows, -1),
+        "decisions": torch.stack(of_rows).view(4, len(case.tables), rows, -1).movedim(2, 0),
+        "scales": torch.stack([decided.all_scales, other.all_scales]).movedim(2, 0),
+        "decided": torch.stack([x, normed, residual], dim=1),
+        "x": case.run_steer(implementation),
+    }
+    return outputs | dict(zip(("normed", "new_residual"), case.run_norm(implementation), strict=True))
 
 
 # ---- between implementations -------------------------------------------------------------------------------
@@ -82,7 +120,7 @@ SCRIPT = """
 import hashlib, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {folder!r})
-from kernel_cases import CPP, DTYPES, Kinds, Norm, bits, make_case
+from kernel_cases import CPP, DECISIONS, DTYPES, Kinds, Norm, bits, make_case
 from steerfast import _native
 digest = hashlib.sha256()
 for size in (1, 7, 111, 576, 769, 4096):
@@ -92,7 +130,10 @@ for size in (1, 7, 111, 576, 769, 4096):
                 case = make_case(7, size, dtype, bank_dtype, stack=3, slots=6, pair=pair, seed=size,
                                  norm=Norm(size % len(Norm)), shared=True)
                 case.x[0, 0], case.x[1, -1] = float("nan"), float("inf")
-                for output in (*case.run_gate(CPP), case.run_steer(CPP), *case.run_norm(CPP), *case.run_prompt(CPP)):
+                x, decided = case.decide_steer(CPP)
+                of_gates = [getattr(decided, name) for name in DECISIONS]
+                deciding = (*case.run_score(CPP), x, *of_gates, *case.decide_norm(CPP)[:2])
+                for output in (case.run_steer(CPP), *case.run_norm(CPP), *deciding):
                     digest.update(bits(output.nan_to_num(nan=12345.0)).numpy().tobytes())
 print(_native.isa(), digest.hexdigest())
 """
@@ -134,20 +175,21 @@ def test_a_row_that_is_not_displaced_is_as_without_slots(
 ) -> None:
     case = make_case(4, 111, dtype, stack=2, edits=(EditId.CLAMP, EditId.ROTATE, EditId.ADD), norm=Norm.VLLM, seed=5)
     case = replace(case, kinds=kinds)
-    case.rows[:] = torch.tensor([[0, 0, 1], [1, 1, 2], [2, 2, 0], [3, 1, 1]])
-    case.strength[:], case.values[:] = 1.0, 1.0
-    none = replace(case, rows=case.rows[:, :1].contiguous(), values=case.values[:, :0], strength=case.strength[:, :0])
-    weak, shut = case.plain(STRENGTH=0.0), case.plain(GATE=GateKind.PROMPT)
-    unable = replace(case, strength=torch.full_like(case.strength, float("inf")))
-    unable = replace(unable, table=shut.table, values=torch.zeros_like(case.values))
+    case.slots[:], case.all_scales[:] = torch.tensor([[0, 1], [1, 2], [2, 0], [1, 1]]), 1.0
+    none = replace(case, slots=case.slots[:, :0].contiguous(), all_scales=case.all_scales[:, :, :0].contiguous())
+    deciding = {"GATE": GateKind.PROMPT, "DECIDES": Decides.HERE, "READING": Reading.LAST, "SHARPNESS": 0.0}
+    shut = each_decides(case.plain(**deciding, THRESHOLD=1.0))
+    shut.strength[:], shut.last_scores[:] = float("inf"), 0.0
     want = none.run_norm(implementation)
     same = [
-        replace(case, rows=torch.full_like(case.rows, -1)),
-        replace(case, strength=torch.zeros_like(case.strength)),
-        weak,
-        replace(shut, values=torch.zeros_like(case.values)),
-        unable,  # a shut gate wins over an infinite strength
+        replace(case, slots=torch.full_like(case.slots, -1)),
+        replace(case, all_scales=torch.zeros_like(case.all_scales)),
+        case.plain(STRENGTH=0.0),
+        shut.decide_steer(implementation)[1],  # a shut gate wins over an infinite strength
     ]
+    for got, plain in zip(shut.decide_norm(implementation)[:2], want, strict=True):
+        assert_same_bits(got, plain)
+    assert_same_bits(shut.decide_steer(implementation)[0], case.x)
     for other in same:
         for got, plain in zip(other.run_norm(implementation), want, strict=True):
             assert_same_bits(got, plain)
@@ -163,7 +205,7 @@ def test_a_row_that_is_not_displaced_is_as_without_slots(
 
 def soft(case: Case) -> Case:
     """Soft gates and full strength: they show a difference in the last bit of a score."""
-    case.table[:, SHARPNESS], case.strength[:] = 2.0, 1.0
+    case.tables[..., SHARPNESS], case.strength[:] = 2.0, 1.0
     return case
 
 
@@ -199,29 +241,6 @@ def test_a_row_does_not_depend_on_its_batch(implementation: Implementation, dtyp
         assert_same_bits(case.select(order).run_steer(implementation), whole["x"][order])
 
 
-def test_prompt_does_not_depend_on_its_batch(implementation: Implementation) -> None:
-    rows = 8 if implementation.interpreted else 2048
-    sequences = rows // 4
-    case = make_case(rows, 321, torch.float16, stack=2, slots=8, sequences=sequences, shared=True, seed=3)
-    case = soft(case)
-    whole = case.run_prompt(implementation)
-    g = torch.Generator().manual_seed(4)
-    for count in (rows, rows, rows // 2 if implementation.interpreted else 257):
-        kept = torch.randperm(rows, generator=g)[:count]
-        place = torch.full((rows + 1,), -1, dtype=torch.int32)  # of each row in the new batch; of row -1 too: -1
-        place[kept] = torch.arange(count, dtype=torch.int32)
-        deciding = place[case.deciding]
-        # Without its deciding row in the batch, a sequence is judged by the latch that row left.
-        gone = (case.deciding >= 0) & (deciding < 0)
-        part = replace(case.select(kept), deciding=deciding)
-        part.values[gone], part.scores[gone] = whole[3][gone], whole[2][gone]
-        equal = same(implementation)
-        for got, want in zip(
-            part.run_prompt(implementation), (whole[0][kept], whole[1][kept], *whole[2:]), strict=True
-        ):
-            equal(got, want)
-
-
 @pytest.mark.parametrize("shape", [(6, 1), (1, 6), (2, 3), (0, 3)], ids=str)
 def test_rows_of_sequences_are_the_same_rows(implementation: Implementation, shape: tuple[int, int]) -> None:
     case = make_case(shape[0] * shape[1], 321, torch.bfloat16, stack=2, slots=6, pair=True, seed=7)
@@ -246,7 +265,7 @@ def test_rows_of_sequences_are_for_the_fused_op_alone() -> None:
     case = make_case(6, 64, pair=True)
     x = case.x.view(2, 3, 64)
     many = replace(case, x=x, residual=x)
-    for op, arguments in ((CPP.gate_, many.gate_arguments()), (CPP.steer_, many.steer_arguments())):
+    for op, arguments in ((CPP.score_, many.score_arguments()), (CPP.steer_, many.steer_arguments())):
         with pytest.raises(RuntimeError, match=r"x: expected a tensor \[rows, H\], got 3"):
             op(*arguments)
     with pytest.raises(RuntimeError, match="residual: expected the shape"):
@@ -255,12 +274,10 @@ def test_rows_of_sequences_are_for_the_fused_op_alone() -> None:
 
 def test_runs_have_the_same_bits(implementation: Implementation) -> None:
     case = soft(make_case(5, 321, torch.float16, stack=2, slots=6, pair=True, shared=True, seed=6))
-    first, first_prompt = run_all(implementation, case), case.run_prompt(implementation)
+    first = run_all(implementation, case)
     for _ in range(3 if implementation.interpreted else 100):
         for name, output in run_all(implementation, case).items():
             assert_same_bits(output, first[name])
-        for output, want in zip(case.run_prompt(implementation), first_prompt, strict=True):
-            assert_same_bits(output, want)
 
 
 @needs_cpp
@@ -273,7 +290,7 @@ def test_threads_change_no_bit(rows: int) -> None:
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
-            outputs.append([*run_all(CPP, case).values(), *case.run_prompt(CPP)])
+            outputs.append(list(run_all(CPP, case).values()))
     finally:
         torch.set_num_threads(threads)
     for other in outputs[1:]:
@@ -292,11 +309,11 @@ def test_alignment_changes_nothing_but_the_order_of_sums(implementation: Impleme
     off = {name: misaligned(getattr(moved, name)) for name in ("x", "residual", "weight", "vectors", "directions")}
     assert all(t.data_ptr() % 16 for t in off.values())
     other = replace(moved, **off)
-    implementation.gate_(*other.gate_arguments())
+    implementation.score_(*other.score_arguments())
     normed = implementation.add_steer_rms_norm(*other.norm_arguments())
     implementation.steer_(*other.steer_arguments())
-    got = (other.scores, other.values, other.x, *normed)
-    want = (*case.run_gate(implementation), case.run_steer(implementation), *case.run_norm(implementation))
+    got = (other.row_scores, other.last_scores, other.x, *normed)
+    want = (*case.run_score(implementation), case.run_steer(implementation), *case.run_norm(implementation))
     for a, b in zip(got, want, strict=True):
         if implementation.device == "cpu":
             assert_same_bits(a, b)
@@ -321,12 +338,13 @@ def distant(tensor: torch.Tensor, stride: int) -> torch.Tensor:
 def test_offsets_beyond_32_bits(implementation: Implementation) -> None:
     """Row 2 begins at number 2^31, though neither its index nor the stride needs more than 32 bits."""
     case = soft(make_case(3, 8, torch.float16, pair=True, sequences=1, shared=True, seed=9)).plain(
-        GATE=GateKind.PROMPT, SCORE=Score.COSINE
+        GATE=GateKind.PROMPT, DECIDES=Decides.HERE, READING=Reading.BOTH, SHARPNESS=2.0
     )
-    case.rows[:], case.row[:], case.slot[:], case.deciding[:] = 0, 2, 0, 2
-    case.values[:] = 1.0
+    case.slots[:], case.sequence[:], case.decider_slots[:], case.deciding[:] = 0, 0, 0, 2
+    case.counted[:] = torch.tensor([0, 3, 3])
     near = case.on(implementation.device)
-    far = replace(near, x=distant(near.x, 2**30), residual=distant(near.residual, 2**30))
+    other = case.on(implementation.device)
+    far = replace(other, x=distant(near.x, 2**30), residual=distant(near.residual, 2**30))
     got, want = run_ops(implementation, far), run_ops(implementation, near)
     for a, b in zip(got, want, strict=True):
         assert_same_bits(a, b)
@@ -337,31 +355,33 @@ def test_slots_beyond_32_bits(implementation: Implementation) -> None:
     """The last of 2^17 + 1 slots of 16384 numbers begins at number 2^31; only that slot's memory is touched."""
     size, last = 16384, 2**17
     case = make_case(1, size, torch.bfloat16, sequences=1, slots=1, pair=True, seed=10, gates=(GateKind.TOKEN,))
-    case = soft(case.plain(GATE=GateKind.TOKEN, EDIT=EditId.KEEP_NORM))
-    case.rows[:], case.row[:], case.slot[:] = 0, 0, 0
+    columns = {"DECIDES": Decides.HERE, "READING": Reading.BOTH, "SCORE": Score.COSINE}
+    case = case.plain(GATE=GateKind.TOKEN, EDIT=EditId.KEEP_NORM, SHARPNESS=2.0, **columns)
+    case.slots[:], case.sequence[:], case.decider_slots[:], case.deciding[:] = 0, 0, 0, 0
+    case.counted[:] = torch.tensor([0, 1, 1])
     moved = case.on(implementation.device)
     try:
         bank = moved.vectors.new_empty(last + 1, size)
     except RuntimeError as error:
         pytest.skip(f"no {error}")
     bank[last] = moved.vectors[0]
-    table = moved.table.new_zeros(last + 1, moved.table.shape[1])
-    table[last] = moved.table[0]
-    moved.rows[:, 1], moved.slot[:] = last, last
-    # One bank for both, so that it takes 4 GiB and not 8.
-    got = run_ops(implementation, replace(moved, vectors=bank, directions=bank, table=table))
-    same_bank = case.on(implementation.device)
-    want = run_ops(implementation, replace(same_bank, directions=same_bank.vectors))
+    tables = moved.tables.new_zeros(len(moved.tables), last + 1, moved.tables.shape[2])
+    tables[:, last] = moved.tables[:, 0]
+    moved.slots[:], moved.decider_slots[:] = last, last
+    # One bank for all, so that it takes 4 GiB and not 12.
+    got = run_ops(implementation, replace(moved, vectors=bank, directions=bank, mean_directions=bank, tables=tables))
+    one = case.on(implementation.device)
+    want = run_ops(implementation, replace(one, directions=one.vectors, mean_directions=one.vectors))
     for a, b in zip(got, want, strict=True):
         assert_same_bits(a, b)
     assert not torch.equal(got[-1].cpu(), case.x)
 
 
 def run_ops(implementation: Implementation, case: Case) -> list[torch.Tensor]:
-    """What each op leaves and returns; the case's own scores, values and x are written."""
-    implementation.gate_(*case.gate_arguments())
-    latched = [case.scores.clone(), case.values.clone()]
-    outputs = implementation.add_steer_rms_norm(*case.norm_arguments())
-    decided = implementation.prompt(*case.prompt_arguments())
+    """What each op leaves and returns; the case's own scores, decisions and x are written."""
+    implementation.score_(*case.score_arguments())
+    outputs = [*implementation.add_steer_rms_norm(*case.norm_arguments())]
+    outputs += implementation.add_steer_rms_norm(*case.norm_arguments(), case.gates)
+    implementation.steer_(*case.steer_arguments(), case.gates)
     implementation.steer_(*case.steer_arguments())
-    return [*latched, *outputs, *decided, case.scores, case.values, case.x]
+    return [*outputs, case.row_scores, case.last_scores, *(getattr(case, name) for name in DECISIONS), case.x]

@@ -38,7 +38,7 @@ def test_flags_say_what_the_arithmetic_reads(edit: Edit) -> None:
     case = make_case(size=16, slots=1)
     numbers = case.table.clone()
     numbers[0, EDIT], (numbers[0, LOW], numbers[0, HIGH]) = edit.id, edit.columns(**edit.example)
-    v, d, beta = case.vectors, case.directions, case.values.new_full((1,), 0.5)
+    v, d, beta = case.vectors, case.directions, torch.full((1,), 0.5)
     scale, b, c = torch_coefficients(case.x[:1], v, d, beta, numbers)
     other = torch_coefficients(-2 * case.x[:1], v, d, beta, numbers)
     assert edit.reads_sums == any(bool(a != z) for a, z in zip((scale, b, c), other, strict=True))

@@ -65,6 +65,7 @@ class OnDevice:
     def is_contiguous(self): return self.tensor.is_contiguous()
     def new_empty(self, shape): return OnDevice(self.tensor.new_empty(shape))
     def unbind(self): return tuple(map(OnDevice, self.tensor.unbind()))
+    def __getitem__(self, index): return OnDevice(self.tensor[index])
     @classmethod
     def __torch_function__(cls, function, types, arguments, keywords=None):
         return OnDevice(function(*(a.tensor for a in arguments), **(keywords or {})))
@@ -79,32 +80,33 @@ launch.Launcher.plain = lambda self, *a: slow.append(1) or plain(self, *a)
 def on_device(make):
     return lambda *a, device=None, **k: OnDevice(make(*a, **k))
 
-def operands(rows, hidden=512, stack=1, dtype=torch.bfloat16, bank=torch.float32, sequences=3, slots=5, wide=None):
+def operands(rows, hidden=512, stack=1, dtype=torch.bfloat16, bank=torch.float32, sequences=3, slots_of_bank=5,
+             wide=None, layers=32, layer=0):
     int32 = torch.int32
     x, residual = (OnDevice(torch.zeros(rows, wide or hidden, dtype=dtype)[:, :hidden]) for _ in range(2))
     weight = OnDevice(torch.zeros(hidden, dtype=dtype))
-    table = OnDevice(torch.zeros(slots, TABLE_WIDTH))
-    vectors, directions = (OnDevice(torch.zeros(slots, hidden, dtype=bank)) for _ in range(2))
-    values, strength, scores = (OnDevice(torch.zeros(sequences, stack)) for _ in range(3))
-    record = OnDevice(torch.zeros(rows, 1 + stack, dtype=int32))
-    row = OnDevice(torch.zeros(sequences, dtype=int32))
-    slot = OnDevice(torch.zeros(sequences, stack, dtype=int32))
-    return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, OnDevice)})
+    table = OnDevice(torch.zeros(slots_of_bank, TABLE_WIDTH))
+    vectors, directions = (OnDevice(torch.zeros(slots_of_bank, hidden, dtype=bank)) for _ in range(2))
+    deciders = sequences * stack
+    slots = OnDevice(torch.zeros(rows, stack, dtype=int32))
+    scales = OnDevice(torch.zeros(layers, rows, stack))
+    read = [torch.zeros(n, dtype=int32) for n in (rows, sequences, (deciders, 3), deciders)]
+    read += [torch.zeros(deciders), vectors.tensor, directions.tensor, torch.zeros(layers, slots_of_bank, TABLE_WIDTH)]
+    written = [torch.zeros(n) for n in ((rows, stack), deciders, (layers, deciders), (layers, deciders), (layers, deciders))]
+    written[2] = written[2].double()
+    gates = GateOperands(*map(OnDevice, [*read, *written]), scales, layer)
+    return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, (OnDevice, GateOperands))})
 
 def run_all(o, kinds=tuple(Kinds), norms=(Norm.LLAMA,), pairs=(False, True)):
-    read = (o.record, o.values, o.strength, o.vectors, o.directions, o.table)
     for kind in kinds:
-        given = Operands(*read, int(kind))
-        for norm in norms:
-            fused.add_steer_rms_norm_triton(o.x, o.residual, o.weight, given, 1e-5, int(norm))
-        for pair in pairs:
-            steer.steer_triton_(o.x, o.residual if pair else None, given)
-    for norm in norms:
-        fused.add_steer_rms_norm_prompt_triton(
-            o.x, o.residual, o.weight, Operands(*read), o.row, o.scores, 1e-5, int(norm))
-    gates = GateOperands(o.slot, o.directions, o.table, o.scores, o.values)
+        given = Operands(o.slots, o.scales[o.gates.layer], o.vectors, o.directions, o.table, int(kind))
+        for gates in (None, o.gates):
+            for norm in norms:
+                fused.add_steer_rms_norm_triton(o.x, o.residual, o.weight, given, 1e-5, int(norm), gates)
+            for pair in pairs:
+                steer.steer_triton_(o.x, o.residual if pair else None, given, gates)
     for pair in pairs:
-        gate.gate_triton_(o.x, o.residual if pair else None, o.row, gates)
+        gate.score_triton_(o.x, o.residual if pair else None, o.gates)
 """
 
 WARMUP = """
@@ -116,7 +118,8 @@ compiled = len(compilations)
 compilations.clear()
 for rows in (*range(1, 64), *range(64, 4097, 61), 1024, 2048, 4096):
     for stack in (1, 2):
-        run_all(operands(rows, stack=stack, sequences=1 + rows % 7, slots=1 + rows % 5))
+        sizes = dict(sequences=1 + rows % 7, slots_of_bank=1 + rows % 5, layers=17 + rows % 16, layer=rows % 17)
+        run_all(operands(rows, stack=stack, **sizes))
 print(json.dumps([count, compiled, compilations]))
 """
 
@@ -152,8 +155,7 @@ print(json.dumps([cold, warm, hooked, off, kept, unkept, compiled, len(compilati
 KEYS = """
 def kernel_of(o):
     launches.clear()
-    steer.steer_triton_(
-        o.x, None, Operands(o.record, o.values, o.strength, o.vectors, o.directions, o.table, 0))
+    steer.steer_triton_(o.x, None, Operands(o.slots, o.scales[0], o.vectors, o.directions, o.table, 0))
     return launches[0]
 
 base = operands(6)
@@ -162,7 +164,7 @@ kernel_of(base)
 seen = len(compilations)
 found = {}
 for name, o in {
-    "again": operands(900, sequences=9, slots=7),
+    "again": operands(900, sequences=9, slots_of_bank=7),
     "dtype": operands(6, dtype=torch.float16),
     "bank": operands(6, bank=torch.bfloat16),
     "hidden": operands(6, hidden=576),
@@ -205,25 +207,25 @@ def run(script: str, **environment: str) -> Any:
 
 def test_nothing_compiles_after_warmup() -> None:
     count, compiled, later = run(WARMUP)
-    # Per stack: 2 kinds and the prompt overload of the fused op; with and without a pair 2 kinds of steer_ and a gate.
-    assert count == compiled == 2 * (2 + 1 + 2 * (2 + 1))
+    # Per stack, of 2 kinds and 2 forms each: the fused op, and with and without a pair steer_; score_ with and without.
+    assert count == compiled == 2 * (4 + 2 * (4 + 1))
     assert later == []
 
 
 def test_fast_path_launches_what_triton_would() -> None:
     *steps, kept, unkept, compiled, all_compiled = run(FAST)
     (cold, _), (warm, _), (hooked, _), (off, _) = steps
-    assert len(cold) == 2 * (1 + 2) + 1 + 2
-    assert {name for name, *_ in cold} == {"add_steer_rms_norm_kernel", "steer_kernel", "gate_kernel"}
+    assert len(cold) == 4 * (1 + 2) + 2
+    assert {name for name, *_ in cold} == {"add_steer_rms_norm_kernel", "steer_kernel", "score_kernel"}
     # Triton's own launch compiles, tells a profiler's hook, and serves who turned the fast path off.
-    assert [slow for _, slow in steps] == [9, 0, 9, 9]
+    assert [slow for _, slow in steps] == [14, 0, 14, 14]
 
     def without_outputs(launches: list[Any]) -> list[Any]:
         """The fused op allocates its two outputs anew: arguments 2 and 3."""
         return [[n, g, s, a[:2] + a[4:] if n.startswith("add") else a] for n, g, s, a in launches]
 
     assert without_outputs(warm) == without_outputs(cold) == without_outputs(hooked) == without_outputs(off)
-    assert kept == [3, 4, 2]
+    assert kept == [4, 8, 2]
     assert unkept == [0, 0, 0]
     assert compiled == all_compiled == sum(kept)
 
@@ -260,13 +262,15 @@ log.setLevel(logging.DEBUG)
 handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
 log.addHandler(handler)
-x, weight, table = torch.zeros(3, 8), torch.ones(8), torch.zeros(2, TABLE_WIDTH)
-rows, one, bank = torch.zeros(3, 3, dtype=torch.int32), torch.ones(1, 2), torch.ones(2, 8)
-given = Operands(rows, one, one, bank, bank, table, int(Kinds.LATCHED_ADD))
+x, weight, bank, tables = torch.zeros(3, 8), torch.ones(8), torch.ones(2, 8), torch.zeros(2, 2, TABLE_WIDTH)
+def ints(*shape): return torch.zeros(*shape, dtype=torch.int32)
+scales, one, each = torch.ones(2, 3, 2), torch.ones(2), torch.ones(2, 2)
+given = Operands(ints(3, 2), scales[0], bank, bank, tables[0], int(Kinds.LATCHED_ADD))
+gates = GateOperands(
+    ints(3), ints(1), ints(2, 3), ints(2), one, bank, bank, tables, scales[1], one, each.double(), each, each, scales)
 steer.steer_unchecked_(x, None, given)
-fused.add_steer_rms_norm_unchecked(x, x, weight, given._replace(kinds=int(Kinds.ANY)), 1e-5, 0)
-slot, row = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-gate.gate_unchecked_(x, None, row, GateOperands(slot, bank, table, torch.zeros(1, 2), one))
+gate.score_unchecked_(x, None, gates)
+fused.add_steer_rms_norm_unchecked(x, x, weight, given._replace(kinds=int(Kinds.ANY)), 1e-5, 0, gates)
 bare = not hasattr(steer.steer_unchecked_, "__wrapped__")
 print(json.dumps([bare, lines]))
 """
@@ -277,8 +281,8 @@ def test_debug_reports_each_launch_and_costs_nothing_without() -> None:
         False,
         [
             "steer_: 3 rows, H 8, K 2, LATCHED_ADD, cpu",
-            "add_steer_rms_norm: 3 rows, H 8, K 2, ANY, cpu",
-            "gate_: 1 rows, H 8, K 2, gates, cpu",
+            "score_: 3 rows, H 8, K 2, gates, cpu",
+            "add_steer_rms_norm: 3 rows, H 8, K 2, ANY, gates, cpu",
         ],
     ]
     assert run(DEBUG, STEERFAST_DEBUG="0") == [True, []]

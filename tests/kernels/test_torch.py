@@ -8,21 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import CPP, CUDA, DTYPES, TORCH, TRITON, Case, assert_same_bits, make_case
+from kernel_cases import CPP, CUDA, DECISIONS, DIRECT, DTYPES, TORCH, TRITON, Case, assert_same_bits, make_case
 
 from steerfast import _native
 from steerfast.kernels import add_steer_rms_norm as norm_module
 from steerfast.kernels import contract
 from steerfast.kernels import gate as gate_module
 from steerfast.kernels import steer as steer_module
-from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm, add_steer_rms_norm_prompt
-from steerfast.kernels.contract import EditId, GateKind, Kinds, Norm
+from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm
+from steerfast.kernels.contract import DECIDES, READING, Decides, EditId, GateKind, Kinds, Norm, Reading
 from steerfast.kernels.edits import torch_scales
-from steerfast.kernels.gate import gate_
+from steerfast.kernels.gate import score_
 from steerfast.kernels.steer import steer_, steer_torch_
 
 DEVICES = ["cpu", *(["cuda"] if CUDA else [])]
-OPS = ("gate_", "steer_", "add_steer_rms_norm")
+WRITTEN = ("x", "row_scores", "last_scores", *DECISIONS)  # the fields of a case that the ops write
+
+
+UNCHECKED = (
+    gate_module.score_unchecked_,
+    steer_module.steer_unchecked_,
+    norm_module.add_steer_rms_norm_unchecked,
+)
 
 
 def small_case(**options: Any) -> Case:
@@ -37,28 +44,22 @@ def small_case(**options: Any) -> Case:
 @pytest.mark.parametrize("pair", [False, True])
 def test_opcheck(device: str, pair: bool) -> None:
     case = small_case(dtype=torch.bfloat16, pair=pair).on(device)
-    ops = torch.ops.steerfast
     for kinds in Kinds:
         of_kinds = replace(case, kinds=kinds)
-        for op in (
-            ops.gate_.default,
-            ops.steer_.default,
-            ops.add_steer_rms_norm.default,
-            ops.add_steer_rms_norm.prompt,
-        ):
+        for op in DIRECT.values():
             torch.library.opcheck(op, tuple(of_kinds.flat(op).values()))
 
 
 def block(x: torch.Tensor, case: Case) -> tuple[torch.Tensor, ...]:
-    """All ops: on intermediate rows, on rows, scores and values that are inputs of the graph, and in and out of it."""
+    """All ops: on intermediate rows, on rows and decisions that are inputs of the graph, and in and out of it."""
     h = x + 1
-    gate_(h, case.residual, case.row, case.gates)
-    steer_(h, case.residual, case.operands())
+    score_(h, case.residual, case.gates)
+    steer_(h, case.residual, case.operands(), case.gates)
     normed, residual = add_steer_rms_norm(h, case.residual, case.weight, case.operands(Kinds.ANY), case.eps)
     h = normed * 2
-    normed, residual = add_steer_rms_norm_prompt(
-        h, residual, case.weight, case.operands(Kinds.ANY), case.deciding, case.scores, case.eps, Norm.GEMMA
-    )
+    score_(h, residual, case.gates)
+    operands = case.operands(Kinds.ANY)
+    normed, residual = add_steer_rms_norm(h, residual, case.weight, operands, case.eps, Norm.GEMMA, case.gates)
     steer_(x, None, case.operands(Kinds.LATCHED_ADD))
     return normed * 2, residual
 
@@ -89,13 +90,14 @@ def test_compiles_as_one_graph_without_copies(device: str, backend: str, monkeyp
                 if isinstance(a, torch.Tensor):
                     torch.testing.assert_close(a, b)
             assert not torch.equal(mine.scores, case.scores)
+            assert not torch.equal(mine.all_scales, case.all_scales)
             assert not torch.equal(mine.x, case.x)
             count = count or len(graphs)
     assert len(graphs) == count  # no new graph for another number of rows
     if backend == "inductor":
         (graph,) = graphs
         calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-        assert sum("steerfast" in str(node.target) for node in calls) == 5
+        assert sum("steerfast" in str(node.target) for node in calls) == 6
         copies = [node for node in calls if "clone" in str(node.target) or "copy" in str(node.target)]
         # What is left of the inputs' copying back is each one copied to itself, which is dropped when lowered.
         assert all("copy_" in str(node.target) and node.args[0] is node.args[1] for node in copies), graph.code
@@ -103,23 +105,24 @@ def test_compiles_as_one_graph_without_copies(device: str, backend: str, monkeyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scales_of_all_layers_at_once(dtype: torch.dtype) -> None:
+    """Those of a host, where the decisions are known, are those that a launch stores which decides."""
+    gates = [GateKind.ALWAYS, GateKind.PROMPT, GateKind.TOKEN]
     case = small_case(
-        rows=14, dtype=dtype, gates=[GateKind.ALWAYS, GateKind.PROMPT], edits=[EditId.ADD], kinds=Kinds.LATCHED_ADD
+        rows=14, dtype=dtype, gates=gates, edits=[EditId.ADD], kinds=Kinds.LATCHED_ADD, decides=[Decides.EVERYWHERE]
     )
-    values = torch.stack([case.values, 1 - case.values, torch.zeros_like(case.values)])
-    table = torch.stack([case.table, case.table, 2 * case.table])
-    scales = torch_scales(case.rows, values, case.strength, table)
-    assert scales.shape == (3, *case.rows[:, 1:].shape)
+    case.deciding.clamp_(min=0)
+    case.strength[0] = float("inf")  # a shut gate wins over it
+    x, decided = case.decide_steer(TORCH)
+    scales = torch_scales(case.slots, decided.values, case.strength, case.sequence, case.tables)
+    assert scales.shape == (3, *case.slots.shape)
+    used = (case.slots >= 0) & (case.sequence >= 0)[:, None]
+    assert (scales[:, ~used] == 0).all()
+    assert_same_bits(scales[:, used], decided.all_scales[:, used])
     for layer in range(3):
-        operands = case.operands()._replace(values=values[layer], table=table[layer])
-        want = norm_module.add_steer_torch(case.x, case.residual, operands)
-        got = norm_module.add_scaled_torch(case.x, case.residual, case.rows, scales[layer], case.vectors)
-        assert_same_bits(got, want)
-        one_op = norm_module.add_steer_rms_norm_torch(
-            case.x, case.residual, case.weight, operands, case.eps, int(Norm.LLAMA)
-        )
-        assert_same_bits(got, one_op[1])
-        assert not torch.equal(got, (case.x.float() + case.residual.float()).to(dtype)) or layer == 2
+        of_layer = replace(case, layer=layer, all_scales=scales)
+        got = norm_module.add_steer_torch(case.x, case.residual, of_layer.operands())
+        assert_same_bits(got, of_layer.run_norm(TORCH)[1])
+    assert_same_bits(x, replace(case, all_scales=scales).run_steer(TORCH))
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------
@@ -149,7 +152,7 @@ def displaced(s: torch.Tensor, y: torch.Tensor, case: Case, edit: EditId, beta: 
 def gradient_case(edit: EditId) -> Case:
     case = small_case(rows=5, size=33, stack=1, slots=1, sequences=1, norm=Norm.LLAMA)
     case = case.plain(EDIT=edit, STRENGTH=0.7, LOW=0.6, HIGH=0.8)
-    case.rows[:] = 0
+    case.slots[:] = 0
     case.x.copy_(torch.nn.functional.normalize(case.x, dim=1) * 5)
     case.residual.copy_(torch.nn.functional.normalize(case.residual, dim=1) * 3)
     return case
@@ -176,17 +179,19 @@ def test_gradient_of_add_steer_rms_norm(edit: EditId, norm: Norm) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
-def test_gradient_of_prompt() -> None:
-    case = small_case(stack=1, gates=(GateKind.PROMPT,)).plain(
-        GATE=GateKind.PROMPT, SHARPNESS=2.0, EDIT=EditId.KEEP_NORM
-    )
+@pytest.mark.parametrize("name", ["steer_", "add_steer_rms_norm"])
+def test_gradient_of_a_launch_that_decides(name: str) -> None:
+    case = small_case(stack=1).plain(GATE=GateKind.PROMPT, SHARPNESS=2.0, EDIT=EditId.KEEP_NORM)
+    case.tables[..., DECIDES], case.tables[..., READING] = Decides.HERE, Reading.BOTH
     both = []
-    for prompt in (True, False):
+    for gates in (case.gates, None):  # the second reads the scales that the first has stored
         leaves = [t.clone().requires_grad_() for t in (case.x, case.residual, case.weight)]
-        if prompt:
-            outputs = add_steer_rms_norm_prompt(*leaves, case.operands(), case.deciding, case.scores, case.eps)
-        else:  # the latch that the first left
-            outputs = add_steer_rms_norm(*leaves, case.operands(), case.eps)
+        if name == "steer_":
+            x = leaves[0] * 1
+            steer_torch_(x, leaves[1], case.operands(), gates)
+            leaves, outputs = leaves[:2], (x,)
+        else:
+            outputs = add_steer_rms_norm(*leaves, case.operands(), case.eps, gates=gates)
         both.append(gradients(leaves, outputs))
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b)
@@ -213,7 +218,7 @@ def test_gradient_of_steer_torch(edit: EditId, pair: bool) -> None:
 def test_gradient_is_finite_where_an_edit_is_undefined(edit: EditId) -> None:
     case = gradient_case(edit)
     case.x[0], case.residual[0] = 0.0, 0.0  # a zero row
-    case.rows[1, 1] = -1
+    case.slots[1, 0] = -1
     case.vectors[0], case.table[0, 3:5] = 0.0, 0.0  # a zero vector
     x = case.x.clone().requires_grad_()
     y = x * 1
@@ -239,17 +244,20 @@ def test_gradient_passes_through_steer() -> None:
 
 
 def test_implementations_name_what_is_live() -> None:
-    for op in (*OPS, "add_steer_rms_norm.prompt"):
+    for op in DIRECT:
         live = contract.implementations(op)
         assert live == {"triton": CUDA and gate_module.triton is not None, "cpp": _native.available, "torch": True}
 
 
-def outcome(case: Case, functions: tuple[Callable[..., Any], ...], prompt: Callable[..., Any]) -> list[torch.Tensor]:
-    gate, steer, norm = functions
-    gate(*case.gate_arguments())
-    outputs = norm(*case.norm_arguments())
+def outcome(case: Case, functions: tuple[Callable[..., Any], ...]) -> list[torch.Tensor]:
+    """What score_ and both forms of the edits leave and return, on the case itself."""
+    score, steer, norm = functions
+    score(*case.score_arguments())
+    outputs = [*norm(*case.norm_arguments())]
+    steer(*case.steer_arguments(), case.gates)
     steer(*case.steer_arguments())
-    return [case.scores, case.values, case.x, *outputs, *prompt(*case.prompt_arguments())]
+    outputs += norm(*case.norm_arguments(), case.gates)
+    return [*(getattr(case, name) for name in WRITTEN), *outputs]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -257,17 +265,11 @@ def outcome(case: Case, functions: tuple[Callable[..., Any], ...], prompt: Calla
 def test_every_way_to_call_reaches_the_live_implementation(device: str, dtype: torch.dtype) -> None:
     case = small_case(dtype=dtype)
     live = TRITON if device == "cuda" else CPP if _native.available else TORCH
-    public = (gate_, steer_, add_steer_rms_norm)
-    direct = (CPP.gate_, CPP.steer_, CPP.add_steer_rms_norm)
-    unchecked = (
-        gate_module.gate_unchecked_,
-        steer_module.steer_unchecked_,
-        norm_module.add_steer_rms_norm_unchecked,
-    )
-    want = outcome(case.on(device), (live.gate_, live.steer_, live.add_steer_rms_norm), live.prompt)
-    for functions in (public, direct, unchecked):
-        prompt = add_steer_rms_norm_prompt if functions is public else CPP.prompt
-        for a, b in zip(outcome(case.on(device), functions, prompt), want, strict=True):
+    public = (score_, steer_, add_steer_rms_norm)
+    direct = (CPP.score_, CPP.steer_, CPP.add_steer_rms_norm)
+    want = outcome(case.on(device), (live.score_, live.steer_, live.add_steer_rms_norm))
+    for functions in (public, direct, UNCHECKED):
+        for a, b in zip(outcome(case.on(device), functions), want, strict=True):
             assert_same_bits(a.cpu(), b.cpu())
 
 
@@ -277,16 +279,8 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 
 def cuda_outcome(case: Case) -> list[torch.Tensor]:
-    """Every op once, on the case itself."""
-    return outcome(
-        case,
-        (
-            gate_module.gate_unchecked_,
-            steer_module.steer_unchecked_,
-            norm_module.add_steer_rms_norm_unchecked,
-        ),
-        norm_module.add_steer_rms_norm_prompt_triton,
-    )
+    """Every op, on the case itself."""
+    return outcome(case, UNCHECKED)
 
 
 @pytest.mark.gpu
@@ -295,18 +289,17 @@ def cuda_outcome(case: Case) -> list[torch.Tensor]:
 def test_replayed_graph_follows_its_buffers(kinds: Kinds) -> None:
     case = small_case(rows=64, size=1024, slots=6, dtype=torch.bfloat16, kinds=kinds)
     fixed, start = case.on("cuda"), case.on("cuda")
-    written = ("x", "scores", "values")
     cuda_outcome(case.on("cuda"))  # compiles before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for name in written:
+        for name in WRITTEN:
             getattr(fixed, name).copy_(getattr(start, name))
         captured = cuda_outcome(fixed)
     for seed in range(4):
         other = small_case(rows=64, size=1024, slots=6, dtype=torch.bfloat16, kinds=kinds, seed=seed + 1).on("cuda")
         for name, tensor in vars(other).items():
             if isinstance(tensor, torch.Tensor):
-                getattr(start if name in written else fixed, name).copy_(tensor)
+                getattr(start if name in WRITTEN else fixed, name).copy_(tensor)
         graph.replay()
         for got, want in zip(captured, cuda_outcome(other), strict=True):
             assert_same_bits(got, want)
@@ -350,6 +343,6 @@ def test_no_synchronisation() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         cuda_outcome(case)
-        outcome(case, (TORCH.gate_, TORCH.steer_, TORCH.add_steer_rms_norm), TORCH.prompt)
+        outcome(case, (TORCH.score_, TORCH.steer_, TORCH.add_steer_rms_norm))
     finally:
         torch.cuda.set_sync_debug_mode("default")
