@@ -129,13 +129,16 @@ class Engine:
 
 def decision(profile: SteeringProfile, x: Tensor, prompt: int, layer: int) -> tuple[float, float]:
     """The value and the score of a gate."""
-    read = x[prompt - 1 : prompt]
-    if profile.gate.pooling == "mean":
-        read = x[max(0, prompt - (profile.gate.window or prompt)) : prompt]
-    each = read @ profile.direction[layer].double()
-    if profile.gate.score == "cosine":
-        each = each / read.norm(dim=1)
-    score = each.mean()
+    gate, score = profile.gate, torch.zeros((), dtype=torch.float64)
+    first = min(prompt - 1, max(gate.offset, prompt - (gate.window or prompt)))
+    for reads, start, directions in (
+        (gate.pooling != "mean", prompt - 1, profile.direction),
+        (gate.pooling != "last", first, profile.read_in_mean),
+    ):
+        each = x[start:prompt] @ directions[layer].double()
+        if gate.score == "cosine":
+            each = each / x[start:prompt].norm(dim=1)
+        score = score + each.mean() * reads
     above = score - float(profile.threshold[layer])
     sharp = profile.gate.sharpness
     assert sharp or abs(float(above)) > 1e-4
