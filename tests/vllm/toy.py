@@ -31,6 +31,7 @@ class Engine:
     max_requests: int = 4
     pair: bool = False
     stack: int = 2
+    directory: bool = False
     runtimes: list[WorkerRuntime] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -38,9 +39,10 @@ class Engine:
         for name, profile in self.profiles.items():
             paths[name] = str(self.folder / f"{name}.safetensors")
             profile.save(paths[name])
-        layers = sorted(set().union(*map(layers_of, self.profiles.values())))
+        layers = range(LAYERS) if self.directory else sorted(set().union(*map(layers_of, self.profiles.values())))
+        folder = str(self.folder) if self.directory else None
         config = ServingConfig(
-            paths, None, False, len(paths) + 1, tuple(layers), int(Kinds.ANY), None, "", stack=self.stack
+            paths, None, False, len(paths) + 1, tuple(layers), int(Kinds.ANY), folder, "", stack=self.stack
         )
         model = next(iter(self.profiles.values())).model
         self.slots = {name: slot for slot, name in enumerate(paths)}
