@@ -53,7 +53,9 @@ def engine(raw: object, **changes: Any) -> Any:
             enable_chunked_prefill=changes.pop("split", True),
             long_prefill_token_threshold=changes.pop("threshold", 0),
         ),
-        cache_config=SimpleNamespace(mamba_cache_mode=changes.pop("mamba", "none")),
+        cache_config=SimpleNamespace(
+            mamba_cache_mode=changes.pop("mamba", "none"), kv_sharing_fast_prefill=changes.pop("fast_prefill", False)
+        ),
     )
 
 
@@ -213,6 +215,30 @@ def test_later_profiles_must_do_what_the_engine_was_started_for(tiny_llama, make
         config.check("two", make_profile(tiny_llama, layers=[3], positions="response"), sketched, split=True)
 
 
+def test_the_layers_that_read_rows_are_configured(tiny_llama, make_profile, tmp_path, text_config) -> None:
+    def reading(directory: str | None = None, **fields: Any) -> Any:
+        make_profile(tiny_llama, positions="response", **fields).save(tmp_path / "one.safetensors")
+        raw = {"profiles": {"one": str(tmp_path / "one.safetensors")}, "directory": directory}
+        config = ServingConfig.of(engine(normalise(raw, text_config)))
+        assert config is not None
+        return config.reading
+
+    assert reading(layers=[1, 3]) == (1, 3)
+    assert reading(layers=[2, 4], sensor=1) == (1,)
+    assert reading(layers=[2, 4], kind="always") == ()
+    assert reading(layers=[2, 4], kind="always", edit="ablate") == (2, 4)
+    assert reading(layers=[2, 4], kind="always", directory=str(tmp_path)) is None
+
+
+def test_a_file_whose_gate_moved_since_the_configuration_is_refused(tiny_llama, make_profile, tmp_path, text_config):
+    make_profile(tiny_llama, layers=[2, 3, 4], sensor=2, positions="response").save(tmp_path / "one.safetensors")
+    config = ServingConfig.of(engine(normalise({"profiles": {"one": str(tmp_path / "one.safetensors")}}, text_config)))
+    assert config is not None
+    other = make_profile(tiny_llama, layers=[3, 4], sensor=3, positions="response")
+    with pytest.raises(ProfileError, match=r"among layers 2, as when the engine was configured, got 3 too \(start"):
+        config.check("one", other, identity_of(text_config), split=True)
+
+
 def test_an_engine_without_the_key_is_not_steered() -> None:
     assert ServingConfig.of(engine(None)) is None
     assert ServingConfig.of(SimpleNamespace(additional_config=object())) is None
@@ -233,6 +259,7 @@ def test_what_nobody_checked_or_another_version_did_is_refused(path, text_config
         ({"model": {"runner_type": "pooling"}}, "runner 'pooling'"),
         ({"model": {"enable_sleep_mode": True}}, "sleep mode"),
         ({"kv_transfer": object()}, "KV connector"),
+        ({"fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"parallel": {"use_ubatching": True}}, "micro-batches"),
         ({"parallel": {"prefill_context_parallel_size": 2}}, "context parallelism"),
         (
