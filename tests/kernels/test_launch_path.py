@@ -40,7 +40,7 @@ class Stub:
     launcher_cls = Launch
     utils = SimpleNamespace(
         get_device_properties=lambda device: dict(max_shared_mem=232448, multiprocessor_count=132),
-        load_binary=lambda name, kernel, shared, device: (object(), hash(name), 32, 0, 1024),
+        load_binary=lambda name, kernel, shared, device: (object(), hash(kernel), 32, 0, 1024),
         unload_module=lambda module: None)
     def get_current_device(self): return 0
     def get_current_stream(self, device): return 7
@@ -126,16 +126,21 @@ def described(launch):
     name, grid, stream, function, metadata, arguments = launch
     return [name, grid, stream, [repr(a.data_ptr() if isinstance(a, OnDevice) else a) for a in arguments]]
 
-def step():
+def step(**which):
     '''What a step launches, and how many of these launches were Triton's own.'''
     launches.clear(), slow.clear()
-    run_all(o)
+    run_all(o, **which)
     return [described(l) for l in launches], len(slow)
 
 o = operands(6)
 cold = step()
 compiled = len(compilations)
 warm = step()
+step(pairs=(True,))
+calls = launch.Launcher.__call__
+launch.Launcher.__call__ = None  # plans alone
+repeated = step(pairs=(True,))
+launch.Launcher.__call__ = calls
 seen = []
 knobs.runtime.launch_enter_hook.add(seen.append)
 hooked = step()
@@ -147,8 +152,9 @@ for launcher in everything:
     launcher.plans.clear()
     launcher.reusable = False
 off = step()
+pairs = step(pairs=(True,))
 unkept = [len(l.compiled) for l in everything]
-print(json.dumps([cold, warm, hooked, off, kept, unkept, compiled, len(compilations)]))
+print(json.dumps([cold, warm, repeated, hooked, off, pairs, kept, unkept, compiled, len(compilations)]))
 """
 
 KEYS = """
@@ -178,6 +184,18 @@ for name, o in {
     first = len(compilations) - before
     kernel_of(o)
     found[name] = [first, len(compilations) - before - first]
+# A residual, or a table, of another dtype never meets a kernel compiled for the dtype of x.
+def kernel_of_pair(residual, table=base.table):
+    launches.clear()
+    before = len(compilations)
+    steer.steer_triton_(
+        base.x, residual, Operands(base.record, base.values, base.strength, base.vectors, base.directions, table, 0))
+    return launches[0][3], len(compilations) - before
+same, wide = (OnDevice(torch.zeros(6, 512, dtype=t)) for t in (torch.bfloat16, torch.float32))
+double = OnDevice(torch.zeros(5, TABLE_WIDTH, dtype=torch.float64))
+pairs = [kernel_of_pair(r, t) for r, t in
+         ((same, base.table), (wide, base.table), (same, double), (same, base.table), (wide, base.table))]
+found["dtypes"] = [len({function for function, _ in pairs}), [count for _, count in pairs]]
 # A row that starts between multiples of 16 bytes never meets a kernel compiled for aligned ones.
 shifted = operands(6)
 shifted.x = OnDevice(torch.zeros(6 * 512 + 1, dtype=torch.bfloat16)[1:].view(6, 512))
@@ -214,17 +232,19 @@ def test_nothing_compiles_after_warmup() -> None:
 
 def test_fast_path_launches_what_triton_would() -> None:
     *steps, kept, unkept, compiled, all_compiled = run(FAST)
-    (cold, _), (warm, _), (hooked, _), (off, _) = steps
+    (cold, _), (warm, _), (repeated, _), (hooked, _), (off, _), (pairs, _) = steps
     assert len(cold) == 2 * (1 + 2) + 1 + 2
     assert {name for name, *_ in cold} == {"add_steer_rms_norm_kernel", "steer_kernel", "gate_kernel"}
     # Triton's own launch compiles, tells a profiler's hook, and serves who turned the fast path off.
-    assert [slow for _, slow in steps] == [9, 0, 9, 9]
+    assert [slow for _, slow in steps] == [9, 0, 0, 9, 9, 6]
 
     def without_outputs(launches: list[Any]) -> list[Any]:
         """The fused op allocates its two outputs anew: arguments 2 and 3."""
         return [[n, g, s, a[:2] + a[4:] if n.startswith("add") else a] for n, g, s, a in launches]
 
-    assert without_outputs(warm) == without_outputs(cold) == without_outputs(hooked) == without_outputs(off)
+    for others in (warm, hooked, off):
+        assert without_outputs(others) == without_outputs(cold)
+    assert without_outputs(repeated) == without_outputs(pairs)
     assert kept == [3, 4, 2]
     assert unkept == [0, 0, 0]
     assert compiled == all_compiled == sum(kept)
@@ -245,9 +265,11 @@ def test_a_kernel_is_reused_only_for_what_it_was_compiled_for() -> None:
     assert found.pop("again") == [0, 0]
     # The next multiple of 16 is the same to Triton's compiler, and a key of its own here.
     assert found.pop("strided by 32") == [0, 0]
-    # Compiled, not kept for the fast path (7 keys: the base and those below; two strides that compile alike).
-    assert found.pop("misaligned") == [1, 8]
-    assert found.pop("kept") == [0, 8]
+    # Each kernel is compiled once, and met by the call it was compiled for alone.
+    assert found.pop("dtypes") == [3, [1, 1, 1, 0, 0]]
+    # Compiled, not kept for the fast path (10 keys: the base and those below; two strides that compile alike).
+    assert found.pop("misaligned") == [1, 11]
+    assert found.pop("kept") == [0, 11]
     assert set(found) == {"dtype", "bank", "hidden", "stack", "strided by 16", "strided by 3"}
     assert all(pair == [1, 0] for pair in found.values()), found
 
