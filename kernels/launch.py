@@ -269,7 +269,7 @@ class Launcher:
         plan = self.plans.get(tuple(map(id, site)))
         if plan is None or x.dtype is not plan.dtype or x.shape != plan.shape or not x.is_contiguous():
             return False
-        address = x.data_ptr()
+        first = address = x.data_ptr()
         second = None
         if residual is not None:
             if residual.dtype is not plan.residual_dtype or not residual.is_contiguous():
@@ -278,7 +278,7 @@ class Launcher:
             address |= second
         elif plan.residual_dtype is not None:
             return False
-        addresses = [x.data_ptr(), second, *[output.data_ptr() for output in outputs]]
+        addresses = [first, second, *[output.data_ptr() for output in outputs]]
         if weight is not None:
             if weight.dtype is not plan.weight_dtype:
                 return False

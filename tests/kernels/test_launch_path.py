@@ -40,7 +40,7 @@ class Stub:
     launcher_cls = Launch
     utils = SimpleNamespace(
         get_device_properties=lambda device: dict(max_shared_mem=232448, multiprocessor_count=132),
-        load_binary=lambda name, kernel, shared, device: (object(), hash(name), 32, 0, 1024),
+        load_binary=lambda name, kernel, shared, device: (object(), hash(kernel), 32, 0, 1024),
         unload_module=lambda module: None)
     def get_current_device(self): return 0
     def get_current_stream(self, device): return 7
@@ -96,11 +96,12 @@ def operands(rows, hidden=512, stack=1, dtype=torch.bfloat16, bank=torch.float32
     written = [torch.zeros(n) for n in ((rows, stack), deciders, *[(layers, deciders)] * 3)]
     written[2] = written[2].double()
     gates = GateOperands(*map(OnDevice, [*read, *written]), scales, layer)
+    of_layer = OnDevice(scales.tensor[layer])
     return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, (OnDevice, GateOperands))})
 
 def run_all(o, kinds=tuple(Kinds), norms=(Norm.LLAMA,), pairs=(False, True)):
     for kind in kinds:
-        given = Operands(o.slots, o.scales[o.gates.layer], o.vectors, o.directions, o.table, int(kind))
+        given = Operands(o.slots, o.of_layer, o.vectors, o.directions, o.table, int(kind))
         for gates in (None, o.gates):
             for norm in norms:
                 fused.add_steer_rms_norm_triton(o.x, o.residual, o.weight, given, 1e-5, int(norm), gates)
@@ -129,16 +130,21 @@ def described(launch):
     name, grid, stream, function, metadata, arguments = launch
     return [name, grid, stream, [repr(a.data_ptr() if isinstance(a, OnDevice) else a) for a in arguments]]
 
-def step():
+def step(**which):
     '''What a step launches, and how many of these launches were Triton's own.'''
     launches.clear(), slow.clear()
-    run_all(o)
+    run_all(o, **which)
     return [described(l) for l in launches], len(slow)
 
 o = operands(6)
 cold = step()
 compiled = len(compilations)
 warm = step()
+step(pairs=(True,))
+calls = launch.Launcher.__call__
+launch.Launcher.__call__ = None  # plans alone
+repeated = step(pairs=(True,))
+launch.Launcher.__call__ = calls
 seen = []
 knobs.runtime.launch_enter_hook.add(seen.append)
 hooked = step()
@@ -150,14 +156,15 @@ for launcher in everything:
     launcher.plans.clear()
     launcher.reusable = False
 off = step()
+pairs = step(pairs=(True,))
 unkept = [len(l.compiled) for l in everything]
-print(json.dumps([cold, warm, hooked, off, kept, unkept, compiled, len(compilations)]))
+print(json.dumps([cold, warm, repeated, hooked, off, pairs, kept, unkept, compiled, len(compilations)]))
 """
 
 KEYS = """
 def kernel_of(o):
     launches.clear()
-    steer.steer_triton_(o.x, None, Operands(o.slots, o.scales[0], o.vectors, o.directions, o.table, 0))
+    steer.steer_triton_(o.x, None, Operands(o.slots, o.of_layer, o.vectors, o.directions, o.table, 0))
     return launches[0]
 
 base = operands(6)
@@ -180,6 +187,18 @@ for name, o in {
     first = len(compilations) - before
     kernel_of(o)
     found[name] = [first, len(compilations) - before - first]
+# A residual, or scales, of another dtype never meet a kernel compiled for the dtypes before.
+def kernel_of_pair(residual, scales=base.of_layer):
+    launches.clear()
+    before = len(compilations)
+    steer.steer_triton_(
+        base.x, residual, Operands(base.slots, scales, base.vectors, base.directions, base.table, 0))
+    return launches[0][3], len(compilations) - before
+same, wide = (OnDevice(torch.zeros(6, 512, dtype=t)) for t in (torch.bfloat16, torch.float32))
+double = OnDevice(torch.zeros(6, 1, dtype=torch.float64))
+pairs = [kernel_of_pair(r, t) for r, t in
+         ((same, base.of_layer), (wide, base.of_layer), (same, double), (same, base.of_layer), (wide, base.of_layer))]
+found["dtypes"] = [len({function for function, _ in pairs}), [count for _, count in pairs]]
 # A row that starts between multiples of 16 bytes never meets a kernel compiled for aligned ones.
 shifted = operands(6)
 shifted.x = OnDevice(torch.zeros(6 * 512 + 1, dtype=torch.bfloat16)[1:].view(6, 512))
@@ -216,17 +235,19 @@ def test_nothing_compiles_after_warmup() -> None:
 
 def test_fast_path_launches_what_triton_would() -> None:
     *steps, kept, unkept, compiled, all_compiled = run(FAST)
-    (cold, _), (warm, _), (hooked, _), (off, _) = steps
+    (cold, _), (warm, _), (repeated, _), (hooked, _), (off, _), (pairs, _) = steps
     assert len(cold) == 4 * (1 + 2) + 2
     assert {name for name, *_ in cold} == {"add_steer_rms_norm_kernel", "steer_kernel", "score_kernel"}
     # Triton's own launch compiles, tells a profiler's hook, and serves who turned the fast path off.
-    assert [slow for _, slow in steps] == [14, 0, 14, 14]
+    assert [slow for _, slow in steps] == [14, 0, 0, 14, 14, 9]
 
     def without_outputs(launches: list[Any]) -> list[Any]:
         """The fused op allocates its two outputs anew: arguments 2 and 3."""
         return [[n, g, s, a[:2] + a[4:] if n.startswith("add") else a] for n, g, s, a in launches]
 
-    assert without_outputs(warm) == without_outputs(cold) == without_outputs(hooked) == without_outputs(off)
+    for others in (warm, hooked, off):
+        assert without_outputs(others) == without_outputs(cold)
+    assert without_outputs(repeated) == without_outputs(pairs)
     assert kept == [4, 8, 2]
     assert unkept == [0, 0, 0]
     assert compiled == all_compiled == sum(kept)
@@ -247,9 +268,11 @@ def test_a_kernel_is_reused_only_for_what_it_was_compiled_for() -> None:
     assert found.pop("again") == [0, 0]
     # The next multiple of 16 is the same to Triton's compiler, and a key of its own here.
     assert found.pop("strided by 32") == [0, 0]
-    # Compiled, not kept for the fast path (7 keys: the base and those below; two strides that compile alike).
-    assert found.pop("misaligned") == [1, 8]
-    assert found.pop("kept") == [0, 8]
+    # Each kernel is compiled once, and met by the call it was compiled for alone.
+    assert found.pop("dtypes") == [3, [1, 1, 1, 0, 0]]
+    # Compiled, not kept for the fast path (10 keys: the base and those below; two strides that compile alike).
+    assert found.pop("misaligned") == [1, 11]
+    assert found.pop("kept") == [0, 11]
     assert set(found) == {"dtype", "bank", "hidden", "stack", "strided by 16", "strided by 3"}
     assert all(pair == [1, 0] for pair in found.values()), found
 

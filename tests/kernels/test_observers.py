@@ -106,13 +106,14 @@ def test_fake_tensors_and_tracers_are_observers() -> None:
 # ---- forward-mode AD -----------------------------------------------------------------------------------------------
 
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[Case], tuple[Any, ...]]]] = {
-    "gate_": (gate.gate_, Case.gate_arguments),
-    "gate_unchecked_": (gate.gate_unchecked_, Case.gate_arguments),
+    "score_": (gate.score_, Case.score_arguments),
+    "score_unchecked_": (gate.score_unchecked_, Case.score_arguments),
     "steer_": (steer.steer_, Case.steer_arguments),
     "steer_unchecked_": (steer.steer_unchecked_, Case.steer_arguments),
     "add_steer_rms_norm": (fused.add_steer_rms_norm, Case.norm_arguments),
     "add_steer_rms_norm_unchecked": (fused.add_steer_rms_norm_unchecked, Case.norm_arguments),
-    "add_steer_rms_norm_prompt": (fused.add_steer_rms_norm_prompt, Case.prompt_arguments),
+    "steer_, deciding": (steer.steer_, lambda case: (*case.steer_arguments(), case.gates)),
+    "add_steer_rms_norm, deciding": (fused.add_steer_rms_norm, lambda case: (*case.norm_arguments(), case.gates)),
 }
 
 
