@@ -58,7 +58,7 @@ class GateKind(IntEnum):
     """The source of a slot's gate value."""
 
     ALWAYS = 0  # 1: the gate is open
-    PROMPT = 1  # the latched value of the row's sequence
+    PROMPT = 1  # the value that the gate of the row's sequence decided
     TOKEN = 2  # the score of the row itself
 
 
@@ -116,7 +116,7 @@ GATE = 8  # a GateKind
 SCORE = 9  # a Score
 EDIT = 10  # an EditId
 DECIDES = 11  # a Decides: whether the slot's gate decides at this layer, and for which layers
-READING = 12  # a Reading
+READING = 12  # a Reading; not 0 where the slot decides
 TABLE_WIDTH = 16  # padded: the row of a slot is one 64-byte line
 
 MAX_STACK = 4  # slots that may edit one row
@@ -155,13 +155,13 @@ class GateOperands(NamedTuple):
 
     A *decider* is one profile on one sequence: of n sequences with K profiles each, sequence i and profile k are
     decider j = i*K + k. D = n*K. It decides at a layer whose table row has DECIDES, in the step that holds the deciding
-    row.
+    row. In `Operands`, a row of the sequence has its K slots in their places, or -1 where it is not edited.
 
     Attributes:
         sequence: int32 [rows], the sequence of each row; -1: padding.
-        deciding: int32 [n], the row at which the gates of a sequence decide; -1: none in this step.
+        deciding: int32 [n], the row of the sequence at which its gates decide; -1: none in this step.
         counted: int32 [D, 3], the rows that a mean reads: the first, the first after the last, and how many rows the
-            mean has over all steps. Padding between them does not count.
+            mean has over all steps. Padding between them does not count; the last one is a row of the sequence.
         slots: int32 [D]; -1: no slot.
         strength: float32 [D], strengths of the sequence.
         directions: [slots, H] float32, bfloat16 or float16, of the layer: what the reading LAST reads.

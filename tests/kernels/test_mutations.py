@@ -39,7 +39,6 @@ MUTANTS = {
     "slots in 32 bits": (EDITS, "slots_ptr + row * K + k).to(tl.int64)", "slots_ptr + row * K + k)", "far slots"),
     "slot of the first place": (EDITS, "tl.load(slots_ptr + row * K + k)", "tl.load(slots_ptr + row * K)", "steer_"),
     "scale of the first place": (EDITS, "tl.load(scales_ptr + row * K + k)", "tl.load(scales_ptr + row * K)", "steer_"),
-    "scale of slot -1": (EDITS, "(tl.where(slot >= 0, scale, 0.0),)", "(scale,)", "left alone"),
     "an infinite strength opens a shut gate": (
         EDITS,
         "tl.where(gate == 0.0, 0.0, gate * strength)",
@@ -167,7 +166,7 @@ def battery() -> dict[str, Callable[[], None]]:
     import torch
     from kernel_cases import CHECKS, TRITON, make_case
 
-    from steerfast.kernels.contract import Decides, EditId, GateKind, Kinds, Norm, Score
+    from steerfast.kernels.contract import HIGH, LOW, Decides, EditId, GateKind, Kinds, Norm, Score
 
     assert TRITON.obstacle() is None
 
@@ -193,7 +192,9 @@ def battery() -> dict[str, Callable[[], None]]:
             case = make_case(
                 3, 12, stack=2, slots=2, edits=(edit,), gates=(GateKind.ALWAYS,), sequences=1, pair=True, seed=3
             )
-            case.all_scales[:], case.slots[:] = case.tables[1, 0, 2], torch.tensor([0, 1])
+            case.all_scales[:], case.slots[:] = 0.7, torch.tensor([0, 1])
+            if edit == EditId.CLAMP:
+                case.tables[..., LOW], case.tables[..., HIGH] = -0.02, 0.02
             CHECKS["steer_"](TRITON, case)
 
     def norms() -> None:
