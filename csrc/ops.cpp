@@ -46,7 +46,7 @@ void fill(steerfast::Deciders& args, const Tensor& x, int64_t rows, const Tensor
   args.sequence = data<const int32_t>("sequence", sequence, x, ScalarType::Int, rows);
   args.deciding = data<const int32_t>("deciding", deciding, x, ScalarType::Int, deciding.numel());
   args.counted = data<const int32_t>("counted", counted, x, ScalarType::Int, args.count * 3);
-  args.slots = data<const int32_t>("slots", slots, x, ScalarType::Int, args.count);
+  args.slots = data<const int32_t>("decider_slots", slots, x, ScalarType::Int, args.count);
   const int64_t scored = std::max(rows, row_scores.size(0));
   args.row_scores = data<float>("row_scores", row_scores, x, ScalarType::Float, scored * args.stack);
   args.last_scores = data<float>("last_scores", last_scores, x, ScalarType::Float, args.count);
@@ -57,7 +57,7 @@ void fill(steerfast::Deciders& args, const Tensor& x, int64_t rows, const Tensor
     check_index("sequence", own, deciding.numel());
     check_index("deciding", args.deciding[own], rows);
     for (int64_t j = own * args.stack; j < (own + 1) * args.stack; ++j) {
-      check_index("slots", args.slots[j], table_slots);
+      check_index("decider_slots", args.slots[j], table_slots);
       const int32_t first = args.counted[3 * j], until = args.counted[3 * j + 1];
       STD_TORCH_CHECK(args.slots[j] < 0 || first >= until || (first >= 0 && until <= rows),
                       "counted: expected rows from 0 to ", rows, ", got ", first, " to ", until);

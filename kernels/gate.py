@@ -468,20 +468,14 @@ def _flat(run: Callable[[Tensor, Tensor | None, GateOperands], None]) -> Callabl
     return flat
 
 
-def _of_layer(
-    sequence: Tensor,
-    deciding: Tensor,
-    counted: Tensor,
-    slots: Tensor,
-    directions: Tensor,
-    mean_directions: Tensor,
-    table: Tensor,
-    row_scores: Tensor,
-    last_scores: Tensor,
-) -> GateOperands:
-    """Return the gates of one layer. The op does not use strength, sums, scores, values and scales."""
+def _of_layer(*arguments: Tensor) -> GateOperands:
+    """Return the gates of one layer from `_score_arguments`.
+
+    The op does not use strength, sums, scores, values and scales.
+    """
+    *of_sequences, directions, mean_directions, table, row_scores, last_scores = arguments
     unused = last_scores
-    read = (sequence, deciding, counted, slots, unused, directions, mean_directions, table[None])
+    read = (*of_sequences, unused, directions, mean_directions, table[None])
     return GateOperands(*read, row_scores, last_scores, unused, unused, unused, unused)
 
 

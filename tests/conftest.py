@@ -107,6 +107,7 @@ def _profile(
     sharpness: float = 0.0,
     pooling: str = "last",
     window: int | None = None,
+    offset: int = 0,
     **fields: Any,
 ) -> SteeringProfile:
     """Random unit directions, random vectors of norm `size`; steers `layers` (default: all from the second on)."""
@@ -126,6 +127,9 @@ def _profile(
         "vector": size * vector / vector.norm(dim=1, keepdim=True),
         "strength": chosen,
         "norm": torch.zeros(count),
-        "gate": Gate(kind, score, sharpness, pooling, window),  # type: ignore[arg-type]
+        "gate": Gate(kind, score, sharpness, pooling, window, offset),  # type: ignore[arg-type]
     }
+    if fields.get("mean_direction") is True:  # random, and with the score "dot" of any norm
+        means = torch.randn(count, hidden, generator=generator)
+        fields["mean_direction"] = means if score == "dot" else means / means.norm(dim=1, keepdim=True)
     return SteeringProfile(**{**values, **fields})

@@ -639,7 +639,7 @@ def test_doctor_passes_and_names_what_is_live(tmp_path: Path) -> None:
     assert data["passed"] is True
     assert data["versions"]["torch"] == torch.__version__
     assert data["cpu_isa"] == _native.isa()
-    assert data["implementations"]["gate_"]["cpp"] == _native.available
+    assert data["implementations"]["score_"]["cpp"] == _native.available
     tested = {check["implementation"] for check in data["self_test"]}
     assert tested | set(data["absent"]) == {"torch", "cpp", "triton"}
     assert ("cpp" in tested) == _native.available
@@ -651,9 +651,9 @@ def test_doctor_passes_and_names_what_is_live(tmp_path: Path) -> None:
 def test_doctor_fails_where_an_op_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     right = selftest.implementations(None)[0]
 
-    def wrong_gate(*inputs: Any) -> None:
-        right.ops["gate_"](*inputs)
-        inputs[-1].scores.mul_(1.001)
+    def wrong_score(*inputs: Any) -> None:
+        right.ops["score_"](*inputs)
+        inputs[-1].row_scores.mul_(1.001)
 
     def no_steer(*inputs: Any) -> None:
         raise RuntimeError("no kernel")
@@ -662,7 +662,7 @@ def test_doctor_fails_where_an_op_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
         normed, stream = right.ops["add_steer_rms_norm"](*inputs)
         return normed, stream * 1.001 if inputs[3].kinds == Kinds.ANY else stream
 
-    wrong = {"gate_": wrong_gate, "steer_": no_steer, "add_steer_rms_norm": wrong_norm}
+    wrong = {"score_": wrong_score, "steer_": no_steer, "add_steer_rms_norm": wrong_norm}
     broken = replace(right, name="broken", ops={**right.ops, **wrong})
     monkeypatch.setattr(selftest, "implementations", lambda _: [right, broken])
     result = run("doctor", "--json", "-")
@@ -670,9 +670,9 @@ def test_doctor_fails_where_an_op_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
     data = json.loads(result.stdout)
     assert data["passed"] is False
     by_name = {(c["implementation"], c["op"], c["dtype"]): c for c in data["self_test"]}
-    assert by_name["torch", "gate_", "bfloat16"]["passed"]
-    assert by_name["broken", "add_steer_rms_norm.prompt", "float32"]["passed"]
-    for op in ("gate_", "add_steer_rms_norm"):
+    assert by_name["torch", "score_", "bfloat16"]["passed"]
+    assert by_name["broken", "add_steer_rms_norm.deciding", "float32"]["passed"]
+    for op in ("score_", "add_steer_rms_norm"):
         check = by_name["broken", op, "float32"]
         assert check["max_error"] > check["tolerance"]
     assert by_name["broken", "steer_", "float32"]["problem"] == "RuntimeError: no kernel"

@@ -117,15 +117,21 @@ class Oracle:
         """
         gates: dict[int, Tensor] = {}
 
-        def score_of(x: Tensor, layer: int) -> Tensor:
-            dot = x.double() @ self.profile.direction[layer].double()
+        def score_of(x: Tensor, layer: int, directions: Tensor = self.profile.direction) -> Tensor:
+            dot = x.double() @ directions[layer].double()
             return dot / x.double().norm(dim=-1) if self.profile.gate.score == "cosine" else dot
 
+        def mean_score(x: Tensor, layer: int) -> Tensor:
+            gate, directions = self.profile.gate, self.profile.mean_direction
+            first = min(len(x) - 1, max(gate.offset, len(x) - (gate.window or len(x))))
+            return score_of(x[first:], layer, self.profile.direction if directions is None else directions).mean()
+
         def prompt_score(x: Tensor, valid: Tensor, layer: int) -> Tensor:
+            last = score_of(x[:, -1], layer)
             if self.profile.gate.pooling == "last":
-                return score_of(x[:, -1], layer)
-            window = slice(None if self.profile.gate.window is None else -self.profile.gate.window, None)
-            return torch.stack([score_of(own[mask][window], layer).mean() for own, mask in zip(x, valid, strict=True)])
+                return last
+            means = torch.stack([mean_score(own[mask], layer) for own, mask in zip(x, valid, strict=True)])
+            return means + last if self.profile.gate.pooling == "both" else means
 
         def gate_of(score: Tensor, layer: int) -> Tensor:
             limit, sharpness = float(self.profile.threshold[layer]), self.profile.gate.sharpness

@@ -18,19 +18,31 @@ NEW = 4
 
 def middle(model: Any, make_profile: MakeProfile, **fields: Any) -> Any:
     """A profile whose gate opens for some of `four_prompts` and not for others."""
-    profile = make_profile(model, layers=[1, 2], sensor=1, pooling="mean", **fields)
+    fields = {"pooling": "mean", **fields}
+    profile = make_profile(model, layers=[1, 2], sensor=1, **fields)
     oracle = Oracle(make_family_model("Llama", num_hidden_layers=4), profile)
     scores = []
     for prompt in four_prompts():
         oracle.logits(prompt, [(0, len(prompt))])
         scores.append(float(oracle.scores[1]))
     low, high = sorted(scores)[1:3]
-    return make_profile(model, layers=[1, 2], sensor=1, pooling="mean", threshold=(low + high) / 2, **fields)
+    return make_profile(model, layers=[1, 2], sensor=1, threshold=(low + high) / 2, **fields)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
-    "fields", [{}, {"score": "dot"}, {"sharpness": 8.0}, {"positions": "response"}, {"window": 4}], ids=str
+    "fields",
+    [
+        {},
+        {"score": "dot"},
+        {"sharpness": 8.0},
+        {"positions": "response"},
+        {"window": 4},
+        {"offset": 3, "mean_direction": True},
+        {"pooling": "both", "window": 4},
+        {"pooling": "both", "mean_direction": True, "score": "dot", "offset": 2, "positions": "response"},
+    ],
+    ids=str,
 )
 def test_greedy_equals_the_oracle(
     model: Any, plain: Any, make_profile: MakeProfile, fields: dict[str, Any], side: str

@@ -93,7 +93,7 @@ def operands(rows, hidden=512, stack=1, dtype=torch.bfloat16, bank=torch.float32
     scales = OnDevice(torch.zeros(layers, rows, stack))
     read = [torch.zeros(n, dtype=int32) for n in (rows, sequences, (deciders, 3), deciders)]
     read += [torch.zeros(deciders), vectors.tensor, directions.tensor, torch.zeros(layers, slots_of_bank, TABLE_WIDTH)]
-    written = [torch.zeros(n) for n in ((rows, stack), deciders, (layers, deciders), (layers, deciders), (layers, deciders))]
+    written = [torch.zeros(n) for n in ((rows, stack), deciders, *[(layers, deciders)] * 3)]
     written[2] = written[2].double()
     gates = GateOperands(*map(OnDevice, [*read, *written]), scales, layer)
     return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, (OnDevice, GateOperands))})

@@ -101,6 +101,7 @@ KERNELS = [
     Kernel("steer_", size=16384, kinds=ANY, pair=True),
     Kernel("steer_", dtype="float16"),
     Kernel("add_steer_rms_norm", stack=4),
+    Kernel("add_steer_rms_norm", bank="float32"),
     Kernel("add_steer_rms_norm", size=16384, stack=4, bank="float32"),
     Kernel("add_steer_rms_norm", stack=4, kinds=ANY, norm=Norm.VLLM),
     Kernel("add_steer_rms_norm", stack=4, kinds=ANY, norm=Norm.GEMMA, decides=True),
@@ -180,12 +181,14 @@ def measure(kernel: Kernel) -> dict[str, int]:
     def total(pattern: str) -> int:
         return sum(n for name, n in count.items() if re.fullmatch(pattern, name))
 
+    loads = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?LDG\.E[\w.]*128", sass)
     resources = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": resources["REG"],
         "shared": compiled.metadata.shared,
         "loads_128": total(r"LDG\.E.*128.*"),
         "stores_128": total(r"STG\.E.*128.*"),
+        "loads_before_vectors": next((i for i, predicate in enumerate(loads) if predicate), len(loads)),
         "narrow": total(r"(LDG|STG)\.E.*\.[US](8|16)(\..*)?"),
         "stack": resources["STACK"] + resources["LOCAL"] + total(r"(LDL|STL).*"),
         "doubles": total(r"D(ADD|MUL|FMA|SETP|MNMX).*|.*F64.*"),
@@ -251,15 +254,19 @@ def table() -> dict[str, Any]:
 def test_machine_code(kernel: Kernel, measured: dict[str, dict[str, int]], table: dict[str, Any]) -> None:
     found = measured[str(kernel)]
     assert found["instructions"] > 100  # the code was found and read
-    assert found["stack"] <= KNOWN_STACK.get((triton_release(), str(kernel)), 0), "spills"
-    assert found["doubles"] == 0, "float64 arithmetic"
+    assert found["stack"] == 0, "spills"
+    assert kernel.decides or found["doubles"] == 0, "float64 arithmetic"  # the sum of a mean is float64
     assert found["flushes"] == 0, "denormals flushed"
     assert found["narrow"] == 0, "an access of one number at a time"
     assert found["stores_128"] == kernel.stores
     assert found["loads_128"] >= kernel.least_loads
-    if kernel.op == "steer_" and kernel.kinds == LATCHED_ADD:
+    if kernel.op == "steer_" and kernel.kinds == LATCHED_ADD and not kernel.decides:
         assert found["fused"] == 0, "a product fused with a sum"
         assert found["sums"] == 0, "a sum where none is needed"
+    whole = kernel.size == kernel.shape.block  # no load is masked by the length of the row
+    if "norm" in kernel.op and kernel.kinds == LATCHED_ADD and whole and not kernel.decides:
+        # The vectors alone are loaded under a condition. All else is asked for before the first of them is.
+        assert found["loads_before_vectors"] == found["loads_128"] - kernel.stack * kernel.accesses(kernel.bank)
     if table["triton"] == triton_release():
         known = table[str(kernel)]
         assert found["registers"] <= known["registers"] + SLACK

@@ -32,20 +32,21 @@ MUTANTS = {
     # edits.py
     "a score on the threshold fires": (EDITS, "tl.where(score <= threshold", "tl.where(score < threshold", "zero row"),
     "NaN does not fire": (EDITS, "return tl.where(value == value, value, one)", "return value", "nan"),
-    "cosine by the square": (EDITS, "tl.div_rn(xd, tl.sqrt_rn(xx))", "tl.div_rn(xd, xx)", "gate_"),
+    "cosine by the square": (EDITS, "tl.div_rn(xd, tl.sqrt_rn(xx))", "tl.div_rn(xd, xx)", "score_"),
     "row read beyond its end": (EDITS, "tl.load(at, mask=inside, other=0.0)", "tl.load(at)", "behind"),
     "row stride ignored": (EDITS, "row * (H if CONTIGUOUS else stride)", "row * H", "steer_"),
-    "pair not rounded": (EDITS, "s = s.to(x_ptr.dtype.element_ty).to(tl.float32)", "s = s", "gate_"),
-    "slots in 32 bits": (EDITS, "tl.load(record + 1 + k).to(tl.int64)", "tl.load(record + 1 + k)", "far slots"),
-    "value of the first slot": (EDITS, "values_ptr + sequence * K + k,", "values_ptr + sequence * K,", "steer_"),
-    "strength ignored": (EDITS, "alpha = alpha * tl.load(", "alpha = 0.0 * alpha + tl.load(", "steer_"),
-    "always is not always": (EDITS, "tl.where(kind == _ALWAYS, 1.0, value)", "value", "steer_"),
+    "pair not rounded": (EDITS, "s = s.to(x_ptr.dtype.element_ty).to(tl.float32)", "s = s", "score_"),
+    "slots in 32 bits": (EDITS, "slots_ptr + row * K + k).to(tl.int64)", "slots_ptr + row * K + k)", "far slots"),
+    "slot of the first place": (EDITS, "tl.load(slots_ptr + row * K + k)", "tl.load(slots_ptr + row * K)", "steer_"),
+    "scale of the first place": (EDITS, "tl.load(scales_ptr + row * K + k)", "tl.load(scales_ptr + row * K)", "steer_"),
+    "scale of slot -1": (EDITS, "(tl.where(slot >= 0, scale, 0.0),)", "(scale,)", "left alone"),
     "an infinite strength opens a shut gate": (
         EDITS,
         "tl.where(gate == 0.0, 0.0, gate * strength)",
         "gate * strength",
         "no displacement",
     ),
+    "sums of a pair swapped": (EDITS, "return a + c, b + d", "return b + d, a + c", "score_"),
     "bounds swapped": (
         EDITS,
         "along < low, low, tl.where(along > high, high,",
@@ -63,40 +64,60 @@ MUTANTS = {
         "y += product(scale, y, NVIDIA)",
         "edits",
     ),
-    "token gate latched": (
+    "token gate not asked": (
         EDITS,
-        "                    if kinds[k] == _TOKEN:",
-        "                    if kinds[k] == 7.0:",
+        "                    if kind == _TOKEN:",
+        "                    if kind == 7.0:",
         "left alone",
     ),
-    # gate.py
+    # gate.py, score_
+    "padding keeps its score": (GATE, "tl.store(row_scores_ptr + row * K + k, 0.0)", "pass", "score_"),
+    "every row is the last": (GATE, "tl.load(deciding_ptr + sequence) == row", "row == row", "score_"),
+    "one row too few counts": (GATE, "(first <= row) & (row < until)", "(first < row) & (row < until)", "score_"),
+    "one row too many counts": (GATE, "(first <= row) & (row < until)", "(first <= row) & (row <= until)", "score_"),
+    "slot -1 is scored": (GATE, "read = (slot >= 0) & ", "read = ", "score_"),
+    "gates that decide nothing are read": (
+        GATE,
+        "!= _NOTHING\n            reading",
+        ">= _NOTHING\n            reading",
+        "score_",
+    ),
+    "last rows read a mean": (GATE, "is_last & decides & (reading != _MEAN)", "is_last & decides", "score_"),
+    "means read a last row": (GATE, "is_counted & decides & (reading != _LAST)", "is_counted & decides", "score_"),
+    "means read the other directions": (GATE, "kinds[k], mean_directions_ptr", "kinds[k], directions_ptr", "score_"),
+    # gate.py, the decision
     "latch lost where no row decides": (
         GATE,
-        "        if row < 0:\n            return\n",
-        "        row = tl.maximum(row, 0)\n",
-        "gate_",
+        "tl.load(deciding_ptr + sequence, mask=known, other=-1).to(tl.int64)",
+        "tl.maximum(tl.load(deciding_ptr + sequence, mask=known, other=-1).to(tl.int64), 0)",
+        "steer_.deciding",
     ),
-    "slot 0 not scored": (GATE, "            if slot >= 0:", "            if slot > 0:", "zero row"),
-    "always scored like others": (
+    "slot 0 does not decide": (GATE, "if (slot >= 0) & tl.where(", "if (slot > 0) & tl.where(", "steer_.deciding"),
+    "nothing decides": (GATE, "if decides != _NOTHING:", "if decides >= _NOTHING:", "steer_.deciding"),
+    "sums added by every row": (GATE, "(row == until - 1)", "(row <= until - 1)", "steer_.deciding"),
+    "the first chunk alone": (GATE, "range(first, until, _CHUNK)", "range(first, first + _CHUNK, _CHUNK)", "long mean"),
+    "earlier steps forgotten": (GATE, "sums += tl.sum(part, axis=0)", "sums = tl.sum(part, axis=0)", "steer_.deciding"),
+    "sum for a mean": (GATE, "mean = (sums / total)", "mean = (sums / 1.0)", "steer_.deciding"),
+    "both readings are one": (GATE, "mean, last + mean)", "mean, mean)", "steer_.deciding"),
+    "a sensor for its own layer": (GATE, "decides == _EVERYWHERE", "decides == 7.0", "steer_.deciding"),
+    "every gate a sensor": (GATE, "decides == _EVERYWHERE", "decides != 7.0", "steer_.deciding"),
+    "always is not always": (GATE, "tl.where(kinds == _PROMPT, value, 1.0)", "value", "steer_.deciding"),
+    "strength ignored": (GATE, "other=0.0) * strength", "other=0.0)", "steer_.deciding"),
+    "rows left alone get a scale": (
         GATE,
-        "tl.where(tl.load(table_ptr + slot * _TABLE_WIDTH + _GATE) == _ALWAYS, 1.0, value)",
-        "value",
-        "gate_",
+        "                        if is_edited:",
+        "                        if row >= 0:",
+        "steer_.deciding",
     ),
-    "value stored as score": (
+    "edited by the scale before": (GATE, "beta = scaled(gate,", "_ = scaled(gate,", "steer_.deciding"),
+    "score not stored": (
         GATE,
-        "scores_ptr + sequence * K + k, score",
-        "scores_ptr + sequence * K + k, value",
-        "gate_",
+        "tl.store(scores_ptr + layer * deciders + decider, score)",
+        "pass",
+        "add_steer_rms_norm.deciding",
     ),
-    "deciding row in 32 bits": (
-        GATE,
-        "tl.load(row_ptr + sequence).to(tl.int64)",
-        "tl.load(row_ptr + sequence)",
-        "far rows",
-    ),
+    "sums not stored": (GATE, "tl.store(sums_at, sums)", "pass", "add_steer_rms_norm.deciding"),
     # steer.py
-    "records overlap": (STEER, "rows_ptr + row * (K + 1)", "rows_ptr + row * K", "steer_"),
     "rows in 32 bits": (STEER, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", "far rows"),
     "written beyond the row": (
         STEER,
@@ -105,7 +126,7 @@ MUTANTS = {
         "gaps",
     ),
     "rounded twice": (STEER, "y.to(x_ptr.dtype.element_ty)", "y.to(tl.bfloat16).to(x_ptr.dtype.element_ty)", "steer_"),
-    "token rows not looked at": (STEER, "wanted |= kinds[k] == _TOKEN", "wanted |= kinds[k] == 7.0", "left alone"),
+    "rows with one scale alone": (STEER, "wanted |= scales[k] != 0.0", "wanted = scales[k] != 0.0", "steer_"),
     "residual ignored": (
         STEER,
         "                PAIR,\n                KINDS,",
@@ -114,26 +135,6 @@ MUTANTS = {
     ),
     # add_steer_rms_norm.py
     "normed rows in 32 bits": (NORM, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", "far rows"),
-    "another row stores the latch": (
-        NORM,
-        "                    deciding == row,",
-        "                    deciding < row,",
-        "prompt",
-    ),
-    "every gate decided": (NORM, "(slots[k] >= 0) & (kinds[k] == _PROMPT)", "slots[k] >= 0", "latches"),
-    "gate of the row itself": (
-        NORM,
-        "x_ptr, residual_ptr, deciding, x_stride",
-        "x_ptr, residual_ptr, row, x_stride",
-        "deciding row",
-    ),
-    "latch of sequences that wait unread": (
-        NORM,
-        "sequence, deciding < 0, values_ptr",
-        "sequence, deciding >= 0, values_ptr",
-        "prompt",
-    ),
-    "score not stored": (NORM, "tl.store(scores_ptr + at + k, score, mask=is_deciding_row)", "pass", "prompt"),
     "norm of the exact row": (NORM, "n = new_residual.to(tl.float32)", "n = y", "norms"),
     "mean over the block": (NORM, "tl.full((), H, tl.float32)", "tl.full((), BLOCK, tl.float32)", "add_steer_rms_norm"),
     "eps ignored": (NORM, "tl.sqrt_rn(mean + tl.full((), eps, tl.float32))", "tl.sqrt_rn(mean)", "eps"),
@@ -161,12 +162,12 @@ def battery() -> dict[str, Callable[[], None]]:
     """Tests of this room on the Triton kernels, by the name under which MUTANTS refers to them."""
     import test_agreement
     import test_bits
+    import test_deciding
     import test_isolation
-    import test_prompt
     import torch
     from kernel_cases import CHECKS, TRITON, make_case
 
-    from steerfast.kernels.contract import EditId, GateKind, Kinds, Norm, Score
+    from steerfast.kernels.contract import Decides, EditId, GateKind, Kinds, Norm, Score
 
     assert TRITON.obstacle() is None
 
@@ -174,16 +175,25 @@ def battery() -> dict[str, Callable[[], None]]:
         for seed, (size, dtype) in enumerate([(5, torch.float32), (33, torch.float16), (17, torch.float32)]):
             case = make_case(
                 6, size, dtype, stack=2, slots=6, sequences=3, strided=seed == 2, pair=seed > 0,
-                norm=Norm(seed), shared=name == "prompt", seed=seed,
+                norm=Norm(seed), shared="deciding" in name, seed=seed,
             )  # fmt: skip
             CHECKS[name](TRITON, case)
+        if name == "score_" or "deciding" in name:
+            for seed in range(2):
+                case = test_deciding.prompts(
+                    [3, 2, 3], size=5, before=1, slots=8, gates=(GateKind.PROMPT, GateKind.ALWAYS),
+                    decides=tuple(Decides), readings=test_deciding.READINGS, seed=seed,
+                )  # fmt: skip
+                case.deciding[1], case.sums[:] = -1, 0.5
+                case.counted[:, 0] += 1 - seed
+                CHECKS[name](TRITON, case)
 
     def edits() -> None:
         for edit in EditId:
             case = make_case(
                 3, 12, stack=2, slots=2, edits=(edit,), gates=(GateKind.ALWAYS,), sequences=1, pair=True, seed=3
             )
-            case.strength[:], case.rows[:] = 1.0, torch.tensor([0, 0, 1])
+            case.all_scales[:], case.slots[:] = case.tables[1, 0, 2], torch.tensor([0, 1])
             CHECKS["steer_"](TRITON, case)
 
     def norms() -> None:
@@ -206,8 +216,8 @@ def battery() -> dict[str, Callable[[], None]]:
         ),
         "far rows": partial(test_bits.test_offsets_beyond_32_bits, TRITON),
         "far slots": partial(test_bits.test_slots_beyond_32_bits, TRITON),
-        "latches": partial(test_prompt.test_only_the_decided_latches_are_written, TRITON),
-        "deciding row": partial(test_prompt.test_gate_reads_the_unsteered_deciding_row, TRITON),
+        "decided": partial(test_deciding.test_only_what_decides_is_written, TRITON),
+        "long mean": partial(test_deciding.test_a_mean_of_more_rows_than_one_chunk_of_the_kernel, TRITON),
     }
 
 

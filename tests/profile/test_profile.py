@@ -94,7 +94,8 @@ def profiles(draw: st.DrawFn) -> SteeringProfile:
         edit = {}
     sketch = draw(st.none() | st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(tuple))
     kind = draw(st.sampled_from(["always", "prompt", "token"]))
-    pooling = draw(st.sampled_from(["last", "mean"])) if kind == "prompt" else "last"
+    pooling = draw(st.sampled_from(["last", "mean", "both"])) if kind == "prompt" else "last"
+    means = torch.nn.functional.normalize(torch.randn(layers, hidden), dim=1)
     return make(
         layers,
         hidden,
@@ -113,8 +114,10 @@ def profiles(draw: st.DrawFn) -> SteeringProfile:
             draw(st.sampled_from(["cosine", "dot"])),
             draw(st.floats(0, 100)),
             pooling,
-            draw(st.none() | st.integers(1, 500)) if pooling == "mean" else None,
+            draw(st.none() | st.integers(1, 500)) if pooling != "last" else None,
+            draw(st.integers(0, 500)) if pooling != "last" else 0,
         ),
+        mean_direction=means if pooling != "last" and draw(st.booleans()) else None,
         abstain=draw(st.sampled_from([None, torch.full((layers,), -9.5), torch.full((layers,), -math.inf)])),
         **edit,
         sensor=draw(st.sampled_from(["own", *range(first + 1)])),
@@ -255,7 +258,7 @@ def forge(file: Path, profile: SteeringProfile, header: dict[str, Any], tensors:
         ({"format": ...}, {}, "not a steerfast profile"),
         ({"gate": ...}, {}, r"incomplete or malformed \(KeyError\('gate'\)\)"),
         ({"gate": {"kind": "sometimes"}}, {}, "gate.kind: expected one of always, prompt, token, got 'sometimes'"),
-        ({"gate": {"pooling": "max"}}, {}, "gate.pooling: expected one of last, mean, got 'max'"),
+        ({"gate": {"pooling": "max"}}, {}, "gate.pooling: expected one of last, mean, both, got 'max'"),
         ({"gate": {"pooling": "mean", "window": 1.5}}, {}, "gate.window: expected None or a whole number >= 1"),
         ({"gate": {"colour": 1}}, {}, "incomplete or malformed"),
         ({"model": "tiny"}, {}, "incomplete or malformed"),
@@ -467,8 +470,8 @@ def test_what_a_gate_refuses(sharpness: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pooling": "max"}, r"gate\.pooling: expected one of last, mean, got 'max'"),
-        ({"pooling": None}, r"gate\.pooling: expected one of last, mean, got None"),
+        ({"pooling": "max"}, r"gate\.pooling: expected one of last, mean, both, got 'max'"),
+        ({"pooling": None}, r"gate\.pooling: expected one of last, mean, both, got None"),
         (
             {"kind": "token", "pooling": "mean"},
             r"gate\.pooling: expected 'last' for a gate of kind 'token', got 'mean'",
@@ -482,11 +485,32 @@ def test_what_a_gate_refuses(sharpness: Any) -> None:
             for wrong in (0, -1, 2.0, "3", True, math.inf)
         ),
         ({"window": 4}, r"gate\.window: expected None where no mean is read, got 4"),
+        ({"offset": 4}, r"gate\.offset: expected 0 where no mean is read, got 4"),
+        *(
+            ({"pooling": "both", "offset": wrong}, r"gate\.offset: expected a whole number >= 0, got ")
+            for wrong in (-1, 2.5, "3", True, None)
+        ),
     ],
 )
 def test_what_a_mean_refuses(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ProfileError, match=message):
         Gate(**fields)
+
+
+def test_a_mean_may_have_a_direction() -> None:
+    profile = make()
+    unit = torch.nn.functional.normalize(torch.randn_like(profile.direction), dim=1)
+    assert torch.equal(profile.read_in_mean, profile.direction)
+    for pooling in ("mean", "both"):
+        read = replace(profile, gate=Gate(pooling=pooling), mean_direction=unit)  # type: ignore[arg-type]
+        assert read.read_in_mean is unit
+    with pytest.raises(ProfileError, match="mean_direction: expected None where no mean is read, got a tensor"):
+        replace(profile, mean_direction=unit)
+    with pytest.raises(ProfileError, match=r"mean_direction of layer 2: expected unit norm, got norm 3"):
+        long = unit.clone()
+        long[2] *= 3
+        replace(profile, gate=Gate(pooling="mean"), mean_direction=long)
+    replace(profile, gate=Gate(score="dot", pooling="both"), direction=3 * profile.direction, mean_direction=long)
 
 
 def test_directions_that_nothing_reads_may_be_zero() -> None:

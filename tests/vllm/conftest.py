@@ -60,6 +60,9 @@ def profiles(tiny_llama, make_profile) -> dict[str, SteeringProfile]:
         "recent": make_profile(
             tiny_llama, seed=7, sensor=2, layers=[2, 4], pooling="mean", window=4, score="dot", positions="response"
         ),
+        "both": make_profile(
+            tiny_llama, seed=8, sensor=1, layers=[2], pooling="both", offset=2, mean_direction=True, positions="response"
+        ),
         "always": make_profile(tiny_llama, seed=4, kind="always", layers=[2], positions="response"),
         "everywhere": make_profile(tiny_llama, seed=5, kind="always", layers=[1, 4], positions="all"),
     }

@@ -129,7 +129,7 @@ def test_a_pass_without_requests_steers_nothing_and_moves_no_latch(profiles, tmp
     assert not told
 
 
-@pytest.mark.parametrize("name", ["mean", "recent"])
+@pytest.mark.parametrize("name", ["mean", "recent", "both"])
 def test_a_pass_without_requests_counts_in_no_mean(profiles, tmp_path, name) -> None:
     engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
     runtime, rows = engine.runtimes[0], random_rows(9, 5)

@@ -31,6 +31,7 @@ class Engine:
     max_requests: int = 4
     pair: bool = False
     stack: int = 2
+    directory: bool = False
     runtimes: list[WorkerRuntime] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -38,9 +39,10 @@ class Engine:
         for name, profile in self.profiles.items():
             paths[name] = str(self.folder / f"{name}.safetensors")
             profile.save(paths[name])
-        layers = sorted(set().union(*map(layers_of, self.profiles.values())))
+        layers = range(LAYERS) if self.directory else sorted(set().union(*map(layers_of, self.profiles.values())))
+        folder = str(self.folder) if self.directory else None
         config = ServingConfig(
-            paths, None, False, len(paths) + 1, tuple(layers), int(Kinds.ANY), None, "", stack=self.stack
+            paths, None, False, len(paths) + 1, tuple(layers), int(Kinds.ANY), folder, "", stack=self.stack
         )
         model = next(iter(self.profiles.values())).model
         self.slots = {name: slot for slot, name in enumerate(paths)}
@@ -129,13 +131,16 @@ class Engine:
 
 def decision(profile: SteeringProfile, x: Tensor, prompt: int, layer: int) -> tuple[float, float]:
     """The value and the score of a gate."""
-    read = x[prompt - 1 : prompt]
-    if profile.gate.pooling == "mean":
-        read = x[max(0, prompt - (profile.gate.window or prompt)) : prompt]
-    each = read @ profile.direction[layer].double()
-    if profile.gate.score == "cosine":
-        each = each / read.norm(dim=1)
-    score = each.mean()
+    gate, score = profile.gate, torch.zeros((), dtype=torch.float64)
+    first = min(prompt - 1, max(gate.offset, prompt - (gate.window or prompt)))
+    for reads, start, directions in (
+        (gate.pooling != "mean", prompt - 1, profile.direction),
+        (gate.pooling != "last", first, profile.read_in_mean),
+    ):
+        each = x[start:prompt] @ directions[layer].double()
+        if gate.score == "cosine":
+            each = each / x[start:prompt].norm(dim=1)
+        score = score + each.mean() * reads
     above = score - float(profile.threshold[layer])
     sharp = profile.gate.sharpness
     assert sharp or abs(float(above)) > 1e-4
