@@ -506,9 +506,9 @@ def test_a_mean_may_have_a_direction() -> None:
         assert read.read_in_mean is unit
     with pytest.raises(ProfileError, match="mean_direction: expected None where no mean is read, got a tensor"):
         replace(profile, mean_direction=unit)
+    long = unit.clone()
+    long[2] *= 3
     with pytest.raises(ProfileError, match=r"mean_direction of layer 2: expected unit norm, got norm 3"):
-        long = unit.clone()
-        long[2] *= 3
         replace(profile, gate=Gate(pooling="mean"), mean_direction=long)
     replace(profile, gate=Gate(score="dot", pooling="both"), direction=3 * profile.direction, mean_direction=long)
 

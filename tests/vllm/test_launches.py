@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import LAYERS, Engine, asked, random_rows
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy import LAYERS, Engine, asked, random_rows
 
 VIEWS = {"aten::view", "aten::slice", "aten::select", "aten::alias", "aten::detach", "aten::_unsafe_view"}
 
