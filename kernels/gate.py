@@ -475,8 +475,8 @@ def _of_layer(*arguments: Tensor) -> GateOperands:
     """
     *of_sequences, directions, mean_directions, table, row_scores, last_scores = arguments
     unused = last_scores
-    read = (*of_sequences, unused, directions, mean_directions, table[None])
-    return GateOperands(*read, row_scores, last_scores, unused, unused, unused, unused)
+    read = (*of_sequences, unused, directions, mean_directions, table[None], row_scores, last_scores)
+    return GateOperands._make((*read, unused, unused, unused, unused, 0))
 
 
 def _score_arguments(gates: GateOperands) -> tuple[Tensor, ...]:

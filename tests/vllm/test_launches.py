@@ -1,4 +1,4 @@
-"""The launches of a layer in a serving step, counted through the real runtime: at most two, and none without a cause."""
+"""The launches of a layer in a serving step, counted in the real runtime: at most two, none without a cause."""
 
 from __future__ import annotations
 
