@@ -1,8 +1,10 @@
-"""From prompt sets to the parts of a guard: rollouts of several origins, heads and a critic trained on them.
+"""From prompt sets to the parts of a guard: rollouts of several origins, labels, heads and a critic.
 
 A model that never refuses would teach its heads the prompt instead of the answer. So harmful prompts get further
 answers: by the steered model, at each of several strengths; by the model itself after a refusal as its first words; and
 that refusal alone, the guard's fallback. Each origin has a folder that continues where it was stopped.
+
+No model judges. The prompt's set says whether it is harmful; the words of an answer say whether it declines.
 """
 
 from __future__ import annotations
@@ -11,42 +13,100 @@ import os
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from steerfast.errors import GuardError
 from steerfast.guard.backend import HFBackend
-from steerfast.guard.candidates import Backend, Candidates, Sampling
-from steerfast.guard.critic import Critic, CriticSettings
-from steerfast.guard.guard import REFUSAL
-from steerfast.guard.heads import HiddenHead
-from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect
-from steerfast.guard.training import common_layer, fit_heads, train_critic
+from steerfast.guard.critic import Critic, CriticSettings, train_critic
+from steerfast.guard.guard import REFUSAL, ended
+from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
+from steerfast.guard.parts import common_layer
+from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect, prompt_numbers
 from steerfast.hf.generation import evaluating
 from steerfast.hf.steering import steer
 from steerfast.hf.structure import identify
-from steerfast.profile import SteeringProfile
+from steerfast.judging.fluency import repetition
+from steerfast.judging.refusal import is_refusal_keyword, is_refusal_strict
+from steerfast.profile import ModelIdentity, SteeringProfile
 from steerfast.text.encoding import encode
 
-__all__ = [
-    "COST",
-    "CRITIC",
-    "REWARD",
-    "Trained",
-    "alternating",
-    "chosen",
-    "gather",
-    "load_trained",
-    "prompt_layer_for",
-    "train",
-]
 
-COST, REWARD, CRITIC = "cost.safetensors", "reward.safetensors", "critic.safetensors"
-_CHECKPOINT = "critic-checkpoint.safetensors"
+@dataclass(frozen=True)
+class Label:
+    """cost: 1 unsafe, -1 safe. reward: higher is better. complied: see `complies`."""
+
+    cost: float
+    reward: float
+    complied: bool
+
+
+def complies(answer: str, strict: bool = True) -> bool:
+    """Return True if an answer neither refuses nor is empty.
+
+    Args:
+        strict: a refusal is an explicit decline without compliance after it; False: any of the usual refusal keywords.
+    """
+    return bool(answer.strip()) and not (is_refusal_strict if strict else is_refusal_keyword)(answer)
+
+
+def label_answer(kind: Literal["harmful", "harmless"], answer: str) -> Label:
+    """Label the text of an answer, or of the beginning of one, to a prompt of this kind; GuardError for another kind.
+
+    The cost is 1 if the answer complies with a harmful prompt, else -1. The reward is minus the share of repeated
+    4-grams of words; a harmless prompt adds 1 if it is answered, -1 if it is refused (by keywords) or the answer empty.
+    """
+    if kind not in ("harmful", "harmless"):
+        raise GuardError(f"kind: expected 'harmful' or 'harmless', got {kind!r}")
+    words = answer.split()
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    fluency = -repetition([numbers[word] for word in words])
+    complied = complies(answer)
+    if kind == "harmful":
+        return Label(1.0 if complied else -1.0, fluency, complied)
+    return Label(-1.0, fluency + (1.0 if complies(answer, strict=False) else -1.0), complied)
+
+
+def fit_heads(
+    rollouts: Sequence[Rollouts],
+    tokenizer: Any,
+    model: ModelIdentity,
+    *,
+    direction: Tensor | None = None,
+    boundary: float,
+    **options: Any,
+) -> tuple[HiddenHead, HiddenHead]:
+    """Fit a cost and a reward head on rollouts of harmful and harmless prompts.
+
+    Every end of a block is an example, labelled by the text up to there (`label_answer`). The cost is factored if the
+    rollouts hold the prompt's row (`HiddenHead`).
+
+    Args:
+        rollouts: each with its ``label``, harmful or harmless; scores are not read.
+        boundary: of the cost: usually the budget. options: see `FitOptions`.
+        direction: of a factored cost, see `fit_factored_cost`.
+
+    Raises:
+        GuardError: a rollout without such a label or of another prompt_layer than the others, answers that are all safe
+            or all unsafe.
+        PromptError: see `fit_factored_cost`.
+    """
+    layer = common_layer({f"rollouts {number}": one for number, one in enumerate(rollouts)})
+    hidden = torch.cat([one.hidden for one in rollouts])
+    kinds: list[Any] = [one.label for one in rollouts for _ in one.ends]
+    texts = [text for one in rollouts for _, text in one.blocks(tokenizer).pairs()]
+    labels = [label_answer(kind, text) for kind, text in zip(kinds, texts, strict=True)]
+    options["groups"] = [n for one, n in zip(rollouts, prompt_numbers(rollouts), strict=True) for _ in one.ends]
+    reward = fit_head(hidden, [label.reward for label in labels], model, "reward", prompt_layer=layer, **options)
+    options["boundary"] = boundary
+    if layer is None:
+        return fit_head(hidden, [label.cost for label in labels], model, "cost", **options), reward
+    harmful, complied = [float(kind == "harmful") for kind in kinds], [float(label.complied) for label in labels]
+    return fit_factored_cost(hidden, harmful, complied, model, layer, direction=direction, **options), reward
 
 
 @dataclass(frozen=True)
@@ -56,29 +116,6 @@ class Trained:
     cost: HiddenHead
     reward: HiddenHead
     critic: Critic
-
-
-class _Opening:
-    """Open all answers of a backend with the same words; they count as generated, and may end with them."""
-
-    def __init__(self, backend: Backend, opening: Sequence[int], ended: bool) -> None:
-        self._backend, self._opening, self._ended = backend, list(opening), ended
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def extend(
-        self, candidates: Candidates, block: int, sampling: Sampling | None = None, penalty: Tensor | None = None
-    ) -> tuple[list[list[int]], Tensor | None, Tensor]:
-        if candidates.length:
-            return self._backend.extend(candidates, block, sampling, penalty)
-        opening = self._opening if self._ended else self._opening[: block - 1]
-        self._backend.append(candidates, opening)
-        if self._ended:
-            candidates.finished, candidates.state = torch.ones_like(candidates.finished), None
-            return [opening] * len(candidates), candidates.hidden, candidates.finished
-        new, hidden, finished = self._backend.extend(candidates, block - len(opening), sampling, penalty)
-        return [opening + tokens for tokens in new], hidden, finished
 
 
 def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
@@ -106,16 +143,6 @@ class GatherOptions(RolloutOptions):
     refusal: str = REFUSAL
 
 
-class _Origin(NamedTuple):
-    """A set of rollouts. strength: of the steering; None: not steered. asked: (prompt, label). answers: per prompt."""
-
-    name: str
-    backend: Any
-    strength: float | None
-    asked: list[tuple[str, str]]
-    answers: int
-
-
 def gather(
     model: nn.Module,
     tokenizer: Any,
@@ -135,47 +162,32 @@ def gather(
         ProfileError: the profile belongs to another model.
     """
     chosen = GatherOptions(**options)
-    asked = alternating(harmful, harmless)
+    prompts = alternate(harmful, harmless)
     identity = identify(model, tokenizer)
+    words = tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"]
+    refusal, one = ended(tokenizer, words), replace(chosen, rollouts=1)
+    # Name, strength of the steering, harmful prompts alone, opening of the answers, options.
+    origins: list[tuple[str, float | None, bool, list[int], RolloutOptions]] = [
+        ("plain", None, False, [], chosen),
+        ("plain-opened", None, True, words, chosen),
+        ("plain-refused", None, False, refusal, one),
+    ]
     if chosen.profile is not None:
         steer(model, chosen.profile, tokenizer=tokenizer).detach()  # refuse another model's before any work
+        for strength in chosen.strengths:
+            name = f"steered-{strength:g}"
+            origins += [(name, strength, True, [], chosen), (f"{name}-refused", strength, True, refusal, one)]
     backend = HFBackend(model, tokenizer, prompt_layer_for(chosen.profile, identity.num_layers))
-    same = {part.name: getattr(chosen, part.name) for part in fields(RolloutOptions)}
+    ids = encode(tokenizer, [question for question, _ in prompts], model, room=chosen.depth)
+    asked = [(tokens, *prompt) for tokens, prompt in zip(ids, prompts, strict=True)]
     found: list[Rollouts] = []
-    for origin in _origins(backend, tokenizer, asked, chosen):
-        questions, labels = ([pair[i] for pair in origin.asked] for i in (0, 1))
-        steered = nullcontext() if origin.strength is None else steer(model, chosen.profile, origin.strength)
-        prompts = encode(tokenizer, questions, model, room=chosen.depth)
+    for name, steering, harmful_only, opening, options_here in origins:
+        chosen_prompts = [job for job in asked if job[2] == "harmful" or not harmful_only]
+        steered = nullcontext() if steering is None else steer(model, chosen.profile, steering)
         with steered, evaluating(model):
-            found += collect(
-                origin.backend,
-                tokenizer,
-                prompts,
-                Path(folder) / origin.name,
-                identity,
-                questions=questions,
-                labels=labels,
-                **{**same, "rollouts": origin.answers},
-            )
+            target = Path(folder) / name
+            found += collect(backend, chosen_prompts, target, identity, options_here, opening, name.endswith("refused"))
     return found
-
-
-def _origins(backend: Backend, tokenizer: Any, asked: list[tuple[str, str]], options: GatherOptions) -> list[_Origin]:
-    harmful = [(question, label) for question, label in asked if label == "harmful"]
-    words = tokenizer(options.refusal, add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    opened, ended = _Opening(backend, words, False), _Opening(backend, [*words, *end], True)
-    origins = [
-        _Origin("plain", backend, None, asked, options.rollouts),
-        _Origin("plain-opened", opened, None, harmful, options.rollouts),
-        _Origin("plain-refused", ended, None, asked, 1),
-    ]
-    for strength in options.strengths if options.profile is not None else ():
-        origins += [
-            _Origin(f"steered-{strength:g}", backend, strength, harmful, options.rollouts),
-            _Origin(f"steered-{strength:g}-refused", ended, strength, harmful, 1),
-        ]
-    return origins
 
 
 @dataclass(frozen=True)
@@ -189,7 +201,6 @@ class TrainOptions:
 
     profile: SteeringProfile | None = None
     margin: float = 0.0
-    head_width: int = 0
     device: str | torch.device = "cpu"
     progress: bool = True
 
@@ -211,45 +222,26 @@ def train(
         GuardError, PromptError: see `fit_heads` and `train_critic`.
         OutputError: the folder cannot be written.
     """
-    chosen = TrainOptions(**options)
-    settings = settings or CriticSettings()
-    identity = identify(model, tokenizer)
-    boundary = settings.budget + chosen.margin
-    layer = common_layer(rollouts)
-    direction = None  # a gate that reads a mean has a direction for means, not for last rows
-    profile = chosen.profile
-    if profile is not None and layer is not None and profile.gate.pooling == "last":
+    chosen, settings = TrainOptions(**options), settings or CriticSettings()
+    identity, layer = identify(model, tokenizer), rollouts[0].prompt_layer
+    direction, profile = None, chosen.profile
+    # A gate that reads a mean has a direction for means, not for last rows.
+    if profile is not None and layer is not None and profile.gate.pooling == "last" and profile.direction[layer].any():
         direction = profile.direction[layer]
-    cost, reward = fit_heads(
-        rollouts,
-        tokenizer,
-        identity,
-        boundary=boundary,
-        direction=direction if direction is not None and bool(direction.any()) else None,
-        width=chosen.head_width,
-        seed=settings.seed,
-    )
-    scored = [one.scored(tokenizer, cost, reward) for one in rollouts]
+    boundary = settings.budget + chosen.margin
+    cost, reward = fit_heads(rollouts, tokenizer, identity, boundary=boundary, direction=direction)
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
-    checkpoint = target / _CHECKPOINT
+    checkpoint = target / "critic-checkpoint.safetensors"
+    scored = [one.scored(tokenizer, cost, reward) for one in rollouts]
     critic = train_critic(
         scored, identity, settings, checkpoint=checkpoint, device=chosen.device, progress=chosen.progress
     )
     trained = Trained(cost, reward, critic)
-    for name, part in ((COST, cost), (REWARD, reward), (CRITIC, critic)):
-        part.save(target / name)
+    for name, part in vars(trained).items():
+        part.save(target / f"{name}.safetensors")
     checkpoint.unlink(missing_ok=True)
     return trained
-
-
-def chosen(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
-    """Return `count` of the prompts (None: all), shuffled by the seed; a larger count begins with the same prompts."""
-    if count is not None and not 1 <= count <= len(prompts):
-        raise GuardError(f"count: expected 1 to {len(prompts)}, the prompts of a kind, got {count}")
-    shuffled = list(prompts)
-    random.Random(seed).shuffle(shuffled)
-    return shuffled[:count]
 
 
 def load_trained(folder: str | os.PathLike[str]) -> Trained:
@@ -258,15 +250,24 @@ def load_trained(folder: str | os.PathLike[str]) -> Trained:
     Raises:
         GuardError: a file is missing, damaged, or of another kind.
     """
-    source = Path(folder)
-    cost, reward = HiddenHead.load(source / COST), HiddenHead.load(source / REWARD)
-    for name, kind, head in ((COST, "cost", cost), (REWARD, "reward", reward)):
+    files = {name: Path(folder) / f"{name}.safetensors" for name in ("cost", "reward", "critic")}
+    cost, reward = HiddenHead.load(files["cost"]), HiddenHead.load(files["reward"])
+    for kind, head in (("cost", cost), ("reward", reward)):
         if head.kind != kind:
-            raise GuardError(f"{str(source / name)!r}: expected a {kind} head, got a {head.kind} head")
-    return Trained(cost, reward, Critic.load(source / CRITIC))
+            raise GuardError(f"{str(files[kind])!r}: expected a {kind} head, got a {head.kind} head")
+    return Trained(cost, reward, Critic.load(files["critic"]))
 
 
-def alternating(harmful: Sequence[str], harmless: Sequence[str]) -> list[tuple[str, str]]:
+def pick(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
+    """Return `count` of the prompts (None: all), shuffled by the seed; a larger count begins with the same prompts."""
+    if count is not None and not 1 <= count <= len(prompts):
+        raise GuardError(f"count: expected 1 to {len(prompts)}, the prompts of a kind, got {count}")
+    shuffled = list(prompts)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[:count]
+
+
+def alternate(harmful: Sequence[str], harmless: Sequence[str]) -> list[tuple[str, str]]:
     """Return (prompt, label) of both kinds in turn, so that a run that stops early has seen both.
 
     Raises:

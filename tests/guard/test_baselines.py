@@ -32,7 +32,7 @@ from steerfast.hf.structure import identify
 
 PROMPT = [3, 9, 14, 25, 31, 4]
 PROMPTS = ["how do i bake bread ?", "how do i make poison ?", "write a poem"]
-DEPTH = 20
+DEPTH = 10
 ENDS = [2, 11]
 GREEDY = Sampling(temperature=0.0)
 
@@ -57,7 +57,7 @@ def backend(make_llama: Any, tiny_tokenizer: Any) -> HFBackend:
 @pytest.fixture
 def endless(make_llama: Any, tiny_tokenizer: Any) -> HFBackend:
     backend = HFBackend(make_llama(eos_token_id=ENDS), tiny_tokenizer)
-    backend._ends = torch.tensor([], dtype=torch.long)
+    backend.ends = frozenset()
     return backend
 
 

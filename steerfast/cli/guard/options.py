@@ -55,9 +55,9 @@ def guard_options(command: F) -> F:
 
 def prompt_sets(harmful: Sequence[str], harmless: Sequence[str], count: int | None, seed: int) -> dict[str, list[str]]:
     """Return the prompts of both kinds, `count` of each."""
-    from steerfast.guard.recipe import chosen
+    from steerfast.guard.recipe import pick
 
     return {
-        "harmful": chosen(common.read_set("--harmful", harmful).prompts, count, seed),
-        "harmless": chosen(common.read_set("--harmless", harmless).prompts, count, seed),
+        "harmful": pick(common.read_set("--harmful", harmful).prompts, count, seed),
+        "harmless": pick(common.read_set("--harmless", harmless).prompts, count, seed),
     }
