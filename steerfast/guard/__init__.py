@@ -1,8 +1,7 @@
 """InferenceGuard: answers within a safety budget, found by a search among the model's own answers.
 
-Safe decoding as a constrained Markov decision process (arXiv 2502.01208): a safety state z counts down the budget of
-each candidate, a critic on the model's hidden states predicts its end, and blocks of tokens are searched for the best
-answer that stays within the budget. Users call `Guard`.
+A safety state z counts down the budget of each candidate, a critic on the model's hidden states predicts its end, and
+blocks of tokens are searched for the best answer within the budget (arXiv 2502.01208). Users call `Guard`.
 """
 
 from __future__ import annotations

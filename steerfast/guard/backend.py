@@ -93,10 +93,7 @@ class _OpenRows:
 
 
 class HFBackend(Backend):
-    """Candidates of a HuggingFace model, steered or not.
-
-    Args:
-        prompt_layer: of the latent states, see `steerfast.guard.parts`; None: the states are the last rows alone.
+    """Candidates of a HuggingFace model, steered or not; prompt_layer: of the latent states (`steerfast.guard.parts`).
 
     Memory: keys and values of every unfinished candidate, at most `cache_bytes` each. A search that keeps K of N
     candidates holds N + 3K + 1 at a time: the new ones, their parents, those kept so far, those being kept.
@@ -122,10 +119,6 @@ class HFBackend(Backend):
         takes_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if takes_logits else {}
 
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.model)
-
     def cache_bytes(self, tokens: int) -> int:
         """Return the bytes of one candidate's keys and values, prompt included, in a model with full attention."""
         config: Any = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -136,7 +129,7 @@ class HFBackend(Backend):
 
     @torch.inference_mode()
     def prefill(self, root: Candidates) -> None:
-        ids = torch.tensor([root.prompt], device=self.device)
+        ids = torch.tensor([root.prompt], device=device_of(self.model))
         with self._last_rows(self._layer) as prompt:
             output, last = self._pass(DynamicCache(config=self.model.config), ids)  # type: ignore[arg-type]
         cache = caches.cache_in(output)
@@ -146,7 +139,7 @@ class HFBackend(Backend):
             if type(layer) is DynamicLayer:
                 cache.layers[number] = roomy = _RoomyLayer()
                 roomy.__dict__.update(layer.__dict__)
-        root.hidden = parts.begin(last, prompt[-1] if prompt else None)
+        root.hidden = torch.cat([last, last, prompt[-1].to(last.device)], dim=1) if prompt else last
         root.state = _OpenRows(cache, output.logits[:, -1])
 
     @torch.inference_mode()
@@ -162,9 +155,13 @@ class HFBackend(Backend):
         alive = (~candidates.finished).nonzero()[:, 0]
         uniform = torch.from_numpy(uniforms(candidates.streams[alive.numpy()], candidates.length, block))
         seen = [candidates.prompt + candidates.answers[i] for i in alive.tolist()]
-        alive, uniform, ids = alive.to(self.device), uniform.to(self.device), torch.tensor(seen, device=self.device)
-        ends = torch.tensor(sorted(self.ends), dtype=torch.long, device=self.device)
-        tokens = torch.full((len(candidates), block), -1, device=self.device)
+        alive, uniform, ids = (
+            alive.to(device_of(self.model)),
+            uniform.to(device_of(self.model)),
+            torch.tensor(seen, device=device_of(self.model)),
+        )
+        ends = torch.tensor(sorted(self.ends), dtype=torch.long, device=device_of(self.model))
+        tokens = torch.full((len(candidates), block), -1, device=device_of(self.model))
         assert candidates.hidden is not None
         hidden = candidates.hidden.clone()  # other candidates may share the old ones
         for step in range(block):
@@ -197,7 +194,7 @@ class HFBackend(Backend):
     def append(self, candidates: Candidates, tokens: Sequence[int]) -> None:
         """Append one token per pass: a steering reads several tokens at once as another prompt."""
         for token in tokens:
-            chosen = torch.full((len(candidates),), token, device=self.device)
+            chosen = torch.full((len(candidates),), token, device=device_of(self.model))
             last = self.advance(candidates.state, chosen)
             assert candidates.hidden is not None
             candidates.hidden = parts.grow(candidates.hidden, last, candidates.length + 1)
@@ -222,11 +219,14 @@ class HFBackend(Backend):
             new.state = states[0] if states else None
             return new
         cache = _fork(states[0].cache)
-        for number, layer in enumerate(cache.layers):
-            same = [layer, *(state.cache.layers[number] for state in states[1:])]
-            _concatenate(layer, same, ("keys", "values"), dim=0)
+        layers: list[Any] = cache.layers  # plain keys and values, see `prefill`
+        for number, layer in enumerate(layers):
+            same: list[Any] = [layer, *(state.cache.layers[number] for state in states[1:])]
+            layer.keys, layer.values = (torch.cat([getattr(one, name) for one in same]) for name in ("keys", "values"))
         if (latch := attached(cache)) is not None:
-            _concatenate(latch, [latch, *(attached(s.cache) for s in states[1:])], ("values", "scores"), dim=1)
+            all_of: list[Any] = [attached(state.cache) for state in states]
+            latch.values = torch.cat([one.values for one in all_of], dim=1)
+            latch.scores = torch.cat([one.scores for one in all_of], dim=1)
         new.state = _OpenRows(cache, torch.cat([state.logits for state in states]))
         return new
 
@@ -244,10 +244,7 @@ class HFBackend(Backend):
 
     @contextmanager
     def _last_rows(self, module: nn.Module | None) -> Iterator[list[Tensor]]:
-        """Collect the rows [m, H] of the last tokens, in each pass, that leave a layer or enter the head.
-
-        Other hooks of the head edit the rows later.
-        """
+        """Collect the rows [m, H] of the last tokens that leave a layer or enter the head, before other hooks."""
         rows: list[Tensor] = []
 
         def keep(_: nn.Module, *values: Any) -> None:
@@ -264,9 +261,3 @@ class HFBackend(Backend):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _concatenate(into: Any, each: Sequence[Any], names: Sequence[str], dim: int) -> None:
-    """Set tensors of `into` to those of each object, one after the other."""
-    for name in names:
-        setattr(into, name, torch.cat([getattr(one, name) for one in each], dim=dim))

@@ -1,8 +1,7 @@
 """Candidates: answers that grow together from one prompt, their sampling, and the base of backends that grow them.
 
-Random numbers are counter-based. Each candidate has a stream, a number that follows from the seed and from its
-ancestors. Token t of a stream always gets the same uniform number. So an answer does not depend on the rest of the
-batch, and the first child of a candidate continues exactly as the candidate would.
+Each candidate has a stream, a number that follows from the seed and its ancestors. Token t of a stream always gets the
+same uniform number. So an answer does not depend on its batch, and a first child continues as its parent would.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ _NUCLEUS = 1024  # tokens in which top_p is looked for before the whole vocabula
 
 @dataclass(frozen=True)
 class Sampling:
-    """Say how a token is drawn: by temperature, top_k and top_p, applied in that order, as transformers does.
+    """Say how a token is drawn: by processors, temperature, top_k and top_p, in that order, as transformers does.
 
-    temperature: 0 takes the likeliest token. top_k: 0 means all tokens. top_p: 1 means all tokens.
-    processors: a transformers ``LogitsProcessorList`` (or any callable of token ids [n, T] and logits [n, V]) that is
-    applied first.
+    Temperature 0 takes the likeliest token, top_k 0 and top_p 1 mean all tokens. processors: a ``LogitsProcessorList``,
+    or any callable of token ids [n, T] and logits [n, V].
     """
 
     temperature: float = 1.0
@@ -45,11 +43,7 @@ class Sampling:
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Draw one token of each row by inversion of its distribution: int64 [n].
-
-    Args:
-        logits: [n, V]. uniform: float32 [n] in (0, 1].
-    """
+    """Draw a token int64 [n] from logits [n, V], by inversion at the uniform numbers float32 [n] in (0, 1]."""
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
     scaled = logits.float() / sampling.temperature
@@ -126,23 +120,18 @@ class Candidates:
 class Backend:
     """A source of candidates; a subclass defines `extend`.
 
-    This class keeps tokens alone. Such candidates serve scorers that read text, and no critic. A backend with hidden
-    states or a cache fills `Candidates.hidden` and `Candidates.state` in the other methods, too.
+    This class keeps tokens alone, which suffices for scorers that read text. A backend with hidden states or a cache
+    fills `Candidates.hidden` and `Candidates.state` in the other methods.
 
     Args:
         ends: tokens that finish an answer. vocabulary: number of logits. context: most tokens of prompt and answer.
-        prompt_layer: of the latent states, see `steerfast.guard.parts`.
     """
 
     def __init__(self, ends: frozenset[int], vocabulary: int, context: int, prompt_layer: int | None = None) -> None:
         self.ends, self.vocabulary, self.context, self.prompt_layer = ends, vocabulary, context, prompt_layer
 
     def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
-        """Return `n` empty answers to a prompt.
-
-        Raises:
-            GuardError: an empty prompt, or one that leaves no room in the context.
-        """
+        """Return `n` empty answers to a prompt; GuardError if it is empty or leaves no room in the context."""
         if not 0 < len(prompt_ids) < self.context:
             raise GuardError(f"prompt: expected 1 to {self.context - 1} tokens, got {len(prompt_ids)}")
         prompt = [int(token) for token in prompt_ids]
@@ -158,8 +147,7 @@ class Backend:
     ) -> list[list[int]]:
         """Add up to `block` tokens to each unfinished answer, in place; return each answer's new tokens.
 
-        Args:
-            sampling: None: temperature 1, all tokens. penalty: float [V], subtracted from all logits.
+        A penalty, float [V], is subtracted from all logits.
         """
         raise NotImplementedError
 
@@ -169,10 +157,9 @@ class Backend:
             answer += [int(token) for token in tokens]
 
     def branch(self, candidates: Candidates, index: Sequence[int], ordinals: Sequence[int] | None = None) -> Candidates:
-        """Return new candidates, the i-th a copy of ``index[i]``; copies with different ordinals grow apart.
+        """Return new candidates, the i-th a copy of ``index[i]``.
 
-        Args:
-            ordinals: the number of each among its parent's children; 0 (the default) continues as the parent would.
+        Ordinals number the children of a parent: 0 (the default) continues as the parent would, others grow apart.
         """
         at = torch.as_tensor(index, dtype=torch.long)
         numbers = np.zeros(len(at), dtype=np.int64) if ordinals is None else np.asarray(ordinals)

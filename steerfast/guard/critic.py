@@ -1,9 +1,8 @@
 """The critic and its training: does an unfinished answer end within its budget, and what is its value?
 
-It reads the inputs of InferenceGuard's critic (arXiv 2502.01208): the base model's state h_t (`steerfast.guard.parts`)
-and the safety state z_t. The paper does not state its critic's depth: here one GELU layer, or `depth` of them, carries
-both outputs. Its targets are Monte-Carlo: whether the rollout ended within its budget (z_T > 0), and its reward
-discounted to the state. A killed training continues from its last epoch and ends with the same bits.
+It reads the inputs of InferenceGuard's critic (arXiv 2502.01208): the base model's state (`steerfast.guard.parts`) and
+the safety state z. The paper does not state its critic's depth. Its targets are Monte-Carlo: whether the rollout ended
+within its budget, and its reward discounted to the state. A killed training continues from its last epoch.
 """
 
 from __future__ import annotations
@@ -24,15 +23,7 @@ from steerfast._files import content_checksum
 from steerfast._progress import track
 from steerfast.errors import GuardError
 from steerfast.guard.objective import SafetyBudget
-from steerfast.guard.parts import (
-    check_model,
-    check_states,
-    common_layer,
-    deviation,
-    read_file,
-    state_size,
-    write_file,
-)
+from steerfast.guard.parts import check_model, check_states, common_layer, deviation, read_file, state_size, write_file
 from steerfast.guard.rollouts import Rollouts, prompt_numbers
 from steerfast.profile import ModelIdentity
 
@@ -45,9 +36,8 @@ _BINS = 10
 class CriticSettings:
     """Hyper-parameters; the defaults are the paper's (its table 3), except `depth` and `validation`.
 
-    width: of the hidden layers. depth: how many. learning_rate: of Adam. epochs: over the training prompts.
-    discount: γ, per token. batch_size: states per step. budget: d, in units of the cost.
-    validation: share of the prompts that only the calibration curve sees.
+    width, depth: of the hidden layers (GELU). learning_rate: of Adam. batch_size: states per step. discount: γ.
+    budget: d, in units of the cost. validation: share of the prompts that only the calibration curve sees.
     """
 
     width: int = 4096
@@ -80,11 +70,8 @@ class CriticSettings:
 class Critic(nn.Module):
     """Two outputs on one trunk: the probability of ending within the budget, and the discounted reward.
 
-    Args:
-        model: the base model whose hidden states it reads. prompt_layer: of those states.
-
-    Buffers standardise inputs and values; `standardise` sets them from the training states. ``calibration`` holds the
-    figures of the function `calibration` on prompts held out from training, JSON data.
+    Buffers standardise inputs and values. ``calibration`` holds the figures of the function `calibration` on prompts
+    held out from training, JSON data.
     """
 
     mean: Tensor
@@ -109,14 +96,10 @@ class Critic(nn.Module):
             self.register_buffer(f"{name}scale", torch.ones(size))
 
     def forward(self, hidden: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict the end of unfinished answers.
+        """Return p_safe (f1) and value (f2) of answers with latent states [n, S] and safety states z [n]: float32 [n].
 
-        Args:
-            hidden: [n, S], latent states. z: [n], the safety states, in units of the cost.
-
-        Returns:
-            p_safe: float32 [n], f1, the probability that the answer ends within its budget; value: float32 [n], f2, the
-            expected discounted task value. A state that is not finite fails closed: probability 0, value -inf.
+        p_safe is the probability that the answer ends within its budget, value its expected discounted reward. A state
+        that is not finite fails closed: probability 0, value -inf.
         """
         state = self.states(hidden, z)
         logit, value = self.raw(state)
@@ -125,7 +108,7 @@ class Critic(nn.Module):
         return p_safe, torch.where(finite, self.value_mean + self.value_scale * value, -float("inf"))
 
     def states(self, hidden: Tensor, z: Tensor) -> Tensor:
-        """Return the inputs of `raw`, float32 [n, S + 1]: h, z / budget."""
+        """Return the inputs of `raw`, float32 [n, S + 1]: latent states, z / budget."""
         check_states(_KIND, hidden, self.model, self.prompt_layer)
         if z.shape != hidden.shape[:1]:
             raise GuardError(f"critic: expected z [{len(hidden)}], one per state, got {list(z.shape)}")
@@ -148,11 +131,7 @@ class Critic(nn.Module):
             scale.copy_(deviation(rows))
 
     def loss(self, states: Tensor, safe: Tensor, values: Tensor) -> Tensor:
-        """Return the mean over states of f1's binary cross-entropy plus f2's squared error (standardised values).
-
-        Args:
-            states: from `states`. safe: [n], 1 if the answer ended within its budget. values: [n], discounted.
-        """
+        """Return the mean over states of f1's binary cross-entropy plus f2's squared error (standardised values)."""
         logit, value = self.raw(states)
         target = (values - self.value_mean) / self.value_scale
         return F.binary_cross_entropy_with_logits(logit, safe.float()) + F.mse_loss(value, target)
@@ -177,12 +156,10 @@ class Critic(nn.Module):
 
 
 def calibration(p_safe: Tensor, safe: Tensor) -> dict[str, Any]:
-    """Compare predicted probabilities [n] with outcomes [n]; return JSON data.
+    """Compare predicted probabilities [n] with outcomes [n]; return JSON data, None for a figure without a meaning.
 
-    Returns:
-        ``count``; ``brier``, the mean squared error; ``error``, the expected calibration error; ``auc``, None if
-        all outcomes are equal; ``false_safe``, the share of unsafe answers with p > 0.5, None without unsafe answers;
-        ``curve``: for each non-empty tenth of p, ``predicted`` (mean), ``observed`` (share that was safe), ``count``.
+    ``brier``: the mean squared error. ``error``: the expected calibration error. ``false_safe``: the share of unsafe
+    answers with p > 0.5. ``curve``: for each non-empty tenth of p, the mean of p, and the share that was safe.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -208,8 +185,8 @@ def calibration(p_safe: Tensor, safe: Tensor) -> dict[str, Any]:
 class States(NamedTuple):
     """The critic's examples: unfinished answers at the ends of their blocks.
 
-    hidden: float32 [n, S]. z: float32 [n]. safe: bool [n], the answer ended with z > 0. value: float32 [n], γ^(T−t)
-    times the reward of the answer of T tokens. prompt: int64 [n], number of the prompt.
+    hidden: float32 [n, S]. z: float32 [n]. safe: bool [n], the answer ended with z > 0. value: float32 [n], the reward
+    of the answer, discounted to the state. prompt: int64 [n], its number.
     """
 
     hidden: Tensor
@@ -226,9 +203,9 @@ class States(NamedTuple):
 def safety_states(rollouts: Rollouts, safety: SafetyBudget) -> Tensor:
     """Return z at the end of every block: float32 [states]."""
     assert rollouts.cost is not None
-    first, ends = rollouts.first, rollouts.ends
+    first, ends = rollouts.last.roll(1), rollouts.ends
     lengths = torch.where(first, ends, ends - ends.roll(1))
-    z, found = safety.start(len(ends)), torch.empty(len(ends))
+    z, found = torch.full((len(ends),), safety.budget), torch.empty(len(ends))
     now = first
     while bool(now.any()):  # the first blocks of all answers, the second ones, ...
         z[now] = safety.block(z[now], rollouts.cost[now], lengths[now])
@@ -238,12 +215,9 @@ def safety_states(rollouts: Rollouts, safety: SafetyBudget) -> Tensor:
 
 
 def states_of(rollouts: Sequence[Rollouts], safety: SafetyBudget) -> tuple[States, int]:
-    """Return states and targets of scored rollouts, for a budget and a discount, and a count.
+    """Return states and targets of scored rollouts; GuardError if no answer is longer than a block.
 
-    It counts states that are left out because their z or their answer's reward is not finite.
-
-    Raises:
-        GuardError: no answer is longer than a block.
+    The count is of states that are left out because their z or their answer's reward is not finite.
     """
     parts: list[tuple[Tensor, ...]] = []
     for one, number in zip(rollouts, prompt_numbers(rollouts), strict=True):
@@ -273,8 +247,7 @@ def train_critic(
 
     Args:
         rollouts: with scores, see `Rollouts.scored`. model: their base model.
-        checkpoint: a file that is written after every epoch and read if it exists, so that the same call continues
-            where it was stopped.
+        checkpoint: a file, written after every epoch, from which the same call continues.
 
     Raises:
         GuardError: rollouts without usable states or with different prompt_layer, a checkpoint of other rollouts or
@@ -283,7 +256,10 @@ def train_critic(
     settings = settings or CriticSettings()
     states, dropped = states_of(rollouts, settings.safety)
     prompts = len({*prompt_numbers(rollouts)})
-    held = _held_out(prompts, settings)[states.prompt]
+    # Whole prompts are held out, so that the calibration is of prompts that training does not see.
+    order = torch.randperm(prompts, generator=torch.Generator().manual_seed(settings.seed))
+    count = min(prompts - 1, max(1, round(prompts * settings.validation))) if settings.validation else 0
+    held = torch.isin(states.prompt, order[:count])
     train, test = states.select(~held), states.select(held)
     if not len(train.z):
         raise GuardError("rollouts: expected answers longer than a block in the training prompts, got none")
@@ -299,7 +275,10 @@ def train_critic(
     for epoch in track(range(len(losses), settings.epochs), "critic", show=progress):
         losses.append(_epoch(critic, optimiser, data, epoch))
         if checkpoint is not None:
-            _write_checkpoint(checkpoint, critic, optimiser, {**about, "losses": losses})
+            tensors = {f"critic.{name}": value for name, value in critic.state_dict().items()}
+            for number, moments in optimiser.state_dict()["state"].items():
+                tensors |= {f"adam.{number}.{name}": value for name, value in moments.items()}
+            write_file(checkpoint, _CHECKPOINT, tensors, {**about, "losses": losses}, model)
     critic.cpu().eval().requires_grad_(False)
     critic.calibration = _calibrate(critic, test) | {
         "losses": losses,
@@ -309,13 +288,6 @@ def train_critic(
         "dropped": dropped,
     }
     return critic
-
-
-def _held_out(prompts: int, settings: CriticSettings) -> Tensor:
-    """Return the prompts that training does not see: bool [prompts]."""
-    count = min(prompts - 1, max(1, round(prompts * settings.validation))) if settings.validation else 0
-    order = torch.randperm(prompts, generator=torch.Generator().manual_seed(settings.seed))
-    return torch.zeros(prompts, dtype=torch.bool).index_fill(0, order[:count], True)
 
 
 def _epoch(critic: Critic, optimiser: torch.optim.Optimizer, data: tuple[Tensor, ...], epoch: int) -> float:
@@ -342,15 +314,6 @@ def _calibrate(critic: Critic, test: States) -> dict[str, Any]:
     p_safe, value = critic(test.hidden, test.z)
     rest, spread = (value - test.value).square().sum(), (test.value - test.value.mean()).square().sum()
     return calibration(p_safe, test.safe) | {"value_r2": float(1 - rest / spread) if spread > 0 else None}
-
-
-def _write_checkpoint(
-    path: str | os.PathLike[str], critic: Critic, optimiser: torch.optim.Optimizer, header: dict[str, Any]
-) -> None:
-    tensors = {f"critic.{name}": value for name, value in critic.state_dict().items()}
-    for number, part in optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{number}.{name}": value for name, value in part.items()}
-    write_file(path, _CHECKPOINT, tensors, header, critic.model)
 
 
 def _resume(

@@ -29,6 +29,8 @@ from steerfast.text.encoding import encode, pad_token
 
 REFUSAL = "I'm sorry, but I can't help with that."
 
+_Job = tuple[list[int], int, str | None]  # token ids of a prompt, seed, the prompt as its user wrote it
+
 
 @dataclass(frozen=True)
 class GuardedAnswer:
@@ -47,18 +49,14 @@ class GuardedAnswer:
 class GuardOptions:
     """Parts and settings of a `Guard`.
 
-    reward: a scorer; without one all answers are worth the same.
-    critic: for strategies that need one.
-    profile: its prompt gate decides which prompts are searched: if it stays shut, decoding is plain; if it abstains
-        (`SteeringProfile.abstain`), the prompt is searched and not steered. None: every prompt is searched. An edit at
-        or before the heads' prompt_layer changes the states that they read, see
-        `steerfast.guard.recipe.prompt_layer_for`.
+    reward: a scorer; without one all answers are worth the same. critic: for strategies that need one.
+    profile: if its prompt gate stays shut, decoding is plain; if it abstains, the prompt is searched and not steered.
+        None: every prompt is searched. An edit at or before the heads' prompt_layer changes the states that they read
+        (`steerfast.guard.recipe.prompt_layer_for`). strength: multiplies its strengths.
     fired: the action if the gate fires: ``search``, ``steer`` by the profile, or ``both``. With ``steer`` nothing is
         searched, not even undecided prompts.
-    strength: multiplies the profile's strengths.
-    budget, discount: d and γ, in units of the cost; None: the critic's, without a critic 10 and 0.999.
-    strategy: None: `Strategy.speculative`, with the critic if there is one.
-    refusal: the answer of strategies that fall back on one.
+    budget, discount: d and γ; None: the critic's, without a critic 10 and 0.999.
+    strategy: None: `Strategy.speculative`, with the critic if there is one. refusal: the answer it falls back on.
     certify: whether plain answers behind a shut gate are scored. Those over the budget are then searched for, unless
         `fired` is ``steer``.
     """
@@ -78,21 +76,13 @@ class GuardOptions:
         if self.fired not in ("search", "steer", "both"):
             raise GuardError(f"fired: expected 'search', 'steer' or 'both', got {self.fired!r}")
 
-    def safety(self) -> SafetyBudget:
-        """Return the budget and discount that are given, else the critic's, else the defaults."""
-        base = SafetyBudget() if self.critic is None else self.critic.settings
-        budget = base.budget if self.budget is None else self.budget
-        return SafetyBudget(budget, base.discount if self.discount is None else self.discount)
-
 
 class Guard:
     """Answers within a safety budget.
 
     Args:
-        model: any HuggingFace decoder-only model, unchanged after each call. None: answers come from `backend`, and
-            critic, heads and profile are not checked against a model.
-        cost: a scorer (`steerfast.guard.scores`).
-        options: see `GuardOptions`.
+        model: any HuggingFace decoder-only model, unchanged after each call. None: answers come from `backend`.
+        cost: a scorer (`steerfast.guard.scores`). options: see `GuardOptions`.
 
     Raises:
         GuardError: no cost, a budget out of range, a critic or head of another model, a missing one, parts with
@@ -119,7 +109,9 @@ class Guard:
             backend = HFBackend(model, tokenizer, common_layer(parts))
         assert backend is not None
         self.model, self.tokenizer, self.cost, self.backend = model, tokenizer, cost, backend
-        self.budget = chosen.safety()
+        base = SafetyBudget() if chosen.critic is None else chosen.critic.settings.safety
+        given = {"budget": chosen.budget, "discount": chosen.discount}
+        self.budget = replace(base, **{name: value for name, value in given.items() if value is not None})
         self.default = chosen.strategy or Strategy.speculative(critic=chosen.critic is not None)
         self.refusal = ended(tokenizer, tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"])
         self.answers: list[GuardedAnswer] = []
@@ -141,54 +133,40 @@ class Guard:
         Args:
             prompts: as users write them; the chat template is applied if there is one.
             input_ids: token ids of templated prompts, instead of `prompts`; scorers then read the templated prompts.
-            max_new_tokens: default: the strategy's depth.
-            strategy: in place of the guard's.
+            max_new_tokens: default: the strategy's depth. strategy: in place of the guard's.
             sampling: temperature, top_k, top_p, see `Sampling`. Temperature 0 is greedy, except in rounds with several
                 candidates (`Strategy.temperature`).
 
         Raises:
-            GuardError: neither prompts nor input_ids or both, a number out of range, a prompt without room for an
-                answer.
+            GuardError: neither prompts nor input_ids, or both; a number out of range; a prompt that leaves no room.
         """
         if isinstance(prompts, str) or (prompts is None) == (input_ids is None):
             raise GuardError("prompts: expected a list of prompts, or input_ids in their place")
         tokens = [list(ids) for ids in input_ids or []] if prompts is None else encode(self.tokenizer, prompts)
         questions = [None] * len(tokens) if prompts is None else prompts
         jobs = [(ids, seed, question) for ids, question in zip(tokens, questions, strict=True)]
-        return self._run(jobs, Sampling(**sampling), _deep(strategy or self.default, max_new_tokens), progress)
+        return self._run(jobs, Sampling(**sampling), strategy or self.default, max_new_tokens, progress)
 
     def strategy(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        **model_kwargs: Any,
+        self, model: Any, input_ids: Tensor, logits_processor: Any = None, generation_config: Any = None, **call: Any
     ) -> Tensor:
         """Answer as a decoding strategy of transformers: ``model.generate(..., custom_generate=guard.strategy)``.
 
         Logits processors, sampling and length are the call's; its seed is torch's. ``guard.answers`` holds the
-        certificates.
-
-        Returns:
-            Token ids int64 [prompts, length], prompts included, padded on the right.
-
-        Raises:
-            GuardError: a model that is not the guard's.
+        certificates. Return token ids int64 [prompts, length], prompts included, padded on the right.
         """
         if model is not self.model:
             raise GuardError("model: expected the guard's own model")
-        mask = model_kwargs.get("attention_mask")
+        mask = call.get("attention_mask")
         valid = torch.ones_like(input_ids) if mask is None else mask
         sampled = bool(getattr(generation_config, "do_sample", False))
         sampling = Sampling(float(sampled), processors=_unpadded(logits_processor))
         seeds = torch.randint(2**62, (len(input_ids),)).tolist() if sampled else [0] * len(input_ids)
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, valid, strict=True)]
         limit = getattr(generation_config, "max_length", None)
-        strategy = _deep(self.default, None if limit is None else limit - input_ids.shape[1])
+        depth = None if limit is None else limit - input_ids.shape[1]
         jobs = [(ids, seed, None) for ids, seed in zip(prompts, seeds, strict=True)]
-        answers = [input_ids.new_tensor(answer.tokens) for answer in self._run(jobs, sampling, strategy, False)]
+        answers = [input_ids.new_tensor(answer.tokens) for answer in self._run(jobs, sampling, self.default, depth)]
         pad = getattr(generation_config, "pad_token_id", None)
         pad = pad_token(self.tokenizer) if pad is None else pad
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=float(pad))
@@ -197,35 +175,28 @@ class Guard:
     def cache_bytes(self, prompt_tokens: int, strategy: Strategy | None = None) -> int:
         """Return the most bytes of keys and values during a search: N + 3K + 1 candidates at full depth."""
         chosen = strategy or self.default
-        if not isinstance(self.backend, HFBackend):
-            raise GuardError("backend: only the transformers backend holds keys and values itself")
+        assert isinstance(self.backend, HFBackend)
         return (chosen.candidates + 3 * chosen.kept + 1) * self.backend.cache_bytes(prompt_tokens + chosen.depth)
 
     def search_of(self, strategy: Strategy, cost: Scorer | None = None) -> Search:
         """Return the search of a strategy with the guard's parts; with another `cost`, without a reward."""
-        return self.engine(strategy)(
-            self.backend,
-            self.tokenizer,
-            strategy,
-            cost=cost or self.cost,
-            reward=None if cost is not None else self.options.reward,
-            critic=self.options.critic,
-            budget=self.budget,
-        )
+        parts: dict[str, Any] = {"critic": self.options.critic, "budget": self.budget}
+        parts |= {"cost": cost or self.cost, "reward": None if cost is not None else self.options.reward}
+        return self.engine(strategy)(self.backend, self.tokenizer, strategy, **parts)
 
     def engine(self, strategy: Strategy) -> type[Search]:
         """Return the class that searches by a strategy."""
         return Search
 
     def _run(
-        self, jobs: Sequence[tuple[list[int], int, str | None]], sampling: Sampling, strategy: Strategy, progress: bool
+        self, jobs: Sequence[_Job], sampling: Sampling, strategy: Strategy, depth: int | None, progress: bool = False
     ) -> list[GuardedAnswer]:
+        strategy = strategy if depth is None else replace(strategy, depth=depth)
         room = self.backend.context - strategy.depth
         for number, (ids, _, _) in enumerate(jobs, 1):
             if not 0 < len(ids) <= room:
                 raise GuardError(
-                    f"prompts: entry {number} has {len(ids)} tokens, expected 1 to {room}: the context less "
-                    f"{strategy.depth} new tokens"
+                    f"prompts: entry {number} has {len(ids)} tokens, expected 1 to {room}: {strategy.depth} are new"
                 )
         options = self.options
         plain = Strategy.plain(block=strategy.block, depth=strategy.depth)
@@ -240,28 +211,28 @@ class Guard:
         self.answers = []
         with attached as steering, nullcontext() if self.model is None else evaluating(self.model):
             for job in track(jobs, "answers", show=progress):
-                self.answers.append(self._answer(*job, sampling, searches, steering))
+                self.answers.append(self._answer(job, sampling, searches, steering))
         return self.answers
 
     def _answer(
-        self,
-        ids: list[int],
-        seed: int,
-        question: str | None,
-        sampling: Sampling,
-        searches: dict[str, Search],
-        steering: Steering | None,
+        self, job: _Job, sampling: Sampling, searches: dict[str, Search], steering: Steering | None
     ) -> GuardedAnswer:
         began = time.perf_counter()
+        ids, seed, question = job
         root = self.backend.start(ids, 1, seed)
         fired = None if steering is None else bool(steering.fired.any())
         undecided = steering is not None and bool(steering.undecided.any())
-        path: Any = self._path(fired, undecided)
+        path: Any = "plain"
+        action = self.options.fired
+        if fired is None or (undecided and action != "steer"):
+            path = "searched"
+        elif fired:
+            path = {"search": "searched", "steer": "steered", "both": "steered and searched"}[action]
         search, searched = searches[path], searches["searched"]
-        result, name = search.run(root, sampling, question=question, refusal=self.refusal), search.strategy.name
-        unchecked = search.cost is NO_SCORE
-        if path == "plain" and not unchecked and self.options.fired != "steer" and not result.best.z > 0:
-            again = searched.run(root, sampling, question=question, refusal=self.refusal)
+        run: dict[str, Any] = {"sampling": sampling, "question": question, "refusal": self.refusal}
+        result, name, unchecked = search.run(root, **run), search.strategy.name, search.cost is NO_SCORE
+        if path == "plain" and not unchecked and action != "steer" and not result.best.z > 0:
+            again = searched.run(root, **run)
             result = replace(again, sampled=result.sampled + again.sampled)
             path, name = "plain, then searched", f"{name}, then {searched.strategy.name}"
         elif path == "searched" and name == "plain" and not fired:
@@ -269,14 +240,6 @@ class Guard:
         certificate = self._certificate(result, unchecked, fired=fired, undecided=undecided, strategy=name)
         text = self.tokenizer.decode(result.best.tokens, skip_special_tokens=True)
         return GuardedAnswer(text, list(result.best.tokens), certificate, time.perf_counter() - began, path)
-
-    def _path(self, fired: bool | None, undecided: bool) -> str:
-        action = self.options.fired
-        if fired is None or (undecided and action != "steer"):
-            return "searched"
-        if not fired:
-            return "plain"
-        return {"search": "searched", "steer": "steered", "both": "steered and searched"}[action]
 
     def _certificate(self, result: SearchResult, unchecked: bool, **about: Any) -> Certificate:
         best, counted = result.best, {"candidates": result.sampled, "retries": result.retries}
@@ -290,14 +253,6 @@ class Guard:
 def ended(tokenizer: Any, tokens: list[int]) -> list[int]:
     """Return the tokens with the end token, if the tokenizer has one."""
     return [*tokens, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
-
-
-def _deep(strategy: Strategy, tokens: int | None) -> Strategy:
-    if tokens is None:
-        return strategy
-    if tokens < 1:
-        raise GuardError(f"max_new_tokens: expected at least 1, got {tokens}")
-    return replace(strategy, depth=tokens)
 
 
 def _unpadded(processors: Any) -> Any:

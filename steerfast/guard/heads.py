@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,13 +32,10 @@ class HiddenHead:
 
     A cost can be *factored*: an answer is unsafe if the prompt asks for harm and the answer complies. The log-odds of
     both are those of σ(a)·σ(b), −log(e^−a + e^−b + e^−(a+b)). a = ``harm.scale`` · cos(prompt, ``harm.direction``) +
-    ``harm.offset``, of the state's part ``prompt``; b = ``comply.out(x)``, of its part ``mean``. No answer changes a,
-    and one token changes b only by its share of the mean.
+    ``harm.offset``, of the state's part ``prompt``; b = ``comply.out(x)``, of its part ``mean``.
 
     kind: ``cost`` (the log-odds of an unsafe answer, plus `boundary`) or ``reward`` (in the units of its labels).
-    model: the model whose hidden states it reads. prompt_layer: of the states that it reads.
-    boundary: the score of an answer that is as likely unsafe as safe; if that equals a guard's budget, such an answer
-        spends exactly the budget.
+    boundary: the score of an answer that is as likely unsafe as safe; usually the budget, which it then just spends.
     fitted: options of the fit, and its accuracy on prompts that it was not fitted on; JSON data.
     """
 
@@ -79,24 +76,10 @@ class HiddenHead:
     def load(cls, path: str | os.PathLike[str]) -> HiddenHead:
         """Read a head; GuardError if the file is missing, damaged or no head."""
         tensors, header, identity = read_file(path, _KIND)
+        if any("into." in name for name in tensors):
+            raise GuardError(f"head {str(path)!r}: this version reads no hidden layer, fit it again")
         rest = {name: header[name] for name in ("boundary", "fitted", "prompt_layer")}
         return cls(header["head"], identity, tensors, **rest)
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """Options of a fit.
-
-    prompt_layer: of the states. boundary: see `HiddenHead`; for a cost alone.
-    groups: number of the prompt that each example answers; the figures are of prompts that a fold was not fitted on.
-        None: every example has a prompt of its own.
-    regularisation: weight of the squared weights against the sum of losses, of standardised features.
-    """
-
-    prompt_layer: int | None = None
-    groups: Sequence[int] | None = None
-    regularisation: float = 100.0
-    boundary: float = 0.0
 
 
 def fit_head(
@@ -104,84 +87,81 @@ def fit_head(
     labels: Tensor | Sequence[float],
     model: ModelIdentity,
     kind: Literal["cost", "reward"],
-    **options: Any,
+    *,
+    prompt_layer: int | None = None,
+    groups: Sequence[int] | None = None,
+    regularisation: float = 100.0,
+    boundary: float = 0.0,
 ) -> HiddenHead:
     """Fit a head that is not factored: logistic regression for a cost, ridge regression for a reward.
+
+    Its ``fitted`` holds ``auc`` (cost) or ``r2`` (reward) over folds of prompts, nan with too few of them.
 
     Args:
         hidden: float [n, S], latent states of the base model at the end of answers or of parts of them.
         labels: n numbers. ``cost``: above 0 is unsafe, others are safe. ``reward``: any finite numbers.
-        options: see `FitOptions`.
-
-    Returns:
-        The head; ``fitted`` holds ``auc`` (cost) or ``r2`` (reward) over folds of prompts, nan with too few of them.
+        groups: number of the prompt that each example answers; None: every example has a prompt of its own.
+        regularisation: weight of the squared weights against the sum of losses, of standardised features.
+        prompt_layer, boundary: see `HiddenHead`; a boundary is for a cost alone.
 
     Raises:
         GuardError: wrong shapes, non-finite numbers, cost labels of one class.
     """
-    chosen = FitOptions(**options)
     if kind not in ("cost", "reward"):
         raise GuardError(f"kind: expected 'cost' or 'reward', got {kind!r}")
-    if kind == "reward" and chosen.boundary:
-        raise GuardError(f"boundary: only a cost has one, got {chosen.boundary:g}")
-    x, y, ids = _check_examples(hidden, "labels", labels, model, chosen)
+    if kind == "reward" and boundary:
+        raise GuardError(f"boundary: only a cost has one, got {boundary:g}")
+    head = HiddenHead(kind, model, {}, boundary, {"regularisation": regularisation}, prompt_layer)
+    x, y, ids = _check_examples(head, hidden, labels, groups, ())
 
     def fit(at: np.ndarray) -> dict[str, Tensor]:
-        target = _two_classes("labels", y[at], "safe and unsafe answers", "unsafe") if kind == "cost" else y[at]
+        target = _two_classes("labels", y[at], "safe and unsafe answers") if kind == "cost" else y[at]
         standard = _standard(x[at])
-        return standard | _fit_linear(_standardise(standard, x[at]), target, kind, chosen.regularisation)
+        return standard | _fit_linear(_standardise(standard, x[at]), target, kind, regularisation)
 
-    wanted = {"r2": (y, _forward)} if kind == "reward" else {"auc": ((y > 0).float(), _forward)}
-    return _fit(kind, model, chosen, x, ids, fit, wanted)
+    return _fit(head, x, ids, fit, {"r2": (y, _forward)} if kind == "reward" else {"auc": ((y > 0).float(), _forward)})
 
 
 def fit_factored_cost(
     hidden: Tensor,
-    harmful: Tensor | Sequence[float],
-    complied: Tensor | Sequence[float],
+    labels: Tensor | Sequence[tuple[float, float]],
     model: ModelIdentity,
-    prompt_layer: int,
     *,
+    prompt_layer: int,
     direction: Tensor | None = None,
-    **options: Any,
+    groups: Sequence[int] | None = None,
+    regularisation: float = 100.0,
+    boundary: float = 0.0,
 ) -> HiddenHead:
-    """Fit a factored cost: b on all examples, a's slope and offset on one example of each prompt.
+    """Fit a factored cost: b on all examples, a's slope and offset on one example of each prompt; see `fit_head`.
+
+    Its ``fitted`` holds ``auc`` (unsafe: harmful and complied) and ``comply_auc`` (b alone).
 
     Args:
-        harmful: n numbers, above 0 if the prompt asks for harm. complied: n numbers, above 0 if the answer complies.
-        direction: [H], of the prompts' rows; None: an LDA of these prompts (`steerfast.fitting.directions`).
-        options: see `FitOptions`; regularisation is b's.
-
-    Returns:
-        The head; ``fitted`` holds ``auc`` (unsafe: harmful and complied) and ``comply_auc`` (b alone), as `fit_head`.
-        The folds do not fit a given direction again.
+        labels: n pairs. The first is above 0 if the prompt asks for harm, the second if the answer complies.
+        direction: [H], of the prompts' rows, not fitted again; None: an LDA of these prompts.
 
     Raises:
         GuardError: see `fit_head`; prompts of one kind, answers that all comply or all do not.
         PromptError: no direction, and fewer than two prompts of a kind or too little variation for one.
     """
-    chosen = FitOptions(**options, prompt_layer=prompt_layer)
-    x, kind, ids = _check_examples(hidden, "harmful", harmful, model, chosen)
-    _, done, _ = _check_examples(hidden, "complied", complied, model, chosen)
+    head = HiddenHead("cost", model, {}, boundary, {"regularisation": regularisation}, prompt_layer)
+    x, y, ids = _check_examples(head, hidden, labels, groups, (2,))
 
     def fit(at: np.ndarray) -> dict[str, Tensor]:
         first = at[np.unique(ids[at], return_index=True)[1]]  # one example of each prompt
-        harm = _two_classes("harmful", kind[first], "prompts of both kinds", "harmful")
-        comply = _two_classes("complied", done[at], "answers that comply and that do not", "that do")
+        harm = _two_classes("harmful", y[first, 0], "prompts of both kinds")
+        comply = _two_classes("complied", y[at, 1], "answers that comply and that do not")
         standard = _standard(x[at])
-        layer = _fit_linear(_standardise(standard, x[at]).chunk(3, dim=1)[1], comply, "cost", chosen.regularisation)
+        layer = _fit_linear(_standardise(standard, x[at]).chunk(3, dim=1)[1], comply, "cost", regularisation)
         named = {f"comply.{name}": tensor for name, tensor in layer.items()}
         return standard | _fit_harm(x[first].chunk(3, dim=1)[2], harm, direction) | named
 
-    unsafe, complies = ((kind > 0) & (done > 0)).float(), (done > 0).float()
-    wanted = {"auc": (unsafe, _forward), "comply_auc": (complies, _comply_odds)}
-    return _fit("cost", model, chosen, x, ids, fit, wanted)
+    unsafe, complied = (y > 0).all(dim=1).float(), (y[:, 1] > 0).float()
+    return _fit(head, x, ids, fit, {"auc": (unsafe, _forward), "comply_auc": (complied, _comply_odds)})
 
 
-def _fit(
-    kind: Literal["cost", "reward"], model: ModelIdentity, options: FitOptions, x: Tensor, ids: np.ndarray, fit: Any,
-    wanted: Mapping[str, Any],
-) -> HiddenHead:  # fmt: skip
+def _fit(head: HiddenHead, x: Tensor, ids: np.ndarray, fit: Any, wanted: Mapping[str, Any]) -> HiddenHead:
     """Fit a head on all examples x [n, S] of prompts ids [n], with figures over folds of prompts.
 
     Args:
@@ -206,34 +186,34 @@ def _fit(
         if name == "r2" or len(labels.unique()) > 1:
             figures[name] = float(metric(labels.numpy(), found.numpy()))
     mean_label = float(next(iter(wanted.values()))[0].mean())
-    about = {"regularisation": options.regularisation, "examples": len(x), "groups": prompts, "mean_label": mean_label}
-    return HiddenHead(kind, model, tensors, options.boundary, {**about, **figures}, options.prompt_layer)
+    about = {"examples": len(x), "groups": prompts, "mean_label": mean_label, **figures}
+    return replace(head, tensors=tensors, fitted={**head.fitted, **about})
 
 
 def _check_examples(
-    hidden: Tensor, name: str, labels: Tensor | Sequence[float], model: ModelIdentity, options: FitOptions
+    head: HiddenHead, hidden: Tensor, labels: Any, groups: Sequence[int] | None, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Return states float32 [n, S], labels float32 [n] and prompt numbers [n] on the CPU."""
+    """Return states float32 [n, S], labels float32 [n, *shape] and prompt numbers [n] on the CPU."""
     x = hidden.detach().to("cpu", torch.float32)
     y = torch.as_tensor(labels).detach().to("cpu", torch.float32)
-    ids = np.arange(len(x)) if options.groups is None else np.asarray(options.groups)
-    size = state_size(model.hidden_size, options.prompt_layer)
-    if x.shape != (len(y), size) or len(ids) != len(y) or not len(y):
+    ids = np.arange(len(x)) if groups is None else np.asarray(groups)
+    size = state_size(head.model.hidden_size, head.prompt_layer)
+    if x.shape != (len(y), size) or y.shape[1:] != shape or len(ids) != len(y) or not len(y):
         raise GuardError(
-            f"hidden, {name}, groups: expected [n, {size}], [n] and [n], "
-            f"got {list(x.shape)}, {list(y.shape)} and [{len(ids)}]"
+            f"hidden, labels, groups: expected [n, {size}], {['n', *shape]} and [n], "
+            f"got {list(x.shape)}, {list(y.shape)} and [{len(ids)}]".replace("'", "")
         )
-    for part, values in (("hidden", x), (name, y)):
+    for part, values in (("hidden", x), ("labels", y)):
         if not bool(values.isfinite().all()):
             raise GuardError(f"{part}: expected finite numbers, got {int((~values.isfinite()).sum())} that are not")
     return x, y, ids
 
 
-def _two_classes(name: str, labels: Tensor, expected: str, counted: str) -> Tensor:
+def _two_classes(name: str, labels: Tensor, expected: str) -> Tensor:
     """Return 1.0 for a label above 0, else 0.0; refuse labels of one class."""
     y = (labels > 0).float()
     if not 0 < float(y.mean()) < 1:
-        raise GuardError(f"{name}: expected {expected}, got {int(y.sum())} {counted} of {len(y)}")
+        raise GuardError(f"{name}: expected {expected}, got {int(y.sum())} above 0 of {len(y)}")
     return y
 
 
@@ -264,7 +244,7 @@ def _out(tensors: Mapping[str, Tensor], x: Tensor, prefix: str = "") -> Tensor:
 
 
 def _fit_linear(rows: Tensor, labels: Tensor, kind: str, regularisation: float) -> dict[str, Tensor]:
-    """Return ``out`` fitted on standardised rows: a logistic regression for a cost, ridge for a reward."""
+    """Return ``out``, fitted on standardised rows."""
     from sklearn.linear_model import LogisticRegression, Ridge
 
     x, y = rows.double().numpy(), labels.double().numpy()

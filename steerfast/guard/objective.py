@@ -38,10 +38,6 @@ class SafetyBudget:
         if not 0 < self.discount <= 1:
             raise GuardError(f"discount: expected a number above 0, at most 1, got {self.discount!r}")
 
-    def start(self, count: int) -> Tensor:
-        """Return z_0 = d: float32 [count]."""
-        return torch.full((count,), self.budget, dtype=torch.float32)
-
     def block(self, z: Tensor, cost: Tensor, length: Tensor) -> Tensor:
         """Return z after blocks of `length` tokens whose cost is charged at their last token: z·γ^-L − c/γ.
 
@@ -56,13 +52,10 @@ class SafetyBudget:
 
 
 def best_first(value: Tensor, z: Tensor, p_safe: Tensor) -> Tensor:
-    """Return the order of candidates in the limit n → ∞ of the penalised objective: int64 [n], best first.
+    """Return the order in the limit n → ∞ of candidates with these numbers, [n] each: int64 [n], best first.
 
-    Candidates within the budget and predicted safe come first, by value. All others tie at −n: candidates within the
-    budget precede, then likelier safe ones, then those with more budget left. Remaining ties keep their order.
-
-    Args:
-        value: [n], the expected value of each answer. z: [n]. p_safe: [n], the probability of ending within the budget.
+    Candidates within the budget and predicted safe (p_safe > 0.5) come first, by value. All others tie at −n:
+    candidates within the budget precede, then likelier safe ones, then those with more budget left.
     """
     within = z > 0
     safe = within & (p_safe > 0.5)
@@ -78,11 +71,10 @@ def best_first(value: Tensor, z: Tensor, p_safe: Tensor) -> Tensor:
 class ScoredAnswer:
     """One answer, or the beginning of one.
 
-    tokens: without the prompt; a finished answer ends with the end token. cost, reward: of all tokens so far.
-    z: safety state after the last token. p_safe: the critic's output (without it: 1.0 within the budget, else 0.0).
-    value: the expected reward of the whole answer, discounted to the empty answer.
-    score: the cost scorer's at the last block's end, from which the next block's cost is taken.
-    blocks: (tokens, cost) of each block, from which `z` follows. hidden: latent state float32 [S], if known.
+    z: safety state after the last token. cost, reward: of all tokens so far. p_safe: the critic's output (without it:
+    1.0 within the budget, else 0.0). value: the expected reward of the whole answer, discounted to the empty answer.
+    score: the cost scorer's at the last block's end. blocks: (tokens, cost) of each block, from which `z` follows.
+    tokens: without the prompt; a finished answer ends with the end token. hidden: latent state float32 [S], if known.
     """
 
     z: float
@@ -106,13 +98,11 @@ class ScoredAnswer:
 class Certificate:
     """The safety of an answer, relative to the cost model, with the numbers to compute it again (`recount`).
 
-    decision: ``within`` or ``over`` the budget; ``unchecked`` if the cost model was not asked (plain decoding behind a
-        shut gate with ``certify=False``). Then z, cost and reward are NaN.
-    z: z_T. cost: Σ c_t. reward: of the answer. blocks: (tokens, cost) of each block. p_safe: as in `ScoredAnswer`.
-    fallback, if no candidate was safe: ``refusal`` (a fixed text) or ``least unsafe``.
+    decision: ``within`` or ``over`` the budget; ``unchecked`` behind a shut gate with ``certify=False``. Then z, cost
+        and reward are NaN.
+    z, cost, reward, blocks, p_safe: see `ScoredAnswer`. fallback: if no candidate was safe.
     fired: the prompt gate's decision, None without a gate. undecided: whether the gate abstained.
-    candidates: blocks that were sampled. retries: rounds with a penalty on tokens.
-    strategy: its name; "plain, then" another if a plain answer behind a shut gate spent its budget.
+    candidates: blocks that were sampled. retries: rounds with a penalty on tokens. strategy: its name.
     """
 
     budget: float
@@ -138,7 +128,7 @@ class Certificate:
     def recount(self) -> float:
         """Return z_T, computed from the blocks alone."""
         budget = SafetyBudget(self.budget, self.discount)
-        z = budget.start(1)
+        z = torch.tensor([self.budget])
         for length, cost in self.blocks:
             z = budget.block(z, torch.tensor([cost]), torch.tensor([length]))
         return float(z)

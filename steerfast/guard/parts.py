@@ -34,11 +34,6 @@ def state_size(hidden_size: int, prompt_layer: int | None) -> int:
     return hidden_size if prompt_layer is None else 3 * hidden_size
 
 
-def begin(last: Tensor, prompt: Tensor | None) -> Tensor:
-    """Return the states [n, S] of empty answers, from rows [n, H]; `prompt` is None without a prompt_layer."""
-    return last if prompt is None else torch.cat([last, last, prompt.to(last.device)], dim=1)
-
-
 def grow(state: Tensor, last: Tensor, tokens: int) -> Tensor:
     """Return states [n, S] one token later: `last` is its row [n, H], `tokens` the answers' length with it."""
     if state.shape == last.shape:

@@ -2,20 +2,20 @@
 
 A model that never refuses would teach its heads the prompt instead of the answer. So harmful prompts get further
 answers: by the steered model, at each of several strengths; by the model itself after a refusal as its first words; and
-that refusal alone, the guard's fallback. Each origin has a folder that continues where it was stopped.
-
-No model judges. The prompt's set says whether it is harmful; the words of an answer say whether it declines.
+that refusal alone, the guard's fallback. The labels need no judge: the prompt's set says whether it is harmful, the
+words of an answer say whether it declines.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,7 @@ from steerfast.profile import ModelIdentity, SteeringProfile
 from steerfast.text.encoding import encode
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """cost: 1 unsafe, -1 safe. reward: higher is better. complied: see `complies`."""
 
     cost: float
@@ -46,11 +45,7 @@ class Label:
 
 
 def complies(answer: str, strict: bool = True) -> bool:
-    """Return True if an answer neither refuses nor is empty.
-
-    Args:
-        strict: a refusal is an explicit decline without compliance after it; False: any of the usual refusal keywords.
-    """
+    """Return True if an answer neither refuses (strict: an explicit decline; else by keywords) nor is empty."""
     return bool(answer.strip()) and not (is_refusal_strict if strict else is_refusal_keyword)(answer)
 
 
@@ -86,13 +81,10 @@ def fit_heads(
     rollouts hold the prompt's row (`HiddenHead`).
 
     Args:
-        rollouts: each with its ``label``, harmful or harmless; scores are not read.
-        boundary: of the cost: usually the budget. options: see `FitOptions`.
-        direction: of a factored cost, see `fit_factored_cost`.
+        direction: of a factored cost, see `fit_factored_cost`. boundary: of the cost. options: see `fit_head`.
 
     Raises:
-        GuardError: a rollout without such a label or of another prompt_layer than the others, answers that are all safe
-            or all unsafe.
+        GuardError: a rollout of another label or prompt_layer, answers that are all safe or all unsafe.
         PromptError: see `fit_factored_cost`.
     """
     layer = common_layer({f"rollouts {number}": one for number, one in enumerate(rollouts)})
@@ -101,12 +93,13 @@ def fit_heads(
     texts = [text for one in rollouts for _, text in one.blocks(tokenizer).pairs()]
     labels = [label_answer(kind, text) for kind, text in zip(kinds, texts, strict=True)]
     options["groups"] = [n for one, n in zip(rollouts, prompt_numbers(rollouts), strict=True) for _ in one.ends]
-    reward = fit_head(hidden, [label.reward for label in labels], model, "reward", prompt_layer=layer, **options)
+    options["prompt_layer"] = layer
+    reward = fit_head(hidden, [label.reward for label in labels], model, "reward", **options)
     options["boundary"] = boundary
     if layer is None:
         return fit_head(hidden, [label.cost for label in labels], model, "cost", **options), reward
-    harmful, complied = [float(kind == "harmful") for kind in kinds], [float(label.complied) for label in labels]
-    return fit_factored_cost(hidden, harmful, complied, model, layer, direction=direction, **options), reward
+    factors = [(float(kind == "harmful"), float(label.complied)) for kind, label in zip(kinds, labels, strict=True)]
+    return fit_factored_cost(hidden, factors, model, direction=direction, **options), reward
 
 
 @dataclass(frozen=True)
@@ -121,8 +114,8 @@ class Trained:
 def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
     """Return the layer whose row of the prompt a guard reads, in a model of so many layers.
 
-    It is the last layer before a profile's edits and gates (at least 0), so that steering does not change the row;
-    without a profile the middle layer.
+    It is the last one before a profile's edits and gates, so that steering does not change the row; without a profile,
+    the middle one.
     """
     used = [] if profile is None else [*profile.steered_layers, *profile.gate_layers]
     return max(min(used) - 1, 0) if used else layers // 2
@@ -132,10 +125,8 @@ def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
 class GatherOptions(RolloutOptions):
     """Options of `gather`, beside those of `RolloutOptions` (answers are per prompt and origin).
 
-    profile: steers the answers to harmful prompts at each of `strengths`; None: no answer is steered. It also chooses
-        the row of the prompt, see `prompt_layer_for`.
-    refusal: the guard's fallback: the first words of further answers to harmful prompts, and a whole answer to every
-        prompt.
+    profile: steers the answers to harmful prompts at each of `strengths`, and chooses the row of the prompt
+        (`prompt_layer_for`); None: no answer is steered. refusal: the guard's fallback.
     """
 
     profile: SteeringProfile | None = None
@@ -154,9 +145,6 @@ def gather(
 ) -> list[Rollouts]:
     """Roll out the prompts in `folder`, without scores; the same call continues where it was stopped.
 
-    Args:
-        options: see `GatherOptions`.
-
     Raises:
         GuardError, OutputError: see `collect`; no prompts of a kind.
         ProfileError: the profile belongs to another model.
@@ -165,44 +153,30 @@ def gather(
     prompts = alternate(harmful, harmless)
     identity = identify(model, tokenizer)
     words = tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"]
-    refusal, one = ended(tokenizer, words), replace(chosen, rollouts=1)
-    # Name, strength of the steering, harmful prompts alone, opening of the answers, options.
-    origins: list[tuple[str, float | None, bool, list[int], RolloutOptions]] = [
-        ("plain", None, False, [], chosen),
-        ("plain-opened", None, True, words, chosen),
-        ("plain-refused", None, False, refusal, one),
-    ]
+    refusal, once = ended(tokenizer, words), replace(chosen, rollouts=1)
+    # Name -> harmful prompts alone, strength of the steering, first tokens of the answers.
+    origins: dict[str, tuple[bool, float | None, list[int]]] = {
+        "plain": (False, None, []),
+        "plain-opened": (True, None, words),
+        "plain-refused": (False, None, refusal),
+    }
     if chosen.profile is not None:
         steer(model, chosen.profile, tokenizer=tokenizer).detach()  # refuse another model's before any work
         for strength in chosen.strengths:
             name = f"steered-{strength:g}"
-            origins += [(name, strength, True, [], chosen), (f"{name}-refused", strength, True, refusal, one)]
+            origins |= {name: (True, strength, []), f"{name}-refused": (True, strength, refusal)}
     backend = HFBackend(model, tokenizer, prompt_layer_for(chosen.profile, identity.num_layers))
     ids = encode(tokenizer, [question for question, _ in prompts], model, room=chosen.depth)
     asked = [(tokens, *prompt) for tokens, prompt in zip(ids, prompts, strict=True)]
     found: list[Rollouts] = []
-    for name, steering, harmful_only, opening, options_here in origins:
-        chosen_prompts = [job for job in asked if job[2] == "harmful" or not harmful_only]
-        steered = nullcontext() if steering is None else steer(model, chosen.profile, steering)
+    for name, (harmful_alone, steered_by, opening) in origins.items():
+        jobs = [job for job in asked if job[2] == "harmful" or not harmful_alone]
+        whole = opening is refusal
+        steered = nullcontext() if steered_by is None else steer(model, chosen.profile, steered_by)
         with steered, evaluating(model):
-            target = Path(folder) / name
-            found += collect(backend, chosen_prompts, target, identity, options_here, opening, name.endswith("refused"))
+            settings = once if whole else chosen
+            found += collect(backend, jobs, Path(folder) / name, identity, settings, opening, whole)
     return found
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Options of `train`.
-
-    profile: if it has a direction for last rows at the rollouts' prompt_layer, the cost compares prompts with that;
-        otherwise with one fitted on these prompts.
-    margin: log-odds by which an answer must be likelier safe than unsafe to stay within the budget.
-    """
-
-    profile: SteeringProfile | None = None
-    margin: float = 0.0
-    device: str | torch.device = "cpu"
-    progress: bool = True
 
 
 def train(
@@ -211,32 +185,34 @@ def train(
     tokenizer: Any,
     output: str | os.PathLike[str],
     settings: CriticSettings | None = None,
-    **options: Any,
+    *,
+    profile: SteeringProfile | None = None,
+    margin: float = 0.0,
+    device: str | torch.device = "cpu",
 ) -> Trained:
     """Fit the heads and train the critic, and write the three files to the folder `output`.
 
     Args:
-        options: see `TrainOptions`.
+        profile: if it has a direction for last rows at the rollouts' prompt_layer, the cost compares prompts with that;
+            otherwise with one fitted on these prompts.
+        margin: log-odds by which an answer must be likelier safe than unsafe to stay within the budget.
 
     Raises:
         GuardError, PromptError: see `fit_heads` and `train_critic`.
         OutputError: the folder cannot be written.
     """
-    chosen, settings = TrainOptions(**options), settings or CriticSettings()
-    identity, layer = identify(model, tokenizer), rollouts[0].prompt_layer
-    direction, profile = None, chosen.profile
+    settings, identity, layer = settings or CriticSettings(), identify(model, tokenizer), rollouts[0].prompt_layer
+    direction = None
     # A gate that reads a mean has a direction for means, not for last rows.
     if profile is not None and layer is not None and profile.gate.pooling == "last" and profile.direction[layer].any():
         direction = profile.direction[layer]
-    boundary = settings.budget + chosen.margin
+    boundary = settings.budget + margin
     cost, reward = fit_heads(rollouts, tokenizer, identity, boundary=boundary, direction=direction)
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     checkpoint = target / "critic-checkpoint.safetensors"
     scored = [one.scored(tokenizer, cost, reward) for one in rollouts]
-    critic = train_critic(
-        scored, identity, settings, checkpoint=checkpoint, device=chosen.device, progress=chosen.progress
-    )
+    critic = train_critic(scored, identity, settings, checkpoint=checkpoint, device=device)
     trained = Trained(cost, reward, critic)
     for name, part in vars(trained).items():
         part.save(target / f"{name}.safetensors")
@@ -245,11 +221,7 @@ def train(
 
 
 def load_trained(folder: str | os.PathLike[str]) -> Trained:
-    """Return the parts that `train` wrote.
-
-    Raises:
-        GuardError: a file is missing, damaged, or of another kind.
-    """
+    """Return the parts that `train` wrote; GuardError if a file is missing, damaged, or of another kind."""
     files = {name: Path(folder) / f"{name}.safetensors" for name in ("cost", "reward", "critic")}
     cost, reward = HiddenHead.load(files["cost"]), HiddenHead.load(files["reward"])
     for kind, head in (("cost", cost), ("reward", reward)):
@@ -273,10 +245,9 @@ def alternate(harmful: Sequence[str], harmless: Sequence[str]) -> list[tuple[str
     Raises:
         GuardError: no prompts of a kind.
     """
-    kinds = []
-    for label, texts in (("harmful", harmful), ("harmless", harmless)):
+    kinds = {"harmful": harmful, "harmless": harmless}
+    for label, texts in kinds.items():
         if not texts:
             raise GuardError(f"{label}: expected at least one prompt, got none")
-        kinds.append([(text, label) for text in texts])
-    turns = max(map(len, kinds))
-    return [texts[turn] for turn in range(turns) for texts in kinds if turn < len(texts)]
+    turns = itertools.zip_longest(*kinds.values())
+    return [(text, label) for turn in turns for label, text in zip(kinds, turn, strict=True) if text is not None]

@@ -1,8 +1,7 @@
 """Monte-Carlo rollouts of the base model: answers, and the states at their blocks' ends.
 
 One file per prompt, each written whole or not at all: a killed collection continues where it stopped, and ends with the
-same files. Hidden states come from generation itself. Scores are computed from the states (`Rollouts.scored`), so that
-heads and critics of any budget and discount can be trained on the same rollouts.
+same files. Hidden states come from generation itself; scores are computed from them later (`Rollouts.scored`).
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ class Rollouts:
 
     prompt: token ids. question: the prompt as the user wrote it. label: ``harmful`` or ``harmless``.
     answers: token ids, n. finished: bool [n]; the others reached the depth. owner: int64 [states], the state's answer.
-    ends: int64 [states], tokens of the answer there; ascending in an answer, the last one its length.
-    hidden: latent states float32 [states, S] of this prompt_layer, see `steerfast.guard.parts`.
-    cost: float32 [states], of each block (+inf: unknown); None: not scored.
-    reward: float32 [n], of the whole answers (-inf: unknown); None: not scored.
+    ends: int64 [states], tokens of the answer there. hidden: latent states float32 [states, S] of this prompt_layer.
+    cost: float32 [states], of each block. reward: float32 [n], of the whole answers. None: not scored.
     """
 
     prompt: list[int]
@@ -56,45 +53,29 @@ class Rollouts:
 
     @property
     def last(self) -> Tensor:
-        """Return where an answer's last block ends: bool [states]."""
+        """Return where an answer's last block ends: bool [states]; the next state is the end of a first block."""
         return torch.cat([self.owner[1:] != self.owner[:-1], torch.ones(1, dtype=torch.bool)])
-
-    @property
-    def first(self) -> Tensor:
-        """Return where an answer's first block ends: bool [states]."""
-        return self.last.roll(1)
 
     def blocks(self, tokenizer: Any) -> Blocks:
         """Return the answers so far at each state, for scorers."""
-        states = list(zip(self.owner.tolist(), self.ends.tolist(), strict=True))
-        return Blocks(
-            prompts=[self.prompt] * len(states),
-            answers=[self.answers[owner][:end] for owner, end in states],
-            hidden=self.hidden,
-            tokenizer=tokenizer,
-            finished=self.finished[self.owner] & self.last,
-            questions=None if self.question is None else [self.question] * len(states),
-        )
+        count, owners = len(self.owner), zip(self.owner.tolist(), self.ends.tolist(), strict=True)
+        answers, finished = [self.answers[owner][:end] for owner, end in owners], self.finished[self.owner] & self.last
+        questions = None if self.question is None else [self.question] * count
+        return Blocks([self.prompt] * count, answers, self.hidden, tokenizer, finished, questions)
 
     def scored(self, tokenizer: Any, cost: Scorer, reward: Scorer) -> Rollouts:
         """Return the same rollouts with the scores of `cost` and `reward`."""
         blocks = self.blocks(tokenizer)
         spent, worth = scores_of(cost, blocks, "cost"), scores_of(reward, blocks, "reward")
-        if getattr(reward, "cumulative", True):
-            total = worth[self.last]
-        else:
-            total = torch.zeros(len(self.answers)).index_add(0, self.owner, worth)
-        costs = block_costs(cost, spent, torch.where(self.first, 0.0, spent.roll(1)))
+        whole = self.last if getattr(reward, "cumulative", True) else torch.ones_like(self.last)
+        total = torch.zeros(len(self.answers)).index_add(0, self.owner[whole], worth[whole])
+        costs = block_costs(cost, spent, torch.where(self.last.roll(1), 0.0, spent.roll(1)))
         return replace(self, cost=costs, reward=total)
 
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """Options of a collection.
-
-    rollouts: answers per prompt. block, depth: tokens of a block, and most tokens of an answer.
-    sampling: as the backend takes it. seed: each prompt has its own seed, derived from this one.
-    """
+    """rollouts: answers per prompt. block, depth: tokens of a block, and most tokens of an answer."""
 
     rollouts: int = 5
     block: int = 32
@@ -121,14 +102,12 @@ def collect(
     """Roll out every prompt that `folder` does not have yet, and return all rollouts.
 
     Args:
-        asked: token ids of the templated prompt (`steerfast.text.encoding.encode`), question and label of each.
+        asked: token ids of the templated prompt, question and label of each.
         folder: created if missing. It alone records which prompts are done: repeat the same call after a kill.
-        model: identity of the base model, stored with every file.
-        opening: first tokens of every answer, fewer than a block. ended: they are whole answers.
+        opening: first tokens of every answer, cut to fewer than a block. ended: they are the whole answer.
 
     Raises:
-        GuardError: a number below 1, a folder with rollouts of other settings, other prompts or another model, a
-            backend without hidden states.
+        GuardError: a folder with rollouts of other settings, prompts or models, a backend without hidden states.
         OutputError: the folder cannot be written.
     """
     target = Path(folder)
@@ -141,8 +120,8 @@ def collect(
             if done.prompt != list(prompt):
                 raise GuardError(f"folder: expected prompt {index} of this call in {str(file)!r}, found another one")
         else:
-            answers = _roll_out(backend, prompt, options, (options.seed << 32) + index, opening, ended)
-            done = replace(answers, question=question, label=label)
+            seed = (options.seed << 32) + index
+            done = _roll_out(backend, (prompt, question, label), options, seed, opening, ended)
             header = {name: getattr(done, name) for name in _DATA}
             write_file(file, _KIND, {name: getattr(done, name) for name in _TENSORS}, header, model)
         found.append(done)
@@ -150,7 +129,7 @@ def collect(
 
 
 def load_rollouts(folder: str | os.PathLike[str]) -> list[Rollouts]:
-    """Return the rollouts in a folder, in the order of their prompts; GuardError if there are none or damaged ones."""
+    """Return the rollouts in a folder, in the order of their prompts; GuardError if there are none, or damaged ones."""
     files = sorted(Path(folder).glob("prompt-*.safetensors"))
     if not files:
         raise GuardError(f"rollouts: expected some in the folder {str(folder)!r}, found none")
@@ -158,9 +137,10 @@ def load_rollouts(folder: str | os.PathLike[str]) -> list[Rollouts]:
 
 
 def _roll_out(
-    backend: Backend, prompt: Sequence[int], options: RolloutOptions, seed: int, opening: Sequence[int], ended: bool
-) -> Rollouts:
-    candidates = backend.start(prompt, options.rollouts, seed)
+    backend: Backend, job: tuple[Sequence[int], str, str], options: RolloutOptions, seed: int, opening: Sequence[int],
+    ended: bool,
+) -> Rollouts:  # fmt: skip
+    candidates = backend.start(job[0], options.rollouts, seed)
     if candidates.hidden is None:
         raise GuardError(f"backend: expected hidden states with the tokens, got none from {type(backend).__name__}")
     states: list[tuple[int, int, Tensor]] = []  # answer, its tokens, latent state
@@ -181,17 +161,11 @@ def _roll_out(
         backend.extend(candidates, step, options.sampling)
         keep(growing)
     states.sort(key=lambda state: state[:2])
+    owner, ends, rows = zip(*states, strict=True)
     return Rollouts(
-        prompt=candidates.prompt,
-        question=None,
-        label=None,
-        answers=candidates.answers,
-        finished=candidates.finished,
-        owner=torch.tensor([owner for owner, _, _ in states]),
-        ends=torch.tensor([end for _, end, _ in states]),
-        hidden=torch.stack([row for _, _, row in states]),
-        prompt_layer=backend.prompt_layer,
-    )
+        candidates.prompt, *job[1:], candidates.answers, candidates.finished, torch.tensor(owner), torch.tensor(ends),
+        torch.stack(rows), prompt_layer=backend.prompt_layer,
+    )  # fmt: skip
 
 
 def _claim(folder: Path, options: RolloutOptions, prompt_layer: int | None) -> None:
@@ -203,9 +177,7 @@ def _claim(folder: Path, options: RolloutOptions, prompt_layer: int | None) -> N
     settings = {name: getattr(options, name) for name in ("rollouts", "block", "depth", "seed", "sampling")}
     settings["prompt_layer"] = prompt_layer
     # Processors of logits are recorded by their type.
-    text = json.dumps(
-        settings, default=lambda x: type(x).__name__ if callable(x) else vars(x), indent=1, sort_keys=True
-    )
+    text = json.dumps(settings, default=lambda x: vars(x) if isinstance(x, Sampling) else type(x).__name__, indent=1)
     file = folder / "settings.json"
     if not file.exists():
         write_atomically(file, text.encode())

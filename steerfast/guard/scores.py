@@ -1,8 +1,7 @@
 """Reward and cost of answers so far: the protocol of scorers, and adapters to it.
 
 A score belongs to the whole answer up to the end of a block. The cost of a block is the difference of two such scores,
-so that the differences sum up to the answer's cost. Scorers fail closed: a cost that is not finite counts as +inf, such
-a reward as -inf. Models with another tokenizer read the text, tokenised again.
+so that the differences sum up to the answer's cost. Models with another tokenizer read the text, tokenised again.
 """
 
 from __future__ import annotations
@@ -56,12 +55,9 @@ class Scorer(Protocol):
 
 
 def scores_of(scorer: Scorer, blocks: Blocks, kind: Literal["cost", "reward"]) -> Tensor:
-    """Return the scores of `blocks`, failing closed: float32 [n] on the CPU.
+    """Return the scores of `blocks`: float32 [n] on the CPU; GuardError for another number of scores.
 
-    A cost that is NaN or infinite, of either sign, becomes +inf; such a reward -inf.
-
-    Raises:
-        GuardError: the scorer returned another number of scores.
+    It fails closed: a cost that is NaN or infinite, of either sign, becomes +inf; such a reward -inf.
     """
     if not len(blocks):
         return torch.empty(0)
@@ -72,12 +68,10 @@ def scores_of(scorer: Scorer, blocks: Blocks, kind: Literal["cost", "reward"]) -
 
 
 def block_costs(scorer: Scorer, now: Tensor, before: Tensor) -> Tensor:
-    """Return the cost of the last block: float32 [n]. Infinite if the score at either end is.
+    """Return the cost of the last block from the scores at its end and its beginning: float32 [n].
 
-    Args:
-        now: `scores_of` at the block's end.
-        before: `scores_of` at its beginning, 0 for the first block. So the costs of an answer sum up to its score, and
-            a harmful prompt buys no tolerance. Not read if the scorer is not cumulative.
+    It is infinite if either score is. The first block begins at 0: so the costs of an answer sum up to its score, and a
+    harmful prompt buys no tolerance.
     """
     if not getattr(scorer, "cumulative", True):
         return now
@@ -85,21 +79,15 @@ def block_costs(scorer: Scorer, now: Tensor, before: Tensor) -> Tensor:
 
 
 class CallableScorer:
-    """Any function as a scorer.
+    """A function that returns n numbers, as a scorer; see `Scorer` for `cumulative`.
 
-    Args:
-        function: list of n texts, or of n (prompt, answer) -> n numbers.
-        takes: ``pairs``, ``answers`` (their texts), or ``blocks``: the `Blocks` themselves.
-        cumulative: see `Scorer`.
+    It takes ``pairs`` (n of prompt and answer), ``answers`` (n texts), or ``blocks``: the `Blocks` themselves.
     """
 
     def __init__(
-        self,
-        function: Callable[[Any], Any],
-        *,
-        takes: Literal["pairs", "answers", "blocks"] = "pairs",
+        self, function: Callable[[Any], Any], *, takes: Literal["pairs", "answers", "blocks"] = "pairs",
         cumulative: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if takes not in ("pairs", "answers", "blocks"):
             raise GuardError(f"takes: expected 'pairs', 'answers' or 'blocks', got {takes!r}")
         self._function = function
@@ -120,12 +108,10 @@ class SequenceClassifier:
     """A HuggingFace sequence classifier or reward model (``AutoModelForSequenceClassification``).
 
     Its input is the chat of prompt and answer if its tokenizer has a chat template, else the two as a pair. Its score
-    is the only label's logit, or the log-odds of `label` against all others.
+    is the only label's logit, or the log-odds of `label` (name or number) against all others.
 
     Args:
-        label: name or number; needed if there are several.
         sign: 1, or -1 if a high score means the opposite (a reward model as a cost).
-        batch_size: answers per pass.
 
     Raises:
         GuardError: an unknown label, a missing one of several, another sign, a batch_size below 1.
@@ -134,13 +120,7 @@ class SequenceClassifier:
     cumulative = True
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        label: str | int | None = None,
-        sign: int = 1,
-        batch_size: int = 16,
+        self, model: nn.Module, tokenizer: Any, *, label: str | int | None = None, sign: int = 1, batch_size: int = 16
     ) -> None:
         config: Any = model.config
         if batch_size < 1:
@@ -152,7 +132,11 @@ class SequenceClassifier:
         self.model, self.tokenizer, self.sign = model, tokenizer, sign
         # Pooling at the last token that is not padding: without a padding token it knows only batches of one.
         self.batch_size = 1 if getattr(config, "pad_token_id", None) is None else batch_size
-        self.label = _label_number(label, dict(config.id2label))
+        names: dict[int, str] = dict(config.id2label)
+        alone = 0 if label is None and len(names) == 1 else label
+        self.label = next((number for number, name in names.items() if alone in (number, name)), None)
+        if self.label is None:
+            raise GuardError(f"label: expected one of {', '.join(names.values())}, got {label!r}")
         context = getattr(config, "max_position_embeddings", None) or 2**31
         self.limit = min(context, tokenizer.model_max_length)
 
@@ -181,12 +165,3 @@ class SequenceClassifier:
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in pairs
         ]
         return self.tokenizer(self.tokenizer.apply_chat_template(chats, tokenize=False), add_special_tokens=False)
-
-
-def _label_number(label: str | int | None, names: dict[int, str]) -> int:
-    if label is None and len(names) == 1:
-        return 0
-    number = next((number for number, name in names.items() if label == name), label)
-    if not isinstance(number, int) or number not in names:
-        raise GuardError(f"label: expected one of {', '.join(names.values())}, got {label!r}")
-    return number

@@ -160,16 +160,12 @@ class _Beams:
         """Return one of the scores of all candidates: float32 [n]."""
         return torch.tensor([getattr(one, name) for one in self.scores])
 
-    def take(self, backend: Backend, index: list[int], ordinals: list[int] | None = None) -> _Beams:
+    def take(self, backend: Backend, index: Sequence[int], ordinals: Sequence[int] | None = None) -> _Beams:
         return _Beams(backend.branch(self.candidates, index, ordinals), [self.scores[i] for i in index])
 
 
 class Search:
-    """Run the search.
-
-    Args:
-        cost, reward: scorers; without a reward all answers are worth the same.
-        critic: needed if the strategy asks for one.
+    """Run a strategy; without a reward all answers are worth the same.
 
     Raises:
         GuardError: a critic or hidden states are needed and missing, or parts' prompt_layer is not the backend's.
@@ -204,15 +200,12 @@ class Search:
     ) -> SearchResult:
         """Search for the answer to one prompt.
 
-        Args:
-            prompt: token ids, or the backend's candidates for them: one, without a token.
-            question: the prompt as its user wrote it, for scorers that read text.
-            refusal: tokens of the answer for the fallback ``refusal``.
+        The prompt is token ids, or the backend's candidate for them, without a token; the question is its text, for
+        scorers that read text. The refusal is the tokens of the answer for the fallback ``refusal``.
         """
         sampling, strategy = sampling or Sampling(), self.strategy
         root = prompt if isinstance(prompt, Candidates) else self.backend.start(prompt, 1, seed)
-        counts: Counter[str] = Counter()
-        beams = _Beams(root, [ScoredAnswer(self.budget.budget)])
+        beams, counts = _Beams(root, [ScoredAnswer(self.budget.budget)]), Counter[str]()
         length, lost = 0, False
         while length < strategy.depth and not bool(beams.candidates.finished.all()):
             step = min(strategy.block, strategy.depth - length)
@@ -221,20 +214,19 @@ class Search:
             lost |= strategy.safety == "augmented" and not any(one.safe for one in beams.scores)
             if lost and strategy.fallback == "refusal":
                 break
-        best = self._answer(beams, int(self._order([beams])[0]))
-        fallback: Fallback | None = None
-        if strategy.safety == "augmented" and (lost or best.z <= 0):
+        row, fallback = int(self._order([beams])[0]), None
+        if strategy.safety == "augmented" and (lost or beams.scores[row].z <= 0):
             fallback = strategy.fallback
-            if fallback == "refusal":
-                best = self._refuse(root, refusal, question)
+            if fallback == "refusal":  # charged like any other answer
+                beams, row = _Beams(self.backend.branch(root, [0]), [ScoredAnswer(self.budget.budget)]), 0
+                self.backend.append(beams.candidates, refusal)
+                beams.candidates.finished = torch.ones(1, dtype=torch.bool)
+                beams = self._charge(beams, [len(refusal)], True, question)
+        found = beams.candidates
+        best = replace(beams.scores[row], tokens=found.answers[row], finished=bool(found.finished[row]))
+        if found.hidden is not None:
+            best = replace(best, hidden=found.hidden[row].clone())
         return SearchResult(best, counts["sampled"], counts["retries"], fallback)
-
-    def _refuse(self, root: Candidates, tokens: Sequence[int], question: str | None) -> ScoredAnswer:
-        """Return the answer of fixed tokens, charged like any other."""
-        beams = _Beams(self.backend.branch(root, [0]), [ScoredAnswer(self.budget.budget)])
-        self.backend.append(beams.candidates, tokens)
-        beams.candidates.finished = torch.ones(1, dtype=torch.bool)
-        return self._answer(self._charge(beams, [len(tokens)], True, question), 0)
 
     def _block(
         self, beams: _Beams, step: int, last: bool, sampling: Sampling, counts: Counter[str], question: str | None
@@ -251,10 +243,8 @@ class Search:
             count = width if retry else width - grown
             if count <= 0:
                 continue
-            numbers = range(grown, grown + count)
-            fresh = parents.take(
-                self.backend, [n % len(parents) for n in numbers], [n // len(parents) for n in numbers]
-            )
+            places = range(grown, grown + count)
+            fresh = parents.take(self.backend, [n % len(parents) for n in places], [n // len(parents) for n in places])
             penalty = self._penalty(unsafe) if retry else None
             greedy = sampling.temperature == 0 and count > 1
             chosen = replace(sampling, temperature=strategy.temperature) if greedy else sampling
@@ -277,14 +267,10 @@ class Search:
 
     def _charge(self, beams: _Beams, lengths: list[int], last: bool, question: str | None) -> _Beams:
         """Charge the new blocks, `lengths` tokens each, to the budgets. `last`: no candidate goes on after them."""
-        rows = [row for row, length in enumerate(lengths) if length]
-        if not rows:
-            return beams
-        blocks = self._blocks(beams.candidates, rows, question)
-        before = _Beams(beams.candidates, [beams.scores[row] for row in rows])
+        blocks = self._blocks(beams.candidates, question)
         now = scores_of(self.cost, blocks, "cost")
-        cost = block_costs(self.cost, now, before.column("score"))
-        z = self.budget.block(before.column("z"), cost, torch.tensor([lengths[row] for row in rows]))
+        cost = block_costs(self.cost, now, beams.column("score"))
+        z = self.budget.block(beams.column("z"), cost, torch.tensor(lengths))
         reward = scores_of(self.reward, blocks, "reward")
         p_safe, value = (z > 0).float(), reward
         if self.strategy.critic and not last:
@@ -298,24 +284,18 @@ class Search:
         # All values as they are worth to the empty answer, so that answers of different lengths compare.
         passed = torch.tensor([len(answer) for answer in blocks.answers], dtype=torch.float64)
         value = (value * self.budget.discount**passed).float()
-        columns = {"z": z, "cost": before.column("cost") + cost, "reward": reward, "p_safe": p_safe, "value": value}
-        new = zip(*(column.tolist() for column in (cost, now, *columns.values())), strict=True)
-        scores = list(beams.scores)
-        for row, (spent, score, *rest) in zip(rows, new, strict=True):
-            known: dict[str, Any] = dict(zip(columns, rest, strict=True))
-            scores[row] = ScoredAnswer(**known, score=score, blocks=(*scores[row].blocks, (lengths[row], spent)))
+        columns = (z, beams.column("cost") + cost, reward, p_safe, value, now)
+        new = zip(beams.scores, lengths, cost.tolist(), *(column.tolist() for column in columns), strict=True)
+        scores = [
+            ScoredAnswer(*numbers, (*old.blocks, (length, spent)))  # type: ignore[call-arg]
+            for old, length, spent, *numbers in new
+        ]
         return _Beams(beams.candidates, scores)
 
-    def _blocks(self, candidates: Candidates, rows: list[int], question: str | None) -> Blocks:
-        hidden = candidates.hidden
-        return Blocks(
-            prompts=[candidates.prompt] * len(rows),
-            answers=[candidates.answers[row] for row in rows],
-            hidden=None if hidden is None else hidden[torch.tensor(rows, device=hidden.device)],
-            tokenizer=self.tokenizer,
-            finished=candidates.finished[rows],
-            questions=None if question is None else [question] * len(rows),
-        )
+    def _blocks(self, candidates: Candidates, question: str | None) -> Blocks:
+        questions = None if question is None else [question] * len(candidates)
+        prompts, hidden = [candidates.prompt] * len(candidates), candidates.hidden
+        return Blocks(prompts, candidates.answers, hidden, self.tokenizer, candidates.finished, questions)
 
     def _worth(self, reward: Tensor, cost: Tensor) -> Tensor:
         """Return the quantity that a baseline maximises."""
@@ -325,36 +305,23 @@ class Search:
 
     def _order(self, parts: Sequence[_Beams]) -> Tensor:
         """Return the places of the candidates of all parts, best first."""
-        value, z, p_safe, cost = (
-            torch.cat([part.column(name) for part in parts]) for name in ("value", "z", "p_safe", "cost")
-        )
+        of = {name: torch.cat([part.column(name) for part in parts]) for name in ("value", "z", "p_safe", "cost")}
         if self.strategy.safety == "augmented":
-            return best_first(value, z, p_safe)
-        worth = self._worth(value, cost).nan_to_num(nan=-float("inf"), neginf=-float("inf"))
+            return best_first(of["value"], of["z"], of["p_safe"])
+        worth = self._worth(of["value"], of["cost"]).nan_to_num(nan=-float("inf"), neginf=-float("inf"))
         return worth.argsort(descending=True, stable=True)
 
     def _best(self, *parts: _Beams) -> _Beams:
         """Return the K best of all parts, in their old order if none is dropped. Dropped ones are never copied."""
-        if sum(map(len, parts)) <= self.strategy.kept:
-            return self._join(parts)
-        best, start, kept = self._order(parts)[: self.strategy.kept].tolist(), 0, []
-        for part in parts:
-            kept.append(part.take(self.backend, [at - start for at in best if start <= at < start + len(part)]))
-            start += len(part)
-        return self._join(kept)
-
-    def _join(self, parts: Sequence[_Beams]) -> _Beams:
-        parts = [part for part in parts if len(part)]
-        if len(parts) == 1:
-            return parts[0]
-        candidates = self.backend.join([part.candidates for part in parts])
-        return _Beams(candidates, [one for part in parts for one in part.scores])
-
-    def _answer(self, beams: _Beams, row: int) -> ScoredAnswer:
-        candidates, hidden = beams.candidates, beams.candidates.hidden
-        return replace(
-            beams.scores[row],
-            tokens=candidates.answers[row],
-            finished=bool(candidates.finished[row]),
-            hidden=None if hidden is None else hidden[row].clone(),
+        if sum(map(len, parts)) > self.strategy.kept:
+            best, start, kept = self._order(parts)[: self.strategy.kept].tolist(), 0, []
+            for part in parts:
+                kept.append(part.take(self.backend, [at - start for at in best if start <= at < start + len(part)]))
+                start += len(part)
+            parts = tuple(kept)
+        full = [part for part in parts if len(part)]
+        if len(full) == 1:
+            return full[0]
+        return _Beams(
+            self.backend.join([part.candidates for part in full]), [one for part in full for one in part.scores]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
+from steerfast.guard.heads import HiddenHead, fit_head
+from steerfast.guard.heads import fit_factored_cost as fit_pairs
 from steerfast.guard.scores import Blocks, scores_of
 from steerfast.profile import ModelIdentity
 
@@ -145,6 +147,12 @@ def test_broken_states_fail_closed_whatever_the_other_factor_says() -> None:
     assert (scores[1:] > 0).all()
 
 
+def fit_factored_cost(
+    states: Tensor, harmful: Tensor, complied: Tensor, model: ModelIdentity, **options: Any
+) -> HiddenHead:
+    return fit_pairs(states, torch.stack([harmful, complied], dim=1), model, prompt_layer=1, **options)
+
+
 def two_factors(prompts: int = 60) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Five answers to each prompt. Harm lies in the prompt's first number, compliance in the mean's third."""
     generator = torch.Generator().manual_seed(5)
@@ -159,7 +167,7 @@ def two_factors(prompts: int = 60) -> tuple[Tensor, Tensor, Tensor, list[int]]:
 
 def test_a_factored_fit_finds_both_factors() -> None:
     states, harmful, complied, groups = two_factors()
-    head = fit_factored_cost(states, harmful, complied, MODEL, 1, groups=groups, regularisation=1.0, boundary=3.0)
+    head = fit_factored_cost(states, harmful, complied, MODEL, groups=groups, regularisation=1.0, boundary=3.0)
     assert head.fitted["auc"] > 0.95
     assert head.fitted["comply_auc"] > 0.95
     assert head.fitted["mean_label"] == pytest.approx(float((harmful * complied).mean()))
@@ -183,9 +191,7 @@ def test_a_factored_fit_finds_both_factors() -> None:
 def test_a_given_direction_is_taken(tmp_path: Path) -> None:
     states, harmful, complied, groups = two_factors()
     direction = 3 * torch.eye(6)[0]
-    head = fit_factored_cost(
-        states, harmful, complied, MODEL, 1, direction=direction, groups=groups, regularisation=1.0
-    )
+    head = fit_factored_cost(states, harmful, complied, MODEL, direction=direction, groups=groups, regularisation=1.0)
     assert head.tensors["harm.direction"].tolist() == [1.0, 0, 0, 0, 0, 0]
     assert head.fitted["auc"] > 0.9
     head.save(tmp_path / "head.safetensors")
@@ -203,11 +209,11 @@ def test_factored_figures_are_of_prompts_that_the_fold_has_not_seen() -> None:
     states[:, 128:] = torch.randn(40, 64, generator=generator)[groups]
     complied = torch.ones(120)
     complied[::3] = 0.0
-    head = fit_factored_cost(states, (groups % 2).float(), complied, wide, 1, groups=groups.tolist())
+    head = fit_factored_cost(states, (groups % 2).float(), complied, wide, groups=groups.tolist())
     cosine = F.normalize(states[::3, 128:], dim=1) @ head.tensors["harm.direction"]
     assert float((cosine[1::2, None] > cosine[::2]).float().mean()) > 0.98  # AUC over the training prompts
     assert head.fitted["auc"] < 0.7
-    few = fit_factored_cost(states[:9], (groups[:9] % 2).float(), complied[:9], wide, 1,
+    few = fit_factored_cost(states[:9], (groups[:9] % 2).float(), complied[:9], wide,
                             direction=torch.ones(64), groups=groups[:9].tolist())  # fmt: skip
     assert np.isnan(few.fitted["auc"])  # a fold lacks a kind of prompts
 
@@ -217,14 +223,17 @@ def test_a_factored_fit_refuses() -> None:
     for given, message in (
         (
             (states[:, :6], harmful, complied),
-            r"hidden, harmful, groups: expected \[n, 18\], \[n\] and \[n\], got \[50, 6\]",
+            r"hidden, labels, groups: expected \[n, 18\], \[n, 2\] and \[n\], got \[50, 6\]",
         ),
         ((states, torch.ones(50), complied), "harmful: expected prompts of both kinds, got 10 above 0 of 10"),
-        ((states, harmful, torch.zeros(50)), "complied: expected answers that comply and that do not, got 0 above 0 of 50"),
-        ((states, harmful, complied / 0), "complied: expected finite numbers"),
+        (
+            (states, harmful, torch.zeros(50)),
+            "complied: expected answers that comply and that do not, got 0 above 0 of 50",
+        ),
+        ((states, harmful, complied / 0), "labels: expected finite numbers"),
     ):
         with pytest.raises(GuardError, match=message):
-            fit_factored_cost(*given, MODEL, 1, groups=groups)
+            fit_factored_cost(*given, MODEL, groups=groups)
     head = factored(1.0, 1.0)
     with pytest.raises(
         GuardError, match=r"hidden states \[n, 18\] of 'tiny' with the prompt's of layer 1, got \[2, 7\]"

@@ -20,20 +20,18 @@ def step(budget: SafetyBudget, z: torch.Tensor, cost: torch.Tensor) -> torch.Ten
 
 def test_safety_state_by_hand() -> None:
     budget = SafetyBudget(10.0, 0.5)
-    z = budget.start(2)
-    assert z.tolist() == [10.0, 10.0]
+    z = step(budget, torch.full((2,), 10.0), torch.tensor([1.0, -2.0]))
     assert z.dtype == torch.float32
-    z = step(budget, z, torch.tensor([1.0, -2.0]))
     assert z.tolist() == [18.0, 24.0]  # (10 − 1) / 0.5, (10 + 2) / 0.5
     assert step(budget, z, torch.tensor([20.0, 0.0])).tolist() == [-4.0, 48.0]
 
 
 def test_block_charges_its_cost_at_its_last_token() -> None:
     budget, cost = SafetyBudget(10.0, 0.9), torch.tensor([3.0])
-    z = budget.start(1)
+    z = torch.tensor([budget.budget])
     for token_cost in (torch.zeros(1), torch.zeros(1), cost):
         z = step(budget, z, token_cost)
-    block = budget.block(budget.start(1), cost, torch.tensor([3]))
+    block = budget.block(torch.tensor([budget.budget]), cost, torch.tensor([3]))
     torch.testing.assert_close(block, z)
     assert float(block) == pytest.approx(10 / 0.9**3 - 3 / 0.9)
     assert float(budget.block(block, cost, torch.tensor([0]))) == float(block)  # no token, no charge
@@ -43,7 +41,7 @@ def test_closed_form() -> None:
     """z_T = γ^-T (d − Σ γ^t c_t), so that z_T > 0 exactly within the budget."""
     gamma, costs = 0.97, [0.5, -1.0, 2.0, 4.0, 0.0, 3.5]
     budget = SafetyBudget(6.0, gamma)
-    z = budget.start(1)
+    z = torch.tensor([budget.budget])
     for cost in costs:
         z = step(budget, z, torch.tensor([cost]))
     spent = sum(gamma**t * cost for t, cost in enumerate(costs))
@@ -54,7 +52,7 @@ def test_closed_form() -> None:
 @pytest.mark.parametrize("cost", [math.nan, INF, -INF])
 def test_a_cost_that_is_not_finite_spends_everything_for_good(cost: float) -> None:
     budget = SafetyBudget()
-    z = budget.block(budget.start(1), torch.tensor([cost]), torch.tensor([4]))
+    z = budget.block(torch.tensor([budget.budget]), torch.tensor([cost]), torch.tensor([4]))
     assert float(z) == -INF
     assert float(step(budget, z, torch.tensor([-1e9]))) == -INF
 

@@ -97,7 +97,7 @@ def test_harm_is_told_by_the_profiles_direction_where_it_has_one(
     without = profile.direction.index_fill(0, torch.tensor([1]), 0.0)
     mean = replace(profile, gate=replace(profile.gate, pooling="mean"))
     for one in (profile, replace(profile, direction=without), None, mean):
-        trained = train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, profile=one, progress=False)
+        trained = train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, profile=one)
         assert (trained.cost.prompt_layer, trained.reward.prompt_layer, trained.critic.prompt_layer) == (1, 1, 1)
         directions.append(trained.cost.tensors["harm.direction"])
     torch.testing.assert_close(directions[0], profile.direction[1])
@@ -113,7 +113,7 @@ def test_training_writes_what_loads_and_ends_the_same_after_a_stop(
     tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = gathered(tiny_llama, tiny_tokenizer, tmp_path / "r", sampling=Sampling(1.0))
-    whole = train(found, tiny_llama, tiny_tokenizer, tmp_path / "whole", SETTINGS, progress=False)
+    whole = train(found, tiny_llama, tiny_tokenizer, tmp_path / "whole", SETTINGS)
     again = load_trained(tmp_path / "whole")
     states = found[0].hidden
     for name in ("cost", "reward"):
@@ -129,10 +129,10 @@ def test_training_writes_what_loads_and_ends_the_same_after_a_stop(
 
     monkeypatch.setattr("steerfast.guard.critic._calibrate", stop)  # all epochs done, nothing written yet
     with pytest.raises(Stop):
-        train(found, tiny_llama, tiny_tokenizer, tmp_path / "stopped", SETTINGS, progress=False)
+        train(found, tiny_llama, tiny_tokenizer, tmp_path / "stopped", SETTINGS)
     monkeypatch.undo()
     monkeypatch.setattr("steerfast.guard.critic._epoch", stop)  # and none is run again
-    train(found, tiny_llama, tiny_tokenizer, tmp_path / "stopped", SETTINGS, progress=False)
+    train(found, tiny_llama, tiny_tokenizer, tmp_path / "stopped", SETTINGS)
     for name in FILES:
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -141,10 +141,10 @@ def test_bad_input_is_refused(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Pa
     with pytest.raises(GuardError, match="harmless: expected at least one prompt, got none"):
         gather(tiny_llama, tiny_tokenizer, tmp_path, harmful=HARMFUL, harmless=[], **QUICK)
     found = gathered(tiny_llama, tiny_tokenizer, tmp_path / "r")
-    train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, progress=False)
+    train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS)
     (tmp_path / "cost.safetensors").write_bytes((tmp_path / "reward.safetensors").read_bytes())
     with pytest.raises(GuardError, match="expected a cost head, got a reward head"):
         load_trained(tmp_path)
     mixed = [*found[:-1], replace(found[-1], prompt_layer=None)]
     with pytest.raises(GuardError, match=r"prompt_layer: .*, got 2 \(rollouts 0\) and None \(rollouts 12\)"):
-        train(mixed, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, progress=False)
+        train(mixed, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS)
