@@ -1,7 +1,7 @@
 """The HuggingFace backend of candidates.
 
-The prompt runs once, alone; its keys and values are then repeated for the candidates. Every token is one batched pass
-of all unfinished candidates; the states that scorers and critic read (`steerfast.guard.parts`) come from that pass.
+The prompt runs once; its keys and values are repeated for the candidates. Every token is one batched pass of all
+unfinished candidates, from which the states (`steerfast.guard.parts`) come, too.
 """
 
 from __future__ import annotations
@@ -86,10 +86,11 @@ class _OpenRows:
             cache.batch_select_indices(rows)
         return _OpenRows(cache, self.logits[rows])
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor) -> _OpenRows:
         """Drop all other rows, in place."""
         self.cache.batch_select_indices(rows)
         self.logits = self.logits[rows]
+        return self
 
 
 class HFBackend(Backend):
@@ -151,17 +152,13 @@ class HFBackend(Backend):
         if not 1 <= block <= room:
             raise GuardError(f"block: expected 1 to {room} tokens, which the model's context has room for, got {block}")
         sampling = sampling or Sampling()
-        rows: _OpenRows | None = candidates.state
+        device, rows = device_of(self.model), candidates.state
         alive = (~candidates.finished).nonzero()[:, 0]
-        uniform = torch.from_numpy(uniforms(candidates.streams[alive.numpy()], candidates.length, block))
+        drawn = uniforms(candidates.streams[alive.numpy()], candidates.length, block)
         seen = [candidates.prompt + candidates.answers[i] for i in alive.tolist()]
-        alive, uniform, ids = (
-            alive.to(device_of(self.model)),
-            uniform.to(device_of(self.model)),
-            torch.tensor(seen, device=device_of(self.model)),
-        )
-        ends = torch.tensor(sorted(self.ends), dtype=torch.long, device=device_of(self.model))
-        tokens = torch.full((len(candidates), block), -1, device=device_of(self.model))
+        alive, uniform, ids = alive.to(device), torch.from_numpy(drawn).to(device), torch.tensor(seen, device=device)
+        ends = torch.tensor(sorted(self.ends), dtype=torch.long, device=device)
+        tokens = torch.full((len(candidates), block), -1, device=device)
         assert candidates.hidden is not None
         hidden = candidates.hidden.clone()  # other candidates may share the old ones
         for step in range(block):
@@ -179,10 +176,7 @@ class HFBackend(Backend):
             going = (~torch.isin(chosen, ends)).nonzero()[:, 0]
             if len(going) < len(chosen):
                 alive, uniform, ids = alive[going], uniform[going], ids[going]
-                if len(going):
-                    rows.keep(going)
-                else:
-                    rows = None
+                rows = rows.keep(going) if len(going) else None
         candidates.state, candidates.hidden = rows, hidden
         candidates.finished = torch.ones_like(candidates.finished).index_fill(0, alive.cpu(), False)
         new = [[token for token in row if token >= 0] for row in tokens.tolist()]

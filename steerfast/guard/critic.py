@@ -8,7 +8,6 @@ within its budget, and its reward discounted to the state. A killed training con
 from __future__ import annotations
 
 import itertools
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,22 +21,20 @@ from torch import Tensor, nn
 from steerfast._files import content_checksum
 from steerfast._progress import track
 from steerfast.errors import GuardError
+from steerfast.guard import parts
 from steerfast.guard.objective import SafetyBudget
-from steerfast.guard.parts import check_model, check_states, common_layer, deviation, read_file, state_size, write_file
 from steerfast.guard.rollouts import Rollouts, prompt_numbers
 from steerfast.profile import ModelIdentity
 
 _KIND = "critic"
-_CHECKPOINT = "critic checkpoint"
-_BINS = 10
 
 
 @dataclass(frozen=True)
 class CriticSettings:
     """Hyper-parameters; the defaults are the paper's (its table 3), except `depth` and `validation`.
 
-    width, depth: of the hidden layers (GELU). learning_rate: of Adam. batch_size: states per step. discount: γ.
-    budget: d, in units of the cost. validation: share of the prompts that only the calibration curve sees.
+    width, depth: of the hidden layers (GELU). batch_size: states per step. discount, budget: see `SafetyBudget`.
+    validation: share of the prompts that only the calibration curve sees.
     """
 
     width: int = 4096
@@ -85,7 +82,7 @@ class Critic(nn.Module):
         super().__init__()
         self.model, self.prompt_layer, self.settings = model, prompt_layer, settings or CriticSettings()
         self.calibration: Mapping[str, Any] = {}
-        inputs = state_size(model.hidden_size, prompt_layer) + 1
+        inputs = parts.state_size(model.hidden_size, prompt_layer) + 1
         sizes = [inputs, *[self.settings.width] * self.settings.depth]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
@@ -109,9 +106,7 @@ class Critic(nn.Module):
 
     def states(self, hidden: Tensor, z: Tensor) -> Tensor:
         """Return the inputs of `raw`, float32 [n, S + 1]: latent states, z / budget."""
-        check_states(_KIND, hidden, self.model, self.prompt_layer)
-        if z.shape != hidden.shape[:1]:
-            raise GuardError(f"critic: expected z [{len(hidden)}], one per state, got {list(z.shape)}")
+        parts.check_states(_KIND, hidden, self.model, self.prompt_layer)
         share = (z.to(hidden.device).float() / self.settings.budget)[:, None]
         return torch.cat([hidden.float(), share], dim=1)
 
@@ -128,7 +123,7 @@ class Critic(nn.Module):
         """Set the buffers from training states [n, inputs] and values [n]."""
         for mean, scale, rows in ((self.mean, self.scale, states), (self.value_mean, self.value_scale, values)):
             mean.copy_(rows.mean(dim=0))
-            scale.copy_(deviation(rows))
+            scale.copy_(parts.deviation(rows))
 
     def loss(self, states: Tensor, safe: Tensor, values: Tensor) -> Tensor:
         """Return the mean over states of f1's binary cross-entropy plus f2's squared error (standardised values)."""
@@ -138,17 +133,17 @@ class Critic(nn.Module):
 
     def check(self, model: ModelIdentity) -> None:
         """Raise GuardError if the critic was trained on another model."""
-        check_model(_KIND, self.model, model)
+        parts.check_model(_KIND, self.model, model)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: parts.AnyPath) -> None:
         """Write one safetensors file, whole or not at all."""
         header = {name: getattr(self, name) for name in ("prompt_layer", "calibration")}
-        write_file(path, _KIND, self.state_dict(), {**header, "settings": vars(self.settings)}, self.model)
+        parts.write_file(path, _KIND, self.state_dict(), {**header, "settings": vars(self.settings)}, self.model)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Critic:
+    def load(cls, path: parts.AnyPath) -> Critic:
         """Read a critic; GuardError if the file is missing, damaged or no critic."""
-        tensors, header, identity = read_file(path, _KIND)
+        tensors, header, identity = parts.read_file(path, _KIND)
         critic = cls(identity, CriticSettings(**header["settings"]), header["prompt_layer"])
         critic.load_state_dict(tensors)
         critic.calibration = header["calibration"]
@@ -166,7 +161,7 @@ def calibration(p_safe: Tensor, safe: Tensor) -> dict[str, Any]:
     p, y = p_safe.detach().cpu().double(), safe.detach().cpu().double()
     if not len(p):
         return {"count": 0, "brier": None, "error": None, "auc": None, "false_safe": None, "curve": []}
-    place = (p * _BINS).long().clamp(max=_BINS - 1)
+    place = (p * 10).long().clamp(max=9)
     curve = [
         {"predicted": float(p[here].mean()), "observed": float(y[here].mean()), "count": int(here.sum())}
         for here in (place == number for number in place.unique())
@@ -215,18 +210,15 @@ def safety_states(rollouts: Rollouts, safety: SafetyBudget) -> Tensor:
 
 
 def states_of(rollouts: Sequence[Rollouts], safety: SafetyBudget) -> tuple[States, int]:
-    """Return states and targets of scored rollouts; GuardError if no answer is longer than a block.
-
-    The count is of states that are left out because their z or their answer's reward is not finite.
-    """
-    parts: list[tuple[Tensor, ...]] = []
+    """Return states and targets of scored rollouts, and how many are left out because a number is not finite."""
+    rows: list[tuple[Tensor, ...]] = []
     for one, number in zip(rollouts, prompt_numbers(rollouts), strict=True):
         assert one.reward is not None
         z = safety_states(one, safety)
         final, total = z[one.last][one.owner], one.ends[one.last][one.owner]
         value = one.reward[one.owner] * safety.discount ** (total - one.ends).float()
-        parts.append((one.hidden, z, final > 0, value, torch.full_like(one.owner, number), ~one.last))
-    *columns, unfinished = (torch.cat(column) for column in zip(*parts, strict=True))
+        rows.append((one.hidden, z, final > 0, value, torch.full_like(one.owner, number), ~one.last))
+    *columns, unfinished = (torch.cat(column) for column in zip(*rows, strict=True))
     states = States(*columns)
     finite = states.z.isfinite() & states.value.isfinite()
     if not bool((unfinished & finite).any()):
@@ -239,7 +231,7 @@ def train_critic(
     model: ModelIdentity,
     settings: CriticSettings | None = None,
     *,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: parts.AnyPath | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Critic:
@@ -263,7 +255,7 @@ def train_critic(
     train, test = states.select(~held), states.select(held)
     if not len(train.z):
         raise GuardError("rollouts: expected answers longer than a block in the training prompts, got none")
-    critic = Critic(model, settings, common_layer({f"rollouts {n}": one for n, one in enumerate(rollouts)}))
+    critic = Critic(model, settings, parts.common_layer({f"rollouts {n}": one for n, one in enumerate(rollouts)}))
     inputs = critic.states(train.hidden, train.z)
     critic.standardise(inputs, train.value)
     critic.to(device).train()
@@ -278,15 +270,10 @@ def train_critic(
             tensors = {f"critic.{name}": value for name, value in critic.state_dict().items()}
             for number, moments in optimiser.state_dict()["state"].items():
                 tensors |= {f"adam.{number}.{name}": value for name, value in moments.items()}
-            write_file(checkpoint, _CHECKPOINT, tensors, {**about, "losses": losses}, model)
+            parts.write_file(checkpoint, f"{_KIND} checkpoint", tensors, {**about, "losses": losses}, model)
     critic.cpu().eval().requires_grad_(False)
-    critic.calibration = _calibrate(critic, test) | {
-        "losses": losses,
-        "prompts": prompts,
-        "states": len(train.z),
-        "safe": float(train.safe.double().mean()),
-        "dropped": dropped,
-    }
+    counts = {"prompts": prompts, "states": len(train.z), "safe": float(train.safe.double().mean()), "dropped": dropped}
+    critic.calibration = {**_calibrate(critic, test), "losses": losses, **counts}
     return critic
 
 
@@ -316,13 +303,11 @@ def _calibrate(critic: Critic, test: States) -> dict[str, Any]:
     return calibration(p_safe, test.safe) | {"value_r2": float(1 - rest / spread) if spread > 0 else None}
 
 
-def _resume(
-    path: str | os.PathLike[str] | None, critic: Critic, optimiser: torch.optim.Optimizer, about: dict[str, Any]
-) -> list[float]:
+def _resume(path: parts.AnyPath | None, critic: Critic, optimiser: Any, about: dict[str, Any]) -> list[float]:
     """Restore critic and optimiser from the checkpoint; return its losses."""
     if path is None or not Path(path).exists():
         return []
-    tensors, header, model = read_file(path, _CHECKPOINT)
+    tensors, header, model = parts.read_file(path, f"{_KIND} checkpoint")
     for name, value in about.items():
         if header[name] != value or model != critic.model:
             raise GuardError(f"checkpoint {str(path)!r}: it is of another training (its {name} differ), remove it")

@@ -20,7 +20,7 @@ from steerfast.guard.critic import Critic
 from steerfast.guard.objective import Certificate, SafetyBudget
 from steerfast.guard.parts import common_layer
 from steerfast.guard.scores import NO_SCORE, Scorer
-from steerfast.guard.search import Search, SearchResult, Strategy
+from steerfast.guard.search import Search, Strategy
 from steerfast.hf.generation import evaluating
 from steerfast.hf.steering import Steering, steer
 from steerfast.hf.structure import identify
@@ -35,14 +35,15 @@ _Job = tuple[list[int], int, str | None]  # token ids of a prompt, seed, the pro
 @dataclass(frozen=True)
 class GuardedAnswer:
     """text: without special tokens. tokens: without the prompt; a finished answer ends with the end token.
-    seconds: from the prompt to the answer. path: how it was made; ``plain`` costs as much as plain decoding.
+    path: ``plain`` (at the cost of plain decoding), ``steered``, ``searched``, ``steered and searched``, or ``plain,
+    then searched``.
     """
 
     text: str
     tokens: list[int]
     certificate: Certificate
     seconds: float
-    path: Literal["plain", "plain, then searched", "steered", "searched", "steered and searched"]
+    path: str
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class GuardOptions:
 
     reward: a scorer; without one all answers are worth the same. critic: for strategies that need one.
     profile: if its prompt gate stays shut, decoding is plain; if it abstains, the prompt is searched and not steered.
-        None: every prompt is searched. An edit at or before the heads' prompt_layer changes the states that they read
-        (`steerfast.guard.recipe.prompt_layer_for`). strength: multiplies its strengths.
+        None: every prompt is searched. strength: multiplies its strengths.
     fired: the action if the gate fires: ``search``, ``steer`` by the profile, or ``both``. With ``steer`` nothing is
         searched, not even undecided prompts.
     budget, discount: d and γ; None: the critic's, without a critic 10 and 0.999.
@@ -85,8 +85,7 @@ class Guard:
         cost: a scorer (`steerfast.guard.scores`). options: see `GuardOptions`.
 
     Raises:
-        GuardError: no cost, a budget out of range, a critic or head of another model, a missing one, parts with
-            different prompt_layer.
+        GuardError: no cost, a budget out of range, a part that is missing, of another model or another prompt_layer.
         ProfileError: the profile belongs to another model.
     """
 
@@ -113,7 +112,7 @@ class Guard:
         given = {"budget": chosen.budget, "discount": chosen.discount}
         self.budget = replace(base, **{name: value for name, value in given.items() if value is not None})
         self.default = chosen.strategy or Strategy.speculative(critic=chosen.critic is not None)
-        self.refusal = ended(tokenizer, tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"])
+        self.refusal = with_end(tokenizer, tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"])
         self.answers: list[GuardedAnswer] = []
         self.search_of(self.default)  # raises now if a part is missing
 
@@ -195,9 +194,7 @@ class Guard:
         room = self.backend.context - strategy.depth
         for number, (ids, _, _) in enumerate(jobs, 1):
             if not 0 < len(ids) <= room:
-                raise GuardError(
-                    f"prompts: entry {number} has {len(ids)} tokens, expected 1 to {room}: {strategy.depth} are new"
-                )
+                raise GuardError(f"prompts: entry {number} has {len(ids)} tokens, expected 1 to {room}")
         options = self.options
         plain = Strategy.plain(block=strategy.block, depth=strategy.depth)
         searches = {"plain": self.search_of(plain), "steered": self.search_of(plain)}
@@ -222,8 +219,7 @@ class Guard:
         root = self.backend.start(ids, 1, seed)
         fired = None if steering is None else bool(steering.fired.any())
         undecided = steering is not None and bool(steering.undecided.any())
-        path: Any = "plain"
-        action = self.options.fired
+        action, path = self.options.fired, "plain"
         if fired is None or (undecided and action != "steer"):
             path = "searched"
         elif fired:
@@ -237,20 +233,16 @@ class Guard:
             path, name = "plain, then searched", f"{name}, then {searched.strategy.name}"
         elif path == "searched" and name == "plain" and not fired:
             path = "plain"
-        certificate = self._certificate(result, unchecked, fired=fired, undecided=undecided, strategy=name)
+        scored = () if unchecked else ("z", "cost", "reward", "blocks", "p_safe")
+        about: dict[str, Any] = {part: getattr(result.best, part) for part in scored}
+        about |= {"decision": "unchecked" if unchecked else "within" if result.best.z > 0 else "over", "strategy": name}
+        about |= {"fired": fired, "undecided": undecided, "fallback": result.fallback, "retries": result.retries}
+        certificate = Certificate(**vars(self.budget), candidates=result.sampled, **about)
         text = self.tokenizer.decode(result.best.tokens, skip_special_tokens=True)
         return GuardedAnswer(text, list(result.best.tokens), certificate, time.perf_counter() - began, path)
 
-    def _certificate(self, result: SearchResult, unchecked: bool, **about: Any) -> Certificate:
-        best, counted = result.best, {"candidates": result.sampled, "retries": result.retries}
-        about |= {**vars(self.budget), **counted, "fallback": result.fallback}
-        if unchecked:
-            return Certificate(**about)
-        scores = {name: getattr(best, name) for name in ("z", "cost", "reward", "blocks", "p_safe")}
-        return Certificate(decision="within" if best.z > 0 else "over", **scores, **about)
 
-
-def ended(tokenizer: Any, tokens: list[int]) -> list[int]:
+def with_end(tokenizer: Any, tokens: list[int]) -> list[int]:
     """Return the tokens with the end token, if the tokenizer has one."""
     return [*tokens, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
 

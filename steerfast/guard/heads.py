@@ -5,7 +5,6 @@ A head reads the latent state of an answer (`steerfast.guard.parts`), which gene
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steerfast.errors import GuardError, PromptError
-from steerfast.guard.parts import check_model, check_states, deviation, read_file, state_size, write_file
+from steerfast.guard.parts import AnyPath, check_model, check_states, deviation, read_file, state_size, write_file
 from steerfast.guard.scores import Blocks
 from steerfast.profile import ModelIdentity
 
@@ -67,13 +66,13 @@ class HiddenHead:
         """Raise GuardError if the head was fitted on another model."""
         check_model(f"{self.kind} {_KIND}", self.model, model)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write one safetensors file, whole or not at all."""
         header = {name: getattr(self, name) for name in ("boundary", "fitted", "prompt_layer")}
         write_file(path, _KIND, self.tensors, {**header, "head": self.kind}, self.model)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> HiddenHead:
+    def load(cls, path: AnyPath) -> HiddenHead:
         """Read a head; GuardError if the file is missing, damaged or no head."""
         tensors, header, identity = read_file(path, _KIND)
         if any("into." in name for name in tensors):

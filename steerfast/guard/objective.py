@@ -71,10 +71,9 @@ def best_first(value: Tensor, z: Tensor, p_safe: Tensor) -> Tensor:
 class ScoredAnswer:
     """One answer, or the beginning of one.
 
-    z: safety state after the last token. cost, reward: of all tokens so far. p_safe: the critic's output (without it:
-    1.0 within the budget, else 0.0). value: the expected reward of the whole answer, discounted to the empty answer.
-    score: the cost scorer's at the last block's end. blocks: (tokens, cost) of each block, from which `z` follows.
-    tokens: without the prompt; a finished answer ends with the end token. hidden: latent state float32 [S], if known.
+    z: safety state at its end. cost, reward: of all tokens so far. p_safe: the critic's output, without it 1.0 within
+    the budget, else 0.0. value: expected reward of the whole answer, discounted to the empty one. score: by the cost
+    scorer. blocks: (tokens, cost) of each, from which `z` follows. tokens: without the prompt. hidden: latent state.
     """
 
     z: float

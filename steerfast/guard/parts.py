@@ -26,6 +26,8 @@ from steerfast._files import read_checked, write_checked
 from steerfast.errors import GuardError
 from steerfast.profile import ModelIdentity
 
+AnyPath = str | os.PathLike[str]
+
 _FORMAT = 2
 
 
@@ -44,8 +46,7 @@ def grow(state: Tensor, last: Tensor, tokens: int) -> Tensor:
 
 def deviation(rows: Tensor) -> Tensor:
     """Return the standard deviation of each column, and 1 for a constant column."""
-    found = rows.std(dim=0, correction=0)
-    return torch.where(found > 0, found, 1.0)
+    return torch.where((found := rows.std(dim=0, correction=0)) > 0, found, 1.0)
 
 
 def check_states(part: str, hidden: Tensor, model: ModelIdentity, prompt_layer: int | None) -> None:
@@ -77,11 +78,7 @@ def check_model(part: str, fitted: ModelIdentity, model: ModelIdentity) -> None:
 
 
 def write_file(
-    path: str | os.PathLike[str],
-    kind: str,
-    tensors: Mapping[str, Tensor],
-    header: Mapping[str, Any],
-    model: ModelIdentity,
+    path: AnyPath, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: ModelIdentity
 ) -> None:
     """Write tensors (any dtype) and JSON data. The file appears whole or not at all; OutputError if it cannot."""
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -90,7 +87,7 @@ def write_file(
     write_checked(path, json.loads(json.dumps(content)), held)
 
 
-def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any], ModelIdentity]:
+def read_file(path: AnyPath, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], ModelIdentity]:
     """Return tensors, header and model of a file that `write_file` wrote.
 
     Raises:

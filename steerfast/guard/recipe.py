@@ -9,7 +9,6 @@ words of an answer say whether it declines.
 from __future__ import annotations
 
 import itertools
-import os
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 from steerfast.errors import GuardError
 from steerfast.guard.backend import HFBackend
 from steerfast.guard.critic import Critic, CriticSettings, train_critic
-from steerfast.guard.guard import REFUSAL, ended
+from steerfast.guard.guard import REFUSAL, with_end
 from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
-from steerfast.guard.parts import common_layer
+from steerfast.guard.parts import AnyPath, common_layer
 from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect, prompt_numbers
 from steerfast.hf.generation import evaluating
 from steerfast.hf.steering import steer
@@ -57,10 +56,7 @@ def label_answer(kind: Literal["harmful", "harmless"], answer: str) -> Label:
     """
     if kind not in ("harmful", "harmless"):
         raise GuardError(f"kind: expected 'harmful' or 'harmless', got {kind!r}")
-    words = answer.split()
-    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
-    fluency = -repetition([numbers[word] for word in words])
-    complied = complies(answer)
+    fluency, complied = -repetition(answer.split()), complies(answer)  # type: ignore[arg-type]
     if kind == "harmful":
         return Label(1.0 if complied else -1.0, fluency, complied)
     return Label(-1.0, fluency + (1.0 if complies(answer, strict=False) else -1.0), complied)
@@ -75,17 +71,15 @@ def fit_heads(
     boundary: float,
     **options: Any,
 ) -> tuple[HiddenHead, HiddenHead]:
-    """Fit a cost and a reward head on rollouts of harmful and harmless prompts.
+    """Fit a cost (factored if the rollouts hold the prompt's row) and a reward head.
 
-    Every end of a block is an example, labelled by the text up to there (`label_answer`). The cost is factored if the
-    rollouts hold the prompt's row (`HiddenHead`).
+    Every end of a block is an example, labelled by the text up to there (`label_answer`).
 
     Args:
-        direction: of a factored cost, see `fit_factored_cost`. boundary: of the cost. options: see `fit_head`.
+        direction: see `fit_factored_cost`. boundary: of the cost. options: see `fit_head`.
 
     Raises:
-        GuardError: a rollout of another label or prompt_layer, answers that are all safe or all unsafe.
-        PromptError: see `fit_factored_cost`.
+        GuardError: a rollout of another label or prompt_layer; see `fit_factored_cost`, also for PromptError.
     """
     layer = common_layer({f"rollouts {number}": one for number, one in enumerate(rollouts)})
     hidden = torch.cat([one.hidden for one in rollouts])
@@ -112,11 +106,7 @@ class Trained:
 
 
 def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
-    """Return the layer whose row of the prompt a guard reads, in a model of so many layers.
-
-    It is the last one before a profile's edits and gates, so that steering does not change the row; without a profile,
-    the middle one.
-    """
+    """Return the layer whose row of the prompt a guard reads: the middle one, or the last before a profile acts."""
     used = [] if profile is None else [*profile.steered_layers, *profile.gate_layers]
     return max(min(used) - 1, 0) if used else layers // 2
 
@@ -137,7 +127,7 @@ class GatherOptions(RolloutOptions):
 def gather(
     model: nn.Module,
     tokenizer: Any,
-    folder: str | os.PathLike[str],
+    folder: AnyPath,
     *,
     harmful: Sequence[str],
     harmless: Sequence[str],
@@ -153,7 +143,7 @@ def gather(
     prompts = alternate(harmful, harmless)
     identity = identify(model, tokenizer)
     words = tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"]
-    refusal, once = ended(tokenizer, words), replace(chosen, rollouts=1)
+    refusal, once = with_end(tokenizer, words), replace(chosen, rollouts=1)
     # Name -> harmful prompts alone, strength of the steering, first tokens of the answers.
     origins: dict[str, tuple[bool, float | None, list[int]]] = {
         "plain": (False, None, []),
@@ -183,7 +173,7 @@ def train(
     rollouts: Sequence[Rollouts],
     model: nn.Module,
     tokenizer: Any,
-    output: str | os.PathLike[str],
+    output: AnyPath,
     settings: CriticSettings | None = None,
     *,
     profile: SteeringProfile | None = None,
@@ -196,18 +186,13 @@ def train(
         profile: if it has a direction for last rows at the rollouts' prompt_layer, the cost compares prompts with that;
             otherwise with one fitted on these prompts.
         margin: log-odds by which an answer must be likelier safe than unsafe to stay within the budget.
-
-    Raises:
-        GuardError, PromptError: see `fit_heads` and `train_critic`.
-        OutputError: the folder cannot be written.
     """
     settings, identity, layer = settings or CriticSettings(), identify(model, tokenizer), rollouts[0].prompt_layer
     direction = None
     # A gate that reads a mean has a direction for means, not for last rows.
     if profile is not None and layer is not None and profile.gate.pooling == "last" and profile.direction[layer].any():
         direction = profile.direction[layer]
-    boundary = settings.budget + margin
-    cost, reward = fit_heads(rollouts, tokenizer, identity, boundary=boundary, direction=direction)
+    cost, reward = fit_heads(rollouts, tokenizer, identity, boundary=settings.budget + margin, direction=direction)
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     checkpoint = target / "critic-checkpoint.safetensors"
@@ -220,7 +205,7 @@ def train(
     return trained
 
 
-def load_trained(folder: str | os.PathLike[str]) -> Trained:
+def load_trained(folder: AnyPath) -> Trained:
     """Return the parts that `train` wrote; GuardError if a file is missing, damaged, or of another kind."""
     files = {name: Path(folder) / f"{name}.safetensors" for name in ("cost", "reward", "critic")}
     cost, reward = HiddenHead.load(files["cost"]), HiddenHead.load(files["reward"])
@@ -240,11 +225,7 @@ def pick(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
 
 
 def alternate(harmful: Sequence[str], harmless: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (prompt, label) of both kinds in turn, so that a run that stops early has seen both.
-
-    Raises:
-        GuardError: no prompts of a kind.
-    """
+    """Return (prompt, label) of both kinds in turn, so that a run that stops early has seen both."""
     kinds = {"harmful": harmful, "harmless": harmless}
     for label, texts in kinds.items():
         if not texts:

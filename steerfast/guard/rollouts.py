@@ -7,7 +7,6 @@ same files. Hidden states come from generation itself; scores are computed from 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from steerfast._files import write_atomically
 from steerfast._progress import track
 from steerfast.errors import GuardError, OutputError
 from steerfast.guard.candidates import Backend, Sampling
-from steerfast.guard.parts import check_model, read_file, write_file
+from steerfast.guard.parts import AnyPath, check_model, read_file, write_file
 from steerfast.guard.scores import Blocks, Scorer, block_costs, scores_of
 from steerfast.profile import ModelIdentity
 
@@ -93,18 +92,18 @@ class RolloutOptions:
 def collect(
     backend: Backend,
     asked: Sequence[tuple[Sequence[int], str, str]],
-    folder: str | os.PathLike[str],
+    folder: AnyPath,
     model: ModelIdentity,
     options: RolloutOptions,
     opening: Sequence[int] = (),
-    ended: bool = False,
+    whole: bool = False,
 ) -> list[Rollouts]:
     """Roll out every prompt that `folder` does not have yet, and return all rollouts.
 
     Args:
         asked: token ids of the templated prompt, question and label of each.
         folder: created if missing. It alone records which prompts are done: repeat the same call after a kill.
-        opening: first tokens of every answer, cut to fewer than a block. ended: they are the whole answer.
+        opening: first tokens of every answer, cut to less than a block. whole: they are all of the answer.
 
     Raises:
         GuardError: a folder with rollouts of other settings, prompts or models, a backend without hidden states.
@@ -121,14 +120,14 @@ def collect(
                 raise GuardError(f"folder: expected prompt {index} of this call in {str(file)!r}, found another one")
         else:
             seed = (options.seed << 32) + index
-            done = _roll_out(backend, (prompt, question, label), options, seed, opening, ended)
+            done = _roll_out(backend, (prompt, question, label), options, seed, opening, whole)
             header = {name: getattr(done, name) for name in _DATA}
             write_file(file, _KIND, {name: getattr(done, name) for name in _TENSORS}, header, model)
         found.append(done)
     return found
 
 
-def load_rollouts(folder: str | os.PathLike[str]) -> list[Rollouts]:
+def load_rollouts(folder: AnyPath) -> list[Rollouts]:
     """Return the rollouts in a folder, in the order of their prompts; GuardError if there are none, or damaged ones."""
     files = sorted(Path(folder).glob("prompt-*.safetensors"))
     if not files:
@@ -138,7 +137,7 @@ def load_rollouts(folder: str | os.PathLike[str]) -> list[Rollouts]:
 
 def _roll_out(
     backend: Backend, job: tuple[Sequence[int], str, str], options: RolloutOptions, seed: int, opening: Sequence[int],
-    ended: bool,
+    whole: bool,
 ) -> Rollouts:  # fmt: skip
     candidates = backend.start(job[0], options.rollouts, seed)
     if candidates.hidden is None:
@@ -151,8 +150,8 @@ def _roll_out(
         states.extend((row, len(candidates.answers[row]), hidden[row]) for row in rows)
 
     block, depth = min(options.block, options.depth), options.depth
-    backend.append(candidates, opening if ended else opening[: block - 1])
-    if ended:
+    backend.append(candidates, opening if whole else opening[: block - 1])
+    if whole:
         candidates.finished = torch.ones_like(candidates.finished)
         keep(range(len(candidates)))
     while candidates.length < depth and not bool(candidates.finished.all()):

@@ -21,9 +21,8 @@ from steerfast.hf.generation import device_of, evaluating
 class Blocks:
     """Answers to score, each at the end of a block.
 
-    prompts: token ids of the templated prompts. answers: token ids so far, n of both. hidden: latent states float32
-    [n, S], see `steerfast.guard.parts`; None if unknown. tokenizer: the base model's. finished: bool [n].
-    questions: the prompts as users wrote them; None: the templated prompts stand for them.
+    prompts, answers: token ids, n of both. hidden: latent states float32 [n, S] (`steerfast.guard.parts`), if known.
+    tokenizer: the base model's. finished: bool [n]. questions: the prompts as users wrote them, if known.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -110,8 +109,7 @@ class SequenceClassifier:
     Its input is the chat of prompt and answer if its tokenizer has a chat template, else the two as a pair. Its score
     is the only label's logit, or the log-odds of `label` (name or number) against all others.
 
-    Args:
-        sign: 1, or -1 if a high score means the opposite (a reward model as a cost).
+    The sign is 1, or -1 if a high score means the opposite (a reward model as a cost).
 
     Raises:
         GuardError: an unknown label, a missing one of several, another sign, a batch_size below 1.

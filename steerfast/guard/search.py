@@ -1,7 +1,7 @@
 """Blockwise search among candidates: InferenceGuard and sampling baselines, on one engine.
 
-A `Strategy` says which candidates are searched and how they are ranked. `Search` runs it: candidates grow by a block,
-the block is charged to their budgets, the best ones go on. Tokens come from a backend.
+A `Strategy` says how candidates are made and ranked. `Search` runs it: candidates of a backend grow by a block, the
+block is charged to their budgets, the best ones go on.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Strategy:
     safety: ranks candidates. ``none``: the reward. ``lagrangian``: reward − multiplier · cost. ``cost``: −cost.
         ``augmented``: the safety state's order, see `steerfast.guard.objective.best_first`.
     critic: whether the critic judges unfinished candidates; otherwise their reward and budget so far do.
-    retries: M more rounds for a block without a safe candidate. A token's logit then loses `penalty` times the share of
-        that block's unsafe candidates that contain it (the end token loses nothing).
-    fallback: if the retries find no safe candidate. ``refusal``: give a fixed answer. ``least unsafe``: go on.
+    retries: more rounds for a block without a safe candidate. A token's logit then loses `penalty` times the share of
+        that block's unsafe candidates that contain it. fallback: without a safe candidate after them, a fixed answer
+        (``refusal``), or going on (``least unsafe``).
     temperature: of rounds with several candidates under greedy sampling, which would all be equal otherwise.
     """
 
@@ -138,7 +138,7 @@ STRATEGIES: Mapping[str, Callable[..., Strategy]] = {
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The result of a search. sampled: blocks of candidates. retries, fallback: see `Certificate`."""
+    """sampled: blocks of candidates. retries, fallback: see `Certificate`."""
 
     best: ScoredAnswer
     sampled: int
@@ -222,10 +222,9 @@ class Search:
                 self.backend.append(beams.candidates, refusal)
                 beams.candidates.finished = torch.ones(1, dtype=torch.bool)
                 beams = self._charge(beams, [len(refusal)], True, question)
-        found = beams.candidates
-        best = replace(beams.scores[row], tokens=found.answers[row], finished=bool(found.finished[row]))
-        if found.hidden is not None:
-            best = replace(best, hidden=found.hidden[row].clone())
+        found, hidden = beams.candidates, beams.candidates.hidden
+        state = None if hidden is None else hidden[row].clone()
+        best = replace(beams.scores[row], tokens=found.answers[row], finished=bool(found.finished[row]), hidden=state)
         return SearchResult(best, counts["sampled"], counts["retries"], fallback)
 
     def _block(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast.guard import critic
+from steerfast.guard import parts
 from steerfast.guard.candidates import Backend, Candidates
 from steerfast.guard.critic import Critic, CriticSettings, train_critic
 from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect
@@ -34,11 +34,10 @@ SETTINGS = CriticSettings(
 
 
 class MadeUp(Backend):
-    """Tokens below 100; an answer ends within a block with a chance of one fifth. `pause`: seconds per block."""
+    """Tokens below 100; an answer ends within a block with a chance of one fifth."""
 
-    def __init__(self, pause: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__(frozenset(), 100, 2**31)
-        self.pause = pause
         self.blocks = 0
 
     def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
@@ -47,7 +46,6 @@ class MadeUp(Backend):
         return candidates
 
     def extend(self, candidates: Candidates, block: int, *_: Any) -> list[list[int]]:
-        time.sleep(self.pause)
         self.blocks += 1
         done, n, generator = candidates.finished, len(candidates), candidates.state
         tokens = torch.randint(100, (n, block), generator=generator)
@@ -78,8 +76,8 @@ def reward(blocks: Blocks) -> Tensor:
 COST, REWARD = CallableScorer(cost, takes="blocks"), CallableScorer(reward, takes="blocks")
 
 
-def roll_out(folder: Path, pause: float = 0.0, **options: Any) -> list[Rollouts]:
-    return collect(MadeUp(pause), ASKED, folder, MODEL, replace(OPTIONS, **options))
+def roll_out(folder: Path, **options: Any) -> list[Rollouts]:
+    return collect(MadeUp(), ASKED, folder, MODEL, replace(OPTIONS, **options))
 
 
 def run(folder: Path) -> list[Rollouts]:
@@ -91,19 +89,34 @@ def train(folder: Path, rollouts: list[Rollouts]) -> Critic:
     return train_critic(rollouts, MODEL, SETTINGS, checkpoint=folder / "checkpoint.safetensors", progress=False)
 
 
-def train_slowly(folder: Path, rollouts: list[Rollouts]) -> None:
-    write = critic.write_file
+def roll_out_and_stall(folder: Path) -> None:
+    """Roll out two prompts, and begin with the third."""
 
-    def write_slowly(*given: Any) -> None:
+    class Stalling(MadeUp):
+        def extend(self, *given: Any) -> list[list[int]]:
+            if len(list(folder.glob("prompt-*"))) == 2:
+                time.sleep(600)
+            return super().extend(*given)
+
+    collect(Stalling(), ASKED, folder, MODEL, OPTIONS)
+
+
+def train_and_stall(folder: Path, rollouts: list[Rollouts]) -> None:
+    """Train for two epochs."""
+    write, epochs = parts.write_file, []
+
+    def write_and_stall(*given: Any) -> None:
         write(*given)
-        time.sleep(0.3)
+        epochs.append(1)
+        if len(epochs) == 2:
+            time.sleep(600)
 
-    critic.write_file = write_slowly  # type: ignore[assignment]
+    parts.write_file = write_and_stall
     train(folder, rollouts)
 
 
 def kill(work: Callable[..., Any], *arguments: Any, when: Callable[[], bool]) -> None:
-    """Run `work` in a process of its own, and kill that once `when` holds; it may not have ended before."""
+    """Run `work` in a process of its own, and kill that once `when` holds."""
     process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     process.start()
     assert process.pid is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_up_rollouts import ASKED, MODEL, OPTIONS, PROMPTS, MadeUp, kill, roll_out
+from made_up_rollouts import ASKED, MODEL, OPTIONS, PROMPTS, MadeUp, kill, roll_out, roll_out_and_stall
 
 from steerfast.errors import GuardError
 from steerfast.guard.candidates import Sampling
@@ -124,7 +124,7 @@ def test_the_prompt_layer_is_kept_and_another_one_refused(tmp_path: Path) -> Non
 def test_a_killed_collection_ends_with_the_same_files(tmp_path: Path) -> None:
     roll_out(tmp_path / "whole")
     folder = tmp_path / "killed"
-    kill(roll_out, folder, 0.05, when=lambda: len(list(folder.glob("prompt-*"))) >= 2)
+    kill(roll_out_and_stall, folder, when=lambda: len(list(folder.glob("prompt-*"))) == 2)
     done = contents(folder)
     assert 2 <= len(done) - 1 < len(PROMPTS)
     roll_out(folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_up_rollouts import MODEL, SETTINGS, kill, run, train, train_slowly
+from made_up_rollouts import MODEL, SETTINGS, kill, run, train, train_and_stall
 from torch import Tensor
 
 from steerfast.errors import GuardError
@@ -99,7 +99,7 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path: Path) -> None:
     def epochs() -> int:
         return len(read_file(checkpoint, "critic checkpoint")[1]["losses"]) if checkpoint.exists() else 0
 
-    kill(train_slowly, tmp_path / "killed", rollouts, when=lambda: epochs() >= 2)
+    kill(train_and_stall, tmp_path / "killed", rollouts, when=lambda: epochs() == 2)
     assert epochs() < SETTINGS.epochs
     train(tmp_path / "killed", rollouts).save(tmp_path / "resumed.safetensors")
     assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
