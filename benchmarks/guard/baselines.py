@@ -18,6 +18,7 @@ from steerfast.guard import Guard
 from steerfast.guard.backend import HFBackend
 from steerfast.guard.candidates import Candidates, Sampling, sample, uniforms
 from steerfast.guard.heads import HiddenHead
+from steerfast.guard.parts import grow
 from steerfast.guard.scores import block_costs, scores_of
 from steerfast.guard.search import Safety, Search, SearchResult, Strategy
 
@@ -73,13 +74,14 @@ def likeliest(backend: HFBackend, candidates: Candidates, count: int) -> tuple[C
         logits = candidates.state.logits[0].float()
         scores, chosen = logits.topk(min(count, len(logits)))
         options = backend.branch(candidates, [0] * len(chosen))
-        rows = backend._forward(options.state, chosen, candidates.length + 1)
-        options.hidden = rows.hidden
+        last = backend.advance(options.state, chosen)
+        assert options.hidden is not None
+        options.hidden = grow(options.hidden, last, candidates.length + 1)
         for answer, token in zip(options.answers, chosen.tolist(), strict=True):
             answer.append(token)
-        ended = torch.isin(chosen, backend._ends)
-        options.finished, unfinished = ended.cpu(), (~ended).nonzero()[:, 0]
-        options.state = rows.taken(unfinished) if len(unfinished) else None
+        options.finished = torch.tensor([token in backend.ends for token in chosen.tolist()])
+        unfinished = (~options.finished).nonzero()[:, 0]
+        options.state = options.state.copy(unfinished) if len(unfinished) else None
         return options, scores
 
 
@@ -99,16 +101,17 @@ class ArgsSearch(Search):
         strategy, backend = self.strategy, self.backend
         assert isinstance(strategy, Args)
         assert isinstance(backend, HFBackend)
-        beams = self._taken(beams, [0])
+        beams = beams.take(backend, [0])
         grown, length = beams.candidates, beams.candidates.length
         for position in range(length, length + step):
             options, logits = likeliest(backend, grown, strategy.top)
-            counts.sampled += len(options)
-            blocks = self._blocks(options, list(range(len(options))), question)
+            counts["sampled"] += len(options)
+            blocks = self._blocks(options, question)
             cost = torch.zeros(len(options))
             if strategy.safety in ("lagrangian", "cost"):
-                cost = beams.cost + block_costs(self.cost, scores_of(self.cost, blocks, "cost"), beams.score)
-            worth = self._worth(self._rewards(blocks), cost).clamp(-_LARGEST, _LARGEST)
+                now = scores_of(self.cost, blocks, "cost")
+                cost = beams.column("cost") + block_costs(self.cost, now, beams.column("score"))
+            worth = self._worth(scores_of(self.reward, blocks, "reward"), cost).clamp(-_LARGEST, _LARGEST)
             drawn = torch.from_numpy(uniforms(grown.streams, position, 1)[:, 0])
             pick = int(sample((logits.cpu() + strategy.weight * worth)[None], drawn, sampling))
             grown = backend.branch(options, [pick])

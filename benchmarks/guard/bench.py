@@ -35,8 +35,7 @@ from steerfast.cli import common
 from steerfast.cli.guard.options import guard_options, prompt_sets, search_options
 from steerfast.errors import GuardError, SteerfastError
 from steerfast.guard import GuardedAnswer
-from steerfast.guard.labels import complies
-from steerfast.guard.recipe import Trained, alternating, load_trained
+from steerfast.guard.recipe import Trained, alternate, complies, load_trained
 from steerfast.guard.search import STRATEGIES, Strategy
 from steerfast.hf.structure import identify, weights_fingerprint
 from steerfast.judging.estimates import rate
@@ -148,7 +147,7 @@ def run_bench(
         OutputError: `resume` cannot be written.
     """
     chosen = BenchOptions(**options)
-    asked = alternating(harmful, harmless)
+    asked = alternate(harmful, harmless)
     guards = _guards(model, tokenizer, trained, methods, chosen)
     digests = _digests(model, tokenizer, trained, methods, chosen, next(iter(guards.values())).budget.budget)
     log = Records(chosen.resume, "answers")

@@ -1,8 +1,7 @@
 """InferenceGuard: answers within a safety budget, found by a search among the model's own answers.
 
-Safe decoding as a constrained Markov decision process (arXiv 2502.01208): a safety state z counts down the budget of
-each candidate, a critic on the model's hidden states predicts its end, and blocks of tokens are searched for the best
-answer that stays within the budget. Users call `Guard`.
+A safety state z counts down the budget of each candidate, a critic on the model's hidden states predicts its end, and
+blocks of tokens are searched for the best answer within the budget (arXiv 2502.01208). Users call `Guard`.
 """
 
 from __future__ import annotations
@@ -17,46 +16,32 @@ if TYPE_CHECKING:
     from steerfast.guard.guard import Guard, GuardedAnswer
     from steerfast.guard.heads import HiddenHead, fit_head
     from steerfast.guard.objective import Certificate, SafetyBudget, ScoredAnswer
-    from steerfast.guard.scores import Blocks, CallableScorer, ScoreModel, Scorer, SequenceClassifier
+    from steerfast.guard.scores import Blocks, CallableScorer, Scorer, SequenceClassifier
     from steerfast.guard.search import Search, Strategy
-    from steerfast.guard.vllm import VLLMBackend
 
-_PUBLIC = {
-    "Backend": "candidates",
-    "Blocks": "scores",
-    "CallableScorer": "scores",
-    "Certificate": "objective",
-    "Critic": "critic",
-    "Guard": "guard",
-    "GuardedAnswer": "guard",
-    "HFBackend": "backend",
-    "HiddenHead": "heads",
-    "SafetyBudget": "objective",
-    "Sampling": "candidates",
-    "ScoreModel": "scores",
-    "ScoredAnswer": "objective",
-    "Scorer": "scores",
-    "Search": "search",
-    "SequenceClassifier": "scores",
-    "Strategy": "search",
-    "VLLMBackend": "vllm",
-    "fit_head": "heads",
+_MODULES = {
+    "guard": ("Guard", "GuardedAnswer"),
+    "search": ("Search", "Strategy"),
+    "objective": ("Certificate", "SafetyBudget", "ScoredAnswer"),
+    "scores": ("Blocks", "CallableScorer", "Scorer", "SequenceClassifier"),
+    "heads": ("HiddenHead", "fit_head"),
+    "critic": ("Critic",),
+    "candidates": ("Backend", "Sampling"),
+    "backend": ("HFBackend",),
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (grouped by use)
-    "Guard", "GuardedAnswer", "Strategy", "Sampling", "SafetyBudget", "Certificate", "ScoredAnswer",
-    "Scorer", "Blocks", "CallableScorer", "SequenceClassifier", "ScoreModel", "HiddenHead", "fit_head", "Critic",
-    "Search", "Backend", "HFBackend", "VLLMBackend",
+    "Guard", "GuardedAnswer", "Strategy", "Sampling", "SafetyBudget", "Certificate", "ScoredAnswer", "Scorer", "Blocks",
+    "CallableScorer", "SequenceClassifier", "HiddenHead", "fit_head", "Critic", "Search", "Backend", "HFBackend",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'steerfast.guard' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"steerfast.guard.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"steerfast.guard.{_PUBLIC[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PUBLIC})

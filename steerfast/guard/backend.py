@@ -1,7 +1,7 @@
 """The HuggingFace backend of candidates.
 
-The prompt runs once, alone; its keys and values are then repeated for the candidates. Every token is one batched pass
-of all unfinished candidates; the states that scorers and critic read (`steerfast.guard.latent`) come from that pass.
+The prompt runs once; its keys and values are repeated for the candidates. Every token is one batched pass of all
+unfinished candidates, from which the states (`steerfast.guard.parts`) come, too.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from steerfast.errors import ArchitectureError, GuardError
-from steerfast.guard import latent
-from steerfast.guard.candidates import Candidates, Sampling, branch_of, root_of, sample, uniforms, union_of
+from steerfast.guard import parts
+from steerfast.guard.candidates import Backend, Candidates, Sampling, sample, uniforms
 from steerfast.hf import caches
 from steerfast.hf.generation import device_of, end_tokens
-from steerfast.hf.latch import Latch
+from steerfast.hf.latch import attached
 from steerfast.hf.structure import find_decoder
 from steerfast.text.encoding import context_of
-
-__all__ = ["HFBackend"]
 
 _ROOM = 32  # tokens that a cache reserves at a time
 
@@ -66,40 +64,37 @@ def _with_room(held: Tensor, tokens: int) -> Tensor:
 
 
 def _fork(cache: DynamicCache) -> DynamicCache:
-    other = copy.copy(cache)
+    other: Any = copy.copy(cache)
     other.layers = [layer.fork() if isinstance(layer, _RoomyLayer) else copy.copy(layer) for layer in cache.layers]
-    latch: Latch | None = getattr(cache, "steerfast_latch", None)
-    if latch is not None:
-        other.steerfast_latch = latch.copy()  # type: ignore[attr-defined]
+    if (latch := attached(cache)) is not None:
+        other.steerfast_latch = latch.copy()
     return other
 
 
 @dataclass
 class _OpenRows:
-    """Unfinished candidates, in order: cache, logits [m, V] of their next tokens, latent states [m, S]."""
+    """Unfinished candidates, in order: cache, logits [m, V] of their next tokens."""
 
     cache: DynamicCache
     logits: Tensor
-    hidden: Tensor
 
-    def taken(self, rows: Tensor) -> _OpenRows:
+    def copy(self, rows: Tensor) -> _OpenRows:
+        """Return copies of some rows; keys and values are shared if these are all rows."""
         cache = _fork(self.cache)
         rows = rows.to(self.logits.device)
         if not torch.equal(rows, torch.arange(len(self.logits), device=rows.device)):
             cache.batch_select_indices(rows)
-        return _OpenRows(cache, self.logits[rows], self.hidden[rows])
+        return _OpenRows(cache, self.logits[rows])
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor) -> _OpenRows:
         """Drop all other rows, in place."""
         self.cache.batch_select_indices(rows)
-        self.logits, self.hidden = self.logits[rows], self.hidden[rows]
+        self.logits = self.logits[rows]
+        return self
 
 
-class HFBackend:
-    """Candidates of a HuggingFace model, steered or not.
-
-    Args:
-        prompt_layer: of the latent states, see `steerfast.guard.latent`; None: the states are the last rows alone.
+class HFBackend(Backend):
+    """Candidates of a HuggingFace model, steered or not; prompt_layer: of the latent states (`steerfast.guard.parts`).
 
     Memory: keys and values of every unfinished candidate, at most `cache_bytes` each. A search that keeps K of N
     candidates holds N + 3K + 1 at a time: the new ones, their parents, those kept so far, those being kept.
@@ -116,34 +111,14 @@ class HFBackend:
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise ArchitectureError(f"model: expected a language-model head, got {type(model).__name__} without one")
+        ends = frozenset(end_tokens(model, tokenizer))
+        super().__init__(ends, int(head.weight.shape[0]), context_of(model), prompt_layer)
         self.model = model
-        self.prompt_layer = prompt_layer
         self._layer = None if prompt_layer is None else layers[prompt_layer]
         self._head: nn.Module = head
-        self._ends = torch.tensor(sorted(end_tokens(model, tokenizer)), dtype=torch.long, device=device_of(model))
-        takes = inspect.signature(model.forward).parameters
         self._cache_name = caches.argument(model)
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.model)
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Return the tokens that finish an answer."""
-        return frozenset(self._ends.tolist())
-
-    @property
-    def vocabulary(self) -> int:
-        """Return the number of logits."""
-        weight: Any = self._head.weight
-        return int(weight.shape[0])
-
-    @property
-    def context(self) -> int:
-        """Return the most tokens of a prompt and its answer."""
-        return context_of(self.model)
+        takes_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if takes_logits else {}
 
     def cache_bytes(self, tokens: int) -> int:
         """Return the bytes of one candidate's keys and values, prompt included, in a model with full attention."""
@@ -154,18 +129,10 @@ class HFBackend:
         return 2 * config.num_hidden_layers * heads * width * itemsize * (-(-tokens // _ROOM) * _ROOM)
 
     @torch.inference_mode()
-    def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
-        """Start as `Backend.start`, with one pass over the prompt for any `n`.
-
-        Raises:
-            GuardError: an empty prompt, or one longer than the context.
-        """
-        root = root_of(prompt_ids, seed, self.context)
-        if n < 1:
-            raise GuardError(f"n: expected at least 1, got {n}")
-        config: Any = self.model.config
-        with self._prompt_row() as row:
-            output, last = self._pass(DynamicCache(config=config), torch.tensor([root.prompt], device=self.device))
+    def prefill(self, root: Candidates) -> None:
+        ids = torch.tensor([root.prompt], device=device_of(self.model))
+        with self._last_rows(self._layer) as prompt:
+            output, last = self._pass(DynamicCache(config=self.model.config), ids)  # type: ignore[arg-type]
         cache = caches.cache_in(output)
         if not caches.splits(cache):
             raise ArchitectureError(f"model: expected keys and values that grow by a token, got {type(cache).__name__}")
@@ -173,164 +140,118 @@ class HFBackend:
             if type(layer) is DynamicLayer:
                 cache.layers[number] = roomy = _RoomyLayer()
                 roomy.__dict__.update(layer.__dict__)
-        root.hidden = latent.begin(last, None if self._layer is None else row[-1])
-        root.state = _OpenRows(cache, output.logits[:, -1], root.hidden)
-        return root if n == 1 else self.branch(root, [0] * n, range(n))
+        root.hidden = torch.cat([last, last, prompt[-1].to(last.device)], dim=1) if prompt else last
+        root.state = _OpenRows(cache, output.logits[:, -1])
 
     @torch.inference_mode()
     def extend(
         self, candidates: Candidates, block: int, sampling: Sampling | None = None, penalty: Tensor | None = None
-    ) -> tuple[list[list[int]], Tensor, Tensor]:
-        """Extend as `Backend.extend`.
-
-        Raises:
-            GuardError: a block below 1, or past the model's context.
-        """
-        if block < 1:
-            raise GuardError(f"block: expected at least 1, got {block}")
-        held = len(candidates.prompt) + candidates.length
-        if held + block > self.context:
-            raise GuardError(f"block: the model's context has room for {self.context - held} more tokens, got {block}")
+    ) -> list[list[int]]:
+        """Extend as `Backend.extend`; GuardError for a block below 1 or past the model's context."""
+        room = self.context - len(candidates.prompt) - candidates.length
+        if not 1 <= block <= room:
+            raise GuardError(f"block: expected 1 to {room} tokens, which the model's context has room for, got {block}")
         sampling = sampling or Sampling()
-        open_rows = (~candidates.finished).nonzero()[:, 0]
-        seen = None if sampling.processors is None else self._ids(candidates, open_rows)
-        drawn = uniforms(candidates.streams[open_rows.numpy()], candidates.length, block)
-        uniform = torch.from_numpy(drawn).to(self.device)
-        tokens = torch.full((len(candidates), block), -1, device=self.device)
+        device, rows = device_of(self.model), candidates.state
+        alive = (~candidates.finished).nonzero()[:, 0]
+        drawn = uniforms(candidates.streams[alive.numpy()], candidates.length, block)
+        seen = [candidates.prompt + candidates.answers[i] for i in alive.tolist()]
+        alive, uniform, ids = alive.to(device), torch.from_numpy(drawn).to(device), torch.tensor(seen, device=device)
+        ends = torch.tensor(sorted(self.ends), dtype=torch.long, device=device)
+        tokens = torch.full((len(candidates), block), -1, device=device)
         assert candidates.hidden is not None
-        hidden, live = candidates.hidden.clone(), open_rows.to(self.device)  # other candidates may share the old ones
-        penalty = None if penalty is None else penalty.to(self.device)
-        rows: _OpenRows | None = candidates.state
+        hidden = candidates.hidden.clone()  # other candidates may share the old ones
         for step in range(block):
             if rows is None:
                 break
             logits = rows.logits
             if sampling.processors is not None:
-                logits = sampling.processors(seen, logits.float())  # type: ignore[arg-type]
+                logits = sampling.processors(ids, logits.float())
             if penalty is not None:
-                logits = logits - penalty
+                logits = logits - penalty.to(logits.device)
             chosen = sample(logits, uniform[:, step], sampling)
-            tokens[live, step] = chosen
-            rows = self._forward(rows, chosen, candidates.length + step + 1)
-            if seen is not None:
-                seen = torch.cat([seen, chosen[:, None]], dim=1)
-            ended = torch.isin(chosen, self._ends)
-            if step + 1 == block:
-                hidden[live] = rows.hidden
-            if not bool(ended.any()):
-                continue
-            hidden[live[ended]] = rows.hidden[ended]
-            going = (~ended).nonzero()[:, 0]
-            live, uniform = live[going], uniform[going]
-            seen = None if seen is None else seen[going]
-            if not len(going):
-                rows = None
-            elif step + 1 < block:
-                rows.keep(going)
-            else:
-                rows = rows.taken(going)
+            tokens[alive, step] = chosen
+            ids = torch.cat([ids, chosen[:, None]], dim=1)
+            hidden[alive] = parts.grow(hidden[alive], self.advance(rows, chosen), candidates.length + step + 1)
+            going = (~torch.isin(chosen, ends)).nonzero()[:, 0]
+            if len(going) < len(chosen):
+                alive, uniform, ids = alive[going], uniform[going], ids[going]
+                rows = rows.keep(going) if len(going) else None
         candidates.state, candidates.hidden = rows, hidden
-        candidates.finished = torch.ones_like(candidates.finished).index_fill(0, live.cpu(), False)
+        candidates.finished = torch.ones_like(candidates.finished).index_fill(0, alive.cpu(), False)
         new = [[token for token in row if token >= 0] for row in tokens.tolist()]
         for answer, more in zip(candidates.answers, new, strict=True):
             answer += more
-        return new, hidden, candidates.finished
+        return new
 
     @torch.inference_mode()
     def append(self, candidates: Candidates, tokens: Sequence[int]) -> None:
         """Append one token per pass: a steering reads several tokens at once as another prompt."""
         for token in tokens:
-            chosen = torch.full((len(candidates),), token, device=self.device)
-            candidates.state = self._forward(candidates.state, chosen, candidates.length + 1)
-            candidates.hidden = candidates.state.hidden
-            for answer in candidates.answers:
-                answer.append(int(token))
+            chosen = torch.full((len(candidates),), token, device=device_of(self.model))
+            last = self.advance(candidates.state, chosen)
+            assert candidates.hidden is not None
+            candidates.hidden = parts.grow(candidates.hidden, last, candidates.length + 1)
+            super().append(candidates, [token])
 
     @torch.inference_mode()
     def branch(self, candidates: Candidates, index: Sequence[int], ordinals: Sequence[int] | None = None) -> Candidates:
         """Branch as `Backend.branch`. Keys and values are copied if the rows change, otherwise when one copy grows."""
-        new = branch_of(candidates, index, ordinals)
+        new = super().branch(candidates, index, ordinals)
         row_of = (~candidates.finished).cumsum(0) - 1
         rows = row_of[torch.as_tensor(index, dtype=torch.long)[~new.finished]]
         if len(rows):
-            new.state = candidates.state.taken(rows)
+            new.state = candidates.state.copy(rows)
         return new
 
     @torch.inference_mode()
-    def join(self, parts: Sequence[Candidates]) -> Candidates:
-        """Join as `Backend.join`."""
-        if len(parts) == 1:
-            return parts[0]
-        new = union_of(parts)
-        states = [part.state for part in parts if part.state is not None]
-        if len(states) == 1:
-            new.state = states[0]
-        elif states:
-            cache = _fork(states[0].cache)
-            others = [state.cache for state in states[1:]]
-            layers: list[Any] = cache.layers  # plain keys and values, see `start`
-            for number, layer in enumerate(layers):
-                same: list[Any] = [layer, *(other.layers[number] for other in others)]
-                layer.keys, layer.values = (torch.cat([getattr(one, n) for one in same]) for n in ("keys", "values"))
-            _join_latches(cache, others)
-            logits, hidden = (torch.cat([getattr(state, name) for state in states]) for name in ("logits", "hidden"))
-            new.state = _OpenRows(cache, logits, hidden)
+    def join(self, groups: Sequence[Candidates]) -> Candidates:
+        """Join as `Backend.join`, with all keys and values and the decisions of a steering in one cache."""
+        new = super().join(groups)
+        states = [group.state for group in groups if group.state is not None]
+        if len(states) < 2:
+            new.state = states[0] if states else None
+            return new
+        cache = _fork(states[0].cache)
+        layers: list[Any] = cache.layers  # plain keys and values, see `prefill`
+        for number, layer in enumerate(layers):
+            same: list[Any] = [layer, *(state.cache.layers[number] for state in states[1:])]
+            layer.keys, layer.values = (torch.cat([getattr(one, name) for one in same]) for name in ("keys", "values"))
+        if (latch := attached(cache)) is not None:
+            all_of: list[Any] = [attached(state.cache) for state in states]
+            latch.values = torch.cat([one.values for one in all_of], dim=1)
+            latch.scores = torch.cat([one.scores for one in all_of], dim=1)
+        new.state = _OpenRows(cache, torch.cat([state.logits for state in states]))
         return new
 
-    def _ids(self, candidates: Candidates, rows: Tensor) -> Tensor:
-        ids = [candidates.prompt + candidates.answers[i] for i in rows.tolist()]
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
-
-    def _forward(self, rows: _OpenRows, chosen: Tensor, tokens: int) -> _OpenRows:
-        """Return the rows one token later, in the memory of `rows`.
-
-        Args:
-            chosen: the tokens, int64 [m]. tokens: the length of the answers with them.
-        """
+    def advance(self, rows: _OpenRows, chosen: Tensor) -> Tensor:
+        """Add a token int64 [m] to each row, in place; return the last hidden states float32 [m, H] there."""
         output, last = self._pass(rows.cache, chosen[:, None])
-        return _OpenRows(caches.cache_in(output), output.logits[:, -1], latent.grow(rows.hidden, last, tokens))
+        rows.cache, rows.logits = caches.cache_in(output), output.logits[:, -1]
+        return last
 
     def _pass(self, cache: DynamicCache, ids: Tensor) -> tuple[Any, Tensor]:
-        """Return the output for ids [m, t], and the last hidden states float32 [m, H] at the last tokens."""
-        with self._captured() as captured:
+        """Return the output for ids [m, t], and the rows float32 [m, H] of the last tokens that enter the head."""
+        with self._last_rows(self._head) as rows:
             output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: cache}, **self._last_only)
-        return output, captured[0]
+        return output, rows[0]
 
     @contextmanager
-    def _captured(self) -> Iterator[list[Tensor]]:
-        """Collect the last hidden states that enter the head, before other hooks edit them."""
-        captured: list[Tensor] = []
+    def _last_rows(self, module: nn.Module | None) -> Iterator[list[Tensor]]:
+        """Collect the rows [m, H] of the last tokens that leave a layer or enter the head, before other hooks."""
+        rows: list[Tensor] = []
 
-        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            captured.append(args[0][:, -1].to(torch.float32, copy=True))
+        def keep(_: nn.Module, *values: Any) -> None:
+            last = values[-1] if isinstance(values[-1], Tensor) else values[-1][0]
+            rows.append(last[:, -1].to(torch.float32, copy=True))
 
-        handle = self._head.register_forward_pre_hook(keep, prepend=True)
+        hooks = []
+        if module is self._head:
+            hooks.append(module.register_forward_pre_hook(keep, prepend=True))
+        elif module is not None:
+            hooks.append(module.register_forward_hook(keep))
         try:
-            yield captured
+            yield rows
         finally:
-            handle.remove()
-
-    @contextmanager
-    def _prompt_row(self) -> Iterator[list[Tensor]]:
-        """Collect the prompt's last row [1, H] at `prompt_layer` in every pass; nothing if that is None."""
-        captured: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            rows = output if isinstance(output, Tensor) else output[0]
-            captured.append(rows[:, -1].to(torch.float32, copy=True))
-
-        handle = None if self._layer is None else self._layer.register_forward_hook(keep)
-        try:
-            yield captured
-        finally:
-            if handle is not None:
-                handle.remove()
-
-
-def _join_latches(cache: Any, others: Sequence[Any]) -> None:
-    """Join the decisions of a steering, which are kept with the caches."""
-    latch: Latch | None = getattr(cache, "steerfast_latch", None)
-    if latch is not None:
-        all_of = [latch, *(other.steerfast_latch for other in others)]
-        latch.values = torch.cat([one.values for one in all_of], dim=1)
-        latch.scores = torch.cat([one.scores for one in all_of], dim=1)
+            for hook in hooks:
+                hook.remove()

@@ -1,8 +1,7 @@
-"""Candidates: answers that grow together from one prompt, their sampling, and the protocol of backends that grow them.
+"""Candidates: answers that grow together from one prompt, their sampling, and the base of backends that grow them.
 
-Random numbers are counter-based: each candidate has a stream, a number that follows from the seed and from its
-ancestors, and token t of a stream always gets the same uniform number. So an answer does not depend on the rest of the
-batch, and the first child of a candidate continues exactly as the candidate would.
+Each candidate has a stream, a number that follows from the seed and its ancestors. Token t of a stream always gets the
+same uniform number. So an answer does not depend on its batch, and a first child continues as its parent would.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +17,15 @@ from torch import Tensor
 
 from steerfast.errors import GuardError
 
-__all__ = ["Backend", "Candidates", "Sampling", "sample"]
-
 _NUCLEUS = 1024  # tokens in which top_p is looked for before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Hold how a token is drawn: by temperature, top_k and top_p, applied in that order, as transformers does.
+    """Say how a token is drawn: by processors, temperature, top_k and top_p, in that order, as transformers does.
 
-    temperature: 0 takes the likeliest token. top_k: 0 means all tokens. top_p: 1 means all tokens.
-    processors: a transformers ``LogitsProcessorList`` (or any callable of token ids [n, T] and logits [n, V]) that is
-    applied first.
+    Temperature 0 takes the likeliest token, top_k 0 and top_p 1 mean all tokens. processors: a ``LogitsProcessorList``,
+    or any callable of token ids [n, T] and logits [n, V].
     """
 
     temperature: float = 1.0
@@ -47,11 +43,7 @@ class Sampling:
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Draw one token of each row by inversion of its distribution: int64 [n].
-
-    Args:
-        logits: [n, V]. uniform: float32 [n] in (0, 1].
-    """
+    """Draw a token int64 [n] from logits [n, V], by inversion at the uniform numbers float32 [n] in (0, 1]."""
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
     scaled = logits.float() / sampling.temperature
@@ -71,42 +63,33 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return (at if ids is None else ids.gather(1, at))[:, 0]
 
 
-# -- streams ---------------------------------------------------------------------------------------
+def _mix(x: np.ndarray, number: Any) -> np.ndarray:
+    """Return pseudo-random uint64 numbers that follow from two (SplitMix64)."""
+    numbers = np.atleast_1d(np.asarray(number, dtype=np.uint64))  # arrays wrap around silently
+    x = x + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    return _scramble(x)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """Return a pseudo-random bijection of uint64 (the finaliser of SplitMix64)."""
+def _scramble(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def _combined(x: np.ndarray, number: Any) -> np.ndarray:
-    numbers = np.atleast_1d(np.asarray(number, dtype=np.uint64))  # arrays wrap around silently
-    return _mixed(x + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
-
-
 def root_stream(seed: int) -> np.ndarray:
-    return _mixed(np.array([seed % 2**64], dtype=np.uint64))
+    """Return the stream of a prompt's first candidate: uint64 [1]."""
+    return _scramble(np.array([seed % 2**64], dtype=np.uint64))
 
 
 def child_streams(streams: np.ndarray, position: int, ordinals: np.ndarray) -> np.ndarray:
     """Return the streams of children that branch off at a token; child 0 keeps its parent's."""
-    return np.where(ordinals == 0, streams, _combined(_combined(~streams, position), ordinals))
+    return np.where(ordinals == 0, streams, _mix(_mix(~streams, position), ordinals))
 
 
 def uniforms(streams: np.ndarray, start: int, count: int) -> np.ndarray:
     """Return the uniform numbers of the tokens from `start` on: float32 [n, count] in (0, 1]."""
-    bits = _combined(streams[:, None], np.arange(start, start + count)[None]) >> np.uint64(40)
+    bits = _mix(streams[:, None], np.arange(start, start + count)[None]) >> np.uint64(40)
     return ((bits + 0.5) * 2.0**-24).astype(np.float32)
-
-
-def seeds(streams: np.ndarray, start: int) -> list[int]:
-    """Return seeds of another generator for the tokens from `start` on: n numbers below 2^62."""
-    return [int(seed) for seed in _combined(streams, start) >> np.uint64(2)]
-
-
-# -- the protocol ----------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -114,7 +97,7 @@ class Candidates:
     """Answers so far to one prompt.
 
     answers: token ids, n of them; all unfinished ones have the same length. finished: bool [n], on the CPU.
-    hidden: latent states float32 [n, S], see `steerfast.guard.latent`; None if the backend does not have them.
+    hidden: latent states float32 [n, S], see `steerfast.guard.parts`; None if the backend does not have them.
     streams: uint64 [n]. state: the backend's private state of the unfinished ones.
     """
 
@@ -134,88 +117,69 @@ class Candidates:
         return max(map(len, self.answers), default=0)
 
 
-class Backend(Protocol):
-    """A source of candidates. A backend without hidden states serves scorers that read text, and no critic.
+class Backend:
+    """A source of candidates; a subclass defines `extend`.
 
-    ends: tokens that finish an answer. vocabulary: number of logits. context: most tokens of a prompt and its answer.
-    prompt_layer: of the latent states that it gives, see `steerfast.guard.latent`.
+    This class keeps tokens alone, which suffices for scorers that read text. A backend with hidden states or a cache
+    fills `Candidates.hidden` and `Candidates.state` in the other methods.
+
+    Args:
+        ends: tokens that finish an answer. vocabulary: number of logits. context: most tokens of prompt and answer.
     """
 
-    @property
-    def ends(self) -> frozenset[int]: ...
+    def __init__(self, ends: frozenset[int], vocabulary: int, context: int, prompt_layer: int | None = None) -> None:
+        self.ends, self.vocabulary, self.context, self.prompt_layer = ends, vocabulary, context, prompt_layer
 
-    @property
-    def vocabulary(self) -> int: ...
+    def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
+        """Return `n` empty answers to a prompt; GuardError if it is empty or leaves no room in the context."""
+        if not 0 < len(prompt_ids) < self.context:
+            raise GuardError(f"prompt: expected 1 to {self.context - 1} tokens, got {len(prompt_ids)}")
+        prompt = [int(token) for token in prompt_ids]
+        root = Candidates(prompt, [[]], torch.zeros(1, dtype=torch.bool), None, root_stream(seed))
+        self.prefill(root)
+        return root if n == 1 else self.branch(root, [0] * n, range(n))
 
-    @property
-    def context(self) -> int: ...
-
-    @property
-    def prompt_layer(self) -> int | None: ...
-
-    def start(self, prompt_ids: Sequence[int], n: int, seed: int) -> Candidates:
-        """Return `n` empty answers to a prompt."""
+    def prefill(self, root: Candidates) -> None:
+        """Read the prompt of one empty answer, in place."""
 
     def extend(
         self, candidates: Candidates, block: int, sampling: Sampling | None = None, penalty: Tensor | None = None
-    ) -> tuple[list[list[int]], Tensor | None, Tensor]:
-        """Add up to `block` tokens to each unfinished answer, in place.
+    ) -> list[list[int]]:
+        """Add up to `block` tokens to each unfinished answer, in place; return each answer's new tokens.
 
-        Args:
-            sampling: None: temperature 1, all tokens. penalty: float [V], taken from all logits.
-
-        Returns:
-            The new tokens of each (none if it was finished before), latent states [n, S], finished [n].
+        A penalty, float [V], is subtracted from all logits.
         """
+        raise NotImplementedError
 
     def append(self, candidates: Candidates, tokens: Sequence[int]) -> None:
         """Add the given tokens to all answers, none of which is finished; in place."""
+        for answer in candidates.answers:
+            answer += [int(token) for token in tokens]
 
     def branch(self, candidates: Candidates, index: Sequence[int], ordinals: Sequence[int] | None = None) -> Candidates:
-        """Return new candidates, the i-th a copy of ``index[i]``; copies with different ordinals grow apart.
+        """Return new candidates, the i-th a copy of ``index[i]``.
 
-        Args:
-            ordinals: the number of each among its parent's children; 0 (the default) continues as the parent would.
+        Ordinals number the children of a parent: 0 (the default) continues as the parent would, others grow apart.
         """
+        at = torch.as_tensor(index, dtype=torch.long)
+        numbers = np.zeros(len(at), dtype=np.int64) if ordinals is None else np.asarray(ordinals)
+        hidden = candidates.hidden
+        return replace(
+            candidates,
+            answers=[list(candidates.answers[i]) for i in index],
+            finished=candidates.finished[at],
+            hidden=None if hidden is None else hidden[at.to(hidden.device)],
+            streams=child_streams(candidates.streams[at.numpy()], candidates.length, numbers),
+            state=None,
+        )
 
-    def join(self, parts: Sequence[Candidates]) -> Candidates:
+    def join(self, groups: Sequence[Candidates]) -> Candidates:
         """Return all candidates of several groups, in order."""
-
-
-def root_of(prompt_ids: Sequence[int], seed: int, context: int) -> Candidates:
-    """Return one empty answer, as `Backend.start` does, without hidden states and state.
-
-    Raises:
-        GuardError: an empty prompt, or one that leaves no room in the context.
-    """
-    if not 0 < len(prompt_ids) < context:
-        raise GuardError(f"prompt: expected 1 to {context - 1} tokens, got {len(prompt_ids)}")
-    prompt = [int(token) for token in prompt_ids]
-    return Candidates(prompt, [[]], torch.zeros(1, dtype=torch.bool), None, root_stream(seed))
-
-
-def branch_of(candidates: Candidates, index: Sequence[int], ordinals: Sequence[int] | None) -> Candidates:
-    """Return the branches as `Backend.branch` does, without the state."""
-    at = torch.as_tensor(index, dtype=torch.long)
-    numbers = np.zeros(len(at), dtype=np.int64) if ordinals is None else np.asarray(ordinals)
-    hidden = candidates.hidden
-    return replace(
-        candidates,
-        answers=[list(candidates.answers[i]) for i in index],
-        finished=candidates.finished[at],
-        hidden=None if hidden is None else hidden[at.to(hidden.device)],
-        streams=child_streams(candidates.streams[at.numpy()], candidates.length, numbers),
-        state=None,
-    )
-
-
-def union_of(parts: Sequence[Candidates]) -> Candidates:
-    """Return all candidates as `Backend.join` does, without the state."""
-    known = [part.hidden for part in parts if part.hidden is not None]
-    return Candidates(
-        prompt=parts[0].prompt,
-        answers=[answer for part in parts for answer in part.answers],
-        finished=torch.cat([part.finished for part in parts]),
-        hidden=torch.cat(known) if len(known) == len(parts) else None,
-        streams=np.concatenate([part.streams for part in parts]),
-    )
+        known = [group.hidden for group in groups if group.hidden is not None]
+        return Candidates(
+            prompt=groups[0].prompt,
+            answers=[answer for group in groups for answer in group.answers],
+            finished=torch.cat([group.finished for group in groups]),
+            hidden=torch.cat(known) if len(known) == len(groups) else None,
+            streams=np.concatenate([group.streams for group in groups]),
+        )

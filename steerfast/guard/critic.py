@@ -1,40 +1,39 @@
-"""The critic: does an unfinished answer end within its budget, and what is its value?
+"""The critic and its training: does an unfinished answer end within its budget, and what is its value?
 
-It reads the inputs of InferenceGuard's critic (arXiv 2502.01208): the base model's state h_t, which generation computed
-anyway (`steerfast.guard.latent`), and the safety state z_t. The paper does not state its critic's depth: here one GELU
-layer, or `depth` of them, carries both outputs.
+It reads the inputs of InferenceGuard's critic (arXiv 2502.01208): the base model's state (`steerfast.guard.parts`) and
+the safety state z. The paper does not state its critic's depth. Its targets are Monte-Carlo: whether the rollout ended
+within its budget, and its reward discounted to the state. A killed training continues from its last epoch.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steerfast._files import content_checksum
+from steerfast._progress import track
 from steerfast.errors import GuardError
-from steerfast.guard.files import check_model, read_file, write_file
-from steerfast.guard.latent import check_states, spread, state_size
+from steerfast.guard import parts
 from steerfast.guard.objective import SafetyBudget
+from steerfast.guard.rollouts import Rollouts, prompt_numbers
 from steerfast.profile import ModelIdentity
 
-__all__ = ["Critic", "CriticSettings", "calibration"]
-
 _KIND = "critic"
-_BINS = 10
 
 
 @dataclass(frozen=True)
 class CriticSettings:
     """Hyper-parameters; the defaults are the paper's (its table 3), except `depth` and `validation`.
 
-    width: of the hidden layers. depth: how many. learning_rate: of Adam. epochs: over the training prompts.
-    discount: γ, per token. batch_size: states per step. budget: d, in units of the cost.
+    width, depth: of the hidden layers (GELU). batch_size: states per step. discount, budget: see `SafetyBudget`.
     validation: share of the prompts that only the calibration curve sees.
     """
 
@@ -49,15 +48,15 @@ class CriticSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("depth", 1), ("epochs", 1), ("batch_size", 1)):
+        for name in ("width", "depth", "epochs", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise GuardError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+            if not isinstance(value, int) or value < 1:
+                raise GuardError(f"{name}: expected a whole number of at least 1, got {value!r}")
         if not 0 < self.learning_rate < float("inf"):
             raise GuardError(f"learning_rate: expected a number above 0, got {self.learning_rate!r}")
-        SafetyBudget(self.budget, self.discount)  # refuses what is out of range
         if not 0 <= self.validation < 1:
             raise GuardError(f"validation: expected a share from 0 to below 1, got {self.validation!r}")
+        SafetyBudget(self.budget, self.discount)  # refuses numbers out of range
 
     @property
     def safety(self) -> SafetyBudget:
@@ -68,49 +67,36 @@ class CriticSettings:
 class Critic(nn.Module):
     """Two outputs on one trunk: the probability of ending within the budget, and the discounted reward.
 
-    Args:
-        model: the base model whose hidden states it reads.
-        settings: see `CriticSettings`.
-        prompt_layer: of those states, see `steerfast.guard.latent`.
-
-    Buffers standardise inputs and values; `standardise` sets them from the training states. ``calibration`` holds the
-    figures of the function `calibration` on prompts held out from training, JSON data.
+    Buffers standardise inputs and values. ``calibration`` holds the figures of the function `calibration` on prompts
+    held out from training, JSON data.
     """
+
+    mean: Tensor
+    scale: Tensor
+    value_mean: Tensor
+    value_scale: Tensor
 
     def __init__(
         self, model: ModelIdentity, settings: CriticSettings | None = None, prompt_layer: int | None = None
     ) -> None:
         super().__init__()
-        self.model = model
-        self.prompt_layer = prompt_layer
-        self.settings = settings or CriticSettings()
+        self.model, self.prompt_layer, self.settings = model, prompt_layer, settings or CriticSettings()
         self.calibration: Mapping[str, Any] = {}
-        size, width = state_size(model.hidden_size, prompt_layer), self.settings.width
-        inputs = size + 1
+        inputs = parts.state_size(model.hidden_size, prompt_layer) + 1
+        sizes = [inputs, *[self.settings.width] * self.settings.depth]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            sizes = [inputs, *[width] * self.settings.depth]
             self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-            self.heads = nn.Linear(width, 2)
-        self.mean: Tensor
-        self.scale: Tensor
-        self.value_mean: Tensor
-        self.value_scale: Tensor
-        self.register_buffer("mean", torch.zeros(inputs))
-        self.register_buffer("scale", torch.ones(inputs))
-        self.register_buffer("value_mean", torch.zeros(()))
-        self.register_buffer("value_scale", torch.ones(()))
+            self.heads = nn.Linear(sizes[-1], 2)
+        for name, size in (("", (inputs,)), ("value_", ())):
+            self.register_buffer(f"{name}mean", torch.zeros(size))
+            self.register_buffer(f"{name}scale", torch.ones(size))
 
     def forward(self, hidden: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict the end of unfinished answers.
+        """Return p_safe (f1) and value (f2) of answers with latent states [n, S] and safety states z [n]: float32 [n].
 
-        Args:
-            hidden: [n, S], latent states.
-            z: [n], the safety states, in units of the cost.
-
-        Returns:
-            p_safe: float32 [n], f1, the probability that the answer ends within its budget; value: float32 [n], f2, the
-            expected discounted task value. A state that is not finite fails closed: probability 0, value -inf.
+        p_safe is the probability that the answer ends within its budget, value its expected discounted reward. A state
+        that is not finite fails closed: probability 0, value -inf.
         """
         state = self.states(hidden, z)
         logit, value = self.raw(state)
@@ -119,10 +105,8 @@ class Critic(nn.Module):
         return p_safe, torch.where(finite, self.value_mean + self.value_scale * value, -float("inf"))
 
     def states(self, hidden: Tensor, z: Tensor) -> Tensor:
-        """Return the inputs of `raw`, float32 [n, S + 1]: h, z / budget."""
-        check_states(_KIND, hidden, self.model, self.prompt_layer)
-        if z.shape != hidden.shape[:1]:
-            raise GuardError(f"critic: expected z [{len(hidden)}], one per state, got {list(z.shape)}")
+        """Return the inputs of `raw`, float32 [n, S + 1]: latent states, z / budget."""
+        parts.check_states(_KIND, hidden, self.model, self.prompt_layer)
         share = (z.to(hidden.device).float() / self.settings.budget)[:, None]
         return torch.cat([hidden.float(), share], dim=1)
 
@@ -139,69 +123,48 @@ class Critic(nn.Module):
         """Set the buffers from training states [n, inputs] and values [n]."""
         for mean, scale, rows in ((self.mean, self.scale, states), (self.value_mean, self.value_scale, values)):
             mean.copy_(rows.mean(dim=0))
-            scale.copy_(spread(rows))
+            scale.copy_(parts.deviation(rows))
 
     def loss(self, states: Tensor, safe: Tensor, values: Tensor) -> Tensor:
-        """Return the mean over states of f1's binary cross-entropy plus f2's squared error (standardised values).
-
-        Args:
-            states: from `states`. safe: [n], 1 where the answer ended within its budget. values: [n],
-                discounted.
-        """
+        """Return the mean over states of f1's binary cross-entropy plus f2's squared error (standardised values)."""
         logit, value = self.raw(states)
         target = (values - self.value_mean) / self.value_scale
         return F.binary_cross_entropy_with_logits(logit, safe.float()) + F.mse_loss(value, target)
 
     def check(self, model: ModelIdentity) -> None:
         """Raise GuardError if the critic was trained on another model."""
-        check_model(_KIND, self.model, model)
+        parts.check_model(_KIND, self.model, model)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: parts.AnyPath) -> None:
         """Write one safetensors file, whole or not at all."""
-        header = {
-            "settings": vars(self.settings),
-            "prompt_layer": self.prompt_layer,
-            "calibration": dict(self.calibration),
-        }
-        write_file(path, _KIND, self.state_dict(), header, self.model)
+        header = {name: getattr(self, name) for name in ("prompt_layer", "calibration")}
+        parts.write_file(path, _KIND, self.state_dict(), {**header, "settings": vars(self.settings)}, self.model)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: ModelIdentity | None = None) -> Critic:
-        """Read a critic; if `model` is given, the critic must have been trained on it.
-
-        Raises:
-            GuardError: the file is missing, damaged, no critic, or of another model.
-        """
-        tensors, header, identity = read_file(path, _KIND)
+    def load(cls, path: parts.AnyPath) -> Critic:
+        """Read a critic; GuardError if the file is missing, damaged or no critic."""
+        tensors, header, identity = parts.read_file(path, _KIND)
         critic = cls(identity, CriticSettings(**header["settings"]), header["prompt_layer"])
         critic.load_state_dict(tensors)
         critic.calibration = header["calibration"]
-        if model is not None:
-            critic.check(model)
         return critic.eval().requires_grad_(False)
 
 
 def calibration(p_safe: Tensor, safe: Tensor) -> dict[str, Any]:
-    """Compare predicted probabilities with outcomes; return JSON data.
+    """Compare predicted probabilities [n] with outcomes [n]; return JSON data, None for a figure without a meaning.
 
-    Args:
-        p_safe: [n], predictions. safe: [n], outcomes.
-
-    Returns:
-        ``count``; ``brier``, the mean squared error; ``error``, the expected calibration error; ``auc``, None if
-        all outcomes are equal; ``false_safe``, the share of unsafe answers with p > 0.5, None without unsafe answers;
-        ``curve``: for each non-empty tenth of p, ``predicted`` (mean), ``observed`` (share that was safe), ``count``.
+    ``brier``: the mean squared error. ``error``: the expected calibration error. ``false_safe``: the share of unsafe
+    answers with p > 0.5. ``curve``: for each non-empty tenth of p, the mean of p, and the share that was safe.
     """
     from sklearn.metrics import roc_auc_score
 
     p, y = p_safe.detach().cpu().double(), safe.detach().cpu().double()
     if not len(p):
         return {"count": 0, "brier": None, "error": None, "auc": None, "false_safe": None, "curve": []}
-    place = (p * _BINS).long().clamp(max=_BINS - 1)
+    place = (p * 10).long().clamp(max=9)
     curve = [
         {"predicted": float(p[here].mean()), "observed": float(y[here].mean()), "count": int(here.sum())}
-        for here in (place == number for number in range(_BINS))
-        if bool(here.any())
+        for here in (place == number for number in place.unique())
     ]
     unsafe = y == 0
     return {
@@ -212,3 +175,147 @@ def calibration(p_safe: Tensor, safe: Tensor) -> dict[str, Any]:
         "false_safe": float((p[unsafe] > 0.5).double().mean()) if bool(unsafe.any()) else None,
         "curve": curve,
     }
+
+
+class States(NamedTuple):
+    """The critic's examples: unfinished answers at the ends of their blocks.
+
+    hidden: float32 [n, S]. z: float32 [n]. safe: bool [n], the answer ended with z > 0. value: float32 [n], the reward
+    of the answer, discounted to the state. prompt: int64 [n], its number.
+    """
+
+    hidden: Tensor
+    z: Tensor
+    safe: Tensor
+    value: Tensor
+    prompt: Tensor
+
+    def select(self, mask: Tensor) -> States:
+        """Return the states whose mask is True."""
+        return States(*(tensor[mask] for tensor in self))
+
+
+def safety_states(rollouts: Rollouts, safety: SafetyBudget) -> Tensor:
+    """Return z at the end of every block: float32 [states]."""
+    assert rollouts.cost is not None
+    first, ends = rollouts.last.roll(1), rollouts.ends
+    lengths = torch.where(first, ends, ends - ends.roll(1))
+    z, found = torch.full((len(ends),), safety.budget), torch.empty(len(ends))
+    now = first
+    while bool(now.any()):  # the first blocks of all answers, the second ones, ...
+        z[now] = safety.block(z[now], rollouts.cost[now], lengths[now])
+        found[now] = z[now]
+        now, z = now.roll(1) & ~first, z.roll(1)
+    return found
+
+
+def states_of(rollouts: Sequence[Rollouts], safety: SafetyBudget) -> tuple[States, int]:
+    """Return states and targets of scored rollouts, and how many are left out because a number is not finite."""
+    rows: list[tuple[Tensor, ...]] = []
+    for one, number in zip(rollouts, prompt_numbers(rollouts), strict=True):
+        assert one.reward is not None
+        z = safety_states(one, safety)
+        final, total = z[one.last][one.owner], one.ends[one.last][one.owner]
+        value = one.reward[one.owner] * safety.discount ** (total - one.ends).float()
+        rows.append((one.hidden, z, final > 0, value, torch.full_like(one.owner, number), ~one.last))
+    *columns, unfinished = (torch.cat(column) for column in zip(*rows, strict=True))
+    states = States(*columns)
+    finite = states.z.isfinite() & states.value.isfinite()
+    if not bool((unfinished & finite).any()):
+        raise GuardError(f"rollouts: expected answers longer than a block, got none in {len(rollouts)} prompts")
+    return states.select(unfinished & finite), int((unfinished & ~finite).sum())
+
+
+def train_critic(
+    rollouts: Sequence[Rollouts],
+    model: ModelIdentity,
+    settings: CriticSettings | None = None,
+    *,
+    checkpoint: parts.AnyPath | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Critic:
+    """Train a critic, and calibrate it on prompts held out from training.
+
+    Args:
+        rollouts: with scores, see `Rollouts.scored`. model: their base model.
+        checkpoint: a file, written after every epoch, from which the same call continues.
+
+    Raises:
+        GuardError: rollouts without usable states or with different prompt_layer, a checkpoint of other rollouts or
+            settings, a loss that is not finite.
+    """
+    settings = settings or CriticSettings()
+    states, dropped = states_of(rollouts, settings.safety)
+    prompts = len({*prompt_numbers(rollouts)})
+    # Whole prompts are held out, so that the calibration is of prompts that training does not see.
+    order = torch.randperm(prompts, generator=torch.Generator().manual_seed(settings.seed))
+    count = min(prompts - 1, max(1, round(prompts * settings.validation))) if settings.validation else 0
+    held = torch.isin(states.prompt, order[:count])
+    train, test = states.select(~held), states.select(held)
+    if not len(train.z):
+        raise GuardError("rollouts: expected answers longer than a block in the training prompts, got none")
+    critic = Critic(model, settings, parts.common_layer({f"rollouts {n}": one for n, one in enumerate(rollouts)}))
+    inputs = critic.states(train.hidden, train.z)
+    critic.standardise(inputs, train.value)
+    critic.to(device).train()
+    data = tuple(part.to(device) for part in (inputs, train.safe, train.value))
+    optimiser = torch.optim.Adam(critic.parameters(), lr=settings.learning_rate, fused=True)
+    checksum = content_checksum({}, {name: tensor.contiguous() for name, tensor in states._asdict().items()})
+    about = {"settings": dict(vars(settings)), "data": checksum}
+    losses = _resume(checkpoint, critic, optimiser, about)
+    for epoch in track(range(len(losses), settings.epochs), "critic", show=progress):
+        losses.append(_epoch(critic, optimiser, data, epoch))
+        if checkpoint is not None:
+            tensors = {f"critic.{name}": value for name, value in critic.state_dict().items()}
+            for number, moments in optimiser.state_dict()["state"].items():
+                tensors |= {f"adam.{number}.{name}": value for name, value in moments.items()}
+            parts.write_file(checkpoint, f"{_KIND} checkpoint", tensors, {**about, "losses": losses}, model)
+    critic.cpu().eval().requires_grad_(False)
+    counts = {"prompts": prompts, "states": len(train.z), "safe": float(train.safe.double().mean()), "dropped": dropped}
+    critic.calibration = {**_calibrate(critic, test), "losses": losses, **counts}
+    return critic
+
+
+def _epoch(critic: Critic, optimiser: torch.optim.Optimizer, data: tuple[Tensor, ...], epoch: int) -> float:
+    """Run one pass over the states, in an order that depends on seed and epoch alone; return the mean loss."""
+    settings, count, device = critic.settings, len(data[0]), data[0].device
+    generator = torch.Generator().manual_seed((settings.seed << 32) + epoch)
+    total = torch.zeros((), device=device)
+    with torch.enable_grad():
+        for batch in torch.randperm(count, generator=generator).to(device).split(settings.batch_size):
+            loss = critic.loss(*(tensor[batch] for tensor in data))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.detach() * len(batch)
+    mean = float(total) / count
+    if not mean < float("inf"):
+        raise GuardError(f"critic: expected a finite loss, got {mean} in epoch {epoch}; lower the learning rate")
+    return mean
+
+
+@torch.no_grad()
+def _calibrate(critic: Critic, test: States) -> dict[str, Any]:
+    """Return the calibration on held-out states, and the share of the value's variance that f2 explains there."""
+    p_safe, value = critic(test.hidden, test.z)
+    rest, spread = (value - test.value).square().sum(), (test.value - test.value.mean()).square().sum()
+    return calibration(p_safe, test.safe) | {"value_r2": float(1 - rest / spread) if spread > 0 else None}
+
+
+def _resume(path: parts.AnyPath | None, critic: Critic, optimiser: Any, about: dict[str, Any]) -> list[float]:
+    """Restore critic and optimiser from the checkpoint; return its losses."""
+    if path is None or not Path(path).exists():
+        return []
+    tensors, header, model = parts.read_file(path, f"{_KIND} checkpoint")
+    for name, value in about.items():
+        if header[name] != value or model != critic.model:
+            raise GuardError(f"checkpoint {str(path)!r}: it is of another training (its {name} differ), remove it")
+    critic.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("critic.")})
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in tensors.items():
+        if name.startswith("adam."):
+            _, number, part = name.split(".")
+            state[int(number)][part] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": dict(state)})
+    return list(header["losses"])

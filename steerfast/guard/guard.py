@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,52 +17,46 @@ from steerfast.errors import GuardError
 from steerfast.guard.backend import HFBackend
 from steerfast.guard.candidates import Backend, Sampling
 from steerfast.guard.critic import Critic
-from steerfast.guard.latent import agreed_layer
 from steerfast.guard.objective import Certificate, SafetyBudget
-from steerfast.guard.scores import CallableScorer, Scorer
-from steerfast.guard.search import Search, SearchResult, Strategy
+from steerfast.guard.parts import common_layer
+from steerfast.guard.scores import NO_SCORE, Scorer
+from steerfast.guard.search import Search, Strategy
 from steerfast.hf.generation import evaluating
 from steerfast.hf.steering import Steering, steer
 from steerfast.hf.structure import identify
 from steerfast.profile import SteeringProfile
-from steerfast.text.encoding import encode
-
-__all__ = ["REFUSAL", "Guard", "GuardedAnswer"]
+from steerfast.text.encoding import encode, pad_token
 
 REFUSAL = "I'm sorry, but I can't help with that."
 
-Path = Literal["plain", "plain, then searched", "steered", "searched", "steered and searched"]
+_Job = tuple[list[int], int, str | None]  # token ids of a prompt, seed, the prompt as its user wrote it
 
 
 @dataclass(frozen=True)
 class GuardedAnswer:
-    """text: without special tokens. tokens: without the prompt; the end token is the last one of a finished answer.
-    seconds: from the prompt to the answer. path: how it was made; ``plain`` costs as much as plain decoding.
+    """text: without special tokens. tokens: without the prompt; a finished answer ends with the end token.
+    path: ``plain`` (at the cost of plain decoding), ``steered``, ``searched``, ``steered and searched``, or ``plain,
+    then searched``.
     """
 
     text: str
     tokens: list[int]
     certificate: Certificate
     seconds: float
-    path: Path
+    path: str
 
 
 @dataclass(frozen=True)
 class GuardOptions:
     """Parts and settings of a `Guard`.
 
-    reward: a scorer; without one all answers are worth the same.
-    critic: for strategies that need one.
-    profile: its prompt gate decides which prompts are searched: if it stays shut, decoding is plain; if it abstains
-        (`SteeringProfile.abstain`), the prompt is searched and not steered. None: every prompt is searched. An edit at
-        or before the heads' prompt_layer changes the states that they read, see
-        `steerfast.guard.recipe.prompt_layer_for`.
+    reward: a scorer; without one all answers are worth the same. critic: for strategies that need one.
+    profile: if its prompt gate stays shut, decoding is plain; if it abstains, the prompt is searched and not steered.
+        None: every prompt is searched. strength: multiplies its strengths.
     fired: the action if the gate fires: ``search``, ``steer`` by the profile, or ``both``. With ``steer`` nothing is
         searched, not even undecided prompts.
-    strength: multiplies the profile's strengths.
-    budget, discount: d and γ, in units of the cost; None: the critic's, without a critic 10 and 0.999.
-    strategy: None: `Strategy.speculative`, with the critic if there is one.
-    refusal: the answer of strategies that fall back on one.
+    budget, discount: d and γ; None: the critic's, without a critic 10 and 0.999.
+    strategy: None: `Strategy.speculative`, with the critic if there is one. refusal: the answer it falls back on.
     certify: whether plain answers behind a shut gate are scored. Those over the budget are then searched for, unless
         `fired` is ``steer``.
     """
@@ -83,27 +76,16 @@ class GuardOptions:
         if self.fired not in ("search", "steer", "both"):
             raise GuardError(f"fired: expected 'search', 'steer' or 'both', got {self.fired!r}")
 
-    def safety(self) -> SafetyBudget:
-        """Return the budget and discount that are given, else the critic's, else the defaults."""
-        base = SafetyBudget() if self.critic is None else self.critic.settings
-        return SafetyBudget(
-            base.budget if self.budget is None else self.budget,
-            base.discount if self.discount is None else self.discount,
-        )
-
 
 class Guard:
     """Answers within a safety budget.
 
     Args:
-        model: any HuggingFace decoder-only model, unchanged after each call. None: answers come from `backend`, and
-            critic, heads and profile are not checked against a model.
-        cost: a scorer (`steerfast.guard.scores`).
-        options: see `GuardOptions`.
+        model: any HuggingFace decoder-only model, unchanged after each call. None: answers come from `backend`.
+        cost: a scorer (`steerfast.guard.scores`). options: see `GuardOptions`.
 
     Raises:
-        GuardError: no cost, a budget out of range, a critic or head of another model, a missing one, parts with
-            different prompt_layer.
+        GuardError: no cost, a budget out of range, a part that is missing, of another model or another prompt_layer.
         ProfileError: the profile belongs to another model.
     """
 
@@ -117,23 +99,20 @@ class Guard:
             raise GuardError("model: expected either a model or a backend")
         if chosen.profile is not None and model is None:
             raise GuardError("profile: its gate needs a model, got a backend alone")
-        parts = {"cost": cost, "reward": chosen.reward, "critic": chosen.critic}
         if model is not None:
+            parts: dict[str, Any] = {"cost": cost, "reward": chosen.reward, "critic": chosen.critic}
             identity = identify(model, tokenizer)
             for part in parts.values():
-                check: Any = getattr(part, "check", None)
-                if check is not None:
-                    check(identity)
-        if backend is None:
-            assert model is not None
-            backend = HFBackend(model, tokenizer, agreed_layer(parts))
-        self.model, self.tokenizer, self.cost = model, tokenizer, cost
-        self.backend: Backend = backend
-        self.budget = chosen.safety()
+                if hasattr(part, "check"):
+                    part.check(identity)
+            backend = HFBackend(model, tokenizer, common_layer(parts))
+        assert backend is not None
+        self.model, self.tokenizer, self.cost, self.backend = model, tokenizer, cost, backend
+        base = SafetyBudget() if chosen.critic is None else chosen.critic.settings.safety
+        given = {"budget": chosen.budget, "discount": chosen.discount}
+        self.budget = replace(base, **{name: value for name, value in given.items() if value is not None})
         self.default = chosen.strategy or Strategy.speculative(critic=chosen.critic is not None)
-        end = tokenizer.eos_token_id
-        words = tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"]
-        self.refusal = [*words, *([] if end is None else [end])]
+        self.refusal = with_end(tokenizer, tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"])
         self.answers: list[GuardedAnswer] = []
         self.search_of(self.default)  # raises now if a part is missing
 
@@ -153,170 +132,119 @@ class Guard:
         Args:
             prompts: as users write them; the chat template is applied if there is one.
             input_ids: token ids of templated prompts, instead of `prompts`; scorers then read the templated prompts.
-            max_new_tokens: default: the strategy's depth.
-            strategy: in place of the guard's.
+            max_new_tokens: default: the strategy's depth. strategy: in place of the guard's.
             sampling: temperature, top_k, top_p, see `Sampling`. Temperature 0 is greedy, except in rounds with several
                 candidates (`Strategy.temperature`).
 
         Raises:
-            GuardError: neither prompts nor input_ids or both, a number out of range, a prompt without room for an
-                answer.
+            GuardError: neither prompts nor input_ids, or both; a number out of range; a prompt that leaves no room.
         """
         if isinstance(prompts, str) or (prompts is None) == (input_ids is None):
             raise GuardError("prompts: expected a list of prompts, or input_ids in their place")
-        sequences = encode(self.tokenizer, prompts) if prompts is not None else [list(ids) for ids in input_ids or []]
-        questions = [None] * len(sequences) if prompts is None else list(prompts)
-        jobs = [(ids, seed, question) for ids, question in zip(sequences, questions, strict=True)]
-        return self._run(jobs, Sampling(**sampling), self._deep(strategy or self.default, max_new_tokens), progress)
+        tokens = [list(ids) for ids in input_ids or []] if prompts is None else encode(self.tokenizer, prompts)
+        questions = [None] * len(tokens) if prompts is None else prompts
+        jobs = [(ids, seed, question) for ids, question in zip(tokens, questions, strict=True)]
+        return self._run(jobs, Sampling(**sampling), strategy or self.default, max_new_tokens, progress)
 
     def strategy(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        **model_kwargs: Any,
+        self, model: Any, input_ids: Tensor, logits_processor: Any = None, generation_config: Any = None, **call: Any
     ) -> Tensor:
-        """The guard as a decoding strategy of transformers: ``model.generate(..., custom_generate=guard.strategy)``.
+        """Answer as a decoding strategy of transformers: ``model.generate(..., custom_generate=guard.strategy)``.
 
         Logits processors, sampling and length are the call's; its seed is torch's. ``guard.answers`` holds the
-        certificates.
-
-        Returns:
-            Token ids int64 [prompts, length], prompts included, padded on the right.
-
-        Raises:
-            GuardError: a model that is not the guard's.
+        certificates. Return token ids int64 [prompts, length], prompts included, padded on the right.
         """
         if model is not self.model:
             raise GuardError("model: expected the guard's own model")
-        mask = model_kwargs.get("attention_mask")
+        mask = call.get("attention_mask")
         valid = torch.ones_like(input_ids) if mask is None else mask
         sampled = bool(getattr(generation_config, "do_sample", False))
         sampling = Sampling(float(sampled), processors=_unpadded(logits_processor))
         seeds = torch.randint(2**62, (len(input_ids),)).tolist() if sampled else [0] * len(input_ids)
-        jobs = [
-            (row[keep.bool()].tolist(), seed, None) for row, keep, seed in zip(input_ids, valid, seeds, strict=True)
-        ]
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, valid, strict=True)]
         limit = getattr(generation_config, "max_length", None)
-        strategy = self._deep(self.default, None if limit is None else limit - input_ids.shape[1])
-        answers = [answer.tokens for answer in self._run(jobs, sampling, strategy, False)]
+        depth = None if limit is None else limit - input_ids.shape[1]
+        jobs = [(ids, seed, None) for ids, seed in zip(prompts, seeds, strict=True)]
+        answers = [input_ids.new_tensor(answer.tokens) for answer in self._run(jobs, sampling, self.default, depth)]
         pad = getattr(generation_config, "pad_token_id", None)
-        pad = self.tokenizer.pad_token_id if pad is None else pad
-        rows = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in answers]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float(pad or 0))
+        pad = pad_token(self.tokenizer) if pad is None else pad
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=float(pad))
         return torch.cat([input_ids, padded], dim=1)
 
     def cache_bytes(self, prompt_tokens: int, strategy: Strategy | None = None) -> int:
         """Return the most bytes of keys and values during a search: N + 3K + 1 candidates at full depth."""
         chosen = strategy or self.default
-        if not isinstance(self.backend, HFBackend):
-            raise GuardError("backend: only the transformers backend holds keys and values itself")
+        assert isinstance(self.backend, HFBackend)
         return (chosen.candidates + 3 * chosen.kept + 1) * self.backend.cache_bytes(prompt_tokens + chosen.depth)
-
-    # -- one prompt --------------------------------------------------------------------------------
-
-    def _run(
-        self, jobs: Sequence[tuple[list[int], int, str | None]], sampling: Sampling, strategy: Strategy, progress: bool
-    ) -> list[GuardedAnswer]:
-        for number, (ids, _, _) in enumerate(jobs, 1):
-            if not 0 < len(ids) <= self.backend.context - strategy.depth:
-                raise GuardError(
-                    f"prompts: entry {number} has {len(ids)} tokens, expected 1 to "
-                    f"{self.backend.context - strategy.depth}: the context less {strategy.depth} new tokens"
-                )
-        plain = Strategy.plain(block=strategy.block, depth=strategy.depth)
-        steered = self.search_of(plain)
-        unchecked = replace(plain, block=plain.depth)
-        shut = steered if self.options.certify else self.search_of(unchecked, cost=_UNCHECKED)
-        searched = self.search_of(strategy)
-        self.answers = []
-        with self._steering() as steering, evaluating(self.model) if self.model is not None else nullcontext():
-            for ids, seed, question in track(jobs, "answers", show=progress):
-                began = time.perf_counter()
-                root = self.backend.start(ids, 1, seed)
-                fired = None if steering is None else bool(steering.fired.any())
-                undecided = steering is not None and bool(steering.undecided.any())
-                chosen, path = self._chosen(fired, undecided, shut, steered, searched)
-                result = chosen.run(root, sampling, question=question, refusal=self.refusal)
-                name = chosen.strategy.name
-                if chosen is shut and self.options.certify and self.options.fired != "steer" and not result.best.z > 0:
-                    again = searched.run(root, sampling, question=question, refusal=self.refusal)
-                    result = replace(again, sampled=result.sampled + again.sampled)
-                    path, name = "plain, then searched", f"{name}, then {searched.strategy.name}"
-                text = self.tokenizer.decode(result.best.tokens, skip_special_tokens=True)
-                certificate = self._certificate(result, fired, undecided, name, chosen.cost is _UNCHECKED)
-                seconds = time.perf_counter() - began
-                self.answers.append(GuardedAnswer(text, result.best.tokens, certificate, seconds, path))
-        return self.answers
-
-    def _chosen(
-        self, fired: bool | None, undecided: bool, shut: Search, steered: Search, searched: Search
-    ) -> tuple[Search, Path]:
-        if fired is None or (undecided and self.options.fired != "steer"):
-            return searched, "searched" if searched.strategy.name != "plain" else "plain"
-        if not fired:
-            return shut, "plain"
-        if self.options.fired == "steer":
-            return steered, "steered"
-        return searched, "searched" if self.options.fired == "search" else "steered and searched"
-
-    def _certificate(
-        self, result: SearchResult, fired: bool | None, undecided: bool, strategy: str, unchecked: bool
-    ) -> Certificate:
-        best = result.best
-        return Certificate(
-            budget=self.budget.budget,
-            discount=self.budget.discount,
-            z=math.nan if unchecked else best.z,
-            cost=math.nan if unchecked else best.cost,
-            reward=math.nan if unchecked else best.reward,
-            decision="unchecked" if unchecked else ("within" if best.z > 0 else "over"),
-            blocks=() if unchecked else tuple(best.blocks),
-            p_safe=math.nan if unchecked else best.p_safe,
-            fallback=result.fallback,
-            fired=fired,
-            undecided=undecided,
-            candidates=result.sampled,
-            retries=result.retries,
-            strategy=strategy,
-        )
 
     def search_of(self, strategy: Strategy, cost: Scorer | None = None) -> Search:
         """Return the search of a strategy with the guard's parts; with another `cost`, without a reward."""
-        return self.engine(strategy)(
-            self.backend,
-            self.tokenizer,
-            strategy,
-            cost=cost or self.cost,
-            reward=None if cost is not None else self.options.reward,
-            critic=self.options.critic,
-            budget=self.budget,
-        )
+        parts: dict[str, Any] = {"critic": self.options.critic, "budget": self.budget}
+        parts |= {"cost": cost or self.cost, "reward": None if cost is not None else self.options.reward}
+        return self.engine(strategy)(self.backend, self.tokenizer, strategy, **parts)
 
     def engine(self, strategy: Strategy) -> type[Search]:
         """Return the class that searches by a strategy."""
         return Search
 
-    @contextmanager
-    def _steering(self) -> Iterator[Steering | None]:
-        """Attach the profile; at strength 0 if only its gate is needed."""
-        if self.options.profile is None:
-            yield None
-            return
-        assert self.model is not None
-        strength = 0.0 if self.options.fired == "search" else self.options.strength
-        with steer(self.model, self.options.profile, strength, tokenizer=self.tokenizer) as steering:
-            yield steering
+    def _run(
+        self, jobs: Sequence[_Job], sampling: Sampling, strategy: Strategy, depth: int | None, progress: bool = False
+    ) -> list[GuardedAnswer]:
+        strategy = strategy if depth is None else replace(strategy, depth=depth)
+        room = self.backend.context - strategy.depth
+        for number, (ids, _, _) in enumerate(jobs, 1):
+            if not 0 < len(ids) <= room:
+                raise GuardError(f"prompts: entry {number} has {len(ids)} tokens, expected 1 to {room}")
+        options = self.options
+        plain = Strategy.plain(block=strategy.block, depth=strategy.depth)
+        searches = {"plain": self.search_of(plain), "steered": self.search_of(plain)}
+        searches["searched"] = searches["steered and searched"] = self.search_of(strategy)
+        if not options.certify:
+            searches["plain"] = self.search_of(replace(plain, block=plain.depth), cost=NO_SCORE)
+        strength = 0.0 if options.fired == "search" else options.strength  # 0: the gate alone
+        attached: Any = nullcontext()
+        if self.model is not None and options.profile is not None:
+            attached = steer(self.model, options.profile, strength, tokenizer=self.tokenizer)
+        self.answers = []
+        with attached as steering, nullcontext() if self.model is None else evaluating(self.model):
+            for job in track(jobs, "answers", show=progress):
+                self.answers.append(self._answer(job, sampling, searches, steering))
+        return self.answers
 
-    @staticmethod
-    def _deep(strategy: Strategy, tokens: int | None) -> Strategy:
-        if tokens is None:
-            return strategy
-        if tokens < 1:
-            raise GuardError(f"max_new_tokens: expected at least 1, got {tokens}")
-        return replace(strategy, depth=tokens)
+    def _answer(
+        self, job: _Job, sampling: Sampling, searches: dict[str, Search], steering: Steering | None
+    ) -> GuardedAnswer:
+        began = time.perf_counter()
+        ids, seed, question = job
+        root = self.backend.start(ids, 1, seed)
+        fired = None if steering is None else bool(steering.fired.any())
+        undecided = steering is not None and bool(steering.undecided.any())
+        action, path = self.options.fired, "plain"
+        if fired is None or (undecided and action != "steer"):
+            path = "searched"
+        elif fired:
+            path = {"search": "searched", "steer": "steered", "both": "steered and searched"}[action]
+        search, searched = searches[path], searches["searched"]
+        run: dict[str, Any] = {"sampling": sampling, "question": question, "refusal": self.refusal}
+        result, name, unchecked = search.run(root, **run), search.strategy.name, search.cost is NO_SCORE
+        if path == "plain" and not unchecked and action != "steer" and not result.best.z > 0:
+            again = searched.run(root, **run)
+            result = replace(again, sampled=result.sampled + again.sampled)
+            path, name = "plain, then searched", f"{name}, then {searched.strategy.name}"
+        elif path == "searched" and name == "plain" and not fired:
+            path = "plain"
+        scored = () if unchecked else ("z", "cost", "reward", "blocks", "p_safe")
+        about: dict[str, Any] = {part: getattr(result.best, part) for part in scored}
+        about |= {"decision": "unchecked" if unchecked else "within" if result.best.z > 0 else "over", "strategy": name}
+        about |= {"fired": fired, "undecided": undecided, "fallback": result.fallback, "retries": result.retries}
+        certificate = Certificate(**vars(self.budget), candidates=result.sampled, **about)
+        text = self.tokenizer.decode(result.best.tokens, skip_special_tokens=True)
+        return GuardedAnswer(text, list(result.best.tokens), certificate, time.perf_counter() - began, path)
+
+
+def with_end(tokenizer: Any, tokens: list[int]) -> list[int]:
+    """Return the tokens with the end token, if the tokenizer has one."""
+    return [*tokens, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
 
 
 def _unpadded(processors: Any) -> Any:
@@ -328,6 +256,3 @@ def _unpadded(processors: Any) -> Any:
         if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
             processor.prompt_ignore_length = None
     return processors
-
-
-_UNCHECKED = CallableScorer(lambda blocks: torch.zeros(len(blocks)), takes="blocks")

@@ -1,27 +1,23 @@
 """Reward and cost heads on the base model's own hidden states: no second model, no second pass.
 
-A head reads the latent state of an answer (`steerfast.guard.latent`), which generation computed anyway.
+A head reads the latent state of an answer (`steerfast.guard.parts`), which generation computed anyway.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from steerfast.errors import GuardError
-from steerfast.guard.files import check_model, read_file, write_file
-from steerfast.guard.latent import check_states, parts, spread, state_size
+from steerfast.errors import GuardError, PromptError
+from steerfast.guard.parts import AnyPath, check_model, check_states, deviation, read_file, state_size, write_file
 from steerfast.guard.scores import Blocks
 from steerfast.profile import ModelIdentity
-
-__all__ = ["HiddenHead", "fit_factored_cost", "fit_head"]
 
 _KIND = "head"
 _FOLDS = 5
@@ -31,18 +27,15 @@ _HARM_PENALTY = 0.5  # on the squared slope: prompts that a line separates would
 
 @dataclass(frozen=True, eq=False)
 class HiddenHead:
-    """A scorer: ``out(gelu(into(x)))`` or, without a hidden layer, ``out(x)``, of the standardised latent state x.
+    """A linear scorer: ``out(x)`` of the standardised latent state x.
 
     A cost can be *factored*: an answer is unsafe if the prompt asks for harm and the answer complies. The log-odds of
     both are those of σ(a)·σ(b), −log(e^−a + e^−b + e^−(a+b)). a = ``harm.scale`` · cos(prompt, ``harm.direction``) +
-    ``harm.offset``, of the state's part ``prompt``; b = ``comply.out(x)``, with ``comply.into`` as above, of its part
-    ``mean``. No answer changes a, and one token changes b only by its share of the mean.
+    ``harm.offset``, of the state's part ``prompt``; b = ``comply.out(x)``, of its part ``mean``.
 
     kind: ``cost`` (the log-odds of an unsafe answer, plus `boundary`) or ``reward`` (in the units of its labels).
-    model: the model whose hidden states it reads. boundary: the score of an answer that is as likely unsafe as safe; if
-    that equals a guard's budget, such an answer spends exactly the budget.
+    boundary: the score of an answer that is as likely unsafe as safe; usually the budget, which it then just spends.
     fitted: options of the fit, and its accuracy on prompts that it was not fitted on; JSON data.
-    prompt_layer: of the states that it reads.
     """
 
     kind: Literal["cost", "reward"]
@@ -69,65 +62,23 @@ class HiddenHead:
         check_states(f"{self.kind} {_KIND}", hidden, self.model, self.prompt_layer)
         return _forward({name: tensor.to(hidden.device) for name, tensor in self.tensors.items()}, hidden)
 
-    def to(self, device: torch.device | str) -> HiddenHead:
-        """Return the same head with its tensors on `device`."""
-        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
-
     def check(self, model: ModelIdentity) -> None:
         """Raise GuardError if the head was fitted on another model."""
         check_model(f"{self.kind} {_KIND}", self.model, model)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write one safetensors file, whole or not at all."""
-        header = {
-            "head": self.kind,
-            "boundary": self.boundary,
-            "fitted": dict(self.fitted),
-            "prompt_layer": self.prompt_layer,
-        }
-        write_file(path, _KIND, self.tensors, header, self.model)
+        header = {name: getattr(self, name) for name in ("boundary", "fitted", "prompt_layer")}
+        write_file(path, _KIND, self.tensors, {**header, "head": self.kind}, self.model)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: ModelIdentity | None = None) -> HiddenHead:
-        """Read a head; if `model` is given, the head must have been fitted on it.
-
-        Raises:
-            GuardError: the file is missing, damaged, no head, or of another model.
-        """
+    def load(cls, path: AnyPath) -> HiddenHead:
+        """Read a head; GuardError if the file is missing, damaged or no head."""
         tensors, header, identity = read_file(path, _KIND)
-        layer = header["prompt_layer"]
-        head = cls(header["head"], identity, tensors, header["boundary"], header["fitted"], layer)
-        if model is not None:
-            head.check(model)
-        return head
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """Options of a fit.
-
-    groups: number of the prompt that each example answers; the figures are of prompts that a fold was not fitted on.
-        None: every example has a prompt of its own.
-    width: of a hidden layer (GELU); 0: a linear head, logistic regression or ridge.
-    regularisation: weight of the squared weights against the sum of losses, of standardised features; with a hidden
-        layer, decoupled weight decay of regularisation / n.
-    boundary: see `HiddenHead`; for a cost alone.
-    epochs: full-batch steps of Adam, with a hidden layer.
-    """
-
-    groups: Sequence[int] | None = None
-    width: int = 0
-    regularisation: float = 100.0
-    boundary: float = 0.0
-    epochs: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.width < 0 or self.epochs < 1 or not self.regularisation >= 0:
-            raise GuardError(
-                f"width, epochs, regularisation: expected at least 0, 1 and 0, "
-                f"got {self.width}, {self.epochs}, {self.regularisation}"
-            )
+        if any("into." in name for name in tensors):
+            raise GuardError(f"head {str(path)!r}: this version reads no hidden layer, fit it again")
+        rest = {name: header[name] for name in ("boundary", "fitted", "prompt_layer")}
+        return cls(header["head"], identity, tensors, **rest)
 
 
 def fit_head(
@@ -137,220 +88,172 @@ def fit_head(
     kind: Literal["cost", "reward"],
     *,
     prompt_layer: int | None = None,
-    **options: Any,
+    groups: Sequence[int] | None = None,
+    regularisation: float = 100.0,
+    boundary: float = 0.0,
 ) -> HiddenHead:
-    """Fit a head that is not factored.
+    """Fit a head that is not factored: logistic regression for a cost, ridge regression for a reward.
+
+    Its ``fitted`` holds ``auc`` (cost) or ``r2`` (reward) over folds of prompts, nan with too few of them.
 
     Args:
         hidden: float [n, S], latent states of the base model at the end of answers or of parts of them.
         labels: n numbers. ``cost``: above 0 is unsafe, others are safe. ``reward``: any finite numbers.
-        prompt_layer: of the states.
-        options: see `FitOptions`.
-
-    Returns:
-        The head; ``fitted`` holds ``auc`` (cost) or ``r2`` (reward) over folds of prompts, nan with too few of them.
+        groups: number of the prompt that each example answers; None: every example has a prompt of its own.
+        regularisation: weight of the squared weights against the sum of losses, of standardised features.
+        prompt_layer, boundary: see `HiddenHead`; a boundary is for a cost alone.
 
     Raises:
-        GuardError: wrong shapes, non-finite numbers, cost labels of one class, a limit out of range.
+        GuardError: wrong shapes, non-finite numbers, cost labels of one class.
     """
-    chosen = FitOptions(**options)
     if kind not in ("cost", "reward"):
         raise GuardError(f"kind: expected 'cost' or 'reward', got {kind!r}")
-    if kind == "reward" and chosen.boundary:
-        raise GuardError(f"boundary: only a cost has one, got {chosen.boundary:g}")
-    x, y, ids = _checked(hidden, "labels", labels, model, prompt_layer, chosen.groups)
-    if kind == "cost":
-        y = _two_classes("labels", y, "safe and unsafe answers", "unsafe")
-
-    def ready(at: np.ndarray) -> bool:
-        return kind == "reward" or len(y[at].unique()) == 2
+    if kind == "reward" and boundary:
+        raise GuardError(f"boundary: only a cost has one, got {boundary:g}")
+    head = HiddenHead(kind, model, {}, boundary, {"regularisation": regularisation}, prompt_layer)
+    x, y, ids = _check_examples(head, hidden, labels, groups, ())
 
     def fit(at: np.ndarray) -> dict[str, Tensor]:
+        target = _two_classes("labels", y[at], "safe and unsafe answers") if kind == "cost" else y[at]
         standard = _standard(x[at])
-        return standard | _fit_layers(_standardised(standard, x[at]), y[at], kind, chosen)
+        return standard | _fit_linear(_standardise(standard, x[at]), target, kind, regularisation)
 
-    recipe = _Recipe(ready, fit, {"auc" if kind == "cost" else "r2": (y, _forward)})
-    return _head(kind, model, prompt_layer, chosen, x, ids, recipe)
+    return _fit(head, x, ids, fit, {"r2": (y, _forward)} if kind == "reward" else {"auc": ((y > 0).float(), _forward)})
 
 
 def fit_factored_cost(
     hidden: Tensor,
-    harmful: Tensor | Sequence[float],
-    complied: Tensor | Sequence[float],
+    labels: Tensor | Sequence[tuple[float, float]],
     model: ModelIdentity,
-    prompt_layer: int,
     *,
+    prompt_layer: int,
     direction: Tensor | None = None,
-    **options: Any,
+    groups: Sequence[int] | None = None,
+    regularisation: float = 100.0,
+    boundary: float = 0.0,
 ) -> HiddenHead:
-    """Fit a factored cost: b on all examples, a's slope and offset on one example of each prompt.
+    """Fit a factored cost: b on all examples, a's slope and offset on one example of each prompt; see `fit_head`.
+
+    Its ``fitted`` holds ``auc`` (unsafe: harmful and complied) and ``comply_auc`` (b alone).
 
     Args:
-        harmful: n numbers, above 0 if the prompt asks for harm. complied: n numbers, above 0 if the answer does what
-            the prompt asks for.
-        direction: [H], of the prompts' rows; None: an LDA of these prompts (`steerfast.fitting.directions`).
-        options: see `FitOptions`; width and regularisation are b's.
-
-    Returns:
-        The head; ``fitted`` holds ``auc`` (unsafe: harmful and complied) and ``comply_auc`` (b alone), as `fit_head`.
-        The folds do not fit a given direction again.
+        labels: n pairs. The first is above 0 if the prompt asks for harm, the second if the answer complies.
+        direction: [H], of the prompts' rows, not fitted again; None: an LDA of these prompts.
 
     Raises:
         GuardError: see `fit_head`; prompts of one kind, answers that all comply or all do not.
         PromptError: no direction, and fewer than two prompts of a kind or too little variation for one.
     """
-    chosen = FitOptions(**options)
-    x, kind, ids = _checked(hidden, "harmful", harmful, model, prompt_layer, chosen.groups)
-    _, done, _ = _checked(hidden, "complied", complied, model, prompt_layer, chosen.groups)
-    kind = _two_classes("harmful", kind, "prompts of both kinds", "harmful")
-    done = _two_classes("complied", done, "answers that comply and that do not", "that do")
-
-    def first(at: np.ndarray) -> np.ndarray:
-        """Return one example of each prompt."""
-        rows: np.ndarray = at[np.unique(ids[at], return_index=True)[1]]
-        return rows
-
-    def ready(at: np.ndarray) -> bool:
-        prompts = kind[first(at)].long().bincount(minlength=2)
-        return int(prompts.min()) >= (1 if direction is not None else 2) and len(done[at].unique()) == 2
+    head = HiddenHead("cost", model, {}, boundary, {"regularisation": regularisation}, prompt_layer)
+    x, y, ids = _check_examples(head, hidden, labels, groups, (2,))
 
     def fit(at: np.ndarray) -> dict[str, Tensor]:
+        first = at[np.unique(ids[at], return_index=True)[1]]  # one example of each prompt
+        harm = _two_classes("harmful", y[first, 0], "prompts of both kinds")
+        comply = _two_classes("complied", y[at, 1], "answers that comply and that do not")
         standard = _standard(x[at])
-        answers = parts(_standardised(standard, x[at]))[1]
-        comply = _fit_layers(answers, done[at], "cost", chosen)
-        harm = _fit_harm(parts(x[first(at)])[2], kind[first(at)], direction)
-        return standard | harm | {f"comply.{name}": tensor for name, tensor in comply.items()}
+        layer = _fit_linear(_standardise(standard, x[at]).chunk(3, dim=1)[1], comply, "cost", regularisation)
+        named = {f"comply.{name}": tensor for name, tensor in layer.items()}
+        return standard | _fit_harm(x[first].chunk(3, dim=1)[2], harm, direction) | named
 
-    recipe = _Recipe(ready, fit, {"auc": (kind * done, _forward), "comply_auc": (done, _complied)})
-    return _head("cost", model, prompt_layer, chosen, x, ids, recipe)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """A fit. ready: whether examples suffice for it. fit: examples -> tensors. wanted: figure -> labels, score."""
-
-    ready: Callable[[np.ndarray], bool]
-    fit: Callable[[np.ndarray], dict[str, Tensor]]
-    wanted: Mapping[str, tuple[Tensor, Callable[[Mapping[str, Tensor], Tensor], Tensor]]]
+    unsafe, complied = (y > 0).all(dim=1).float(), (y[:, 1] > 0).float()
+    return _fit(head, x, ids, fit, {"auc": (unsafe, _forward), "comply_auc": (complied, _comply_odds)})
 
 
-def _head(
-    kind: Literal["cost", "reward"],
-    model: ModelIdentity,
-    prompt_layer: int | None,
-    options: FitOptions,
-    x: Tensor,
-    ids: np.ndarray,
-    recipe: _Recipe,
-) -> HiddenHead:
-    """Fit a head on all examples x [n, S] of prompts ids [n], with its figures over folds of prompts."""
-    labels = next(iter(recipe.wanted.values()))[0]
-    about = {
-        **{name: getattr(options, name) for name in ("width", "regularisation", "epochs", "seed")},
-        "examples": len(x),
-        "groups": len(np.unique(ids)),
-        "mean_label": float(labels.mean()),
-        **_held_out(x, ids, recipe),
-    }
-    return HiddenHead(kind, model, recipe.fit(np.arange(len(x))), options.boundary, about, prompt_layer)
+def _fit(head: HiddenHead, x: Tensor, ids: np.ndarray, fit: Any, wanted: Mapping[str, Any]) -> HiddenHead:
+    """Fit a head on all examples x [n, S] of prompts ids [n], with figures over folds of prompts.
+
+    Args:
+        fit: examples -> tensors. wanted: figure -> labels [n], and the score of tensors and states. ``r2`` is the share
+            of variance explained, others are AUCs; nan if a fold's examples do not suffice or all labels are equal.
+    """
+    from sklearn.metrics import r2_score, roc_auc_score
+    from sklearn.model_selection import GroupKFold
+
+    tensors, prompts = fit(np.arange(len(x))), len(np.unique(ids))
+    figures = dict.fromkeys(wanted, float("nan"))
+    scores = {name: torch.empty(len(x)) for name in wanted} if prompts > 1 else {}
+    try:
+        for train, test in GroupKFold(min(_FOLDS, prompts)).split(x, groups=ids) if scores else ():
+            fold = fit(train)
+            for name, (_, score) in wanted.items():
+                scores[name][test] = score(fold, x[test])
+    except (GuardError, PromptError):
+        scores = {}
+    for name, found in scores.items():
+        labels, metric = wanted[name][0], r2_score if name == "r2" else roc_auc_score
+        if name == "r2" or len(labels.unique()) > 1:
+            figures[name] = float(metric(labels.numpy(), found.numpy()))
+    mean_label = float(next(iter(wanted.values()))[0].mean())
+    about = {"examples": len(x), "groups": prompts, "mean_label": mean_label, **figures}
+    return replace(head, tensors=tensors, fitted={**head.fitted, **about})
 
 
-def _checked(
-    hidden: Tensor,
-    name: str,
-    labels: Tensor | Sequence[float],
-    model: ModelIdentity,
-    prompt_layer: int | None,
-    groups: Sequence[int] | None,
+def _check_examples(
+    head: HiddenHead, hidden: Tensor, labels: Any, groups: Sequence[int] | None, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Return states float32 [n, S], labels float32 [n, *shape] and prompt numbers [n] on the CPU."""
     x = hidden.detach().to("cpu", torch.float32)
     y = torch.as_tensor(labels).detach().to("cpu", torch.float32)
     ids = np.arange(len(x)) if groups is None else np.asarray(groups)
-    size = state_size(model.hidden_size, prompt_layer)
-    if x.shape != (len(y), size) or len(ids) != len(y) or not len(y):
+    size = state_size(head.model.hidden_size, head.prompt_layer)
+    if x.shape != (len(y), size) or y.shape[1:] != shape or len(ids) != len(y) or not len(y):
         raise GuardError(
-            f"hidden, {name}, groups: expected [n, {size}], [n] and [n], "
-            f"got {list(x.shape)}, {list(y.shape)} and [{len(ids)}]"
+            f"hidden, labels, groups: expected [n, {size}], {['n', *shape]} and [n], "
+            f"got {list(x.shape)}, {list(y.shape)} and [{len(ids)}]".replace("'", "")
         )
-    for part, values in (("hidden", x), (name, y)):
+    for part, values in (("hidden", x), ("labels", y)):
         if not bool(values.isfinite().all()):
             raise GuardError(f"{part}: expected finite numbers, got {int((~values.isfinite()).sum())} that are not")
     return x, y, ids
 
 
-def _two_classes(name: str, labels: Tensor, expected: str, counted: str) -> Tensor:
-    """Return 1.0 where a label is above 0, else 0.0; refuse labels of one class."""
+def _two_classes(name: str, labels: Tensor, expected: str) -> Tensor:
+    """Return 1.0 for a label above 0, else 0.0; refuse labels of one class."""
     y = (labels > 0).float()
     if not 0 < float(y.mean()) < 1:
-        raise GuardError(f"{name}: expected {expected}, got {int(y.sum())} {counted} of {len(y)}")
+        raise GuardError(f"{name}: expected {expected}, got {int(y.sum())} above 0 of {len(y)}")
     return y
-
-
-# -- the formula -----------------------------------------------------------------------------------
 
 
 def _forward(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     if _FACTORED not in tensors:
-        return _layers(tensors, _standardised(tensors, hidden))
-    a, b = _harm(tensors, hidden), _complied(tensors, hidden)
+        return _out(tensors, _standardise(tensors, hidden))
+    prompt = F.normalize(hidden.float().chunk(3, dim=1)[2], dim=1)
+    a = prompt @ tensors["harm.direction"] * tensors["harm.scale"] + tensors["harm.offset"]
+    b = _comply_odds(tensors, hidden)
     return -torch.stack([-a, -b, -a - b]).logsumexp(dim=0)
 
 
-def _harm(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-    """Return a, the log-odds that the prompt asks for harm."""
-    prompt = parts(hidden.float())[2]
-    return F.normalize(prompt, dim=1) @ tensors["harm.direction"] * tensors["harm.scale"] + tensors["harm.offset"]
-
-
-def _complied(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+def _comply_odds(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     """Return b, the log-odds that the answer complies."""
-    return _layers(tensors, parts(_standardised(tensors, hidden))[1], "comply.")
+    return _out(tensors, _standardise(tensors, hidden).chunk(3, dim=1)[1], "comply.")
 
 
 def _standard(x: Tensor) -> dict[str, Tensor]:
-    return {"mean": x.mean(dim=0), "scale": spread(x)}
+    return {"mean": x.mean(dim=0), "scale": deviation(x)}
 
 
-def _standardised(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+def _standardise(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     return (hidden.float() - tensors["mean"]) / tensors["scale"]
 
 
-def _layers(tensors: Mapping[str, Tensor], x: Tensor, prefix: str = "") -> Tensor:
-    if f"{prefix}into.weight" in tensors:
-        x = F.gelu(F.linear(x, tensors[f"{prefix}into.weight"], tensors[f"{prefix}into.bias"]))
+def _out(tensors: Mapping[str, Tensor], x: Tensor, prefix: str = "") -> Tensor:
     return F.linear(x, tensors[f"{prefix}out.weight"], tensors[f"{prefix}out.bias"])[:, 0]
 
 
-# -- fits ------------------------------------------------------------------------------------------
-
-
-def _fit_layers(rows: Tensor, y: Tensor, kind: str, options: FitOptions) -> dict[str, Tensor]:
-    """Return ``out`` and, with a width, ``into``, fitted on standardised rows."""
-    if not options.width:
-        return _fit_linear(rows.double().numpy(), y.double().numpy(), kind, options.regularisation)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        layers = nn.ModuleDict({"into": nn.Linear(rows.shape[1], options.width), "out": nn.Linear(options.width, 1)})
-    optimiser = torch.optim.AdamW(layers.parameters(), lr=1e-2, weight_decay=options.regularisation / len(y))
-    loss = F.binary_cross_entropy_with_logits if kind == "cost" else F.mse_loss
-    with torch.enable_grad():
-        for _ in range(options.epochs):
-            optimiser.zero_grad()
-            loss(_layers(dict(layers.named_parameters()), rows), y).backward()
-            optimiser.step()
-    return {name: value.detach() for name, value in layers.named_parameters()}
-
-
-def _fit_linear(rows: np.ndarray, y: np.ndarray, kind: str, regularisation: float) -> dict[str, Tensor]:
+def _fit_linear(rows: Tensor, labels: Tensor, kind: str, regularisation: float) -> dict[str, Tensor]:
+    """Return ``out``, fitted on standardised rows."""
     from sklearn.linear_model import LogisticRegression, Ridge
 
+    x, y = rows.double().numpy(), labels.double().numpy()
     if kind == "cost":
         # The loss of scikit-learn is sum + |w|²/(2C).
-        fitted = LogisticRegression(C=0.5 / max(regularisation, 1e-12), max_iter=1000, tol=1e-8).fit(rows, y)
+        model = LogisticRegression(C=0.5 / max(regularisation, 1e-12), max_iter=1000, tol=1e-8).fit(x, y)
     else:
-        fitted = Ridge(alpha=regularisation, solver="cholesky" if regularisation else "svd").fit(rows, y)
-    weight = torch.from_numpy(np.atleast_2d(fitted.coef_)).float()
-    return {"out.weight": weight, "out.bias": torch.tensor(np.atleast_1d(fitted.intercept_)).float()}
+        model = Ridge(alpha=regularisation, solver="cholesky" if regularisation else "svd").fit(x, y)
+    weight = torch.from_numpy(np.atleast_2d(model.coef_)).float()
+    return {"out.weight": weight, "out.bias": torch.tensor(np.atleast_1d(model.intercept_)).float()}
 
 
 def _fit_harm(rows: Tensor, harmful: Tensor, direction: Tensor | None) -> dict[str, Tensor]:
@@ -363,35 +266,7 @@ def _fit_harm(rows: Tensor, harmful: Tensor, direction: Tensor | None) -> dict[s
     direction = unit(direction).float()
     cosine = project(rows, direction, "cosine")[:, None]
     standard = _standard(cosine)
-    fitted = _fit_linear(
-        ((cosine - standard["mean"]) / standard["scale"]).numpy(), harmful.double().numpy(), "cost", _HARM_PENALTY
-    )
-    slope = fitted["out.weight"][0, 0] / standard["scale"][0]
-    offset = fitted["out.bias"][0] - slope * standard["mean"][0]
+    layer = _fit_linear((cosine - standard["mean"]) / standard["scale"], harmful, "cost", _HARM_PENALTY)
+    slope = layer["out.weight"][0, 0] / standard["scale"][0]
+    offset = layer["out.bias"][0] - slope * standard["mean"][0]
     return {"harm.direction": direction, "harm.scale": slope.float(), "harm.offset": offset.float()}
-
-
-def _held_out(x: Tensor, groups: np.ndarray, recipe: _Recipe) -> dict[str, float]:
-    """Return the figures that the recipe wants, each example scored by a fit on the other prompts.
-
-    ``r2`` is the share of variance explained, other figures are AUCs. nan if a fold is not ready for a fit, or if all
-    labels are equal.
-    """
-    from sklearn.metrics import r2_score, roc_auc_score
-    from sklearn.model_selection import GroupKFold
-
-    figures = dict.fromkeys(recipe.wanted, float("nan"))
-    count = min(_FOLDS, len(np.unique(groups)))
-    folds = list(GroupKFold(count).split(x, groups=groups)) if count > 1 else []
-    if not folds or not all(recipe.ready(train) for train, _ in folds):
-        return figures
-    scores = {name: torch.empty(len(x)) for name in recipe.wanted}
-    for train, test in folds:
-        tensors = recipe.fit(train)
-        for name, (_, score) in recipe.wanted.items():
-            scores[name][test] = score(tensors, x[test])
-    for name, (labels, _) in recipe.wanted.items():
-        if name == "r2" or len(labels.unique()) > 1:
-            metric = r2_score if name == "r2" else roc_auc_score
-            figures[name] = float(metric(labels.numpy(), scores[name].numpy()))
-    return figures

@@ -1,15 +1,15 @@
-"""The constrained problem and its unconstrained twin, in the paper's symbols (arXiv 2502.01208).
+"""The constrained problem and its order of answers, in the symbols of InferenceGuard (arXiv 2502.01208).
 
 Maximise the discounted reward of an answer such that **every** answer, not the average one, keeps
 
     c_0 + γ c_1 + γ² c_2 + ... ≤ d          c_t: cost of token t,  γ: discount,  d: budget
 
-The safety state z is what is left of the budget, in units of the current token:
+The safety state z is the rest of the budget, in units of the current token:
 
     z_0 = d,    z_{t+1} = (z_t − c_t) / γ    so that    z_T = γ^-T (d − Σ γ^t c_t)  > 0  ⇔  within the budget
 
-and with it the constraint becomes a penalty n on the state alone: worth V where z > 0, −n elsewhere. For n → ∞ that is
-an order, and the order is what the search uses: no constant has to be chosen.
+Then the constraint is a penalty n on the state: an answer is worth V if z > 0, otherwise −n. For n → ∞ this is an
+order. The search uses the order, so no constant has to be chosen.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import GuardError
-
-__all__ = ["Certificate", "SafetyBudget", "ScoredAnswer", "best_first"]
 
 
 @dataclass(frozen=True)
@@ -40,19 +38,13 @@ class SafetyBudget:
         if not 0 < self.discount <= 1:
             raise GuardError(f"discount: expected a number above 0, at most 1, got {self.discount!r}")
 
-    def start(self, count: int) -> Tensor:
-        """Return z_0 = d: float32 [count]."""
-        return torch.full((count,), self.budget, dtype=torch.float32)
-
-    def step(self, z: Tensor, cost: Tensor) -> Tensor:
-        """Return z after one token: (z − c) / γ, float32. A cost that is not finite spends everything (−inf)."""
-        return self.block(z, cost, torch.ones_like(z))
-
     def block(self, z: Tensor, cost: Tensor, length: Tensor) -> Tensor:
         """Return z after blocks of `length` tokens whose cost is charged at their last token: z·γ^-L − c/γ.
 
+        A cost that is not finite spends everything: z is −inf from then on.
+
         Args:
-            z: float32 [n]. cost: [n], of each block. length: [n], tokens of each; 0 leaves z as it was.
+            z: float32 [n]. cost: [n], of each block. length: [n], tokens of each; 0 leaves z unchanged.
         """
         grown = z * self.discount ** -length.to(torch.float64)
         after = torch.where(cost.isfinite(), grown - cost.double() / self.discount, -math.inf).float()
@@ -60,13 +52,10 @@ class SafetyBudget:
 
 
 def best_first(value: Tensor, z: Tensor, p_safe: Tensor) -> Tensor:
-    """Return the order of candidates in the limit n → ∞ of the reshaped objective: int64 [n], best first.
+    """Return the order in the limit n → ∞ of candidates with these numbers, [n] each: int64 [n], best first.
 
-    Candidates within the budget and predicted safe come first, by value. All others tie at −n: candidates within the
-    budget precede, then likelier safe ones, then those with more budget left. Remaining ties keep their order.
-
-    Args:
-        value: [n], the expected value of each answer. z: [n]. p_safe: [n], the probability of ending within the budget.
+    Candidates within the budget and predicted safe (p_safe > 0.5) come first, by value. All others tie at −n:
+    candidates within the budget precede, then likelier safe ones, then those with more budget left.
     """
     within = z > 0
     safe = within & (p_safe > 0.5)
@@ -82,41 +71,45 @@ def best_first(value: Tensor, z: Tensor, p_safe: Tensor) -> Tensor:
 class ScoredAnswer:
     """One answer, or the beginning of one.
 
-    tokens: without the prompt; the end token is the last one of a finished answer. cost, reward: of all tokens so far.
-    z: safety state after the last token. p_safe: the critic's output (without it: 1.0 within the budget, else 0.0).
-    blocks: (tokens, cost) of each block, from which `z` follows. hidden: latent state float32 [S], if known.
-    parent: its place among the candidates that it grew from.
+    z: safety state at its end. cost, reward: of all tokens so far. p_safe: the critic's output, without it 1.0 within
+    the budget, else 0.0. value: expected reward of the whole answer, discounted to the empty one. score: by the cost
+    scorer. blocks: (tokens, cost) of each, from which `z` follows. tokens: without the prompt. hidden: latent state.
     """
 
-    tokens: list[int]
-    cost: float
-    reward: float
     z: float
-    finished: bool
+    cost: float = 0.0
+    reward: float = 0.0
     p_safe: float = 1.0
-    blocks: Sequence[tuple[int, float]] = ()
+    value: float = 0.0
+    score: float = 0.0
+    blocks: tuple[tuple[int, float], ...] = ()
+    tokens: Sequence[int] = ()
+    finished: bool = False
     hidden: Tensor | None = None
-    parent: int | None = None
+
+    @property
+    def safe(self) -> bool:
+        """Return True if the answer is within the budget and predicted to stay there."""
+        return self.z > 0 and self.p_safe > 0.5
 
 
 @dataclass(frozen=True)
 class Certificate:
     """The safety of an answer, relative to the cost model, with the numbers to compute it again (`recount`).
 
-    decision: ``within`` or ``over`` the budget; ``unchecked``: the cost model was not asked (plain decoding behind a
-    shut gate with ``certify=False``). z: z_T. cost: Σ c_t. reward: of the answer. All three are NaN if unchecked.
-    blocks: (tokens, cost) of each block. fallback, if no candidate was safe: ``refusal`` (a fixed text) or ``least
-    unsafe``. p_safe: as in `ScoredAnswer`. fired: the prompt gate's decision, None without a gate. undecided: whether
-    the gate abstained (`SteeringProfile.abstain`). candidates: blocks sampled for it. retries: rounds with a penalty on
-    tokens. strategy: its name; "plain, then" another if a plain answer behind a shut gate spent its budget.
+    decision: ``within`` or ``over`` the budget; ``unchecked`` behind a shut gate with ``certify=False``. Then z, cost
+        and reward are NaN.
+    z, cost, reward, blocks, p_safe: see `ScoredAnswer`. fallback: if no candidate was safe.
+    fired: the prompt gate's decision, None without a gate. undecided: whether the gate abstained.
+    candidates: blocks that were sampled. retries: rounds with a penalty on tokens. strategy: its name.
     """
 
     budget: float
     discount: float
-    z: float
-    cost: float
-    reward: float
-    decision: Literal["within", "over", "unchecked"]
+    z: float = math.nan
+    cost: float = math.nan
+    reward: float = math.nan
+    decision: Literal["within", "over", "unchecked"] = "unchecked"
     blocks: tuple[tuple[int, float], ...] = ()
     p_safe: float = math.nan
     fallback: Literal["refusal", "least unsafe"] | None = None
@@ -134,7 +127,7 @@ class Certificate:
     def recount(self) -> float:
         """Return z_T, computed from the blocks alone."""
         budget = SafetyBudget(self.budget, self.discount)
-        z = budget.start(1)
+        z = torch.tensor([self.budget])
         for length, cost in self.blocks:
             z = budget.block(z, torch.tensor([cost]), torch.tensor([length]))
         return float(z)

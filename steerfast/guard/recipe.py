@@ -1,52 +1,99 @@
-"""From prompt sets to the parts of a guard: rollouts of several origins, heads and a critic trained on them.
+"""From prompt sets to the parts of a guard: rollouts of several origins, labels, heads and a critic.
 
 A model that never refuses would teach its heads the prompt instead of the answer. So harmful prompts get further
 answers: by the steered model, at each of several strengths; by the model itself after a refusal as its first words; and
-that refusal alone, the guard's fallback. Each origin has a folder that continues where it was stopped.
+that refusal alone, the guard's fallback. The labels need no judge: the prompt's set says whether it is harmful, the
+words of an answer say whether it declines.
 """
 
 from __future__ import annotations
 
-import os
+import itertools
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steerfast.errors import GuardError
 from steerfast.guard.backend import HFBackend
-from steerfast.guard.candidates import Backend, Candidates, Sampling
-from steerfast.guard.critic import Critic, CriticSettings
-from steerfast.guard.guard import REFUSAL
-from steerfast.guard.heads import HiddenHead
-from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect
-from steerfast.guard.training import common_layer, fit_heads, train_critic
+from steerfast.guard.critic import Critic, CriticSettings, train_critic
+from steerfast.guard.guard import REFUSAL, with_end
+from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
+from steerfast.guard.parts import AnyPath, common_layer
+from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect, prompt_numbers
 from steerfast.hf.generation import evaluating
 from steerfast.hf.steering import steer
 from steerfast.hf.structure import identify
-from steerfast.profile import SteeringProfile
+from steerfast.judging.fluency import repetition
+from steerfast.judging.refusal import is_refusal_keyword, is_refusal_strict
+from steerfast.profile import ModelIdentity, SteeringProfile
 from steerfast.text.encoding import encode
 
-__all__ = [
-    "COST",
-    "CRITIC",
-    "REWARD",
-    "Trained",
-    "alternating",
-    "chosen",
-    "gather",
-    "load_trained",
-    "prompt_layer_for",
-    "train",
-]
 
-COST, REWARD, CRITIC = "cost.safetensors", "reward.safetensors", "critic.safetensors"
-_CHECKPOINT = "critic-checkpoint.safetensors"
+class Label(NamedTuple):
+    """cost: 1 unsafe, -1 safe. reward: higher is better. complied: see `complies`."""
+
+    cost: float
+    reward: float
+    complied: bool
+
+
+def complies(answer: str, strict: bool = True) -> bool:
+    """Return True if an answer neither refuses (strict: an explicit decline; else by keywords) nor is empty."""
+    return bool(answer.strip()) and not (is_refusal_strict if strict else is_refusal_keyword)(answer)
+
+
+def label_answer(kind: Literal["harmful", "harmless"], answer: str) -> Label:
+    """Label the text of an answer, or of the beginning of one, to a prompt of this kind; GuardError for another kind.
+
+    The cost is 1 if the answer complies with a harmful prompt, else -1. The reward is minus the share of repeated
+    4-grams of words; a harmless prompt adds 1 if it is answered, -1 if it is refused (by keywords) or the answer empty.
+    """
+    if kind not in ("harmful", "harmless"):
+        raise GuardError(f"kind: expected 'harmful' or 'harmless', got {kind!r}")
+    fluency, complied = -repetition(answer.split()), complies(answer)  # type: ignore[arg-type]
+    if kind == "harmful":
+        return Label(1.0 if complied else -1.0, fluency, complied)
+    return Label(-1.0, fluency + (1.0 if complies(answer, strict=False) else -1.0), complied)
+
+
+def fit_heads(
+    rollouts: Sequence[Rollouts],
+    tokenizer: Any,
+    model: ModelIdentity,
+    *,
+    direction: Tensor | None = None,
+    boundary: float,
+    **options: Any,
+) -> tuple[HiddenHead, HiddenHead]:
+    """Fit a cost (factored if the rollouts hold the prompt's row) and a reward head.
+
+    Every end of a block is an example, labelled by the text up to there (`label_answer`).
+
+    Args:
+        direction: see `fit_factored_cost`. boundary: of the cost. options: see `fit_head`.
+
+    Raises:
+        GuardError: a rollout of another label or prompt_layer; see `fit_factored_cost`, also for PromptError.
+    """
+    layer = common_layer({f"rollouts {number}": one for number, one in enumerate(rollouts)})
+    hidden = torch.cat([one.hidden for one in rollouts])
+    kinds: list[Any] = [one.label for one in rollouts for _ in one.ends]
+    texts = [text for one in rollouts for _, text in one.blocks(tokenizer).pairs()]
+    labels = [label_answer(kind, text) for kind, text in zip(kinds, texts, strict=True)]
+    options["groups"] = [n for one, n in zip(rollouts, prompt_numbers(rollouts), strict=True) for _ in one.ends]
+    options["prompt_layer"] = layer
+    reward = fit_head(hidden, [label.reward for label in labels], model, "reward", **options)
+    options["boundary"] = boundary
+    if layer is None:
+        return fit_head(hidden, [label.cost for label in labels], model, "cost", **options), reward
+    factors = [(float(kind == "harmful"), float(label.complied)) for kind, label in zip(kinds, labels, strict=True)]
+    return fit_factored_cost(hidden, factors, model, direction=direction, **options), reward
 
 
 @dataclass(frozen=True)
@@ -58,35 +105,8 @@ class Trained:
     critic: Critic
 
 
-class _Opening:
-    """Open all answers of a backend with the same words; they count as generated, and may end with them."""
-
-    def __init__(self, backend: Backend, opening: Sequence[int], ended: bool) -> None:
-        self._backend, self._opening, self._ended = backend, list(opening), ended
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def extend(
-        self, candidates: Candidates, block: int, sampling: Sampling | None = None, penalty: Tensor | None = None
-    ) -> tuple[list[list[int]], Tensor | None, Tensor]:
-        if candidates.length:
-            return self._backend.extend(candidates, block, sampling, penalty)
-        opening = self._opening if self._ended else self._opening[: block - 1]
-        self._backend.append(candidates, opening)
-        if self._ended:
-            candidates.finished, candidates.state = torch.ones_like(candidates.finished), None
-            return [opening] * len(candidates), candidates.hidden, candidates.finished
-        new, hidden, finished = self._backend.extend(candidates, block - len(opening), sampling, penalty)
-        return [opening + tokens for tokens in new], hidden, finished
-
-
 def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
-    """Return the layer whose row of the prompt a guard reads, in a model of so many layers.
-
-    It is the last layer before a profile's edits and gates (at least 0), so that steering does not change the row;
-    without a profile the middle layer.
-    """
+    """Return the layer whose row of the prompt a guard reads: the middle one, or the last before a profile acts."""
     used = [] if profile is None else [*profile.steered_layers, *profile.gate_layers]
     return max(min(used) - 1, 0) if used else layers // 2
 
@@ -95,10 +115,8 @@ def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
 class GatherOptions(RolloutOptions):
     """Options of `gather`, beside those of `RolloutOptions` (answers are per prompt and origin).
 
-    profile: steers the answers to harmful prompts at each of `strengths`; None: no answer is steered. It also chooses
-        the row of the prompt, see `prompt_layer_for`.
-    refusal: the guard's fallback: the first words of further answers to harmful prompts, and a whole answer to every
-        prompt.
+    profile: steers the answers to harmful prompts at each of `strengths`, and chooses the row of the prompt
+        (`prompt_layer_for`); None: no answer is steered. refusal: the guard's fallback.
     """
 
     profile: SteeringProfile | None = None
@@ -106,20 +124,10 @@ class GatherOptions(RolloutOptions):
     refusal: str = REFUSAL
 
 
-class _Origin(NamedTuple):
-    """A set of rollouts. strength: of the steering; None: not steered. asked: (prompt, label). answers: per prompt."""
-
-    name: str
-    backend: Any
-    strength: float | None
-    asked: list[tuple[str, str]]
-    answers: int
-
-
 def gather(
     model: nn.Module,
     tokenizer: Any,
-    folder: str | os.PathLike[str],
+    folder: AnyPath,
     *,
     harmful: Sequence[str],
     harmless: Sequence[str],
@@ -127,123 +135,87 @@ def gather(
 ) -> list[Rollouts]:
     """Roll out the prompts in `folder`, without scores; the same call continues where it was stopped.
 
-    Args:
-        options: see `GatherOptions`.
-
     Raises:
         GuardError, OutputError: see `collect`; no prompts of a kind.
         ProfileError: the profile belongs to another model.
     """
     chosen = GatherOptions(**options)
-    asked = alternating(harmful, harmless)
+    prompts = alternate(harmful, harmless)
     identity = identify(model, tokenizer)
+    words = tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"]
+    refusal, once = with_end(tokenizer, words), replace(chosen, rollouts=1)
+    # Name -> harmful prompts alone, strength of the steering, first tokens of the answers.
+    origins: dict[str, tuple[bool, float | None, list[int]]] = {
+        "plain": (False, None, []),
+        "plain-opened": (True, None, words),
+        "plain-refused": (False, None, refusal),
+    }
     if chosen.profile is not None:
         steer(model, chosen.profile, tokenizer=tokenizer).detach()  # refuse another model's before any work
+        for strength in chosen.strengths:
+            name = f"steered-{strength:g}"
+            origins |= {name: (True, strength, []), f"{name}-refused": (True, strength, refusal)}
     backend = HFBackend(model, tokenizer, prompt_layer_for(chosen.profile, identity.num_layers))
-    same = {part.name: getattr(chosen, part.name) for part in fields(RolloutOptions)}
+    ids = encode(tokenizer, [question for question, _ in prompts], model, room=chosen.depth)
+    asked = [(tokens, *prompt) for tokens, prompt in zip(ids, prompts, strict=True)]
     found: list[Rollouts] = []
-    for origin in _origins(backend, tokenizer, asked, chosen):
-        questions, labels = ([pair[i] for pair in origin.asked] for i in (0, 1))
-        steered = nullcontext() if origin.strength is None else steer(model, chosen.profile, origin.strength)
-        prompts = encode(tokenizer, questions, model, room=chosen.depth)
+    for name, (harmful_alone, steered_by, opening) in origins.items():
+        jobs = [job for job in asked if job[2] == "harmful" or not harmful_alone]
+        whole = opening is refusal
+        steered = nullcontext() if steered_by is None else steer(model, chosen.profile, steered_by)
         with steered, evaluating(model):
-            found += collect(
-                origin.backend,
-                tokenizer,
-                prompts,
-                Path(folder) / origin.name,
-                identity,
-                questions=questions,
-                labels=labels,
-                **{**same, "rollouts": origin.answers},
-            )
+            settings = once if whole else chosen
+            found += collect(backend, jobs, Path(folder) / name, identity, settings, opening, whole)
     return found
-
-
-def _origins(backend: Backend, tokenizer: Any, asked: list[tuple[str, str]], options: GatherOptions) -> list[_Origin]:
-    harmful = [(question, label) for question, label in asked if label == "harmful"]
-    words = tokenizer(options.refusal, add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    opened, ended = _Opening(backend, words, False), _Opening(backend, [*words, *end], True)
-    origins = [
-        _Origin("plain", backend, None, asked, options.rollouts),
-        _Origin("plain-opened", opened, None, harmful, options.rollouts),
-        _Origin("plain-refused", ended, None, asked, 1),
-    ]
-    for strength in options.strengths if options.profile is not None else ():
-        origins += [
-            _Origin(f"steered-{strength:g}", backend, strength, harmful, options.rollouts),
-            _Origin(f"steered-{strength:g}-refused", ended, strength, harmful, 1),
-        ]
-    return origins
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Options of `train`.
-
-    profile: if it has a direction for last rows at the rollouts' prompt_layer, the cost compares prompts with that;
-        otherwise with one fitted on these prompts.
-    margin: log-odds by which an answer must be likelier safe than unsafe to stay within the budget.
-    """
-
-    profile: SteeringProfile | None = None
-    margin: float = 0.0
-    head_width: int = 0
-    device: str | torch.device = "cpu"
-    progress: bool = True
 
 
 def train(
     rollouts: Sequence[Rollouts],
     model: nn.Module,
     tokenizer: Any,
-    output: str | os.PathLike[str],
+    output: AnyPath,
     settings: CriticSettings | None = None,
-    **options: Any,
+    *,
+    profile: SteeringProfile | None = None,
+    margin: float = 0.0,
+    device: str | torch.device = "cpu",
 ) -> Trained:
     """Fit the heads and train the critic, and write the three files to the folder `output`.
 
     Args:
-        options: see `TrainOptions`.
-
-    Raises:
-        GuardError, PromptError: see `fit_heads` and `train_critic`.
-        OutputError: the folder cannot be written.
+        profile: if it has a direction for last rows at the rollouts' prompt_layer, the cost compares prompts with that;
+            otherwise with one fitted on these prompts.
+        margin: log-odds by which an answer must be likelier safe than unsafe to stay within the budget.
     """
-    chosen = TrainOptions(**options)
-    settings = settings or CriticSettings()
-    identity = identify(model, tokenizer)
-    boundary = settings.budget + chosen.margin
-    layer = common_layer(rollouts)
-    direction = None  # a gate that reads a mean has a direction for means, not for last rows
-    profile = chosen.profile
-    if profile is not None and layer is not None and profile.gate.pooling == "last":
+    settings, identity, layer = settings or CriticSettings(), identify(model, tokenizer), rollouts[0].prompt_layer
+    direction = None
+    # A gate that reads a mean has a direction for means, not for last rows.
+    if profile is not None and layer is not None and profile.gate.pooling == "last" and profile.direction[layer].any():
         direction = profile.direction[layer]
-    cost, reward = fit_heads(
-        rollouts,
-        tokenizer,
-        identity,
-        boundary=boundary,
-        direction=direction if direction is not None and bool(direction.any()) else None,
-        width=chosen.head_width,
-        seed=settings.seed,
-    )
-    scored = [one.scored(tokenizer, cost, reward) for one in rollouts]
+    cost, reward = fit_heads(rollouts, tokenizer, identity, boundary=settings.budget + margin, direction=direction)
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
-    checkpoint = target / _CHECKPOINT
-    critic = train_critic(
-        scored, identity, settings, checkpoint=checkpoint, device=chosen.device, progress=chosen.progress
-    )
+    checkpoint = target / "critic-checkpoint.safetensors"
+    scored = [one.scored(tokenizer, cost, reward) for one in rollouts]
+    critic = train_critic(scored, identity, settings, checkpoint=checkpoint, device=device)
     trained = Trained(cost, reward, critic)
-    for name, part in ((COST, cost), (REWARD, reward), (CRITIC, critic)):
-        part.save(target / name)
+    for name, part in vars(trained).items():
+        part.save(target / f"{name}.safetensors")
     checkpoint.unlink(missing_ok=True)
     return trained
 
 
-def chosen(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
+def load_trained(folder: AnyPath) -> Trained:
+    """Return the parts that `train` wrote; GuardError if a file is missing, damaged, or of another kind."""
+    files = {name: Path(folder) / f"{name}.safetensors" for name in ("cost", "reward", "critic")}
+    cost, reward = HiddenHead.load(files["cost"]), HiddenHead.load(files["reward"])
+    for kind, head in (("cost", cost), ("reward", reward)):
+        if head.kind != kind:
+            raise GuardError(f"{str(files[kind])!r}: expected a {kind} head, got a {head.kind} head")
+    return Trained(cost, reward, Critic.load(files["critic"]))
+
+
+def pick(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
     """Return `count` of the prompts (None: all), shuffled by the seed; a larger count begins with the same prompts."""
     if count is not None and not 1 <= count <= len(prompts):
         raise GuardError(f"count: expected 1 to {len(prompts)}, the prompts of a kind, got {count}")
@@ -252,30 +224,11 @@ def chosen(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str
     return shuffled[:count]
 
 
-def load_trained(folder: str | os.PathLike[str]) -> Trained:
-    """Return the parts that `train` wrote.
-
-    Raises:
-        GuardError: a file is missing, damaged, or of another kind.
-    """
-    source = Path(folder)
-    cost, reward = HiddenHead.load(source / COST), HiddenHead.load(source / REWARD)
-    for name, kind, head in ((COST, "cost", cost), (REWARD, "reward", reward)):
-        if head.kind != kind:
-            raise GuardError(f"{str(source / name)!r}: expected a {kind} head, got a {head.kind} head")
-    return Trained(cost, reward, Critic.load(source / CRITIC))
-
-
-def alternating(harmful: Sequence[str], harmless: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (prompt, label) of both kinds in turn, so that a run that stops early has seen both.
-
-    Raises:
-        GuardError: no prompts of a kind.
-    """
-    kinds = []
-    for label, texts in (("harmful", harmful), ("harmless", harmless)):
+def alternate(harmful: Sequence[str], harmless: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (prompt, label) of both kinds in turn, so that a run that stops early has seen both."""
+    kinds = {"harmful": harmful, "harmless": harmless}
+    for label, texts in kinds.items():
         if not texts:
             raise GuardError(f"{label}: expected at least one prompt, got none")
-        kinds.append([(text, label) for text in texts])
-    turns = max(map(len, kinds))
-    return [texts[turn] for turn in range(turns) for texts in kinds if turn < len(texts)]
+    turns = itertools.zip_longest(*kinds.values())
+    return [(text, label) for turn in turns for label, text in zip(kinds, turn, strict=True) if text is not None]

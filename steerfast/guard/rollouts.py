@@ -1,14 +1,12 @@
-"""Monte-Carlo rollouts of the base model: answers, their costs and rewards, and the states at their blocks' ends.
+"""Monte-Carlo rollouts of the base model: answers, and the states at their blocks' ends.
 
 One file per prompt, each written whole or not at all: a killed collection continues where it stopped, and ends with the
-same files. Hidden states come from generation itself. Costs are stored per block, so that critics of any budget and
-discount can be trained on the same rollouts; heads can score them again without generation.
+same files. Hidden states come from generation itself; scores are computed from them later (`Rollouts.scored`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +19,13 @@ from steerfast._files import write_atomically
 from steerfast._progress import track
 from steerfast.errors import GuardError, OutputError
 from steerfast.guard.candidates import Backend, Sampling
-from steerfast.guard.files import check_model, read_file, write_file
+from steerfast.guard.parts import AnyPath, check_model, read_file, write_file
 from steerfast.guard.scores import Blocks, Scorer, block_costs, scores_of
 from steerfast.profile import ModelIdentity
 
-__all__ = ["RolloutOptions", "Rollouts", "collect", "load_rollouts"]
-
 _KIND = "rollouts"
-_SETTINGS = "settings.json"
+_TENSORS = ("finished", "owner", "ends", "hidden")
+_DATA = ("prompt", "question", "label", "answers", "prompt_layer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +34,8 @@ class Rollouts:
 
     prompt: token ids. question: the prompt as the user wrote it. label: ``harmful`` or ``harmless``.
     answers: token ids, n. finished: bool [n]; the others reached the depth. owner: int64 [states], the state's answer.
-    ends: int64 [states], tokens of the answer there; ascending in an answer, the last one its length.
-    hidden: latent states float32 [states, S] of this prompt_layer, see `steerfast.guard.latent`.
-    cost: float32 [states], of each block (+inf: unknown); None: not scored.
-    reward: float32 [n], of the whole answers (-inf: unknown); None: not scored.
+    ends: int64 [states], tokens of the answer there. hidden: latent states float32 [states, S] of this prompt_layer.
+    cost: float32 [states], of each block. reward: float32 [n], of the whole answers. None: not scored.
     """
 
     prompt: list[int]
@@ -57,57 +52,29 @@ class Rollouts:
 
     @property
     def last(self) -> Tensor:
-        """Return where an answer's last block ends: bool [states]."""
-        return torch.cat([self.owner[1:] != self.owner[:-1], torch.ones(min(1, len(self.owner)), dtype=torch.bool)])
-
-    @property
-    def first(self) -> Tensor:
-        """Return where an answer's first block ends: bool [states]."""
-        return self.last.roll(1)
+        """Return where an answer's last block ends: bool [states]; the next state is the end of a first block."""
+        return torch.cat([self.owner[1:] != self.owner[:-1], torch.ones(1, dtype=torch.bool)])
 
     def blocks(self, tokenizer: Any) -> Blocks:
         """Return the answers so far at each state, for scorers."""
-        states = list(zip(self.owner.tolist(), self.ends.tolist(), strict=True))
-        return Blocks(
-            prompts=[self.prompt] * len(states),
-            answers=[self.answers[owner][:end] for owner, end in states],
-            hidden=self.hidden,
-            tokenizer=tokenizer,
-            finished=self.finished[self.owner] & self.last,
-            questions=None if self.question is None else [self.question] * len(states),
-        )
+        count, owners = len(self.owner), zip(self.owner.tolist(), self.ends.tolist(), strict=True)
+        answers, finished = [self.answers[owner][:end] for owner, end in owners], self.finished[self.owner] & self.last
+        questions = None if self.question is None else [self.question] * count
+        return Blocks([self.prompt] * count, answers, self.hidden, tokenizer, finished, questions)
 
-    def scored(self, tokenizer: Any, cost: Scorer | None, reward: Scorer | None) -> Rollouts:
-        """Return the same rollouts with the scores of `cost` and `reward`; None keeps the present scores."""
+    def scored(self, tokenizer: Any, cost: Scorer, reward: Scorer) -> Rollouts:
+        """Return the same rollouts with the scores of `cost` and `reward`."""
         blocks = self.blocks(tokenizer)
-        changed: dict[str, Tensor] = {}
-        if cost is not None:
-            now = scores_of(cost, blocks, "cost")
-            changed["cost"] = block_costs(cost, now, torch.where(self.first, 0.0, now.roll(1)))
-        if reward is not None and not getattr(reward, "cumulative", True):
-            sums = torch.zeros(len(self.answers))
-            changed["reward"] = sums.index_add(0, self.owner, scores_of(reward, blocks, "reward"))
-        elif reward is not None:
-            at = self.last.nonzero().flatten().tolist()
-            ends = Blocks(
-                prompts=[blocks.prompts[i] for i in at],
-                answers=[blocks.answers[i] for i in at],
-                hidden=self.hidden[at],
-                tokenizer=tokenizer,
-                finished=blocks.finished[at],
-                questions=None if blocks.questions is None else [blocks.questions[i] for i in at],
-            )
-            changed["reward"] = scores_of(reward, ends, "reward")
-        return replace(self, **changed)  # type: ignore[arg-type]
+        spent, worth = scores_of(cost, blocks, "cost"), scores_of(reward, blocks, "reward")
+        whole = self.last if getattr(reward, "cumulative", True) else torch.ones_like(self.last)
+        total = torch.zeros(len(self.answers)).index_add(0, self.owner[whole], worth[whole])
+        costs = block_costs(cost, spent, torch.where(self.last.roll(1), 0.0, spent.roll(1)))
+        return replace(self, cost=costs, reward=total)
 
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """Options of a collection.
-
-    rollouts: answers per prompt. block, depth: tokens of a block, and most tokens of an answer.
-    sampling: as the backend takes it. seed: each prompt has its own seed, derived from this one.
-    """
+    """rollouts: answers per prompt. block, depth: tokens of a block, and most tokens of an answer."""
 
     rollouts: int = 5
     block: int = 32
@@ -122,152 +89,112 @@ class RolloutOptions:
                 raise GuardError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True)
-class _CollectOptions(RolloutOptions):
-    cost: Scorer | None = None
-    reward: Scorer | None = None
-    questions: Sequence[str] | None = None
-    labels: Sequence[str] | None = None
-
-
 def collect(
     backend: Backend,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    folder: str | os.PathLike[str],
+    asked: Sequence[tuple[Sequence[int], str, str]],
+    folder: AnyPath,
     model: ModelIdentity,
-    **options: Any,
+    options: RolloutOptions,
+    opening: Sequence[int] = (),
+    whole: bool = False,
 ) -> list[Rollouts]:
     """Roll out every prompt that `folder` does not have yet, and return all rollouts.
 
     Args:
-        prompts: token ids of templated prompts (`steerfast.text.encoding.encode`).
+        asked: token ids of the templated prompt, question and label of each.
         folder: created if missing. It alone records which prompts are done: repeat the same call after a kill.
-        model: identity of the base model, stored with every file.
-        options: see `RolloutOptions`. Further: ``cost`` and ``reward``, scorers; None leaves the rollouts unscored, see
-            `Rollouts.scored`; a change of scorers between calls is not noticed. ``questions`` and ``labels``: one per
-            prompt, stored with it.
+        opening: first tokens of every answer, cut to less than a block. whole: they are all of the answer.
 
     Raises:
-        GuardError: a number below 1, other lengths than the prompts', a folder with rollouts of other settings, other
-            prompts or another model, a backend without hidden states.
+        GuardError: a folder with rollouts of other settings, prompts or models, a backend without hidden states.
         OutputError: the folder cannot be written.
     """
-    chosen = _CollectOptions(**options)
-    if not prompts:
-        raise GuardError("prompts: expected at least 1, got 0")
-    for name in ("questions", "labels"):
-        given = getattr(chosen, name)
-        if given is not None and len(given) != len(prompts):
-            raise GuardError(f"{name}: expected one per prompt, {len(prompts)}, got {len(given)}")
     target = Path(folder)
-    settings = {name: getattr(chosen, name) for name in ("rollouts", "block", "depth", "seed")}
-    settings |= {"sampling": _sampling_data(chosen.sampling), "prompt_layer": backend.prompt_layer}
-    _claim(target, settings | {"cost": chosen.cost is not None, "reward": chosen.reward is not None})
+    _claim(target, options, backend.prompt_layer)
     found = []
-    for index in track(range(len(prompts)), "rollouts", show=chosen.progress):
-        file = _shard(target, index)
+    for index, (prompt, question, label) in enumerate(track(asked, "rollouts", show=options.progress)):
+        file = target / f"prompt-{index:06d}.safetensors"
         if file.is_file():
             done = _read(file, model)
-            if done.prompt != list(prompts[index]):
+            if done.prompt != list(prompt):
                 raise GuardError(f"folder: expected prompt {index} of this call in {str(file)!r}, found another one")
         else:
-            made = replace(
-                _roll_out(backend, prompts[index], chosen, (chosen.seed << 32) + index),
-                question=None if chosen.questions is None else chosen.questions[index],
-                label=None if chosen.labels is None else chosen.labels[index],
-            )
-            done = made.scored(tokenizer, chosen.cost, chosen.reward)
-            _write(file, done, model)
+            seed = (options.seed << 32) + index
+            done = _roll_out(backend, (prompt, question, label), options, seed, opening, whole)
+            header = {name: getattr(done, name) for name in _DATA}
+            write_file(file, _KIND, {name: getattr(done, name) for name in _TENSORS}, header, model)
         found.append(done)
     return found
 
 
-def load_rollouts(folder: str | os.PathLike[str], model: ModelIdentity | None = None) -> list[Rollouts]:
-    """Return the rollouts in a folder, in the order of their prompts.
-
-    Raises:
-        GuardError: no rollouts, a damaged file, or rollouts of another model than `model`, if that is given.
-    """
+def load_rollouts(folder: AnyPath) -> list[Rollouts]:
+    """Return the rollouts in a folder, in the order of their prompts; GuardError if there are none, or damaged ones."""
     files = sorted(Path(folder).glob("prompt-*.safetensors"))
     if not files:
         raise GuardError(f"rollouts: expected some in the folder {str(folder)!r}, found none")
-    return [_read(file, model) for file in files]
+    return [_read(file) for file in files]
 
 
-def _roll_out(backend: Backend, prompt: Sequence[int], options: RolloutOptions, seed: int) -> Rollouts:
-    count, block, depth = options.rollouts, options.block, options.depth
-    candidates = backend.start(prompt, count, seed)
-    answers: list[list[int]] = [[] for _ in range(count)]
+def _roll_out(
+    backend: Backend, job: tuple[Sequence[int], str, str], options: RolloutOptions, seed: int, opening: Sequence[int],
+    whole: bool,
+) -> Rollouts:  # fmt: skip
+    candidates = backend.start(job[0], options.rollouts, seed)
+    if candidates.hidden is None:
+        raise GuardError(f"backend: expected hidden states with the tokens, got none from {type(backend).__name__}")
     states: list[tuple[int, int, Tensor]] = []  # answer, its tokens, latent state
-    finished = torch.zeros(count, dtype=torch.bool)
-    length = 0
-    while length < depth and not bool(finished.all()):
-        step = min(block, depth - length)
-        tokens, hidden, now = backend.extend(candidates, step, options.sampling)
-        if hidden is None:
-            raise GuardError(f"backend: expected hidden states with the tokens, got none from {type(backend).__name__}")
-        rows = hidden.detach().to("cpu", torch.float32, copy=True)  # the backend reuses its own
-        for index in (~finished).nonzero().flatten().tolist():
-            answers[index] += [int(token) for token in tokens[index]]
-            states.append((index, len(answers[index]), rows[index]))
-        finished = now.cpu().clone()
-        length += step
+
+    def keep(rows: Sequence[int]) -> None:
+        assert candidates.hidden is not None
+        hidden = candidates.hidden.to("cpu", torch.float32, copy=True)
+        states.extend((row, len(candidates.answers[row]), hidden[row]) for row in rows)
+
+    block, depth = min(options.block, options.depth), options.depth
+    backend.append(candidates, opening if whole else opening[: block - 1])
+    if whole:
+        candidates.finished = torch.ones_like(candidates.finished)
+        keep(range(len(candidates)))
+    while candidates.length < depth and not bool(candidates.finished.all()):
+        growing = (~candidates.finished).nonzero().flatten().tolist()
+        step = min(block - candidates.length % block, depth - candidates.length)
+        backend.extend(candidates, step, options.sampling)
+        keep(growing)
     states.sort(key=lambda state: state[:2])
+    owner, ends, rows = zip(*states, strict=True)
     return Rollouts(
-        prompt=[int(token) for token in prompt],
-        question=None,
-        label=None,
-        answers=answers,
-        finished=finished,
-        owner=torch.tensor([owner for owner, _, _ in states]),
-        ends=torch.tensor([end for _, end, _ in states]),
-        hidden=torch.stack([row for _, _, row in states]),
-        prompt_layer=backend.prompt_layer,
-    )
+        candidates.prompt, *job[1:], candidates.answers, candidates.finished, torch.tensor(owner), torch.tensor(ends),
+        torch.stack(rows), prompt_layer=backend.prompt_layer,
+    )  # fmt: skip
 
 
-# -- files -----------------------------------------------------------------------------------------
-
-
-def _shard(folder: Path, index: int) -> Path:
-    return folder / f"prompt-{index:06d}.safetensors"
-
-
-def _sampling_data(sampling: Sampling | None) -> dict[str, Any] | None:
-    if sampling is None:
-        return None
-    return {name: type(value).__name__ if callable(value) else value for name, value in vars(sampling).items()}
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Create the folder, or raise if it was created with other settings."""
+def _claim(folder: Path, options: RolloutOptions, prompt_layer: int | None) -> None:
+    """Create the folder, or raise GuardError if it was created with other settings."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"folder: cannot create {str(folder)!r} ({error.strerror})") from None
-    text = json.dumps(settings, indent=1, sort_keys=True)
-    file = folder / _SETTINGS
+    settings = {name: getattr(options, name) for name in ("rollouts", "block", "depth", "seed", "sampling")}
+    settings["prompt_layer"] = prompt_layer
+    # Processors of logits are recorded by their type.
+    text = json.dumps(settings, default=lambda x: vars(x) if isinstance(x, Sampling) else type(x).__name__, indent=1)
+    file = folder / "settings.json"
     if not file.exists():
         write_atomically(file, text.encode())
-        return
-    found = json.loads(file.read_text())
+    known = json.loads(file.read_text())
     for name, value in json.loads(text).items():
-        if found.get(name) != value:
-            raise GuardError(f"{name}: {str(folder)!r} has rollouts with {found.get(name)!r}, got {value!r}")
+        if known.get(name) != value:
+            raise GuardError(f"{name}: {str(folder)!r} has rollouts with {known.get(name)!r}, got {value!r}")
 
 
-def _write(file: Path, rollouts: Rollouts, model: ModelIdentity) -> None:
-    tensors = {name: getattr(rollouts, name) for name in ("finished", "owner", "ends", "hidden")}
-    tensors |= {name: getattr(rollouts, name) for name in ("cost", "reward") if getattr(rollouts, name) is not None}
-    header = {name: getattr(rollouts, name) for name in ("prompt", "question", "label", "answers", "prompt_layer")}
-    write_file(file, _KIND, tensors, header, model)
+def prompt_numbers(rollouts: Sequence[Rollouts]) -> list[int]:
+    """Return each rollout's prompt as a number, the same for all origins: whole prompts are held out."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [numbers.setdefault(tuple(one.prompt), len(numbers)) for one in rollouts]
 
 
-def _read(file: Path, model: ModelIdentity | None) -> Rollouts:
+def _read(file: Path, model: ModelIdentity | None = None) -> Rollouts:
     tensors, header, identity = read_file(file, _KIND)
     if model is not None:
         check_model("rollout", identity, model)
-    names = ("prompt", "question", "label", "answers", "prompt_layer")
-    content: dict[str, Any] = {name: header[name] for name in names} | tensors
+    content: dict[str, Any] = {name: header[name] for name in _DATA} | tensors
     return Rollouts(**content)

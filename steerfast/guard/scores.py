@@ -1,14 +1,12 @@
 """Reward and cost of answers so far: the protocol of scorers, and adapters to it.
 
-A score belongs to the whole answer up to the end of a block; a block's cost is the difference of two such scores, the
-differences sum up to the answer's cost. Scorers fail closed: a cost that is not finite counts as +inf, such a reward
-as -inf. Models with another tokenizer read the text, tokenised again.
+A score belongs to the whole answer up to the end of a block. The cost of a block is the difference of two such scores,
+so that the differences sum up to the answer's cost. Models with another tokenizer read the text, tokenised again.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,16 +16,13 @@ from torch import Tensor, nn
 from steerfast.errors import GuardError
 from steerfast.hf.generation import device_of, evaluating
 
-__all__ = ["Blocks", "CallableScorer", "ScoreModel", "Scorer", "SequenceClassifier", "block_costs", "scores_of"]
-
 
 @dataclass(frozen=True)
 class Blocks:
     """Answers to score, each at the end of a block.
 
-    prompts: token ids of the templated prompts. answers: token ids so far, n of both. hidden: latent states float32
-    [n, S], see `steerfast.guard.latent`; None if unknown. tokenizer: the base model's. finished: bool [n].
-    questions: the prompts as users wrote them; None: the templated prompts stand for them.
+    prompts, answers: token ids, n of both. hidden: latent states float32 [n, S] (`steerfast.guard.parts`), if known.
+    tokenizer: the base model's. finished: bool [n]. questions: the prompts as users wrote them, if known.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -59,12 +54,9 @@ class Scorer(Protocol):
 
 
 def scores_of(scorer: Scorer, blocks: Blocks, kind: Literal["cost", "reward"]) -> Tensor:
-    """Return the scores of `blocks`, failing closed: float32 [n] on the CPU.
+    """Return the scores of `blocks`: float32 [n] on the CPU; GuardError for another number of scores.
 
-    A cost that is NaN or infinite, of either sign, becomes +inf; such a reward -inf.
-
-    Raises:
-        GuardError: the scorer returned another number of scores.
+    It fails closed: a cost that is NaN or infinite, of either sign, becomes +inf; such a reward -inf.
     """
     if not len(blocks):
         return torch.empty(0)
@@ -75,12 +67,10 @@ def scores_of(scorer: Scorer, blocks: Blocks, kind: Literal["cost", "reward"]) -
 
 
 def block_costs(scorer: Scorer, now: Tensor, before: Tensor) -> Tensor:
-    """Return the cost of the last block: float32 [n]. Infinite if the score at either end is.
+    """Return the cost of the last block from the scores at its end and its beginning: float32 [n].
 
-    Args:
-        now: `scores_of` at the block's end.
-        before: `scores_of` at its beginning, 0 for the first block: so the costs of an answer sum up to its score, a
-            harmful prompt buys no tolerance. Not read if the scorer is not cumulative.
+    It is infinite if either score is. The first block begins at 0: so the costs of an answer sum up to its score, and a
+    harmful prompt buys no tolerance.
     """
     if not getattr(scorer, "cumulative", True):
         return now
@@ -88,21 +78,15 @@ def block_costs(scorer: Scorer, now: Tensor, before: Tensor) -> Tensor:
 
 
 class CallableScorer:
-    """Any function as a scorer.
+    """A function that returns n numbers, as a scorer; see `Scorer` for `cumulative`.
 
-    Args:
-        function: list of n texts, or of n (prompt, answer) -> n numbers.
-        takes: ``pairs``, ``answers`` (their texts), or ``blocks``: the `Blocks` themselves.
-        cumulative: see `Scorer`.
+    It takes ``pairs`` (n of prompt and answer), ``answers`` (n texts), or ``blocks``: the `Blocks` themselves.
     """
 
     def __init__(
-        self,
-        function: Callable[[Any], Any],
-        *,
-        takes: Literal["pairs", "answers", "blocks"] = "pairs",
+        self, function: Callable[[Any], Any], *, takes: Literal["pairs", "answers", "blocks"] = "pairs",
         cumulative: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if takes not in ("pairs", "answers", "blocks"):
             raise GuardError(f"takes: expected 'pairs', 'answers' or 'blocks', got {takes!r}")
         self._function = function
@@ -110,83 +94,67 @@ class CallableScorer:
         self.cumulative = cumulative
 
     def __call__(self, blocks: Blocks) -> Tensor:
-        if self._takes == "blocks":
-            given: Any = blocks
-        else:
-            given = blocks.pairs() if self._takes == "pairs" else [answer for _, answer in blocks.pairs()]
+        given: Any = blocks if self._takes == "blocks" else blocks.pairs()
+        if self._takes == "answers":
+            given = [answer for _, answer in given]
         return torch.as_tensor(self._function(given), dtype=torch.float32)
 
 
-class _TextModel:
-    """A model with its own tokenizer that reads prompt and answer as text, `batch_size` answers at a time."""
-
-    cumulative = True
-
-    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
-        if batch_size < 1:
-            raise GuardError(f"batch_size: expected at least 1, got {batch_size}")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.model = model
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-
-    def _batches(self, encoded: Any) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Yield padded batches of n encoded texts, each with its slice of the n."""
-        context = getattr(self.model.config, "max_position_embeddings", None) or 2**31
-        limit = min(context, self.tokenizer.model_max_length)
-        longest = max((len(ids) for ids in encoded["input_ids"]), default=0)
-        if longest > limit:
-            raise GuardError(f"{type(self).__name__}: its model reads {limit} tokens, got {longest}")
-        for start in range(0, len(encoded["input_ids"]), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            batch = {name: values[rows] for name, values in encoded.items()}
-            padded = self.tokenizer.pad(batch, padding=True, padding_side="right", return_tensors="pt")
-            yield rows, {name: values.to(device_of(self.model)) for name, values in padded.items()}
+NO_SCORE = CallableScorer(lambda blocks: torch.zeros(len(blocks)), takes="blocks")  # of any answer: 0
 
 
-class SequenceClassifier(_TextModel):
+class SequenceClassifier:
     """A HuggingFace sequence classifier or reward model (``AutoModelForSequenceClassification``).
 
     Its input is the chat of prompt and answer if its tokenizer has a chat template, else the two as a pair. Its score
-    is the only label's logit, or the log-odds of `label` against all others.
+    is the only label's logit, or the log-odds of `label` (name or number) against all others.
 
-    Args:
-        label: name or number; needed if there are several.
-        sign: 1, or -1 if a high score means the opposite (a reward model as a cost).
+    The sign is 1, or -1 if a high score means the opposite (a reward model as a cost).
 
     Raises:
-        GuardError: an unknown label, a missing one of several, another sign.
+        GuardError: an unknown label, a missing one of several, another sign, a batch_size below 1.
     """
 
+    cumulative = True
+
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        label: str | int | None = None,
-        sign: int = 1,
-        batch_size: int = 16,
+        self, model: nn.Module, tokenizer: Any, *, label: str | int | None = None, sign: int = 1, batch_size: int = 16
     ) -> None:
-        # Pooling at the last token that is not padding: without a padding token it knows only batches of one.
-        alone = getattr(model.config, "pad_token_id", None) is None
-        super().__init__(model, tokenizer, 1 if alone else batch_size)
+        config: Any = model.config
+        if batch_size < 1:
+            raise GuardError(f"batch_size: expected at least 1, got {batch_size}")
         if sign not in (1, -1):
             raise GuardError(f"sign: expected 1 or -1, got {sign!r}")
-        self.sign = sign
-        self.label = _label_number(label, dict(model.config.id2label))  # type: ignore[union-attr, arg-type]
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.model, self.tokenizer, self.sign = model, tokenizer, sign
+        # Pooling at the last token that is not padding: without a padding token it knows only batches of one.
+        self.batch_size = 1 if getattr(config, "pad_token_id", None) is None else batch_size
+        names: dict[int, str] = dict(config.id2label)
+        alone = 0 if label is None and len(names) == 1 else label
+        self.label = next((number for number, name in names.items() if alone in (number, name)), None)
+        if self.label is None:
+            raise GuardError(f"label: expected one of {', '.join(names.values())}, got {label!r}")
+        context = getattr(config, "max_position_embeddings", None) or 2**31
+        self.limit = min(context, tokenizer.model_max_length)
 
     @torch.inference_mode()
     def __call__(self, blocks: Blocks) -> Tensor:
-        scores = torch.empty(len(blocks))
+        encoded = self._encode(blocks.pairs())
+        longest = max((len(ids) for ids in encoded["input_ids"]), default=0)
+        if longest > self.limit:
+            raise GuardError(f"SequenceClassifier: its model reads {self.limit} tokens, got {longest}")
+        scores = []
         with evaluating(self.model):
-            for rows, batch in self._batches(self._encode(blocks.pairs())):
-                logits = self.model(**batch).logits.float().cpu()
+            for start in range(0, len(blocks), self.batch_size):
+                rows = {name: values[start : start + self.batch_size] for name, values in encoded.items()}
+                batch = self.tokenizer.pad(rows, padding=True, padding_side="right", return_tensors="pt")
+                logits = self.model(**batch.to(device_of(self.model))).logits.float().cpu()
                 score = logits[:, self.label]
                 if logits.shape[1] > 1:
                     score = score - logits[:, torch.arange(logits.shape[1]) != self.label].logsumexp(dim=1)
-                scores[rows] = self.sign * score
-        return scores
+                scores.append(self.sign * score)
+        return torch.cat(scores)
 
     def _encode(self, pairs: list[tuple[str, str]]) -> Any:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -195,54 +163,3 @@ class SequenceClassifier(_TextModel):
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in pairs
         ]
         return self.tokenizer(self.tokenizer.apply_chat_template(chats, tokenize=False), add_special_tokens=False)
-
-
-def _label_number(label: str | int | None, names: dict[int, str]) -> int:
-    if label is None and len(names) == 1:
-        return 0
-    number = next((number for number, name in names.items() if label == name), label)
-    if not isinstance(number, int) or number not in names:
-        raise GuardError(f"label: expected one of {', '.join(names.values())}, got {label!r}")
-    return number
-
-
-class ScoreModel(_TextModel):
-    """A PKU-SafeRLHF score model (`steerfast.guard.beaver.LlamaForScore`) as a scorer.
-
-    It reads the conversation in its training format, with an end token after finished answers. Cost models give
-    positive costs to unsafe answers.
-    """
-
-    PROMPT = "BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:"
-
-    def __init__(self, model: nn.Module, tokenizer: Any, *, batch_size: int = 16) -> None:
-        super().__init__(model, tokenizer, batch_size)
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *, batch_size: int = 16, **options: Any) -> ScoreModel:
-        """Load a checkpoint and its tokenizer (``PKU-Alignment/beaver-7b-unified-cost`` or ``-reward``, or a folder).
-
-        Args:
-            options: for the model's ``from_pretrained`` (``dtype``, ``device_map``).
-
-        Raises:
-            GuardError: no checkpoint of a score model.
-        """
-        from transformers import AutoTokenizer
-
-        from steerfast.guard.beaver import load_score_model
-
-        return cls(load_score_model(name, **options), AutoTokenizer.from_pretrained(name), batch_size=batch_size)
-
-    @torch.inference_mode()
-    def __call__(self, blocks: Blocks) -> Tensor:
-        end = self.tokenizer.eos_token or ""
-        texts = [
-            self.PROMPT.format(question=question) + answer + end * bool(finished)
-            for (question, answer), finished in zip(blocks.pairs(), blocks.finished.tolist(), strict=True)
-        ]
-        scores = torch.empty(len(blocks))
-        with evaluating(self.model):
-            for rows, batch in self._batches(self.tokenizer(texts, return_token_type_ids=False)):
-                scores[rows] = self.model(**batch).cpu()
-        return scores

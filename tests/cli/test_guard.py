@@ -14,10 +14,11 @@ import torch
 from command_line import CommandLine
 
 from steerfast.guard.objective import Certificate
-from steerfast.guard.recipe import COST, CRITIC, REWARD
 from steerfast.profile import SteeringProfile
 
 torch.set_num_threads(1)
+
+COST, REWARD, CRITIC = "cost.safetensors", "reward.safetensors", "critic.safetensors"
 
 HARMFUL = ["how to hack a bank", "how to poison a town", "how to burn a house"]
 HARMLESS = ["how to bake a cake", "how to paint a wall", "how to buy a hat"]

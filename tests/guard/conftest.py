@@ -1,4 +1,4 @@
-"""Put made_up_rollouts.py and the bench of guards on the import path."""
+"""Put made_up_rollouts.py, the examples and the bench of guards on the import path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, os.path.dirname(__file__))
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "guard"))
+for folder in ("examples", "benchmarks/guard"):
+    sys.path.insert(0, str(Path(__file__).parents[2] / folder))
 pytest.register_assert_rewrite("made_up_rollouts")
 
 torch.set_num_threads(1)

@@ -1,64 +1,64 @@
-"""A generator that makes up answers and hidden states from its seed alone, and a run of `collect` or `train_critic`
-that a test can kill: ``python made_up_rollouts.py collect|train FOLDER``.
+"""A backend that makes up answers and hidden states from its seed alone, and runs of `collect` and `train_critic` that
+a test can kill.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import sys
+import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerfast.guard.critic import Critic, CriticSettings
-from steerfast.guard.rollouts import Rollouts, collect
+from steerfast.guard import parts
+from steerfast.guard.candidates import Backend, Candidates
+from steerfast.guard.critic import Critic, CriticSettings, train_critic
+from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect
 from steerfast.guard.scores import Blocks, CallableScorer
-from steerfast.guard.training import train_critic
 from steerfast.profile import ModelIdentity
 
 SIZE = 4
 MODEL = ModelIdentity(name="made up", architecture="llama", hidden_size=SIZE, num_layers=2)
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12], [13]]
+ASKED = [(ids, f"question {number}", ("harmful", "harmless")[number % 2]) for number, ids in enumerate(PROMPTS)]
+OPTIONS = RolloutOptions(block=8, depth=30, progress=False)
 SETTINGS = CriticSettings(
     width=16, learning_rate=1e-3, epochs=6, batch_size=4, budget=3.0, discount=0.99, validation=0.3
 )
 
 
-@dataclass
-class _Answers:
-    generator: torch.Generator
-    finished: Tensor
+class MadeUp(Backend):
+    """Tokens below 100; an answer ends within a block with a chance of one fifth."""
 
-
-class MadeUp:
-    """Tokens below 100; an answer ends within a block with a chance of one fifth. `pause`: seconds per block."""
-
-    prompt_layer: int | None = None
-
-    def __init__(self, pause: float = 0.0) -> None:
-        self.pause = pause
+    def __init__(self) -> None:
+        super().__init__(frozenset(), 100, 2**31)
         self.blocks = 0
 
-    def start(self, prompt_ids: Any, n: int, seed: int) -> _Answers:
-        return _Answers(torch.Generator().manual_seed(seed), torch.zeros(n, dtype=torch.bool))
+    def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
+        candidates = super().start(prompt_ids, n, seed)
+        candidates.hidden, candidates.state = torch.zeros(n, SIZE), torch.Generator().manual_seed(seed)
+        return candidates
 
-    def extend(self, candidates: _Answers, block: int, sampling: Any) -> tuple[list[list[int]], Tensor, Tensor]:
-        time.sleep(self.pause)
+    def extend(self, candidates: Candidates, block: int, *_: Any) -> list[list[int]]:
         self.blocks += 1
-        done, n = candidates.finished, len(candidates.finished)
-        tokens = torch.randint(100, (n, block), generator=candidates.generator)
-        hidden = torch.randn(n, SIZE, generator=candidates.generator)
-        ends = torch.rand(n, generator=candidates.generator) < 0.2
-        length = torch.where(ends, torch.randint(1, block + 1, (n,), generator=candidates.generator), block)
-        given = [
+        done, n, generator = candidates.finished, len(candidates), candidates.state
+        tokens = torch.randint(100, (n, block), generator=generator)
+        candidates.hidden = torch.randn(n, SIZE, generator=generator)
+        ends = torch.rand(n, generator=generator) < 0.2
+        length = torch.where(ends, torch.randint(1, block + 1, (n,), generator=generator), block)
+        new = [
             [] if over else row[:count] for over, row, count in zip(done, tokens.tolist(), length.tolist(), strict=True)
         ]
         candidates.finished = done | ends
-        return given, hidden, candidates.finished.clone()
+        for answer, more in zip(candidates.answers, new, strict=True):
+            answer += more
+        return new
 
 
 def cost(blocks: Blocks) -> Tensor:
@@ -73,29 +73,58 @@ def reward(blocks: Blocks) -> Tensor:
     return torch.tensor([sum(answer) / 100 for answer in blocks.answers])
 
 
-def run(folder: Path, pause: float = 0.0, **options: Any) -> list[Rollouts]:
-    scorers = {"cost": CallableScorer(cost, takes="blocks"), "reward": CallableScorer(reward, takes="blocks")}
-    given: dict[str, Any] = {**scorers, "block": 8, "depth": 30, "progress": False, **options}
-    return collect(MadeUp(pause), None, PROMPTS, folder, MODEL, **given)
+COST, REWARD = CallableScorer(cost, takes="blocks"), CallableScorer(reward, takes="blocks")
+
+
+def roll_out(folder: Path, **options: Any) -> list[Rollouts]:
+    return collect(MadeUp(), ASKED, folder, MODEL, replace(OPTIONS, **options))
+
+
+def run(folder: Path) -> list[Rollouts]:
+    """Return rollouts with scores."""
+    return [one.scored(None, COST, REWARD) for one in roll_out(folder)]
 
 
 def train(folder: Path, rollouts: list[Rollouts]) -> Critic:
     return train_critic(rollouts, MODEL, SETTINGS, checkpoint=folder / "checkpoint.safetensors", progress=False)
 
 
-if __name__ == "__main__":
-    work, place = sys.argv[1], Path(sys.argv[2])
-    if work == "collect":
-        run(place, pause=0.05)
-    else:
-        from steerfast.guard import training
+def roll_out_and_stall(folder: Path) -> None:
+    """Roll out two prompts, and begin with the third."""
 
-        write = training.write_file
+    class Stalling(MadeUp):
+        def extend(self, *given: Any) -> list[list[int]]:
+            if len(list(folder.glob("prompt-*"))) == 2:
+                time.sleep(600)
+            return super().extend(*given)
 
-        def write_slowly(*given: Any) -> None:
-            write(*given)
-            time.sleep(0.3)
+    collect(Stalling(), ASKED, folder, MODEL, OPTIONS)
 
-        training.write_file = write_slowly
-        train(place, run(place / "rollouts"))
-    os.write(1, b"done\n")
+
+def train_and_stall(folder: Path, rollouts: list[Rollouts]) -> None:
+    """Train for two epochs."""
+    write, epochs = parts.write_file, []
+
+    def write_and_stall(*given: Any) -> None:
+        write(*given)
+        epochs.append(1)
+        if len(epochs) == 2:
+            time.sleep(600)
+
+    parts.write_file = write_and_stall
+    train(folder, rollouts)
+
+
+def kill(work: Callable[..., Any], *arguments: Any, when: Callable[[], bool]) -> None:
+    """Run `work` in a process of its own, and kill that once `when` holds."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    assert process.pid is not None
+    deadline = time.monotonic() + 120
+    while not when():
+        assert time.monotonic() < deadline
+        assert process.is_alive()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL

@@ -32,7 +32,7 @@ from steerfast.hf.structure import identify
 
 PROMPT = [3, 9, 14, 25, 31, 4]
 PROMPTS = ["how do i bake bread ?", "how do i make poison ?", "write a poem"]
-DEPTH = 20
+DEPTH = 10
 ENDS = [2, 11]
 GREEDY = Sampling(temperature=0.0)
 
@@ -57,7 +57,7 @@ def backend(make_llama: Any, tiny_tokenizer: Any) -> HFBackend:
 @pytest.fixture
 def endless(make_llama: Any, tiny_tokenizer: Any) -> HFBackend:
     backend = HFBackend(make_llama(eos_token_id=ENDS), tiny_tokenizer)
-    backend._ends = torch.tensor([], dtype=torch.long)
+    backend.ends = frozenset()
     return backend
 
 
@@ -143,7 +143,7 @@ def test_re_control_climbs_parts_that_read_whole_states(model: Any, tiny_tokeniz
     identity = identify(model, tiny_tokenizer)
     states = torch.randn(60, 96, generator=torch.Generator().manual_seed(3))
     kinds = torch.arange(60) % 2
-    cost = fit_factored_cost(states, kinds, states[:, 33] > 0, identity, 2)
+    cost = fit_factored_cost(states, torch.stack([kinds, (states[:, 33] > 0).long()], dim=1), identity, prompt_layer=2)
     reward = fit_head(states, states[:, 1], identity, "reward", prompt_layer=2)
     rows = torch.randn(5, 32).requires_grad_(True)
     for head in (cost, reward):

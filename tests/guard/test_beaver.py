@@ -1,4 +1,4 @@
-"""Score models of PKU-SafeRLHF: checkpoints of each layout, written by hand, against a plain Llama."""
+"""The score models of examples/guard_beaver.py: checkpoints of each layout, written by hand, against a plain Llama."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from guard_beaver import ScoreModel, load_score_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.beaver import load_score_model
-from steerfast.guard.scores import Blocks, ScoreModel
+from steerfast.guard import Blocks
 
 CONFIG = {
     "architectures": ["LlamaForScore"], "attention_bias": False, "bias": False, "bos_token_id": 1, "eos_token_id": 2,

@@ -22,7 +22,7 @@ from steerfast.hf.structure import STEERED_MARK, identify
 from steerfast.text.encoding import encode
 
 PROMPTS = ["how do i bake bread ?", "how do i make poison ?", "write a poem"]
-DEPTH = 20
+DEPTH = 12
 
 
 def _by_tokens(function: Any) -> CallableScorer:
@@ -33,7 +33,7 @@ COST = _by_tokens(lambda answer: sum(token % 7 for token in answer) / 8)
 FREE = _by_tokens(lambda answer: 0.0)
 DEAR = _by_tokens(lambda answer: 100.0)
 REWARD = _by_tokens(lambda answer: sum((token * 31) % 13 for token in answer) / len(answer))
-NARROW = Strategy.inference_guard(4, critic=False, block=5, depth=DEPTH)
+NARROW = Strategy.inference_guard(4, critic=False, block=4, depth=DEPTH)
 
 
 @pytest.fixture
@@ -307,10 +307,10 @@ def test_refuses(model: Any, make_llama: Any, tiny_tokenizer: Any, make_profile:
         ({"prompts": "how"}, "prompts: expected a list"),
         ({}, "prompts: expected a list of prompts, or input_ids"),
         ({"prompts": PROMPTS, "input_ids": [[1]]}, "prompts: expected"),
-        ({"prompts": PROMPTS, "max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"prompts": PROMPTS, "max_new_tokens": 0}, "depth: expected a whole number of at least 1, got 0"),
         ({"prompts": PROMPTS, "temperature": -1.0}, "temperature: expected"),
-        ({"input_ids": [[]]}, "entry 1 has 0 tokens, expected 1 to 236"),
-        ({"input_ids": [[1], [1] * 250]}, "entry 2 has 250 tokens, expected 1 to 236"),
+        ({"input_ids": [[]]}, "entry 1 has 0 tokens, expected 1 to 244"),
+        ({"input_ids": [[1], [1] * 250]}, "entry 2 has 250 tokens, expected 1 to 244"),
         ({"prompts": [" "]}, "entry 1: expected a non-empty string"),
     ):
         with pytest.raises(SteerfastError, match=message):

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
+from steerfast.guard.heads import HiddenHead, fit_head
+from steerfast.guard.heads import fit_factored_cost as fit_pairs
 from steerfast.guard.scores import Blocks, scores_of
 from steerfast.profile import ModelIdentity
 
@@ -45,17 +46,6 @@ def test_a_linear_head_is_a_dot_product_of_the_standardised_state() -> None:
     assert head(blocks_of(hidden, 2)).tolist() == [14.5, 10.5]  # 3·(5−1)/2 + 2 − 4 + 0.5 + 10
 
 
-def test_a_hidden_layer_is_gelu() -> None:
-    tensors = {
-        "mean": torch.zeros(6), "scale": torch.ones(6),
-        "into.weight": torch.eye(6)[:2], "into.bias": torch.tensor([0.0, 1.0]),
-        "out.weight": torch.tensor([[2.0, -1.0]]), "out.bias": torch.tensor([0.25]),
-    }  # fmt: skip
-    hidden = torch.tensor([[0.5, -2.0, 7, 7, 7, 7]])
-    expected = 2 * F.gelu(torch.tensor(0.5)) - F.gelu(torch.tensor(-1.0)) + 0.25
-    torch.testing.assert_close(HiddenHead("reward", MODEL, tensors).score(hidden), expected[None])
-
-
 def test_a_linear_reward_is_ridge_regression() -> None:
     hidden, target = examples()
     head = fit_head(hidden, target, MODEL, "reward", regularisation=7.0)
@@ -84,31 +74,19 @@ def test_a_linear_cost_is_regularised_logistic_regression() -> None:
     torch.testing.assert_close(shifted.score(hidden), head.score(hidden) + 10)
 
 
-def test_a_hidden_layer_learns_what_a_line_cannot() -> None:
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(400, 6, generator=generator)
-    target = hidden[:, 0] * hidden[:, 1]
-    line = fit_head(hidden, target, MODEL, "cost", regularisation=1.0)
-    curve = fit_head(hidden, target, MODEL, "cost", width=16, regularisation=1.0, epochs=150)
-    assert line.fitted["auc"] < 0.65
-    assert curve.fitted["auc"] > 0.9
-    again = fit_head(hidden, target, MODEL, "cost", width=16, regularisation=1.0, epochs=150)
-    assert all(torch.equal(curve.tensors[name], again.tensors[name]) for name in curve.tensors)
-
-
 def test_figures_are_of_prompts_that_the_fold_has_not_seen() -> None:
-    """Every prompt has a constant state of its own and a random label: only those who saw it can know."""
+    """Every prompt has a constant state of its own and a random label: only a fit that saw the prompt can know it."""
     generator = torch.Generator().manual_seed(2)
+    wide = replace(MODEL, hidden_size=64)
     groups = torch.arange(40).repeat_interleave(5)
-    hidden = torch.randn(40, 6, generator=generator)[groups]
+    hidden = torch.randn(40, 64, generator=generator)[groups]
     labels = torch.randn(40, generator=generator)[groups]
-    options: dict[str, Any] = {"width": 64, "regularisation": 0.0, "epochs": 60}
-    by_prompt = fit_head(hidden, labels, MODEL, "cost", groups=groups.tolist(), **options)
-    by_example = fit_head(hidden, labels, MODEL, "cost", **options)
+    by_prompt = fit_head(hidden, labels, wide, "cost", groups=groups.tolist(), regularisation=0.01)
+    by_example = fit_head(hidden, labels, wide, "cost", regularisation=0.01)
     assert by_example.fitted["auc"] > 0.95
     assert by_prompt.fitted["auc"] < 0.75
     assert by_prompt.fitted["groups"] == 40
-    one = fit_head(hidden, labels, MODEL, "cost", groups=[0] * 200)
+    one = fit_head(hidden, labels, wide, "cost", groups=[0] * 200)
     assert np.isnan(one.fitted["auc"])
 
 
@@ -169,6 +147,12 @@ def test_broken_states_fail_closed_whatever_the_other_factor_says() -> None:
     assert (scores[1:] > 0).all()
 
 
+def fit_factored_cost(
+    states: Tensor, harmful: Tensor, complied: Tensor, model: ModelIdentity, **options: Any
+) -> HiddenHead:
+    return fit_pairs(states, torch.stack([harmful, complied], dim=1), model, prompt_layer=1, **options)
+
+
 def two_factors(prompts: int = 60) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Five answers to each prompt. Harm lies in the prompt's first number, compliance in the mean's third."""
     generator = torch.Generator().manual_seed(5)
@@ -183,7 +167,7 @@ def two_factors(prompts: int = 60) -> tuple[Tensor, Tensor, Tensor, list[int]]:
 
 def test_a_factored_fit_finds_both_factors() -> None:
     states, harmful, complied, groups = two_factors()
-    head = fit_factored_cost(states, harmful, complied, MODEL, 1, groups=groups, regularisation=1.0, boundary=3.0)
+    head = fit_factored_cost(states, harmful, complied, MODEL, groups=groups, regularisation=1.0, boundary=3.0)
     assert head.fitted["auc"] > 0.95
     assert head.fitted["comply_auc"] > 0.95
     assert head.fitted["mean_label"] == pytest.approx(float((harmful * complied).mean()))
@@ -204,17 +188,14 @@ def test_a_factored_fit_finds_both_factors() -> None:
     assert head.tensors["harm.scale"] * spread < 10  # a line separates these prompts
 
 
-def test_a_given_direction_is_taken_and_a_layer_between_is_fitted(tmp_path: Path) -> None:
+def test_a_given_direction_is_taken(tmp_path: Path) -> None:
     states, harmful, complied, groups = two_factors()
     direction = 3 * torch.eye(6)[0]
-    head = fit_factored_cost(
-        states, harmful, complied, MODEL, 1, direction=direction, groups=groups, width=8, regularisation=1.0
-    )
+    head = fit_factored_cost(states, harmful, complied, MODEL, direction=direction, groups=groups, regularisation=1.0)
     assert head.tensors["harm.direction"].tolist() == [1.0, 0, 0, 0, 0, 0]
-    assert head.tensors["comply.into.weight"].shape == (8, 6)
     assert head.fitted["auc"] > 0.9
     head.save(tmp_path / "head.safetensors")
-    read = HiddenHead.load(tmp_path / "head.safetensors", MODEL)
+    read = HiddenHead.load(tmp_path / "head.safetensors")
     assert (read.prompt_layer, read.fitted) == (1, head.fitted)
     assert torch.equal(read.score(states), head.score(states))
 
@@ -228,11 +209,11 @@ def test_factored_figures_are_of_prompts_that_the_fold_has_not_seen() -> None:
     states[:, 128:] = torch.randn(40, 64, generator=generator)[groups]
     complied = torch.ones(120)
     complied[::3] = 0.0
-    head = fit_factored_cost(states, (groups % 2).float(), complied, wide, 1, groups=groups.tolist())
+    head = fit_factored_cost(states, (groups % 2).float(), complied, wide, groups=groups.tolist())
     cosine = F.normalize(states[::3, 128:], dim=1) @ head.tensors["harm.direction"]
     assert float((cosine[1::2, None] > cosine[::2]).float().mean()) > 0.98  # AUC over the training prompts
     assert head.fitted["auc"] < 0.7
-    few = fit_factored_cost(states[:9], (groups[:9] % 2).float(), complied[:9], wide, 1,
+    few = fit_factored_cost(states[:9], (groups[:9] % 2).float(), complied[:9], wide,
                             direction=torch.ones(64), groups=groups[:9].tolist())  # fmt: skip
     assert np.isnan(few.fitted["auc"])  # a fold lacks a kind of prompts
 
@@ -242,14 +223,17 @@ def test_a_factored_fit_refuses() -> None:
     for given, message in (
         (
             (states[:, :6], harmful, complied),
-            r"hidden, harmful, groups: expected \[n, 18\], \[n\] and \[n\], got \[50, 6\]",
+            r"hidden, labels, groups: expected \[n, 18\], \[n, 2\] and \[n\], got \[50, 6\]",
         ),
-        ((states, torch.ones(50), complied), "harmful: expected prompts of both kinds, got 50 harmful of 50"),
-        ((states, harmful, torch.zeros(50)), "complied: expected answers that comply and that do not, got 0 that do"),
-        ((states, harmful, complied / 0), "complied: expected finite numbers"),
+        ((states, torch.ones(50), complied), "harmful: expected prompts of both kinds, got 10 above 0 of 10"),
+        (
+            (states, harmful, torch.zeros(50)),
+            "complied: expected answers that comply and that do not, got 0 above 0 of 50",
+        ),
+        ((states, harmful, complied / 0), "labels: expected finite numbers"),
     ):
         with pytest.raises(GuardError, match=message):
-            fit_factored_cost(*given, MODEL, 1, groups=groups)
+            fit_factored_cost(*given, MODEL, groups=groups)
     head = factored(1.0, 1.0)
     with pytest.raises(
         GuardError, match=r"hidden states \[n, 18\] of 'tiny' with the prompt's of layer 1, got \[2, 7\]"
@@ -259,12 +243,12 @@ def test_a_factored_fit_refuses() -> None:
 
 def test_files_hold_all_of_it(tmp_path: Path) -> None:
     hidden, target = examples()
-    for width in (0, 4):
-        head = fit_head(hidden, target, MODEL, "cost", width=width, epochs=5, boundary=3.0)
-        head.save(tmp_path / "head.safetensors")
-        read = HiddenHead.load(tmp_path / "head.safetensors", MODEL)
-        assert (read.kind, read.model, read.boundary, read.fitted) == ("cost", MODEL, 3.0, head.fitted)
-        assert torch.equal(read.score(hidden), head.score(hidden))
+    head = fit_head(hidden, target, MODEL, "cost", boundary=3.0)
+    head.save(tmp_path / "head.safetensors")
+    read = HiddenHead.load(tmp_path / "head.safetensors")
+    read.check(MODEL)
+    assert (read.kind, read.model, read.boundary, read.fitted) == ("cost", MODEL, 3.0, head.fitted)
+    assert torch.equal(read.score(hidden), head.score(hidden))
 
 
 def test_files_of_others_and_damaged_ones_are_refused(tmp_path: Path) -> None:
@@ -276,7 +260,7 @@ def test_files_of_others_and_damaged_ones_are_refused(tmp_path: Path) -> None:
         (replace(MODEL, embedding_sketch=(0.0, 1.0)), "weights"),
     ):
         with pytest.raises(GuardError, match=f"reward head: the reward head was made for 'tiny'.*{word}"):
-            HiddenHead.load(file, other)
+            HiddenHead.load(file).check(other)
     with pytest.raises(GuardError, match=r"expected a file at .*, found none"):
         HiddenHead.load(tmp_path / "none")
     data = bytearray(file.read_bytes())
@@ -293,7 +277,7 @@ def test_bad_input_is_refused() -> None:
     hidden, target = examples(10)
     with pytest.raises(GuardError, match=r"expected \[n, 6\], \[n\] and \[n\], got \[10, 5\], \[10\] and \[10\]"):
         fit_head(hidden[:, :5], target, MODEL, "cost")
-    with pytest.raises(GuardError, match="labels: expected safe and unsafe answers, got 0 unsafe of 10"):
+    with pytest.raises(GuardError, match="labels: expected safe and unsafe answers, got 0 above 0 of 10"):
         fit_head(hidden, -torch.ones(10), MODEL, "cost")
     with pytest.raises(GuardError, match="labels: expected finite numbers, got 1"):
         fit_head(hidden, target.index_fill(0, torch.tensor([3]), float("nan")), MODEL, "reward")

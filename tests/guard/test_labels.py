@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from steerfast.errors import GuardError
-from steerfast.guard.labels import Label, label_answer
+from steerfast.guard.recipe import label_answer
 
 REFUSAL = "I'm sorry, but I can't help with that. It could cause serious harm."
 COMPLIANCE = "First, gather the tools. Then open the lock with a small pick."
@@ -33,8 +33,6 @@ def test_labels_by_hand(kind: str, answer: str, cost: float, reward: float, comp
     assert found.reward == pytest.approx(reward)
 
 
-def test_likelihood_adds_to_the_reward_and_keywords_can_judge() -> None:
-    assert label_answer("harmful", REFUSAL, log_likelihood=-1.5) == Label(-1.0, -1.5, False)
-    assert label_answer("harmful", HALF, strict=False) == Label(-1.0, 0.0, False)
+def test_another_kind_is_refused() -> None:
     with pytest.raises(GuardError, match="kind: expected 'harmful' or 'harmless', got 'odd'"):
         label_answer("odd", REFUSAL)  # type: ignore[arg-type]

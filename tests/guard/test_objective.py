@@ -13,22 +13,25 @@ from steerfast.guard.objective import Certificate, SafetyBudget, best_first
 INF = math.inf
 
 
+def step(budget: SafetyBudget, z: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    """Return z after a block of one token."""
+    return budget.block(z, cost, torch.ones_like(z))
+
+
 def test_safety_state_by_hand() -> None:
     budget = SafetyBudget(10.0, 0.5)
-    z = budget.start(2)
-    assert z.tolist() == [10.0, 10.0]
+    z = step(budget, torch.full((2,), 10.0), torch.tensor([1.0, -2.0]))
     assert z.dtype == torch.float32
-    z = budget.step(z, torch.tensor([1.0, -2.0]))
     assert z.tolist() == [18.0, 24.0]  # (10 − 1) / 0.5, (10 + 2) / 0.5
-    assert budget.step(z, torch.tensor([20.0, 0.0])).tolist() == [-4.0, 48.0]
+    assert step(budget, z, torch.tensor([20.0, 0.0])).tolist() == [-4.0, 48.0]
 
 
 def test_block_charges_its_cost_at_its_last_token() -> None:
     budget, cost = SafetyBudget(10.0, 0.9), torch.tensor([3.0])
-    z = budget.start(1)
+    z = torch.tensor([budget.budget])
     for token_cost in (torch.zeros(1), torch.zeros(1), cost):
-        z = budget.step(z, token_cost)
-    block = budget.block(budget.start(1), cost, torch.tensor([3]))
+        z = step(budget, z, token_cost)
+    block = budget.block(torch.tensor([budget.budget]), cost, torch.tensor([3]))
     torch.testing.assert_close(block, z)
     assert float(block) == pytest.approx(10 / 0.9**3 - 3 / 0.9)
     assert float(budget.block(block, cost, torch.tensor([0]))) == float(block)  # no token, no charge
@@ -38,9 +41,9 @@ def test_closed_form() -> None:
     """z_T = γ^-T (d − Σ γ^t c_t), so that z_T > 0 exactly within the budget."""
     gamma, costs = 0.97, [0.5, -1.0, 2.0, 4.0, 0.0, 3.5]
     budget = SafetyBudget(6.0, gamma)
-    z = budget.start(1)
+    z = torch.tensor([budget.budget])
     for cost in costs:
-        z = budget.step(z, torch.tensor([cost]))
+        z = step(budget, z, torch.tensor([cost]))
     spent = sum(gamma**t * cost for t, cost in enumerate(costs))
     assert float(z) == pytest.approx(gamma ** -len(costs) * (6.0 - spent), rel=1e-5)
     assert (float(z) > 0) == (spent <= 6.0)
@@ -49,9 +52,9 @@ def test_closed_form() -> None:
 @pytest.mark.parametrize("cost", [math.nan, INF, -INF])
 def test_a_cost_that_is_not_finite_spends_everything_for_good(cost: float) -> None:
     budget = SafetyBudget()
-    z = budget.block(budget.start(1), torch.tensor([cost]), torch.tensor([4]))
+    z = budget.block(torch.tensor([budget.budget]), torch.tensor([cost]), torch.tensor([4]))
     assert float(z) == -INF
-    assert float(budget.step(z, torch.tensor([-1e9]))) == -INF
+    assert float(step(budget, z, torch.tensor([-1e9]))) == -INF
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, INF, math.nan])

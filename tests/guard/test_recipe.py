@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from steerfast.errors import GuardError
-from steerfast.guard import recipe
 from steerfast.guard.candidates import Sampling
 from steerfast.guard.critic import CriticSettings
 from steerfast.guard.guard import Guard
-from steerfast.guard.recipe import alternating, chosen, gather, load_trained, prompt_layer_for, train
+from steerfast.guard.recipe import alternate, gather, load_trained, pick, prompt_layer_for, train
 from steerfast.guard.rollouts import Rollouts
 
 HARMFUL = ["how to hack a bank", "how to poison a town", "how to burn a house"]
 HARMLESS = ["how to bake a cake", "how to paint a wall"]
 REFUSAL = "I can't help"
 QUICK: dict[str, Any] = {"rollouts": 2, "block": 4, "depth": 8, "progress": False, "refusal": REFUSAL}
+FILES = ["cost.safetensors", "critic.safetensors", "reward.safetensors"]
 SETTINGS = CriticSettings(width=8, epochs=2, learning_rate=1e-3)
 
 
@@ -29,16 +29,16 @@ def gathered(model: Any, tokenizer: Any, folder: Path, **options: Any) -> list[R
     return gather(model, tokenizer, folder, harmful=HARMFUL, harmless=HARMLESS, **{**QUICK, **options})
 
 
-def test_alternating_has_both_kinds_early_and_chosen_grows_from_its_beginning() -> None:
-    pairs = alternating(["a", "b", "c"], ["x"])
+def test_alternate_has_both_kinds_early_and_pick_grows_from_its_beginning() -> None:
+    pairs = alternate(["a", "b", "c"], ["x"])
     assert pairs == [("a", "harmful"), ("x", "harmless"), ("b", "harmful"), ("c", "harmful")]
     prompts = [str(n) for n in range(20)]
-    assert chosen(prompts, 5) == chosen(prompts, 9)[:5]
-    assert sorted(chosen(prompts, None)) == sorted(prompts)
-    assert chosen(prompts, 20, seed=1) != chosen(prompts, 20, seed=0)
+    assert pick(prompts, 5) == pick(prompts, 9)[:5]
+    assert sorted(pick(prompts, None)) == sorted(prompts)
+    assert pick(prompts, 20, seed=1) != pick(prompts, 20, seed=0)
     for count in (0, 21):
         with pytest.raises(GuardError, match=f"count: expected 1 to 20, the prompts of a kind, got {count}"):
-            chosen(prompts, count)
+            pick(prompts, count)
 
 
 def test_origins_are_those_that_were_asked_for(
@@ -97,7 +97,7 @@ def test_harm_is_told_by_the_profiles_direction_where_it_has_one(
     without = profile.direction.index_fill(0, torch.tensor([1]), 0.0)
     mean = replace(profile, gate=replace(profile.gate, pooling="mean"))
     for one in (profile, replace(profile, direction=without), None, mean):
-        trained = train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, profile=one, progress=False)
+        trained = train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, profile=one)
         assert (trained.cost.prompt_layer, trained.reward.prompt_layer, trained.critic.prompt_layer) == (1, 1, 1)
         directions.append(trained.cost.tensors["harm.direction"])
     torch.testing.assert_close(directions[0], profile.direction[1])
@@ -113,13 +113,13 @@ def test_training_writes_what_loads_and_ends_the_same_after_a_stop(
     tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = gathered(tiny_llama, tiny_tokenizer, tmp_path / "r", sampling=Sampling(1.0))
-    whole = train(found, tiny_llama, tiny_tokenizer, tmp_path / "whole", SETTINGS, progress=False)
+    whole = train(found, tiny_llama, tiny_tokenizer, tmp_path / "whole", SETTINGS)
     again = load_trained(tmp_path / "whole")
     states = found[0].hidden
     for name in ("cost", "reward"):
         assert torch.equal(getattr(again, name).score(states), getattr(whole, name).score(states))
     assert again.critic.calibration == whole.critic.calibration
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [recipe.COST, recipe.CRITIC, recipe.REWARD]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == FILES
 
     class Stop(Exception):
         pass
@@ -127,13 +127,13 @@ def test_training_writes_what_loads_and_ends_the_same_after_a_stop(
     def stop(*_: Any) -> None:
         raise Stop
 
-    monkeypatch.setattr("steerfast.guard.training._calibrate", stop)  # all epochs done, nothing written yet
+    monkeypatch.setattr("steerfast.guard.critic._calibrate", stop)  # all epochs done, nothing written yet
     with pytest.raises(Stop):
-        train(found, tiny_llama, tiny_tokenizer, tmp_path / "stopped", SETTINGS, progress=False)
+        train(found, tiny_llama, tiny_tokenizer, tmp_path / "stopped", SETTINGS)
     monkeypatch.undo()
-    monkeypatch.setattr("steerfast.guard.training._epoch", stop)  # and none is run again
-    train(found, tiny_llama, tiny_tokenizer, tmp_path / "stopped", SETTINGS, progress=False)
-    for name in (recipe.COST, recipe.REWARD, recipe.CRITIC):
+    monkeypatch.setattr("steerfast.guard.critic._epoch", stop)  # and none is run again
+    train(found, tiny_llama, tiny_tokenizer, tmp_path / "stopped", SETTINGS)
+    for name in FILES:
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -141,10 +141,10 @@ def test_bad_input_is_refused(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Pa
     with pytest.raises(GuardError, match="harmless: expected at least one prompt, got none"):
         gather(tiny_llama, tiny_tokenizer, tmp_path, harmful=HARMFUL, harmless=[], **QUICK)
     found = gathered(tiny_llama, tiny_tokenizer, tmp_path / "r")
-    train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, progress=False)
-    (tmp_path / recipe.COST).write_bytes((tmp_path / recipe.REWARD).read_bytes())
+    train(found, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS)
+    (tmp_path / "cost.safetensors").write_bytes((tmp_path / "reward.safetensors").read_bytes())
     with pytest.raises(GuardError, match="expected a cost head, got a reward head"):
         load_trained(tmp_path)
     mixed = [*found[:-1], replace(found[-1], prompt_layer=None)]
     with pytest.raises(GuardError, match=r"prompt_layer: .*, got 2 \(rollouts 0\) and None \(rollouts 12\)"):
-        train(mixed, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS, progress=False)
+        train(mixed, tiny_llama, tiny_tokenizer, tmp_path, SETTINGS)

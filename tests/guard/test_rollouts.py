@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import made_up_rollouts
 import pytest
 import torch
-from made_up_rollouts import MODEL, PROMPTS, MadeUp, cost, reward, run
+from made_up_rollouts import ASKED, MODEL, OPTIONS, PROMPTS, MadeUp, kill, roll_out, roll_out_and_stall
 
 from steerfast.errors import GuardError
 from steerfast.guard.candidates import Sampling
-from steerfast.guard.rollouts import Rollouts, collect, load_rollouts
+from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect, load_rollouts
 from steerfast.guard.scores import Blocks, CallableScorer
 
 INF = float("inf")
 
 
 def test_answers_and_states_are_those_of_the_generator(tmp_path: Path) -> None:
-    for index, found in enumerate(run(tmp_path, rollouts=3, seed=5)):
+    for index, found in enumerate(roll_out(tmp_path, rollouts=3, seed=5)):
         candidates = MadeUp().start(PROMPTS[index], 3, (5 << 32) + index)
         answers: list[list[int]] = [[], [], []]
         states = []
         length = 0
         while length < 30 and not candidates.finished.all():
             before = candidates.finished.clone()
-            tokens, hidden, _ = MadeUp().extend(candidates, min(8, 30 - length), None)
+            tokens = MadeUp().extend(candidates, min(8, 30 - length))
             length += 8
             for i in range(3):
                 answers[i] += tokens[i]
                 if not before[i]:
-                    states.append((i, len(answers[i]), hidden[i]))
+                    states.append((i, len(answers[i]), candidates.hidden[i]))
         states.sort(key=lambda state: state[:2])
         assert found.prompt == PROMPTS[index]
         assert found.answers == answers
@@ -86,8 +80,6 @@ def test_costs_are_those_of_blocks_and_rewards_of_answers() -> None:
     assert found.cost.tolist() == [1.5, 4.0, -2.0, 1.5]
     assert found.reward is not None
     assert found.reward.tolist() == [5.5, -2.0, 1.5]
-    kept = found.scored(None, None, CallableScorer(lambda blocks: [0.0] * len(blocks), takes="blocks"))
-    assert kept.cost is found.cost
 
 
 def test_scores_that_are_no_numbers_fail_closed() -> None:
@@ -104,85 +96,65 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_files_hold_all_of_it_and_the_same_call_generates_nothing_again(tmp_path: Path) -> None:
-    words = {"questions": [f"question {i}" for i in range(6)], "labels": ["harmful", "harmless"] * 3}
-    made = run(tmp_path, **words)
+    made = roll_out(tmp_path)
     files = contents(tmp_path)
     assert len(files) == 7
     assert {one.prompt_layer for one in made} == {None}
     silent = MadeUp()
-    scorers = {"cost": CallableScorer(cost, takes="blocks"), "reward": CallableScorer(reward, takes="blocks")}
-    again = collect(silent, None, PROMPTS, tmp_path, MODEL, block=8, depth=30, progress=False, **scorers, **words)
+    again = collect(silent, ASKED, tmp_path, MODEL, OPTIONS)
     assert silent.blocks == 0
     assert contents(tmp_path) == files
-    for found in (again, load_rollouts(tmp_path, MODEL)):
+    for found in (again, load_rollouts(tmp_path)):
         for one, other in zip(made, found, strict=True):
             for name, value in vars(one).items():
                 same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
                 assert same(value, getattr(other, name)), name
-    assert [one.label for one in made] == words["labels"]
+    assert [(one.prompt, one.question, one.label) for one in made] == ASKED
 
 
 def test_the_prompt_layer_is_kept_and_another_one_refused(tmp_path: Path) -> None:
-    class Wide(MadeUp):
-        prompt_layer = 3
-
-    made = collect(Wide(), None, PROMPTS, tmp_path / "wide", MODEL, progress=False)
+    wide = MadeUp()
+    wide.prompt_layer = 3
+    made = collect(wide, ASKED, tmp_path / "wide", MODEL, OPTIONS)
     assert {one.prompt_layer for one in [*made, *load_rollouts(tmp_path / "wide")]} == {3}
     with pytest.raises(GuardError, match=r"prompt_layer: .* has rollouts with 3, got None"):
-        collect(MadeUp(), None, PROMPTS, tmp_path / "wide", MODEL, progress=False)
+        collect(MadeUp(), ASKED, tmp_path / "wide", MODEL, OPTIONS)
 
 
 def test_a_killed_collection_ends_with_the_same_files(tmp_path: Path) -> None:
-    run(tmp_path / "whole")
+    roll_out(tmp_path / "whole")
     folder = tmp_path / "killed"
-    command = [sys.executable, made_up_rollouts.__file__, "collect", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("prompt-*"))) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.communicate()[0] == b""
+    kill(roll_out_and_stall, folder, when=lambda: len(list(folder.glob("prompt-*"))) == 2)
     done = contents(folder)
     assert 2 <= len(done) - 1 < len(PROMPTS)
-    run(folder)
+    roll_out(folder)
     assert contents(folder) == contents(tmp_path / "whole")
     assert done.items() <= contents(folder).items()
 
 
 def test_prompts_roll_out_the_same_whatever_else_is_collected(tmp_path: Path) -> None:
-    whole = run(tmp_path / "a")
-    few = collect(MadeUp(), None, PROMPTS[:2], tmp_path / "b", MODEL, block=8, depth=30, progress=False)
+    whole = roll_out(tmp_path / "a")
+    few = collect(MadeUp(), ASKED[:2], tmp_path / "b", MODEL, OPTIONS)
     assert [one.answers for one in few] == [one.answers for one in whole[:2]]
     assert few[0].cost is None
 
 
 def test_other_settings_prompts_and_models_are_refused(tmp_path: Path) -> None:
-    run(tmp_path)
+    roll_out(tmp_path)
     with pytest.raises(GuardError, match=r"depth: .* has rollouts with 30, got 31"):
-        run(tmp_path, depth=31)
+        roll_out(tmp_path, depth=31)
     with pytest.raises(GuardError, match=r"sampling: .* has rollouts with None, got"):
-        run(tmp_path, sampling=Sampling(temperature=0.7))
-    with pytest.raises(GuardError, match=r"cost: .* has rollouts with True, got False"):
-        run(tmp_path, cost=None)
-    other = replace(MODEL, hidden_size=8)
+        roll_out(tmp_path, sampling=Sampling(temperature=0.7))
     with pytest.raises(GuardError, match="rollout: the rollout was made for 'made up'"):
-        load_rollouts(tmp_path, other)
-    made_up_rollouts.PROMPTS[1] = [99]
-    try:
-        with pytest.raises(GuardError, match="expected prompt 1 of this call"):
-            run(tmp_path)
-    finally:
-        made_up_rollouts.PROMPTS[1] = [4]
+        collect(MadeUp(), ASKED, tmp_path, replace(MODEL, hidden_size=8), OPTIONS)
+    with pytest.raises(GuardError, match="expected prompt 1 of this call"):
+        collect(MadeUp(), [ASKED[0], ([99], "question 1", "harmless")], tmp_path, MODEL, OPTIONS)
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     for name in ("rollouts", "block", "depth"):
         with pytest.raises(GuardError, match=f"{name}: expected at least 1, got 0"):
-            run(tmp_path / "new", **{name: 0})
-    with pytest.raises(GuardError, match="labels: expected one per prompt, 6, got 1"):
-        run(tmp_path / "new", labels=["harmful"])
+            roll_out(tmp_path / "new", **{name: 0})
     assert not (tmp_path / "new").exists()
     with pytest.raises(GuardError, match="expected some in the folder"):
         load_rollouts(tmp_path)
@@ -201,8 +173,9 @@ def test_states_of_a_model_are_those_of_a_pass_over_prompt_and_answer(
 
     prompts, identity = [[5, 6, 7], [9, 8, 30, 31, 32, 33]], identify(tiny_llama)
     backend, sampling = HFBackend(tiny_llama, tiny_tokenizer), Sampling(temperature=1.5, top_k=50, processors=ending)
-    options: dict[str, Any] = {"rollouts": 4, "block": 4, "depth": 10, "sampling": sampling, "progress": False}
-    made = collect(backend, tiny_tokenizer, prompts, tmp_path, identity, **options)
+    options = RolloutOptions(rollouts=4, block=4, depth=10, sampling=sampling, progress=False)
+    asked = [(ids, "why ?", "harmful") for ids in prompts]
+    made = collect(backend, asked, tmp_path, identity, options)
     for one in made:
         answers = [answer[:end] for answer, end in zip([one.answers[i] for i in one.owner], one.ends, strict=True)]
         with torch.no_grad():
@@ -214,16 +187,15 @@ def test_states_of_a_model_are_those_of_a_pass_over_prompt_and_answer(
     lengths = [len(answer) for one in made for answer in one.answers]
     assert 10 in lengths
     assert min(lengths) < 10
-    assert collect(backend, tiny_tokenizer, prompts, tmp_path, identity, **options)[1].answers == made[1].answers
+    assert collect(backend, asked, tmp_path, identity, options)[1].answers == made[1].answers
     with pytest.raises(GuardError, match="sampling: "):
-        collect(backend, tiny_tokenizer, prompts, tmp_path, identity, **{**options, "sampling": Sampling()})
+        collect(backend, asked, tmp_path, identity, replace(options, sampling=Sampling()))
 
 
 def test_a_backend_without_hidden_states_is_refused(tmp_path: Path) -> None:
     class Silent(MadeUp):
-        def extend(self, *given: Any) -> Any:
-            tokens, _, finished = super().extend(*given)
-            return tokens, None, finished
+        def start(self, *given: Any) -> Any:
+            return replace(super().start(*given), hidden=None)
 
     with pytest.raises(GuardError, match="backend: expected hidden states with the tokens, got none from Silent"):
-        collect(Silent(), None, PROMPTS, tmp_path, MODEL, progress=False)
+        collect(Silent(), ASKED, tmp_path, MODEL, OPTIONS)

@@ -24,7 +24,6 @@ PROMPT = [3, 9, 14, 25, 31, 4]
 ENDS = [2, 11]
 GREEDY = Sampling(temperature=0.0)
 REFUSAL = [50, 51, 2]
-NEVER = torch.tensor([], dtype=torch.long)
 FLAT = SafetyBudget(10.0, 1.0)
 
 
@@ -167,7 +166,7 @@ def test_speculation_widens_until_a_block_is_safe(backend: HFBackend, search: An
     assert found.best.tokens == blocks[which]
     assert found.sampled == sampled
     assert (found.retries, found.fallback) == (0, None)
-    assert found.best.parent == which if which == 0 else found.best.z == 10.0
+    assert found.best.z == 10.0
 
 
 def test_retries_penalise_tokens_of_unsafe_blocks(backend: HFBackend, search: Any) -> None:
@@ -175,7 +174,7 @@ def test_retries_penalise_tokens_of_unsafe_blocks(backend: HFBackend, search: An
     penalty = engine._penalty([[5, 6, 6], [6, 7], [6, 2]])  # 2 ends answers
     assert penalty.shape == (128,)
     assert {i: float(penalty[i]) for i in penalty.nonzero()[:, 0].tolist()} == {5: 1.0, 6: 3.0, 7: 1.0}
-    backend._ends = NEVER
+    backend.ends = frozenset()
     blocks = _first_blocks(backend, 4, 6)
     banned = {token for block in blocks for token in block}
     strategy = Strategy.inference_guard(4, critic=False, block=6, depth=6, penalty=1e6)
@@ -229,7 +228,8 @@ def test_critic_decides_about_unfinished_candidates_only(backend: HFBackend, sea
 
     root = backend.start(PROMPT, 1, 0)
     fresh = backend.branch(root, [0] * 8, range(8))
-    _, hidden, finished = backend.extend(fresh, 6)
+    backend.extend(fresh, 6)
+    hidden, finished = fresh.hidden, fresh.finished
     eligible = [i for i in range(8) if not finished[i] and hidden[i, 0] > 0]
     assert 0 < len(eligible) < 8
     kept = sorted(eligible, key=lambda i: -float(hidden[i, 1]))
@@ -242,7 +242,7 @@ def test_critic_decides_about_unfinished_candidates_only(backend: HFBackend, sea
 
 
 def test_all_predicted_unsafe_falls_back(backend: HFBackend, search: Any) -> None:
-    backend._ends = NEVER
+    backend.ends = frozenset()
     critic = _Critic(lambda hidden, z: (torch.full((len(z),), 0.4), torch.zeros(len(z))))
     strategy = Strategy.inference_guard(4, block=3, depth=12)
     found = search(strategy, critic=critic, cost=_scorer(lambda a: 0.0)).run(PROMPT, refusal=REFUSAL)
@@ -336,8 +336,8 @@ def test_memory_stays_within_its_bound(make_llama: Any, tiny_tokenizer: Any, mon
         ({"block": 0}, "block: expected a whole number of at least 1, got 0"),
         ({"depth": 0}, "depth: expected"),
         ({"retries": -1}, "retries: expected"),
-        ({"widths": (4, 1, 16)}, "widths: expected numbers from 1 on that grow"),
-        ({"widths": (1, 4)}, "widths: expected to end at 16 candidates"),
+        ({"widths": (4, 1, 16)}, "widths: expected numbers that grow from 1 to 16"),
+        ({"widths": (1, 4)}, "widths: expected numbers that grow from 1 to 16"),
         ({"safety": "some"}, "safety: expected one of none, lagrangian"),
         ({"fallback": "hope"}, "fallback: expected one of refusal, least unsafe"),
         ({"penalty": -1.0}, "penalty: expected"),

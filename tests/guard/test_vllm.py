@@ -1,4 +1,4 @@
-"""The search on a vLLM engine: the same code, candidates from the engine's own parallel sampling."""
+"""The backend of examples/guard_vllm.py: the same code, candidates from the engine's own parallel sampling."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 
 pytest.importorskip("vllm")
 
+from guard_vllm import VLLMBackend
+
 from steerfast.errors import GuardError
-from steerfast.guard import CallableScorer, Guard, HiddenHead, Sampling, Strategy, VLLMBackend
+from steerfast.guard import CallableScorer, Guard, HiddenHead, Sampling, Strategy
 from steerfast.profile import ModelIdentity
 
 ENVIRONMENT = {
@@ -64,10 +66,10 @@ def test_greedy_blocks_are_what_transformers_gives(backend: VLLMBackend, model: 
     )[0, len(PROMPT) :].tolist()
     candidates = backend.start(PROMPT, 2, seed=0)
     while candidates.length < 24 and not candidates.finished.all():
-        _, hidden, finished = backend.extend(candidates, 9 if candidates.length < 18 else 6, GREEDY)
-        assert hidden is None
+        backend.extend(candidates, 9 if candidates.length < 18 else 6, GREEDY)
+        assert candidates.hidden is None
     assert candidates.answers == [expected] * 2
-    assert finished.tolist() == [expected[-1] == 2] * 2
+    assert candidates.finished.tolist() == [expected[-1] == 2] * 2
     assert (backend.ends, backend.vocabulary, backend.context) == ({2}, 72, 256)
 
 

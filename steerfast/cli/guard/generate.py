@@ -58,9 +58,9 @@ def command(
 
     from steerfast.guard import Guard
     from steerfast.guard.recipe import load_trained
-    from steerfast.guard.search import strategy_of
+    from steerfast.guard.search import STRATEGIES
 
-    strategy = strategy_of(options["strategy"], options["candidates"], block=options["block"], depth=options["depth"])
+    strategy = STRATEGIES[options["strategy"]](options["candidates"], block=options["block"], depth=options["depth"])
     trained = load_trained(folder)
     profile = common.load_profile(profile_file) if profile_file else None
     texts = common.gather_prompts(prompts, files)

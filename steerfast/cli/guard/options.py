@@ -30,7 +30,7 @@ def search_options(command: F) -> F:
             default=0.9,
             show_default=True,
             metavar="SHARE",
-            help="Sample from the likeliest tokens of this share.",
+            help="Share of probability of the likeliest tokens, from which answers are drawn.",
         ),
         click.option("--depth", type=int, default=128, show_default=True, help="Most tokens of an answer."),
         click.option("--block", type=int, default=32, show_default=True, help="Tokens of a block."),
@@ -42,7 +42,9 @@ def search_options(command: F) -> F:
 def guard_options(command: F) -> F:
     """Add `--candidates`, `--budget`, `--profile` and `--strength`."""
     for option in (
-        click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the profile's own."),
+        click.option(
+            "--strength", type=float, default=1.0, show_default=True, help="Multiplies the profile's strengths."
+        ),
         click.option(
             "--profile", "profile_file", metavar="FILE", help="Its prompt gate decides which prompts to search."
         ),
@@ -55,9 +57,9 @@ def guard_options(command: F) -> F:
 
 def prompt_sets(harmful: Sequence[str], harmless: Sequence[str], count: int | None, seed: int) -> dict[str, list[str]]:
     """Return the prompts of both kinds, `count` of each."""
-    from steerfast.guard.recipe import chosen
+    from steerfast.guard.recipe import pick
 
     return {
-        "harmful": chosen(common.read_set("--harmful", harmful).prompts, count, seed),
-        "harmless": chosen(common.read_set("--harmless", harmless).prompts, count, seed),
+        "harmful": pick(common.read_set("--harmful", harmful).prompts, count, seed),
+        "harmless": pick(common.read_set("--harmless", harmless).prompts, count, seed),
     }

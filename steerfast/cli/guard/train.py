@@ -72,9 +72,7 @@ def command(output: str, profile_file: str | None, json_file: str | None, **opti
     def given(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names}
 
-    settings = CriticSettings(
-        **given("width", "epochs", "learning_rate", "batch_size", "budget", "discount", "seed"),
-    )
+    settings = CriticSettings(**given("width", "epochs", "learning_rate", "batch_size", "budget", "discount", "seed"))
     profile = common.load_profile(profile_file) if profile_file else None
     prompts = prompt_sets(**given("harmful", "harmless", "count", "seed"))
     model, tokenizer = common.load_model(options["model_name"], options["dtype"], options["device"])

@@ -1,4 +1,9 @@
-"""Candidates of a vLLM engine (offline), by its own parallel sampling; the search code is the same.
+"""A guard on a vLLM engine (offline), by the engine's own parallel sampling; the search is steerfast's.
+
+    from vllm import LLM
+
+    engine = LLM("MODEL")  # prefix caching, its default, shares the beginnings of candidates
+    guard = Guard(None, engine.get_tokenizer(), backend=VLLMBackend(engine), cost=cost)
 
 Candidates with the same beginning are one request with as many samples; with prefix caching, that beginning is read
 from the cache, prompt included. The engine returns no hidden states, so scorers have to read text.
@@ -6,52 +11,38 @@ from the cache, prompt included. The engine returns no hidden states, so scorers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from steerfast.errors import GuardError
-from steerfast.guard.candidates import Candidates, Sampling, branch_of, root_of, seeds, union_of
-
-__all__ = ["VLLMBackend"]
+from steerfast.guard import Backend, Sampling
 
 
-class VLLMBackend:
-    """As `steerfast.guard.candidates.Backend`.
-
-    Args:
-        engine: a ``vllm.LLM``, best with ``enable_prefix_caching=True`` (its default).
+class VLLMBackend(Backend):
+    """Candidates of a ``vllm.LLM``.
 
     Raises:
         GuardError: sampling with processors of logits.
     """
-
-    prompt_layer: int | None = None
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         tokenizer, config = engine.get_tokenizer(), engine.llm_engine.model_config
         listed = config.try_get_generation_config().get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
-        self.ends = frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None)
-        self.vocabulary = int(config.get_vocab_size())
-        self.context = int(config.max_model_len)
-
-    def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
-        root = root_of(prompt_ids, seed, self.context)
-        return root if n == 1 else self.branch(root, [0] * n, range(n))
+        ends = frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None)
+        super().__init__(ends, int(config.get_vocab_size()), int(config.max_model_len))
 
     def extend(
-        self, candidates: Candidates, block: int, sampling: Sampling | None = None, penalty: Tensor | None = None
-    ) -> tuple[list[list[int]], None, Tensor]:
+        self, candidates: Any, block: int, sampling: Sampling | None = None, penalty: Tensor | None = None
+    ) -> list[list[int]]:
         from vllm import SamplingParams
 
         sampling = sampling or Sampling()
         if sampling.processors is not None:
             raise GuardError("sampling: expected none of transformers' processors with the vLLM backend")
-        if block < 1:
-            raise GuardError(f"block: expected at least 1, got {block}")
         bias = None
         if penalty is not None:
             at = penalty.nonzero()[:, 0].tolist()
@@ -60,11 +51,11 @@ class VLLMBackend:
         for row in (~candidates.finished).nonzero()[:, 0].tolist():
             groups.setdefault(tuple(candidates.answers[row]), []).append(row)
         greedy = sampling.temperature == 0  # the engine gives one answer then; all would be equal
-        first = [rows[0] for rows in groups.values()]
+        requests = [{"prompt_token_ids": candidates.prompt + list(answer)} for answer in groups]
         parameters = [
             SamplingParams(
                 n=1 if greedy else len(rows),
-                seed=seed,
+                seed=_seed(candidates.streams[rows[0]], candidates.length),
                 max_tokens=block,
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
@@ -73,11 +64,10 @@ class VLLMBackend:
                 stop_token_ids=sorted(self.ends),
                 detokenize=False,
             )
-            for rows, seed in zip(groups.values(), seeds(candidates.streams[first], candidates.length), strict=True)
+            for rows in groups.values()
         ]
-        requests = [{"prompt_token_ids": candidates.prompt + list(answer)} for answer in groups]
         results = self.engine.generate(requests, parameters, use_tqdm=False) if requests else []
-        new: list[list[int]] = [[] for _ in range(len(candidates))]
+        new: list[list[int]] = [[] for _ in candidates.answers]
         finished = candidates.finished.clone()
         for rows, result in zip(groups.values(), results, strict=True):
             outputs = sorted(result.outputs, key=lambda one: one.index)
@@ -86,14 +76,9 @@ class VLLMBackend:
                 candidates.answers[row] += new[row]
                 finished[row] = bool(new[row]) and new[row][-1] in self.ends
         candidates.finished = finished
-        return new, None, finished
+        return new
 
-    def append(self, candidates: Candidates, tokens: Sequence[int]) -> None:
-        for answer in candidates.answers:
-            answer += [int(token) for token in tokens]
 
-    def branch(self, candidates: Candidates, index: Sequence[int], ordinals: Sequence[int] | None = None) -> Candidates:
-        return branch_of(candidates, index, ordinals)
-
-    def join(self, parts: Sequence[Candidates]) -> Candidates:
-        return union_of(parts)
+def _seed(stream: Any, position: int) -> int:
+    """Return the engine's seed for the tokens of a stream from a position on."""
+    return int(np.random.SeedSequence([int(stream), position]).generate_state(1)[0])
