@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from steerfast.cli import common
+from steerfast.cli.group import COMMAND_LINE
 
 if TYPE_CHECKING:
     from steerfast.evaluation.systems import System
@@ -62,7 +61,7 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
     "may be repeated.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most prompts of each set.  [default: all]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
+@common.count_option("--max-new-tokens", 64, "Answer length.")
 @click.option(
     "--tasks", type=_TASKS, metavar="TASK,...", help="Also run these tasks of lm-evaluation-harness (package lm-eval)."
 )
@@ -114,7 +113,7 @@ def command(context: click.Context, model_name: str, **options: Any) -> None:
         report.check_html(files["--html"])
     systems, left_out = systems_of(profiles, weights, options["wanted"])
     result = _evaluate(model_name, systems, options)
-    result["settings"] |= {"limit": options["limit"], "command": _command_line(context)}
+    result["settings"] |= {"limit": options["limit"], "command": context.meta[COMMAND_LINE]}
     result["left_out"] = left_out | result["left_out"]
     common.write_json(files["--json"], result)
     if files["--markdown"] is not None:
@@ -170,21 +169,3 @@ def _file(source: str) -> str | None:
     """Return the file of a set, None if the set is no file."""
     where = source.partition(":")[2]
     return where if where and Path(where).is_file() else None
-
-
-def _command_line(context: click.Context) -> str:
-    """Return the command as the user could type it again."""
-    words = ["steerfast", str(context.info_name)]
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[name]
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        elif isinstance(value, bool):
-            words.append((parameter.opts if value else parameter.secondary_opts)[0])
-        else:
-            for entry in value if isinstance(value, tuple) else [value]:
-                words += [parameter.opts[0], ",".join(map(str, entry)) if isinstance(entry, list) else str(entry)]
-    return shlex.join(words)

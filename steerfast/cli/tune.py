@@ -75,16 +75,7 @@ def token_count(entry: str) -> int | None:
 )
 @click.option("--resume", metavar="FILE", help="Keep complete trials here (JSON lines), and continue from them.")
 @common.fit_options
-def command(
-    profile_file: str,
-    model_name: str | None,
-    harmful: tuple[str, ...],
-    harmless: tuple[str, ...],
-    restyle: int,
-    output: str,
-    json_file: str | None,
-    **options: Any,
-) -> None:
+def command(profile_file: str, output: str, json_file: str | None, **options: Any) -> None:
     """Search vector, layers, positions and strength of the steering.
 
     The setting that refuses most prompts in fluent text wins. The output may be the profile itself.
@@ -94,16 +85,15 @@ def command(
       steerfast tune safety.safetensors --resume trials.jsonl --output safety.safetensors
       steerfast tune safety.safetensors --bands 10-19,20 --strengths 1,2 -o tuned.safetensors
     """
-    common.check_outputs({"--output": output}, [*harmful, *harmless])
-    outputs = {"--resume": options["resume"], "--json": json_file}
-    common.check_outputs(outputs, [profile_file, output, *harmful, *harmless])
+    prompts = [*options["harmful"], *options["harmless"]]
+    common.check_outputs({"--output": output}, prompts)
+    common.check_outputs({"--resume": options["resume"], "--json": json_file}, [profile_file, output, *prompts])
     profile = common.load_profile(profile_file)
-    options |= common.read_sets({"harmful": harmful, "harmless": harmless}, restyle, "calibrate")
+    common.read_sets(options, "harmful", "harmless", part="calibrate")
     options["positions"] = None if options["positions"] == "both" else [options["positions"]]
 
     import steerfast
 
-    place = options.pop("dtype"), options.pop("device")
-    model, tokenizer = common.load_model(model_name or profile.model.name, *place)
+    model, tokenizer = common.take_model(options, profile.model.name)
     profile = steerfast.tune(profile, model, tokenizer, **options)
     common.write_profile(profile, output, json_file, after="steerfast inspect, steerfast generate")

@@ -58,10 +58,9 @@ def run_demo(
     ids = {label: encode(tokenizer, chosen, model, room=max_new_tokens) for label, chosen in texts.items()}
 
     def answers(what: str) -> dict[str, list[list[int]]]:
+        bars = {label: f"{label}, {what}" if progress else None for label in ids}
         return {
-            label: greedy_answers(
-                model, tokenizer, ids[label], max_new_tokens, description=f"{label}, {what}" if progress else None
-            )
+            label: greedy_answers(model, tokenizer, ids[label], max_new_tokens, description=bars[label])
             for label in ids
         }
 

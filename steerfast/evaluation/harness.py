@@ -19,8 +19,6 @@ from steerfast.hf import caches
 from steerfast.hf.generation import PromptBatch, batches, device_of, evaluating
 from steerfast.text.encoding import context_of, pad_token
 
-__all__ = ["AnswerScore", "check_tasks", "harness_model", "run_task", "score_answers"]
-
 _BOOTSTRAP = 1000  # resamples, for metrics without a closed standard error
 _NORMAL_95 = 1.959964  # standard errors on either side of a mean
 

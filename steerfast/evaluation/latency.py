@@ -27,15 +27,13 @@ from torch import Tensor, nn
 from steerfast._progress import track
 from steerfast._versions import installed_version
 from steerfast.errors import SteerfastError
-from steerfast.evaluation.timed_models import STOCK, TimedModel, random_profile, systems, with_own_code
+from steerfast.evaluation.timed_models import STOCK, TimedModel, systems, with_own_code
 from steerfast.evaluation.timing import copy_bandwidth, interleave, milliseconds, synchronize, turns
 from steerfast.hf import caches
 from steerfast.hf.generation import device_of
 from steerfast.hf.structure import identify
 from steerfast.profile import SteeringProfile
 from steerfast.text.encoding import context_of
-
-__all__ = ["MODES", "Result", "measure", "random_profile", "run_latency", "systems", "with_own_code"]
 
 MODES = ("eager", "compile")
 

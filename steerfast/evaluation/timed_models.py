@@ -19,8 +19,6 @@ from steerfast.hf.steering import Steering, steer
 from steerfast.hf.structure import find_decoder, identify
 from steerfast.profile import Gate, SteeringProfile
 
-__all__ = ["STOCK", "TimedModel", "middle_layer", "random_profile", "systems", "twin", "with_own_code"]
-
 STOCK = "stock"
 
 _OPEN, _SHUT = -2.0, 2.0  # thresholds below and above every cosine

@@ -14,8 +14,6 @@ from torch import nn
 
 from steerfast.hf.generation import device_of
 
-__all__ = ["copy_bandwidth", "interleave", "milliseconds", "milliseconds_per_token", "synchronize", "turns"]
-
 
 def turns(names: Iterable[str], seconds: float = 0.0, least: int = 1) -> Iterator[list[str]]:
     """Yield the names in a drawn order each round: at least `least` rounds, and more until `seconds` are over.
@@ -66,16 +64,12 @@ def milliseconds_per_token(model: nn.Module, prompt: Sequence[int], tokens: int)
     Args:
         prompt: token ids.
     """
-    generate: Any = model.generate
     device = device_of(model)
     ids = torch.tensor([prompt], device=device)
-    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": tokens, "min_new_tokens": tokens}
-    return (
-        milliseconds(
-            lambda: generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options), device
-        )
-        / tokens
-    )
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+    options |= {"num_beams": 1, "max_new_tokens": tokens, "min_new_tokens": tokens}
+    generate: Any = model.generate
+    return milliseconds(lambda: generate(input_ids=ids, **options), device) / tokens
 
 
 def copy_bandwidth(device: torch.device | str) -> float:

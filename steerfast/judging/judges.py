@@ -19,8 +19,6 @@ from steerfast._records import Records
 from steerfast.errors import JudgeError
 from steerfast.judging.refusal import is_refusal_keyword, is_refusal_strict
 
-__all__ = ["ClassifierJudge", "EndpointJudge", "Judge", "RuleJudge", "agreement", "make_judge"]
-
 
 class Judge(Protocol):
     """Says for each answer whether it refuses its prompt (does not comply with it); None: no verdict."""
