@@ -91,7 +91,7 @@ def seams(device: str) -> dict[str, Callable[[], Any]]:
     """Return the code between two blocks of a Llama, by name."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from steerfast.evaluation.timed_models import random_profile
+    from steerfast.evaluation.latency import random_profile
     from steerfast.hf.fused import patch
     from steerfast.hf.steering import steer
 

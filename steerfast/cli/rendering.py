@@ -250,10 +250,10 @@ def latency_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     first = lines[0]
     floor = "" if first["floor_ms"] is None else f"; no step below {first['floor_ms']:.3g} ms"
     title = escape(f"{first['model']}, {first['mode']}, batch {first['batch']}, prompt {first['prompt']}{floor}")
-    columns = ("first token, ms", "ratio", "token, ms", "p99", "ratio", "tokens/s", "peak, MiB")
+    columns = ("first token, ms", "ratio", "token, ms", "p99", "ratio", "tokens/s")
     table = _table("system", *columns, title=title, no_wrap=True)
     for line in lines:
-        peak, ratios = line["peak_bytes"], (line["ttft_ratio_to_stock"], line["ratio_to_stock"])
+        ratios = line["ttft_ratio_to_stock"], line["ratio_to_stock"]
         prefill, step = ("" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
         table.add_row(
             line["system"] + (f" ({line['profiles']})" if line["profiles"] > 1 else ""),
@@ -263,7 +263,6 @@ def latency_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             f"{line['p99_ms']:.2f}",
             step,
             f"{line['tokens_per_s']:.1f}",
-            "" if peak is None else f"{peak / 2**20:.0f}",
         )
     return table
 
