@@ -12,18 +12,13 @@ _HARMFUL, _HARMLESS = "steerfast:harmful_calibrate", "steerfast:harmless_calibra
 _HELDOUT = ("steerfast:harmful_heldout",), ("steerfast:harmless_heldout",)
 
 
-class SensorType(click.ParamType):
-    """A sensor: `auto`, `own`, `keep` or a layer."""
-
-    name = "sensor"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value in ("auto", "own", "keep"):
-            return str(value)
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"expected auto, own, keep or a layer number, got {value!r}", param, ctx)
+def _sensor(value: str) -> int | str:
+    if value in ("auto", "own", "keep"):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"expected auto, own, keep or a layer number, got {value!r}") from None
 
 
 @click.command("calibrate")
@@ -46,7 +41,7 @@ class SensorType(click.ParamType):
 @click.option("--midpoint", is_flag=True, help="Put thresholds midway between the classes, at any false-positive rate.")
 @click.option(
     "--sensor",
-    type=SensorType(),
+    type=_sensor,
     default="auto",
     show_default=True,
     metavar="auto|own|keep|LAYER",

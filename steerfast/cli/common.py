@@ -35,22 +35,17 @@ _PIPED_WIDTH = 120  # columns of a table where there is no terminal to ask
 # -- options -----------------------------------------------------------------------------------------
 
 
-class Device(click.ParamType):
-    """A torch device of this machine."""
+def _device(value: str) -> str:
+    """Return a torch device of this machine."""
+    import torch
 
-    name = "device"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        import torch
-
-        try:
-            device = torch.device(value)
-        except RuntimeError:
-            self.fail(f"expected cpu, cuda or cuda:<number>, got {value!r}", param, ctx)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            self.fail(f"expected a device that is there ({found} CUDA devices are), got {value!r}", param, ctx)
-        return value
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        raise click.BadParameter(f"expected cpu, cuda or cuda:<number>, got {value!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
+        raise click.BadParameter(f"expected a device that is there ({found} CUDA devices are), got {value!r}")
+    return value
 
 
 class Items(click.ParamType):
@@ -94,9 +89,9 @@ def json_option(command: F) -> F:
 
 def placement_options(command: F) -> F:
     """Add `--dtype` and `--device`."""
-    command = click.option(
-        "--device", type=Device(), metavar="DEVICE", help="Default: cuda if there is one, else cpu."
-    )(command)
+    command = click.option("--device", type=_device, metavar="DEVICE", help="Default: cuda if there is one, else cpu.")(
+        command
+    )
     return click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -234,6 +229,24 @@ def read_sets(options: dict[str, Any], *roles: str, part: Part = "fit") -> None:
         chosen = read_set("--" + role.replace("_", "-"), options[role], count, part)
         options[role], names[role] = chosen.prompts, chosen.name
     options["names"] = names
+
+
+def read_names(
+    option: str, entries: Sequence[str], value: str = "FILE", default: Callable[[str], str] | None = None
+) -> dict[str, str]:
+    """Read NAME=`value` entries; without NAME= the default gives the name."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, mark, rest = entry.partition("=")
+        if not mark and default is not None:
+            name, rest = default(entry), entry
+        if not name or not rest:
+            expected = f"NAME={value}" if default is None else f"[NAME=]{value}"
+            raise click.UsageError(f"{option}: expected {expected}, got {entry!r}")
+        if name in found:
+            raise click.UsageError(f"{option}: expected each name once, got {name!r} twice")
+        found[name] = rest
+    return found
 
 
 def gather_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[str]:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _PROFILE = "steerfast"
 _OF_ENDING = {".safetensors": _PROFILE, ".gguf": "gguf", ".pt": "hotwire", ".svec": "svec"}
-_MOST_LAYERS = 10_000
 _OF_IMPORTS = (
     "model_name", "like", "keep_gate", "layers", "strength", "layer_shift", "condition_layer", "threshold",
     "edit", "low", "high", "angle", "gate_kind", "sharpness",
@@ -30,13 +29,6 @@ def _formats(written: bool = False) -> list[str]:
     return [_PROFILE, *(name for name, known in FORMATS.items() if known.encode is not None or not written)]
 
 
-def _band(entry: str) -> tuple[int, int]:
-    first, last = band(entry)
-    if last >= _MOST_LAYERS:
-        raise ValueError
-    return first, last
-
-
 @click.command("convert")
 @click.argument("source", metavar="INPUT")
 @click.argument("target", metavar="OUTPUT")
@@ -47,7 +39,7 @@ def _band(entry: str) -> tuple[int, int]:
 @click.option("--keep-gate", is_flag=True, help="Take over the gate of --like.  [default: always open]")
 @click.option(
     "--layers",
-    type=common.Items("LAYERS", _band, "layers such as 10-14,20, first before last"),
+    type=common.Items("LAYERS", band, "layers such as 10-14,20, first before last"),
     metavar="LAYERS",
     help="Layers to steer, 0-based blocks, such as 10-14,20.  [default: as the file says]",
 )

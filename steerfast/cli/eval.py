@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +96,8 @@ def command(context: click.Context, model_name: str, **options: Any) -> None:
       steerfast eval your/model --profile ours=safety.safetensors --limit 100 --resume eval.jsonl --html eval.html
       steerfast eval your/model --profile safety.safetensors --set harmful:mine.csv --tasks mmlu,gsm8k --task-limit 50
     """
-    named = _names("--profile", options["profiles"], lambda entry: Path(entry).stem)
-    weights = _names("--other", options["others"])
+    named = common.read_names("--profile", options["profiles"], default=lambda entry: Path(entry).stem)
+    weights = common.read_names("--other", options["others"], "MODEL")
     files = {f"--{name}": options[f"{name}_file"] for name in ("json", "html", "markdown")}
     inputs = [*named.values(), *(where for source in options["sources"] if (where := _file(source)))]
     common.check_outputs({**files, "--resume": options["resume"]}, inputs)
@@ -148,21 +147,6 @@ def _evaluate(model_name: str, systems: list[System], options: dict[str, Any]) -
         load=lambda name: common.load_model(name, *placement),
         **{name: options[name] for name in passed},
     )
-
-
-def _names(option: str, entries: tuple[str, ...], default: Callable[[str], str] | None = None) -> dict[str, str]:
-    """Read NAME=VALUE entries; without NAME= the default gives the name."""
-    found = {}
-    for entry in entries:
-        name, mark, value = entry.partition("=")
-        if not mark and default is not None:
-            name, value = default(entry), entry
-        if not name or not value:
-            raise click.UsageError(f"{option}: expected {'[NAME=]FILE' if default else 'NAME=MODEL'}, got {entry!r}")
-        if name in found:
-            raise click.UsageError(f"{option}: expected a name of its own for each, got one twice")
-        found[name] = value
-    return found
 
 
 def _file(source: str) -> str | None:

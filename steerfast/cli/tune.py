@@ -8,12 +8,14 @@ import click
 
 from steerfast.cli import common
 
+_MOST_LAYERS = 10_000
+
 
 def band(entry: str) -> tuple[int, int]:
     """Return (first, last) of ``10-19`` or ``20``, for `Items`."""
     first, _, last = entry.partition("-")
     numbers = int(first), int(last or first)
-    if not 0 <= numbers[0] <= numbers[1]:
+    if not 0 <= numbers[0] <= numbers[1] < _MOST_LAYERS:
         raise ValueError
     return numbers
 

@@ -10,7 +10,6 @@ import functools
 import itertools
 import os
 import platform
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from steerfast.evaluation.summary import (
     pooled,
 )
 from steerfast.evaluation.systems import UNSTEERED, System, as_it_is
-from steerfast.evaluation.timing import interleave, milliseconds_per_token, turns
+from steerfast.evaluation.timing import compare, milliseconds_per_token
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.score import check_model, row_scores
 from steerfast.hf.generation import PromptBatch, device_of, greedy_answers
@@ -221,11 +220,9 @@ def _shipped(names: str) -> set[str]:
 
 def _at_strengths(systems: Sequence[System], strengths: Sequence[float]) -> list[tuple[str, System]]:
     """Return the first system with a profile at each strength, ascending, each beside the system's name."""
-    first = next((system for system in systems if system.profile is not None), None)
-    if first is None:
-        return []
     return [
         (first.name, replace(first, name=f"{first.name}@{strength:g}", strength=strength))
+        for first in [system for system in systems if system.profile is not None][:1]
         for strength in sorted({*strengths})
     ]
 
@@ -259,22 +256,19 @@ class _Evaluation:
             missing prompts.
         """
         kept, left_out = [], {}
+        most, size = context_of(self.model) - self.options.max_new_tokens, self.options.batch_size
+        defences = dict.fromkeys([as_it_is, *(system.defence for system in systems)])
         for one in sets:
-            lengths_by_defence = [
-                [len(ids) for ids in encode(self.tokenizer, [defence(item.prompt) for item in one.items])]
-                for defence in dict.fromkeys([as_it_is, *(system.defence for system in systems)])
-            ]
-            most = context_of(self.model) - self.options.max_new_tokens
-            fits = [max(lengths) <= most for lengths in zip(*lengths_by_defence, strict=True)]
-            if not all(fits):
-                left_out[one.name] = f"{fits.count(False)} of {len(fits)} prompts do not fit the model's context"
-            places = [place for place, fit in enumerate(fits) if fit]
+            encoded = [encode(self.tokenizer, [defence(item.prompt) for item in one.items]) for defence in defences]
+            lengths = [[len(ids) for ids in wordings] for wordings in zip(*encoded, strict=True)]  # plain wording first
+            places = [place for place, found in enumerate(lengths) if max(found) <= most]
+            if len(places) < len(lengths):
+                missing = f"{len(lengths) - len(places)} of {len(lengths)}"
+                left_out[one.name] = f"{missing} prompts do not fit the model's context"
             if places:
                 kept.append(replace(one, items=tuple(one.items[place] for place in places)))
-                lengths = [lengths_by_defence[0][place] for place in places]
                 # Batches hold the same prompts in every system, so that rounding differs in no comparison.
-                order = sorted(range(len(places)), key=lambda place: -lengths[place])
-                size = self.options.batch_size
+                order = sorted(range(len(places)), key=lambda place: -lengths[places[place]][0])
                 self._chunks[one.name] = [order[start : start + size] for start in range(0, len(order), size)]
         if not kept:
             raise PromptError("sets: expected some prompts that fit the model's context, got none")
@@ -396,17 +390,8 @@ class _Evaluation:
 
         def work() -> list[Any]:
             calls = {name: functools.partial(milliseconds, run) for name, run in runs.items()}
-            for call in calls.values():
-                call(0)
-            base, *times = interleave(calls, turns(calls, least=_LATENCY_PAIRS)).values()
-            return [
-                {
-                    "ms_per_token": statistics.median(own),
-                    "ratio": statistics.median(b / a for a, b in zip(base, own, strict=True)),
-                    "pairs": _LATENCY_PAIRS,
-                }
-                for own in times
-            ]
+            _, *found = compare(calls, _LATENCY_PAIRS).values()
+            return [{"ms_per_token": own, "ratio": ratio, "pairs": _LATENCY_PAIRS} for own, ratio in found]
 
         weights = weights_fingerprint(model)
         key = (

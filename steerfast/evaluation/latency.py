@@ -4,10 +4,9 @@ Each system is a model over the same weights. The systems take turns at single s
 decode step of each, again and again. A ratio is the median over the rounds of a system's time over stock's in the same
 round. ``control`` is a second stock model: its ratio differs from 1 by chance alone.
 
-Every decode step is the step after the prompt: the cache is set back before each step, outside the clock. So a case has
-one context length, and eager systems share the prompt's keys and values. A compiled step has a static cache, where
-every step takes the same time. It is set back every 64 steps only: after a reset, steering reads the cache's length
-from the device, which no real answer does at each step.
+Every decode step is the step after the prompt: the cache is set back before each step, outside the clock. So eager
+systems share the prompt's keys and values. A compiled step has a static cache, where every step takes the same time. It
+is set back every 64 steps: after a reset, steering reads the cache's length from the device, unlike in a real answer.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from steerfast._progress import track
 from steerfast.hf.generation import device_of
 
 
@@ -41,6 +42,18 @@ def interleave(calls: Mapping[str, Callable[[int], float]], rounds: Iterable[Seq
         for name in order:
             found[name].append(calls[name](number))
     return found
+
+
+def compare(
+    calls: Mapping[str, Callable[[int], float]], rounds: int, *, show: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Return each call's median, and the median of its ratio to the first call, after a call of each for warmth."""
+    for call in calls.values():
+        call(0)
+    times = interleave(calls, track(list(turns(calls, least=rounds)), "latency", show=show))
+    base = next(iter(times.values()))
+    median = statistics.median
+    return {name: (median(own), median(a / b for a, b in zip(own, base, strict=True))) for name, own in times.items()}
 
 
 def synchronize(device: torch.device) -> None:

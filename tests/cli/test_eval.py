@@ -164,10 +164,10 @@ def test_bad_input_before_any_work(work: Path, monkeypatch: pytest.MonkeyPatch) 
     profile = ("--profile", f"ours={work / 'p.safetensors'}")
     for status, arguments, message in (
         (2, (), "Missing argument 'MODEL'"),
-        (2, ("m", *profile, *profile), "--profile: expected a name of its own for each, got one twice"),
+        (2, ("m", *profile, *profile), "--profile: expected each name once, got "),
         (2, ("m", "--profile", "=x"), "--profile: expected [NAME=]FILE, got '=x'"),
         (2, ("m", "--other", "x"), "--other: expected NAME=MODEL, got 'x'"),
-        (2, ("m", "--other", "a=x", "--other", "a=y"), "--other: expected a name of its own for each"),
+        (2, ("m", "--other", "a=x", "--other", "a=y"), "--other: expected each name once, got 'a' twice"),
         (1, ("m", *profile, "--other", "ours=x"), "got two called 'ours'"),
         (1, ("m", "--profile", f"unsteered={work / 'p.safetensors'}"), "got two called 'unsteered'"),
         (1, ("m", "--system", "nobody"), "expected some of unsteered, self-reminder, goal-priority"),
