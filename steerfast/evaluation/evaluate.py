@@ -358,7 +358,7 @@ class _Evaluation:
             return
         options, weights = self.options, weights_fingerprint(model)
         found: dict[str, Any] = {"values": {}, "intervals": {}}
-        how = {"limit": options.task_limit, "batch_size": options.batch_size, "seed": options.seed}
+        how: dict[str, Any] = {"limit": options.task_limit, "batch_size": options.batch_size, "seed": options.seed}
         for task in options.tasks:
             described = task if isinstance(task, str) else repr(sorted(task.items()))
             key = ("task", described, options.task_limit, options.seed, system.fingerprint(), weights)

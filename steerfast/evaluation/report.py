@@ -338,7 +338,7 @@ def headlines(result: Mapping[str, Any]) -> list[Headline]:
         if not found:
             continue
         names = worst(found, key=lambda names: found[names])
-        before = at(plain, key, *names) if key != "unchanged" else None
+        before: Any = at(plain, key, *names) if key != "unchanged" else None
         of = "" if not names else names[0] if len(found) == 1 else f"{names[0]}, the worst of {len(found)} sets"
         value = _cell(found[names], (), share).text + (" %" if share else "")
         made.append(Headline(says, value, _cell(before, (), share).text if known(before) else "", of))

@@ -198,7 +198,7 @@ class _Extraction:
             # A cosine gate sees only the direction of a row, so the fit sees no more than that.
             rows = [x.double() / x.double().norm(dim=1, keepdim=True) if score == "cosine" else x for x in (bad, good)]
             means_of = plain if options.gate == "lda" else None
-            return unit(fit_direction(*rows, options.gate, shrinkage=options.shrinkage, means_of=means_of))
+            return unit(fit_direction(rows[0], rows[1], options.gate, shrinkage=options.shrinkage, means_of=means_of))
 
         directions, thresholds = [], []
         for layer in range(reading.shape[1]):

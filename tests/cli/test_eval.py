@@ -102,6 +102,7 @@ def test_the_command_in_the_data_gives_the_same_data(work: Path) -> None:
 
 
 def test_what_is_finished_is_not_done_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerfast.evaluation.evaluate._LATENCY_TOKENS", 2)
     arguments = quick(work, "--resume", work / "pieces.jsonl", "--json", "-")
     first = json.loads(done(*arguments).stdout)
     monkeypatch.setattr("steerfast.evaluation.evaluate.greedy_answers", lambda *_, **__: pytest.fail("asked again"))

@@ -313,7 +313,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     arguments = [sys.executable, "-c", _SCRIPT, __file__, str(tmp_path), str(pieces)]
     killed = subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while count(pieces) < 12 and killed.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
     finally:
