@@ -132,7 +132,6 @@ def test_the_loss_is_that_of_the_steered_model(
             rest = tiny_llama(torch.tensor([answer[:-1]]), past_key_values=cache.past_key_values)
         logits = torch.cat([cache.logits[0, -1:], rest.logits[0]])
         kept.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
-    by_hand = loss_by_hand(model, lessons)
     (batch,) = batches([p + a for p, a in lessons], len(lessons), "left", 0, torch.device("cpu"))
     starts = torch.tensor([len(lessons[i][0]) for i in batch.indices])[:, None]
     rows = batch.mask.bool()
@@ -156,6 +155,7 @@ def test_padding_does_not_count(
     model = make_llama()
     draw = torch.Generator().manual_seed(seed)
     lessons = [tuple(torch.randint(3, 128, (length,), generator=draw).tolist() for length in pair) for pair in lengths]
+    by_hand = loss_by_hand(model, lessons)
     (batch,) = batches([p + a for p, a in lessons], len(lessons), "left", 0, torch.device("cpu"))
     starts = torch.tensor([len(lessons[i][0]) for i in batch.indices])[:, None]
     if not keeps:
