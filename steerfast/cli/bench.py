@@ -42,7 +42,7 @@ def _counts(name: str, default: str, text: str) -> Callable[[common.F], common.F
     show_default=True,
     help="compile: decode steps by torch.compile with a static cache, on CUDA as CUDA graphs.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: torch's.")
+@common.value_option("--threads", click.IntRange(min=1), "N", "CPU threads; default: torch's.")
 @common.json_option
 def command(model_name: str, profile_file: str | None, json_file: str | None, **options: Any) -> None:
     """Measure the cost of steering MODEL, a hub id, folder or .gguf file.

@@ -28,14 +28,16 @@ def _sensor(value: str) -> int | str:
 @common.set_option("--harmless", _HARMLESS, "Prompts the gate should stay shut for, new to extract")
 @common.set_option("--heldout-harmful", note="Harmful prompts of another style, to test with")
 @common.set_option("--heldout-harmless", note="Harmless prompts of another style, to test with")
-@common.share_option(
+@common.value_option(
     "--max-false-positive-rate",
     click.FloatRange(0, 1, max_open=True),
+    "SHARE",
     "The share of --harmless that may open the gate.  [default: 0.01]",
 )
-@common.share_option(
+@common.value_option(
     "--abstain-rate",
     click.FloatRange(0, 1, max_open=True),
+    "SHARE",
     "The share of --harmless that may be undecided or open the gate.  [default: the gate always decides]",
 )
 @click.option("--midpoint", is_flag=True, help="Put thresholds midway between the classes, at any false-positive rate.")
@@ -47,11 +49,8 @@ def _sensor(value: str) -> int | str:
     metavar="auto|own|keep|LAYER",
     help="Which layer decides.",
 )
-@click.option(
-    "--latest-sensor",
-    type=click.IntRange(min=0),
-    metavar="LAYER",
-    help="The last layer that auto tries.  [default: 60 % of the depth]",
+@common.value_option(
+    "--latest-sensor", click.IntRange(min=0), "LAYER", "The last layer that auto tries.  [default: 60 % of the depth]"
 )
 @common.batch_size_option()
 @common.fit_options

@@ -118,16 +118,11 @@ def batch_size_option(default: int = 16) -> Callable[[F], F]:
     return count_option("--batch-size", default, "Prompts per forward pass.")
 
 
-def set_option(name: str, default: str | None = None, note: str = "") -> Callable[[F], F]:
+def set_option(name: str, default: str | None = None, note: str = "Prompts") -> Callable[[F], F]:
     """Add a repeatable option for a prompt set."""
-    return click.option(
-        name,
-        multiple=True,
-        metavar="SRC",
-        default=(default,) if default else (),
-        show_default=bool(default),
-        help=f"{note or 'Prompts'}: a .txt, .json, .jsonl or .csv file, or steerfast:<set>; repeat it to join several.",
-    )
+    role = name.removeprefix("--").replace("-", "_")
+    text = f"{note}: a .txt, .json, .jsonl or .csv file, or steerfast:<set>."
+    return repeated_option(name, role, "SRC", text, (default,) if default else ())
 
 
 def choice_option(name: str, choices: Sequence[str], text: str | None = None) -> Callable[[F], F]:
@@ -135,14 +130,23 @@ def choice_option(name: str, choices: Sequence[str], text: str | None = None) ->
     return click.option(name, type=click.Choice(choices), default=choices[0], show_default=True, help=text)
 
 
-def share_option(name: str, kind: click.FloatRange, text: str, default: float | None = None) -> Callable[[F], F]:
-    """Add an option that takes a share."""
-    return click.option(name, type=kind, default=default, show_default=default is not None, metavar="SHARE", help=text)
+def value_option(name: str, kind: Any, metavar: str, text: str, default: Any = None) -> Callable[[F], F]:
+    """Add an option that takes a value."""
+    known = default is not None
+    return click.option(name, type=kind, default=default, show_default=known, metavar=metavar, help=text)
+
+
+def repeated_option(name: str, role: str, metavar: str, text: str, default: Sequence[str] = ()) -> Callable[[F], F]:
+    """Add an option that may be repeated, as the tuple `role`."""
+    text = f"{text} May be repeated."
+    return click.option(
+        name, role, multiple=True, metavar=metavar, default=default, show_default=bool(default), help=text
+    )
 
 
 def count_option(name: str, default: int, text: str) -> Callable[[F], F]:
     """Add an option that takes a whole number of at least 1."""
-    return click.option(name, type=click.IntRange(min=1), default=default, show_default=True, metavar="N", help=text)
+    return value_option(name, click.IntRange(min=1), "N", text, default)
 
 
 def list_option(name: str, metavar: str, read: Callable[[str], Any], example: str, text: str) -> Callable[[F], F]:
@@ -155,14 +159,8 @@ def fit_options(command: F) -> F:
     command = click.option(
         "--output", "-o", required=True, metavar="FILE", help="Where to write the profile (.safetensors)."
     )(json_option(command))
-    return click.option(
-        "--restyle",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Add N prompts of each set in each of the shipped styles (personas, fiction, random suffixes, ...).",
-    )(command)
+    text = "Add N prompts of each set in each of the shipped styles (personas, fiction, random suffixes, ...)."
+    return value_option("--restyle", click.IntRange(min=0), "N", text, 0)(command)
 
 
 def edit_options(command: F) -> F:
@@ -172,20 +170,15 @@ def edit_options(command: F) -> F:
         ("--high", "NUMBER", "Upper limit of --edit clamp, in units of the vector."),
         ("--low", "NUMBER", "Lower limit of --edit clamp, in units of the vector."),
     ):
-        command = click.option(name, type=float, metavar=metavar, help=text)(command)
+        command = value_option(name, float, metavar, text)(command)
     text = "How an open gate changes a row of the residual stream.  [default: add]"
     return click.option("--edit", type=LazyChoice(edit_names), help=text)(command)
 
 
 def prompt_arguments(command: F) -> F:
     """Add `[PROMPTS]...` and `--file SRC`, see `gather_prompts`."""
-    command = click.option(
-        "--file",
-        "files",
-        multiple=True,
-        metavar="SRC",
-        help="Prompts from a .txt, .json, .jsonl or .csv file, or steerfast:<set>; may be repeated.",
-    )(command)
+    text = "Prompts from a .txt, .json, .jsonl or .csv file, or steerfast:<set>."
+    command = repeated_option("--file", "files", "SRC", text)(command)
     return click.argument("prompts", nargs=-1)(command)
 
 

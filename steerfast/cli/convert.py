@@ -37,18 +37,18 @@ def _formats(written: bool = False) -> list[str]:
 @common.model_options()
 @click.option("--like", metavar="PROFILE", help="A profile of the model that the vectors are for, instead of --model.")
 @click.option("--keep-gate", is_flag=True, help="Take over the gate of --like.  [default: always open]")
-@click.option(
+@common.value_option(
     "--layers",
-    type=common.Items("LAYERS", band, "layers such as 10-14,20, first before last"),
-    metavar="LAYERS",
-    help="Layers to steer, 0-based blocks, such as 10-14,20.  [default: as the file says]",
+    common.Items("LAYERS", band, "layers such as 10-14,20, first before last"),
+    "LAYERS",
+    "Layers to steer, 0-based blocks, such as 10-14,20.  [default: as the file says]",
 )
-@click.option("--strength", type=float, metavar="NUMBER", help="Of every steered layer.  [default: the file's, else 1]")
-@click.option(
+@common.value_option("--strength", float, "NUMBER", "Of every steered layer.  [default: the file's, else 1]")
+@common.value_option(
     "--layer-shift",
-    type=click.IntRange(-1, 1),
-    metavar="N",
-    help="Added to every layer number, for files that count in another way than their format.",
+    click.IntRange(-1, 1),
+    "N",
+    "Added to every layer number, for files that count in another way than their format.",
 )
 @common.edit_options
 @click.option(
@@ -56,14 +56,14 @@ def _formats(written: bool = False) -> list[str]:
     type=click.Choice(["prompt", "token", "always"]),
     help="With a gate: when it decides.  [default: the gate's own]",
 )
-@click.option("--sharpness", type=float, metavar="NUMBER", help="With a gate: 0 is a hard gate, above 0 a sigmoid.")
+@common.value_option("--sharpness", float, "NUMBER", "With a gate: 0 is a hard gate, above 0 a sigmoid.")
 @click.option(
     "--condition",
     metavar="FILE",
     help="A file with the gate's direction; where INPUT is a profile, the file to write it to (.svec).",
 )
-@click.option("--condition-layer", type=click.IntRange(min=0), metavar="L", help="0-based block of the condition.")
-@click.option("--threshold", type=float, metavar="COSINE", help="The gate opens above this cosine.")
+@common.value_option("--condition-layer", click.IntRange(min=0), "L", "0-based block of the condition.")
+@common.value_option("--threshold", float, "COSINE", "The gate opens above this cosine.")
 @click.option("--fires", type=click.Choice(["above", "below"]), default="above", show_default=True)
 @common.json_option
 def command(

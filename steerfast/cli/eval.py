@@ -19,55 +19,37 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
 
 @click.command("eval")
 @click.argument("model_name", metavar="MODEL")
-@click.option(
-    "--profile",
-    "profiles",
-    multiple=True,
-    metavar="[NAME=]FILE",
-    help="A profile to measure; repeat it for several. The first is also measured with its gate always open.",
+@common.repeated_option(
+    "--profile", "profiles", "[NAME=]FILE", "A profile to measure; the first also with its gate always open."
 )
-@click.option(
-    "--other",
-    "others",
-    multiple=True,
-    metavar="NAME=MODEL",
-    help="Other weights that answer unsteered, such as an aligned sibling; may be repeated.",
+@common.repeated_option(
+    "--other", "others", "NAME=MODEL", "Other weights that answer unsteered, such as an aligned sibling."
 )
-@click.option(
+@common.repeated_option(
     "--system",
     "wanted",
-    multiple=True,
-    metavar="NAME",
-    help="unsteered, self-reminder, goal-priority, always-on, or a name given by --profile or --other; may be "
-    "repeated.  [default: all that can be made]",
+    "NAME",
+    "unsteered, self-reminder, goal-priority, always-on, or a name given by --profile or --other; all, if none is named.",
 )
-@click.option(
+@common.repeated_option(
     "--set",
     "sources",
-    multiple=True,
-    metavar="SET",
-    help="A set of those below, [NAME=]KIND:FILE or [NAME=]KIND:hf://OWNER/DATASET[/CONFIG]@SPLIT[#COLUMN]; may be "
-    "repeated.  [default: all below]",
+    "SET",
+    "A set of those below, [NAME=]KIND:FILE or [NAME=]KIND:hf://OWNER/DATASET[/CONFIG]@SPLIT[#COLUMN]; all below, if "
+    "none is named.",
 )
-@click.option(
+@common.repeated_option(
     "--judge",
     "judges",
-    multiple=True,
-    default=("keywords", "strict"),
-    show_default=True,
-    metavar="JUDGE",
-    help="keywords, strict, classifier:MODEL[#LABEL] or openai:MODEL[@URL]; the first one's verdicts make the rates; "
-    "may be repeated.",
+    "JUDGE",
+    "keywords, strict, classifier:MODEL[#LABEL] or openai:MODEL[@URL]; the first one's verdicts make the rates.",
+    ("keywords", "strict"),
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most prompts of each set.  [default: all]")
+@common.value_option("--limit", click.IntRange(min=1), "N", "Most prompts of each set.  [default: all]")
 @common.count_option("--max-new-tokens", 64, "Answer length.")
-@click.option(
-    "--tasks", type=_TASKS, metavar="TASK,...", help="Also run these tasks of lm-evaluation-harness (package lm-eval)."
-)
-@click.option("--task-limit", type=click.IntRange(min=1), metavar="N", help="Most items of each task.  [default: all]")
-@click.option(
-    "--strengths", type=_STRENGTHS, metavar="X,...", help="Of the first profile, for the strength/fluency frontier."
-)
+@common.value_option("--tasks", _TASKS, "TASK,...", "Also run these tasks of lm-evaluation-harness (package lm-eval).")
+@common.value_option("--task-limit", click.IntRange(min=1), "N", "Most items of each task.  [default: all]")
+@common.value_option("--strengths", _STRENGTHS, "X,...", "Of the first profile, for the strength/fluency frontier.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of samples and intervals.")
 @click.option("--latency/--no-latency", default=True, show_default=True, help="Time every system beside unsteered.")
 @click.option("--force", is_flag=True, help="Take sets that made a profile, and mark them.")

@@ -20,21 +20,21 @@ from steerfast.cli import common
     ["prompt", "token", "always"],
     "Decide once at the end of the prompt, for each token, or not at all: always steer.",
 )
-@click.option(
+@common.value_option(
     "--sharpness",
-    type=click.FloatRange(0),
-    metavar="NUMBER",
-    help="Slope of a soft gate, sigmoid(sharpness * (score - threshold)); 0 is a hard gate.  [default: 0]",
+    click.FloatRange(0),
+    "NUMBER",
+    "Slope of a soft gate, sigmoid(sharpness * (score - threshold)); 0 is a hard gate.  [default: 0]",
 )
 @common.choice_option("--score", ["cosine", "dot"], "The score that the gate compares with its threshold.")
 @common.choice_option(
     "--pooling", ["last", "mean"], "Score the last token of a prompt, or take the mean over its tokens."
 )
-@click.option(
+@common.value_option(
     "--window",
-    type=click.IntRange(min=1),
-    metavar="TOKENS",
-    help="For --pooling mean: how many of the last tokens of a prompt.  [default: all]",
+    click.IntRange(min=1),
+    "TOKENS",
+    "For --pooling mean: how many of the last tokens of a prompt.  [default: all]",
 )
 @common.edit_options
 @common.list_option(
@@ -51,9 +51,10 @@ from steerfast.cli import common
     metavar="TEXT",
     help="The refusal that forced vectors start from.  [default: the sibling's own answers, else a fixed refusal]",
 )
-@common.share_option(
+@common.value_option(
     "--shrinkage",
     click.FloatRange(0, 1),
+    "SHARE",
     "Weight of the identity in the covariance, for lda.  [default: Ledoit-Wolf]",
 )
 @common.batch_size_option()

@@ -21,23 +21,13 @@ _TEMPERATURE = 0.7
 @click.argument("profile_file", metavar="PROFILE")
 @common.prompt_arguments
 @common.model_options("the model that the profile names")
-@click.option(
-    "--strength",
-    type=float,
-    default=1.0,
-    show_default=True,
-    metavar="NUMBER",
-    help="Multiplies the profile's own strengths.",
-)
+@common.value_option("--strength", float, "NUMBER", "Multiplies the profile's own strengths.", 1.0)
 @common.count_option("--max-new-tokens", 128, "Answer length.")
 @click.option("--sample/--greedy", default=False, show_default=True)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, min_open=True),
-    metavar="NUMBER",
-    help=f"With --sample.  [default: {_TEMPERATURE}]",
+@common.value_option(
+    "--temperature", click.FloatRange(0, min_open=True), "NUMBER", f"With --sample.  [default: {_TEMPERATURE}]"
 )
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="With --sample.  [default: 0]")
+@common.value_option("--seed", click.IntRange(min=0), "N", "With --sample.  [default: 0]")
 @click.option("--compare", is_flag=True, help="Answer unsteered too, side by side.")
 @common.batch_size_option()
 @common.json_option

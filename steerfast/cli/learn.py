@@ -19,16 +19,17 @@ from steerfast.cli import common
     metavar="TEXT",
     help="A text to answer instead.  [default: the sibling's answers, else a fixed refusal]",
 )
-@click.option(
+@common.value_option(
     "--layer",
-    type=click.IntRange(min=0),
-    metavar="LAYER",
-    help="Where the vector is added.  [default: the sensor, else the middle layer]",
+    click.IntRange(min=0),
+    "LAYER",
+    "Where the vector is added.  [default: the sensor, else the middle layer]",
 )
 @common.choice_option("--positions", ["response", "all"], "Tokens that the vector is added to; it holds for no others.")
-@common.share_option(
+@common.value_option(
     "--max-norm",
     click.FloatRange(0, min_open=True),
+    "SHARE",
     "Largest norm of the vector, as a share of the mean norm of the layer's rows.",
     1.0,
 )

@@ -24,31 +24,25 @@ class _Serve(click.Command):
 @click.command("serve", cls=_Serve)
 @click.argument("model_name", metavar="MODEL")
 @click.argument("vllm_arguments", metavar="[-- VLLM OPTIONS]", nargs=-1, type=click.UNPROCESSED)
-@click.option(
-    "--profile",
-    "profiles",
-    metavar="NAME=FILE",
-    multiple=True,
-    help="A profile that requests may name; may be repeated.",
-)
+@common.repeated_option("--profile", "profiles", "NAME=FILE", "A profile that requests may name.")
 @click.option(
     "--default",
     metavar="NAME[,NAME]",
     help="The profile, or stack, that steers requests that name none.  [default: no steering]",
 )
 @click.option("--locked", is_flag=True, help="The default steers all requests; they cannot change it.")
-@click.option(
+@common.value_option(
     "--max-strength",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="NUMBER",
-    help="The largest strength of a request.  [default: 10]",
+    click.FloatRange(min=0, min_open=True),
+    "NUMBER",
+    "The largest strength of a request.  [default: 10]",
 )
-@click.option("--slots", type=click.IntRange(min=1), metavar="N", help="Room for profiles.  [default: 32 or more]")
-@click.option(
+@common.value_option("--slots", click.IntRange(min=1), "N", "Room for profiles.  [default: 32 or more]")
+@common.value_option(
     "--stack",
-    type=click.IntRange(min=1, max=4),
-    metavar="N",
-    help="The most profiles on one request.  [default: 2; 1 for a single profile]",
+    click.IntRange(min=1, max=4),
+    "N",
+    "The most profiles on one request.  [default: 2; 1 for a single profile]",
 )
 @click.option(
     "--layers",
