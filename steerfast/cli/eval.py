@@ -29,14 +29,14 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
     "--system",
     "wanted",
     "NAME",
-    "unsteered, self-reminder, goal-priority, always-on, or a name given by --profile or --other; all, if none is named.",
+    "unsteered, self-reminder, goal-priority, always-on, or a name given by --profile or --other; without it all.",
 )
 @common.repeated_option(
     "--set",
     "sources",
     "SET",
-    "A set of those below, [NAME=]KIND:FILE or [NAME=]KIND:hf://OWNER/DATASET[/CONFIG]@SPLIT[#COLUMN]; all below, if "
-    "none is named.",
+    "A set of those below, [NAME=]KIND:FILE or [NAME=]KIND:hf://OWNER/DATASET[/CONFIG]@SPLIT[#COLUMN]; without it all "
+    "below.",
 )
 @common.repeated_option(
     "--judge",
