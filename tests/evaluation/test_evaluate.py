@@ -119,8 +119,9 @@ def test_every_answer_is_the_systems_own_greedy_one(
 
 
 def test_figures_do_not_hang_on_the_batch_size(tiny_llama: Any, tiny_tokenizer: Any, systems: list[System]) -> None:
+    chosen = [systems[0], *systems[3:]]
     results = [
-        timeless(evaluate(tiny_llama, tiny_tokenizer, systems, SETS[:4], JUDGES, **{**OPTIONS, "batch_size": size}))
+        timeless(evaluate(tiny_llama, tiny_tokenizer, chosen, SETS[:4], JUDGES, **{**OPTIONS, "batch_size": size}))
         for size in (1, 4, 100)
     ]
     for result in results:
