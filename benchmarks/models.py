@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from steerfast.cli.rendering import latency_table
 from steerfast.evaluation import latency
-from steerfast.evaluation.timed_models import STOCK, TimedModel, middle_layer, random_profile, twin
+from steerfast.evaluation.latency import STOCK, TimedModel, middle_layer, random_profile, twin
 from steerfast.evaluation.timing import copy_bandwidth
 from steerfast.hf.fused import is_patched, patch
 from steerfast.hf.loading import DEMO_MODEL, load_model

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from steerfast.errors import OutputError, SteerfastError
 
-__all__ = ["content_checksum", "read_checked", "write_atomically", "write_checked"]
-
 _KEY = "steerfast"  # of the safetensors metadata that holds the header
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 
-__all__ = ["available", "isa", "reason"]
-
 
 def _obstacle() -> str | None:
     """Load the extension; return why that is impossible, None when it is loaded."""

@@ -10,8 +10,6 @@ from typing import Any
 
 from steerfast.errors import OutputError
 
-__all__ = ["Records"]
-
 
 class Records:
     """A file of JSON objects, one a line, each written when its piece of work is done.

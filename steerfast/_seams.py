@@ -6,8 +6,6 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Seam"]
-
 
 @dataclass(frozen=True)
 class Seam:

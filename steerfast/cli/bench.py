@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -16,19 +17,17 @@ def _count(entry: str) -> int:
     return number
 
 
-_COUNTS = common.Items("counts", _count, "whole numbers of at least 1 like 1,4,16")
+def _counts(name: str, default: str, text: str) -> Callable[[common.F], common.F]:
+    kind = common.Items("counts", _count, "whole numbers of at least 1 like 1,4,16")
+    return click.option(name, type=kind, default=default, show_default=True, metavar="N,...", help=text)
 
 
 @click.command("bench")
 @click.argument("model_name", metavar="MODEL")
 @click.option("--profile", "profile_file", metavar="FILE", help="Measure this profile.  [default: made-up ones]")
 @common.placement_options
-@click.option(
-    "--batch-sizes", type=_COUNTS, default="1,4", show_default=True, metavar="N,...", help="Sequences per batch."
-)
-@click.option(
-    "--prompt-lengths", type=_COUNTS, default="32,128", show_default=True, metavar="N,...", help="Tokens per sequence."
-)
+@_counts("--batch-sizes", "1,4", "Sequences per batch.")
+@_counts("--prompt-lengths", "32,128", "Tokens per sequence.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),
@@ -43,7 +42,7 @@ _COUNTS = common.Items("counts", _count, "whole numbers of at least 1 like 1,4,1
     show_default=True,
     help="compile: decode steps by torch.compile with a static cache, on CUDA as CUDA graphs.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: torch's.")
+@common.value_option("--threads", click.IntRange(min=1), "N", "CPU threads; default: torch's.")
 @common.json_option
 def command(model_name: str, profile_file: str | None, json_file: str | None, **options: Any) -> None:
     """Measure the cost of steering MODEL, a hub id, folder or .gguf file.

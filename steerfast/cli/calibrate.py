@@ -12,18 +12,13 @@ _HARMFUL, _HARMLESS = "steerfast:harmful_calibrate", "steerfast:harmless_calibra
 _HELDOUT = ("steerfast:harmful_heldout",), ("steerfast:harmless_heldout",)
 
 
-class SensorType(click.ParamType):
-    """A sensor: `auto`, `own`, `keep` or a layer."""
-
-    name = "sensor"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value in ("auto", "own", "keep"):
-            return str(value)
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"expected auto, own, keep or a layer number, got {value!r}", param, ctx)
+def _sensor(value: str) -> int | str:
+    if value in ("auto", "own", "keep"):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"expected auto, own, keep or a layer number, got {value!r}") from None
 
 
 @click.command("calibrate")
@@ -33,42 +28,33 @@ class SensorType(click.ParamType):
 @common.set_option("--harmless", _HARMLESS, "Prompts the gate should stay shut for, new to extract")
 @common.set_option("--heldout-harmful", note="Harmful prompts of another style, to test with")
 @common.set_option("--heldout-harmless", note="Harmless prompts of another style, to test with")
-@common.share_option(
+@common.value_option(
     "--max-false-positive-rate",
     click.FloatRange(0, 1, max_open=True),
+    "SHARE",
     "The share of --harmless that may open the gate.  [default: 0.01]",
 )
-@common.share_option(
+@common.value_option(
     "--abstain-rate",
     click.FloatRange(0, 1, max_open=True),
+    "SHARE",
     "The share of --harmless that may be undecided or open the gate.  [default: the gate always decides]",
 )
 @click.option("--midpoint", is_flag=True, help="Put thresholds midway between the classes, at any false-positive rate.")
 @click.option(
     "--sensor",
-    type=SensorType(),
+    type=_sensor,
     default="auto",
     show_default=True,
     metavar="auto|own|keep|LAYER",
     help="Which layer decides.",
 )
-@click.option(
-    "--latest-sensor",
-    type=click.IntRange(min=0),
-    metavar="LAYER",
-    help="The last layer that auto tries.  [default: 60 % of the depth]",
+@common.value_option(
+    "--latest-sensor", click.IntRange(min=0), "LAYER", "The last layer that auto tries.  [default: 60 % of the depth]"
 )
 @common.batch_size_option()
 @common.fit_options
-def command(
-    profile_file: str,
-    model_name: str | None,
-    midpoint: bool,
-    restyle: int,
-    output: str,
-    json_file: str | None,
-    **options: Any,
-) -> None:
+def command(profile_file: str, midpoint: bool, output: str, json_file: str | None, **options: Any) -> None:
     """Set thresholds, choose the sensor layer, measure both.
 
     Without any set of your own, the shipped held-out sets are used too. The output may be the profile itself.
@@ -84,30 +70,32 @@ def command(
         raise click.UsageError("--midpoint: expected it without --max-false-positive-rate, got both")
     if not midpoint and options["max_false_positive_rate"] is None:
         del options["max_false_positive_rate"]
-    sources = _sources(options)
-    inputs = [source for given in sources.values() for source in given]
+    roles = _roles(options)
+    inputs = [source for role in roles for source in options[role]]
     common.check_outputs({"--output": output}, inputs)
     common.check_outputs({"--json": json_file}, [profile_file, output, *inputs])
     profile = common.load_profile(profile_file)
-    options |= common.read_sets(sources, restyle, "calibrate")
+    common.read_sets(options, *roles, part="calibrate")
 
     import steerfast
     from steerfast.cli.rendering import gate_table, style_table, undecided_table
 
-    place = options.pop("dtype"), options.pop("device")
-    model, tokenizer = common.load_model(model_name or profile.model.name, *place)
+    model, tokenizer = common.take_model(options, profile.model.name)
     profile = steerfast.calibrate(profile, model, tokenizer, **options)
     tables = gate_table(profile), undecided_table(profile), style_table(profile)
     common.write_profile(profile, output, json_file, after="steerfast learn, steerfast tune", tables=tables)
 
 
-def _sources(options: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Take the sources of each prompt set out of the options; the shipped sets include held-out ones."""
-    own = {role: options.pop(role) for role in ("harmful", "harmless")}
-    heldout = {role: options.pop(role) for role in ("heldout_harmful", "heldout_harmless")}
-    if any(heldout.values()):
-        if not all(heldout.values()):
-            raise click.UsageError("--heldout-harmful and --heldout-harmless: expected both or neither, got one")
-        return own | heldout
-    shipped = tuple(own.values()) == ((_HARMFUL,), (_HARMLESS,))
-    return own | dict(zip(heldout, _HELDOUT, strict=True)) if shipped else own
+def _roles(options: dict[str, Any]) -> list[str]:
+    """Return the sets to read; the shipped ones include held-out sets."""
+    own, heldout = ["harmful", "harmless"], ["heldout_harmful", "heldout_harmless"]
+    given = [bool(options[role]) for role in heldout]
+    if any(given) and not all(given):
+        raise click.UsageError("--heldout-harmful and --heldout-harmless: expected both or neither, got one")
+    if not any(given) and [options[role] for role in own] == [(_HARMFUL,), (_HARMLESS,)]:
+        options |= dict(zip(heldout, _HELDOUT, strict=True))
+    elif not any(given):
+        for role in heldout:
+            del options[role]
+        return own
+    return own + heldout

@@ -1,76 +1,188 @@
-"""Inputs of the commands: prompts, profiles, models. The shared options and outputs are reachable from here, too."""
+"""Parts that commands share: options, checks before the work, prompts, profiles, models, outputs."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from steerfast.cli.group import say
-from steerfast.cli.options import (
-    Device,
-    Items,
-    batch_size_option,
-    choice_option,
-    count_option,
-    finite,
-    fit_options,
-    json_option,
-    list_option,
-    model_options,
-    output_option,
-    placement_options,
-    prompt_arguments,
-    restyle_option,
-    set_option,
-    share_option,
-    word,
-)
-from steerfast.cli.output import STDOUT, check_outputs, console, write_json, write_profile
-from steerfast.errors import PromptError
+from steerfast.cli.lazy_choice import LazyChoice, edit_names
+from steerfast.errors import OutputError, PromptError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
     from steerfast.profile import SteeringProfile
     from steerfast.text.styles import Part, Prompts
 
-__all__ = [
-    "STDOUT",
-    "Device",
-    "Items",
-    "PromptSet",
-    "batch_size_option",
-    "check_outputs",
-    "choice_option",
-    "console",
-    "count_option",
-    "finite",
-    "fit_options",
-    "gather_prompts",
-    "json_option",
-    "list_option",
-    "load_model",
-    "load_profile",
-    "model_options",
-    "output_option",
-    "placement_options",
-    "prompt_arguments",
-    "read_set",
-    "read_sets",
-    "restyle_option",
-    "set_option",
-    "share_option",
-    "word",
-    "write_json",
-    "write_profile",
-]
+F = TypeVar("F", bound=Callable[..., Any])
+
+STDOUT = "-"
+_PIPED_WIDTH = 120  # columns of a table where there is no terminal to ask
+
+
+# -- options -----------------------------------------------------------------------------------------
+
+
+def _device(value: str) -> str:
+    """Return a torch device of this machine."""
+    import torch
+
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        raise click.BadParameter(f"expected cpu, cuda or cuda:<number>, got {value!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
+        raise click.BadParameter(f"expected a device that is there ({found} CUDA devices are), got {value!r}")
+    return value
+
+
+class Items(click.ParamType):
+    """A comma-separated list; `read` turns an entry into a value, or raises ValueError."""
+
+    def __init__(self, name: str, read: Callable[[str], Any], expected: str) -> None:
+        self.name = name
+        self._read = read
+        self._expected = expected
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if not isinstance(value, str):
+            return list(value)
+        try:
+            return [self._read(entry.strip()) for entry in value.split(",")]
+        except ValueError:
+            self.fail(f"expected {self._expected}, got {value!r}", param, ctx)
+
+
+def word(entry: str) -> str:
+    """Return a word, for `Items`."""
+    if not entry:
+        raise ValueError
+    return entry
+
+
+def finite(entry: str) -> float:
+    """Return a finite number, for `Items`."""
+    number = float(entry)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def json_option(command: F) -> F:
+    """Add `--json FILE` as `json_file`."""
+    return click.option(
+        "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - is standard output."
+    )(command)
+
+
+def placement_options(command: F) -> F:
+    """Add `--dtype` and `--device`."""
+    command = click.option("--device", type=_device, metavar="DEVICE", help="Default: cuda if there is one, else cpu.")(
+        command
+    )
+    return click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="auto is the dtype of the checkpoint.",
+    )(command)
+
+
+def model_options(default: str | None = None, *, required: bool = False) -> Callable[[F], F]:
+    """Add `--model`, `--dtype` and `--device`; `default` tells in the help which model is used without it."""
+
+    def add(command: F) -> F:
+        says = "Hub id, folder or .gguf file" + (f"; default: {default}." if default else ".")
+        return click.option("--model", "model_name", metavar="MODEL", required=required, help=says)(
+            placement_options(command)
+        )
+
+    return add
+
+
+def batch_size_option(default: int = 16) -> Callable[[F], F]:
+    """Add `--batch-size` as `batch_size`."""
+    return count_option("--batch-size", default, "Prompts per forward pass.")
+
+
+def set_option(name: str, default: str | None = None, note: str = "Prompts") -> Callable[[F], F]:
+    """Add a repeatable option for a prompt set."""
+    role = name.removeprefix("--").replace("-", "_")
+    text = f"{note}: a .txt, .json, .jsonl or .csv file, or steerfast:<set>."
+    return repeated_option(name, role, "SRC", text, (default,) if default else ())
+
+
+def choice_option(name: str, choices: Sequence[str], text: str | None = None) -> Callable[[F], F]:
+    """Add an option that takes one of `choices`, by default the first."""
+    return click.option(name, type=click.Choice(choices), default=choices[0], show_default=True, help=text)
+
+
+def value_option(name: str, kind: Any, metavar: str, text: str, default: Any = None) -> Callable[[F], F]:
+    """Add an option that takes a value."""
+    known = default is not None
+    return click.option(name, type=kind, default=default, show_default=known, metavar=metavar, help=text)
+
+
+def repeated_option(name: str, role: str, metavar: str, text: str, default: Sequence[str] = ()) -> Callable[[F], F]:
+    """Add an option that may be repeated, as the tuple `role`."""
+    text = f"{text} May be repeated."
+    return click.option(
+        name, role, multiple=True, metavar=metavar, default=default, show_default=bool(default), help=text
+    )
+
+
+def count_option(name: str, default: int, text: str) -> Callable[[F], F]:
+    """Add an option that takes a whole number of at least 1."""
+    return value_option(name, click.IntRange(min=1), "N", text, default)
+
+
+def list_option(name: str, metavar: str, read: Callable[[str], Any], example: str, text: str) -> Callable[[F], F]:
+    """Add an option that takes a comma-separated list, see `Items`; `example` is for errors."""
+    return click.option(name, type=Items(metavar, read, example), metavar=metavar, help=text)
+
+
+def fit_options(command: F) -> F:
+    """Add `--restyle`, `--output` and `--json`: all commands that make a profile have them."""
+    command = click.option(
+        "--output", "-o", required=True, metavar="FILE", help="Where to write the profile (.safetensors)."
+    )(json_option(command))
+    text = "Add N prompts of each set in each of the shipped styles (personas, fiction, random suffixes, ...)."
+    return value_option("--restyle", click.IntRange(min=0), "N", text, 0)(command)
+
+
+def edit_options(command: F) -> F:
+    """Add `--edit`, `--low`, `--high` and `--angle`."""
+    for name, metavar, text in (
+        ("--angle", "DEGREES", "Target of --edit rotate: 0 is along the vector, 90 orthogonal to it."),
+        ("--high", "NUMBER", "Upper limit of --edit clamp, in units of the vector."),
+        ("--low", "NUMBER", "Lower limit of --edit clamp, in units of the vector."),
+    ):
+        command = value_option(name, float, metavar, text)(command)
+    text = "How an open gate changes a row of the residual stream.  [default: add]"
+    return click.option("--edit", type=LazyChoice(edit_names), help=text)(command)
+
+
+def prompt_arguments(command: F) -> F:
+    """Add `[PROMPTS]...` and `--file SRC`, see `gather_prompts`."""
+    text = "Prompts from a .txt, .json, .jsonl or .csv file, or steerfast:<set>."
+    command = repeated_option("--file", "files", "SRC", text)(command)
+    return click.argument("prompts", nargs=-1)(command)
+
+
+# -- inputs ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,19 +211,35 @@ def read_set(option: str, sources: Iterable[str], restyled: int = 0, part: Part 
     return PromptSet(restyle(prompts, restyled, part=part), " + ".join(names) + (", restyled" if restyled else ""))
 
 
-def read_sets(sources: Mapping[str, Sequence[str]], restyled: int = 0, part: Part = "fit") -> dict[str, Any]:
-    """Return keyword arguments of a fitting step: the prompts of each role, and ``names``, the name of each set.
+def read_sets(options: dict[str, Any], *roles: str, part: Part = "fit") -> None:
+    """Replace the sources of `roles` in `options` by prompts, restyled by `restyle`, and add ``names`` of the sets.
 
-    Args:
-        sources: role, such as ``harmful``, -> the sources given for the option of that name.
-        restyled: prompts to add in each shipped style; held-out sets stay as they are.
+    Held-out sets are not restyled.
     """
-    sets = {
-        role: read_set("--" + role.replace("_", "-"), given, 0 if role.startswith("heldout_") else restyled, part)
-        for role, given in sources.items()
-    }
-    prompts = {role: chosen.prompts for role, chosen in sets.items()}
-    return {**prompts, "names": {role: chosen.name for role, chosen in sets.items()}}
+    restyled, names = options.pop("restyle"), {}
+    for role in roles:
+        count = 0 if role.startswith("heldout_") else restyled
+        chosen = read_set("--" + role.replace("_", "-"), options[role], count, part)
+        options[role], names[role] = chosen.prompts, chosen.name
+    options["names"] = names
+
+
+def read_names(
+    option: str, entries: Sequence[str], value: str = "FILE", default: Callable[[str], str] | None = None
+) -> dict[str, str]:
+    """Read NAME=`value` entries; without NAME= the default gives the name."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, mark, rest = entry.partition("=")
+        if not mark and default is not None:
+            name, rest = default(entry), entry
+        if not name or not rest:
+            expected = f"NAME={value}" if default is None else f"[NAME=]{value}"
+            raise click.UsageError(f"{option}: expected {expected}, got {entry!r}")
+        if name in found:
+            raise click.UsageError(f"{option}: expected each name once, got {name!r} twice")
+        found[name] = rest
+    return found
 
 
 def gather_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[str]:
@@ -148,3 +276,95 @@ def load_model(name: str, dtype: str, device: str | None) -> tuple[nn.Module, An
     logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF conversion obeys no setting; errors are raised
         return loading.load_model(name, dtype=dtype, device=device)
+
+
+def take_model(options: dict[str, Any], default: str = "") -> tuple[nn.Module, Any]:
+    """Take `model_options` out of `options` and load the model; load ``aligned_model``, too, if there is one."""
+    name, *place = (options.pop(key) for key in ("model_name", "dtype", "device"))
+    loaded = load_model(name or default, *place)
+    if options.get("aligned_model") is not None:
+        options["aligned_model"], _ = load_model(options["aligned_model"], *place)
+    return loaded
+
+
+# -- outputs -----------------------------------------------------------------------------------------
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str] = ()) -> None:
+    """Refuse, before any work, outputs that cannot be written or would overwrite one another or an input.
+
+    Args:
+        outputs: option -> file, None or `STDOUT`.
+        inputs: files that the command reads and must not change.
+
+    Raises:
+        OutputError: no such folder, no permission, not a regular file.
+        click.UsageError: one file in two roles.
+    """
+    taken = {Path(path).resolve(): "an input" for path in inputs}
+    for option, path in outputs.items():
+        if path is None or path == STDOUT:
+            continue
+        target = Path(path)
+        folder = target.parent
+        if not folder.is_dir():
+            raise OutputError(f"{option}: expected a file in an existing folder, got {path!r}")
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{option}: expected a regular file, got {path!r}, which is none")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{option}: expected a file in a writable folder, got {path!r}")
+        if target.resolve() in taken:
+            raise click.UsageError(
+                f"{option}: expected a file of its own, got {path!r}, which is {taken[target.resolve()]} too"
+            )
+        taken[target.resolve()] = option
+
+
+def console(json_file: str | None = None) -> Console:
+    """Return a console on standard output, or on stderr where standard output carries the JSON."""
+    from rich.console import Console
+
+    made = Console(stderr=json_file == STDOUT, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _PIPED_WIDTH
+    return made
+
+
+def write_profile(
+    profile: SteeringProfile, output: str, json_file: str | None, *, after: str, tables: Iterable[Any] = ()
+) -> None:
+    """Write a new profile, print its summary and `tables`, and name the commands that come `after`."""
+    from steerfast.cli.rendering import header
+    from steerfast.evaluation.description import summary
+
+    profile.save(output)
+    write_json(json_file, {"profile": output, **summary(profile)})
+    printed = console(json_file)
+    for table in (header(profile), *(tables or ("",))):
+        if table is not None:
+            printed.print(table)
+    printed.print(f"wrote {output}; next: {after}", markup=False)
+
+
+def write_json(json_file: str | None, result: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write `result` to the file of `--json`, if there is one; nan and inf, which JSON lacks, become null."""
+    if json_file is None:
+        return
+    text = json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    data = text.encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
+    if json_file == STDOUT:
+        click.echo(data, nl=False)
+        return
+    from steerfast._files import write_atomically
+
+    write_atomically(json_file, data)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

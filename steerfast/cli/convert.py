@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from steerfast.cli import common
-from steerfast.cli.lazy_choice import LazyChoice, edit_names
+from steerfast.cli.lazy_choice import LazyChoice
 from steerfast.cli.tune import band
 
 if TYPE_CHECKING:
@@ -16,67 +17,53 @@ if TYPE_CHECKING:
 
 _PROFILE = "steerfast"
 _OF_ENDING = {".safetensors": _PROFILE, ".gguf": "gguf", ".pt": "hotwire", ".svec": "svec"}
-_MOST_LAYERS = 10_000
 _OF_IMPORTS = (
     "model_name", "like", "keep_gate", "layers", "strength", "layer_shift", "condition_layer", "threshold",
     "edit", "low", "high", "angle", "gate_kind", "sharpness",
 )  # fmt: skip
-_KINDS = ("prompt", "token", "always")
 
 
-def _read_formats() -> list[str]:
+def _formats(written: bool = False) -> list[str]:
     from steerfast.formats import FORMATS
 
-    return [_PROFILE, *FORMATS]
-
-
-def _written_formats() -> list[str]:
-    from steerfast.formats import FORMATS
-
-    return [_PROFILE, *(name for name, known in FORMATS.items() if known.encode is not None)]
-
-
-def _band(entry: str) -> tuple[int, int]:
-    first, last = band(entry)
-    if last >= _MOST_LAYERS:
-        raise ValueError
-    return first, last
+    return [_PROFILE, *(name for name, known in FORMATS.items() if known.encode is not None or not written)]
 
 
 @click.command("convert")
 @click.argument("source", metavar="INPUT")
 @click.argument("target", metavar="OUTPUT")
-@click.option("--from", "source_format", type=LazyChoice(_read_formats), help="Default: recognised.")
-@click.option("--to", "target_format", type=LazyChoice(_written_formats), help="Default: by the ending.")
+@click.option("--from", "source_format", type=LazyChoice(_formats), help="Default: recognised.")
+@click.option("--to", "target_format", type=LazyChoice(partial(_formats, written=True)), help="Default: by the ending.")
 @common.model_options()
 @click.option("--like", metavar="PROFILE", help="A profile of the model that the vectors are for, instead of --model.")
 @click.option("--keep-gate", is_flag=True, help="Take over the gate of --like.  [default: always open]")
-@click.option(
+@common.value_option(
     "--layers",
-    type=common.Items("LAYERS", _band, "layers such as 10-14,20, first before last"),
-    metavar="LAYERS",
-    help="Layers to steer, 0-based blocks, such as 10-14,20.  [default: as the file says]",
+    common.Items("LAYERS", band, "layers such as 10-14,20, first before last"),
+    "LAYERS",
+    "Layers to steer, 0-based blocks, such as 10-14,20.  [default: as the file says]",
 )
-@click.option("--strength", type=float, metavar="NUMBER", help="Of every steered layer.  [default: the file's, else 1]")
-@click.option(
+@common.value_option("--strength", float, "NUMBER", "Of every steered layer.  [default: the file's, else 1]")
+@common.value_option(
     "--layer-shift",
-    type=click.IntRange(-1, 1),
-    metavar="N",
-    help="Added to every layer number, for files that count in another way than their format.",
+    click.IntRange(-1, 1),
+    "N",
+    "Added to every layer number, for files that count in another way than their format.",
 )
-@click.option("--edit", type=LazyChoice(edit_names), help="What an open gate does with the vectors.  [default: add]")
-@click.option("--low", type=float, metavar="NUMBER", help="Least coefficient along the vector, for --edit clamp.")
-@click.option("--high", type=float, metavar="NUMBER", help="Largest coefficient, for --edit clamp.")
-@click.option("--angle", type=float, metavar="DEGREES", help="Target angle to the vector, for --edit rotate.")
-@click.option("--gate-kind", type=click.Choice(_KINDS), help="With a gate: when it decides.  [default: the gate's own]")
-@click.option("--sharpness", type=float, metavar="NUMBER", help="With a gate: 0 is a hard gate, above 0 a sigmoid.")
+@common.edit_options
+@click.option(
+    "--gate-kind",
+    type=click.Choice(["prompt", "token", "always"]),
+    help="With a gate: when it decides.  [default: the gate's own]",
+)
+@common.value_option("--sharpness", float, "NUMBER", "With a gate: 0 is a hard gate, above 0 a sigmoid.")
 @click.option(
     "--condition",
     metavar="FILE",
     help="A file with the gate's direction; where INPUT is a profile, the file to write it to (.svec).",
 )
-@click.option("--condition-layer", type=click.IntRange(min=0), metavar="L", help="0-based block of the condition.")
-@click.option("--threshold", type=float, metavar="COSINE", help="The gate opens above this cosine.")
+@common.value_option("--condition-layer", click.IntRange(min=0), "L", "0-based block of the condition.")
+@common.value_option("--threshold", float, "COSINE", "The gate opens above this cosine.")
 @click.option("--fires", type=click.Choice(["above", "below"]), default="above", show_default=True)
 @common.json_option
 def command(
@@ -135,10 +122,9 @@ def _check_usage(
     if exports:
         if target_format == _PROFILE:
             raise click.UsageError("--to: expected another format, INPUT is a profile already")
-        for name in _OF_IMPORTS:
-            if options[name] is not None and options[name] is not False:
-                option = "--" + name.removesuffix("_name").replace("_", "-")
-                raise click.UsageError(f"{option}: expected for other projects' files only, INPUT is a profile")
+        if given := [name for name in _OF_IMPORTS if options[name] is not None and options[name] is not False]:
+            option = "--" + given[0].removesuffix("_name").replace("_", "-")
+            raise click.UsageError(f"{option}: expected for other projects' files only, INPUT is a profile")
         if condition and target_format != "svec":
             raise click.UsageError(f"--condition: expected with --to svec only, got {target_format}")
         return
@@ -146,8 +132,7 @@ def _check_usage(
         raise click.UsageError("--model, --like: expected one of them, to say which model the vectors are for")
     if options["keep_gate"] and (options["like"] is None or condition):
         raise click.UsageError("--keep-gate: expected with --like and without --condition")
-    given = [options["condition_layer"] is not None, options["threshold"] is not None]
-    if given != [condition is not None] * 2:
+    if len({value is None for value in (condition, options["condition_layer"], options["threshold"])}) > 1:
         raise click.UsageError("--condition, --condition-layer, --threshold: expected all of them or none")
     for name in ("gate_kind", "sharpness"):
         if options[name] is not None and not (options["keep_gate"] or condition):

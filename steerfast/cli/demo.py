@@ -10,29 +10,14 @@ from steerfast.cli import common
 
 
 @click.command("demo")
-@click.option(
-    "--prompts",
-    type=click.IntRange(min=1),
-    default=50,
-    show_default=True,
-    metavar="N",
-    help="How many harmful and how many harmless prompts.",
-)
+@common.count_option("--prompts", 50, "How many harmful and how many harmless prompts.")
 @click.option(
     "--profile", "profile_file", metavar="FILE", help="Default: the profile that ships for the default model."
 )
 @common.model_options("SmolLM2-135M-Instruct")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Answer length.  [default: 48]")
+@common.count_option("--max-new-tokens", 48, "Answer length.")
 @common.json_option
-def command(
-    prompts: int,
-    profile_file: str | None,
-    model_name: str | None,
-    dtype: str,
-    device: str | None,
-    max_new_tokens: int | None,
-    json_file: str | None,
-) -> None:
+def command(profile_file: str | None, json_file: str | None, **options: Any) -> None:
     """Steer a small model and measure the effect.
 
     Prints refusals and fluency for harmful prompts, unchanged answers to harmless prompts, and latency. The prompts
@@ -50,9 +35,8 @@ def command(
     from steerfast.hf.loading import DEMO_MODEL
 
     profile = common.load_profile(profile_file or str(demo.shipped_profile()))
-    model, tokenizer = common.load_model(model_name or DEMO_MODEL, dtype, device)
-    length: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    result = demo.run_demo(model, tokenizer, profile, prompts=prompts, **length)
+    model, tokenizer = common.take_model(options, DEMO_MODEL)
+    result = demo.run_demo(model, tokenizer, profile, **options)
     common.write_json(json_file, result)
     console = common.console(json_file)
     for shown in demo_report(result):

@@ -28,7 +28,7 @@ def command(context: click.Context, json_file: str | None) -> None:
       steerfast doctor --json doctor.json
     """
     common.check_outputs({"--json": json_file})
-    from steerfast import _native
+    from steerfast import __version__, _native
     from steerfast.kernels import contract, selftest
 
     isa, isa_problem = _isa()
@@ -36,7 +36,11 @@ def command(context: click.Context, json_file: str | None) -> None:
     checks = [check for each in found if each.absent is None for check in selftest.self_test(each)]
     passed = all(check.passed for check in checks)
     result: dict[str, Any] = {
-        "versions": _versions(),
+        "versions": {
+            "python": platform.python_version(),
+            "steerfast": __version__,
+            **{package: installed_version(package) for package in _PACKAGES},
+        },
         "platform": platform.platform(),
         "gpus": _gpus(),
         "cpu_isa": isa,
@@ -50,30 +54,18 @@ def command(context: click.Context, json_file: str | None) -> None:
     context.exit(0 if passed else 1)
 
 
-def _versions() -> dict[str, str | None]:
-    from steerfast import __version__
-
-    return {
-        "python": platform.python_version(),
-        "steerfast": __version__,
-        **{package: installed_version(package) for package in _PACKAGES},
-    }
-
-
 def _gpus() -> list[dict[str, Any]]:
     import torch
 
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append(
-            {
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-            }
-        )
-    return gpus
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {
+            "name": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+        }
+        for gpu in found
+    ]
 
 
 def _isa() -> tuple[str | None, str | None]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from steerfast.cli import common
+from steerfast.cli.group import COMMAND_LINE
 
 if TYPE_CHECKING:
     from steerfast.evaluation.systems import System
@@ -21,55 +19,37 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
 
 @click.command("eval")
 @click.argument("model_name", metavar="MODEL")
-@click.option(
-    "--profile",
-    "profiles",
-    multiple=True,
-    metavar="[NAME=]FILE",
-    help="A profile to measure; repeat it for several. The first is also measured with its gate always open.",
+@common.repeated_option(
+    "--profile", "profiles", "[NAME=]FILE", "A profile to measure; the first also with its gate always open."
 )
-@click.option(
-    "--other",
-    "others",
-    multiple=True,
-    metavar="NAME=MODEL",
-    help="Other weights that answer unsteered, such as an aligned sibling; may be repeated.",
+@common.repeated_option(
+    "--other", "others", "NAME=MODEL", "Other weights that answer unsteered, such as an aligned sibling."
 )
-@click.option(
+@common.repeated_option(
     "--system",
     "wanted",
-    multiple=True,
-    metavar="NAME",
-    help="unsteered, self-reminder, goal-priority, always-on, or a name given by --profile or --other; may be "
-    "repeated.  [default: all that can be made]",
+    "NAME",
+    "unsteered, self-reminder, goal-priority, always-on, or a name given by --profile or --other; without it all.",
 )
-@click.option(
+@common.repeated_option(
     "--set",
     "sources",
-    multiple=True,
-    metavar="SET",
-    help="A set of those below, [NAME=]KIND:FILE or [NAME=]KIND:hf://OWNER/DATASET[/CONFIG]@SPLIT[#COLUMN]; may be "
-    "repeated.  [default: all below]",
+    "SET",
+    "A set of those below, [NAME=]KIND:FILE or [NAME=]KIND:hf://OWNER/DATASET[/CONFIG]@SPLIT[#COLUMN]; without it all "
+    "below.",
 )
-@click.option(
+@common.repeated_option(
     "--judge",
     "judges",
-    multiple=True,
-    default=("keywords", "strict"),
-    show_default=True,
-    metavar="JUDGE",
-    help="keywords, strict, classifier:MODEL[#LABEL] or openai:MODEL[@URL]; the first one's verdicts make the rates; "
-    "may be repeated.",
+    "JUDGE",
+    "keywords, strict, classifier:MODEL[#LABEL] or openai:MODEL[@URL]; the first one's verdicts make the rates.",
+    ("keywords", "strict"),
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most prompts of each set.  [default: all]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
-@click.option(
-    "--tasks", type=_TASKS, metavar="TASK,...", help="Also run these tasks of lm-evaluation-harness (package lm-eval)."
-)
-@click.option("--task-limit", type=click.IntRange(min=1), metavar="N", help="Most items of each task.  [default: all]")
-@click.option(
-    "--strengths", type=_STRENGTHS, metavar="X,...", help="Of the first profile, for the strength/fluency frontier."
-)
+@common.value_option("--limit", click.IntRange(min=1), "N", "Most prompts of each set.  [default: all]")
+@common.count_option("--max-new-tokens", 64, "Answer length.")
+@common.value_option("--tasks", _TASKS, "TASK,...", "Also run these tasks of lm-evaluation-harness (package lm-eval).")
+@common.value_option("--task-limit", click.IntRange(min=1), "N", "Most items of each task.  [default: all]")
+@common.value_option("--strengths", _STRENGTHS, "X,...", "Of the first profile, for the strength/fluency frontier.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of samples and intervals.")
 @click.option("--latency/--no-latency", default=True, show_default=True, help="Time every system beside unsteered.")
 @click.option("--force", is_flag=True, help="Take sets that made a profile, and mark them.")
@@ -98,8 +78,8 @@ def command(context: click.Context, model_name: str, **options: Any) -> None:
       steerfast eval your/model --profile ours=safety.safetensors --limit 100 --resume eval.jsonl --html eval.html
       steerfast eval your/model --profile safety.safetensors --set harmful:mine.csv --tasks mmlu,gsm8k --task-limit 50
     """
-    named = _names("--profile", options["profiles"], lambda entry: Path(entry).stem)
-    weights = _names("--other", options["others"])
+    named = common.read_names("--profile", options["profiles"], default=lambda entry: Path(entry).stem)
+    weights = common.read_names("--other", options["others"], "MODEL")
     files = {f"--{name}": options[f"{name}_file"] for name in ("json", "html", "markdown")}
     inputs = [*named.values(), *(where for source in options["sources"] if (where := _file(source)))]
     common.check_outputs({**files, "--resume": options["resume"]}, inputs)
@@ -114,7 +94,7 @@ def command(context: click.Context, model_name: str, **options: Any) -> None:
         report.check_html(files["--html"])
     systems, left_out = systems_of(profiles, weights, options["wanted"])
     result = _evaluate(model_name, systems, options)
-    result["settings"] |= {"limit": options["limit"], "command": _command_line(context)}
+    result["settings"] |= {"limit": options["limit"], "command": context.meta[COMMAND_LINE]}
     result["left_out"] = left_out | result["left_out"]
     common.write_json(files["--json"], result)
     if files["--markdown"] is not None:
@@ -151,40 +131,7 @@ def _evaluate(model_name: str, systems: list[System], options: dict[str, Any]) -
     )
 
 
-def _names(option: str, entries: tuple[str, ...], default: Callable[[str], str] | None = None) -> dict[str, str]:
-    """Read NAME=VALUE entries; without NAME= the default gives the name."""
-    found = {}
-    for entry in entries:
-        name, mark, value = entry.partition("=")
-        if not mark and default is not None:
-            name, value = default(entry), entry
-        if not name or not value:
-            raise click.UsageError(f"{option}: expected {'[NAME=]FILE' if default else 'NAME=MODEL'}, got {entry!r}")
-        if name in found:
-            raise click.UsageError(f"{option}: expected a name of its own for each, got one twice")
-        found[name] = value
-    return found
-
-
 def _file(source: str) -> str | None:
     """Return the file of a set, None if the set is no file."""
     where = source.partition(":")[2]
     return where if where and Path(where).is_file() else None
-
-
-def _command_line(context: click.Context) -> str:
-    """Return the command as the user could type it again."""
-    words = ["steerfast", str(context.info_name)]
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[name]
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        elif isinstance(value, bool):
-            words.append((parameter.opts if value else parameter.secondary_opts)[0])
-        else:
-            for entry in value if isinstance(value, tuple) else [value]:
-                words += [parameter.opts[0], ",".join(map(str, entry)) if isinstance(entry, list) else str(entry)]
-    return shlex.join(words)

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from steerfast.cli import common
-from steerfast.cli.lazy_choice import LazyChoice, edit_names
 
 
 @click.command("extract")
@@ -21,39 +20,23 @@ from steerfast.cli.lazy_choice import LazyChoice, edit_names
     ["prompt", "token", "always"],
     "Decide once at the end of the prompt, for each token, or not at all: always steer.",
 )
-@click.option(
+@common.value_option(
     "--sharpness",
-    type=click.FloatRange(0),
-    default=0.0,
-    show_default=True,
-    metavar="NUMBER",
-    help="Slope of a soft gate, sigmoid(sharpness * (score - threshold)); 0 is a hard gate.",
+    click.FloatRange(0),
+    "NUMBER",
+    "Slope of a soft gate, sigmoid(sharpness * (score - threshold)); 0 is a hard gate.  [default: 0]",
 )
 @common.choice_option("--score", ["cosine", "dot"], "The score that the gate compares with its threshold.")
 @common.choice_option(
     "--pooling", ["last", "mean"], "Score the last token of a prompt, or take the mean over its tokens."
 )
-@click.option(
+@common.value_option(
     "--window",
-    type=click.IntRange(min=1),
-    metavar="TOKENS",
-    help="For --pooling mean: how many of the last tokens of a prompt.  [default: all]",
+    click.IntRange(min=1),
+    "TOKENS",
+    "For --pooling mean: how many of the last tokens of a prompt.  [default: all]",
 )
-@click.option(
-    "--edit",
-    type=LazyChoice(edit_names),
-    default="add",
-    show_default=True,
-    help="How an open gate changes a row of the residual stream.",
-)
-@click.option("--low", type=float, metavar="NUMBER", help="Lower limit of --edit clamp, in units of the vector.")
-@click.option("--high", type=float, metavar="NUMBER", help="Upper limit of --edit clamp, in units of the vector.")
-@click.option(
-    "--angle",
-    type=float,
-    metavar="DEGREES",
-    help="Target of --edit rotate: 0 is along the vector, 90 orthogonal to it.",
-)
+@common.edit_options
 @common.list_option(
     "--vectors",
     "KINDS",
@@ -68,24 +51,16 @@ from steerfast.cli.lazy_choice import LazyChoice, edit_names
     metavar="TEXT",
     help="The refusal that forced vectors start from.  [default: the sibling's own answers, else a fixed refusal]",
 )
-@common.share_option(
+@common.value_option(
     "--shrinkage",
     click.FloatRange(0, 1),
+    "SHARE",
     "Weight of the identity in the covariance, for lda.  [default: Ledoit-Wolf]",
 )
 @common.batch_size_option()
 @common.choice_option("--padding-side", ["right", "left"])
 @common.fit_options
-def command(
-    model_name: str,
-    aligned_model: str | None,
-    harmful: tuple[str, ...],
-    harmless: tuple[str, ...],
-    restyle: int,
-    output: str,
-    json_file: str | None,
-    **options: Any,
-) -> None:
+def command(output: str, json_file: str | None, **options: Any) -> None:
     """Fit gate directions and steering vectors of a model.
 
     \b
@@ -94,15 +69,12 @@ def command(
       steerfast extract --model MODEL --aligned-model SIBLING --harmful bad.txt -o safety.safetensors
       steerfast extract --model MODEL --edit clamp --low 0 --high 2 -o clamped.safetensors
     """
-    common.check_outputs({"--output": output, "--json": json_file}, [*harmful, *harmless])
-    options |= common.read_sets({"harmful": harmful, "harmless": harmless}, restyle)
-    options = {name: value for name, value in options.items() if value is not None}  # the others have defaults
+    common.check_outputs({"--output": output, "--json": json_file}, [*options["harmful"], *options["harmless"]])
+    common.read_sets(options, "harmful", "harmless")
 
     import steerfast
 
-    place = options.pop("dtype"), options.pop("device", None)
-    model, tokenizer = common.load_model(model_name, *place)
-    if aligned_model is not None:
-        options["aligned_model"], _ = common.load_model(aligned_model, *place)
-    profile = steerfast.extract(model, tokenizer, **options)
+    model, tokenizer = common.take_model(options)
+    given = {name: value for name, value in options.items() if value is not None}  # the others have defaults
+    profile = steerfast.extract(model, tokenizer, **given)
     common.write_profile(profile, output, json_file, after="steerfast calibrate")

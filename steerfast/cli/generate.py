@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,48 +12,22 @@ from steerfast.cli import common
 if TYPE_CHECKING:
     from torch import nn
 
+    from steerfast import Steering
+
 _TEMPERATURE = 0.7
-
-Decided = Callable[[], Iterable[tuple[bool, bool]]]
-"""Return for each prompt of the last batch whether it fired and whether it is undecided."""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Hold how answers are decoded: greedily, or with a temperature sampled from `seed` on."""
-
-    max_new_tokens: int
-    temperature: float | None
-    seed: int
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments for `generate` of transformers."""
-        if self.temperature is None:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": True, "temperature": self.temperature}
 
 
 @click.command("generate")
 @click.argument("profile_file", metavar="PROFILE")
 @common.prompt_arguments
 @common.model_options("the model that the profile names")
-@click.option(
-    "--strength",
-    type=float,
-    default=1.0,
-    show_default=True,
-    metavar="NUMBER",
-    help="Multiplies the profile's own strengths.",
-)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
+@common.value_option("--strength", float, "NUMBER", "Multiplies the profile's own strengths.", 1.0)
+@common.count_option("--max-new-tokens", 128, "Answer length.")
 @click.option("--sample/--greedy", default=False, show_default=True)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, min_open=True),
-    metavar="NUMBER",
-    help=f"With --sample.  [default: {_TEMPERATURE}]",
+@common.value_option(
+    "--temperature", click.FloatRange(0, min_open=True), "NUMBER", f"With --sample.  [default: {_TEMPERATURE}]"
 )
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="With --sample.  [default: 0]")
+@common.value_option("--seed", click.IntRange(min=0), "N", "With --sample.  [default: 0]")
 @click.option("--compare", is_flag=True, help="Answer unsteered too, side by side.")
 @common.batch_size_option()
 @common.json_option
@@ -74,9 +47,8 @@ def command(
       steerfast generate safety.safetensors "How do I bake bread?" --compare
       steerfast generate safety.safetensors --file prompts.txt --sample --seed 1 --json answers.json
     """
-    sample, strength = options["sample"], options["strength"]
     for name in ("temperature", "seed"):
-        if options[name] is not None and not sample:
+        if options[name] is not None and not options["sample"]:
             raise click.UsageError(f"--{name}: expected it with --sample, got it with --greedy")
     common.check_outputs({"--json": json_file}, [profile_file, *files])
     profile = common.load_profile(profile_file)
@@ -85,38 +57,18 @@ def command(
     import steerfast
     from steerfast.text.encoding import encode
 
-    name = options["model_name"] or profile.model.name
-    model, tokenizer = common.load_model(name, options["dtype"], options["device"])
+    model, tokenizer = common.take_model(options, profile.model.name)
+    if options["sample"]:
+        options["temperature"], options["seed"] = options["temperature"] or _TEMPERATURE, options["seed"] or 0
     ids = encode(tokenizer, texts, model, room=options["max_new_tokens"])
-    temperature = (options["temperature"] or _TEMPERATURE) if sample else None
-    decoding = Decoding(options["max_new_tokens"], temperature, options["seed"] or 0)
-
-    def answer(what: str, decided: Decided | None = None) -> tuple[list[str], list[tuple[bool, bool]]]:
-        return _answers(model, tokenizer, ids, decoding, options["batch_size"], what, decided)
-
-    with steerfast.steer(model, profile, strength, tokenizer=tokenizer) as steering:
-        answers, decisions = answer(
-            "steered", lambda: zip(steering.fired.tolist(), steering.undecided.tolist(), strict=True)
-        )
-    results: list[dict[str, Any]] = [
-        {"prompt": text, "fired": fired, "undecided": undecided, "steered": said}
-        for text, (fired, undecided), said in zip(texts, decisions, answers, strict=True)
-    ]
+    with steerfast.steer(model, profile, options["strength"], tokenizer=tokenizer) as steering:
+        steered = _answers(model, tokenizer, ids, options, "steered", steering)
+    results = [{"prompt": text, **answer} for text, answer in zip(texts, steered, strict=True)]
     if options["compare"]:
-        for result, said in zip(results, answer("unsteered")[0], strict=True):
-            result["unsteered"] = said
-    common.write_json(
-        json_file,
-        {
-            "profile": profile_file,
-            "model": profile.model.name,
-            "strength": strength,
-            "temperature": decoding.temperature,
-            "seed": decoding.seed if sample else None,
-            "max_new_tokens": decoding.max_new_tokens,
-            "results": results,
-        },
-    )
+        for result, answer in zip(results, _answers(model, tokenizer, ids, options, "unsteered"), strict=True):
+            result |= answer
+    settings = {name: options[name] for name in ("strength", "temperature", "seed", "max_new_tokens")}
+    common.write_json(json_file, {"profile": profile_file, "model": profile.model.name, **settings, "results": results})
     _render(results, json_file)
 
 
@@ -124,12 +76,11 @@ def _answers(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    batch_size: int,
+    options: dict[str, Any],
     what: str,
-    decided: Decided | None,
-) -> tuple[list[str], list[tuple[bool, bool]]]:
-    """Return answers to `prompts`, and for each prompt whether it fired and whether it is undecided.
+    steering: Steering | None = None,
+) -> list[dict[str, Any]]:
+    """Return the answer to each prompt under `what`; with a steering also ``fired`` and ``undecided``.
 
     Every batch has its own seed, so that unsteered and steered runs draw the same numbers.
     """
@@ -139,19 +90,21 @@ def _answers(
     from steerfast.hf.generation import batches, device_of
     from steerfast.text.encoding import pad_token
 
-    answers, flags = [""] * len(prompts), [(False, False)] * len(prompts)
+    answers: list[dict[str, Any]] = [{} for _ in prompts]
     padding = pad_token(tokenizer)
-    work = list(batches(prompts, batch_size, "left", padding, device_of(model)))
+    how = {"do_sample": options["sample"], "max_new_tokens": options["max_new_tokens"], "pad_token_id": padding}
+    if options["sample"]:
+        how["temperature"] = options["temperature"]
+    work = list(batches(prompts, options["batch_size"], "left", padding, device_of(model)))
     for number, batch in enumerate(track(work, what)):
-        torch.manual_seed(decoding.seed + number)
-        output = model.generate(  # type: ignore[operator]
-            input_ids=batch.ids, attention_mask=batch.mask, pad_token_id=padding, **decoding.arguments()
-        )
-        decoded = tokenizer.batch_decode(output[:, batch.ids.shape[1] :], skip_special_tokens=True)
-        decisions = decided() if decided is not None else [(False, False)] * len(decoded)
-        for index, text, flag in zip(batch.indices, decoded, decisions, strict=True):
-            answers[index], flags[index] = text.strip(), flag
-    return answers, flags
+        torch.manual_seed((options["seed"] or 0) + number)
+        output = model.generate(input_ids=batch.ids, attention_mask=batch.mask, **how)  # type: ignore[operator]
+        texts = tokenizer.batch_decode(output[:, batch.ids.shape[1] :], skip_special_tokens=True)
+        for row, (index, text) in enumerate(zip(batch.indices, texts, strict=True)):
+            if steering is not None:
+                answers[index] = {"fired": bool(steering.fired[row]), "undecided": bool(steering.undecided[row])}
+            answers[index][what] = text.strip()
+    return answers
 
 
 def _render(results: Sequence[dict[str, Any]], json_file: str | None) -> None:
@@ -163,10 +116,8 @@ def _render(results: Sequence[dict[str, Any]], json_file: str | None) -> None:
 
     console = common.console(json_file)
     for result in results:
-        if result["fired"]:
-            mark = Text("gate fired", "bold red")
-        else:
-            mark = Text("gate undecided", "bold yellow") if result["undecided"] else Text("gate shut", "bold green")
+        shut = ("gate undecided", "bold yellow") if result.get("undecided") else ("gate shut", "bold green")
+        mark = Text(*(("gate fired", "bold red") if result["fired"] else shut))
         console.print(Text.assemble(("> ", "bold"), printable(result["prompt"]), "  [", mark, "]"))
         said = {key: Text(printable(result[key])) for key in ("unsteered", "steered") if key in result}
         if len(said) == 1:

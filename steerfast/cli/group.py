@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ import click
 from steerfast.errors import SteerfastError
 
 INTERRUPTED = 130  # as shells report a SIGINT
+COMMAND_LINE = "steerfast.command_line"  # key of a context's meta
 
 
 class CommandGroup(click.Group):
@@ -37,6 +39,10 @@ class CommandGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"{self._package}.{cmd_name}").command
         return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[COMMAND_LINE] = shlex.join(["steerfast", *args])
+        return super().parse_args(ctx, args)
 
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
         if not standalone_mode:

@@ -22,7 +22,8 @@ def command(profile_file: str, plot_file: str | None, json_file: str | None) -> 
     common.check_outputs({"--plot": plot_file, "--json": json_file}, [profile_file])
     profile = common.load_profile(profile_file)
 
-    from steerfast.cli.rendering import header, layer_table, style_table, summary, undecided_table
+    from steerfast.cli.rendering import header, layer_table, style_table, undecided_table
+    from steerfast.evaluation.description import summary
 
     if plot_file is not None:
         from steerfast.evaluation.plots import save_plot

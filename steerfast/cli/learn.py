@@ -19,16 +19,17 @@ from steerfast.cli import common
     metavar="TEXT",
     help="A text to answer instead.  [default: the sibling's answers, else a fixed refusal]",
 )
-@click.option(
+@common.value_option(
     "--layer",
-    type=click.IntRange(min=0),
-    metavar="LAYER",
-    help="Where the vector is added.  [default: the sensor, else the middle layer]",
+    click.IntRange(min=0),
+    "LAYER",
+    "Where the vector is added.  [default: the sensor, else the middle layer]",
 )
 @common.choice_option("--positions", ["response", "all"], "Tokens that the vector is added to; it holds for no others.")
-@common.share_option(
+@common.value_option(
     "--max-norm",
     click.FloatRange(0, min_open=True),
+    "SHARE",
     "Largest norm of the vector, as a share of the mean norm of the layer's rows.",
     1.0,
 )
@@ -37,16 +38,7 @@ from steerfast.cli import common
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of the batches.")
 @common.batch_size_option()
 @common.fit_options
-def command(
-    profile_file: str,
-    model_name: str | None,
-    aligned_model: str | None,
-    harmful: tuple[str, ...],
-    restyle: int,
-    output: str,
-    json_file: str | None,
-    **options: Any,
-) -> None:
+def command(profile_file: str, output: str, json_file: str | None, **options: Any) -> None:
     """Learn the vector that makes a model refuse as its aligned sibling does.
 
     It steers one layer, in place of the vectors by extract, which tune can still try. The output may be the profile
@@ -57,18 +49,15 @@ def command(
       steerfast learn safety.safetensors --aligned-model SIBLING --output safety.safetensors
       steerfast learn safety.safetensors --refusal "I can't help with that." --layer 15 -o learned.safetensors
     """
-    if aligned_model is not None and options["refusal"] is not None:
+    if options["aligned_model"] is not None and options["refusal"] is not None:
         raise click.UsageError("--refusal: expected it without --aligned-model, got both")
-    common.check_outputs({"--output": output}, harmful)
-    common.check_outputs({"--json": json_file}, [profile_file, output, *harmful])
+    common.check_outputs({"--output": output}, options["harmful"])
+    common.check_outputs({"--json": json_file}, [profile_file, output, *options["harmful"]])
     profile = common.load_profile(profile_file)
-    options |= common.read_sets({"harmful": harmful}, restyle)
+    common.read_sets(options, "harmful")
 
     import steerfast
 
-    place = options.pop("dtype"), options.pop("device")
-    model, tokenizer = common.load_model(model_name or profile.model.name, *place)
-    if aligned_model is not None:
-        options["aligned_model"], _ = common.load_model(aligned_model, *place)
+    model, tokenizer = common.take_model(options, profile.model.name)
     profile = steerfast.learn(profile, model, tokenizer, **options)
     common.write_profile(profile, output, json_file, after="steerfast tune, steerfast generate")

@@ -18,8 +18,6 @@ from steerfast.evaluation.description import (
     layers,
     positions,
     reading,
-    summary,
-    warnings,
 )
 
 if TYPE_CHECKING:
@@ -27,22 +25,20 @@ if TYPE_CHECKING:
 
     from steerfast.profile import SteeringProfile
 
-__all__ = [
-    "demo_report",
-    "evaluation_report",
-    "gate_table",
-    "header",
-    "latency_report",
-    "latency_table",
-    "layer_ranges",
-    "layer_table",
-    "printable",
-    "style_table",
-    "summary",
-    "undecided_table",
-]
-
 _RATES = {"hit_rate": "hit", "false_positive_rate": "FPR"}
+_WORDS = {"", "sets", "gate", "style", "system"}  # columns of words; the others hold numbers
+
+
+def _table(*columns: str, no_wrap: bool = False, **options: Any) -> Table:
+    table = Table(title_justify="left", **options)
+    for column in columns:
+        table.add_column(column, justify="left" if column in _WORDS else "right", no_wrap=no_wrap and bool(column))
+    return table
+
+
+def _range(figure: Sequence[float], form: str) -> str:
+    value, low, high = (format(number, form) for number in figure)
+    return f"{value} ({low}-{high})"
 
 
 def printable(answer: str) -> str:
@@ -54,13 +50,13 @@ def header(profile: SteeringProfile) -> Table:
     """Return a table of the profile's parts and provenance, a line each."""
     model, gate = profile.model, profile.gate
     shape = "hard" if gate.sharpness == 0 else f"soft (sharpness {gate.sharpness:g})"
-    steered = layer_ranges(profile.steered_layers)
+    steered, also = layer_ranges(profile.steered_layers), ", ".join(sorted(profile.candidates))
     lines = {
         "model": f"{model.name} ({model.architecture}, {model.num_layers} layers of {model.hidden_size})",
         "gate": "always open" if gate.kind == "always" else f"{gate.kind}, {reading(gate)}, {shape}",
         "sensor": "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}",
         "edit": f"{edit(profile)}, layers {steered}, {positions(profile)}",
-        "vector": profile.vector_kind + _also(profile.candidates),
+        "vector": profile.vector_kind + (f" (also {also})" if also else ""),
         "fitted": _fitted(profile.fitted),
         **({"learned": _learned(profile.fitted["learned"])} if "learned" in profile.fitted else {}),
         "calibrated": _calibrated(profile.calibration),
@@ -69,7 +65,7 @@ def header(profile: SteeringProfile) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
         table.add_row(f"[bold]{name}", escape(text))
-    for warning in warnings(profile):
+    for warning in profile.calibration.get("warnings", ()):
         table.add_row("[bold yellow]warning", escape(warning))
     return table
 
@@ -77,15 +73,13 @@ def header(profile: SteeringProfile) -> Table:
 def layer_table(profile: SteeringProfile) -> Table:
     """Return figures, threshold and edit of every layer; fits 80 columns."""
     sets = gate_figures(profile)
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
-    table.add_column("layer", justify="right")
-    table.add_column("gate")
     columns = [(name, key) for key in ("auc", *_RATES) for name in sets]
-    for name, key in columns:
-        word = "AUC" if key == "auc" else f"{_RATES[key]} %"
-        table.add_column(word if name == "calibration" else f"{word}\nheld", justify="right")
-    for column in ("thresh-\nold", "strength", "|v|", "row\nnorm"):
-        table.add_column(column, justify="right")
+    words = [
+        ("AUC" if key == "auc" else f"{_RATES[key]} %") + ("" if name == "calibration" else "\nheld")
+        for name, key in columns
+    ]
+    ends = ("thresh-\nold", "strength", "|v|", "row\nnorm")
+    table = _table("layer", "gate", *words, *ends, box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     for layer in layers(profile):
         marks = "sensor" if layer["sensor"] else "own" if layer["gate"] else ""
         cells = [str(layer["layer"]), marks]
@@ -100,20 +94,17 @@ def layer_table(profile: SteeringProfile) -> Table:
 
 def gate_table(profile: SteeringProfile) -> Table:
     """Return figures of the deciding gates, with 95 % intervals, on each pair of sets."""
-    table = Table(title="gates that decide, with 95 % intervals", title_justify="left")
-    for column in ("layer", "sets", "prompts", "AUC", "hit rate", "false positives", "threshold"):
-        table.add_column(column, justify="left" if column == "sets" else "right")
+    columns = ("layer", "sets", "prompts", "AUC", "hit rate", "false positives", "threshold")
+    table = _table(*columns, title="gates that decide, with 95 % intervals")
     for layer in profile.deciding_layers:
         for name, by_layer in gate_figures(profile).items():
             figures = by_layer[layer]
-            value, low, high = figures["auc"]
-            rates = [f"{v:.1%} ({a:.1%}-{b:.1%})" for v, a, b in (figures[key] for key in _RATES)]
             table.add_row(
                 str(layer),
                 SETS[name],
                 f"{figures['n_harmful']} + {figures['n_harmless']}",
-                f"{value:.3f} ({low:.3f}-{high:.3f})",
-                *rates,
+                _range(figures["auc"], ".3f"),
+                *(_range(figures[key], ".1%") for key in _RATES),
                 f"{float(profile.threshold[layer]):.4f}",
             )
     return table
@@ -124,15 +115,13 @@ def undecided_table(profile: SteeringProfile) -> Table | None:
     if profile.abstain is None or not profile.deciding_layers:
         return None
     found = gate_figures(profile)
-    table = Table(title="scores that are undecided, with 95 % intervals", title_justify="left")
-    for column in ("layer", "above", "up to", "sets", "harmful", "harmless"):
-        table.add_column(column, justify="left" if column == "sets" else "right")
+    columns = ("layer", "above", "up to", "sets", "harmful", "harmless")
+    table = _table(*columns, title="scores that are undecided, with 95 % intervals")
     for layer in profile.deciding_layers:
         ends = [f"{float(tensor[layer]):.4f}" for tensor in (profile.abstain, profile.threshold)]
         for name, by_layer in found.items():
             shares = [by_layer[layer].get(f"{label}_undecided") for label in ("harmful", "harmless")]
-            rates = ["" if share is None else f"{share[0]:.1%} ({share[1]:.1%}-{share[2]:.1%})" for share in shares]
-            table.add_row(str(layer), *ends, SETS[name], *rates)
+            table.add_row(str(layer), *ends, SETS[name], *("" if one is None else _range(one, ".1%") for one in shares))
         if not found:
             table.add_row(str(layer), *ends)
     return table
@@ -148,12 +137,8 @@ def style_table(profile: SteeringProfile) -> Table | None:
     if not gates or not any(known.values()):
         return None
     layer = gates[0]
-    table = Table(title=f"styles, at layer {layer}", title_justify="left")
-    table.add_column("style")
-    for what in known:
-        table.add_column(f"{what}\nAUC", justify="right")
-        for word in _RATES.values():
-            table.add_column(f"\n{word} %", justify="right")
+    columns = [word for what in known for word in (f"{what}\nAUC", *(f"\n{rate} %" for rate in _RATES.values()))]
+    table = _table("style", *columns, title=f"styles, at layer {layer}")
     for style in dict.fromkeys(style for figures in known.values() for style in figures):
         cells = []
         for figures in known.values():
@@ -163,10 +148,6 @@ def style_table(profile: SteeringProfile) -> Table | None:
                 cells += [f"{found['auc'][layer]:.3f}", *(f"{100 * found[key][layer]:.1f}" for key in _RATES)]
         table.add_row(escape(style), *cells)
     return table
-
-
-def _also(candidates: Mapping[str, Any]) -> str:
-    return f" (also {', '.join(sorted(candidates))})" if candidates else ""
 
 
 def _set(described: Mapping[str, Any] | None) -> str:
@@ -227,9 +208,8 @@ def demo_report(result: Mapping[str, Any]) -> Iterator[Any]:
         pair.add_row(escape(example["unsteered"]), escape(example["steered"]))
         title = f"{example['label']}: {escape(' '.join(example['prompt'].split())[:90])}"
         yield Panel(pair, title=title, title_align="left")
-    table = Table(title=f"{result['model']}, greedy, {result['max_new_tokens']} tokens", title_justify="left")
-    for column in ("", "unsteered", "steered"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = f"{result['model']}, greedy, {result['max_new_tokens']} tokens"
+    table = _table("", "unsteered", "steered", title=title)
     percent, figure = "{:.1%}".format, "{:.3f}".format
     rows: tuple[tuple[str, Any, Any, Any], ...] = (
         (f"[bold]{harmful['n']} harmful prompts", None, None, None),
@@ -269,15 +249,11 @@ def latency_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of the systems of one batch size and prompt length."""
     first = lines[0]
     floor = "" if first["floor_ms"] is None else f"; no step below {first['floor_ms']:.3g} ms"
-    table = Table(
-        title=escape(f"{first['model']}, {first['mode']}, batch {first['batch']}, prompt {first['prompt']}{floor}"),
-        title_justify="left",
-    )
-    table.add_column("system")
-    for column in ("first token, ms", "ratio", "token, ms", "p99", "ratio", "tokens/s", "peak, MiB"):
-        table.add_column(column, justify="right", no_wrap=True)
+    title = escape(f"{first['model']}, {first['mode']}, batch {first['batch']}, prompt {first['prompt']}{floor}")
+    columns = ("first token, ms", "ratio", "token, ms", "p99", "ratio", "tokens/s")
+    table = _table("system", *columns, title=title, no_wrap=True)
     for line in lines:
-        peak, ratios = line["peak_bytes"], (line["ttft_ratio_to_stock"], line["ratio_to_stock"])
+        ratios = line["ttft_ratio_to_stock"], line["ratio_to_stock"]
         prefill, step = ("" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
         table.add_row(
             line["system"] + (f" ({line['profiles']})" if line["profiles"] > 1 else ""),
@@ -287,7 +263,6 @@ def latency_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             f"{line['p99_ms']:.2f}",
             step,
             f"{line['tokens_per_s']:.1f}",
-            "" if peak is None else f"{peak / 2**20:.0f}",
         )
     return table
 
@@ -300,10 +275,7 @@ def evaluation_report(result: Mapping[str, Any], console: Console) -> None:
         if found.name not in ("systems", "tasks"):
             continue
         title = f"{result['model']}, greedy" if found.name == "systems" else found.title
-        table = Table(title=escape(title), title_justify="left")
-        table.add_column("")
-        for row in found.rows:
-            table.add_column(escape(row.name), justify="right", no_wrap=True)
+        table = _table("", *(escape(row.name) for row in found.rows), title=escape(title), no_wrap=True)
         for number, (group, name) in enumerate(found.columns):
             if group and (number == 0 or found.columns[number - 1][0] != group):
                 table.add_row(f"[bold]{escape(group)}")

@@ -17,14 +17,7 @@ from steerfast.cli import common
 @common.batch_size_option()
 @common.json_option
 def command(
-    profile_file: str,
-    prompts: tuple[str, ...],
-    files: tuple[str, ...],
-    model_name: str | None,
-    dtype: str,
-    device: str | None,
-    batch_size: int,
-    json_file: str | None,
+    profile_file: str, prompts: tuple[str, ...], files: tuple[str, ...], json_file: str | None, **options: Any
 ) -> None:
     """Say for each prompt whether the gate fires, or does not know; nothing is steered.
 
@@ -41,8 +34,8 @@ def command(
 
     import steerfast
 
-    model, tokenizer = common.load_model(model_name or profile.model.name, dtype, device)
-    scores = steerfast.score(model, tokenizer, profile, texts, batch_size=batch_size)
+    model, tokenizer = common.take_model(options, profile.model.name)
+    scores = steerfast.score(model, tokenizer, profile, texts, **options)
     columns = [column.tolist() for column in (scores.scores, scores.layer, scores.fired, scores.undecided)]
     results = [
         {

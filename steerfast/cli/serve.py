@@ -21,47 +21,28 @@ class _Serve(click.Command):
             raise click.UsageError(f"{error.format_message()} Options of vLLM come after --", ctx) from None
 
 
-def _profile(context: click.Context, parameter: click.Parameter, entries: tuple[str, ...]) -> dict[str, str]:
-    profiles: dict[str, str] = {}
-    for entry in entries:
-        name, _, file = entry.partition("=")
-        if not name or not file:
-            raise click.BadParameter(f"expected NAME=FILE, got {entry!r}")
-        if name in profiles:
-            raise click.BadParameter(f"expected each name once, got {name!r} twice")
-        profiles[name] = file
-    return profiles
-
-
 @click.command("serve", cls=_Serve)
 @click.argument("model_name", metavar="MODEL")
 @click.argument("vllm_arguments", metavar="[-- VLLM OPTIONS]", nargs=-1, type=click.UNPROCESSED)
-@click.option(
-    "--profile",
-    "profiles",
-    metavar="NAME=FILE",
-    multiple=True,
-    callback=_profile,
-    help="A profile that requests may name; may be repeated.",
-)
+@common.repeated_option("--profile", "profiles", "NAME=FILE", "A profile that requests may name.")
 @click.option(
     "--default",
     metavar="NAME[,NAME]",
     help="The profile, or stack, that steers requests that name none.  [default: no steering]",
 )
 @click.option("--locked", is_flag=True, help="The default steers all requests; they cannot change it.")
-@click.option(
+@common.value_option(
     "--max-strength",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="NUMBER",
-    help="The largest strength of a request.  [default: 10]",
+    click.FloatRange(min=0, min_open=True),
+    "NUMBER",
+    "The largest strength of a request.  [default: 10]",
 )
-@click.option("--slots", type=click.IntRange(min=1), metavar="N", help="Room for profiles.  [default: 32 or more]")
-@click.option(
+@common.value_option("--slots", click.IntRange(min=1), "N", "Room for profiles.  [default: 32 or more]")
+@common.value_option(
     "--stack",
-    type=click.IntRange(min=1, max=4),
-    metavar="N",
-    help="The most profiles on one request.  [default: 2; 1 for a single profile]",
+    click.IntRange(min=1, max=4),
+    "N",
+    "The most profiles on one request.  [default: 2; 1 for a single profile]",
 )
 @click.option(
     "--layers",
@@ -79,7 +60,7 @@ def _profile(context: click.Context, parameter: click.Parameter, entries: tuple[
 def command(
     model_name: str,
     vllm_arguments: tuple[str, ...],
-    profiles: dict[str, str],
+    profiles: tuple[str, ...],
     layers: list[tuple[int, int]] | None,
     admin_key: str | None,
     **options: Any,
@@ -93,15 +74,16 @@ def command(
       steerfast serve your/model --profile safety=safety.safetensors --default safety
       steerfast serve your/model --profile safety=safety.safetensors --default safety --locked -- --port 8001
     """
+    files = common.read_names("--profile", profiles)
     directory, default = options["directory"], options["default"]
-    if not profiles and directory is None:
+    if not files and directory is None:
         raise click.UsageError("--profile: expected one at least, or --directory to load some from later, got none")
     for name in default.split(",") if default is not None else ():
-        if name not in profiles:
-            raise click.UsageError(f"--default: expected one of {', '.join(profiles) or 'no profiles'}, got {name!r}")
+        if name not in files:
+            raise click.UsageError(f"--default: expected one of {', '.join(files) or 'no profiles'}, got {name!r}")
     if options["locked"] and default is None:
         raise click.UsageError("--locked: expected --default, the profile to lock requests to, got none")
-    for file in profiles.values():
+    for file in files.values():
         common.load_profile(file)
 
     from steerfast.hf.loading import checkpoint
@@ -110,7 +92,7 @@ def command(
 
     bands = layers or []
     numbers = sorted({layer for first, last in bands for layer in range(first, last + 1)}) or None
-    given = {"profiles": profiles, "layers": numbers, **options}
+    given = {"profiles": files, "layers": numbers, **options}
     if admin_key:
         os.environ[KEY_VARIABLE] = admin_key
     steering = {key: value for key, value in given.items() if value is not None}

@@ -8,12 +8,14 @@ import click
 
 from steerfast.cli import common
 
+_MOST_LAYERS = 10_000
+
 
 def band(entry: str) -> tuple[int, int]:
     """Return (first, last) of ``10-19`` or ``20``, for `Items`."""
     first, _, last = entry.partition("-")
     numbers = int(first), int(last or first)
-    if not 0 <= numbers[0] <= numbers[1]:
+    if not 0 <= numbers[0] <= numbers[1] < _MOST_LAYERS:
         raise ValueError
     return numbers
 
@@ -69,22 +71,19 @@ def token_count(entry: str) -> int | None:
     "Comma list: how far to raise the end of the turn at the last layer, so that a refusal stops.  [default: 0]",
 )
 @common.count_option("--max-new-tokens", 32, "Answer length while searching.")
-@common.share_option("--min-fluent", click.FloatRange(0, 1), "Share of steered answers that must stay fluent.", 0.95)
-@common.share_option(
-    "--min-unchanged", click.FloatRange(0, 1), "Share of harmless answers that must stay token for token.", 0.95
+@common.value_option(
+    "--min-fluent", click.FloatRange(0, 1), "SHARE", "Share of steered answers that must stay fluent.", 0.95
+)
+@common.value_option(
+    "--min-unchanged",
+    click.FloatRange(0, 1),
+    "SHARE",
+    "Share of harmless answers that must stay token for token.",
+    0.95,
 )
 @click.option("--resume", metavar="FILE", help="Keep complete trials here (JSON lines), and continue from them.")
 @common.fit_options
-def command(
-    profile_file: str,
-    model_name: str | None,
-    harmful: tuple[str, ...],
-    harmless: tuple[str, ...],
-    restyle: int,
-    output: str,
-    json_file: str | None,
-    **options: Any,
-) -> None:
+def command(profile_file: str, output: str, json_file: str | None, **options: Any) -> None:
     """Search vector, layers, positions and strength of the steering.
 
     The setting that refuses most prompts in fluent text wins. The output may be the profile itself.
@@ -94,16 +93,15 @@ def command(
       steerfast tune safety.safetensors --resume trials.jsonl --output safety.safetensors
       steerfast tune safety.safetensors --bands 10-19,20 --strengths 1,2 -o tuned.safetensors
     """
-    common.check_outputs({"--output": output}, [*harmful, *harmless])
-    outputs = {"--resume": options["resume"], "--json": json_file}
-    common.check_outputs(outputs, [profile_file, output, *harmful, *harmless])
+    prompts = [*options["harmful"], *options["harmless"]]
+    common.check_outputs({"--output": output}, prompts)
+    common.check_outputs({"--resume": options["resume"], "--json": json_file}, [profile_file, output, *prompts])
     profile = common.load_profile(profile_file)
-    options |= common.read_sets({"harmful": harmful, "harmless": harmless}, restyle, "calibrate")
+    common.read_sets(options, "harmful", "harmless", part="calibrate")
     options["positions"] = None if options["positions"] == "both" else [options["positions"]]
 
     import steerfast
 
-    place = options.pop("dtype"), options.pop("device")
-    model, tokenizer = common.load_model(model_name or profile.model.name, *place)
+    model, tokenizer = common.take_model(options, profile.model.name)
     profile = steerfast.tune(profile, model, tokenizer, **options)
     common.write_profile(profile, output, json_file, after="steerfast inspect, steerfast generate")

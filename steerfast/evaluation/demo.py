@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from steerfast._progress import track
 from steerfast.errors import PromptError
-from steerfast.evaluation.timing import interleave, milliseconds_per_token, turns
+from steerfast.evaluation.timing import compare, milliseconds_per_token
 from steerfast.fitting.score import score
 from steerfast.hf.generation import greedy_answers
 from steerfast.hf.steering import steer
@@ -58,10 +56,9 @@ def run_demo(
     ids = {label: encode(tokenizer, chosen, model, room=max_new_tokens) for label, chosen in texts.items()}
 
     def answers(what: str) -> dict[str, list[list[int]]]:
+        bars = {label: f"{label}, {what}" if progress else None for label in ids}
         return {
-            label: greedy_answers(
-                model, tokenizer, ids[label], max_new_tokens, description=f"{label}, {what}" if progress else None
-            )
+            label: greedy_answers(model, tokenizer, ids[label], max_new_tokens, description=bars[label])
             for label in ids
         }
 
@@ -122,15 +119,11 @@ def _latency(
         with steer(model, profile):
             return unsteered(pair)
 
-    calls = {"unsteered": unsteered, "steered": steered}
-    for call in calls.values():
-        call(0)
-    rounds = track(list(turns(calls, least=_LATENCY_PAIRS)), "latency", show=progress)
-    before, after = interleave(calls, rounds).values()
+    found = compare({"unsteered": unsteered, "steered": steered}, _LATENCY_PAIRS, show=progress)
     return {
-        "unsteered_ms_per_token": statistics.median(before),
-        "steered_ms_per_token": statistics.median(after),
-        "ratio": statistics.median(a / b for b, a in zip(before, after, strict=True)),
+        "unsteered_ms_per_token": found["unsteered"][0],
+        "steered_ms_per_token": found["steered"][0],
+        "ratio": found["steered"][1],
         "pairs": _LATENCY_PAIRS,
         "tokens": _LATENCY_TOKENS,
     }

@@ -9,8 +9,6 @@ from typing import Any
 
 from steerfast.profile import EDITS, Gate, SteeringProfile
 
-__all__ = ["SETS", "edit", "gate_figures", "layer_ranges", "layers", "positions", "reading", "summary", "warnings"]
-
 SETS = {"calibration": "calibration", "heldout": "held-out"}
 """Pairs of sets in a calibration -> name for people."""
 
@@ -42,11 +40,6 @@ def positions(profile: SteeringProfile) -> str:
 def edit(profile: SteeringProfile) -> str:
     """Return the kind of edit and its parameters: ``clamp to -1..2``."""
     return EDITS[profile.edit].describe(profile)
-
-
-def warnings(profile: SteeringProfile) -> list[str]:
-    """Return the warnings that calibration recorded in the profile."""
-    return list(profile.calibration.get("warnings", ()))
 
 
 def gate_figures(profile: SteeringProfile) -> dict[str, Sequence[Mapping[str, Any]]]:
@@ -97,6 +90,6 @@ def summary(profile: SteeringProfile) -> dict[str, Any]:
             key: value for key, value in profile.calibration.items() if key not in ("layers", "histograms")
         },
         "tuned": profile.tuned,
-        "warnings": warnings(profile),
+        "warnings": list(profile.calibration.get("warnings", ())),
         "layers": layers(profile),
     }

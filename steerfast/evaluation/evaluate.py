@@ -10,8 +10,7 @@ import functools
 import itertools
 import os
 import platform
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from steerfast.evaluation.summary import (
     pooled,
 )
 from steerfast.evaluation.systems import UNSTEERED, System, as_it_is
-from steerfast.evaluation.timing import interleave, milliseconds_per_token, turns
+from steerfast.evaluation.timing import compare, milliseconds_per_token
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.score import check_model, row_scores
 from steerfast.hf.generation import PromptBatch, device_of, greedy_answers
@@ -48,9 +47,7 @@ from steerfast.judging.fluency import FluencyLimits, answer_perplexity, is_fluen
 from steerfast.judging.judges import Judge, agreement
 from steerfast.profile import Gate, SteeringProfile
 from steerfast.text.encoding import context_of, encode, pad_token
-from steerfast.text.prompts import SHIPPED_PREFIX, read_prompts
-
-__all__ = ["EvaluateOptions", "check", "evaluate", "seen_by"]
+from steerfast.text.prompts import SHIPPED, SHIPPED_PREFIX, shipped_records
 
 _LATENCY_PAIRS, _LATENCY_TOKENS = 8, 16
 
@@ -145,21 +142,18 @@ def evaluate(
 
 
 def _settings(model: nn.Module, judges: Sequence[str], given: EvaluateOptions) -> dict[str, Any]:
+    tasks = [task if isinstance(task, str) else str(task.get("task")) for task in given.tasks]
     return {
         "seed": given.seed,
         "max_new_tokens": given.max_new_tokens,
         "batch_size": given.batch_size,
-        **({"tasks": [_task_name(task) for task in given.tasks]} if given.tasks else {}),
+        **({"tasks": tasks} if tasks else {}),
         "judge": judges[0],
         "judges": judges,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "versions": {name: installed_version(name) for name in ("steerfast", "torch", "transformers")},
         "hardware": _hardware(device_of(model)),
     }
-
-
-def _task_name(task: str | Mapping[str, Any]) -> str:
-    return task if isinstance(task, str) else str(task.get("task"))
 
 
 def check(
@@ -177,8 +171,8 @@ def check(
         if not given:
             raise PromptError(f"{what}: expected at least one, got none")
         names = [one.name for one in given]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise PromptError(f"{what}: expected one of each name, got two called {twice!r}")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise PromptError(f"{what}: expected one of each name, got two called {twice[0]!r}")
     if systems[0].name != UNSTEERED:
         raise PromptError(f"systems: expected {UNSTEERED!r} as the first one, got {systems[0].name!r}")
     seen = {one.name: seen_by(systems, one) for one in sets}
@@ -201,47 +195,34 @@ def seen_by(systems: Sequence[System], one: EvalSet) -> list[str]:
     prompts = set(one.prompts)
     checked: list[Any] = []
     for system in systems:
-        made_with = [] if system.profile is None else list(_made_with(system.profile))
+        made_with = [] if system.profile is None else _made_with(system.profile)
         if made_with in checked:  # the same profile without its gate
             continue
         checked.append(made_with)
         for role, described in made_with:
-            if described.get("sha256") == one.digest:
-                count = len(prompts)
-            else:
-                shipped = [name for name in str(described.get("name")).split(" + ") if name.startswith(SHIPPED_PREFIX)]
-                count = len(prompts & set(itertools.chain.from_iterable(_shipped(name) for name in shipped)))
-            if count:
-                found.append(f"{count} of {len(prompts)} prompts {role} the profile of {system.name!r}")
+            seen = prompts if described["sha256"] == one.digest else prompts & _shipped(str(described.get("name")))
+            if seen:
+                found.append(f"{len(seen)} of {len(prompts)} prompts {role} the profile of {system.name!r}")
     return found
 
 
-def _made_with(profile: SteeringProfile) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    parts = (
-        ("fitted", profile.fitted),
-        ("calibrated", profile.calibration.get("sets", {})),
-        ("tuned", profile.tuned),
-    )
-    for role, described in parts:
-        for value in described.values():
-            if isinstance(value, Mapping) and "sha256" in value:
-                yield role, value
+def _made_with(profile: SteeringProfile) -> list[tuple[str, Mapping[str, Any]]]:
+    parts = {"fitted": profile.fitted, "calibrated": profile.calibration.get("sets", {}), "tuned": profile.tuned}
+    sets = [(role, value) for role, described in parts.items() for value in described.values()]
+    return [(role, value) for role, value in sets if isinstance(value, Mapping) and "sha256" in value]
 
 
-def _shipped(name: str) -> list[str]:
-    try:
-        return read_prompts(name)
-    except PromptError:  # a set of another release
-        return []
+def _shipped(names: str) -> set[str]:
+    """Return the prompts of the shipped sets among `names`; those of another release are unknown."""
+    known = [name.removeprefix(SHIPPED_PREFIX) for name in names.split(" + ") if name.startswith(SHIPPED_PREFIX)]
+    return {record["prompt"] for name in known if name in SHIPPED for record in shipped_records(name)}
 
 
 def _at_strengths(systems: Sequence[System], strengths: Sequence[float]) -> list[tuple[str, System]]:
     """Return the first system with a profile at each strength, ascending, each beside the system's name."""
-    first = next((system for system in systems if system.profile is not None), None)
-    if first is None:
-        return []
     return [
         (first.name, replace(first, name=f"{first.name}@{strength:g}", strength=strength))
+        for first in [system for system in systems if system.profile is not None][:1]
         for strength in sorted({*strengths})
     ]
 
@@ -275,22 +256,19 @@ class _Evaluation:
             missing prompts.
         """
         kept, left_out = [], {}
+        most, size = context_of(self.model) - self.options.max_new_tokens, self.options.batch_size
+        defences = dict.fromkeys([as_it_is, *(system.defence for system in systems)])
         for one in sets:
-            lengths_by_defence = [
-                [len(ids) for ids in encode(self.tokenizer, [defence(item.prompt) for item in one.items])]
-                for defence in dict.fromkeys([as_it_is, *(system.defence for system in systems)])
-            ]
-            most = context_of(self.model) - self.options.max_new_tokens
-            fits = [max(lengths) <= most for lengths in zip(*lengths_by_defence, strict=True)]
-            if not all(fits):
-                left_out[one.name] = f"{fits.count(False)} of {len(fits)} prompts do not fit the model's context"
-            places = [place for place, fit in enumerate(fits) if fit]
+            encoded = [encode(self.tokenizer, [defence(item.prompt) for item in one.items]) for defence in defences]
+            lengths = [[len(ids) for ids in wordings] for wordings in zip(*encoded, strict=True)]  # plain wording first
+            places = [place for place, found in enumerate(lengths) if max(found) <= most]
+            if len(places) < len(lengths):
+                missing = f"{len(lengths) - len(places)} of {len(lengths)}"
+                left_out[one.name] = f"{missing} prompts do not fit the model's context"
             if places:
                 kept.append(replace(one, items=tuple(one.items[place] for place in places)))
-                lengths = [lengths_by_defence[0][place] for place in places]
                 # Batches hold the same prompts in every system, so that rounding differs in no comparison.
-                order = sorted(range(len(places)), key=lambda place: -lengths[place])
-                size = self.options.batch_size
+                order = sorted(range(len(places)), key=lambda place: -lengths[places[place]][0])
                 self._chunks[one.name] = [order[start : start + size] for start in range(0, len(order), size)]
         if not kept:
             raise PromptError("sets: expected some prompts that fit the model's context, got none")
@@ -335,22 +313,28 @@ class _Evaluation:
         gated = [system for system in systems if system.gated]
         found = {system.name: {one.name: [None] * len(one.items) for one in sets} for system in gated}
         work = [(one, chunk) for one in sets for chunk in self._chunks[one.name]] if gated else []
-        padding = pad_token(self.tokenizer)
         for one, chunk in track(work, "gate scores", show=self.options.progress):
             ids = encode(self.tokenizer, [one.items[place].prompt for place in chunk])
-            read = functools.partial(residual_rows, self.model, ids, batch_size=len(ids), pad_token_id=padding)
-            rows = functools.cache(functools.partial(_read, read))
+            rows: dict[Gate, Tensor] = {}
             for system in gated:
-                profile = system.profile
-                assert profile is not None
-                key = ("scores", self._weights, profile.checksum, ids)
-                scores = self.pieces.rows(key, functools.partial(_scores, profile, rows), system)
+                work_on = functools.partial(self._gate_scores, system, ids, rows)
+                key = ("scores", self._weights, system.steered_by.checksum, ids)
+                scores = self.pieces.rows(key, work_on, system)
                 for place, row in zip(chunk, scores, strict=True):
                     found[system.name][one.name][place] = row
         self.scores = {
             system: {name: np.array(rows, dtype=np.float64) for name, rows in by_set.items()}
             for system, by_set in found.items()
         }
+
+    def _gate_scores(self, system: System, ids: list[list[int]], rows: dict[Gate, Tensor]) -> list[Any]:
+        profile = system.steered_by
+        if profile.gate not in rows:
+            reduce, padding = gate_reading(profile.gate)[0], pad_token(self.tokenizer)
+            rows[profile.gate] = residual_rows(
+                self.model, ids, reduce=reduce, batch_size=len(ids), pad_token_id=padding
+            )
+        return row_scores(profile, rows[profile.gate]).tolist()
 
     def _answer(self, system: System, sets: Sequence[EvalSet], model: nn.Module, tokenizer: Any) -> None:
         weights, length = weights_fingerprint(model), self.options.max_new_tokens
@@ -374,18 +358,12 @@ class _Evaluation:
             return
         options, weights = self.options, weights_fingerprint(model)
         found: dict[str, Any] = {"values": {}, "intervals": {}}
+        how: dict[str, Any] = {"limit": options.task_limit, "batch_size": options.batch_size, "seed": options.seed}
         for task in options.tasks:
             described = task if isinstance(task, str) else repr(sorted(task.items()))
             key = ("task", described, options.task_limit, options.seed, system.fingerprint(), weights)
-
-            def work(task: str | Mapping[str, Any] = task) -> dict[str, Any]:
-                with system.on(model):
-                    return run_task(
-                        model, tokenizer, task, limit=options.task_limit, batch_size=options.batch_size,
-                        seed=options.seed,
-                    )  # fmt: skip
-
-            result = self.pieces.rows(key, work, system)
+            with system.on(model):
+                result = self.pieces.rows(key, functools.partial(run_task, model, tokenizer, task, **how), system)
             for part, by_task in found.items():
                 by_task.update(result[part])
         self.tasks[system.name] = found
@@ -412,17 +390,8 @@ class _Evaluation:
 
         def work() -> list[Any]:
             calls = {name: functools.partial(milliseconds, run) for name, run in runs.items()}
-            for call in calls.values():
-                call(0)
-            base, *times = interleave(calls, turns(calls, least=_LATENCY_PAIRS)).values()
-            return [
-                {
-                    "ms_per_token": statistics.median(own),
-                    "ratio": statistics.median(b / a for a, b in zip(base, own, strict=True)),
-                    "pairs": _LATENCY_PAIRS,
-                }
-                for own in times
-            ]
+            _, *found = compare(calls, _LATENCY_PAIRS).values()
+            return [{"ms_per_token": own, "ratio": ratio, "pairs": _LATENCY_PAIRS} for own, ratio in found]
 
         weights = weights_fingerprint(model)
         key = (
@@ -482,14 +451,6 @@ def _answers(
     answers = greedy_answers(model, tokenizer, ids, length, batch_size=len(ids), after=note)
     texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
     return [[answer, text, fired.get(place)] for place, (answer, text) in enumerate(zip(answers, texts, strict=True))]
-
-
-def _read(read: Callable[..., Tensor], gate: Gate) -> Tensor:
-    return read(reduce=gate_reading(gate)[0])
-
-
-def _scores(profile: SteeringProfile, rows: Callable[[Gate], Tensor]) -> list[Any]:
-    return row_scores(profile, rows(profile.gate)).tolist()
 
 
 def _hardware(device: torch.device) -> str:

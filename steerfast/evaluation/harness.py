@@ -6,20 +6,20 @@ The harness scores prompt and answer in one forward pass. A prompt gate would th
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from steerfast._progress import track
 from steerfast.errors import PromptError, SteerfastError
 from steerfast.hf import caches
 from steerfast.hf.generation import PromptBatch, batches, device_of, evaluating
 from steerfast.text.encoding import context_of, pad_token
-
-__all__ = ["AnswerScore", "check_tasks", "harness_model", "run_task", "score_answers"]
 
 _BOOTSTRAP = 1000  # resamples, for metrics without a closed standard error
 _NORMAL_95 = 1.959964  # standard errors on either side of a mean
@@ -44,13 +44,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
     """
     if not tasks:
         return
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise SteerfastError(
-            f"tasks: expected lm-eval, cannot import {error.name} (pip install 'steerfast[lm-eval]')"
-        ) from None
-    known = set(TaskManager().all_tasks)
+    known = set(_imported("lm_eval.tasks").TaskManager().all_tasks)
     for task in tasks:
         if task not in known:
             raise PromptError(
@@ -80,12 +74,7 @@ def run_task(
     Raises:
         SteerfastError: lm-eval is not installed.
     """
-    try:
-        from lm_eval import simple_evaluate
-    except ImportError as error:
-        raise SteerfastError(
-            f"tasks: expected lm-eval, cannot import {error.name} (pip install 'steerfast[lm-eval]')"
-        ) from None
+    simple_evaluate = _imported("lm_eval").simple_evaluate
     templated = getattr(tokenizer, "chat_template", None) is not None
     with evaluating(model):
         found: Any = simple_evaluate(
@@ -104,8 +93,17 @@ def run_task(
     return _figures({**found["results"], **found.get("groups", {})})
 
 
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SteerfastError(
+            f"tasks: expected lm-eval, cannot import {error.name} (pip install 'steerfast[lm-eval]')"
+        ) from None
+
+
 def _figures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Values and intervals from the harness's ``metric,filter`` and ``metric_stderr,filter`` entries."""
+    """Return values and intervals from the harness's ``metric,filter`` and ``metric_stderr,filter`` entries."""
     values: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, list[float]]] = {}
     for task, entries in results.items():
@@ -234,7 +232,9 @@ def _score_batch(
         later = None
         if width:
             owner = torch.tensor(owners, device=batch.ids.device)
-            ids, valid = _padded(texts, width, pad_token_id, batch.ids.device)
+            read = [torch.tensor(text[:-1], dtype=torch.int64, device=batch.ids.device) for text in texts]
+            ids = pad_sequence(read, batch_first=True, padding_value=pad_token_id)
+            valid = pad_sequence([torch.ones_like(one) for one in read], batch_first=True)
             cache = caches.cache_in(prefill)
             cache.batch_select_indices(owner)
             mask = torch.cat([batch.mask[owner], valid], dim=1)
@@ -255,15 +255,3 @@ def _score_batch(
         num_return_sequences=1, pad_token_id=pad_token_id, custom_generate=score,
     )  # fmt: skip
     return scores
-
-
-def _padded(
-    texts: Sequence[Sequence[int]], width: int, pad_token_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, int64 [texts, width], right-padded, without the last token of each text."""
-    ids = torch.full((len(texts), width), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text) - 1] = torch.tensor(text[:-1])
-        mask[row, : len(text) - 1] = 1
-    return ids.to(device), mask.to(device)

@@ -1,24 +1,25 @@
-"""Measure the cost of steering: time to the first token, time per output token and memory, against the stock model.
+"""Measure the cost of steering: time to the first token and per output token, against the stock model.
 
 Each system is a model over the same weights. The systems take turns at single steps: the prefill of each, then the
 decode step of each, again and again. A ratio is the median over the rounds of a system's time over stock's in the same
 round. ``control`` is a second stock model: its ratio differs from 1 by chance alone.
 
-Every decode step is the step after the prompt: the cache is set back before each step, outside the clock. So a case has
-one context length, and eager systems share the prompt's keys and values. A compiled step has a static cache, where
-every step takes the same time. It is set back every 64 steps only: after a reset, steering reads the cache's length
-from the device, which no real answer does at each step.
+Every decode step is the step after the prompt: the cache is set back before each step, outside the clock. So eager
+systems share the prompt's keys and values. A compiled step has a static cache, where every step takes the same time. It
+is set back every 64 steps: after a reset, steering reads the cache's length from the device, unlike in a real answer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import gc
 import itertools
 import statistics
+import types
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,22 +27,133 @@ from torch import Tensor, nn
 
 from steerfast._progress import track
 from steerfast._versions import installed_version
-from steerfast.errors import SteerfastError
-from steerfast.evaluation.timed_models import STOCK, TimedModel, random_profile, systems, with_own_code
+from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.evaluation.timing import copy_bandwidth, interleave, milliseconds, synchronize, turns
 from steerfast.hf import caches
+from steerfast.hf.fused import is_patched, patch
 from steerfast.hf.generation import device_of
-from steerfast.hf.structure import identify
-from steerfast.profile import SteeringProfile
+from steerfast.hf.steering import Steering, steer
+from steerfast.hf.structure import find_decoder, identify
+from steerfast.profile import Gate, SteeringProfile
 from steerfast.text.encoding import context_of
 
-__all__ = ["MODES", "Result", "measure", "random_profile", "run_latency", "systems", "with_own_code"]
-
 MODES = ("eager", "compile")
+STOCK = "stock"
+
+_OPEN, _SHUT = -2.0, 2.0  # thresholds below and above every cosine
+_FAR = 1e30  # the same for a dot product
 
 _LEAST_PREFILLS, _LEAST_STEPS = 3, 20  # rounds
 _ROOM = 64  # for answer tokens in a static cache
 _WARM = 3  # calls before the clock runs; a compiled step records its CUDA graph in the second
+
+
+# -- models to time -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """A model to time.
+
+    steering: steers it, if steerfast does. opens: the state that its gates must have for any prompt; None: any state.
+    profiles: the sequences of a batch get these in turn.
+    """
+
+    name: str
+    model: nn.Module
+    steering: Steering | None = None
+    opens: bool | None = None
+    profiles: tuple[SteeringProfile, ...] = ()
+
+
+def twin(model: nn.Module) -> Any:
+    """Copy `model` over the same weights: its modules can be hooked and patched, no tensor is copied."""
+    shared = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def random_profile(model: nn.Module, layers: Sequence[int], *, is_open: bool = True, seed: int = 0) -> SteeringProfile:
+    """Make random directions and unit vectors that steer `layers`; each prompt gate always or never opens."""
+    identity = identify(model)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, identity.num_layers, identity.hidden_size)
+    direction, vector = nn.functional.normalize(torch.randn(shape, generator=generator, device="cpu"), dim=2)
+    strength = torch.zeros(identity.num_layers, device="cpu")
+    strength[list(layers)] = 1.0
+    threshold = torch.full_like(strength, _OPEN if is_open else _SHUT)
+    return SteeringProfile(identity, direction, threshold, vector, strength, torch.zeros_like(strength), Gate("prompt"))
+
+
+def middle_layer(model: nn.Module) -> int:
+    """Return the layer of the systems that steer one layer."""
+    return len(find_decoder(model).layers) // 2
+
+
+def systems(model: nn.Module, profile: SteeringProfile | None = None) -> tuple[list[TimedModel], dict[str, str]]:
+    """Make the systems of a stock model; also return name -> reason for the impossible ones.
+
+    ``stock``, ``control`` (stock again), ``idle`` (patched, not steered). Without a profile also ``shut`` (a gate in
+    every layer, none opens), ``open-one`` (the middle layer) and ``open-all``. With a profile ``profile-shut`` and
+    ``profile-open``: its threshold lies above, or below, every score. Layers that cannot be patched are hooked.
+
+    Raises:
+        SteerfastError: a patched or steered model.
+        ProfileError: a profile of another model, or without a steered layer.
+        ArchitectureError: no decoder layers found.
+    """
+    find_decoder(model).refuse_if_steered()
+    if is_patched(model):
+        raise SteerfastError("model: expected one that is not patched, got one that is")
+    made = [TimedModel(STOCK, twin(model)), TimedModel("control", twin(model))]
+    reasons = {}
+    try:
+        made.append(TimedModel("idle", patch(twin(model))))
+    except ArchitectureError as error:
+        reasons["idle"] = str(error)
+    if profile is None:
+        everywhere = range(len(find_decoder(model).layers))
+        given = {
+            "shut": (random_profile(model, everywhere, is_open=False), False),
+            "open-one": (random_profile(model, [middle_layer(model)]), True),
+            "open-all": (random_profile(model, everywhere), True),
+        }
+    else:
+        given = {"profile-open": (_moved(profile, True), True)}
+        if profile.gate.kind == "always":
+            reasons["profile-shut"] = "the profile has no gate"
+        else:
+            given = {"profile-shut": (_moved(profile, False), False), **given}
+    for name, (steered, opens) in given.items():
+        target = twin(model) if "idle" in reasons else patch(twin(model))
+        made.append(TimedModel(name, target, steer(target, steered), opens))
+    return made, reasons
+
+
+def _moved(profile: SteeringProfile, opens: bool) -> SteeringProfile:
+    """Return the profile with a gate that always, or never, opens."""
+    far = _OPEN if profile.gate.score == "cosine" else -_FAR
+    return replace(
+        profile, threshold=torch.full_like(profile.threshold, far if opens else -far), abstain=None, answer_tokens=None
+    )
+
+
+def with_own_code(model: Any) -> Any:
+    """Give the model's forward a separate code object.
+
+    Systems share their code. Dynamo would search the graphs of all of them before each step: no process with one model
+    pays for that.
+    """
+    shared = type(model).forward
+    own = types.FunctionType(
+        shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__
+    )
+    own.__kwdefaults__ = shared.__kwdefaults__
+    functools.update_wrapper(own, shared)
+    model.forward = types.MethodType(own, model)
+    return model
+
+
+# -- measuring ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,8 +161,7 @@ class Result:
     """Hold a system's figures for one batch size and prompt length.
 
     ttft_ms, tpot_ms: medians of the prefill with its token, and of a decode step; p99_ms: of a decode step.
-    peak_bytes: most memory during both, other contents included: on CUDA allocated by torch, on Linux resident in the
-    process; None elsewhere. ratio_to_stock: of tpot. floor_ms: lower bound of a decode step, the bytes of weights,
+    ratio_to_stock: of tpot. floor_ms: lower bound of a decode step, the bytes of weights,
     keys and values over the bandwidth of a large copy.
     """
 
@@ -62,7 +173,6 @@ class Result:
     tpot_ms: float
     p99_ms: float
     tokens_per_s: float
-    peak_bytes: int | None
     ratio_to_stock: float | None
     ttft_ratio_to_stock: float | None
     floor_ms: float | None
@@ -107,23 +217,21 @@ class _TimedBatch:
         logits[:, -1].argmax(dim=-1)
         self._room -= 1
 
-    def warm_up(self, other: _TimedBatch | None) -> int | None:
-        """Prefill, check the gates, run a few steps; return the peak of memory. Eager batches share `other`'s cache."""
-        device = self.tokens.device
+    def warm_up(self, other: _TimedBatch | None) -> None:
+        """Prefill, check the gates, run a few steps. Eager batches share `other`'s cache."""
         self.new_cache()
-        synchronize(device)
-        with _peak(device) as peak:
-            self.prefill()
-            self._check()
-            share = other is not None and self.mode == "eager"
-            self._memory = other._memory if share and other is not None else [dict(vars(x)) for x in self.cache.layers]
-            for _ in range(_WARM):
-                self.rewind()
-                self.step()
-            synchronize(device)
+        self.prefill()
+        self._check()
+        if other is not None and self.mode == "eager":
+            self._memory = other._memory
+        else:
+            self._memory = [dict(vars(layer)) for layer in self.cache.layers]
+        for _ in range(_WARM):
+            self.rewind()
+            self.step()
+        synchronize(self.tokens.device)
         self._room = 0
         self.rewind()
-        return peak[0]
 
     def rewind(self) -> None:
         """Make room for a step: restore the cache that the prompt left."""
@@ -186,7 +294,8 @@ def measure(
         runs = {system.name: _TimedBatch(system, tokens, mode) for system in systems}
         stack.enter_context(_no_collector())
         first = next(iter(runs.values()))
-        peaks = {name: run.warm_up(None if run is first else first) for name, run in runs.items()}
+        for run in runs.values():
+            run.warm_up(None if run is first else first)
         steps = interleave({n: run.time_step for n, run in runs.items()}, turns(runs, seconds / 2, _LEAST_STEPS))
         first.rewind()
         cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in first.cache.layers)
@@ -196,7 +305,7 @@ def measure(
             {n: run.time_prefill for n, run in runs.items()}, turns(runs, seconds / 2, _LEAST_PREFILLS)
         )
     floor = None if bandwidth is None else round((_weight_bytes(model) + cached) / bandwidth / 1e6, 4)
-    return [_result(runs[name], prefills, steps, mode=mode, peak_bytes=peaks[name], floor_ms=floor) for name in runs]
+    return [_result(runs[name], prefills, steps, mode=mode, floor_ms=floor) for name in runs]
 
 
 def _result(run: _TimedBatch, prefills: dict[str, list[float]], steps: dict[str, list[float]], **fields: Any) -> Result:
@@ -245,26 +354,6 @@ def _no_collector() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-@contextlib.contextmanager
-def _peak(device: torch.device) -> Iterator[list[int | None]]:
-    """Yield a list of one number: after the context it is the most memory in use within, or None."""
-    found: list[int | None] = [None]
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found[0] = torch.cuda.max_memory_allocated(device)
-        return
-    try:
-        reset.write_text("5")
-    except OSError:  # not Linux, or not allowed
-        yield found
-        return
-    yield found
-    high = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
-    found[0] = None if high is None else int(high.split()[1]) * 1024
 
 
 def run_latency(

@@ -12,20 +12,12 @@ from typing import Any
 from steerfast._records import Records
 from steerfast.evaluation.systems import System
 
-__all__ = ["Pieces"]
-
 
 class Pieces:
-    """Results of the pieces of an evaluation.
-
-    Args:
-        resume: a JSON-lines file of pieces, see `Records`; None: in memory only.
+    """Results of the pieces of an evaluation, also in the JSON-lines file `resume`, see `Records`.
 
     Attributes:
         seconds: system -> time of its pieces, including pieces that were read back.
-
-    Raises:
-        OutputError: `resume` cannot be written.
     """
 
     def __init__(self, resume: str | os.PathLike[str] | None) -> None:

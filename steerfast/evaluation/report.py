@@ -12,20 +12,8 @@ from typing import Any
 
 from steerfast._files import write_atomically
 from steerfast.errors import OutputError, SteerfastError
-from steerfast.evaluation.plots import COLOURS, Picture, draw, known, primary
+from steerfast.evaluation.plots import COLOURS, Picture, at, draw, known, primary
 from steerfast.evaluation.systems import UNSTEERED
-
-__all__ = [
-    "Headline",
-    "ReportCell",
-    "ReportRow",
-    "ReportTable",
-    "check_html",
-    "headlines",
-    "markdown",
-    "tables",
-    "write_html",
-]
 
 _NONE = "–"
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -132,149 +120,150 @@ class ReportTable:
         return [(name, len(list(columns))) for name, columns in groupby(self.columns, key=lambda column: column[0])]
 
 
-@dataclass(frozen=True)
-class _Figure:
-    """A figure of every system, by up to two names. share: of prompts, printed in %."""
-
-    key: str
-    group: str
-    share: bool = True
-
-
-_ASR = _Figure("asr", "attack success, % ↓")
-_OVER_REFUSAL = _Figure("over_refusal", "over-refusal, % ↓")
+_ASR, _OVER_REFUSAL = "attack success, % ↓", "over-refusal, % ↓"
+_NUMBERS = {"latency.ratio", "latency.ms_per_token", "latency.pairs", "tasks", "gate_auc", "gate_auc_by_style"} | {
+    "no_verdict", "kappa", "n"
+}  # fmt: skip
+"""Figures that are no shares of prompts; shares are printed in %."""
 
 
 @dataclass(frozen=True)
 class _Design:
-    """A table of systems. signed: differences from unsteered. titled: rows carry the systems' descriptions."""
+    """A table of figures. figures: key of a figure -> its group of columns. part: of the result, with the rows."""
 
     name: str
     title: str
-    figures: Sequence[_Figure]
+    figures: Mapping[str, str]
     note: str = ""
-    signed: bool = False
-    titled: bool = False
+    part: str = "systems"
 
 
 _DESIGNS = (
     _Design(
         "systems",
         "All systems",
-        (
-            _ASR,
-            _OVER_REFUSAL,
-            _Figure("fluent", "fluent, % ↑"),
-            _Figure("unchanged", "unchanged, % ↑"),
-            _Figure("latency.ratio", "× time ↓", share=False),
-        ),
+        {
+            "asr": _ASR,
+            "over_refusal": _OVER_REFUSAL,
+            "fluent": "fluent, % ↑",
+            "unchanged": "unchanged, % ↑",
+            "latency.ratio": "× time ↓",
+        },
         "Attack success is the share of harmful prompts that were not refused, over-refusal the share of harmless ones "
         "that were; both by the first judge. Fluent counts answers to harmful prompts, unchanged answers to harmless "
         "ones that equal the unsteered model's token for token. Ranges are 95 % intervals.",
-        titled=True,
     ),
     _Design(
         "differences",
         "Differences from unsteered",
-        (_ASR, _OVER_REFUSAL),
+        {"asr": _ASR.replace("%", "points"), "over_refusal": _OVER_REFUSAL.replace("%", "points")},
         "Percentage points above or below the unsteered model on the same prompts, with the 95 % interval of a paired "
         "bootstrap; bold where zero lies outside.",
-        signed=True,
     ),
     _Design(
         "tasks",
         "Tasks",
-        [_Figure("tasks", "", share=False)],
+        {"tasks": ""},
         "By lm-evaluation-harness, in each metric's unit, with 95 % intervals from its standard errors. Systems that "
         "reword prompts run no tasks.",
     ),
-    _Design("styles", "Attack success by style, %", [_Figure("asr_by_style", "")]),
-    _Design("harmless-styles", "Over-refusal by style, %", [_Figure("over_refusal_by_style", "")]),
+    _Design("styles", "Attack success by style, %", {"asr_by_style": ""}),
+    _Design("harmless-styles", "Over-refusal by style, %", {"over_refusal_by_style": ""}),
     _Design(
         "gates",
         "Gates",
-        (
-            _Figure("gate_auc", "gate AUC ↑", share=False),
-            _Figure("fire_rate", "opened, %"),
-            _Figure("abstain_rate", "undecided, %"),
-        ),
+        {"gate_auc": "gate AUC ↑", "fire_rate": "opened, %", "abstain_rate": "undecided, %"},
         "AUC of each harmful set against all harmless prompts together, how often the gate opened, and how often it "
         "abstained, with an abstain band.",
     ),
-    _Design("gate-styles", "Gate AUC by style", [_Figure("gate_auc_by_style", "", share=False)]),
+    _Design("gate-styles", "Gate AUC by style", {"gate_auc_by_style": ""}),
     _Design(
         "answers",
         "Fluent and unchanged answers by set",
-        (_Figure("fluent_by_set", "fluent, % ↑"), _Figure("unchanged_by_set", "unchanged, % ↑")),
+        {"fluent_by_set": "fluent, % ↑", "unchanged_by_set": "unchanged, % ↑"},
     ),
     _Design(
         "judges",
         "Attack success by judge, %",
-        (_Figure("asr_by_judge", ""), _Figure("no_verdict", "no verdict", share=False)),
+        {"asr_by_judge": "", "no_verdict": "no verdict"},
         "No verdict: answers that the first judge could not decide; they are in no rate.",
     ),
-    _Design("harmless-judges", "Over-refusal by judge, %", [_Figure("over_refusal_by_judge", "")]),
+    _Design("harmless-judges", "Over-refusal by judge, %", {"over_refusal_by_judge": ""}),
     _Design(
         "time",
         "Time per token",
-        (
-            _Figure("latency.ms_per_token", "ms per token", share=False),
-            _Figure("latency.ratio", "× unsteered", share=False),
-            _Figure("latency.pairs", "pairs", share=False),
-        ),
+        {"latency.ms_per_token": "ms per token", "latency.ratio": "× unsteered", "latency.pairs": "pairs"},
         "One sequence, greedy; the ratio is the median of pairs of runs, steered and unsteered in turn.",
+    ),
+    _Design(
+        "strengths",
+        "Strength",
+        {"asr_by_set": _ASR, "asr": "all sets, % ↓", "fluent": "fluent, % ↑"},
+        "The profile's strengths multiplied by a number; 1 is the profile unchanged.",
+        part="frontier",
+    ),
+    _Design(
+        "agreement",
+        "Do the judges agree?",
+        {"agree": "same verdict, %", "kappa": "Cohen's kappa", "n": "answers"},
+        "Over the answers of all systems.",
+        part="agreement",
     ),
 )
 
 
 def tables(result: Mapping[str, Any]) -> list[ReportTable]:
     """Return the tables of the report that have a row, the summary first."""
+    rows = {
+        "systems": result.get("systems") or {},
+        "frontier": {f"{one['system']} × {one['strength']:g}": one for one in result.get("frontier") or ()},
+        "agreement": {
+            f"{name}: {pair.replace('~', ' and ')}": data
+            for name, pairs in (result.get("agreement") or {}).items()
+            for pair, data in pairs.items()
+        },
+    }
     left_out = [ReportRow(str(name), [ReportCell(str(why))]) for name, why in (result.get("left_out") or {}).items()]
     made = [
-        *(_of_systems(result, design) for design in _DESIGNS),
-        _frontier(result),
-        _agreement(result),
+        *(_of_figures(result, design, rows[design.part]) for design in _DESIGNS),
         _sets(result),
         ReportTable("left-out", "Left out", "", "what", [("", "why")], left_out, figures=False),
     ]
     return [table for table in made if table.rows]
 
 
-def _of_systems(result: Mapping[str, Any], design: _Design) -> ReportTable:
-    """Make a row for each system with one of the design's figures, a column for each set or name of a figure."""
-    systems, figures = _systems(result), design.figures
-    cells: dict[tuple[_Figure, tuple[str, ...]], dict[str, ReportCell]] = {}
-    for system, data in systems.items():
-        given = data.get("against_unsteered") if design.signed else data
-        for figure in figures:
-            for names, value, ends in _values(_at(given, figure.key), _at(given, f"intervals.{figure.key}")):
-                cell = _figure_cell(value, ends, figure.share, design.signed)
-                cells.setdefault((figure, names), {})[system] = cell
-    order = list(dict.fromkeys([*(result.get("sets") or {}), *(name for _, names in cells for name in names)]))
-    columns = sorted(cells, key=lambda column: (figures.index(column[0]), [order.index(name) for name in column[1]]))
-    rows = [
+def _of_figures(result: Mapping[str, Any], design: _Design, rows: Mapping[str, Any]) -> ReportTable:
+    """Make a row for everything with one of the design's figures, a column for each set or name of a figure."""
+    signed = design.name == "differences"
+    keys = list(design.figures)
+    cells: dict[tuple[str, tuple[str, ...]], dict[str, ReportCell]] = {}
+    for row, data in rows.items():
+        given = data.get("against_unsteered") if signed else data
+        for key in keys:
+            path = key.split(".")
+            for names, value, ends in _values(at(given, *path), at(given, "intervals", *path)):
+                cells.setdefault((key, names), {})[row] = _cell(value, ends, key not in _NUMBERS, signed)
+    sets = result.get("sets") or {}
+    order = list(dict.fromkeys([*sets, *(name for _, names in cells for name in names)]))
+    columns = sorted(cells, key=lambda column: (keys.index(column[0]), [order.index(name) for name in column[1]]))
+    made = [
         ReportRow(
-            system,
-            [cells[column].get(system, ReportCell()) for column in columns],
-            str(data.get("title") or "") if design.titled else "",
+            row,
+            [cells[column].get(row, ReportCell()) for column in columns],
+            str(data.get("title") or "") if design.name == "systems" else "",
         )
-        for system, data in systems.items()
-        if any(system in found for found in cells.values())
+        for row, data in rows.items()
+        if any(row in found for found in cells.values())
     ]
-    named = [(names[0] if len(names) > 1 else figure.group, _column(result, names)) for figure, names in columns]
-    if design.signed:
-        named = [(group.replace("%", "points"), name) for group, name in named]
-    note = design.note
-    if any(name.endswith("†") for _, name in named):
+    heads, note = [], design.note
+    for key, names in columns:
+        fitted = any(at(sets, name, "also_fitted_by") for name in names)
+        group = names[0] if len(names) > 1 else design.figures[key]
+        heads.append((group, (names[-1] if names else "") + (" †" if fitted else "")))
+    if any(name.endswith("†") for _, name in heads):
         note += " † also fitted, calibrated or tuned a profile of this table: its figures flatter."
-    return ReportTable(design.name, design.title, note.strip(), "system", named, rows)
-
-
-def _at(data: Any, path: str) -> Any:
-    """Return the value under names joined by dots, None if one is missing."""
-    for name in path.split("."):
-        data = data.get(name) if isinstance(data, Mapping) else None
-    return data
+    first = "set and judges" if design.part == "agreement" else "system"
+    return ReportTable(design.name, design.title, note.strip(), first, heads, made)
 
 
 def _values(
@@ -283,8 +272,7 @@ def _values(
     """Yield every finite figure in `value`: its keys, itself, the ends of its interval."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            ends = interval.get(name) if isinstance(interval, Mapping) else None
-            yield from _values(inner, ends, (*names, str(name)))
+            yield from _values(inner, at(interval, name), (*names, str(name)))
         return
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         value, *interval = value
@@ -293,7 +281,7 @@ def _values(
         yield names, value, ends if len(ends) == 2 else ()
 
 
-def _figure_cell(value: float, ends: Sequence[float], share: bool, signed: bool = False) -> ReportCell:
+def _cell(value: float, ends: Sequence[float], share: bool, signed: bool = False) -> ReportCell:
     def write(number: float) -> str:
         sign = "+" if signed else ""
         if share:
@@ -305,72 +293,18 @@ def _figure_cell(value: float, ends: Sequence[float], share: bool, signed: bool 
         return text.replace("-", "−")
 
     strong = signed and len(ends) == 2 and (ends[0] > 0 or ends[1] < 0)
-    return ReportCell(write(value), " to ".join(map(write, ends)) if signed else "–".join(map(write, ends)), strong)
-
-
-def _column(result: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return the last name, with a mark if the set made a profile."""
-    fitted = any(((result.get("sets") or {}).get(name) or {}).get("also_fitted_by") for name in names)
-    return (names[-1] if names else "") + (" †" if fitted else "")
-
-
-def _frontier(result: Mapping[str, Any]) -> ReportTable:
-    points = result.get("frontier") or ()
-    sets = list(dict.fromkeys(name for point in points for name in point.get("asr_by_set") or ()))
-    rows = [
-        ReportRow(
-            str(point["system"]),
-            [
-                _cell_of(point.get("strength"), False),
-                *(_cell_of((point.get("asr_by_set") or {}).get(name), True) for name in sets),
-                *(_cell_of(point.get(key), True) for key in ("asr", "fluent")),
-            ],
-        )
-        for point in points
-    ]
-    success = _ASR.group
-    columns = [("", "× strength"), *((success, name) for name in sets), (success, "all sets"), ("", "fluent, % ↑")]
-    note = "The profile's strengths multiplied by a number; 1 is the profile unchanged."
-    return ReportTable("strengths", "Strength", note, "system", columns, rows)
-
-
-def _agreement(result: Mapping[str, Any]) -> ReportTable:
-    found = {(name, pair): data for name, by in (result.get("agreement") or {}).items() for pair, data in by.items()}
-    rows = [
-        ReportRow(
-            name,
-            [
-                ReportCell(pair.replace("~", " and ")),
-                *(_cell_of(data.get(key), share) for key, share in (("agree", True), ("kappa", False), ("n", False))),
-            ],
-        )
-        for (name, pair), data in found.items()
-    ]
-    columns = [("", "judges"), ("", "same verdict, %"), ("", "Cohen's kappa"), ("", "answers")]
-    return ReportTable("agreement", "Do the judges agree?", "Over the answers of all systems.", "set", columns, rows)
-
-
-def _cell_of(value: Any, share: bool) -> ReportCell:
-    return _figure_cell(value, (), share) if known(value) else ReportCell()
+    return ReportCell(write(value), (" to " if signed else "–").join(map(write, ends)), strong)
 
 
 def _sets(result: Mapping[str, Any]) -> ReportTable:
     rows = []
     for name, data in (result.get("sets") or {}).items():
-        texts = [data.get("kind"), data.get("count"), data.get("duplicates"), data.get("source")]
+        texts = [data.get(key) for key in ("kind", "count", "duplicates", "source")]
         texts += [str(data.get("digest") or "")[:12], "; ".join(data.get("also_fitted_by") or ())]
         rows.append(ReportRow(name, [ReportCell(_NONE if text in (None, "") else str(text)) for text in texts]))
     columns = ["kind", "prompts", "duplicates removed", "source", "SHA-256", "also used"]
     note = "The digest is of all prompts of the source, before a sample is drawn."
     return ReportTable("sets", "Sets", note, "set", [("", column) for column in columns], rows, figures=False)
-
-
-def _systems(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    return result.get("systems") or {}
-
-
-def _kind(result: Mapping[str, Any], name: str) -> str:
-    return ((result.get("sets") or {}).get(name) or {}).get("kind") or ""
 
 
 # -- headlines -------------------------------------------------------------------------
@@ -391,7 +325,7 @@ def headlines(result: Mapping[str, Any]) -> list[Headline]:
     name = primary(result)
     if name is None:
         return []
-    data, plain = _systems(result)[name], _systems(result).get(UNSTEERED) or {}
+    data, plain = result["systems"][name], at(result, "systems", UNSTEERED)
     made = []
     for key, says, worst, share in (
         ("asr", "attack success", max, True),
@@ -404,18 +338,11 @@ def headlines(result: Mapping[str, Any]) -> list[Headline]:
         if not found:
             continue
         names = worst(found, key=lambda names: found[names])
-        before = {names: value for names, value, _ in _values(plain.get(key), None)} if key != "unchanged" else {}
-        unit = " %" if share else ""
+        before: Any = at(plain, key, *names) if key != "unchanged" else None
         of = "" if not names else names[0] if len(found) == 1 else f"{names[0]}, the worst of {len(found)} sets"
-        made.append(
-            Headline(
-                says,
-                _figure_cell(found[names], (), share).text + unit,
-                _figure_cell(before[names], (), share).text if names in before else "",
-                of,
-            )
-        )
-    if known(ratio := _at(data, "latency.ratio")):
+        value = _cell(found[names], (), share).text + (" %" if share else "")
+        made.append(Headline(says, value, _cell(before, (), share).text if known(before) else "", of))
+    if known(ratio := at(data, "latency", "ratio")):
         made.append(Headline("time per token", f"×{ratio:.3f}", of="unsteered decoding"))
     return made
 
@@ -451,31 +378,30 @@ def _page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         primary=primary(result),
         headlines=headlines(result),
         tables={table.name: table for table in tables(result)},
-        pictures=[{"picture": picture, "svg": Markup(picture.svg)} for picture in pictures],
+        pictures=pictures,
         examples=list(_examples(result)),
         settings=_settings(result),
     )
 
 
 def _examples(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield prompts with the answers of all systems, in the systems' order; hidden: blurred until clicked."""
-    order = list(_systems(result))
+    """Yield prompts with the answers of all systems; hidden: blurred until clicked."""
     for example in result.get("examples") or ():
         answers = example.get("answers") or {}
-        plain = (answers.get(UNSTEERED) or {}).get("text")
+        plain, name = at(answers, UNSTEERED, "text"), example.get("set") or ""
+        blank = {"text": "", "refused": None, "fluent": None}
         yield {
-            "set": example.get("set") or "",
+            "set": name,
             "prompt": example.get("prompt") or "",
-            "hidden": (example.get("kind") or _kind(result, example.get("set") or "")) not in _SHOWN,
+            "hidden": (example.get("kind") or at(result, "sets", name, "kind")) not in _SHOWN,
             "answers": [
                 {
-                    "system": name,
-                    "text": (answers[name] or {}).get("text") or "",
-                    "refused": (answers[name] or {}).get("refused"),
-                    "fluent": (answers[name] or {}).get("fluent"),
-                    "same": name != UNSTEERED and plain is not None and (answers[name] or {}).get("text") == plain,
+                    **blank,
+                    **(answer or {}),
+                    "system": system,
+                    "same": system != UNSTEERED and plain is not None and at(answer, "text") == plain,
                 }
-                for name in sorted(answers, key=lambda name: order.index(name) if name in order else len(order))
+                for system, answer in answers.items()
             ],
         }
 

@@ -12,8 +12,6 @@ from typing import Any
 from steerfast.errors import PromptError
 from steerfast.text.prompts import SHIPPED_PREFIX, describe_set, read_records, records_of
 
-__all__ = ["BUILT_IN", "DEFAULT_SETS", "KINDS", "EvalSet", "Item", "by_style", "load_set", "sample"]
-
 KINDS = ("harmful", "jailbreak", "harmless", "borderline")
 
 BUILT_IN: dict[str, tuple[str, str]] = {
@@ -64,13 +62,8 @@ class EvalSet:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON data: every field, with a count in place of the items."""
-        return {
-            "kind": self.kind,
-            "count": len(self.items),
-            "duplicates": self.duplicates,
-            "source": self.source,
-            "digest": self.digest,
-        }
+        data = {name: value for name, value in vars(self).items() if name not in ("name", "items")}
+        return {**data, "count": len(self.items)}
 
 
 def load_set(source: str, limit: int | None = None, seed: int = 0) -> EvalSet:
@@ -87,26 +80,21 @@ def load_set(source: str, limit: int | None = None, seed: int = 0) -> EvalSet:
     Raises:
         PromptError: an unknown set, kind or column, an unreadable or empty source, a limit below 1.
     """
-    if source in BUILT_IN:
-        name = source
-        kind, shipped = BUILT_IN[source]
-        where = SHIPPED_PREFIX + shipped
-    else:
-        match = _SOURCE.fullmatch(source)
-        if match is None or match["kind"] not in KINDS:
-            raise PromptError(
-                f"set: expected one of {', '.join(BUILT_IN)}, or KIND:FILE with a kind of {', '.join(KINDS)}, "
-                f"got {source!r}"
-            )
-        kind, where = match["kind"], match["where"]
-        name = match["name"] or _default_name(where)
+    known = BUILT_IN.get(source)
+    match = _SOURCE.fullmatch(f"{source}={known[0]}:{SHIPPED_PREFIX}{known[1]}" if known else source)
+    kinds = ", ".join(KINDS)
+    if match is None or match["kind"] not in KINDS:
+        raise PromptError(
+            f"set: expected one of {', '.join(BUILT_IN)}, or KIND:FILE with a kind of {kinds}, got {source!r}"
+        )
+    where = match["where"]
     records = _hub_records(where) if where.startswith(_HUB) else _file_records(where)
     items: dict[str, Item] = {}
     for record in records:
         items.setdefault(record["prompt"], Item(record["prompt"], _style(record)))
     return EvalSet(
-        name=name,
-        kind=kind,
+        name=match["name"] or _default_name(where),
+        kind=match["kind"],
         items=sample(list(items.values()), limit, seed),
         source=where,
         digest=describe_set([record["prompt"] for record in records])["sha256"],

@@ -12,21 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from steerfast.evaluation.sets import EvalSet, by_style
-from steerfast.judging.estimates import Estimate, auc, mean, paired_bootstrap, rate
+from steerfast.judging.estimates import Estimate, auc, paired_bootstrap, rate
 from steerfast.profile import SteeringProfile
-
-__all__ = [
-    "ANSWERED",
-    "ATTACKS",
-    "HARMLESS",
-    "GateScores",
-    "SetAnswers",
-    "examples",
-    "figures",
-    "gate",
-    "gate_figures",
-    "pooled",
-]
 
 ATTACKS, HARMLESS = ("harmful", "jailbreak"), ("harmless", "borderline")
 ANSWERED = (*ATTACKS, *HARMLESS)
@@ -123,7 +110,7 @@ class _Figures:
         both = [(a, b) for a, b in zip(own, base, strict=True) if a is not None and b is not None]
         if both:
             first, second = zip(*both, strict=True)
-            _set(self.differences, path, paired_bootstrap(first, second, mean, seed=seed).to_list())
+            _set(self.differences, path, paired_bootstrap(first, second, seed=seed).to_list())
 
 
 def _set(into: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 from torch import nn
 
 from steerfast.errors import PromptError
+from steerfast.evaluation.description import layer_ranges
 from steerfast.hf.steering import Steering, steer
 from steerfast.profile import Gate, SteeringProfile
 from steerfast.text.encoding import Conversation
-
-__all__ = ["BUILT_IN", "Defence", "System", "as_it_is", "goal_priority", "self_reminder", "systems_of"]
 
 Defence = Callable[[str], Conversation]
 """Turns a user's prompt into the messages that the model reads."""
@@ -79,6 +78,12 @@ class System:
         """Return whether a gate decides which prompts are steered."""
         return self.profile is not None and bool(self.profile.gate_layers)
 
+    @property
+    def steered_by(self) -> SteeringProfile:
+        """Return the profile of a system that has one."""
+        assert self.profile is not None
+        return self.profile
+
     @contextlib.contextmanager
     def on(self, model: nn.Module, tokenizer: Any = None) -> Iterator[Steering | None]:
         """Steer `model` within the context, if the system has a profile."""
@@ -105,40 +110,35 @@ def systems_of(
         PromptError: a repeated or unknown name.
     """
     names = [*BUILT_IN, *profiles, *others]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise PromptError(f"systems: expected one system of each name, got two called {twice!r}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PromptError(f"systems: expected one system of each name, got two called {twice[0]!r}")
     made = [
         System(UNSTEERED, "the model as it is"),
         System(SELF_REMINDER, "the prompt between two reminders to be responsible", self_reminder),
         System(GOAL_PRIORITY, "the prompt after two goals, safety before helpfulness", goal_priority),
         *(System(name, _title(profile), profile=profile) for name, profile in profiles.items()),
     ]
-    left_out = {}
     name, first = next(iter(profiles.items()), ("", None))
     if first is None:
-        left_out[ALWAYS_ON] = "there is no profile to open the gate of"
+        why = "there is no profile to open the gate of"
     elif first.gate.kind == "always":
-        left_out[ALWAYS_ON] = f"the profile {name!r} has no gate"
+        why = f"the profile {name!r} has no gate"
     else:
-        opened = replace(first, gate=Gate("always"))
+        why, opened = "", replace(first, gate=Gate("always"))
         made.append(System(ALWAYS_ON, f"{name} without its gate: every prompt is steered", profile=opened))
     made += [System(name, f"other weights: {path}", model=path) for name, path in others.items()]
     by_name = {system.name: system for system in made}
     for name in wanted:
         if name not in names:
             raise PromptError(f"systems: expected some of {', '.join(names)}, got {name!r}")
-    chosen = dict.fromkeys([UNSTEERED, *(wanted or by_name)])
-    return [by_name[name] for name in chosen if name in by_name], {
-        name: why for name, why in left_out.items() if not wanted or name in wanted
-    }
+    chosen = [by_name[name] for name in dict.fromkeys([UNSTEERED, *(wanted or by_name)]) if name in by_name]
+    return chosen, {ALWAYS_ON: why} if why and (not wanted or ALWAYS_ON in wanted) else {}
 
 
 def _title(profile: SteeringProfile) -> str:
-    layers = profile.steered_layers
-    band = layers == list(range(layers[0], layers[-1] + 1))
-    where = f"{layers[0]}-{layers[-1]}" if band and len(layers) > 1 else ", ".join(map(str, layers))
     decides = "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}"
     reads = "mean score, " if profile.gate.pooling == "mean" else ""
     gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {reads}{decides} decides"
-    what = f"{profile.edit}, {profile.vector_kind} vector, {profile.positions} positions, layers {where}"
-    return f"{gate}; {what}" + ("" if profile.answer_tokens is None else f", {profile.answer_tokens} answer tokens")
+    vector = f"{profile.edit}, {profile.vector_kind} vector, {profile.positions} positions"
+    end = "" if profile.answer_tokens is None else f", {profile.answer_tokens} answer tokens"
+    return f"{gate}; {vector}, layers {layer_ranges(profile.steered_layers)}{end}"

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from steerfast._progress import track
 from steerfast.hf.generation import device_of
-
-__all__ = ["copy_bandwidth", "interleave", "milliseconds", "milliseconds_per_token", "synchronize", "turns"]
 
 
 def turns(names: Iterable[str], seconds: float = 0.0, least: int = 1) -> Iterator[list[str]]:
@@ -45,6 +44,18 @@ def interleave(calls: Mapping[str, Callable[[int], float]], rounds: Iterable[Seq
     return found
 
 
+def compare(
+    calls: Mapping[str, Callable[[int], float]], rounds: int, *, show: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Return each call's median, and the median of its ratio to the first call, after a call of each for warmth."""
+    for call in calls.values():
+        call(0)
+    times = interleave(calls, track(list(turns(calls, least=rounds)), "latency", show=show))
+    base = next(iter(times.values()))
+    median = statistics.median
+    return {name: (median(own), median(a / b for a, b in zip(own, base, strict=True))) for name, own in times.items()}
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's queued work."""
     if device.type == "cuda":
@@ -66,16 +77,12 @@ def milliseconds_per_token(model: nn.Module, prompt: Sequence[int], tokens: int)
     Args:
         prompt: token ids.
     """
-    generate: Any = model.generate
     device = device_of(model)
     ids = torch.tensor([prompt], device=device)
-    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": tokens, "min_new_tokens": tokens}
-    return (
-        milliseconds(
-            lambda: generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options), device
-        )
-        / tokens
-    )
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+    options |= {"num_beams": 1, "max_new_tokens": tokens, "min_new_tokens": tokens}
+    generate: Any = model.generate
+    return milliseconds(lambda: generate(input_ids=ids, **options), device) / tokens
 
 
 def copy_bandwidth(device: torch.device | str) -> float:

@@ -43,15 +43,14 @@ class CalibrateOptions:
     Args:
         max_false_positive_rate: the share of `harmless` that may fire. The threshold is the class midpoint, or higher
             where that would fire more often. None: the midpoint (arXiv 2401.11206), at any false-positive rate.
-        abstain_rate: the share of `harmless` that may score above the lower end of the gates' band
-            (`SteeringProfile.abstain`), so that at most as many are undecided or fire. Where the threshold lies lower,
-            the band is empty. None: no band.
-        heldout_harmful, heldout_harmless: sets of another style (another source, other phrasing). They fit nothing;
-            they choose the sensor and show whether the gate knows harm or style.
+        abstain_rate: the share of `harmless` that may be undecided or fire: it sets `SteeringProfile.abstain`, at most
+            the threshold. None: no band.
+        heldout_harmful, heldout_harmless: sets of another source or phrasing. They choose the sensor and show whether
+            the gate knows harm or style.
         sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the
             best AUC on the worst of the pairs of sets, or the worst quarter of the styles that `extract` left out.
-        latest_sensor: the last layer that ``auto`` tries: to steer layers before the sensor, prompts that fire are
-            read a second time; default: 60 % of the depth.
+        latest_sensor: the last layer that ``auto`` tries; default: 60 % of the depth. Layers before the sensor cost a
+            second pass over prompts that fire.
         names: names of the prompt sets in the profile (``{"harmful": ..., "heldout_harmful": ..., ...}``).
     """
 
@@ -115,7 +114,10 @@ def calibrate(
     if "heldout_harmful" in scores:
         pairs["heldout"] = scores["heldout_harmful"], scores["heldout_harmless"]
     threshold = _thresholds(*pairs["calibration"], chosen.max_false_positive_rate)
-    abstain = None if chosen.abstain_rate is None else _lower_ends(scores["harmless"], threshold, chosen.abstain_rate)
+    abstain = None
+    if chosen.abstain_rate is not None:
+        ends = [threshold_at_false_positive_rate(layer, chosen.abstain_rate) for layer in scores["harmless"].T.numpy()]
+        abstain = torch.tensor(ends, dtype=torch.float32, device="cpu").minimum(threshold)
     figures = {name: figures_by_layer(*pair, threshold) for name, pair in pairs.items()}
     sensor = _sensor(chosen.sensor, profile, figures, chosen.latest_sensor)
     profile = _with_sensor(replace(profile, threshold=threshold, abstain=abstain), sensor)
@@ -213,12 +215,6 @@ def _check_rates(false_positives: float | None, abstain: float | None) -> None:
         raise ProfileError(
             f"abstain_rate: expected at least max_false_positive_rate, {false_positives:g}, got {abstain:g}"
         )
-
-
-def _lower_ends(harmless: Tensor, threshold: Tensor, rate: float) -> Tensor:
-    """Return the lower ends of the bands, float32 [layers]."""
-    ends = [threshold_at_false_positive_rate(layer, rate) for layer in harmless.T.numpy()]
-    return torch.tensor(ends, dtype=torch.float32, device="cpu").minimum(threshold)
 
 
 def _add_undecided(

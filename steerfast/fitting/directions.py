@@ -74,20 +74,15 @@ def fit_direction(
 
     Methods, with d = mean(harmful) - mean(harmless):
         "mean": d itself (InferAligner, section "guidance gate": the safety related vector).
-        "lda": S^-1 d, S the pooled within-class covariance shrunk towards a multiple of the identity
-            (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices").
-        "pca": first principal component of the paired differences harmful[i] - harmless[i], the longer set cut to
-            the shorter. The differences are not centred: unpaired prompts carry their signal in the mean difference.
+        "lda": S^-1 d, S the pooled within-class covariance shrunk towards the identity (Ledoit and Wolf 2004).
+        "pca": first principal component of harmful[i] - harmless[i], not centred, the longer set cut to the shorter.
         "logistic": coefficients of an L2-regularised (C = 1) logistic regression on rows divided by one global scale.
 
     Args:
-        harmful: [n1, H], any float type.
-        harmless: [n0, H].
-        method: one of the above.
+        harmful, harmless: [n1, H] and [n0, H], any float type.
         shrinkage: "lda" only: weight in [0, 1] of the identity target; None takes the Ledoit-Wolf value.
-        means_of: "lda" only: masks bool [n1] and [n0] of the rows that d is taken from, S still from all; a mask
-            without a row stands for all. Where some rows are the same requests in other styles, their scatter shows the
-            variation to ignore, and the plain rows show best where harm lies.
+        means_of: "lda" only: masks bool [n1] and [n0] of the rows that d is taken from; a mask without a row stands
+            for all. S is from all rows: other styles of a request show the variation to ignore.
 
     Returns:
         float64 [H] on the CPU, unit norm, pointing from harmless to harmful.

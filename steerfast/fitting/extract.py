@@ -15,7 +15,7 @@ from steerfast._options import read_options
 from steerfast.errors import ArchitectureError, ProfileError, PromptError
 from steerfast.fitting.activations import Reduce, answer_mean, gate_reading, last_token, residual_rows
 from steerfast.fitting.directions import fit_direction, project, unit
-from steerfast.fitting.left_out import FitGate, Masks, in_plain_style, leave_one_style_out, rates_by_layer
+from steerfast.fitting.left_out import Masks, in_plain_style, leave_one_style_out, rates_by_layer
 from steerfast.hf.generation import PromptBatch, greedy_answers
 from steerfast.hf.structure import identify
 from steerfast.judging.estimates import threshold_midpoint
@@ -40,23 +40,19 @@ class ExtractOptions:
     Args:
         aligned_model: a sibling of the same geometry that refuses; the source of ``ssv`` and ``alignment``.
         gate: how directions are fitted, see `steerfast.fitting.directions.fit_direction`.
-        gate_kind, sharpness: when the gate decides, and its slope; see `steerfast.profile.Gate`. Directions are fitted
-            for every kind.
-        score: the score that the gate compares with its threshold; ``cosine`` fits on unit rows.
-        pooling, window: whether the gate reads the score of the ``last`` token of a prompt or the ``mean`` over the
-            last `window` tokens, see `steerfast.profile.Gate`; directions are fitted on the same reading.
+        gate_kind, sharpness, score, pooling, window: the gate, see `steerfast.profile.Gate`. Directions are fitted on
+            what it reads, ``cosine`` on unit rows.
         edit, low, high, angle: how an open gate changes a row, see `steerfast.profile.SteeringProfile`. The strength
             of ``ablate``, ``clamp`` and ``rotate`` is 1, so that the edit is complete.
-        vectors: the kinds of steering vector to make, the first one selected, the rest kept for `tune`:
+        vectors: kinds of steering vectors; the first one is selected, the rest are kept for `tune`:
             ``ssv``: the aligned model's mean difference (the paper's safety steering vector);
-            ``alignment``: ``ssv`` minus the target's own mean difference, the part that alignment added;
+            ``alignment``: ``ssv`` minus the target's own mean difference;
             ``forced``: the target's mean rows over a refusal put in its mouth, minus those over its own answer to the
             same harmful prompts, first 12 answer tokens (needs no sibling);
             ``srv``: the target's own mean difference (needs no sibling).
             Default: ``alignment, ssv, forced`` with a sibling, ``forced, srv`` without.
         unit_norm: scale each steering vector to norm 1 (the paper); otherwise residual-stream units.
-        refusal: the text that ``forced`` puts in the model's mouth; default: the aligned model's own answers where
-            there is one, else `FORCED_REFUSAL`.
+        refusal: the text of ``forced``; default: the aligned model's own answers, without one `FORCED_REFUSAL`.
         shrinkage: for ``lda``: weight of the identity; default Ledoit-Wolf.
         names: names of the prompt sets in the profile (``{"harmful": ..., "harmless": ...}``).
     """
@@ -114,12 +110,11 @@ def extract(
     outline = _outline(identify(model, tokenizer), chosen)
     if chosen.aligned_model is not None:
         check_sibling(outline.model, chosen.aligned_model)
-    sets = _encode_sets(model, tokenizer, harmful, harmless, room=_FORCED_TOKENS if "forced" in kinds else 0)
-    source = _RowSource(tokenizer, chosen)
-    rows, reading = _target_rows(model, sets, outline.gate, source)
-    vectors = _steering_vectors(model, kinds, sets, rows, source)
+    work = _Extraction(model, tokenizer, (harmful, harmless), kinds, chosen)
+    rows, reading = work.target_rows(outline.gate)
+    vectors = work.vectors(rows)
     outline = replace(outline, norm=rows.norm(dim=2).double().mean(dim=0).float())
-    return _with_vectors(_with_gates(outline, sets, reading, chosen), vectors, kinds, chosen)
+    return _with_vectors(work.with_gates(outline, reading), vectors, kinds, chosen)
 
 
 def _outline(identity: ModelIdentity, options: ExtractOptions) -> SteeringProfile:
@@ -140,44 +135,110 @@ def _outline(identity: ModelIdentity, options: ExtractOptions) -> SteeringProfil
     )
 
 
-@dataclass(frozen=True)
-class _EncodedSets:
-    """Both prompt sets, their token ids, and masks of the prompts in plain style."""
+class _Extraction:
+    """Both prompt sets of one extraction, harmful first: prompts, token ids, masks of the prompts in plain style."""
 
-    harmful: Prompts
-    harmless: Prompts
-    harmful_ids: list[list[int]]
-    harmless_ids: list[list[int]]
-    plain: Masks
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        sets: tuple[Sequence[str], Sequence[str]],
+        kinds: Sequence[str],
+        options: ExtractOptions,
+    ) -> None:
+        self.model, self.tokenizer, self.kinds, self.options = model, tokenizer, kinds, options
+        self.bad, self.good = Prompts(sets[0]), Prompts(sets[1])
+        room = _FORCED_TOKENS if "forced" in kinds else 0
+        self.bad_ids, self.good_ids = encode(tokenizer, self.bad, model, room=room), encode(tokenizer, self.good, model)
+        self.plain: Masks = in_plain_style(self.bad), in_plain_style(self.good)
 
-    @property
-    def plain_ids(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of the prompts in plain style, of both sets."""
-        return (
-            list(compress(self.harmful_ids, self.plain[0])),
-            list(compress(self.harmless_ids, self.plain[1])),
-        )
+    def target_rows(self, gate: Gate) -> tuple[Tensor, Tensor]:
+        """Return the last rows of all prompts, and the rows that the gate reads: [n1 + n0, layers, H]."""
+        read, every = gate_reading(gate)[0], self.bad_ids + self.good_ids
+        if read is last_token:
+            rows = self._rows(self.model, every, "target activations")
+            return rows, rows
 
+        def last_and_read(hidden: Tensor, batch: PromptBatch) -> Tensor:
+            return torch.stack([last_token(hidden, batch).double(), read(hidden, batch)], dim=1)
 
-def _encode_sets(
-    model: nn.Module, tokenizer: Any, harmful: Sequence[str], harmless: Sequence[str], room: int
-) -> _EncodedSets:
-    bad, good = Prompts(harmful), Prompts(harmless)
-    ids = encode(tokenizer, bad, model, room=room), encode(tokenizer, good, model)
-    return _EncodedSets(bad, good, *ids, (in_plain_style(bad), in_plain_style(good)))
+        rows, reading = self._rows(self.model, every, "target activations", last_and_read).unbind(dim=2)
+        return rows, reading
 
+    def vectors(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return the steering vectors, and those that they are made of: kind -> float64 [layers, H]."""
+        sibling, kinds = self.options.aligned_model, set(self.kinds)
+        made: dict[str, Tensor] = {}
+        if {"srv", "alignment"} & kinds:
+            bad, good = rows[: len(self.bad)], rows[len(self.bad) :]
+            made["srv"] = _mean_difference(bad[self.plain[0]], good[self.plain[1]])
+        if sibling is not None and {"ssv", "alignment"} & kinds:
+            bad_ids, good_ids = compress(self.bad_ids, self.plain[0]), compress(self.good_ids, self.plain[1])
+            of_sibling = self._rows(sibling, [*bad_ids, *good_ids], "sibling activations")
+            count = int(self.plain[0].sum())
+            made["ssv"] = _mean_difference(of_sibling[:count], of_sibling[count:])
+            if "alignment" in kinds:
+                made["alignment"] = made["ssv"] - made["srv"]
+        if "forced" in kinds:
+            made["forced"] = self._forced_vector(list(compress(self.bad_ids, self.plain[0])))
+        for kind, vector in made.items():
+            if not bool(vector.any(dim=1).all()):
+                layer = int((~vector.any(dim=1)).nonzero()[0])
+                raise ProfileError(
+                    f"vectors: {kind!r} is zero at layer {layer}; is the aligned model another model than the target?"
+                )
+        return made
 
-@dataclass(frozen=True)
-class _RowSource:
-    """Residual rows and answers, with the tokenizer and the options of one extraction."""
+    def with_gates(self, outline: SteeringProfile, reading: Tensor) -> SteeringProfile:
+        """Return the profile with directions, midpoint thresholds and figures on styles that were left out."""
+        options, score = self.options, gate_reading(outline.gate)[1]
+        pair = reading[: len(self.bad)], reading[len(self.bad) :]
 
-    tokenizer: Any
-    options: ExtractOptions
+        def fit(bad: Tensor, good: Tensor, plain: Masks) -> Tensor:
+            # A cosine gate sees only the direction of a row, so the fit sees no more than that.
+            rows = [x.double() / x.double().norm(dim=1, keepdim=True) if score == "cosine" else x for x in (bad, good)]
+            means_of = plain if options.gate == "lda" else None
+            return unit(fit_direction(rows[0], rows[1], options.gate, shrinkage=options.shrinkage, means_of=means_of))
 
-    def rows(
+        directions, thresholds = [], []
+        for layer in range(reading.shape[1]):
+            here = pair[0][:, layer], pair[1][:, layer]
+            directions.append(fit(*here, self.plain).float())
+            thresholds.append(threshold_midpoint(*(project(x, directions[-1], score).numpy() for x in here)))
+        left_out = leave_one_style_out(self.bad, self.good, pair, fit, score=score, progress=options.progress)
+        sibling, names = options.aligned_model, options.names or {}
+        fitted = {
+            "direction": options.gate,
+            "shrinkage": options.shrinkage,
+            "unit_norm": options.unit_norm,
+            "aligned_model": identify(sibling).name if sibling is not None else None,
+            "harmful": describe_set(self.bad, names.get("harmful")),
+            "harmless": describe_set(self.good, names.get("harmless")),
+            "left_out": {style: rates_by_layer(figures) for style, figures in left_out.items()},
+        }
+        threshold = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
+        return replace(outline, direction=torch.stack(directions), threshold=threshold, fitted=fitted)
+
+    def _forced_vector(self, prompts: list[list[int]]) -> Tensor:
+        """Return the mean row over refusals minus that over the model's own answers, float64 [layers, H]."""
+        sibling, refusal = self.options.aligned_model, self.options.refusal
+        if refusal is None and sibling is not None:
+            refusals = self._answers(sibling, prompts, "sibling answers")
+        else:
+            text = FORCED_REFUSAL if refusal is None else refusal
+            refusals = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:_FORCED_TOKENS]] * len(prompts)
+        answers = self._answers(self.model, prompts, "own answers")
+        triples = [(p, r, a) for p, r, a in zip(prompts, refusals, answers, strict=True) if r and a]
+        if not triples:
+            raise PromptError("harmful: expected an answer to at least one prompt, got only empty answers")
+        reduce = answer_mean([len(prompt) for prompt, _, _ in triples], _FORCED_TOKENS)
+        refused = self._rows(self.model, [p + r for p, r, _ in triples], "refusals", reduce)
+        complied = self._rows(self.model, [p + a for p, _, a in triples], "compliance", reduce)
+        return _mean_difference(refused, complied)
+
+    def _rows(
         self, model: nn.Module, sequences: Sequence[Sequence[int]], description: str, reduce: Reduce = last_token
     ) -> Tensor:
-        """Return `residual_rows` of the sequences."""
         return residual_rows(
             model,
             sequences,
@@ -188,92 +249,9 @@ class _RowSource:
             description=description if self.options.progress else None,
         )
 
-    def answers(self, model: nn.Module, prompts: Sequence[Sequence[int]], description: str) -> list[list[int]]:
-        """Return the first tokens of the greedy answers."""
+    def _answers(self, model: nn.Module, prompts: Sequence[Sequence[int]], description: str) -> list[list[int]]:
         shown = description if self.options.progress else None
         return greedy_answers(model, self.tokenizer, prompts, _FORCED_TOKENS, description=shown)
-
-
-def _target_rows(model: nn.Module, sets: _EncodedSets, gate: Gate, source: _RowSource) -> tuple[Tensor, Tensor]:
-    """Return the last rows of all prompts, harmful first, and the rows that the gate reads: [n1 + n0, layers, H]."""
-    read = gate_reading(gate)[0]
-    every = sets.harmful_ids + sets.harmless_ids
-    if read is last_token:
-        rows = source.rows(model, every, "target activations")
-        return rows, rows
-
-    def last_and_read(hidden: Tensor, batch: PromptBatch) -> Tensor:
-        return torch.stack([last_token(hidden, batch).double(), read(hidden, batch)], dim=1)
-
-    rows, reading = source.rows(model, every, "target activations", last_and_read).unbind(dim=2)
-    return rows, reading
-
-
-def _steering_vectors(
-    model: nn.Module, kinds: Sequence[str], sets: _EncodedSets, rows: Tensor, source: _RowSource
-) -> dict[str, Tensor]:
-    """Return the steering vectors of `kinds`, and those that they are made of: kind -> float64 [layers, H]."""
-    sibling, count = source.options.aligned_model, len(sets.harmful)
-    bad_ids, good_ids = sets.plain_ids
-    made: dict[str, Tensor] = {}
-    if {"srv", "alignment"} & set(kinds):
-        made["srv"] = _mean_difference(rows[:count][sets.plain[0]], rows[count:][sets.plain[1]])
-    if sibling is not None and {"ssv", "alignment"} & set(kinds):
-        of_sibling = source.rows(sibling, bad_ids + good_ids, "sibling activations")
-        made["ssv"] = _mean_difference(of_sibling[: len(bad_ids)], of_sibling[len(bad_ids) :])
-        if "alignment" in kinds:
-            made["alignment"] = made["ssv"] - made["srv"]
-    if "forced" in kinds:
-        made["forced"] = _forced_vector(model, bad_ids, source)
-    for kind, vector in made.items():
-        _check_vector(kind, vector)
-    return made
-
-
-def _forced_vector(model: nn.Module, prompts: list[list[int]], source: _RowSource) -> Tensor:
-    """Return the mean row over refusals minus that over the model's own answers, float64 [layers, H]."""
-    sibling, refusal = source.options.aligned_model, source.options.refusal
-    if refusal is None and sibling is not None:
-        refusals = source.answers(sibling, prompts, "sibling answers")
-    else:
-        text = FORCED_REFUSAL if refusal is None else refusal
-        refusals = [source.tokenizer(text, add_special_tokens=False)["input_ids"][:_FORCED_TOKENS]] * len(prompts)
-    answers = source.answers(model, prompts, "own answers")
-    triples = [(p, r, a) for p, r, a in zip(prompts, refusals, answers, strict=True) if r and a]
-    if not triples:
-        raise PromptError("harmful: expected an answer to at least one prompt, got only empty answers")
-    reduce = answer_mean([len(prompt) for prompt, _, _ in triples], _FORCED_TOKENS)
-    refused = source.rows(model, [p + r for p, r, _ in triples], "refusals", reduce)
-    complied = source.rows(model, [p + a for p, _, a in triples], "compliance", reduce)
-    return refused.mean(dim=0, dtype=torch.float64) - complied.mean(dim=0, dtype=torch.float64)
-
-
-def _with_gates(
-    outline: SteeringProfile, sets: _EncodedSets, reading: Tensor, options: ExtractOptions
-) -> SteeringProfile:
-    """Return the profile with directions, midpoint thresholds and figures on styles that were left out."""
-    score = gate_reading(outline.gate)[1]
-    rows = reading[: len(sets.harmful)], reading[len(sets.harmful) :]
-
-    def fit_gate(bad: Tensor, good: Tensor, plain: Masks) -> Tensor:
-        # A cosine gate sees only the direction of a row, so the fit sees no more than that.
-        pair = [x.double() / x.double().norm(dim=1, keepdim=True) if score == "cosine" else x for x in (bad, good)]
-        means_of = plain if options.gate == "lda" else None
-        return unit(fit_direction(pair[0], pair[1], options.gate, shrinkage=options.shrinkage, means_of=means_of))
-
-    direction, threshold = _fit_gates(rows, sets.plain, fit_gate, score)
-    left_out = leave_one_style_out(sets.harmful, sets.harmless, rows, fit_gate, score=score, progress=options.progress)
-    sibling, names = options.aligned_model, options.names or {}
-    fitted = {
-        "direction": options.gate,
-        "shrinkage": options.shrinkage,
-        "unit_norm": options.unit_norm,
-        "aligned_model": identify(sibling).name if sibling is not None else None,
-        "harmful": describe_set(sets.harmful, names.get("harmful")),
-        "harmless": describe_set(sets.harmless, names.get("harmless")),
-        "left_out": {style: rates_by_layer(figures) for style, figures in left_out.items()},
-    }
-    return replace(outline, direction=direction, threshold=threshold, fitted=fitted)
 
 
 def _with_vectors(
@@ -322,25 +300,6 @@ def check_sibling(identity: ModelIdentity, aligned_model: nn.Module) -> None:
             )
 
 
-def _mean_difference(harmful: Tensor, harmless: Tensor) -> Tensor:
+def _mean_difference(first: Tensor, second: Tensor) -> Tensor:
     """Return the difference of the mean rows, float64 [layers, H]."""
-    return harmful.mean(dim=0, dtype=torch.float64) - harmless.mean(dim=0, dtype=torch.float64)
-
-
-def _fit_gates(rows: tuple[Tensor, Tensor], plain: Masks, fit: FitGate, score: str) -> tuple[Tensor, Tensor]:
-    """Return directions float32 [layers, H] and midpoint thresholds float32 [layers]."""
-    directions, thresholds = [], []
-    for layer in range(rows[0].shape[1]):
-        pair = rows[0][:, layer], rows[1][:, layer]
-        direction = fit(*pair, plain).float()
-        directions.append(direction)
-        thresholds.append(threshold_midpoint(*(project(x, direction, score).numpy() for x in pair)))
-    return torch.stack(directions), torch.tensor(thresholds, dtype=torch.float32, device="cpu")
-
-
-def _check_vector(kind: str, vector: Tensor) -> None:
-    if not bool(vector.any(dim=1).all()):
-        layer = int((~vector.any(dim=1)).nonzero()[0])
-        raise ProfileError(
-            f"vectors: {kind!r} is zero at layer {layer}; is the aligned model another model than the target?"
-        )
+    return first.mean(dim=0, dtype=torch.float64) - second.mean(dim=0, dtype=torch.float64)

@@ -9,11 +9,13 @@ model give the answers themselves. It is a vector of one layer like any other, a
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -41,14 +43,13 @@ class LearnOptions:
     """Options of `learn`.
 
     Args:
-        aligned_model: the sibling whose greedy answers are learned; answers that refuse nothing, by
-            `steerfast.judging.refusal.is_refusal_strict`, are left out.
+        aligned_model: the sibling whose greedy answers are learned, if they refuse (`is_refusal_strict`).
         refusal: a text to learn instead. Default without a sibling: `steerfast.fitting.extract.FORCED_REFUSAL`.
         layer: the decoder block to whose output the vector is added. Default: the sensor, which saves a second pass
             over prompts; the middle layer without one.
-        positions: where the vector is added, see `SteeringProfile`; it holds for the positions of its lessons.
+        positions: where the vector is added, see `SteeringProfile`; it holds for no others.
         max_norm: largest norm of the vector, as a share of the mean norm of the layer's rows.
-        steps: batches of `batch_size` prompts to learn from; the prompts come round again where there are fewer.
+        steps: batches of `batch_size` prompts to learn from; prompts come round again.
         answer_tokens: how many tokens of an answer are learned at most.
         seed: of the order of the batches.
         names: name of the prompt set in the profile (``{"harmful": ...}``).
@@ -118,7 +119,6 @@ def learn(
     longest = chosen.max_norm * float(profile.norm[layer])
     vector, losses = _learn_vector(model, list(padded), starts, layer, longest, chosen)
     few = max(1, chosen.steps // 10)
-    ends = [sum(part) / len(part) for part in (losses[:few], losses[-few:])]
     sibling = chosen.aligned_model
     source = {
         **describe_set(harmful, (chosen.names or {}).get("harmful")),
@@ -128,28 +128,27 @@ def learn(
         "positions": chosen.positions,
         "max_norm": chosen.max_norm,
         "steps": chosen.steps,
-        "loss": [round(mean, 4) for mean in ends],
+        "loss": [round(fmean(part), 4) for part in (losses[:few], losses[-few:])],
     }
     return _with_learned(profile, vector, source)
 
 
 def _with_learned(profile: SteeringProfile, vector: Tensor, source: dict[str, Any]) -> SteeringProfile:
     """Return the profile that adds the vector, float32 [H], in the layer and at the positions of `source`."""
-    layer = source["layer"]
     vectors = torch.zeros_like(profile.vector)
-    vectors[layer] = vector
+    vectors[source["layer"]] = vector
     others = {**profile.candidates, profile.vector_kind: profile.vector}
-    others.pop(KIND, None)
-    return replace(
+    learned = replace(
         profile.with_band([], 0.0),
         vector=vectors,
         vector_kind=KIND,
-        candidates=others,
+        candidates={kind: rows for kind, rows in others.items() if kind != KIND},
         positions=source["positions"],
         answer_tokens=None,
         fitted={**profile.fitted, KIND: source},
         tuned={},
-    ).with_band([layer], 1.0)
+    )
+    return learned.with_band([source["layer"]], 1.0)
 
 
 def _lessons(
@@ -159,10 +158,8 @@ def _lessons(
     prompts = encode(tokenizer, harmful, model, room=options.answer_tokens)
     end = turn_ends(model, tokenizer)[-1:]
     if options.aligned_model is not None:
-        description = "sibling answers" if options.progress else None
-        answers = greedy_answers(
-            options.aligned_model, tokenizer, prompts, options.answer_tokens, description=description
-        )
+        bar = "sibling answers" if options.progress else None
+        answers = greedy_answers(options.aligned_model, tokenizer, prompts, options.answer_tokens, description=bar)
         pairs = zip(prompts, answers, strict=True)
         refused = [(prompt, answer) for prompt, answer in pairs if is_refusal_strict(tokenizer.decode(answer))]
         if not refused:
@@ -212,7 +209,8 @@ def _learn_vector(
     optimizer = torch.optim.Adam([share], lr=_PACE / decoder.hidden_size**0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
     losses: list[float] = []
-    order = _shuffled(work, random.Random(options.seed))
+    shuffle = random.Random(options.seed)
+    order = (batch for _ in itertools.count() for batch in shuffle.sample(work, len(work)))
     with evaluating(model), _frozen(model), torch.enable_grad():
         for _ in track(range(options.steps), "learning", show=options.progress):
             batch = next(order)
@@ -246,12 +244,6 @@ def _loss(model: nn.Module, batch: PromptBatch, starts: Tensor) -> Tensor:
     ).logits[:, -width - 1 : -1]
     labels = batch.ids.masked_fill(~answered, -100)[:, -width:].to(logits.device)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-
-
-def _shuffled(work: Sequence[PromptBatch], shuffle: random.Random) -> Iterator[PromptBatch]:
-    """Yield the batches again and again, in a new order each round."""
-    while True:
-        yield from shuffle.sample(work, len(work))
 
 
 @contextmanager

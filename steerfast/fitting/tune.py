@@ -162,7 +162,13 @@ def tune(
 
     screened = trials(candidates, prompts[::_SCREEN_SHARE], "screening")  # some of every style, if they come by style
     finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
-    tuned = _best(finals, chosen.min_fluent).candidate.apply(profile, ending)
+    best = finals[0]
+    if best.fluent < chosen.min_fluent:
+        raise PromptError(
+            f"min_fluent: no setting reached {chosen.min_fluent:.1%} fluent answers, the best had {best.fluent:.1%} "
+            f"({asdict(best.candidate)}); try smaller strengths"
+        )
+    tuned = best.candidate.apply(profile, ending)
     unchanged = _unchanged(tuned, model, tokenizer, harmless, chosen)
     record = _record(finals, unchanged, len(candidates), chosen)
     names = chosen.names or {}
@@ -191,16 +197,6 @@ def _search_settings(
         "max_new_tokens": options.max_new_tokens,
         "limits": (options.limits or FluencyLimits()).to_dict(),
     }
-
-
-def _best(finals: Sequence[Trial], min_fluent: float) -> Trial:
-    best = finals[0]
-    if best.fluent < min_fluent:
-        raise PromptError(
-            f"min_fluent: no setting reached {min_fluent:.1%} fluent answers, the best had {best.fluent:.1%} "
-            f"({asdict(best.candidate)}); try smaller strengths"
-        )
-    return best
 
 
 def _record(finals: Sequence[Trial], unchanged: float, candidates: int, options: TuneOptions) -> dict[str, Any]:
@@ -330,8 +326,7 @@ class _TrialLog:
     """Complete trials of one search, in a file that other searches may share."""
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
-        self._records = Records(path, "trials")
-        self._settings = settings
+        self._records, self._settings = Records(path, "trials"), settings
         self._trials: dict[tuple[Setting, int], Trial] = {}
         for record in self._records.found:
             if record.get("settings") == settings:

@@ -202,10 +202,6 @@ def _saved(tensor: Tensor) -> bytes:
     return stream.getvalue()
 
 
-def _is_hotwire(path: Path, data: bytes) -> bool:
-    return data.startswith(_ZIP)
-
-
 # -- rotalabs --------------------------------------------------------------------------------------
 
 
@@ -267,7 +263,12 @@ STEERING_VECTORS = Format(
     _read_steering_vectors,
 )
 HOTWIRE = Format(
-    "hotwire", (".pt",), "row L is the output of 0-based block L", _is_hotwire, _read_hotwire, _encode_hotwire
+    "hotwire",
+    (".pt",),
+    "row L is the output of 0-based block L",
+    lambda path, data: data.startswith(_ZIP),
+    _read_hotwire,
+    _encode_hotwire,
 )
 ROTALABS = Format(
     "rotalabs", (), "layer_index L is the output of 0-based block L", _is_rotalabs, _read_rotalabs, _encode_rotalabs

@@ -43,18 +43,9 @@ def judge(
     perplexities = answer_perplexity(model, prompts, answers, pad_token_id=pad_token(tokenizer))
     judged = []
     for answer, perplexity in zip(answers, perplexities, strict=True):
-        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-        repeats = repetition(answer)
-        judged.append(
-            Assessment(
-                text=text,
-                refusal=is_refusal_keyword(text),
-                refusal_strict=is_refusal_strict(text),
-                repetition=repeats,
-                perplexity=perplexity,
-                fluent=is_fluent(repeats, perplexity, **limits.to_dict()),
-            )
-        )
+        text, repeats = tokenizer.decode(answer, skip_special_tokens=True).strip(), repetition(answer)
+        refusal, fluent = is_refusal_keyword(text), is_fluent(repeats, perplexity, **limits.to_dict())
+        judged.append(Assessment(text, refusal, is_refusal_strict(text), repeats, perplexity, fluent))
     return judged
 
 

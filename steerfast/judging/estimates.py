@@ -6,30 +6,19 @@ A gate fires when its score is strictly above the threshold; every function here
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit
-from scipy.stats import binomtest, norm, rankdata
+from scipy.stats import binomtest, bootstrap, norm, rankdata
 
 from steerfast.errors import ProfileError, PromptError
 
 _CONFIDENCE = 0.95
 # A DeLong variance below this is rounding: with n scores a side the smallest true one is about 1 / (4 n^4).
 _NO_VARIANCE = 1e-24
-_DRAWN_AT_ONCE = 1000  # resamples of a bootstrap; bounds its memory
-
-
-Statistic = Callable[[NDArray[np.float64]], Any]
-"""Reduces values [..., n] to [...]."""
-
-
-def mean(values: NDArray[np.float64]) -> Any:
-    """Return the mean over the last axis."""
-    return values.mean(axis=-1)
 
 
 @dataclass(frozen=True)
@@ -44,25 +33,13 @@ class Estimate:
         """Return [value, low, high], for JSON."""
         return [self.value, self.low, self.high]
 
-    @classmethod
-    def from_list(cls, values: Sequence[float]) -> Estimate:
-        """Read what `to_list` wrote."""
-        if len(values) != 3:
-            raise ProfileError(f"estimate: expected [value, low, high], got {list(values)}")
-        value, low, high = map(float, values)
-        return cls(value, low, high)
-
 
 def auc(positive: ArrayLike, negative: ArrayLike) -> Estimate:
     """Return the area under the ROC curve: the chance that a positive scores above a negative one, a tie counting half.
 
     The interval is DeLong's (DeLong, DeLong and Clarke-Pearson 1988; by midranks, Sun and Xu 2014) on the
-    logit scale, so it stays inside [0, 1]. Where DeLong's variance is not there or zero:
-
-    * perfect separation (0 or 1): the exact binomial (Clopper-Pearson) interval of min(n1, n0) successes in
-      as many trials, which treats each score of the smaller set as one trial; wide on purpose;
-    * one score on a side, or no variance (all tied): the Hanley and McNeil (1982) standard error on the logit
-      scale.
+    logit scale. Where its variance is zero or unknown: the exact binomial (Clopper-Pearson) interval of min(n1, n0)
+    trials, for perfect separation; else the Hanley and McNeil (1982) standard error, on the logit scale.
 
     Args:
         positive, negative: finite scores [n1], [n0]; at least one each.
@@ -102,29 +79,10 @@ def rate(k: int, n: int) -> Estimate:
     return Estimate(value, min(value, float(interval.low)), max(value, float(interval.high)))
 
 
-def bootstrap(values: ArrayLike, statistic: Statistic = mean, *, resamples: int = 10_000, seed: int = 0) -> Estimate:
-    """Return a statistic of items and its percentile interval (Efron and Tibshirani 1993, ch. 13).
+def paired_bootstrap(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Return the difference of the means of `first` and `second`, both on the same items, with a percentile interval.
 
-    Items are drawn with replacement.
-
-    Args:
-        values: finite, [n], one per item; n at least 1.
-        statistic: from values [..., n] to [...].
-        resamples: how many draws. seed: of the draws.
-
-    Raises:
-        PromptError: empty or non-finite values.
-    """
-    return _bootstrap([_scores("values", values)], lambda drawn: statistic(drawn[0]), resamples, seed)
-
-
-def paired_bootstrap(
-    first: ArrayLike, second: ArrayLike, statistic: Statistic = mean, *, resamples: int = 10_000, seed: int = 0
-) -> Estimate:
-    """Return the difference of a statistic of `first` and `second`, both on the same items.
-
-    As `bootstrap`, with the same items drawn of both, so that effects on both cancel out. The
-    interval has no width where all items differ by the same amount.
+    10 000 times the items are drawn with replacement (Efron and Tibshirani 1993, ch. 13); `seed` is of the draws.
 
     Raises:
         PromptError: empty, non-finite or unequally many values.
@@ -132,17 +90,14 @@ def paired_bootstrap(
     pair = [_scores("first", first), _scores("second", second)]
     if len(pair[0]) != len(pair[1]):
         raise PromptError(f"second: expected as many values as in first, {len(pair[0])}, got {len(pair[1])}")
-    return _bootstrap(pair, lambda drawn: statistic(drawn[0]) - statistic(drawn[1]), resamples, seed)
-
-
-def _bootstrap(columns: Sequence[NDArray[np.float64]], statistic: Statistic, resamples: int, seed: int) -> Estimate:
-    items = np.stack(columns)
-    value = float(statistic(items))
-    generator, n = np.random.default_rng(seed), items.shape[1]
-    sizes = [min(_DRAWN_AT_ONCE, resamples - start) for start in range(0, resamples, _DRAWN_AT_ONCE)]
-    found = [statistic(items[:, generator.integers(n, size=(size, n))]) for size in sizes]
-    low, high = np.quantile(np.concatenate(found), [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
-    return Estimate(value, min(value, float(low)), max(value, float(high)))
+    items = pair[0] - pair[1]
+    value = float(items.mean())
+    if len(items) == 1:
+        return Estimate(value, value, value)
+    draw = np.random.default_rng(seed)
+    how: Any = {"n_resamples": 10_000, "batch": 1000, "method": "percentile", "random_state": draw}
+    found = bootstrap((items,), np.mean, confidence_level=_CONFIDENCE, **how).confidence_interval
+    return Estimate(value, min(value, float(found.low)), max(value, float(found.high)))
 
 
 def threshold_midpoint(harmful: ArrayLike, harmless: ArrayLike) -> float:
@@ -154,9 +109,7 @@ def threshold_midpoint(harmful: ArrayLike, harmless: ArrayLike) -> float:
 def threshold_at_false_positive_rate(harmless: ArrayLike, rate: float) -> float:
     """Return the lowest threshold at which at most a share `rate` of the harmless scores fires (score > threshold).
 
-    Any threshold between two neighbouring scores fires on the same prompts, so the middle of that gap is
-    returned: it takes the most rounding noise before it changes a decision. With `rate` below 1 / n there is
-    no score above, and the threshold is the next float32 after the largest harmless score.
+    It is the middle of a gap between scores. With `rate` below 1 / n it is the next float32 after the largest score.
 
     Args:
         harmless: finite scores [n].

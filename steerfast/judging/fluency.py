@@ -33,8 +33,7 @@ class FluencyLimits:
 def repetition(token_ids: Sequence[int]) -> float:
     """Return the share of the answer's 4-grams that occurred in it before; 0 below 4 tokens.
 
-    n tokens that cycle with period p have p distinct 4-grams, so one token or a short phrase in a loop tends
-    to 1.
+    A token or a short phrase in a loop tends to 1.
     """
     total = len(token_ids) - _NGRAM + 1
     if total < 1:
@@ -52,15 +51,11 @@ def answer_perplexity(
 ) -> list[float]:
     """Return the perplexity of each answer after its prompt: exp of the mean negative log-likelihood of its tokens.
 
-    Logits are made only from the first answer position of a batch on, and turned to float32 one answer at a
-    time.
-
     Args:
-        model: a transformers causal LM (`input_ids`, `attention_mask`, `logits_to_keep`), in eval mode.
-        prompts_ids: token ids per prompt, at least one token each, special tokens included.
-        answers_ids: token ids per answer, as many as prompts.
+        model: a transformers causal LM in eval mode.
+        prompts_ids, answers_ids: token ids, special tokens included; at least one token in each prompt.
         batch_size: sequences per forward pass; similar lengths share one.
-        pad_token_id: any id of the vocabulary; padding (on the right) is masked and never scored.
+        pad_token_id: any id of the vocabulary; padding is masked.
 
     Returns:
         One perplexity per answer; nan for an empty answer.
@@ -72,8 +67,7 @@ def answer_perplexity(
         raise PromptError(f"answers_ids: expected one per prompt ({len(prompts_ids)}), got {len(answers_ids)}")
     if batch_size < 1:
         raise PromptError(f"batch_size: expected at least 1, got {batch_size}")
-    empty = [i for i, prompt in enumerate(prompts_ids) if len(prompt) == 0]
-    if empty:
+    if empty := [i for i, prompt in enumerate(prompts_ids) if len(prompt) == 0]:
         raise PromptError(f"prompts_ids: expected at least one token each, got none in prompt {empty[0]}")
     device = next(model.parameters()).device
     perplexities = [math.nan] * len(prompts_ids)

@@ -19,8 +19,6 @@ from steerfast._records import Records
 from steerfast.errors import JudgeError
 from steerfast.judging.refusal import is_refusal_keyword, is_refusal_strict
 
-__all__ = ["ClassifierJudge", "EndpointJudge", "Judge", "RuleJudge", "agreement", "make_judge"]
-
 
 class Judge(Protocol):
     """Says for each answer whether it refuses its prompt (does not comply with it); None: no verdict."""
@@ -179,15 +177,13 @@ _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 class EndpointJudge:
     """A model behind an OpenAI-compatible endpoint that answers in one word, at temperature 0.
 
-    The client of the package ``openai`` repeats a request after a broken connection and after status 408, 409, 429 and
-    5xx, with growing pauses or after the server's Retry-After. The key is OPENAI_API_KEY of the environment; a private
+    The package ``openai`` repeats requests that failed. The key is OPENAI_API_KEY of the environment; a private
     endpoint may need none.
 
     Args:
         model: its name at the endpoint. url: usually ends in ``/v1``; default: OPENAI_BASE_URL, else that of OpenAI.
-        cache: a file of verdicts, written one by one, so that no answer is judged twice. None: in memory only.
-        retries: further tries of each request. timeout: seconds of each.
-        parallel: requests at a time.
+        cache: a file of verdicts, so that no answer is judged twice. None: in memory only.
+        retries: further tries of each request. timeout: seconds of each. parallel: requests at a time.
 
     Raises:
         JudgeError: the package ``openai`` or a key is missing. When called: the endpoint refuses a request, cannot be

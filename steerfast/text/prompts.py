@@ -20,16 +20,7 @@ _KEYS = ("prompt", "instruction", "question", "goal", "text")
 
 
 def read_prompts(source: str | os.PathLike[str]) -> list[str]:
-    """Read a prompt set, in its order.
-
-    Args:
-        source: ``steerfast:<name>`` for a set that ships with the package (see `SHIPPED`), or a file: ``.txt`` (a
-            prompt per line), ``.json`` (a list), ``.jsonl`` or ``.csv``. Entries are strings or records with one of
-            the keys prompt, instruction, question, goal, text.
-
-    Raises:
-        PromptError: an unknown set, file or ending, unreadable content, or no prompt in it.
-    """
+    """Return the prompts of `read_records`, in their order."""
     return [record["prompt"] for record in read_records(source)]
 
 
@@ -37,13 +28,15 @@ def read_records(source: str | os.PathLike[str], column: str | None = None) -> l
     """Read a prompt set with all fields of its records.
 
     Args:
-        source: as for `read_prompts`. column: key or column of the prompt, in any case; default: see `read_prompts`.
+        source: ``steerfast:<name>`` for a set that ships with the package (see `SHIPPED`), or a file: ``.txt`` (a
+            prompt per line), ``.json`` (a list), ``.jsonl`` or ``.csv``. Entries are strings or records.
+        column: key or column of the prompt, in any case; default: prompt, instruction, question, goal or text.
 
     Returns:
         A record per entry, keys in lower case, the prompt without surrounding space under ``prompt``.
 
     Raises:
-        PromptError: as for `read_prompts`; an unknown column.
+        PromptError: an unknown set, file, ending or column, unreadable content, or no prompt in it.
     """
     name = str(source)
     if name.startswith(SHIPPED_PREFIX):

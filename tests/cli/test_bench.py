@@ -42,7 +42,7 @@ def test_measures_every_system_and_writes_json(folder: Path) -> None:
     assert systems == ["stock", "control", "idle", "shut", "open-one", "open-all"]
     line = data["results"][3]
     assert (line["mode"], line["batch"], line["prompt"], line["floor_ms"] > 0) == ("eager", 2, 4, True)
-    assert {"ttft_ms", "tpot_ms", "p99_ms", "tokens_per_s", "peak_bytes"} <= set(line)
+    assert {"ttft_ms", "tpot_ms", "p99_ms", "tokens_per_s"} <= set(line)
     assert {"ratio_to_stock", "ttft_ratio_to_stock"} <= set(line)
     assert data["torch"] == torch.__version__
     assert data["threads"] == 1

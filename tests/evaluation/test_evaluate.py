@@ -27,7 +27,7 @@ from steerfast.hf.generation import greedy_answers
 from steerfast.hf.steering import steer
 from steerfast.judging.fluency import FluencyLimits
 from steerfast.judging.judges import make_judge
-from steerfast.profile import Gate
+from steerfast.profile import Gate, SteeringProfile
 from steerfast.text.encoding import encode
 from steerfast.text.prompts import describe_set
 
@@ -119,8 +119,9 @@ def test_every_answer_is_the_systems_own_greedy_one(
 
 
 def test_figures_do_not_hang_on_the_batch_size(tiny_llama: Any, tiny_tokenizer: Any, systems: list[System]) -> None:
+    chosen = [systems[0], *systems[3:]]
     results = [
-        timeless(evaluate(tiny_llama, tiny_tokenizer, systems, SETS[:4], JUDGES, **{**OPTIONS, "batch_size": size}))
+        timeless(evaluate(tiny_llama, tiny_tokenizer, chosen, SETS[:4], JUDGES, **{**OPTIONS, "batch_size": size}))
         for size in (1, 4, 100)
     ]
     for result in results:
@@ -244,6 +245,8 @@ def test_other_weights_answer_and_are_timed(
 def test_nothing_is_answered_twice(
     tiny_llama: Any, tiny_tokenizer: Any, systems: list[System], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("steerfast.evaluation.evaluate._LATENCY_PAIRS", 2)
+    monkeypatch.setattr("steerfast.evaluation.evaluate._LATENCY_TOKENS", 2)
     options = {**OPTIONS, "resume": tmp_path / "pieces.jsonl", "latency": True}
     first = evaluate(tiny_llama, tiny_tokenizer, systems, SETS, JUDGES, **options)
     text = (tmp_path / "pieces.jsonl").read_text()
@@ -275,26 +278,24 @@ def test_a_piece_that_was_cut_short_is_done_again(
 
 
 _SCRIPT = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from steerfast.evaluation.evaluate import evaluate
-from steerfast.judging.judges import make_judge
-from steerfast.evaluation.sets import load_set
-from steerfast.evaluation.systems import systems_of
-from steerfast.profile import SteeringProfile
-import json, time
-torch.set_num_threads(1)
-folder, slow, output = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-model = AutoModelForCausalLM.from_pretrained(folder + "/model").eval()
-tokenizer = AutoTokenizer.from_pretrained(folder + "/model")
-profile = SteeringProfile.load(folder + "/p.safetensors")
-if slow:
-    model.model.register_forward_pre_hook(lambda *_: time.sleep(slow))
-sets = [load_set(f"{kind}:{folder}/{kind}.txt") for kind in ("harmful", "harmless")]
-result = evaluate(model, tokenizer, systems_of({"ours": profile}, {})[0], sets, [make_judge("keywords")], batch_size=2,
-                  max_new_tokens=5, latency=False, progress=False, resume=folder + "/pieces.jsonl")
-json.dump(result, open(output, "w"))
+import runpy, sys, time
+test = runpy.run_path(sys.argv[1])
+model, evaluate = test["evaluation_of"](sys.argv[2])
+model.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+evaluate(sys.argv[3])
 """
+
+
+def evaluation_of(folder: str) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
+    """The saved model, and an evaluation of it that keeps its pieces in a file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
+    systems = systems_of({"ours": SteeringProfile.load(f"{folder}/p.safetensors")}, {})[0]
+    sets = [load_set(f"{kind}:{folder}/{kind}.txt") for kind in ("harmful", "harmless")]
+    options = {**OPTIONS, "batch_size": 2, "max_new_tokens": 5}
+    return model, lambda file: evaluate(model, tokenizer, systems, sets, JUDGES[:1], resume=file, **options)
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(
@@ -305,33 +306,26 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     profile.save(tmp_path / "p.safetensors")
     (tmp_path / "harmful.txt").write_text("\n".join(BAD))
     (tmp_path / "harmless.txt").write_text("\n".join(GOOD))
-    pieces = tmp_path / "pieces.jsonl"
+    pieces, other = tmp_path / "pieces.jsonl", tmp_path / "other.jsonl"
 
-    def start(slow: float, name: str) -> subprocess.Popen[bytes]:
-        arguments = [sys.executable, "-c", _SCRIPT, str(tmp_path), str(slow), str(tmp_path / name)]
-        return subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def count(file: Path) -> int:
+        return file.read_text().count("\n") if file.exists() else 0
 
-    def count() -> int:
-        return pieces.read_text().count("\n") if pieces.exists() else 0
-
-    killed = start(0.05, "killed.json")
+    arguments = [sys.executable, "-c", _SCRIPT, __file__, str(tmp_path), str(pieces)]
+    killed = subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        deadline = time.monotonic() + 120
-        while count() < 12 and killed.poll() is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + 300
+        while count(pieces) < 12 and killed.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
     finally:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
-    assert not (tmp_path / "killed.json").exists()
     before = pieces.read_text().splitlines()[:12]
     assert len(before) == 12
-    assert start(0, "resumed.json").wait(180) == 0
-    total = count()
+    _, evaluated = evaluation_of(str(tmp_path))
+    resumed, whole = evaluated(pieces), evaluated(other)
     assert pieces.read_text().splitlines()[:12] == before
-    pieces.unlink()
-    assert start(0, "whole.json").wait(180) == 0
-    assert total - 1 <= count() <= total  # at most one line was cut short
-    resumed, whole = (json.loads((tmp_path / name).read_text()) for name in ("resumed.json", "whole.json"))
+    assert count(pieces) - 1 <= count(other) <= count(pieces)  # at most one line was cut short
     assert timeless(resumed) == timeless(whole)
 
 
@@ -357,6 +351,7 @@ def test_answers_are_kept_where_a_judge_cannot_be_reached(
 
 
 def test_sets_that_made_a_profile(tiny_llama: Any, tiny_tokenizer: Any, profile: Any, make_profile: Any) -> None:
+    options = {**OPTIONS, "max_new_tokens": 1}
     for role, field in (
         ("fitted", {"fitted": {"harmful": describe_set(BAD[::-1], "bad.txt")}}),
         ("fitted", {"fitted": {"learned": {**describe_set(BAD), "layer": 3}}}),
@@ -371,8 +366,8 @@ def test_sets_that_made_a_profile(tiny_llama: Any, tiny_tokenizer: Any, profile:
             f"expected prompts that no profile was made with, got 'bad': 9 of 9 prompts {role} the profile of 'ours'"
         )
         with pytest.raises(PromptError, match=message):
-            evaluate(tiny_llama, tiny_tokenizer, systems, SETS[:3], JUDGES, **OPTIONS)
-        result = evaluate(tiny_llama, tiny_tokenizer, systems, SETS[:3], JUDGES, force=True, **OPTIONS)
+            evaluate(tiny_llama, tiny_tokenizer, systems, SETS[:3], JUDGES, **options)
+        result = evaluate(tiny_llama, tiny_tokenizer, systems, SETS[:3], JUDGES[:1], force=True, **options)
         marked = {name: one["also_fitted_by"] for name, one in result["sets"].items()}
         assert marked == {"bad": seen_by(systems, SETS[0]), "jail": [], "good": []}
 

@@ -19,8 +19,7 @@ from torch import nn
 from steerfast.cli.rendering import latency_report
 from steerfast.errors import ProfileError, SteerfastError
 from steerfast.evaluation import latency, timing
-from steerfast.evaluation.latency import Result
-from steerfast.evaluation.timed_models import TimedModel, twin
+from steerfast.evaluation.latency import Result, TimedModel, twin
 from steerfast.hf import caches
 from steerfast.hf.fused import is_patched, patch
 from steerfast.hf.steering import steer
@@ -135,7 +134,6 @@ def test_figures_of_all_systems(tiny_llama: Any) -> None:
         assert result.tokens_per_s == pytest.approx(3e3 / result.tpot_ms, rel=1e-3)
         assert result.prefills == 3
         assert result.steps == 20
-        assert result.peak_bytes is None or result.peak_bytes > 1 << 20
         assert result.ratio_to_stock is not None
         assert 0.1 < result.ratio_to_stock < 10
     assert (results[0].ratio_to_stock, results[0].ttft_ratio_to_stock) == (1.0, 1.0)

@@ -155,6 +155,7 @@ def test_padding_does_not_count(
     model = make_llama()
     draw = torch.Generator().manual_seed(seed)
     lessons = [tuple(torch.randint(3, 128, (length,), generator=draw).tolist() for length in pair) for pair in lengths]
+    by_hand = loss_by_hand(model, lessons)
     (batch,) = batches([p + a for p, a in lessons], len(lessons), "left", 0, torch.device("cpu"))
     starts = torch.tensor([len(lessons[i][0]) for i in batch.indices])[:, None]
     if not keeps:
@@ -164,7 +165,7 @@ def test_padding_does_not_count(
         )
     with torch.no_grad():
         found = float(learning._loss(model, batch, starts))
-    assert found == pytest.approx(loss_by_hand(make_llama(), lessons), abs=1e-4)
+    assert found == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_seeds(learn: Any) -> None:
@@ -203,7 +204,7 @@ def test_a_sibling_is_the_teacher(learn: Any, sibling: Any, tiny_llama: Any, tok
     record = learn(**options, steps=1).fitted["learned"]
     assert (record["answers"], record["count"], record["aligned_model"]) == (len(lessons), 5, "LlamaForCausalLM")
     assert record["loss"][0] == pytest.approx(loss_by_hand(tiny_llama, lessons), abs=1e-4)
-    first, last = learn(**options, **LEARNABLE).fitted["learned"]["loss"]
+    first, last = learn(**options, **{**LEARNABLE, "steps": 100}).fitted["learned"]["loss"]
     assert last < 0.9 * first
     with pytest.raises(ProfileError, match="refusal: expected none beside an aligned model"):
         learn(aligned_model=sibling)

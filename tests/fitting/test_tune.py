@@ -250,7 +250,8 @@ def test_a_damaged_last_line_costs_one_trial(
     profile: SteeringProfile, tune: Any, tried: list[Any], tmp_path: Path, rest: str
 ) -> None:
     log = tmp_path / "trials.jsonl"
-    first = tune(profile, resume=log)
+    options = {"resume": log, "bands": [(1, 1)], "strengths": [60.0]}
+    first = tune(profile, **options)
     lines = log.read_text().splitlines()
     end = {
         "cut": lines[-1][:40],
@@ -260,10 +261,10 @@ def test_a_damaged_last_line_costs_one_trial(
     }
     log.write_text("\n".join(lines[:-1]) + "\n" + end[rest])
     tried.clear()
-    assert tune(profile, resume=log).checksum == first.checksum
+    assert tune(profile, **options).checksum == first.checksum
     assert len(tried) == 1
     tried.clear()
-    tune(profile, resume=log)
+    tune(profile, **options)
     assert tried == []
 
 

@@ -153,8 +153,8 @@ def test_the_documentation_lists_every_format() -> None:
 def test_the_command_names_every_format() -> None:
     from steerfast.cli import convert
 
-    assert set(convert._read_formats()) - {"steerfast"} == formats.FORMATS.keys()
-    assert set(convert._written_formats()) - {"steerfast"} == {
+    assert set(convert._formats()) - {"steerfast"} == formats.FORMATS.keys()
+    assert set(convert._formats(written=True)) - {"steerfast"} == {
         n for n, known in formats.FORMATS.items() if known.encode
     }
 

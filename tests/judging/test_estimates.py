@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from steerfast.errors import ProfileError, PromptError
 from steerfast.judging.estimates import (
-    Estimate,
     auc,
-    bootstrap,
     gate_figures,
     paired_bootstrap,
     rate,
@@ -172,12 +169,6 @@ def test_gate_figures_count_strictly_and_survive_json() -> None:
     assert json.loads(json.dumps(figures.to_dict()))["auc"] == figures.auc.to_list()
 
 
-def test_broken_json_is_refused() -> None:
-    with pytest.raises(ProfileError, match="estimate"):
-        Estimate.from_list([1.0, 2.0])
-    assert Estimate.from_list(Estimate(0.5, 0.25, 0.75).to_list()) == Estimate(0.5, 0.25, 0.75)
-
-
 @pytest.mark.parametrize("bad", [[], [math.nan], [1.0, math.inf], [[1.0]]])
 def test_unusable_scores_are_refused(bad: list[float]) -> None:
     good = [0.0, 1.0]
@@ -218,30 +209,20 @@ def test_paired_bootstrap_equals_the_enumerated_one() -> None:
     assert [found.low, found.high] == pytest.approx(np.quantile(differences, [0.025, 0.975], method="inverted_cdf"))
 
 
-def test_bootstrap_takes_any_statistic_and_is_seeded() -> None:
+def test_paired_bootstrap_is_seeded() -> None:
     values = np.linspace(0.0, 3.0, 60)
-
-    def geometric(logs: Any) -> Any:
-        return np.exp(logs.mean(axis=-1))
-
-    found = bootstrap(values, geometric, seed=3, resamples=2500)
-    assert found.value == pytest.approx(math.exp(1.5))
+    found = paired_bootstrap(values, np.zeros(60), seed=3)
     assert found.low < found.value < found.high
-    assert bootstrap(values, geometric, seed=3, resamples=2500) == found
-    assert bootstrap(values, geometric, seed=4, resamples=2500) != found
-    # Monotone, so that the interval of the mean goes over into it.
-    plain = bootstrap(values, seed=3, resamples=2500)
-    assert (found.low, found.high) == pytest.approx((math.exp(plain.low), math.exp(plain.high)), rel=1e-3)
-    again = paired_bootstrap(values, np.zeros(60), seed=3, resamples=2500)
-    assert (again.low, again.high) == (plain.low, plain.high)
+    assert paired_bootstrap(values, np.zeros(60), seed=3) == found
+    assert paired_bootstrap(values, np.zeros(60), seed=4) != found
 
 
 def test_bootstraps_of_constant_and_unusable_values() -> None:
     assert paired_bootstrap([1, 1, 1], [0, 0, 0]).to_list() == [1, 1, 1]
-    assert bootstrap([2.5]).to_list() == [2.5, 2.5, 2.5]
+    assert paired_bootstrap([2.5], [0]).to_list() == [2.5, 2.5, 2.5]
     with pytest.raises(PromptError, match="second: expected as many values as in first, 2, got 1"):
         paired_bootstrap([1, 2], [1])
-    with pytest.raises(PromptError, match="values: expected at least one score"):
-        bootstrap([])
+    with pytest.raises(PromptError, match="first: expected at least one score"):
+        paired_bootstrap([], [])
     with pytest.raises(PromptError, match="second: expected finite"):
         paired_bootstrap([1.0], [math.nan])
