@@ -13,8 +13,9 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
-from steerfast import _native  # noqa: E402, F401 (registers the C++ ops where they were built)
+from steerfast import _moved, _native  # noqa: E402, F401 (_native registers the C++ ops where they were built)
 
+_moved.install()
 if os.environ.get("STEERFAST_DEBUG", "0") != "0":  # print each step's plan, its decisions and launches
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("steerfast").setLevel(logging.DEBUG)
