@@ -462,21 +462,13 @@ def _counted(count: int, numbers: Tensor, gates: GateOperands) -> Tensor:
 def _flat(run: Callable[[Tensor, Tensor | None, GateOperands], None]) -> Callable[..., None]:
     """Adapt `run` to the op's schema, which is flat and has the table of one layer."""
 
-    def flat(x: Tensor, residual: Tensor | None, *arguments: Any) -> None:
-        run(x, residual, _of_layer(*arguments))
+    def flat(x: Tensor, residual: Tensor | None, *arguments: Tensor) -> None:
+        *rows, directions, mean_directions, table, row_scores, last_scores = arguments
+        unused = last_scores  # the op does not touch strength, sums, scores, values and scales
+        read = (*rows, unused, directions, mean_directions, table[None])
+        run(x, residual, GateOperands._make((*read, row_scores, last_scores, *[unused] * 4, 0)))
 
     return flat
-
-
-def _of_layer(*arguments: Tensor) -> GateOperands:
-    """Return the gates of one layer from `_score_arguments`.
-
-    The op does not use strength, sums, scores, values and scales.
-    """
-    *of_sequences, directions, mean_directions, table, row_scores, last_scores = arguments
-    unused = last_scores
-    read = (*of_sequences, unused, directions, mean_directions, table[None], row_scores, last_scores)
-    return GateOperands._make((*read, unused, unused, unused, unused, 0))
 
 
 def _score_arguments(gates: GateOperands) -> tuple[Tensor, ...]:

@@ -275,7 +275,8 @@ class Roster:
             )
         )
         self._deciding = [request for request, now in zip(requests, decides, strict=True) if now]
-        self.write_scales(padded_rows)
+        if (arrays.slot >= 0).any():  # no op reads the scale of a row without a slot
+            self.write_scales(padded_rows)
         return bool(self._deciding) or counted is not None
 
     def write_scales(self, width: int) -> None:

@@ -153,12 +153,12 @@ class Engine:
             scales = self.requests.scales[:, start : start + length, 0]
             own = self.requests.bank.table[:, one.slot, STRENGTH] * (one.slot >= 0) * one.strength
             gate = torch.ones(LAYERS) if one.slot == 2 else one.latch[0]
-            assert torch.equal(scales, (gate * own)[:, None] * torch.tensor(steered))
+            edited = torch.tensor(steered) & (one.slot >= 0)
+            assert torch.equal(torch.where(edited, scales, 0.0), (gate * own)[:, None] * edited)
             start += length
         assert len(set(columns)) == len(columns)
         assert tables.slots[used:padded].eq(-1).all()
         assert tables.sequence[used:padded].eq(-1).all()
-        assert self.requests.scales[:, used:padded].eq(0).all()
         others = [column for column in range(MAX_REQUESTS) if column not in columns]
         assert tables.deciders[others].eq(-1).all()
         assert tables.deciding[others].eq(-1).all()
