@@ -114,10 +114,7 @@ def calibrate(
     if "heldout_harmful" in scores:
         pairs["heldout"] = scores["heldout_harmful"], scores["heldout_harmless"]
     threshold = _thresholds(*pairs["calibration"], chosen.max_false_positive_rate)
-    abstain = None
-    if chosen.abstain_rate is not None:
-        ends = [threshold_at_false_positive_rate(layer, chosen.abstain_rate) for layer in scores["harmless"].T.numpy()]
-        abstain = torch.tensor(ends, dtype=torch.float32, device="cpu").minimum(threshold)
+    abstain = None if chosen.abstain_rate is None else _lower_ends(scores["harmless"], threshold, chosen.abstain_rate)
     figures = {name: figures_by_layer(*pair, threshold) for name, pair in pairs.items()}
     sensor = _sensor(chosen.sensor, profile, figures, chosen.latest_sensor)
     profile = _with_sensor(replace(profile, threshold=threshold, abstain=abstain), sensor)
@@ -215,6 +212,12 @@ def _check_rates(false_positives: float | None, abstain: float | None) -> None:
         raise ProfileError(
             f"abstain_rate: expected at least max_false_positive_rate, {false_positives:g}, got {abstain:g}"
         )
+
+
+def _lower_ends(harmless: Tensor, threshold: Tensor, rate: float) -> Tensor:
+    """Return the lower ends of the bands, float32 [layers]."""
+    ends = [threshold_at_false_positive_rate(layer, rate) for layer in harmless.T.numpy()]
+    return torch.tensor(ends, dtype=torch.float32, device="cpu").minimum(threshold)
 
 
 def _add_undecided(

@@ -162,13 +162,7 @@ def tune(
 
     screened = trials(candidates, prompts[::_SCREEN_SHARE], "screening")  # some of every style, if they come by style
     finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
-    best = finals[0]
-    if best.fluent < chosen.min_fluent:
-        raise PromptError(
-            f"min_fluent: no setting reached {chosen.min_fluent:.1%} fluent answers, the best had {best.fluent:.1%} "
-            f"({asdict(best.candidate)}); try smaller strengths"
-        )
-    tuned = best.candidate.apply(profile, ending)
+    tuned = _best(finals, chosen.min_fluent).candidate.apply(profile, ending)
     unchanged = _unchanged(tuned, model, tokenizer, harmless, chosen)
     record = _record(finals, unchanged, len(candidates), chosen)
     names = chosen.names or {}
@@ -197,6 +191,16 @@ def _search_settings(
         "max_new_tokens": options.max_new_tokens,
         "limits": (options.limits or FluencyLimits()).to_dict(),
     }
+
+
+def _best(finals: Sequence[Trial], min_fluent: float) -> Trial:
+    best = finals[0]
+    if best.fluent < min_fluent:
+        raise PromptError(
+            f"min_fluent: no setting reached {min_fluent:.1%} fluent answers, the best had {best.fluent:.1%} "
+            f"({asdict(best.candidate)}); try smaller strengths"
+        )
+    return best
 
 
 def _record(finals: Sequence[Trial], unchanged: float, candidates: int, options: TuneOptions) -> dict[str, Any]:
