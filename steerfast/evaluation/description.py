@@ -28,7 +28,9 @@ def reading(gate: Gate) -> str:
     """Return what a gate compares with its threshold: ``mean cosine of 128 tokens``."""
     if gate.pooling == "last":
         return gate.score
-    return f"{gate.pooling} {gate.score}" + ("" if gate.window is None else f" of {gate.window} tokens")
+    name = "last and mean" if gate.pooling == "both" else gate.pooling
+    rows = "" if gate.window is None else f" of {gate.window} tokens"
+    return f"{name} {gate.score}{rows}" + (f" from token {gate.offset}" if gate.offset else "")
 
 
 def positions(profile: SteeringProfile) -> str:

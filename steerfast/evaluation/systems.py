@@ -137,7 +137,7 @@ def systems_of(
 
 def _title(profile: SteeringProfile) -> str:
     decides = "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}"
-    reads = "mean score, " if profile.gate.pooling == "mean" else ""
+    reads = {"last": "", "mean": "mean score, ", "both": "last and mean score, "}[profile.gate.pooling]
     gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {reads}{decides} decides"
     vector = f"{profile.edit}, {profile.vector_kind} vector, {profile.positions} positions"
     end = "" if profile.answer_tokens is None else f", {profile.answer_tokens} answer tokens"

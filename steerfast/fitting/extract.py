@@ -119,6 +119,8 @@ def extract(
 
 def _outline(identity: ModelIdentity, options: ExtractOptions) -> SteeringProfile:
     """Return the profile with nothing fitted: it checks the options of gate and edit before any work."""
+    if options.pooling == "both":
+        raise ProfileError("pooling: expected 'last' or 'mean', got 'both': extract fits one direction of a layer")
     wide = torch.zeros(identity.num_layers, identity.hidden_size, dtype=torch.float32, device="cpu")
     return SteeringProfile(
         model=identity,

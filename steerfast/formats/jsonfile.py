@@ -82,13 +82,16 @@ def condition_file(profile: SteeringProfile) -> tuple[bytes, list[str]]:
     if not layers or profile.gate.score != "cosine":
         kind = f"{profile.gate.kind}, {profile.gate.score}"
         raise ProfileError(f"condition: expected a gate that reads cosines, got {kind} at layers {layers}")
+    if profile.gate.pooling == "both" or profile.gate.offset:
+        raise ProfileError("condition: expected a gate that reads the last row or a mean of all rows, got another one")
     notes = [
         f"condition_layer_ids=[{layer + 1}], condition_vector_threshold={float(profile.threshold[layer]):g}, "
         f"condition_comparator_threshold_is='smaller', condition_threshold_comparison_mode='{profile.gate.pooling}'"
         for layer in layers
         if layer + 1 < model.num_layers
     ]
-    rows = {layer: profile.direction[layer] for layer in layers}
+    directions = profile.direction if profile.gate.pooling == "last" else profile.read_in_mean
+    rows = {layer: directions[layer] for layer in layers}
     data, lost = _svec(model.architecture, rows, model.num_layers)
     of = " of the mean row of all tokens" if profile.gate.pooling == "mean" else ""  # and not the mean of cosines
     return data, notes + lost + [f"conditional activation steering compares absolute cosines{of}: try the threshold"]
