@@ -209,10 +209,10 @@ def test_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = (code for code in blocks("python.md", "python") if "add_steer_rms_norm" in code)
     signature, warmed = inspect.signature(steerfast.warmup), []
     monkeypatch.setattr(steerfast, "warmup", lambda *args, **options: warmed.append(signature.bind(*args, **options)))
-    x, rows = torch.randn(2, 8), torch.tensor([[0, -1], [1, -1]], dtype=torch.int32)
-    numbers = {"values": torch.ones(2, 1), "strength": torch.ones(2, 1), "eps": 1e-6, "norm": Norm.LLAMA}
+    x, slots = torch.randn(2, 8), torch.tensor([[-1], [-1]], dtype=torch.int32)
+    numbers = {"scales": torch.ones(2, 1), "eps": 1e-6, "norm": Norm.LLAMA}
     bank = {"bank": Bank(num_layers=1, hidden_size=8, slots=1), "layer": 0}
-    names = {"x": x, "residual": x, "weight": torch.ones(8), "rows": rows, **numbers, **bank}
+    names = {"x": x, "residual": x, "weight": torch.ones(8), "slots": slots, **numbers, **bank}
     names["steerfast"] = steerfast
     exec(block, names)
     assert torch.equal(names["residual"], 2 * x)

@@ -84,11 +84,10 @@ STEER_ONE_ROW = """
 import torch, steerfast
 from steerfast import _native
 from steerfast.kernels.steer import steer_
-from steerfast.kernels.contract import STRENGTH, TABLE_WIDTH, Operands
-x, table, rows = torch.zeros(1, 8), torch.zeros(1, TABLE_WIDTH), torch.zeros(1, 2, dtype=torch.int32)
-table[0, STRENGTH] = 2
-one, vector = torch.ones(1, 1), torch.ones(1, 8)
-steer_(x, None, Operands(rows, one, one, vector, vector, table))
+from steerfast.kernels.contract import TABLE_WIDTH, Operands
+x, table, slots = torch.zeros(1, 8), torch.zeros(1, TABLE_WIDTH), torch.zeros(1, 1, dtype=torch.int32)
+vector = torch.ones(1, 8)
+steer_(x, None, Operands(slots, torch.full((1, 1), 2.0), vector, vector, table))
 assert x.tolist() == [[2.0] * 8]
 print(steerfast.__file__, _native.available, _native.isa(), _native.reason)
 """
