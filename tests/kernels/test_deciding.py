@@ -223,7 +223,7 @@ def test_an_empty_mean_has_no_score_and_opens(implementation: Implementation) ->
 # ---- chunks ------------------------------------------------------------------------------------------------
 
 
-@fuzz
+@settings(fuzz, max_examples=12)  # each runs up to four launches, which the interpreter takes seconds for
 @given(
     seed=st.integers(0, 2**32 - 1),
     cuts=st.lists(st.integers(1, 11), max_size=3, unique=True).map(sorted),
