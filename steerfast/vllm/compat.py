@@ -64,6 +64,7 @@ PATHS = {
     "WorkerWrapperBase": "vllm.v1.worker.worker_base:WorkerWrapperBase",
     "get_pp_group": "vllm.distributed.parallel_state:get_pp_group",
     "get_tp_group": "vllm.distributed.parallel_state:get_tp_group",
+    "set_current_vllm_config": "vllm.config:set_current_vllm_config",
 }
 """Name -> module:attribute. `compat.NAME` is the attribute."""
 
@@ -174,7 +175,7 @@ RUNNER_SEAMS = (
         "wrapped, V1: the rows of a step are known",
     ),
     Seam(
-        "RunnerV1", "_dummy_run", ("self", "num_tokens", "*"), "wrapped, V1: a pass without requests; called on a CPU"
+        "RunnerV1", "_dummy_run", ("self", "num_tokens", "*"), "wrapped, V1: a pass without requests; called at start"
     ),
     Seam("RunnerV1", "sample_tokens", ("self", "grammar_output"), "wrapped, V1: decisions go with the tokens"),
     Seam("RunnerV1", "get_model", ("self",), "called, V1"),
@@ -185,6 +186,7 @@ RUNNER_SEAMS = (
         ("self", "scheduler_output", "intermediate_tensors", "dummy_run", "*"),
         "wrapped, V2: a step begins, a forward pass was launched or has no requests",
     ),
+    Seam("RunnerV2", "_dummy_run", ("self", "num_tokens", "*"), "called, V2: a pass without requests"),
     Seam("RunnerV2", "sample_tokens", ("self", "grammar_output"), "wrapped, V2: decisions go with the tokens"),
     Seam("RunnerV2", "get_model", ("self",), "called, V2"),
     Seam(
@@ -218,6 +220,16 @@ def check_seam(seam: Seam, owner: type | None = None) -> None:
 def is_v1(runner: Any) -> bool:
     """Whether a model runner is of vLLM's first kind, else of its second, which GPUs may have."""
     return hasattr(runner, "_preprocess")
+
+
+def dummy_run(runner: Any, rows: int) -> Any:
+    """Pass rows without requests through the model of a runner, eagerly if it is not compiled.
+
+    Returns:
+        The last hidden states, or None where another stage of the pipeline follows.
+    """
+    output = runner._dummy_run(rows, is_profile=True, **({} if is_v1(runner) else {"skip_attn": True}))
+    return output[0] if isinstance(output, tuple) else None
 
 
 def check_runner(runner: Any) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dis
 import functools
-import inspect
-import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from steerfast.profile import embedding_sketch, sketched_rows
 from steerfast.vllm import compat
 from steerfast.vllm.ops import serve_
 
-__all__ = ["adds_residual", "find_layers", "serve_output", "sketch_of", "steer_layers", "wrap_forward"]
+__all__ = ["check_scale", "find_layers", "serve_output", "sketch_of", "steer_layers", "wrap_forward"]
 
 
 def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
@@ -53,11 +50,16 @@ def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
 
 
 def steer_layers(
-    layers: nn.ModuleList, declared: Iterable[int], hidden_size: int, reading: Collection[int] | None = None
+    layers: nn.ModuleList,
+    declared: Iterable[int],
+    hidden_size: int,
+    adding: Collection[type[nn.Module]],
+    reading: Collection[int] | None = None,
 ) -> list[int]:
     """Let the declared layers that are here call the op on their output, and return their numbers.
 
     Args:
+        adding: the classes of layers whose pairs are added up, see `steerfast.vllm.probe`.
         reading: the layers where a gate, or an edit other than ``add``, reads rows. Default: all.
     """
     here = [at for at in declared if not isinstance(layers[at], compat.PPMissingLayer)]
@@ -65,8 +67,23 @@ def steer_layers(
         layer: Any = layers[at]
         wrap_forward(type(layer))
         layer.steerfast_layer, layer.steerfast_width = at, hidden_size
+        layer.steerfast_adds = type(layer) in adding
         layer.steerfast_reads = reading is None or at in reading
     return here
+
+
+def check_scale(layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Raise ArchitectureError where layers scale their stream to fit float16, as DeepSeek's do: vectors would not fit.
+
+    Args:
+        dtype: of the model.
+    """
+    scaling = [layer for layer in layers if getattr(layer, "routed_scaling_factor", None) not in (None, 1)]
+    if scaling and dtype == torch.float16:
+        raise ArchitectureError(
+            f"model: {type(scaling[0]).__name__} divides its residual stream by a factor in float16, so profiles do "
+            "not fit; use --dtype bfloat16"
+        )
 
 
 def wrap_forward(cls: Any) -> None:
@@ -83,25 +100,8 @@ def wrap_forward(cls: Any) -> None:
             serve_output(self, output)
         return output
 
-    cls.steerfast_layer, cls.steerfast_reads = None, True
-    cls.steerfast_adds = adds_residual(original)
+    cls.steerfast_layer = None
     cls.forward = forward
-
-
-def adds_residual(forward: Callable[..., Any]) -> bool:
-    """Return whether the layers of a class add the pair that the layer before returns.
-
-    Such a forward reads its argument ``residual``. Others overwrite it first, or have none: the first tensor that they
-    return is the whole stream. (GraniteMoeHybrid, EXAONE 4, HyperCLOVA X, Cohere and others return a stale residual
-    with it, which nobody reads.)
-    """
-    for step in dis.get_instructions(inspect.unwrap(forward)):
-        if "FAST" in step.opname or "DEREF" in step.opname:  # one instruction may access two variables
-            names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-            for verb, name in zip(re.findall("LOAD|STORE|DELETE", step.opname), names, strict=False):
-                if name == "residual":
-                    return verb == "LOAD"
-    return False
 
 
 def serve_output(layer: Any, output: Any) -> None:

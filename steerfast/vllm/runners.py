@@ -16,12 +16,15 @@ from steerfast.errors import SteerfastError
 from steerfast.vllm import compat
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import ServingConfig, identity_of, splits_prompts
-from steerfast.vllm.layers import find_layers, sketch_of, steer_layers
+from steerfast.vllm.layers import check_scale, find_layers, sketch_of, steer_layers
 from steerfast.vllm.ops import activate
+from steerfast.vllm.probe import LayerProbe, uncompiled
 from steerfast.vllm.ranks import RowLayout
 from steerfast.vllm.worker import WorkerRuntime, WorkerShape
 
 __all__ = ["attach", "install"]
+
+PROBED_ROWS = 16  # of the passes that show what layers return
 
 
 def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
@@ -36,7 +39,11 @@ def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
     text_config = vllm_config.model_config.hf_text_config
     identity = replace(identity_of(text_config), embedding_sketch=sketch_of(model, text_config.vocab_size))
     layers = find_layers(model, identity.num_layers)
-    here = steer_layers(layers, config.layers, identity.hidden_size, config.reading)
+    check_scale(layers, vllm_config.model_config.dtype)
+    rows = partial(compat.dummy_run, runner, min(PROBED_ROWS, vllm_config.scheduler_config.max_num_batched_tokens))
+    with compat.set_current_vllm_config(vllm_config), uncompiled(model):
+        adding = LayerProbe(layers, rows, compat.get_tp_group().world_size).adding_classes()
+    here = steer_layers(layers, config.layers, identity.hidden_size, adding, config.reading)
     scheduler, stage = vllm_config.scheduler_config, compat.get_pp_group()
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     shape = WorkerShape(
@@ -52,9 +59,8 @@ def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
         runner.model_memory_usage += runtime.nbytes
     _adapt(runner, runtime)
     activate(runtime)
-    if runner.device.type == "cpu" and vllm_config.compilation_config.mode == 0:
-        # The first pass checks rows. Other workers run one before they serve, to compile or to measure its memory.
-        runner._dummy_run(shape.max_requests, is_profile=True)
+    with compat.set_current_vllm_config(vllm_config), uncompiled(model):
+        rows()  # compares the rows of layers and ranks
     return runtime
 
 

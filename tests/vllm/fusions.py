@@ -103,7 +103,7 @@ def count(reading: list[int] | None, quantised: bool) -> int:
     steered = type("SteeredLayer", (Layer,), {})
     layers = nn.ModuleList((steered if reading is not None else Layer)(quantise) for _ in range(LAYERS))
     if reading is not None:
-        steer_layers(layers, range(LAYERS), HIDDEN, reading)
+        steer_layers(layers, range(LAYERS), HIDDEN, {steered}, reading)
 
     def model(x: Tensor, residual: Tensor, weights: list[Tensor]) -> Tensor:
         for layer in layers:

@@ -1,0 +1,84 @@
+"""Models of many architectures in a real engine: gates read and edits change the stream that transformers has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, IN_EVERY_RUN, VOCABULARY, build
+from in_process import generate
+
+import steerfast
+from steerfast.profile import SteeringProfile
+
+pytestmark = pytest.mark.contract
+
+pytest.importorskip("vllm")
+
+TOKENS = 4
+PROMPTS = [
+    torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    for length in (5, 17, 40)
+]
+SOME = [pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.slow) for name in ARCHITECTURES]
+
+
+def answer(model: Any, ids: list[int], profile: SteeringProfile | None, tokens: int = TOKENS) -> Any:
+    """Greedy tokens, their margins in logits, gate scores, and whether a gate opened."""
+    prompt = torch.tensor([ids])
+    with nullcontext() if profile is None else steerfast.steer(model, profile) as steering, torch.inference_mode():
+        found = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        scores = [] if steering is None or not profile.gate_layers else steering.scores[:, 0].tolist()
+        fired = steering is not None and bool(steering.fired[0])
+    best = torch.cat(found.logits).topk(2, dim=1).values
+    return found.sequences[0, len(ids) :].tolist(), (best[:, 0] - best[:, 1]).tolist(), scores, fired
+
+
+def open_for_some(model: Any, profile: SteeringProfile) -> SteeringProfile:
+    """Put each threshold between the scores of the prompts."""
+    scores = torch.tensor([answer(model, ids, profile, 1)[2] for ids in PROMPTS]).sort(dim=0).values
+    threshold = profile.threshold.clone()
+    threshold[profile.gate_layers] = (scores[0] + scores[1]) / 2
+    return replace(profile, threshold=threshold)
+
+
+def make_profiles(model: Any, make_profile: Callable[..., SteeringProfile]) -> dict[str, SteeringProfile]:
+    """Gates of single layers, a sensor before steered layers, an edit that reads rows, and one that only adds."""
+    more: dict[str, Any] = {"positions": "response"}
+    return {
+        "own": open_for_some(model, make_profile(model, seed=1, layers=[1, 3], **more)),
+        "sensor": open_for_some(model, make_profile(model, seed=2, layers=[2, 3], sensor=1, score="dot", **more)),
+        "ablate": make_profile(model, seed=3, layers=[2], kind="always", edit="ablate", **more),
+        "always": make_profile(model, seed=4, layers=[1, 2], kind="always", **more),
+    }
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_an_architecture_is_steered_as_by_transformers(name, engine, saved, make_profile, tmp_path) -> None:
+    model = build(name, tmp_path)
+    profiles = make_profiles(model, make_profile)
+    cases = [(ids, each) for ids in PROMPTS for each in (None, *profiles)]
+    truth = [answer(model, ids, None if each is None else profiles[each]) for ids, each in cases]
+    llm = engine({"profiles": saved(profiles)}, model=str(tmp_path), skip_tokenizer_init=True, max_model_len=256)
+    found = generate(llm, [(ids, {"steering": each or "off"}) for ids, each in cases], TOKENS)
+    for (ids, each), got, (tokens, margins, scores, fired) in zip(cases, found, truth, strict=True):
+        certain = next((at for at, margin in enumerate(margins) if margin < 1e-3), TOKENS)
+        assert got["token_ids"][:certain] == tokens[:certain], (each, len(ids))
+        if each is not None:
+            assert got["steering"]["scores"] == pytest.approx(scores, rel=1e-4, abs=1e-4), (each, len(ids))
+            assert got["steering"]["fired"] == fired
+    answers = {each: [got["token_ids"] for (_, of), got in zip(cases, found, strict=True) if of == each] for _, each in cases}
+    assert answers["always"] != answers[None]
