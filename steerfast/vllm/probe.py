@@ -115,7 +115,7 @@ def _copies(output: Any) -> list[Tensor]:
 
 
 def _amount(pair: Sequence[Tensor]) -> Tensor:
-    """Return a tensor of random signs, as large as the larger tensor of a pair, at least 1. It is the same each time."""
+    """Return a tensor of random signs, the same each time, as large as the larger tensor of a pair, at least 1."""
     size = max(1.0, *(float(each.float().square().mean().sqrt()) for each in pair))
     signs = torch.randint(0, 2, pair[1].shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return signs.to(pair[1]) * size

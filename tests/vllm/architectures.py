@@ -62,7 +62,7 @@ ADDING = {
     "qwen3": sized("Qwen3Config", head_dim=32),
     "qwen3_moe": sized("Qwen3MoeConfig", head_dim=32, num_experts=4, moe_intermediate_size=64, **EXPERTS),
     "gemma": sized("GemmaConfig", head_dim=32),
-    "gemma2": sized("Gemma2Config", head_dim=32, sliding_window=32, query_pre_attn_scalar=32),
+    "gemma2": sized("Gemma2Config", head_dim=32, sliding_window=32, query_pre_attn_scalar=32, tie_word_embeddings=True),
     "gemma3": sized(
         "Gemma3TextConfig", head_dim=32, sliding_window=32, query_pre_attn_scalar=32, tie_word_embeddings=True
     ),
@@ -99,7 +99,6 @@ WHOLE = {
     "cohere": sized("CohereConfig", tie_word_embeddings=True),
     "cohere2": sized("Cohere2Config", tie_word_embeddings=True, sliding_window=64, head_dim=32),
     "stablelm": sized("StableLmConfig"),
-    "phimoe": sized("PhimoeConfig", num_local_experts=4, **EXPERTS),
     "falcon": plain(
         "FalconConfig",
         hidden_size=HIDDEN,

@@ -1,15 +1,20 @@
-"""Models of many architectures in a real engine: gates read and edits change the stream that transformers has."""
+"""Models of many architectures in a real engine: gates read and edits change the stream that transformers has.
+
+Scores may differ by some 0.001, as vLLM approximates some activations otherwise. A gate that reads another tensor is
+off by 0.1 at least.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, IN_EVERY_RUN, VOCABULARY, build
+from architectures import ADDING, ARCHITECTURES, IN_EVERY_RUN, TRANSFORMERS, VOCABULARY, WHOLE, build
 from in_process import generate
 
 import steerfast
@@ -62,7 +67,7 @@ def make_profiles(model: Any, make_profile: Callable[..., SteeringProfile]) -> d
         "own": open_for_some(model, make_profile(model, seed=1, layers=[1, 3], **more)),
         "sensor": open_for_some(model, make_profile(model, seed=2, layers=[2, 3], sensor=1, score="dot", **more)),
         "ablate": make_profile(model, seed=3, layers=[2], kind="always", edit="ablate", **more),
-        "always": make_profile(model, seed=4, layers=[1, 2], kind="always", **more),
+        "always": make_profile(model, seed=4, layers=[1, 2], kind="always", size=60.0, **more),
     }
 
 
@@ -78,7 +83,15 @@ def test_an_architecture_is_steered_as_by_transformers(name, engine, saved, make
         certain = next((at for at, margin in enumerate(margins) if margin < 1e-3), TOKENS)
         assert got["token_ids"][:certain] == tokens[:certain], (each, len(ids))
         if each is not None:
-            assert got["steering"]["scores"] == pytest.approx(scores, rel=1e-4, abs=1e-4), (each, len(ids))
+            assert got["steering"]["scores"] == pytest.approx(scores, rel=5e-3, abs=1e-3), (each, len(ids))
             assert got["steering"]["fired"] == fired
-    answers = {each: [got["token_ids"] for (_, of), got in zip(cases, found, strict=True) if of == each] for _, each in cases}
+    answers = {
+        each: [got["token_ids"] for (_, of), got in zip(cases, found, strict=True) if of == each] for _, each in cases
+    }
     assert answers["always"] != answers[None]
+
+
+def test_the_page_lists_the_models_that_are_tested() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    for kinds in (ADDING, WHOLE, TRANSFORMERS):
+        assert " | " + ", ".join(f"**{name}**" if name in IN_EVERY_RUN else name for name in kinds) + " |" in page

@@ -120,13 +120,13 @@ def test_a_pair_of_one_layer_is_found_by_the_norm_after_it() -> None:
 
 
 def test_a_pair_that_nothing_follows_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match="a layer after the first Adding .* --pipeline-parallel-size"):
+    with pytest.raises(ArchitectureError, match=r"a layer after the first Adding .* --pipeline-parallel-size"):
         adding(made(Alone, Adding), last=False)
     assert adding(made(Adding, Adding), last=False) == {Adding}
 
 
 def test_a_pair_that_is_read_and_not_added_up_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match="Scaled returns a pair .* does not add up"):
+    with pytest.raises(ArchitectureError, match=r"Scaled returns a pair .* does not add up"):
         adding(made(Scaled, Scaled, Scaled))
 
 
@@ -175,9 +175,8 @@ def test_a_model_runs_uncompiled_for_a_while() -> None:
     model = nn.Module()
     model.compiled, model.eager = nn.Module(), nn.Module()
     model.compiled.do_not_compile, model.eager.do_not_compile = False, True
-    with pytest.raises(KeyError), uncompiled(model):
+    with uncompiled(model):
         assert model.compiled.do_not_compile
-        raise KeyError
     assert not model.compiled.do_not_compile
     assert model.eager.do_not_compile
 
