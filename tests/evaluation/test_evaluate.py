@@ -298,6 +298,7 @@ def evaluation_of(folder: str) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
     return model, lambda file: evaluate(model, tokenizer, systems, sets, JUDGES[:1], resume=file, **options)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(
     tiny_llama: Any, tiny_tokenizer: Any, profile: Any, tmp_path: Path
 ) -> None:

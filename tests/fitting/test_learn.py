@@ -71,6 +71,7 @@ def answers_of(model: Any, tokenizer: Any, profile: SteeringProfile | None) -> l
         return answers_of(model, tokenizer, None)
 
 
+@pytest.mark.slow(but=["response"])
 @pytest.mark.parametrize("positions", ["all", "response"])
 def test_the_model_says_what_was_learned(
     learn: Any, tiny_llama: Any, tokenizer: Any, positions: str, profile: SteeringProfile

@@ -1,6 +1,6 @@
-"""One rank of test_tensor_parallel.py: ``python tensor_parallel_worker.py FOLDER RANK``.
+"""One rank of test_tensor_parallel.py: ``python tensor_parallel_worker.py FOLDER RANK NAME...``.
 
-It loads its shards of the models in FOLDER, steers them in every way, and leaves what it got in FOLDER/RANK.
+It loads its shards of these models in FOLDER, steers them in every way, and leaves what it got in FOLDER/RANK.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def two_turns(model: Any, steering: Any) -> dict[str, Tensor]:
     return results
 
 
-def run(folder: Path, rank: int) -> None:
+def run(folder: Path, rank: int, names: list[str]) -> None:
     own = folder / str(rank)
     results: dict[str, Tensor] = {}
-    for name in NAMES:
+    for name in names:
         for way in WAYS:
             for profile in PROFILES:
                 model, steering = steered(folder / name, way, profile, tp_plan="auto")
@@ -108,6 +108,6 @@ if __name__ == "__main__":
         world_size=RANKS,
         timeout=timedelta(seconds=60),
     )
-    run(place, number)
+    run(place, number, sys.argv[3:])
     dist.barrier()
     dist.destroy_process_group()

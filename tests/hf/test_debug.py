@@ -23,6 +23,7 @@ with steerfast.steer(steerfast.patch(model), profile):
 """
 
 
+@pytest.mark.slow(but=["1"])
 @pytest.mark.parametrize("debug", ["0", "1"])
 def test_steps_are_printed(debug: str) -> None:
     environment = {**os.environ, "STEERFAST_DEBUG": debug}

@@ -672,6 +672,7 @@ def operations(model: Any) -> list[tuple[str, str]]:
     return [(node.op, str(node.target)) for node in graphs[0].nodes if node.op != "placeholder"]
 
 
+@pytest.mark.slow(but=["Llama", "Olmo2", "Mixtral"])
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_and_unsteered_does_what_stock_does(name: str) -> None:
     model = make_family_model(name, num_hidden_layers=2)
@@ -802,21 +803,26 @@ def test_compiled_autocast(small: Any, make_profile: MakeProfile, layer: int) ->
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "token"])
-@pytest.mark.parametrize("edit", EDITS)
-def test_every_edit_compiled_equals_eager(small: Any, make_profile: MakeProfile, edit: str, kind: str) -> None:
-    profile = make_profile(small, kind=kind, sensor=0, layers=[0, 1], threshold=-0.1, **EDITS[edit])
-    batch = padded(prompts())
+@pytest.mark.parametrize(
+    ("edits", "kind"),
+    [(["add"], "prompt"), ([*EDITS], "prompt"), ([*EDITS], "token")],
+    ids=["additions", "all", "token"],  # additions of prompt gates have a kernel of their own
+)
+def test_every_edit_compiled_equals_eager(small: Any, make_profile: MakeProfile, edits: list[str], kind: str) -> None:
+    """Each row has another edit."""
+    options = {"kind": kind, "sensor": 0, "layers": [0, 1], "threshold": -2.0}
+    profiles = [make_profile(small, **options, **EDITS[edit]) for edit in edits]
+    batch = padded((prompts() * 2)[: len(edits)])
     runs = []
     for forward in (steerfast.patch(small).forward, torch.compile(small.forward, backend="eager")):
         small.forward = forward
-        with steerfast.steer(small, profile) as steering:
-            runs.append((*greedy(small, batch, tokens=3), steering.fired))
+        with steerfast.steer(small, profiles[0]) as steering:
+            runs.append((*greedy(small, batch, tokens=3, steering=profiles), steering.fired))
     (tokens, logits, fired), (compiled_tokens, compiled_logits, compiled_fired) = runs
     assert torch.equal(compiled_tokens, tokens)
     torch.testing.assert_close(compiled_logits, logits, **CLOSE)
     assert torch.equal(compiled_fired, fired)
-    assert fired.any()
+    assert fired.all()
 
 
 def test_compiled_layers_follow_what_is_steered(small: Any, make_profile: MakeProfile) -> None:
@@ -845,6 +851,7 @@ def test_compiled_layers_follow_what_is_steered(small: Any, make_profile: MakePr
     assert not any(any(layers) and not all(layers) for layers in graphs)
 
 
+@pytest.mark.slow(but=["fused"])
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "hooks"])
 def test_other_batches_need_no_other_graph(fuse: bool, small: Any, make_profile: MakeProfile) -> None:
     plain = copy.deepcopy(small)

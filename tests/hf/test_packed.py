@@ -690,6 +690,7 @@ def test_copies_of_a_model_whose_requests_run(llama: Any, truth: Truth, make_pro
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=["fused"])
 def test_one_graph_serves_all_batches(llama: Any, truth: Truth, make_profile: MakeProfile) -> None:
     """Padded and compiled, after the warm-up: profiles, strengths and who shares a batch change."""
     profiles = mixture(make_profile, llama)

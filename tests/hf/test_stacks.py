@@ -161,6 +161,7 @@ def test_beams(model: Any, pair: tuple[SteeringProfile, SteeringProfile]) -> Non
         assert together[n, -NEW:].tolist() == one[0, -NEW:].tolist()
 
 
+@pytest.mark.slow(but=["fused"])
 def test_compiled_equals_eager(model: Any, pair: tuple[SteeringProfile, SteeringProfile]) -> None:
     torch.compiler.reset()
 

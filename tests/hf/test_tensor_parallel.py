@@ -31,10 +31,18 @@ Results = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def folder(make_profile: MakeProfile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def names(request: pytest.FixtureRequest) -> list[str]:
+    """The models that are asked for: all but the first one's tests are slow."""
+    items = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    asked = {item.callspec.params.get("name") for item in items}
+    return [NAMES[0], *(name for name in NAMES[1:] if name in asked)]
+
+
+@pytest.fixture(scope="module")
+def folder(names: list[str], make_profile: MakeProfile, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and their profiles; with a prompt gate, half of the prompts fire."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    for name in NAMES:
+    for name in names:
         model = make_family_model(name)
         model.save_pretrained(folder / name)
         profiles = {
@@ -55,7 +63,7 @@ def folder(make_profile: MakeProfile, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[Results]:
+def ranks(names: list[str], folder: Path) -> list[Results]:
     """What each rank got; both run once, for all tests."""
     loopback = socket.if_nameindex()[0][1]
     processes = []
@@ -66,7 +74,7 @@ def ranks(folder: Path) -> list[Results]:
         with (folder / str(rank) / "log").open("w") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, worker.__file__, str(folder), str(rank)],
+                    [sys.executable, worker.__file__, str(folder), str(rank), *names],
                     env={**os.environ, **{name: str(value) for name, value in settings.items()}},
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -104,16 +112,17 @@ def assert_same(actual: Results, expected: Results) -> None:
             torch.testing.assert_close(actual[key + turn], expected[key + turn], **_TIGHT)
 
 
-def test_all_ranks_decide_alike(ranks: list[Results]) -> None:
+def test_all_ranks_decide_alike(names: list[str], ranks: list[Results]) -> None:
     """The residual stream is the same on all ranks to the bit, and so is all that is decided and chosen from it."""
     first, *others = ranks
-    assert len(first) == 9 * (len(NAMES) * len(WAYS) * len(PROFILES) + 2)
+    assert len(first) == 9 * (len(names) * len(WAYS) * len(PROFILES) + 2)
     for other in others:
         assert other.keys() == first.keys()
         for key, tensor in first.items():
             assert torch.equal(tensor, other[key]), key
 
 
+@pytest.mark.slow(but=["Llama-*"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", NAMES)
@@ -122,6 +131,7 @@ def test_equals_one_process(ranks: list[Results], folder: Path, name: str, profi
     assert_same(part(ranks[0], name, way, profile), worker.two_turns(model, steering))
 
 
+@pytest.mark.slow(but=["Llama-*"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("profile", ["sensor", "token"])
 @pytest.mark.parametrize("name", NAMES)

@@ -42,7 +42,7 @@ def cases(**fixed: Any) -> st.SearchStrategy[Case]:
 
 
 fuzz = settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

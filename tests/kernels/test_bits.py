@@ -223,6 +223,7 @@ def same(implementation: Implementation) -> Callable[[torch.Tensor, torch.Tensor
     return close if implementation.name.startswith("torch") else assert_same_bits
 
 
+@pytest.mark.slow(but=["cpp*", "torch*", "triton-torch.float32-0", "triton-torch.bfloat16-1"])
 @pytest.mark.parametrize("kinds", Kinds)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_its_batch(implementation: Implementation, dtype: torch.dtype, kinds: Kinds) -> None:

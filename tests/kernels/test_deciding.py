@@ -89,6 +89,7 @@ def assert_equal(implementation: Implementation, got: torch.Tensor, want: torch.
 # ---- what is decided ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=["cpp*", "torch*", "triton-1-1", "triton-2-2", "triton-3-4"])
 @pytest.mark.parametrize("stack", [1, 2, 3, 4])
 @pytest.mark.parametrize("reading", READINGS)
 def test_a_decision_is_the_edit_that_it_stores(implementation: Implementation, reading: Reading, stack: int) -> None:
@@ -223,10 +224,10 @@ def test_an_empty_mean_has_no_score_and_opens(implementation: Implementation) ->
 # ---- chunks ------------------------------------------------------------------------------------------------
 
 
-@settings(fuzz, max_examples=12)  # each runs up to four launches, which the interpreter takes seconds for
+@settings(fuzz, max_examples=6)  # each runs up to four launches, which the interpreter takes seconds for
 @given(
     seed=st.integers(0, 2**32 - 1),
-    cuts=st.lists(st.integers(1, 11), max_size=3, unique=True).map(sorted),
+    cuts=st.lists(st.integers(1, 7), max_size=3, unique=True).map(sorted),
     dtype=st.sampled_from(DTYPES),
     stack=st.integers(1, 4),
     pair=st.booleans(),
@@ -234,15 +235,15 @@ def test_an_empty_mean_has_no_score_and_opens(implementation: Implementation) ->
 def test_a_prompt_in_chunks_has_the_mean_of_one(
     implementation: Implementation, seed: int, cuts: list[int], dtype: torch.dtype, stack: int, pair: bool
 ) -> None:
-    once = prompts([12], size=33, dtype=dtype, stack=stack, pair=pair, seed=seed, readings=READINGS)
+    once = prompts([8], size=33, dtype=dtype, stack=stack, pair=pair, seed=seed, readings=READINGS)
     want = once.scored_by(implementation).decide_steer(implementation)[1]
     state = once
-    for first, until in zip([0, *cuts], [*cuts, 12], strict=True):
+    for first, until in zip([0, *cuts], [*cuts, 8], strict=True):
         part = state.select(torch.arange(first, until))
-        part.deciding[:] = until - first - 1 if until == 12 else -1
-        part = replace(part, counted=torch.tensor([[0, until - first, 12]] * stack, dtype=torch.int32))
+        part.deciding[:] = until - first - 1 if until == 8 else -1
+        part = replace(part, counted=torch.tensor([[0, until - first, 8]] * stack, dtype=torch.int32))
         outputs, decided = both_forms(implementation, part.scored_by(implementation))[0]
-        if until < 12:
+        if until < 8:
             assert_same_bits(decided.all_scales, part.all_scales)  # nothing is decided before the last row
             assert_same_bits(decided.scores, state.scores)
             assert_same_bits(decided.values, state.values)
@@ -277,7 +278,7 @@ def test_a_mean_of_more_rows_than_one_chunk_of_the_kernel(implementation: Implem
 def test_a_decision_does_not_depend_on_its_batch(implementation: Implementation) -> None:
     """The same prompt alone, behind others, and among padding: the same bits of scores, values, scales and rows."""
     for before in (0, 3):
-        case = prompts([4, 7, 3], size=321, before=before, dtype=torch.float16, readings=READINGS)
+        case = prompts([2, 4, 3], size=321, before=before, dtype=torch.float16, readings=READINGS)
         case = case.scored_by(implementation)
         whole = both_forms(implementation, case)
         for q in range(3):

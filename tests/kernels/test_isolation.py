@@ -32,6 +32,7 @@ def every_op(implementation: Implementation, case: Case) -> list[torch.Tensor]:
 # ---- rows left alone ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=["cpp*", "torch*", "triton-0-torch.float32", "triton-1-torch.bfloat16"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kinds", Kinds)
 def test_rows_left_alone_keep_their_bits(implementation: Implementation, dtype: torch.dtype, kinds: Kinds) -> None:
@@ -88,6 +89,7 @@ def test_outputs_are_fresh_and_arguments_stay(implementation: Implementation) ->
 # ---- leaks -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=["cpp*", "torch*", "triton-nan-1", "triton-inf-0"])
 @pytest.mark.parametrize("kinds", Kinds)
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_nothing_leaks_between_rows_slots_and_sequences(

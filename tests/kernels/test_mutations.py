@@ -1,7 +1,8 @@
 """Would the tests notice? Each mutant breaks one line of the Triton kernels, and the test it names must fail.
 
 The test runs in a child process per mutant, forked from one that has imported torch and Triton, in which
-steerfast.kernels is a changed copy of the sources. The unchanged copy passes all of them.
+steerfast.kernels is a changed copy of the sources. The unchanged copy passes them. All but one mutant of each part are
+slow.
 """
 
 from __future__ import annotations
@@ -154,6 +155,22 @@ MUTANTS = {
 }
 
 
+FEW = {
+    "none",
+    "a score on the threshold fires",
+    "row read beyond its end",
+    "row stride ignored",
+    "bounds swapped",
+    "clamp of a zero vector",
+    "padding keeps its score",
+    "slot 0 does not decide",
+    "sums not stored",
+    "written beyond the row",
+    "norm of the exact row",
+    "eps ignored",
+}
+
+
 # ---- in the process that forks -------------------------------------------------------------------------------
 
 
@@ -222,9 +239,9 @@ def battery() -> dict[str, Callable[[], None]]:
     }
 
 
-def survives(source: Path, folder: Path, mutant: tuple[str, str, str, str]) -> bool:
-    """Whether the mutant passes its test with kernels changed in `folder`; run in a child of this process."""
-    file, old, new, test = mutant
+def survives(source: Path, folder: Path, mutant: tuple[str, str, str, str], names: set[str]) -> bool:
+    """Whether the mutant passes these tests with kernels changed in `folder`; run in a child of this process."""
+    file, old, new, _ = mutant
     kernels = folder / "kernels"
     shutil.copytree(source, kernels, ignore=shutil.ignore_patterns("__pycache__"))
     (kernels / file).write_text((kernels / file).read_text().replace(old or new, new))
@@ -235,8 +252,8 @@ def survives(source: Path, folder: Path, mutant: tuple[str, str, str, str]) -> b
             package.__path__ = [str(kernels)]
             sys.modules["steerfast.kernels"] = package
             tests = battery()
-            for run in [tests[test]] if test else tests.values():
-                run()
+            for name in names:
+                tests[name]()
         except BaseException:
             traceback.print_exc()
             os._exit(1)  # a mutant that crashes is caught as well
@@ -244,7 +261,7 @@ def survives(source: Path, folder: Path, mutant: tuple[str, str, str, str]) -> b
     return os.waitpid(child, 0)[1] == 0
 
 
-def main(source: Path) -> None:
+def main(source: Path, names: list[str]) -> None:
     import hypothesis  # noqa: F401
     import numpy as np
     import torch
@@ -256,11 +273,12 @@ def main(source: Path) -> None:
     for file, old, *_ in MUTANTS.values():
         count = (source / file).read_text().count(old) if old else 1
         assert count == 1, f"{file}: {old!r} stands there {count} times"
-    result = {}
-    for name, mutant in MUTANTS.items():
+    tests, result = {MUTANTS[name][-1] for name in names} - {""}, {}
+    for name in names:
         print(name, file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
-            result[name] = survives(source, Path(folder), mutant)
+            own = tests if name == "none" else {MUTANTS[name][-1]}
+            result[name] = survives(source, Path(folder), MUTANTS[name], own)
     print(json.dumps(result))
 
 
@@ -268,12 +286,14 @@ def main(source: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def survivors() -> dict[str, bool]:
+def survivors(request: pytest.FixtureRequest) -> dict[str, bool]:
+    """Whether each mutant that is asked for survives."""
     if find_spec("triton") is None or not hasattr(os, "fork"):
         pytest.skip("needs triton and os.fork")
     from steerfast.kernels import gate
 
-    command = [sys.executable, __file__, str(Path(str(gate.__file__)).parent)]
+    names = [item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)]
+    command = [sys.executable, __file__, str(Path(str(gate.__file__)).parent), *names]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, run.stderr
@@ -281,10 +301,11 @@ def survivors() -> dict[str, bool]:
     return result
 
 
+@pytest.mark.slow(but=FEW)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, survivors: dict[str, bool]) -> None:
     assert survivors[name] == (name == "none")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

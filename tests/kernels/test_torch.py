@@ -40,6 +40,7 @@ def small_case(**options: Any) -> Case:
 # ---- opcheck and compilation -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=["True-*"])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pair", [False, True])
 def test_opcheck(device: str, pair: bool) -> None:
@@ -64,6 +65,7 @@ def block(x: torch.Tensor, case: Case) -> tuple[torch.Tensor, ...]:
     return normed * 2, residual
 
 
+@pytest.mark.slow(but=["inductor-*"])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_as_one_graph_without_copies(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

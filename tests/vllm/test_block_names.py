@@ -380,9 +380,10 @@ def play(engine: Engine, script: list[Any], names: list[str | None]) -> None:
             engine.core.reset_prefix_cache(reset_running_requests=action[1])
 
 
+@pytest.mark.slow(but=["few blocks-async", "many blocks-sync"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("blocks", [LONGEST // BLOCK + 2, 64], ids=["few blocks", "many blocks"])  # one request fits
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(script=st.lists(actions, min_size=5, max_size=40))
 def test_what_is_cached_is_what_would_be_computed(make: Any, ahead: bool, blocks: int, script: list[Any]) -> None:
     engine = make(ahead=ahead, blocks=blocks)
@@ -392,8 +393,9 @@ def test_what_is_cached_is_what_would_be_computed(make: Any, ahead: bool, blocks
     engine.check_idle()
 
 
+@pytest.mark.slow(but=["async"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(script=st.lists(actions, min_size=5, max_size=40))
 def test_profiles_that_edit_whole_prompts(make: Any, ahead: bool, script: list[Any]) -> None:
     engine = make(ahead=ahead, blocks=24, budget=LONGEST, split=False)
@@ -403,6 +405,7 @@ def test_profiles_that_edit_whole_prompts(make: Any, ahead: bool, script: list[A
     engine.check_idle()
 
 
+@pytest.mark.slow(but=["async"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
 @settings(max_examples=40)
 @given(script=st.lists(asks, min_size=5, max_size=30))

@@ -43,6 +43,7 @@ def test_an_idle_plugin_changes_no_answer_and_adds_nothing(checkpoint: Path, ora
         assert server.call("/v1/chat/completions", body(n=2, use_beam_search=True))[0] == 200
 
 
+@pytest.mark.slow
 def test_the_same_server_steers_when_configured(checkpoint: Path, oracle: Oracle, tmp_path: Path) -> None:
     profile = tmp_path / "safety.safetensors"
     gated().save(profile)

@@ -122,10 +122,46 @@ def check(answers: list[Any], requests: list[Any], profiles: dict[str, SteeringP
     assert {(name, opened) for name in profiles.keys() & set(BOTH) for opened in (True, False)} <= fired
 
 
-@pytest.mark.parametrize("chunk", [256, 32])
-def test_a_mixed_batch_is_answered_as_by_transformers(engine, saved, prompts, means, truth, chunk) -> None:
+@pytest.fixture(scope="module")
+def in_chunks(engine, saved, means) -> Any:
+    """An engine that takes 32 tokens a step, for the first two tests: the next start of an engine ends it."""
+    return engine({"profiles": saved({**ADDING, **OTHERS, **means})}, max_num_batched_tokens=32)
+
+
+def test_a_mixed_batch_is_answered_as_by_transformers(in_chunks, prompts, means, truth) -> None:
     profiles = {**ADDING, **OTHERS, **means}
-    llm = engine({"profiles": saved(profiles)}, max_num_batched_tokens=chunk)
+    requests = mixture(prompts, profiles)
+    check(generate(in_chunks, asked(requests), TOKENS), requests, profiles, truth)
+
+
+def test_a_stack_is_answered_as_by_transformers(in_chunks, oracle, prompts, means) -> None:
+    """Each gate decides for its own profile."""
+    profiles = {"safety": ADDING["safety"], "own": ADDING["own"], "always": ADDING["always"], "mean": means["mean"]}
+    stacks = [("safety,own", (1.0, 0.5)), ("always,safety", (0.5, 1.0)), ("own,mean", (0.5, 0.5))]
+    requests = [(ids, *stack) for ids in prompts[:4] for stack in stacks]
+    asked = [
+        (ids, {"steering": names, "steering_strength": ",".join(map(str, strengths))})
+        for ids, names, strengths in requests
+    ]
+    fired = set()
+    for found, (ids, names, strengths) in zip(generate(in_chunks, asked, TOKENS), requests, strict=True):
+        stack = [profiles[name] for name in names.split(",")]
+        tokens, scores = oracle.answer_of_stack(ids, stack, strengths, TOKENS)
+        assert found["token_ids"] == tokens
+        assert [report["profile"] for report in found["steering"]] == names.split(",")
+        for profile, report, expected in zip(stack, found["steering"], scores, strict=True):
+            assert report["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+            thresholds = profile.threshold[profile.gate_layers].tolist()
+            opened = any(score > least for score, least in zip(expected, thresholds, strict=True))
+            assert report["fired"] == (opened or profile.gate.kind == "always")
+        fired.add(tuple(report["fired"] for report in found["steering"]))
+    assert {(True, False), (True, True)} <= fired or {(False, True), (True, True)} <= fired
+
+
+@pytest.mark.slow
+def test_whole_prompts_in_a_step_are_answered_as_by_transformers(engine, saved, prompts, means, truth) -> None:
+    profiles = {**ADDING, **OTHERS, **means}
+    llm = engine({"profiles": saved(profiles)})
     requests = mixture(prompts, profiles)
     check(generate(llm, asked(requests), TOKENS), requests, profiles, truth)
 
@@ -162,31 +198,6 @@ def test_where_nobody_steers_answers_are_those_without_the_plugin(engine, saved,
     )
 
 
-def test_a_stack_is_answered_as_by_transformers(engine, saved, oracle, prompts, means) -> None:
-    """Each gate decides for its own profile."""
-    profiles = {"safety": ADDING["safety"], "own": ADDING["own"], "always": ADDING["always"], "mean": means["mean"]}
-    stacks = [("safety,own", (1.0, 0.5)), ("always,safety", (0.5, 1.0)), ("own,mean", (0.5, 0.5))]
-    requests = [(ids, *stack) for ids in prompts[:4] for stack in stacks]
-    asked = [
-        (ids, {"steering": names, "steering_strength": ",".join(map(str, strengths))})
-        for ids, names, strengths in requests
-    ]
-    llm = engine({"profiles": saved(profiles)}, max_num_batched_tokens=32)
-    fired = set()
-    for found, (ids, names, strengths) in zip(generate(llm, asked, TOKENS), requests, strict=True):
-        stack = [profiles[name] for name in names.split(",")]
-        tokens, scores = oracle.answer_of_stack(ids, stack, strengths, TOKENS)
-        assert found["token_ids"] == tokens
-        assert [report["profile"] for report in found["steering"]] == names.split(",")
-        for profile, report, expected in zip(stack, found["steering"], scores, strict=True):
-            assert report["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
-            thresholds = profile.threshold[profile.gate_layers].tolist()
-            opened = any(score > least for score, least in zip(expected, thresholds, strict=True))
-            assert report["fired"] == (opened or profile.gate.kind == "always")
-        fired.add(tuple(report["fired"] for report in found["steering"]))
-    assert {(True, False), (True, True)} <= fired or {(False, True), (True, True)} <= fired
-
-
 def test_a_profile_of_other_weights_stops_the_start(engine, saved) -> None:
     """Config and shapes are the same; the embedding is not."""
     profile = ADDING["always"]
@@ -197,6 +208,7 @@ def test_a_profile_of_other_weights_stops_the_start(engine, saved) -> None:
         engine({"profiles": saved({"other": other})})
 
 
+@pytest.mark.slow(but=["tensor"])
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -216,7 +228,6 @@ def test_several_workers_answer_as_one(saved, checkpoint, prompts, truth_of_few,
     ]
     environment = {
         **ENVIRONMENT,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "OMP_NUM_THREADS": "1",  # workers of more threads than cores wait for each other
         "PYTHONPATH": str(Path(__file__).parent),
     }

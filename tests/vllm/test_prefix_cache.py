@@ -177,7 +177,7 @@ def cached(truth: list[Ask], start: Callable[..., Any]) -> Any:
 comes = st.tuples(st.integers(0, 6), st.integers(0, ASKS - 1))
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(order=st.lists(comes, min_size=8, max_size=16), reset=st.sampled_from([None, 2, 5]))
 def test_answers_are_those_without_a_cache(
     cached: Any, truth: list[Ask], order: list[tuple[int, int]], reset: int | None
