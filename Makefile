@@ -20,7 +20,7 @@ OUT ?= benchmarks/results
 GPU_SECONDS ?= 550
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test lint gpu-measure gpu-tests clean
+.PHONY: demo serve test test-vllm lint gpu-measure gpu-tests clean
 
 # $(call stage,NAME,LOG,COMMAND) runs COMMAND quietly: a line with its name and its seconds. If it fails, its log follows.
 define stage
@@ -50,6 +50,10 @@ test: $(VENV)/.installed-dev $(VLLM_VENV)/.installed lint
 	echo "== with vLLM ($$log)"; if [ $$serving = 0 ]; then tail -n 1 "$$log"; else cat "$$log"; fi; \
 	echo "tests ... $$(( $$(date +%s) - start )) s"; \
 	[ $$main = 0 ] && [ $$serving = 0 ]
+
+# The vLLM tests with another version of vLLM, in an environment of their own: make test-vllm VLLM=0.26
+test-vllm:
+	@PYTHON="$(PYTHON)" dev/test_vllm.sh $(VLLM) $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(call stage,ruff,$(VENV)/ruff.log,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
@@ -131,4 +135,4 @@ $(VLLM_VENV)/.installed: $(VENV)/.installed tests/vllm/requirements.txt
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info steerfast/*.so
+	@rm -rf $(VENV) $(VLLM_VENV) .venv-vllm-* build dist *.egg-info steerfast/*.so
