@@ -211,6 +211,7 @@ class Engine:
         core.model_executor = self.workers = Workers(decide)
         core.mm_receiver_cache, core.is_pooling_model, core.is_mm_encoder_only = None, False, False
         core.check_for_draft_tokens, core.async_scheduling = False, ahead
+        core.is_ec_consumer = True  # vLLM 0.26: no other process encodes images
         core.batch_queue_size, core.aborts_queue = 2, queue.Queue()
         core.batch_queue = deque(maxlen=2) if ahead else None
         core.step_fn = core.step_with_batch_queue if ahead else core.step
