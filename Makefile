@@ -21,7 +21,7 @@ OUT ?= benchmarks/results
 GPU_SECONDS ?= 550
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test tests vllm-tests lint gpu-measure gpu-tests clean
+.PHONY: demo serve test tests vllm-tests test-vllm lint gpu-measure gpu-tests clean
 
 # $(call stage,NAME,LOG,COMMAND) runs COMMAND quietly: a line with its name and its seconds. If it fails, its log follows.
 # TOGETHER=1: stages run at the same time, so each writes its line as a whole, at its end.
@@ -55,6 +55,10 @@ tests: lint
 vllm-tests: $(VLLM_VENV)/.installed
 	$(call stage,tests with vLLM,$(VLLM_VENV)/test.log,$(VLLM_BIN)/$(PYTEST) tests/vllm tests/guard/test_vllm.py)
 	@tail -n 1 $(VLLM_VENV)/test.log
+
+# The vLLM tests with another version of vLLM, in an environment of their own: make test-vllm VLLM=0.26
+test-vllm:
+	@PYTHON="$(PYTHON)" dev/test_vllm.sh $(VLLM) $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(call stage,ruff,$(VENV)/ruff.log,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
@@ -138,4 +142,4 @@ $(VLLM_VENV)/.installed: $(VLLM_VENV)/.installed-vllm $(BUILT)
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info steerfast/*.so
+	@rm -rf $(VENV) $(VLLM_VENV) .venv-vllm-* build dist *.egg-info steerfast/*.so

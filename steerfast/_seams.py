@@ -17,12 +17,14 @@ class Seam:
         parameters: names of the method's first parameters, in order; "*" at the end: more may follow. None: an
             attribute.
         why: what steerfast does with it.
+        since: the first version of the package that has it. "": every version that steerfast supports.
     """
 
     owner: str
     name: str
     parameters: tuple[str, ...] | None
     why: str
+    since: str = ""
 
     def difference(self, owner: Any) -> str | None:
         """Return what is found instead in the class `owner`, None where it is as expected."""

@@ -2,6 +2,7 @@
 
 Nothing of vLLM is imported before a name is asked for: `compat.Scheduler` imports its module at that moment. To support
 another version of vLLM, change this file: `PATHS` where names live, `SEAMS` for what is wrapped or touched, `TESTED`.
+Where versions differ, a path is a dict by version, and a seam has a `since`. `has` tells what the installed one has.
 """
 
 from __future__ import annotations
@@ -10,26 +11,29 @@ import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from steerfast._seams import Seam
 
-__all__ = ["PATHS", "SEAMS", "TESTED", "Seam", "around", "check", "check_runner", "check_version", "is_v1"]
+__all__ = ["PATHS", "SEAMS", "TESTED", "Seam", "around", "check", "check_runner", "check_version", "has", "is_v1"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
 
-TESTED = ("0.32",)
-"""Versions of vLLM whose tests pass; pyproject's extra `serve` has the same bounds."""
+TESTED = ("0.26", "0.32", "0.33")
+"""Versions of vLLM whose tests pass, oldest first; pyproject's extra `serve` goes from the first to the last."""
 
-PATHS = {
+PATHS: dict[str, str | Mapping[str, str | None]] = {
     # engine
     "EngineArgs": "vllm.engine.arg_utils:EngineArgs",
     "SchedulerConfig": "vllm.config.scheduler:SchedulerConfig",
     "EngineCore": "vllm.v1.engine.core:EngineCore",
     "EngineCoreOutput": "vllm.v1.engine:EngineCoreOutput",
+    "EngineCoreProc": "vllm.v1.engine.core:EngineCoreProc",
     "EngineCoreRequest": "vllm.v1.engine:EngineCoreRequest",
+    "EngineCoreRequestType": "vllm.v1.engine:EngineCoreRequestType",
     "KVCacheCoordinator": "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator",
     "KVCacheManager": "vllm.v1.core.kv_cache_manager:KVCacheManager",
     "Request": "vllm.v1.request:Request",
@@ -49,8 +53,11 @@ PATHS = {
     # server
     "FlexibleArgumentParser": "vllm.utils.argparse_utils:FlexibleArgumentParser",
     "ServeSubcommand": "vllm.entrypoints.cli.serve:ServeSubcommand",
-    "cli_env_setup": "vllm.entrypoints.serve.utils.api_utils:cli_env_setup",
-    "configure_logging_from_args": "vllm.logger:configure_logging_from_args",
+    "cli_env_setup": {
+        "0.26": "vllm.entrypoints.serve.utils.api_utils:cli_env_setup",
+        "0.33": "vllm.entrypoints.common.startup:cli_env_setup",
+    },
+    "configure_logging_from_args": {"0.26": None, "0.32": "vllm.logger:configure_logging_from_args"},
     # worker
     "ModelState": "vllm.v1.worker.gpu.model_states.interface:ModelState",
     "NewRequestData": "vllm.v1.core.sched.output:NewRequestData",
@@ -66,25 +73,57 @@ PATHS = {
     "get_tp_group": "vllm.distributed.parallel_state:get_tp_group",
     "set_current_vllm_config": "vllm.config:set_current_vllm_config",
 }
-"""Name -> module:attribute. `compat.NAME` is the attribute."""
+"""Name -> module:attribute. `compat.NAME` is the attribute.
+
+Where versions differ: a dict, the oldest first, of a version to the path from that version on. None: no such name."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in PATHS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = PATHS[name].partition(":")
+    if (path := path_of(name)) is None:
+        raise _unsupported(name, "found none")
+    module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "-"):
             raise  # something that vLLM itself misses
-        raise _unsupported(PATHS[name], "found none") from error
+        raise _unsupported(path, "found none") from error
+
+
+def path_of(name: str) -> str | None:
+    """Return where a name of `PATHS` lives in the installed version, None: it has no such name."""
+    paths = PATHS[name]
+    if isinstance(paths, str):
+        return paths
+    return [path for version, path in paths.items() if _is_since(version)][-1]
+
+
+def has(name: str) -> bool:
+    """Return whether the installed version has a name of `PATHS` or, as "owner.name", a seam, by these tables."""
+    if name in PATHS:
+        return path_of(name) is not None
+    return any(_is_since(seam.since) for seam in (*SEAMS, *RUNNER_SEAMS) if f"{seam.owner}.{seam.name}" == name)
+
+
+def _is_since(version: str) -> bool:
+    """Return whether the installed vLLM is of this version or a later one; "": always."""
+    return not version or _release(_version()) >= _release(version)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return a version's first two numbers. One older than all tested counts as the newest: a build without a tag."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    release = tuple(map(int, numbers.groups())) if numbers else ()
+    oldest, newest = (tuple(map(int, TESTED[end].split("."))) for end in (0, -1))
+    return release if release >= oldest else newest
 
 
 def _unsupported(expected: str, got: str, why: str = "imported") -> AttributeError:
     return AttributeError(
         f"vllm: expected {expected} ({why}), {got} in version {_version()}; "
-        f"install vLLM {' or '.join(TESTED)}, or adapt steerfast/vllm/compat.py"
+        f"install vLLM {', '.join(TESTED[:-1])} or {TESTED[-1]}, or adapt steerfast/vllm/compat.py"
     )
 
 
@@ -96,6 +135,12 @@ SEAMS = (
     Seam("EngineCore", "_initialize_kv_caches", ("self", "vllm_config"), "wrapped: all workers have to steer"),
     Seam("EngineCore", "preprocess_add_request", ("self", "request"), "wrapped: a request takes its profiles"),
     Seam("EngineCore", "add_request", ("self", "request", "*"), "wrapped: a request enters the scheduler"),
+    Seam(
+        "EngineCoreProc",
+        "_handle_client_request",
+        ("self", "request_type", "request"),
+        "wrapped: an engine that is paused or ends refuses a request",
+    ),
     Seam("EngineCore", "post_step", ("self", "*"), "wrapped: workers empty slots between two steps"),
     Seam("EngineCore", "scheduler", None, "read"),
     Seam("EngineCore", "model_executor", None, "read: calls workers"),
@@ -115,6 +160,9 @@ SEAMS = (
     Seam("Scheduler", "requests", None, "read"),
     Seam("Scheduler", "hash_block_size", None, "read: tokens of a named block"),
     Seam("Scheduler", "kv_cache_manager", None, "read"),
+    Seam(
+        "Scheduler", "num_hash_lookahead_tokens", None, "read: tokens after a block that its name covers", since="0.33"
+    ),
     # engine core: names of cache blocks
     Seam("KVCacheManager", "coordinator", None, "read"),
     Seam("KVCacheManager", "cache_blocks", ("self", "request", "num_computed_tokens"), "called: names given late"),
@@ -157,7 +205,8 @@ SEAMS = (
     Seam("SchedulerOutput", "total_num_scheduled_tokens", None, "read"),
     Seam("NewRequestData", "req_id", None, "read"),
     Seam("NewRequestData", "sampling_params", None, "read: the assignment"),
-    Seam("NewRequestData", "prompt_len", None, "read"),
+    Seam("NewRequestData", "prompt_token_ids", None, "read: the prompt's length"),
+    Seam("NewRequestData", "prompt_embeds", None, "read: the prompt's length"),
 )
 """What is checked in each process when the plugin starts."""
 
@@ -211,9 +260,11 @@ def check_seam(seam: Seam, owner: type | None = None) -> None:
     Args:
         owner: the class to look at, a subclass of the table's class. Default: the table's class.
     """
+    if not _is_since(seam.since):
+        return
     difference = seam.difference(__getattr__(seam.owner) if owner is None else owner)
     if difference is not None:
-        path = f"{PATHS[seam.owner].replace(':', '.')}.{seam.expected}"
+        path = f"{str(path_of(seam.owner)).replace(':', '.')}.{seam.expected}"
         raise _unsupported(path, difference, seam.why)
 
 
@@ -248,7 +299,7 @@ def check_version() -> None:
     """Warn, once per process, about a version of vLLM that is not in `TESTED`."""
     version = _version()
     if not any(version == tested or version.startswith(f"{tested}.") for tested in TESTED):
-        _log.warning("steerfast was tested with vLLM %s, not with %s", " and ".join(TESTED), version)
+        _log.warning("steerfast was tested with vLLM %s, not with %s", ", ".join(TESTED), version)
 
 
 def _version() -> str:

@@ -79,6 +79,8 @@ class EngineSteering:
         self.split = splits_prompts(vllm_config)
         self.registry = Registry(config.slots)
         self._block_size = scheduler.hash_block_size
+        # Tokens after a block that its name covers, so that the name comes when they are known.
+        self._ahead = scheduler.num_hash_lookahead_tokens if compat.has("Scheduler.num_hash_lookahead_tokens") else 0
         self._cache = scheduler.kv_cache_manager
         self._unnamed: set[Any] = set()  # requests with a full block that has no name yet
         self._unreported: dict[str, list[dict[str, Any]]] = {}  # decisions that no output has carried yet
@@ -146,7 +148,8 @@ class EngineSteering:
 
     def enter(self, request: Any) -> None:
         """Prepare for a request that holds versions and is about to be scheduled."""
-        if request._block_hasher is None or len(request.block_hashes) == request.num_tokens // self._block_size:
+        nameable = max(0, request.num_tokens - self._ahead) // self._block_size
+        if request._block_hasher is None or len(request.block_hashes) >= nameable:
             return
         # vLLM expects a name for every full block, and names blocks of every request in every step. Its function is
         # replaced only while some prompt that ends with a block has yet to decide, which is rare.
@@ -400,8 +403,16 @@ def _wrap_requests() -> None:
         try:
             original(self, request, *args, **kwargs)
         finally:
-            if self.scheduler.requests.get(request.request_id) is not request:
-                self.scheduler.steerfast.leave(request)
+            _leave_if_refused(self, request)
+
+    # An engine that is paused or ends refuses a request before `add_request`.
+    @around("EngineCoreProc", "_handle_client_request")
+    def handle_client_request(original: Any, self: Any, request_type: Any, request: Any) -> None:
+        try:
+            original(self, request_type, request)
+        finally:
+            if request_type is compat.EngineCoreRequestType.ADD:
+                _leave_if_refused(self, request[0])
 
     # Every request ends here: finished, failed or aborted.
     @around("Scheduler", "_free_request")
@@ -409,6 +420,12 @@ def _wrap_requests() -> None:
         if request.steerfast is not None:
             self.steerfast.leave(request)
         return original(self, request, *args, **kwargs)
+
+
+def _leave_if_refused(core: Any, request: Any) -> None:
+    """Let go of the versions of a request that the scheduler does not have."""
+    if request.steerfast is not None and core.scheduler.requests.get(request.request_id) is not request:
+        core.scheduler.steerfast.leave(request)
 
 
 def _wrap_steps() -> None:

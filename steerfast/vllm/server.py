@@ -77,7 +77,8 @@ def serve(model: str, steering: Mapping[str, Any], arguments: Sequence[str] = ()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", model, *arguments])
     args.additional_config = merged(args.additional_config, steering)
-    compat.configure_logging_from_args(args)
+    if compat.has("configure_logging_from_args"):
+        compat.configure_logging_from_args(args)
     try:
         command.validate(args)
         command.cmd(args)

@@ -141,7 +141,8 @@ class WorkerRuntime:
         for new in scheduled.scheduled_new_reqs:
             self._repeat = None
             if new.req_id not in self.roster:  # a preempted request is known
-                self._add(new.req_id, new.sampling_params, new.prompt_len)
+                prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
+                self._add(new.req_id, new.sampling_params, len(prompt))
 
     def _add(self, name: str, sampling_params: Any, prompt_length: int) -> None:
         extra = getattr(sampling_params, "extra_args", None) or {}

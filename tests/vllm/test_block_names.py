@@ -30,14 +30,16 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, EngineCoreRequestType, FinishReason
+from vllm.v1.engine.core import EngineCore, EngineCoreProc, EngineShutdownState
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
 from steerfast.profile import Gate
 from steerfast.runtime.span import Entry, Stack
+from steerfast.vllm import compat
 from steerfast.vllm.assignment import stack_from_extra
+from steerfast.vllm.engine import EngineSteering
 
 BLOCK = 4
 WINDOW = 6  # no whole blocks
@@ -209,6 +211,7 @@ class Engine:
         core.model_executor = self.workers = Workers(decide)
         core.mm_receiver_cache, core.is_pooling_model, core.is_mm_encoder_only = None, False, False
         core.check_for_draft_tokens, core.async_scheduling = False, ahead
+        core.is_ec_consumer = True  # vLLM 0.26: no other process encodes images
         core.batch_queue_size, core.aborts_queue = 2, queue.Queue()
         core.batch_queue = deque(maxlen=2) if ahead else None
         core.step_fn = core.step_with_batch_queue if ahead else core.step
@@ -216,7 +219,8 @@ class Engine:
         if config.enable_prefix_caching:
             hashes = get_hash_fn_by_name("sha256")
             init_none_hash(hashes)
-            core.request_block_hasher = get_request_block_hasher(BLOCK, hashes)
+            following = getattr(vllm_config, "num_hash_lookahead_tokens", 0)  # tokens that names cover, too
+            core.request_block_hasher = get_request_block_hasher(BLOCK, hashes, *([following] if following else []))
         self.asked: dict[str, Asked] = {}
         self.preempted: set[str] = set()
 
@@ -542,6 +546,49 @@ def test_no_client_can_choose_a_salt_of_ours(make: Any) -> None:
 # -- ways in and out ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not compat.has("Scheduler.num_hash_lookahead_tokens"), reason="names of this version cover no more")
+@pytest.mark.parametrize("following", [1, 3])
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_names_that_cover_the_tokens_after_a_block(
+    make: Any, ahead: bool, following: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(ahead=ahead)
+    monkeypatch.setattr(type(engine.core.vllm_config), "num_hash_lookahead_tokens", following)
+    engine = make(ahead=ahead)
+    assert engine.steering._ahead == following
+    for length in range(1, 14):
+        for profile in ("gate", "always", "gate-two,gate", None, "recent"):
+            name = engine.add(Asked([number % 2 for number in range(length)], profile, 1.0, 9))
+            # A block whose name waits for the next tokens is not one that waits for a decision.
+            waits = engine.core.scheduler.requests[name] in engine.steering._unnamed
+            assert profile == "recent" or not waits
+            if length % 3:
+                engine.finish()
+    engine.finish()
+    check_answers(engine)
+    engine.check_idle()
+
+
+@pytest.mark.parametrize(
+    ("version", "following", "waits"), [("0.32.0", 0, True), ("0.33.0", 0, True), ("0.33.0", 1, False)]
+)
+def test_a_name_waits_for_a_decision_or_for_the_next_tokens(
+    make: Any, monkeypatch: pytest.MonkeyPatch, version: str, following: int, waits: bool
+) -> None:
+    engine = make()
+    monkeypatch.setattr(compat, "_version", lambda: version)
+    scheduler = SimpleNamespace(
+        hash_block_size=BLOCK,
+        num_hash_lookahead_tokens=following,
+        kv_cache_manager=engine.core.scheduler.kv_cache_manager,
+    )
+    steering = EngineSteering(engine.steering.config, engine.core.vllm_config, scheduler)
+    request = type("Request", (), {"num_tokens": 2 * BLOCK, "block_hashes": [b"first"], "_block_hasher": len})()
+    steering.enter(request)
+    assert (request in steering._unnamed) == waits
+    steering._forget_unnamed(request)
+
+
 def held(engine: Engine) -> dict[str, int]:
     return {version.name: version.requests for version in engine.steering.registry.versions() if version.requests}
 
@@ -577,6 +624,40 @@ def test_requests_that_never_reach_the_scheduler_hold_nothing(make: Any) -> None
     engine.core.add_request(made, wave)
     assert held(engine) == {"gate": 1}
     engine.finish()
+    engine.check_idle()
+
+
+def test_requests_that_an_engine_turns_away_hold_nothing(make: Any) -> None:
+    engine = make()
+    proc = object.__new__(EngineCoreProc)  # the engine core of a server, without its sockets
+    vars(proc).update(vars(engine.core), output_queue=queue.Queue(), shutdown_state=EngineShutdownState.RUNNING)
+
+    def send(name: str) -> None:
+        parameters = SamplingParams(max_tokens=3, extra_args={"steering": "gate"})
+        made = proc.preprocess_add_request(
+            EngineCoreRequest(name, [0] * 8, None, parameters, None, 0, None, None, None)
+        )
+        assert held(engine) == {"gate": 1}
+        proc._handle_client_request(EngineCoreRequestType.ADD, made)
+
+    def answers() -> list[EngineCoreOutput]:
+        return proc.output_queue.get_nowait()[1].outputs
+
+    pauses = hasattr(EngineCoreProc, "_reject_add_while_paused")
+    proc.reject_new_requests = pauses
+    if pauses:
+        send("while it is paused")
+        assert [output.finish_reason for output in answers()] == [FinishReason.ERROR]
+        assert held(engine) == {}
+        proc.reject_new_requests = False
+    send("while it runs")
+    assert held(engine) == {"gate": 1}
+    proc._handle_client_request(EngineCoreRequestType.ABORT, ["while it runs"])
+    assert held(engine) == {}
+    proc.shutdown_state = EngineShutdownState.REQUESTED
+    send("while it ends")
+    assert [output.finish_reason for output in answers()] == [FinishReason.ABORT]
+    assert held(engine) == {}
     engine.check_idle()
 
 

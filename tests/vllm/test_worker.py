@@ -129,6 +129,16 @@ def test_a_pass_without_requests_steers_nothing_and_moves_no_latch(profiles, tmp
     assert not told
 
 
+def test_a_prompt_may_be_embeddings(profiles, tmp_path) -> None:
+    engine, rows = Engine(profiles, [list(range(LAYERS))], tmp_path), random_rows(6, 5)
+    new = asked("one", engine.extra("own"), 4)
+    new.prompt_token_ids, new.prompt_embeds = None, rows[:4]
+    found, told = engine.step([("one", 0, 6)], {"one": rows}, [new])
+    expected, _ = engine.truth(rows, 4, "own", 1.0)
+    torch.testing.assert_close(found["one"].double(), expected, rtol=0, atol=2e-4)
+    assert set(told) == {"one"}
+
+
 @pytest.mark.parametrize("name", ["mean", "recent", "both"])
 def test_a_pass_without_requests_counts_in_no_mean(profiles, tmp_path, name) -> None:
     engine = Engine(profiles, [list(range(LAYERS))], tmp_path)

@@ -156,7 +156,7 @@ class Sent:
 
 def asked(name: str, extra: list[dict[str, Any]] | None, prompt: int) -> Any:
     parameters = SimpleNamespace(extra_args=None if extra is None else {KEY: extra})
-    return SimpleNamespace(req_id=name, sampling_params=parameters, prompt_len=prompt)
+    return SimpleNamespace(req_id=name, sampling_params=parameters, prompt_token_ids=[0] * prompt, prompt_embeds=None)
 
 
 def random_rows(count: int, seed: int) -> Tensor:
