@@ -77,7 +77,7 @@ def profiles(tiny_llama, make_profile) -> dict[str, SteeringProfile]:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
-    """A function (steering=None, environment=None, **options) -> an LLM in this process; the one before it is closed.
+    """A function (steering=None, environment=None, model=None, **options) -> an LLM here; it closes the one before it.
 
     steering: additional_config.steerfast, None: the plugin is idle. options: beside and over OPTIONS.
     """
@@ -98,6 +98,7 @@ def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
         def start(
             steering: Mapping[str, Any] | None = None,
             environment: Mapping[str, str] | None = None,
+            model: str | None = None,
             **options: Any,
         ) -> Any:
             close()
@@ -109,7 +110,7 @@ def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
             if steering is not None:
                 settings["additional_config"] = {"steerfast": dict(steering)}
             running.append(None)  # what a start that fails leaves behind goes, too
-            running[0] = LLM(str(checkpoint), **settings)
+            running[0] = LLM(model or str(checkpoint), **settings)
             return running[0]
 
         yield start
