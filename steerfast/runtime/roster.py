@@ -21,7 +21,7 @@ from steerfast.errors import ProfileError, SteerfastError
 from steerfast.kernels.edits import torch_scales
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Bank, Reach
-from steerfast.runtime.span import Stack, filled, slots_of
+from steerfast.runtime.span import NO_END, UNSTEERED, Stack, filled, slots_of
 from steerfast.runtime.step import Step, StepMemory
 from steerfast.runtime.tables import PackedRows, StepTables
 
@@ -220,11 +220,11 @@ class Roster:
     def bounds(self, names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the prompt's length of these requests, [n], and the first row that each profile edits no more, [n, K].
 
-        Where a request has fewer profiles, its prompt's length stands for the end.
+        Where a request has fewer profiles, no end comes.
         """
         with self._lock:
             requests = [self._requests[name] for name in names]
-        rest = (0,) * self.stack
+        rest = (NO_END,) * self.stack
         rows = [(*(entry.span.answer_rows for entry in request.stack), *rest)[: self.stack] for request in requests]
         prompts = np.array([request.prompt_length for request in requests], dtype=np.int64)
         return prompts, prompts[:, None] + np.array(rows, dtype=np.int64).reshape(-1, self.stack)
@@ -283,6 +283,17 @@ class Roster:
         """Write the scales of the first `width` rows of the step, from the decisions so far."""
         rows, strength = self.tables.of(width), self.tables.strength.view(-1)
         self.scales[:, :width] = torch_scales(rows.slots, self.values, strength, rows.sequence, self.bank.table)
+
+    def end_edits(self, ends: NDArray[np.int64], lengths: NDArray[np.integer], positions: Tensor) -> None:
+        """Leave out the rows after the end of an edit, by positions that only the device knows.
+
+        Args:
+            ends: [n, K], as `bounds`. lengths: [n], rows of each request in this step.
+            positions: [rows or more], the place of each row in its sequence.
+        """
+        after = _to_device(torch.from_numpy(np.repeat(ends, lengths, axis=0)), self.values.device)
+        slots = self.tables.slots[: len(after)]
+        slots.masked_fill_(positions[: len(after), None] >= after, UNSTEERED)
 
     def current(self, width: int, deciding: bool, reach: Reach) -> Step:
         """Return the `Step` of the tables that `step` has written.

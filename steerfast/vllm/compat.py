@@ -229,6 +229,7 @@ RUNNER_SEAMS = (
     Seam("RunnerV1", "sample_tokens", ("self", "grammar_output"), "wrapped, V1: decisions go with the tokens"),
     Seam("RunnerV1", "get_model", ("self",), "called, V1"),
     Seam("RunnerV1", "input_batch", None, "read, V1: req_ids and num_computed_tokens_cpu"),
+    Seam("RunnerV1", "positions", None, "read, V1: rows of drafts"),
     Seam(
         "RunnerV2",
         "execute_model",
@@ -270,7 +271,7 @@ def check_seam(seam: Seam, owner: type | None = None) -> None:
 
 def is_v1(runner: Any) -> bool:
     """Whether a model runner is of vLLM's first kind, else of its second, which GPUs may have."""
-    return hasattr(runner, "_preprocess")
+    return not runner.vllm_config.use_v2_model_runner
 
 
 def dummy_run(runner: Any, rows: int) -> Any:

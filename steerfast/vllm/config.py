@@ -319,6 +319,11 @@ def check_engine(vllm_config: Any) -> None:
     )
     for wrong, what, why in (
         (model.runner_type != "generate", f"runner {model.runner_type!r}", "nothing is generated"),
+        (
+            bool(getattr(model, "is_diffusion", False)),
+            "a diffusion model",
+            "it computes each row of an answer many times",
+        ),
         (vllm_config.kv_transfer_config is not None, "a KV connector", "its caches know no decisions"),
         (model.enable_sleep_mode, "sleep mode", "profiles would not wake up"),
         (

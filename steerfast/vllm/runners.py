@@ -88,13 +88,14 @@ def _adapt(runner: Any, runtime: WorkerRuntime) -> None:
 
 def _adapt_v1(runner: Any, runtime: WorkerRuntime) -> None:
     preprocess, dummy_run = runner._preprocess, runner._dummy_run
+    drafts = runner.vllm_config.speculative_config is not None
 
     def steered_preprocess(scheduled: Any, num_input_tokens: int, *args: Any, **kwargs: Any) -> Any:
         batch = runner.input_batch
         names = list(batch.req_ids)
         past = batch.num_computed_tokens_cpu[: len(names)]
         lengths = np.fromiter(map(scheduled.num_scheduled_tokens.__getitem__, names), np.int64, len(names))
-        runtime.step(names, past, lengths, num_input_tokens)
+        runtime.step(names, past, lengths, num_input_tokens, runner.positions if drafts else None)
         return preprocess(scheduled, num_input_tokens, *args, **kwargs)
 
     def steered_dummy_run(*args: Any, **kwargs: Any) -> Any:
@@ -107,6 +108,7 @@ def _adapt_v1(runner: Any, runtime: WorkerRuntime) -> None:
 def _adapt_v2(runner: Any, runtime: WorkerRuntime) -> None:
     state = runner.model_state
     preprocess_state = state.preprocess_state
+    drafts = runner.vllm_config.speculative_config is not None
 
     def steered_preprocess_state(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         runtime.step(
@@ -114,6 +116,7 @@ def _adapt_v2(runner: Any, runtime: WorkerRuntime) -> None:
             input_batch.num_computed_tokens_np[: input_batch.num_reqs],
             input_batch.num_scheduled_tokens[: input_batch.num_reqs],
             input_batch.num_tokens_after_padding,
+            input_batch.positions if drafts else None,
         )
         return preprocess_state(input_batch, *args, **kwargs)
 
@@ -157,6 +160,7 @@ def install() -> None:
         result = original(self, *args, **kwargs)
         config = ServingConfig.of(self.vllm_config)
         if config is not None:
+            compat.check(compat.RUNNER_SEAMS)
             load_model = self.worker.load_model
 
             def steered_load_model(*args: Any, **kwargs: Any) -> Any:

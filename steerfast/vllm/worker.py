@@ -133,6 +133,7 @@ class WorkerRuntime:
         Raises:
             SteerfastError: a request names a slot that holds no profile.
         """
+        self._deciding_now, self._decisions = [], None  # of a step that failed
         ended = scheduled.finished_req_ids
         self.roster.end(ended)
         for name in ended:
@@ -161,8 +162,13 @@ class WorkerRuntime:
         past: Sequence[int] | NDArray[np.integer],
         lengths: Sequence[int] | NDArray[np.integer],
         padded_rows: int,
+        positions: Tensor | None = None,
     ) -> None:
         """Set up a step, on the current stream: see `Roster.step`.
+
+        Args:
+            positions: [rows] on the device, where drafts are in flight. `past` then counts drafts that may be rejected
+                later, but no row of a prompt comes after a draft.
 
         Raises:
             SteerfastError: the deciding row of a request was never computed.
@@ -175,9 +181,15 @@ class WorkerRuntime:
             return
         if self._undecided:
             self._deciding_now = self._deciders(names, past, lengths)
-        self._launch_gates = self.roster.step(names, past, lengths, padded_rows)
+        prompts, ends = self.roster.bounds(names)
+        # Drafts in flight count as past. Where an end may have come, the device knows which rows lie after it.
+        unsure = positions is not None and bool((ends < (before + count)[:, None]).any())
+        least = np.minimum(before, prompts) if unsure else before
+        self._launch_gates = self.roster.step(names, least, count, padded_rows)
+        if positions is not None and unsure:
+            self.roster.end_edits(ends, count, positions)
         self._empty = False
-        self._repeat = Repeat.of(key, before, *self.roster.bounds(names))
+        self._repeat = None if unsure else Repeat.of(key, before, prompts, ends)
         if self._deciding_now and not self.shape.first:
             self._receive(self.incoming.tensors.pop(KEY))
             self.roster.write_scales(padded_rows)
@@ -209,8 +221,7 @@ class WorkerRuntime:
         self.layout.check(layer, stream, addend)
         if len(stream) > (most := len(self.roster.tables.slots)):
             raise SteerfastError(f"stream: expected at most {most} rows, got {len(stream)}")
-        # A captured graph decides in every replay, where the tables name rows.
-        captured = stream.is_cuda and torch.cuda.is_current_stream_capturing()
+        captured = _is_captured(stream)  # a graph decides in every replay, where the tables name rows
         reach = self._reach_of_graphs() if captured else self._reach
         edit = self.roster.current(len(stream), captured or self._launch_gates, reach).edit(layer, stream, addend)
         if edit is not None:
@@ -246,7 +257,7 @@ class WorkerRuntime:
     def report(self, output: Any) -> Any:
         """Put the last step's decisions on its ModelRunnerOutput, or on the object that returns it later."""
         decisions, self._decisions = self._decisions, None
-        if decisions is None:
+        if decisions is None or output is None:  # None: the forward pass failed, and its error is on its way
             return output
         if not hasattr(output, "get_output"):
             output.steerfast = decisions.read()
@@ -254,6 +265,7 @@ class WorkerRuntime:
         get_output = output.get_output
 
         def with_decisions() -> Any:
+            vars(output).pop("get_output", None)  # or the output, which holds tensors, waits for the garbage collector
             ready = get_output()
             ready.steerfast = decisions.read()
             return ready
@@ -301,3 +313,8 @@ class _PendingDecisions:
 
 def _bank_name(slot: int) -> str:
     return f"slot {slot}"
+
+
+def _is_captured(stream: Tensor) -> bool:
+    """Return whether the launches of this pass become a CUDA graph."""
+    return stream.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -77,7 +77,7 @@ def profiles(tiny_llama, make_profile) -> dict[str, SteeringProfile]:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
-    """A function (steering=None, environment=None, model=None, **options) -> an LLM here; it closes the last one.
+    """A function (steering=None, environment=None, model=None, **options) -> an LLM here; it closes the one before it.
 
     steering: additional_config.steerfast, None: the plugin is idle. options: beside and over OPTIONS.
     """

@@ -48,11 +48,22 @@ class State(ModelState):
 State.__abstractmethods__ = frozenset()
 
 
+class Output:
+    """It comes later."""
+
+    def __init__(self, output: ModelRunnerOutput) -> None:
+        self.output = output
+
+    def get_output(self) -> ModelRunnerOutput:
+        return self.output
+
+
 class Runner:
     """V2's order of calls: the tables of a step are made in preprocess_state, which no dummy run reaches."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.model_state = engine, State()
+        self.vllm_config = SimpleNamespace(use_v2_model_runner=True, speculative_config=None)
         self.rows: dict[str, torch.Tensor] = {}
         self.found: dict[str, torch.Tensor] = {}
         self.buffers = InputBuffers(8, 64, torch.device("cpu"))
@@ -89,8 +100,7 @@ class Runner:
         return None
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        output = ModelRunnerOutput(self.batch.req_ids, {})
-        return SimpleNamespace(get_output=lambda: output)
+        return Output(ModelRunnerOutput(self.batch.req_ids, {}))
 
 
 def scheduled(lengths: dict[str, int], new: list[Any] | None = None, finished: set[str] | None = None) -> Any:
@@ -157,19 +167,10 @@ def test_the_second_runner_tells_its_steps(profiles, tmp_path) -> None:
     (RunnerV1, RunnerV1, "_preprocess"),
     (RunnerV2, ModelState, "preprocess_state"),
 ])  # fmt: skip
-def test_the_runners_have_what_the_worker_wraps(runner, owner, method) -> None:
-    given = list(inspect.signature(runner.execute_model).parameters)
-    assert given[:3] == ["self", "scheduler_output", "intermediate_tensors"]
-    assert ("dummy_run" in given) == (runner is RunnerV2)
-    assert hasattr(runner, "_preprocess") == (runner is RunnerV1)
-    called = inspect.getsource(runner.execute_model).count(f".{method}(")
-    assert called == 1
-    first = {"_preprocess": ["scheduler_output", "num_input_tokens", "intermediate_tensors"]}
-    assert list(inspect.signature(getattr(owner, method)).parameters)[1:4] == first.get(
-        method, ["input_batch", "block_tables", "kv_cache_config"]
-    )
-    for needed in ("sample_tokens", "get_model", "load_model", "_dummy_run"):
-        assert hasattr(runner, needed)
+def test_the_runners_call_what_the_worker_wraps_once(runner, owner, method) -> None:
+    """`steerfast.vllm.compat` checks that it is there."""
+    assert hasattr(owner, method)
+    assert inspect.getsource(runner.execute_model).count(f".{method}(") == 1
 
 
 # -- models --------------------------------------------------------------------------------------------------------

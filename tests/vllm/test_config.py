@@ -267,6 +267,7 @@ def test_what_nobody_checked_or_another_version_did_is_refused(path, text_config
             "external launcher",
         ),
         ({"speculative": SimpleNamespace(enable_adaptive_verification=True)}, "adaptive verification"),
+        ({"model": {"is_diffusion": True}}, "a diffusion model do not go together: it computes each row of an answer"),
     ],
 )
 def test_engines_that_would_lose_decisions_are_refused(change, says, path, text_config) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import LAYERS, Engine, asked, random_rows
 
+from steerfast.vllm import worker
+
 VIEWS = {"aten::view", "aten::slice", "aten::select", "aten::alias", "aten::detach", "aten::_unsafe_view"}
 
 
@@ -74,3 +76,20 @@ def test_a_directory_costs_nothing_where_no_loaded_profile_acts(profiles, tmp_pa
     runtime.clear(1)
     after = launches(engine, monkeypatch, [("a", 7, 1)], rows)
     assert after == {0: [], 1: [], 2: ["steer_"], 3: [], 4: ["steer_"]}
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("directory", [False, True])
+def test_a_captured_graph_holds_the_gates_of_its_profiles_and_of_later_ones(
+    profiles, tmp_path, monkeypatch, directory
+) -> None:
+    """A graph of decode steps, too: vLLM replays it for the last row of a prompt."""
+    engine, rows = Engine({"sensor": profiles["sensor"]}, [list(range(LAYERS))], tmp_path, directory=directory), {}
+    rows["a"] = random_rows(9, 1)
+    launches(engine, monkeypatch, [("a", 0, 6)], rows, [asked("a", engine.extra("sensor"), 6)])
+    monkeypatch.setattr(worker, "_is_captured", lambda stream: True)
+    found = launches(engine, monkeypatch, [("a", 6, 1)], rows)
+    both, edit = ["score_", "steer_"], ["steer_"]
+    assert found == (dict.fromkeys(range(LAYERS), both) if directory else {1: both, 2: edit, 4: edit})
+    monkeypatch.undo()
+    assert launches(engine, monkeypatch, [("a", 7, 1)], rows)[2] == edit

@@ -5,7 +5,9 @@ Needs no vLLM.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -247,24 +249,99 @@ def test_each_edit_of_a_stack_ends_for_itself(profiles, tmp_path, monkeypatch) -
     assert counts == [1, 1, 0, 0, 1, 0, 1, 0, 1]
 
 
-def test_decisions_wait_for_an_output_that_is_copied_beside_the_step(profiles, tmp_path) -> None:
-    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+@pytest.mark.parametrize("seed", range(4))
+def test_edits_end_at_their_row_while_drafts_are_in_flight(profiles, tmp_path, monkeypatch, seed) -> None:
+    """A runner counts drafts that are rejected later; only positions on the device are exact."""
+    profiles = {
+        **profiles,
+        "short": replace(profiles["always"], answer_tokens=4),
+        "last": replace(profiles["own"], answer_tokens=1),
+    }
+    engine, rng = Engine(profiles, [list(range(LAYERS))], tmp_path, max_rows=40), random.Random(seed)
+    asks = {"a": ("own,short", 5), "b": ("short", 2), "c": ("always", 3), "d": ("last,sensor", 1)}
+    rows = {name: random_rows(30, seed + number) for number, name in enumerate(asks)}
+    truth = {name: engine.truth(rows[name], prompt, stack, 1.0)[0] for name, (stack, prompt) in asks.items()}
+    runtime, past, drafts = engine.runtimes[0], dict.fromkeys(asks, 0), dict.fromkeys(asks, 0)
+    step = runtime.step
+
+    def drafted(names: Any, before: Any, lengths: Any, padded: int) -> None:
+        exact = [place for at, length in zip(before, lengths, strict=True) for place in range(at, at + length)]
+        counted = [at + drafts[name] for name, at in zip(names, before, strict=True)]
+        step(names, counted, lengths, padded, torch.tensor(exact + [0] * (padded - len(exact))))
+
+    monkeypatch.setattr(runtime, "step", drafted)
+    new = [asked(name, engine.extra(stack), prompt) for name, (stack, prompt) in asks.items()]
+    for _ in range(12):
+        batch = []
+        for name in rng.sample(sorted(asks), 4):
+            prompt = asks[name][1]
+            left = prompt - past[name]
+            length = rng.randrange(1, left + 1) if left > 1 else rng.randrange(1, 5)  # 1 and up to 3 drafts
+            batch.append((name, past[name], length))
+        found, _ = engine.step(batch, rows, new, padding=rng.randrange(3))
+        new = []
+        for name, at, length in batch:
+            torch.testing.assert_close(found[name].double(), truth[name][at : at + length], rtol=0, atol=2e-4)
+            answers = at + length >= asks[name][1]
+            first = max(at + 1, asks[name][1])  # the prompt's rows and that of the last token stay
+            past[name] = rng.randrange(first, at + length + 1) if answers else at + length
+            drafts[name] = at + length - past[name]
+    assert all(past[name] > prompt + 4 for name, (_, prompt) in asks.items())
+
+
+class Later:
+    """An output that is copied beside the step."""
+
+    def get_output(self) -> Any:
+        return SimpleNamespace(tokens=[1])
+
+
+def launch(engine: Engine, name: str) -> Any:
+    """Launch a step that decides about a new request."""
     runtime = engine.runtimes[0]
-    runtime.begin(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=[asked("one", engine.extra("always"), 2)]))
-    runtime.step(["one"], [0], [2], 2)
+    new = [asked(name, engine.extra("always"), 2)]
+    runtime.begin(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=new))
+    runtime.step([name], [0], [2], 2)
     engine.forward(list(range(LAYERS)), random_rows(2, 0))
     runtime.launched(None)
+    return runtime
 
-    class Later:
-        def get_output(self) -> Any:
-            return SimpleNamespace(tokens=[1])
 
-    output = runtime.report(Later())
-    ready = output.get_output()
+def test_decisions_wait_for_an_output_that_is_copied_beside_the_step(profiles, tmp_path) -> None:
+    runtime = launch(Engine(profiles, [list(range(LAYERS))], tmp_path), "one")
+    ready = runtime.report(Later()).get_output()
     assert (ready.tokens, ready.steerfast) == ([1], {"one": [([], [])]})
     plain = SimpleNamespace()
     assert runtime.report(plain) is plain
     assert not vars(plain)
+
+
+def test_an_output_that_was_read_goes_at_once(profiles, tmp_path) -> None:
+    """It holds tensors of the device, which should not wait for the garbage collector."""
+    runtime, output = launch(Engine(profiles, [list(range(LAYERS))], tmp_path), "one"), Later()
+    output.tensor = torch.zeros(1)
+    gone = weakref.ref(output.tensor)
+    gc.disable()
+    try:
+        assert runtime.report(output).get_output().steerfast
+        del output
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_step_that_failed_leaves_no_decision_behind(profiles, tmp_path) -> None:
+    engine = Engine(profiles, [list(range(LAYERS))], tmp_path)
+    runtime = launch(engine, "one")
+    assert runtime.report(None) is None  # as a runner answers after an error, which the engine then raises
+    launch(engine, "two")  # nobody reads its output
+    runtime.begin(SimpleNamespace(finished_req_ids={"one", "two"}, scheduled_new_reqs=[]))
+    assert not vars(runtime.report(SimpleNamespace()))
+    runtime.begin(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=[asked("three", engine.extra("own"), 2)]))
+    runtime.step(["three"], [0], [2], 2)  # its forward pass fails
+    new = [asked("four", engine.extra("always"), 2)]
+    _, told = engine.step([("four", 0, 2)], {"four": random_rows(2, 1)}, new, {"three"})
+    assert set(told) == {"four"}
 
 
 def test_profiles_are_written_to_the_slot_that_is_named(profiles, tmp_path, tiny_llama, make_profile) -> None:
