@@ -131,7 +131,7 @@ async def _fields(request: Any, *names: str) -> dict[str, str]:
     """Return the body, a JSON object with these strings and nothing else."""
     try:
         body = await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: deeper than Python reads
         body = None
     if not isinstance(body, dict) or set(body) != {*names} or not all(isinstance(body[name], str) for name in names):
         raise _Refused(400, f"body: expected a JSON object with the strings {', '.join(names)}")
