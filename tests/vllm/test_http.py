@@ -475,6 +475,15 @@ def test_files_from_elsewhere_are_refused(server: Server, file: str) -> None:
         ("POST", "", {"name": "tone", "file": "other.safetensors"}, 400, "name: expected a new one, got 'tone'"),
         ("POST", "", {"name": "off", "file": "other.safetensors"}, 400, "'off'"),
         ("POST", "", {"name": "../x", "file": "other.safetensors"}, 400, "letters, digits"),
+        (
+            "POST",
+            "",
+            {"name": "n" * 1_000_000, "file": "other.safetensors"},
+            400,
+            "name: expected at most 255 printable",
+        ),
+        ("POST", "", '{"name": "\\ud800", "file": "other.safetensors"}', 400, "name: expected at most 255 printable"),
+        ("POST", "", {"name": "n\r\nINFO x", "file": "other.safetensors"}, 400, "got 'n\\r\\nINFO x'"),
         ("POST", "", {"name": "n"}, 400, "body: expected a JSON object with the strings name, file"),
         ("POST", "", {"name": "n", "file": "other.safetensors", "slot": 0}, 400, "body: expected"),
         ("POST", "", {"name": 1, "file": "other.safetensors"}, 400, "body: expected"),
@@ -493,6 +502,7 @@ def test_what_an_administrator_cannot_ask_for(
     found, answer = admin(server, method, name, body)
     assert found == status
     assert words in answer["error"]["message"]
+    assert len(answer["error"]["message"]) <= 1000
 
 
 def test_a_full_bank_says_so(server: Server) -> None:

@@ -219,9 +219,9 @@ GENERATE = {
     "/v1/chat/completions/batch", "/v1/completions", "/v1/messages", "/v1/responses", "/v1/systemone",
 }  # fmt: skip
 ANSWER_NOTHING = {
-    "/detokenize", "/health", "/inference/v1/abort_requests", "/is_scaling_elastic_ep", "/load", "/metrics", "/ping",
-    "/scale_elastic_ep", "/tokenize", "/v1/messages/count_tokens", "/v1/models", "/v1/responses/{response_id}",
-    "/v1/responses/{response_id}/cancel", "/version",
+    "/detokenize", "/health", "/inference/v1/abort_requests", "/is_scaling_elastic_ep", "/kv_event_sources", "/load",
+    "/metrics", "/ping", "/scale_elastic_ep", "/tokenize", "/v1/messages/count_tokens", "/v1/models",
+    "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel", "/version",
 }  # fmt: skip
 
 
@@ -232,12 +232,7 @@ def test_every_route_is_known(server: Server) -> None:
     assert paths - texts <= GENERATE | ANSWER_NOTHING
 
 
-def test_routes_that_take_no_keys_are_steered(server: Server, steered: str) -> None:
-    message = {"role": "user", "content": HARMFUL}
-    body = {"model": MODEL, "messages": [message], "max_tokens": TOKENS, "temperature": 0}
-    for more in ({}, {"vllm_xargs": {"steering": "off"}}):  # a field that this route does not have
-        status, text = server.call("/cohere/v2/chat", {**body, **more})
-        assert (status, json.dumps(steered)[1:-1] in text) == (200, True), text
+def test_a_route_that_takes_no_keys_is_steered(server: Server) -> None:
     before = server.metric("steerfast_gate_evaluations_total", profile="safety")
     scoring = {"model": MODEL, "query": HARMFUL, "items": ["a", "b"], "label_token_ids": [1, 2]}
     assert server.call("/generative_scoring", scoring)[0] == 200
