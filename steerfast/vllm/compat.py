@@ -117,6 +117,7 @@ SEAMS = (
     # engine core: names of cache blocks
     Seam("KVCacheManager", "coordinator", None, "read"),
     Seam("KVCacheManager", "cache_blocks", ("self", "request", "num_computed_tokens"), "called: names given late"),
+    Seam("KVCacheManager", "take_events", ("self",), "wrapped: edited blocks are not published"),
     Seam(
         "KVCacheCoordinator",
         "cache_blocks",

@@ -320,7 +320,6 @@ def check_engine(vllm_config: Any) -> None:
     for wrong, what, why in (
         (model.runner_type != "generate", f"runner {model.runner_type!r}", "nothing is generated"),
         (vllm_config.kv_transfer_config is not None, "a KV connector", "its caches know no decisions"),
-        (model.enable_sleep_mode, "sleep mode", "profiles would not wake up"),
         (
             parallel.pipeline_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher",
             "pipeline parallelism under an external launcher",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("answers", "http_server", "toy")
+pytest.register_assert_rewrite("answers", "http_server", "tiny_world", "toy")
 
 from answers import Oracle  # noqa: E402
 from in_process import ENVIRONMENT, OPTIONS  # noqa: E402
@@ -105,11 +105,11 @@ def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
                 patch.setenv(name, value)
             from vllm import LLM
 
-            settings = {**OPTIONS, **options}
+            settings = {"model": str(checkpoint), **OPTIONS, **options}
             if steering is not None:
                 settings["additional_config"] = {"steerfast": dict(steering)}
             running.append(None)  # what a start that fails leaves behind goes, too
-            running[0] = LLM(str(checkpoint), **settings)
+            running[0] = LLM(**settings)
             return running[0]
 
         yield start
