@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from steerfast.vllm import compat
 from steerfast.vllm.layers import sketch_of
 from steerfast.vllm.worker import WorkerRuntime
 
@@ -23,12 +24,14 @@ def watch_weights(worker: Any, runtime: WorkerRuntime) -> None:
     Whoever changes them gets the ProfileError. The worker refuses steered requests from then on, until weights come
     that agree with all profiles.
     """
+    for seam in compat.WEIGHT_SEAMS:
+        compat.check_seam(seam, type(worker))
     runner = worker.model_runner
     model, vocabulary = runner.get_model(), runner.vllm_config.model_config.hf_text_config.vocab_size
 
     def compare() -> None:
-        receiving = getattr(worker, "_weight_update_active", False)  # until finish_weight_update; ranks may differ
-        if not (receiving or any(parameter.is_meta for parameter in model.parameters())):  # a reload is in the middle
+        # Until finish_weight_update, ranks may load different parts. During a reload, some weights lie nowhere.
+        if not (worker._weight_update_active or any(parameter.is_meta for parameter in model.parameters())):
             runtime.identify(sketch_of(model, vocabulary))
 
     for owner, name in ((worker, "reload_weights"), (worker, "finish_weight_update"), (model, "load_weights")):

@@ -1,9 +1,10 @@
-"""Features of vLLM beside steering that need processes, kernels or weights of their own: docs/features.md lists them."""
+"""Features of vLLM beside steering that need processes or weights of their own: docs/features.md lists them all."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,11 +53,12 @@ def test_an_asynchronous_engine_with_drafts_by_ngrams(world, monkeypatch, ranks)
 
     async def ask(engine: Any, name: str, number: int, id: str, most: int = 1000) -> Any:
         prompt, parameters = world.request(name, number)
-        output, parts = None, 0
+        outputs: list[Any] = []
         async for output in engine.generate(prompt, parameters, request_id=id):
-            if (parts := parts + 1) == most:
+            outputs.append(output)
+            if len(outputs) == most:
                 return None
-        return output
+        return outputs[-1]
 
     async def talk() -> None:
         arguments = AsyncEngineArgs(
@@ -67,15 +69,12 @@ def test_an_asynchronous_engine_with_drafts_by_ngrams(world, monkeypatch, ranks)
         try:
             requests = [ask(engine, *key, f"request {number}") for number, key in enumerate(world.keys)]
             *outputs, _ = await asyncio.gather(*requests, ask(engine, "always", 1, "aborted", most=2))
-            world.check(outputs)
             with pytest.raises(ValueError, match="steering: expected one of own, sensor, always, everywhere, off"):
                 await ask(engine, "nobody", 0, "unknown")
             await engine.engine_core.call_utility_async("steerfast_replace", "always", "own.safetensors")
             replaced = await asyncio.gather(*(ask(engine, "always", n, f"replaced {n}") for n in range(6)))
-            same = [("own", number) for number in range(6)]
-            world.check(
-                [*outputs, *replaced], [*world.keys, *same]
-            )  # a new version on every rank, beside what was told before
+            own = [("own", number) for number in range(6)]
+            world.check([*outputs, *replaced], [*world.keys, *own])  # every rank has the new version
             listed = await engine.engine_core.call_utility_async("steerfast_profiles")
             assert [each["requests"] for each in listed] == [0] * 4
         finally:
@@ -100,12 +99,15 @@ def test_an_external_launcher(world) -> None:
     }  # fmt: skip
     script = str(Path(__file__).with_name("in_process.py"))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, json.dumps(asked)]
-    import os
-
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, *command], env={**kept, **ENVIRONMENT}, capture_output=True, text=True, timeout=400, check=False
-    )  # fmt: skip
+        [sys.executable, *command],
+        env={**kept, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     first, second = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{"))
     assert first == second
@@ -132,7 +134,8 @@ def test_two_api_servers(checkpoint: Path, oracle: Oracle, tmp_path: Path) -> No
     with Server(command, tmp_path / "log", {"STEERFAST_ADMIN_KEY": "key"}) as server:
 
         def ask(name: str) -> None:
-            body = {"model": "model", "prompt": prompt, "temperature": 0, "max_tokens": 8, "vllm_xargs": {"steering": name}}
+            body = {"model": "model", "prompt": prompt, "temperature": 0, "max_tokens": 8}
+            body["vllm_xargs"] = {"steering": name}
             status, text = server.call("/v1/completions", body)
             assert (status, json.loads(text)["choices"][0]["text"]) == (200, expected[name].text)
 
@@ -201,7 +204,8 @@ def test_drafts_by_eagle(start, world) -> None:
     from safetensors.torch import save_file
 
     drafter, folder = tiny_llama(seed=2, num_hidden_layers=1), world.folder / "eagle"
-    tensors = {name.removeprefix("model."): weight for name, weight in drafter.state_dict().items() if ".layers" in name}
+    weights = {name.removeprefix("model."): weight for name, weight in drafter.state_dict().items()}
+    tensors = {name: weight for name, weight in weights.items() if name.startswith("layers.")}
     tensors["fc.weight"] = torch.randn(HIDDEN, 2 * HIDDEN, generator=torch.Generator().manual_seed(0)) / 16
     folder.mkdir()
     save_file({name: weight.contiguous() for name, weight in tensors.items()}, folder / "model.safetensors")
