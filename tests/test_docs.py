@@ -25,7 +25,7 @@ from steerfast.profile import SteeringProfile
 ROOT = Path(__file__).parent.parent
 PAGES = {page.name: page.read_text("utf-8") for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 # Pages on vLLM name its options, too.
-OURS = [name for name in PAGES if name not in ("README.md", "serving.md", "deploy.md", "security.md")]
+OURS = [name for name in PAGES if name not in ("README.md", "serving.md", "features.md", "deploy.md", "security.md")]
 
 
 def blocks(page: str, *languages: str) -> list[str]:

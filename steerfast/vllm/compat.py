@@ -17,7 +17,19 @@ from typing import Any, TypeVar
 
 from steerfast._seams import Seam
 
-__all__ = ["PATHS", "SEAMS", "TESTED", "Seam", "around", "check", "check_runner", "check_version", "has", "is_v1"]
+__all__ = [
+    "PATHS",
+    "SEAMS",
+    "TESTED",
+    "WEIGHT_SEAMS",
+    "Seam",
+    "around",
+    "check",
+    "check_runner",
+    "check_version",
+    "has",
+    "is_v1",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
@@ -67,6 +79,7 @@ PATHS: dict[str, str | Mapping[str, str | None]] = {
     "RunnerV2": "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
     "SchedulerOutput": "vllm.v1.core.sched.output:SchedulerOutput",
     "VocabParallelEmbedding": "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+    "Worker": "vllm.v1.worker.gpu_worker:Worker",
     "WorkerBase": "vllm.v1.worker.worker_base:WorkerBase",
     "WorkerWrapperBase": "vllm.v1.worker.worker_base:WorkerWrapperBase",
     "get_pp_group": "vllm.distributed.parallel_state:get_pp_group",
@@ -166,6 +179,7 @@ SEAMS = (
     # engine core: names of cache blocks
     Seam("KVCacheManager", "coordinator", None, "read"),
     Seam("KVCacheManager", "cache_blocks", ("self", "request", "num_computed_tokens"), "called: names given late"),
+    Seam("KVCacheManager", "take_events", ("self",), "wrapped: edited blocks are not published"),
     Seam(
         "KVCacheCoordinator",
         "cache_blocks",
@@ -247,6 +261,13 @@ RUNNER_SEAMS = (
     ),
 )
 """What is checked in a worker, of the runner that it has."""
+
+WEIGHT_SEAMS = (
+    Seam("Worker", "reload_weights", ("self", "*"), "wrapped: weights changed"),
+    Seam("Worker", "finish_weight_update", ("self",), "wrapped: weights changed"),
+    Seam("Worker", "_weight_update_active", None, "read"),
+)
+"""What is checked of the worker itself."""
 
 
 def check(seams: Iterable[Seam] = SEAMS) -> None:

@@ -366,7 +366,6 @@ def check_engine(vllm_config: Any) -> None:
             "it computes each row of an answer many times",
         ),
         (vllm_config.kv_transfer_config is not None, "a KV connector", "its caches know no decisions"),
-        (model.enable_sleep_mode, "sleep mode", "profiles would not wake up"),
         (
             parallel.pipeline_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher",
             "pipeline parallelism under an external launcher",

@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -46,8 +46,9 @@ __all__ = ["EngineSteering", "HeldProfiles", "inside", "install"]
 
 Hasher = Callable[[Any], list[bytes]]
 Decision = tuple[Sequence[float], Sequence[float]]  # gate values and scores of a profile, by layer
-_NAME_BYTES = 32  # of a block
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
+_RANDOM_BYTES = 24  # of the name of an edited block
+_EDITED = b"-edited-"  # its end, which is all that events show of a name where they show numbers
 
 
 @dataclass(eq=False)
@@ -301,7 +302,32 @@ class EngineSteering:
 def _random_names(block_size: int, request: Any) -> list[bytes]:
     """Return random names for a request's full blocks that have none."""
     missing = request.num_tokens // block_size - len(request.block_hashes)
-    return [secrets.token_bytes(_NAME_BYTES) for _ in range(missing)]
+    return [secrets.token_bytes(_RANDOM_BYTES) + _EDITED for _ in range(missing)]
+
+
+def _is_edited(name: bytes | int) -> bool:
+    """Return whether a block's name, as events show it, is random."""
+    return name == int.from_bytes(_EDITED, "big") if isinstance(name, int) else name.endswith(_EDITED)
+
+
+def shareable(events: Iterable[Any]) -> list[Any]:
+    """Return events about the KV cache without blocks that only their own request finds.
+
+    A router that reads them would send requests after blocks that they cannot use.
+    """
+    kept = []
+    for event in events:
+        if (names := getattr(event, "block_hashes", None)) is not None:
+            names = [name for name in names if not _is_edited(name)]
+            if len(names) < len(event.block_hashes):
+                if not names:
+                    continue
+                event.block_hashes = names  # the first ones: blocks after an edited one are edited, too
+                if hasattr(event, "token_ids"):
+                    event.token_ids = event.token_ids[: len(names) * event.block_size]
+                    event.extra_keys = event.extra_keys and event.extra_keys[: len(names)]
+        kept.append(event)
+    return kept
 
 
 def inside(directory: str | None, file: object) -> str:
@@ -454,6 +480,10 @@ def _wrap_steps() -> None:
         outputs = original(self, scheduled, output)
         self.steerfast.report(self.requests, outputs)
         return outputs
+
+    @around("KVCacheManager", "take_events")
+    def take_events(original: Any, self: Any) -> list[Any]:
+        return shareable(original(self))
 
     # Workers can empty slots between two steps.
     @around("EngineCore", "post_step")

@@ -20,6 +20,7 @@ from steerfast.vllm.layers import check_scale, find_layers, sketch_of, steer_lay
 from steerfast.vllm.ops import activate
 from steerfast.vllm.probe import LayerProbe, uncompiled
 from steerfast.vllm.ranks import RowLayout
+from steerfast.vllm.weights import watch_weights
 from steerfast.vllm.worker import WorkerRuntime, WorkerShape
 
 __all__ = ["attach", "install"]
@@ -37,7 +38,9 @@ def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
     compat.check_runner(runner)
     vllm_config, model = runner.vllm_config, runner.get_model()
     text_config = vllm_config.model_config.hf_text_config
-    identity = replace(identity_of(text_config), embedding_sketch=sketch_of(model, text_config.vocab_size))
+    drawn = vllm_config.load_config.load_format == "dummy"  # a trainer sends the weights later
+    sketch = None if drawn else sketch_of(model, text_config.vocab_size)
+    identity = replace(identity_of(text_config), embedding_sketch=sketch)
     layers = find_layers(model, identity.num_layers)
     check_scale(layers, vllm_config.model_config.dtype)
     rows = partial(compat.dummy_run, runner, min(PROBED_ROWS, vllm_config.scheduler_config.max_num_batched_tokens))
@@ -165,7 +168,7 @@ def install() -> None:
 
             def steered_load_model(*args: Any, **kwargs: Any) -> Any:
                 loaded = load_model(*args, **kwargs)
-                attach(self.worker.model_runner, config)
+                watch_weights(self.worker, attach(self.worker.model_runner, config))
                 return loaded
 
             self.worker.load_model = steered_load_model

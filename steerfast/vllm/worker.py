@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,8 @@ class WorkerRuntime:
         self.roster = Roster(self.bank, shape.max_rows, shape.max_requests, config.stack)
         self.incoming: Any = None
         self._gates: dict[int, list[int]] = {}  # slot -> the layers where its gate decides
+        self._files: dict[int, str] = {}  # slot -> path
+        self._mismatch: str | None = None  # why these weights are not those of a profile
         self._undecided: dict[str, Request] = {}  # steered, and their prompt's last token has yet to come
         self._deciding_now: list[tuple[str, Request]] = []  # requests whose decision falls in this step
         self._decisions: _PendingDecisions | None = None
@@ -116,13 +118,27 @@ class WorkerRuntime:
             raise ProfileError(f"profile {path!r}: expected checksum {checksum}, got {profile.checksum}")
         self.config.check(path, profile, self.identity, split=self.shape.split)
         self.bank.add(_bank_name(slot), profile, slot)
-        self._gates[slot] = profile.gate_layers
+        self._gates[slot], self._files[slot] = profile.gate_layers, path
         self._reach = self._reach_of_profiles()
+
+    def identify(self, sketch: tuple[float, ...] | None) -> None:
+        """Note the sketch of the embedding of weights that have just changed.
+
+        Raises:
+            ProfileError: a profile is another model's. Steered requests are refused until weights agree again.
+        """
+        self.identity, self._mismatch = replace(self.identity, embedding_sketch=sketch), None
+        for slot, path in self._files.items():
+            problem = self.bank.profile(_bank_name(slot)).model.mismatch(self.identity)
+            if problem is not None:
+                self._mismatch = f"profile {path!r}: {problem}"
+                raise ProfileError(self._mismatch)
 
     def clear(self, slot: int) -> None:
         """Empty a slot, if it is not empty; its requests have ended."""
         if self._gates.pop(slot, None) is not None:
             self.bank.remove(_bank_name(slot))
+            del self._files[slot]
             self._reach = self._reach_of_profiles()
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -152,6 +168,10 @@ class WorkerRuntime:
             if entry.slot not in self._gates:
                 raise SteerfastError(f"request {name!r}: expected a slot that holds a profile, got {entry.slot}")
         request = Request(stack, prompt_length)
+        if stack and self._mismatch is not None:
+            raise SteerfastError(
+                f"request {name!r}: expected weights of the profiles' model, got others: {self._mismatch}"
+            )
         self.roster.add(name, request)
         if stack:
             self._undecided[name] = request

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("answers", "http_server", "toy")
+pytest.register_assert_rewrite("answers", "http_server", "tiny_world", "toy")
 
 from answers import Oracle  # noqa: E402
 from in_process import ENVIRONMENT, OPTIONS  # noqa: E402
@@ -77,9 +77,9 @@ def profiles(tiny_llama, make_profile) -> dict[str, SteeringProfile]:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
-    """A function (steering=None, environment=None, model=None, **options) -> an LLM here; it closes the one before it.
+    """A function (steering=None, environment=None, **options) -> an LLM here; it closes the one before it.
 
-    steering: additional_config.steerfast, None: the plugin is idle. options: beside and over OPTIONS.
+    steering: additional_config.steerfast, None: the plugin is idle. options: beside and over OPTIONS and the model.
     """
     running: list[Any] = []
 
@@ -98,7 +98,6 @@ def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
         def start(
             steering: Mapping[str, Any] | None = None,
             environment: Mapping[str, str] | None = None,
-            model: str | None = None,
             **options: Any,
         ) -> Any:
             close()
@@ -106,11 +105,11 @@ def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
                 patch.setenv(name, value)
             from vllm import LLM
 
-            settings = {**OPTIONS, **options}
+            settings = {"model": str(checkpoint), **OPTIONS, **options}
             if steering is not None:
                 settings["additional_config"] = {"steerfast": dict(steering)}
             running.append(None)  # what a start that fails leaves behind goes, too
-            running[0] = LLM(model or str(checkpoint), **settings)
+            running[0] = LLM(**settings)
             return running[0]
 
         yield start

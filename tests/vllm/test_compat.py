@@ -14,12 +14,12 @@ import pytest
 pytest.importorskip("vllm")
 
 from steerfast.vllm import compat, server
-from steerfast.vllm.compat import PATHS, RUNNER_SEAMS, SEAMS, TESTED, Seam
+from steerfast.vllm.compat import PATHS, RUNNER_SEAMS, SEAMS, TESTED, WEIGHT_SEAMS, Seam
 
 ROOM = Path(compat.__file__).parent
 
 
-@pytest.mark.parametrize("seam", [*SEAMS, *RUNNER_SEAMS], ids=lambda seam: f"{seam.owner}.{seam.name}")
+@pytest.mark.parametrize("seam", [*SEAMS, *RUNNER_SEAMS, *WEIGHT_SEAMS], ids=lambda seam: f"{seam.owner}.{seam.name}")
 def test_each_seam_is_there(seam: Seam) -> None:
     if seam.since and not compat.has(f"{seam.owner}.{seam.name}"):
         assert seam.difference(getattr(compat, seam.owner)) == "found none"
@@ -40,7 +40,7 @@ def test_each_name_is_there(name: str) -> None:
 
 def test_no_name_is_in_the_table_for_nothing() -> None:
     text = "\n".join(path.read_text() for path in ROOM.glob("*.py"))
-    seams = {seam.owner for seam in (*SEAMS, *RUNNER_SEAMS)}
+    seams = {seam.owner for seam in (*SEAMS, *RUNNER_SEAMS, *WEIGHT_SEAMS)}
     assert [name for name in PATHS if name not in seams and f"compat.{name}" not in text] == []
 
 

@@ -37,7 +37,7 @@ def path(profile, tmp_path) -> str:
 
 def engine(raw: object, **changes: Any) -> Any:
     """A stand-in of vLLM's configuration."""
-    model = {"model": "a/model", "runner_type": "generate", "enable_sleep_mode": False, **changes.pop("model", {})}
+    model = {"model": "a/model", "runner_type": "generate", **changes.pop("model", {})}
     parallel = {
         "use_ubatching": False,
         "prefill_context_parallel_size": 1,
@@ -259,7 +259,6 @@ def test_what_nobody_checked_or_another_version_did_is_refused(path, text_config
     ("change", "says"),
     [
         ({"model": {"runner_type": "pooling"}}, "runner 'pooling'"),
-        ({"model": {"enable_sleep_mode": True}}, "sleep mode"),
         ({"kv_transfer": object()}, "KV connector"),
         ({"fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"parallel": {"use_ubatching": True}}, "micro-batches"),

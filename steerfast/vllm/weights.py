@@ -1,0 +1,51 @@
+"""Weights that change while an engine runs: profiles stay, and belong to the model still, or it steers no more.
+
+Trainers send weights by `reload_weights`, by vLLM's weight transfer, or straight to `load_weights` of the model. After
+each of these the embedding is compared with the profiles anew. Trained weights keep the embedding's direction; another
+model's do not. Sleep needs no care: profiles and tables lie outside the memory that vLLM's allocator frees.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from steerfast.vllm import compat
+from steerfast.vllm.layers import sketch_of
+from steerfast.vllm.worker import WorkerRuntime
+
+__all__ = ["watch_weights"]
+
+
+def watch_weights(worker: Any, runtime: WorkerRuntime) -> None:
+    """Compare a worker's model with its profiles whenever its weights have changed.
+
+    Whoever changes them gets the ProfileError. The worker refuses steered requests from then on, until weights come
+    that agree with all profiles.
+    """
+    for seam in compat.WEIGHT_SEAMS:
+        compat.check_seam(seam, type(worker))
+    runner = worker.model_runner
+    model, vocabulary = runner.get_model(), runner.vllm_config.model_config.hf_text_config.vocab_size
+
+    def compare() -> None:
+        # Until finish_weight_update, ranks may load different parts. During a reload, some weights lie nowhere.
+        if not (worker._weight_update_active or any(parameter.is_meta for parameter in model.parameters())):
+            runtime.identify(sketch_of(model, vocabulary))
+
+    for owner, name in ((worker, "reload_weights"), (worker, "finish_weight_update"), (model, "load_weights")):
+        _call_after(owner, name, compare)
+
+
+def _call_after(owner: Any, name: str, then: Callable[[], None]) -> None:
+    """Let a method of an object call `then` at its end."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        then()
+        return result
+
+    setattr(owner, name, wrapper)

@@ -1,0 +1,272 @@
+"""Features of vLLM beside steering that need processes or weights of their own: docs/features.md lists them all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from answers import Oracle, always
+from http_server import ENGINE, Server
+from in_process import ENVIRONMENT
+from tiny_world import HIDDEN, OPTIONS, World, tiny_llama, write_json
+
+pytestmark = pytest.mark.contract
+
+pytest.importorskip("vllm")
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def start(engine: Callable[..., Any], world: World) -> Callable[..., Any]:
+    """A function (**options) -> an engine of the tiny model with all profiles."""
+    return lambda **options: engine({"profiles": world.files}, **{"model": world.path, **OPTIONS, **options})
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_asynchronous_engine_with_drafts_by_ngrams(world, monkeypatch, ranks) -> None:
+    """Of one or two data-parallel ranks, used directly."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    for name, value in {**ENVIRONMENT, "VLLM_CPU_CI_ENV": "0"}.items():
+        monkeypatch.setenv(name, value)
+    steering = {"profiles": world.files, "directory": str(world.folder), "slots": 8}
+
+    async def ask(engine: Any, name: str, number: int, id: str, most: int = 1000) -> Any:
+        prompt, parameters = world.request(name, number)
+        outputs: list[Any] = []
+        async for output in engine.generate(prompt, parameters, request_id=id):
+            outputs.append(output)
+            if len(outputs) == most:
+                return None
+        return outputs[-1]
+
+    async def talk() -> None:
+        arguments = AsyncEngineArgs(
+            model=world.path, data_parallel_size=ranks, speculative_config=NGRAM,
+            additional_config={"steerfast": steering}, **OPTIONS,
+        )  # fmt: skip
+        engine = AsyncLLM.from_engine_args(arguments)
+        try:
+            requests = [ask(engine, *key, f"request {number}") for number, key in enumerate(world.keys)]
+            *outputs, _ = await asyncio.gather(*requests, ask(engine, "always", 1, "aborted", most=2))
+            with pytest.raises(ValueError, match="steering: expected one of own, sensor, always, everywhere, off"):
+                await ask(engine, "nobody", 0, "unknown")
+            await engine.engine_core.call_utility_async("steerfast_replace", "always", "own.safetensors")
+            replaced = await asyncio.gather(*(ask(engine, "always", n, f"replaced {n}") for n in range(6)))
+            own = [("own", number) for number in range(6)]
+            world.check([*outputs, *replaced], [*world.keys, *own])  # every rank has the new version
+            listed = await engine.engine_core.call_utility_async("steerfast_profiles")
+            assert [each["requests"] for each in listed] == [0] * 4
+        finally:
+            engine.shutdown()
+
+    asyncio.run(talk())
+    assert "numba" not in sys.modules  # later engines of this process could not start
+
+
+@pytest.mark.slow
+def test_an_external_launcher(world, tmp_path) -> None:
+    """Two tensor-parallel ranks that torchrun starts give the same answers."""
+    requests = [(world.prompts[number], {"steering": name}) for name, number in world.keys]
+    asked = {
+        "model": world.path,
+        "options": {
+            **OPTIONS, "tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher", "seed": 0,
+            "additional_config": {"steerfast": {"profiles": world.files}},
+        },
+        "requests": requests,
+        "tokens": 4,
+    }  # fmt: skip
+    script = str(Path(__file__).with_name("in_process.py"))
+    launcher = ["--standalone", "--nproc-per-node=2", f"--log-dir={tmp_path}", "--redirects=1"]
+    command = ["-m", "torch.distributed.run", *launcher, script, json.dumps(asked)]
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**kept, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    first, second = (json.loads(log.read_text().splitlines()[-1]) for log in tmp_path.rglob("stdout.log"))
+    assert first == second
+    world.check([as_output(answer) for answer in first], within=1e-2)
+
+
+def as_output(answer: dict[str, Any]) -> Any:
+    """An answer of in_process.py as vLLM gives it."""
+    pairs = zip(answer["token_ids"], answer["logprobs"], strict=True)
+    logprobs = [{token: SimpleNamespace(logprob=logprob)} for token, logprob in pairs]
+    completion = SimpleNamespace(token_ids=answer["token_ids"], logprobs=logprobs)
+    return SimpleNamespace(outputs=[completion], steering=answer["steering"])
+
+
+@pytest.mark.slow
+def test_two_api_servers(checkpoint: Path, oracle: Oracle, tmp_path: Path) -> None:
+    always(4).save(tmp_path / "always.safetensors")
+    command = [
+        "-m", "steerfast", "serve", str(checkpoint), "--profile", f"always={tmp_path / 'always.safetensors'}",
+        "--directory", str(tmp_path), "--", *ENGINE, "--api-server-count", "2", "--served-model-name", "model",
+    ]  # fmt: skip
+    prompt = oracle.prompt("Name a city in Italy.")
+    expected = {"always": oracle.answer(prompt, always(4), tokens=8), "off": oracle.answer(prompt, tokens=8)}
+    with Server(command, tmp_path / "log", {"STEERFAST_ADMIN_KEY": "key"}) as server:
+
+        def ask(name: str) -> None:
+            body = {"model": "model", "prompt": prompt, "temperature": 0, "max_tokens": 8}
+            body["vllm_xargs"] = {"steering": name}
+            status, text = server.call("/v1/completions", body)
+            assert (status, json.loads(text)["choices"][0]["text"]) == (200, expected[name].text)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(ask, ["always", "off"] * 12))
+        assert server.metric("steerfast_steered_requests_total", profile="always") == 12
+        key = {"Authorization": "Bearer key"}
+        body = {"name": "two", "file": "always.safetensors"}
+        status, text = server.call("/steerfast/profiles", body, headers=key)
+        assert (status, "--api-server-count 1" in text) == (409, True)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def quantised(world: World, kind: str) -> Any:
+    """Write the model with weights of 8 bits as compressed-tensors does; return it with these weights as floats."""
+    from safetensors.torch import save_file
+
+    tensors, floats, numeric = {}, {}, kind == "int"
+    for name, weight in world.model.state_dict().items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight.to(torch.bfloat16).contiguous()
+            floats[name] = tensors[name].float()
+            continue
+        scale = weight.abs().amax(1, keepdim=True) / (127 if numeric else 448)
+        packed = (weight / scale).round().to(torch.int8) if numeric else (weight / scale).to(torch.float8_e4m3fn)
+        tensors[name], tensors[f"{name}_scale"] = packed, scale
+        floats[name] = packed.float() * scale
+    folder = world.folder / kind
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    scheme = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**scheme, "strategy": "channel", "dynamic": False},
+        "input_activations": {**scheme, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((world.folder / "model" / "config.json").read_text())
+    config["dtype"] = "bfloat16"
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+    }  # fmt: skip
+    write_json(folder / "config.json", config)
+    model = tiny_llama()
+    model.load_state_dict(floats)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["int", pytest.param("float", marks=pytest.mark.slow)])
+def test_weights_of_8_bits(start, engine, world, kind) -> None:
+    model = quantised(world, kind)
+    options = {"model": str(world.folder / kind), "dtype": "bfloat16"}
+    outputs = world.ask(start(**options))
+    world.check(outputs, model=model, within=0.6)  # activations have 8 bits, too
+    off = [(key, output) for key, output in zip(world.keys, outputs, strict=True) if key[0] == "off"]
+    plain = world.ask(engine(**{**OPTIONS, **options}), [key for key, _ in off])
+    for (_, output), alone in zip(off, plain, strict=True):
+        assert list(output.outputs[0].token_ids) == list(alone.outputs[0].token_ids)
+
+
+@pytest.mark.slow
+def test_drafts_by_eagle(start, world) -> None:
+    """A random drafter that reads the edited stream; answers do not depend on it."""
+    from safetensors.torch import save_file
+
+    drafter, folder = tiny_llama(seed=2, num_hidden_layers=1), world.folder / "eagle"
+    weights = {name.removeprefix("model."): weight for name, weight in drafter.state_dict().items()}
+    tensors = {name: weight for name, weight in weights.items() if "_proj" in name or "post_attention" in name}
+    tensors["fc.weight"] = torch.randn(HIDDEN, 2 * HIDDEN, generator=torch.Generator().manual_seed(0)) / 16
+    folder.mkdir()
+    save_file({name: weight.contiguous() for name, weight in tensors.items()}, folder / "model.safetensors")
+    write_json(folder / "config.json", {**drafter.config.to_dict(), "architectures": ["LlamaForCausalLM"]})
+    llm = start(speculative_config={"method": "eagle", "model": str(folder), "num_speculative_tokens": 2})
+    world.check(world.ask(llm))
+    world.check(world.ask(llm))
+
+
+def test_sleep_frees_no_memory_of_profiles(start, engine, world, monkeypatch) -> None:
+    """vLLM frees what was allocated inside its pools: here, what load_model and the KV cache allocate."""
+    from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from steerfast.vllm import runners
+
+    inside: list[str] = []
+
+    class Pool:
+        def __init__(self, tag: str) -> None:
+            self.tag = tag
+
+        def __enter__(self) -> None:
+            inside.append(self.tag)
+
+        def __exit__(self, *raised: object) -> None:
+            inside.pop()
+
+    class Backend:
+        """Loses what lies in the pools; level 1 keeps weights."""
+
+        @torch.inference_mode()
+        def suspend(self, level: int) -> None:
+            runner = self.runner
+            self.kept = [each.clone() for each in runner.model.parameters()] if level == 1 else []
+            for each in (*runner.model.parameters(), *runner.kv_caches):
+                each.data.fill_(0)
+
+        @torch.inference_mode()
+        def resume(self, tags: Any) -> None:
+            for each, kept in zip(self.runner.model.parameters(), self.kept, strict=False):
+                each.data.copy_(kept)
+
+    pools: list[list[str]] = []
+    attach = runners.attach
+    monkeypatch.setattr(Worker, "_maybe_get_memory_pool_context", lambda self, tag: Pool(tag))
+    monkeypatch.setattr(runners, "attach", lambda *args: (pools.append(list(inside)), attach(*args))[1])
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
+    monkeypatch.setattr(gpu_worker.current_platform, "is_sleep_mode_available", lambda: True)
+    llm = start(enable_sleep_mode=True)
+    assert pools == [[]]
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    backend: Any = Backend()
+    backend.runner = worker.model_runner
+    worker._sleep_mode_backend = backend
+    monkeypatch.setattr(worker, "sleep", lambda level=1: Worker.sleep(worker, level), raising=False)
+    monkeypatch.setattr(worker, "wake_up", lambda tags=None: Worker.wake_up(worker, tags), raising=False)
+    for level in (1, 2):
+        llm.sleep(level=level)
+        llm.wake_up()
+        if level == 2:
+            llm.collective_rpc("reload_weights")
+        world.check(world.ask(llm, world.keys[:10]), world.keys[:10])
