@@ -135,6 +135,8 @@ SEAMS = (
     Seam("InputProcessor", "tokenizer", None, "read: compared with the profiles'"),
     Seam("OutputProcessor", "process_outputs", ("self", "engine_core_outputs", "*"), "wrapped: decisions are reported"),
     Seam("OutputProcessor", "request_states", None, "read"),
+    Seam("OutputProcessor", "tracing_enabled", None, "read"),
+    Seam("OutputProcessor", "do_tracing", ("self", "engine_core_output", "req_state", "*"), "wrapped: request spans"),
     Seam("RequestState", "make_request_output", ("self", "*"), "wrapped: outputs carry the decision"),
     Seam("AsyncLLM", "__init__", ("self", "vllm_config", "*"), "wrapped: its output processor"),
     Seam("AsyncLLM", "input_processor", None, "read"),
