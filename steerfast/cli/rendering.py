@@ -267,6 +267,28 @@ def latency_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def serving_report(lines: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the last lines of `steerfast.evaluation.serving.measure_serving`, one per system."""
+    summaries = [line for line in lines if "measured" in line]
+    first = summaries[0]
+    load = f"{first['requests']} requests of {first['prompt']} + {first['output']} tokens a round"
+    title = escape(f"{first['model']}, {load}, {first['concurrency']} at a time")
+    columns = ("first token, ms", "ratio", "later token, ms", "ratio", "p99", "ratio", "tokens/s", "ratio")
+    table = _table("system", *columns, title=title, no_wrap=True)
+    for line in summaries:
+        cells = []
+        for figure in ("ttft_ms", "tpot_ms", "p99_itl_ms", "tokens_per_s"):
+            middle, least, most = line.get(f"{figure}_ratio", (None, None, None))
+            cells += [f"{line[figure]:.2f}", "" if middle is None else f"{middle:.3f} ({least:.2f}-{most:.2f})"]
+        table.add_row(line["system"], *cells)
+    console.print(table)
+    console.print(
+        f"{first['device']}, vLLM {first['vllm_version']}, torch {first['torch']}. Medians of "
+        f"{first['measured']} rounds; ratios to stock in the same round (least-largest). control is a second stock.",
+        markup=False,
+    )
+
+
 def evaluation_report(result: Mapping[str, Any], console: Console) -> None:
     """Print the summary and the tasks of an evaluation, a column for each system."""
     from steerfast.evaluation.report import tables

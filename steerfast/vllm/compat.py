@@ -46,6 +46,9 @@ PATHS = {
     "RequestOutput": "vllm.outputs:RequestOutput",
     "RequestState": "vllm.v1.engine.output_processor:RequestState",
     "VLLMValidationError": "vllm.exceptions:VLLMValidationError",
+    # load generator
+    "add_load_options": "vllm.benchmarks.serve:add_cli_args",
+    "run_load": "vllm.benchmarks.serve:main",
     # server
     "FlexibleArgumentParser": "vllm.utils.argparse_utils:FlexibleArgumentParser",
     "ServeSubcommand": "vllm.entrypoints.cli.serve:ServeSubcommand",
