@@ -273,18 +273,27 @@ def serving_report(lines: Sequence[Mapping[str, Any]], console: Console) -> None
     first = summaries[0]
     load = f"{first['requests']} requests of {first['prompt']} + {first['output']} tokens a round"
     title = escape(f"{first['model']}, {load}, {first['concurrency']} at a time")
-    columns = ("first token, ms", "ratio", "later token, ms", "ratio", "p99", "ratio", "tokens/s", "ratio")
+    columns = ("first token, ms", "ratio", "later token, ms", "ratio, least-largest", "p99", "tokens/s", "ratio")
     table = _table("system", *columns, title=title, no_wrap=True)
     for line in summaries:
-        cells = []
-        for figure in ("ttft_ms", "tpot_ms", "p99_itl_ms", "tokens_per_s"):
-            middle, least, most = line.get(f"{figure}_ratio", (None, None, None))
-            cells += [f"{line[figure]:.2f}", "" if middle is None else f"{middle:.3f} ({least:.2f}-{most:.2f})"]
-        table.add_row(line["system"], *cells)
+        ratio = {name: line.get(f"{name}_ratio") for name in ("ttft_ms", "tpot_ms", "tokens_per_s")}
+        middle = {name: "" if found is None else f"{found[0]:.3f}" for name, found in ratio.items()}
+        if (found := ratio["tpot_ms"]) is not None:
+            middle["tpot_ms"] += f" {found[1]:.3f}-{found[2]:.3f}"
+        table.add_row(
+            line["system"],
+            f"{line['ttft_ms']:.2f}",
+            middle["ttft_ms"],
+            f"{line['tpot_ms']:.2f}",
+            middle["tpot_ms"],
+            f"{line['p99_itl_ms']:.2f}",
+            f"{line['tokens_per_s']:.1f}",
+            middle["tokens_per_s"],
+        )
     console.print(table)
     console.print(
         f"{first['device']}, vLLM {first['vllm_version']}, torch {first['torch']}. Medians of "
-        f"{first['measured']} rounds; ratios to stock in the same round (least-largest). control is a second stock.",
+        f"{first['measured']} rounds; ratios to stock in the same round. control is a second stock server.",
         markup=False,
     )
 

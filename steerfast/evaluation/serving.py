@@ -154,6 +154,9 @@ class _Servers:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         while self._running:
             self._running.popitem()[1].stop()
 
@@ -202,7 +205,7 @@ class _Servers:
     def _server(self, name: str) -> ServerProcess:
         if name not in self._running:
             if not self._load.together:
-                self.__exit__()
+                self.stop()
             environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
             plugins = allowed_plugins(os.environ.get("VLLM_PLUGINS"), [], admin=False)
             if name in (STOCK, "control"):

@@ -51,7 +51,7 @@ def test_it_prints_a_table_and_writes_lines(asked: dict[str, Any], tmp_path: Pat
     assert (asked["model"], asked["profile"], asked["vllm"]) == ("model", None, ("--dtype", "bfloat16"))
     assert (asked["rounds"], asked["rate"], asked["together"]) == (2, 1.5, False)
     assert asked["systems"] == list(serving.SYSTEMS)
-    assert "1.100 (1.10-1.10)" in result.stdout
+    assert "1.100 1.100-1.100" in result.stdout
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert [line["system"] for line in lines] == ["stock", "open", "stock", "open"]
     assert lines[-1]["tpot_ms_ratio"] == [1.1, 1.1, 1.1]

@@ -6,6 +6,8 @@ import configparser
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,7 @@ def check_command(words: list[str]) -> None:
     assert args.port == 8000
 
 
-def test_the_unit_starts_a_command_that_exists() -> None:
+def test_the_unit_starts_a_command_that_exists(tmp_path: Path) -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[method-assign,assignment]
     text = (FOLDER / "steerfast.service").read_text("utf-8").replace("\\\n", " ")
@@ -126,6 +128,9 @@ def test_the_unit_starts_a_command_that_exists() -> None:
     program, *words = shlex.split(unit["Service"]["ExecStart"])
     assert Path(program).name == "steerfast"
     check_command(words)
+    if shutil.which("systemd-analyze"):
+        (tmp_path / "steerfast.service").write_text(text.replace(program, "/bin/true"))
+        subprocess.run(["systemd-analyze", "verify", str(tmp_path / "steerfast.service")], check=True)
     assert "curl -sf http://127.0.0.1:8000/health" in text
 
 
