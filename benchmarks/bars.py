@@ -1,4 +1,4 @@
-"""Check the project's bars on the lines of ops.py, launch.py and serve_graph.py.
+"""Check the bars on the lines of ops.py, launch.py, serve_graph.py, gpu_serving.py and `steerfast bench-serve`.
 
     python benchmarks/bars.py                             the results in benchmarks/results
     python benchmarks/bars.py --results DIR
@@ -33,8 +33,10 @@ def ratio(line: Line, other: Line) -> float:
 class Results:
     """The timed lines of one device."""
 
-    def __init__(self, ops: list[Line], launches: list[Line], steps: list[Line]) -> None:
-        self.ops, self.launches = ops, launches
+    def __init__(
+        self, ops: list[Line], launches: list[Line], steps: list[Line], serving: list[Line] | None = None
+    ) -> None:
+        self.ops, self.launches, self.serving = ops, launches, serving or []
         self.steps = {self.step(line, line["system"]): line for line in steps}
         self.by_case = {(self.case(line), line["provider"]): line for line in ops}
 
@@ -96,6 +98,20 @@ class Results:
         one = self.steps.get(self.step(line, "open-all"))
         return one and line["us"] / one["us"]
 
+    def served(self, system: str, key: str = "ratio", over: str = "") -> Iterator[Value]:
+        """Yield `key` of a system's lines of gpu_serving.py; `over`: divided by that of another system."""
+        by_case = {(line["system"], line["batch"]): line for line in self.serving if "ratio" in line}
+        for (name, batch), line in by_case.items():
+            if name != system or (over and (over, batch) not in by_case):
+                continue
+            yield line[key] / (by_case[over, batch][key] if over else 1), f"{system}, batch {batch}"
+
+    def clients(self, system: str, place: int = 0) -> Iterator[Value]:
+        """Yield the ratio of a system's time per token in `steerfast bench-serve`: its median, or its least (1)."""
+        for line in self.serving:
+            if line["system"] == system and "tpot_ms_ratio" in line:
+                yield line["tpot_ms_ratio"][place], line["model"]
+
 
 def bars(results: Results, cuda: bool) -> Iterator[tuple[str, str, list[Value], float]]:
     """Yield name, comparison, measured values and limit of each bar of a device."""
@@ -103,6 +119,8 @@ def bars(results: Results, cuda: bool) -> Iterator[tuple[str, str, list[Value], 
     many = results.of(FUSED, "steerfast", profiles=256)
     if not cuda:
         yield "fused op over separate passes, 1 to 64 rows, times faster", ">=", list(results.few()), 1.5
+        yield "idle server over stock, least of the rounds", "<=", list(results.clients("idle", 1)), 1.0
+        yield "steered server over stock", "<=", list(results.clients("open")), 1.02
         return
     yield "share of the copy bandwidth, 8192 rows and more, H 4096", ">=", list(results.bandwidth()), 0.9
     unsteered = results.against(steered, "steerfast-unsteered")
@@ -118,11 +136,20 @@ def bars(results: Results, cuda: bool) -> Iterator[tuple[str, str, list[Value], 
     yield "idle declared layer, us", "<=", list(idle), 1.3
     yield "all layers steered over no plugin", "<=", list(replays("open-all", lambda ln: ln["ratio"])), 1.012
     yield "64 profiles over one", "<=", list(replays("profiles-64", results.over_one_profile)), 1.01
+    yield "idle engine over stock, least of the rounds", "<=", list(results.served("idle", "least")), 1.0
+    yield "engine with one layer, unsteered, over stock", "<=", list(results.served("one-layer:off")), 1.003
+    yield "engine with one layer, steered, over stock", "<=", list(results.served("one-layer:one")), 1.005
+    yield "engine with all layers steered over stock", "<=", list(results.served("all-layers:all")), 1.015
+    many = results.served("all-layers:64", over="all-layers:all")
+    yield "engine with 64 profiles over one", "<=", list(many), 1.01
+    directory = [*results.served("directory:off"), *results.served("directory:one")]
+    yield "engine that may load profiles over stock", "<=", directory, 1.01
 
 
-def read(path: Path) -> list[Line]:
+def read(path: Path, key: str = "us") -> list[Line]:
+    """Return the lines of a file that have `key`: not those of errors."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [line for line in map(json.loads, lines) if "us" in line]
+    return [line for line in map(json.loads, lines) if key in line]
 
 
 def main() -> int:
@@ -131,10 +158,13 @@ def main() -> int:
     directory = parser.parse_args().results
     missed = 0
     names = {
-        path.stem.removeprefix(kind) for kind in ("ops-", "serve-graph-") for path in directory.glob(f"{kind}*.jsonl")
+        path.stem.removeprefix(kind)
+        for kind in ("ops-", "serve-graph-", "serving-")
+        for path in directory.glob(f"{kind}*.jsonl")
     }
     for device in sorted(names):
-        results = Results(*(read(directory / f"{kind}-{device}.jsonl") for kind in ("ops", "launch", "serve-graph")))
+        own = (read(directory / f"{kind}-{device}.jsonl") for kind in ("ops", "launch", "serve-graph"))
+        results = Results(*own, serving=read(directory / f"serving-{device}.jsonl", "system"))
         print(device)
         for name, comparison, values, limit in bars(results, device != "cpu"):
             if not values:
@@ -144,7 +174,7 @@ def main() -> int:
             holds = worst <= limit if comparison == "<=" else worst >= limit
             passed = sum(v <= limit if comparison == "<=" else v >= limit for v, _ in values)
             missed += not holds
-            verdict, where_worst = "holds" if holds else "MISSED", f"worst {worst:.2f} ({at})"
+            verdict, where_worst = "holds" if holds else "MISSED", f"worst {worst:.3f} ({at})"
             share = f"{passed} of {len(values)} cases"
             print(f"  {verdict:12}  {name}: {comparison} {limit}; {where_worst}, {share}")
     return int(missed > 0)

@@ -118,3 +118,28 @@ def test_bars_read_the_lines_of_serving_steps(neighbours: Any) -> None:
     assert found["captured edited layer, to batch 64, us"][0][0] == 1.5
     assert found["64 profiles over one"][0][0] == pytest.approx(1.01)
     assert found["idle declared layer, us"] == []
+
+
+def test_bars_read_the_lines_of_engines_and_servers(neighbours: Any) -> None:
+    bars = neighbours("bars")
+    lines = [
+        {"system": name, "batch": 32, "ratio": ratio, "least": least}
+        for name, ratio, least in (
+            ("idle", 1.001, 0.998), ("one-layer:off", 1.002, 1.0), ("one-layer:one", 1.006, 1.0),
+            ("all-layers:all", 1.02, 1.0), ("all-layers:64", 1.03, 1.0), ("directory:off", 1.001, 1.0),
+            ("directory:one", 1.004, 1.0),
+        )
+    ]  # fmt: skip
+    found = {name: values for name, _, values, _ in bars.bars(bars.Results([], [], [], serving=lines), cuda=True)}
+    assert found["idle engine over stock, least of the rounds"] == [(0.998, "idle, batch 32")]
+    assert found["engine with one layer, steered, over stock"] == [(1.006, "one-layer:one, batch 32")]
+    assert found["engine with 64 profiles over one"] == [(1.03 / 1.02, "all-layers:64, batch 32")]
+    assert [value for value, _ in found["engine that may load profiles over stock"]] == [1.001, 1.004]
+    lines = [
+        {"system": "idle", "round": 0, "model": "m", "tpot_ms": 20.0},
+        {"system": "idle", "model": "m", "tpot_ms_ratio": [1.01, 0.99, 1.03]},
+        {"system": "open", "model": "m", "tpot_ms_ratio": [1.015, 0.99, 1.03]},
+    ]
+    found = {name: values for name, _, values, _ in bars.bars(bars.Results([], [], [], serving=lines), cuda=False)}
+    assert found["idle server over stock, least of the rounds"] == [(0.99, "m")]
+    assert found["steered server over stock"] == [(1.015, "m")]

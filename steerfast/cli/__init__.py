@@ -19,6 +19,7 @@ _COMMANDS = (
     "eval",
     "guard",
     "bench",
+    "bench-serve",
     "serve",
     "convert",
     "doctor",

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -358,6 +358,18 @@ def write_json(json_file: str | None, result: Mapping[str, Any] | Sequence[Any])
     from steerfast._files import write_atomically
 
     write_atomically(json_file, data)
+
+
+@contextlib.contextmanager
+def lines_to(file: str | None) -> Iterator[Callable[[str], object]]:
+    """Give a function that writes a line at once: to a new file, to standard output for `STDOUT`, nowhere for None."""
+    if file is None:
+        yield lambda line: None
+    elif file == STDOUT:
+        yield click.echo
+    else:
+        with open(file, "w", encoding="utf-8") as lines:
+            yield lambda line: print(line, file=lines, flush=True)
 
 
 def _plain(value: Any) -> Any:

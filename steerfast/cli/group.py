@@ -23,7 +23,8 @@ class CommandGroup(click.Group):
     """Import a command on its first use; print an error as one line on stderr.
 
     Args:
-        names: the commands, in the order of --help; each is `command` in the module of that name in `package`.
+        names: the commands, in the order of --help; each is `command` in the module of that name, with
+            underscores, in `package`.
     """
 
     def __init__(self, *args: Any, names: Sequence[str], package: str, **options: Any) -> None:
@@ -37,7 +38,7 @@ class CommandGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._names:
             return None
-        command: click.Command = importlib.import_module(f"{self._package}.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"{self._package}.{cmd_name.replace('-', '_')}").command
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -267,6 +267,37 @@ def latency_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def serving_report(lines: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the last lines of `steerfast.evaluation.serving.measure_serving`, one per system."""
+    summaries = [line for line in lines if "measured" in line]
+    first = summaries[0]
+    load = f"{first['requests']} requests of {first['prompt']} + {first['output']} tokens a round"
+    title = escape(f"{first['model']}, {load}, {first['concurrency']} at a time")
+    columns = ("first token, ms", "ratio", "later token, ms", "ratio, least-largest", "p99", "tokens/s", "ratio")
+    table = _table("system", *columns, title=title, no_wrap=True)
+    for line in summaries:
+        ratio = {name: line.get(f"{name}_ratio") for name in ("ttft_ms", "tpot_ms", "tokens_per_s")}
+        middle = {name: "" if found is None else f"{found[0]:.3f}" for name, found in ratio.items()}
+        if (found := ratio["tpot_ms"]) is not None:
+            middle["tpot_ms"] += f" {found[1]:.3f}-{found[2]:.3f}"
+        table.add_row(
+            line["system"],
+            f"{line['ttft_ms']:.2f}",
+            middle["ttft_ms"],
+            f"{line['tpot_ms']:.2f}",
+            middle["tpot_ms"],
+            f"{line['p99_itl_ms']:.2f}",
+            f"{line['tokens_per_s']:.1f}",
+            middle["tokens_per_s"],
+        )
+    console.print(table)
+    console.print(
+        f"{first['device']}, vLLM {first['vllm_version']}, torch {first['torch']}. Medians of "
+        f"{first['measured']} rounds; ratios to stock in the same round. control is a second stock server.",
+        markup=False,
+    )
+
+
 def evaluation_report(result: Mapping[str, Any], console: Console) -> None:
     """Print the summary and the tasks of an evaluation, a column for each system."""
     from steerfast.evaluation.report import tables

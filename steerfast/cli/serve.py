@@ -11,7 +11,7 @@ from steerfast.cli import common
 from steerfast.cli.tune import band
 
 
-class _Serve(click.Command):
+class VllmCommand(click.Command):
     """A command that says where vLLM's own options go."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -21,7 +21,7 @@ class _Serve(click.Command):
             raise click.UsageError(f"{error.format_message()} Options of vLLM come after --", ctx) from None
 
 
-@click.command("serve", cls=_Serve)
+@click.command("serve", cls=VllmCommand)
 @click.argument("model_name", metavar="MODEL")
 @click.argument("vllm_arguments", metavar="[-- VLLM OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 @common.repeated_option("--profile", "profiles", "NAME=FILE", "A profile that requests may name.")

@@ -34,7 +34,7 @@ from steerfast.hf.fused import is_patched, patch
 from steerfast.hf.generation import device_of
 from steerfast.hf.steering import Steering, steer
 from steerfast.hf.structure import find_decoder, identify
-from steerfast.profile import Gate, SteeringProfile
+from steerfast.profile import Gate, ModelIdentity, SteeringProfile
 from steerfast.text.encoding import context_of
 
 MODES = ("eager", "compile")
@@ -74,7 +74,13 @@ def twin(model: nn.Module) -> Any:
 
 def random_profile(model: nn.Module, layers: Sequence[int], *, is_open: bool = True, seed: int = 0) -> SteeringProfile:
     """Make random directions and unit vectors that steer `layers`; each prompt gate always or never opens."""
-    identity = identify(model)
+    return random_profile_of(identify(model), layers, is_open=is_open, seed=seed)
+
+
+def random_profile_of(
+    identity: ModelIdentity, layers: Sequence[int], *, is_open: bool = True, seed: int = 0
+) -> SteeringProfile:
+    """Make the profile of `random_profile` for a model that is not loaded."""
     generator = torch.Generator().manual_seed(seed)
     shape = (2, identity.num_layers, identity.hidden_size)
     direction, vector = nn.functional.normalize(torch.randn(shape, generator=generator, device="cpu"), dim=2)
@@ -118,18 +124,18 @@ def systems(model: nn.Module, profile: SteeringProfile | None = None) -> tuple[l
             "open-all": (random_profile(model, everywhere), True),
         }
     else:
-        given = {"profile-open": (_moved(profile, True), True)}
+        given = {"profile-open": (with_fixed_gate(profile, True), True)}
         if profile.gate.kind == "always":
             reasons["profile-shut"] = "the profile has no gate"
         else:
-            given = {"profile-shut": (_moved(profile, False), False), **given}
+            given = {"profile-shut": (with_fixed_gate(profile, False), False), **given}
     for name, (steered, opens) in given.items():
         target = twin(model) if "idle" in reasons else patch(twin(model))
         made.append(TimedModel(name, target, steer(target, steered), opens))
     return made, reasons
 
 
-def _moved(profile: SteeringProfile, opens: bool) -> SteeringProfile:
+def with_fixed_gate(profile: SteeringProfile, opens: bool) -> SteeringProfile:
     """Return the profile with a gate that always, or never, opens."""
     far = _OPEN if profile.gate.score == "cosine" else -_FAR
     return replace(

@@ -62,6 +62,9 @@ PATHS: dict[str, str | Mapping[str, str | None]] = {
     "RequestOutput": "vllm.outputs:RequestOutput",
     "RequestState": "vllm.v1.engine.output_processor:RequestState",
     "VLLMValidationError": "vllm.exceptions:VLLMValidationError",
+    # load generator
+    "add_load_options": "vllm.benchmarks.serve:add_cli_args",
+    "run_load": "vllm.benchmarks.serve:main",
     # server
     "FlexibleArgumentParser": "vllm.utils.argparse_utils:FlexibleArgumentParser",
     "ServeSubcommand": "vllm.entrypoints.cli.serve:ServeSubcommand",
@@ -198,6 +201,8 @@ SEAMS = (
     Seam("InputProcessor", "tokenizer", None, "read: compared with the profiles'"),
     Seam("OutputProcessor", "process_outputs", ("self", "engine_core_outputs", "*"), "wrapped: decisions are reported"),
     Seam("OutputProcessor", "request_states", None, "read"),
+    Seam("OutputProcessor", "tracing_enabled", None, "read"),
+    Seam("OutputProcessor", "do_tracing", ("self", "engine_core_output", "req_state", "*"), "wrapped: request spans"),
     Seam("RequestState", "make_request_output", ("self", "*"), "wrapped: outputs carry the decision"),
     Seam("AsyncLLM", "__init__", ("self", "vllm_config", "*"), "wrapped: its output processor"),
     Seam("AsyncLLM", "input_processor", None, "read"),

@@ -16,7 +16,7 @@ from typing import Any
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 from steerfast.text.tokenizer import template_hash, tokenizer_hash
-from steerfast.vllm import compat
+from steerfast.vllm import compat, tracing
 from steerfast.vllm.assignment import requested
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import KEY, ServingConfig
@@ -136,7 +136,7 @@ class FrontEnd:
 
 
 def _add_steering(state: Any, steering: dict[str, Any] | list[dict[str, Any]]) -> None:
-    """Let all later outputs of a request carry `steering`. Requests without a decision stay as they are."""
+    """Let all later outputs of a request, and its span, carry `steering`. Requests without a decision stay as is."""
     make = state.make_request_output
 
     def make_request_output(*args: Any, **kwargs: Any) -> Any:
@@ -146,6 +146,7 @@ def _add_steering(state: Any, steering: dict[str, Any] | list[dict[str, Any]]) -
         return output
 
     state.make_request_output = make_request_output
+    state.steering = steering  # for its span
 
 
 def install() -> None:
@@ -183,6 +184,7 @@ def install() -> None:
             return inner(outputs, *args, **kwargs)
 
         processor.process_outputs = process_outputs
+        tracing.install(processor)
 
     for engine in ("AsyncLLM", "LLMEngine"):
         around(engine, "__init__")(init_engine)
