@@ -1,9 +1,10 @@
 """The ``steerfast`` key of vLLM's ``additional_config``: the profiles that an engine serves, and its limits.
 
 A user writes ``{"profiles": {name: file}, "default": "name" or "name,name", "locked": bool, "max_strength": number,
-"slots": n, "stack": n, "layers": [...], "directory": folder}``. All keys are optional, except one of profiles and
-directory. `normalise` checks the key and completes it while vLLM makes its configuration; `ServingConfig.of` reads it
-in every process. vLLM hashes the key, so that engines with other layers never share a compiled model.
+"slots": n, "stack": n, "layers": [...], "directory": folder, "observe": [name, ...]}``. All keys are optional, except
+one of profiles and directory. `normalise` checks the key and completes it while vLLM makes its configuration;
+`ServingConfig.of` reads it in every process. vLLM hashes the key, so that engines with other layers never share a
+compiled model.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from steerfast.vllm.compat import around
 
 __all__ = [
     "KEY",
+    "OBSERVE",
     "OFF",
     "ServingConfig",
     "check_engine",
@@ -39,6 +41,7 @@ __all__ = [
 
 KEY = "steerfast"
 OFF = "off"  # a request says so to be left unsteered
+OBSERVE = "observe"  # gates decide and report, and no row is edited
 DEFAULT_SLOTS = 32
 DEFAULT_MAX_STRENGTH = 10.0  # text falls apart well before this
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -52,6 +55,7 @@ _EXPECTED = {
     "stack": (int, "a whole number"),
     "layers": (list, "a list of layer numbers or null"),
     "directory": (str, "a folder or null"),
+    "observe": (list, "a list of profiles' names"),
 }
 _NULLABLE = {"default", "layers", "directory"}
 
@@ -71,6 +75,7 @@ class ServingConfig:
     kinds: the edits and gates that profiles may have, a `steerfast.kernels.contract.Kinds`.
     directory: where profiles may be loaded from later; None: nowhere.
     version: of steerfast.
+    observe: profiles that edit nothing, whatever a request asks: their gates decide and are reported.
     """
 
     profiles: Mapping[str, str]
@@ -84,6 +89,7 @@ class ServingConfig:
     max_strength: float = DEFAULT_MAX_STRENGTH
     stack: int = 1
     reading: tuple[int, ...] | None = None
+    observe: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, vllm_config: Any) -> ServingConfig | None:
@@ -103,7 +109,8 @@ class ServingConfig:
         if raw["version"] != _VERSION:
             raise ValueError(f"additional_config.{KEY}: expected version {_VERSION}, got {raw['version']}")
         reading = None if raw["reading"] is None else tuple(raw["reading"])
-        return cls(**{**raw, "profiles": dict(raw["profiles"]), "layers": tuple(raw["layers"]), "reading": reading})
+        lists = {"layers": tuple(raw["layers"]), "reading": reading, "observe": tuple(raw["observe"])}
+        return cls(**{**raw, "profiles": dict(raw["profiles"]), **lists})
 
     def check(self, name: str, profile: SteeringProfile, model: ModelIdentity, *, split: bool) -> None:
         """Raise ProfileError where this engine cannot serve `profile`.
@@ -163,12 +170,12 @@ def check_name(name: object) -> str:
     """Return a profile's name.
 
     Raises:
-        ValueError: it is no string of 1 to 64 letters, digits, dots, underscores and dashes, or is "off".
+        ValueError: it is no string of 1 to 64 letters, digits, dots, underscores and dashes, or is "off" or "observe".
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() == OFF:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in (OFF, OBSERVE):
         raise ValueError(
             "profiles: expected a name of 1 to 64 letters, digits, '.', '_' and '-' that begins with a letter or digit "
-            f"and is not {OFF!r}, got {name!r}"
+            f"and is not {OFF!r} or {OBSERVE!r}, got {name!r}"
         )
     return name
 
@@ -208,11 +215,12 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
         directory=directory,
         version=_VERSION,
         reading=_reading(profiles, directory),
+        observe=_observe(given["observe"], list(profiles)),
     )
     for name, profile in profiles.items():
         config.check(name, profile, model, split=False)
     reading = None if config.reading is None else list(config.reading)
-    return {**asdict(config), "layers": list(config.layers), "reading": reading}
+    return {**asdict(config), "layers": list(config.layers), "reading": reading, "observe": list(config.observe)}
 
 
 def _directory(given: str | None) -> str | None:
@@ -243,6 +251,12 @@ def _default(given: str | None, locked: bool, names: list[str], stack: int) -> s
     if locked and given is None:
         raise ValueError(f"{KEY}.locked: expected a default to lock requests to, got none")
     return given
+
+
+def _observe(given: list[Any], names: list[str]) -> tuple[str, ...]:
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"{KEY}.observe: expected names among {', '.join(names) or 'no profiles'}, got {unknown[0]!r}")
+    return tuple(given)
 
 
 def _slots(given: int | None, profiles: int) -> int:
@@ -279,7 +293,7 @@ def _typed(raw: object) -> dict[str, Any]:
         raise ValueError(f"{KEY}: expected the keys {', '.join(_EXPECTED)}, got {', '.join(unknown)}")
     values: dict[str, Any] = {
         "profiles": {}, "default": None, "locked": False, "max_strength": DEFAULT_MAX_STRENGTH, "slots": None,
-        "stack": None, "layers": None, "directory": None,
+        "stack": None, "layers": None, "directory": None, "observe": [],
     }  # fmt: skip
     for key, value in raw.items():
         kind, expected = _EXPECTED[key]

@@ -9,7 +9,8 @@ some before it. Therefore
   their usual names. Otherwise they get random names, so that only the request itself finds them, when it resumes. The
   next turn of the conversation computes the earlier answer anew, unedited.
 
-Profiles that edit whole prompts give their requests a cache salt instead, which is part of all names.
+Profiles that edit whole prompts give their requests a cache salt instead, which is part of all names. A profile of
+strength 0 edits nothing (`steerfast.vllm.assignment.requested`): its gate reads rows, and that is all.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from steerfast.runtime.span import NO_END, Entry, Stack
 from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested, stack_to_extra
 from steerfast.vllm.compat import around
-from steerfast.vllm.config import KEY, ServingConfig, check_name, identity_of, split_names, splits_prompts
+from steerfast.vllm.config import KEY, OBSERVE, ServingConfig, check_name, identity_of, split_names, splits_prompts
 from steerfast.vllm.registry import Registry, Version
 
 __all__ = ["EngineSteering", "HeldProfiles", "inside", "install"]
@@ -41,25 +42,42 @@ _NAME_BYTES = 32  # of a block
 
 @dataclass(eq=False)
 class HeldProfiles:
-    """The versions that a steered request holds, and vLLM's function that names its blocks."""
+    """The versions that a steered request holds, their strengths, and vLLM's function that names its blocks."""
 
     versions: tuple[Version, ...]
-    hasher: Hasher | None
+    strengths: tuple[float, ...]
+    hasher: Hasher | None = None
     decided: bool = False
+
+    @property
+    def editing(self) -> list[Version]:
+        """The profiles that may edit rows; the others are observed."""
+        return [version for version, strength in zip(self.versions, self.strengths, strict=True) if strength]
+
+    @property
+    def stack(self) -> Stack:
+        """The profiles as workers take them."""
+        pairs = zip(self.versions, self.strengths, strict=True)
+        return tuple(Entry(version.slot, strength, version.span) for version, strength in pairs)
 
     @property
     def edits_prompt(self) -> bool:
         """Whether some profile edits rows before the prompt's last."""
-        return not all(version.span.after_prompt for version in self.versions)
+        return not all(version.span.after_prompt for version in self.editing)
 
     @property
     def always_edits(self) -> bool:
-        """Whether some profile has no gate."""
-        return any(version.span.open for version in self.versions)
+        """Whether some profile edits without a gate."""
+        return any(version.span.open for version in self.editing)
 
     def unread_rows(self, prompt: int) -> int:
         """Return how many rows of a prompt of so many rows come before the first that is read or edited."""
         return min(version.span.first_read(prompt) for version in self.versions)
+
+    def edits(self, decided: Sequence[Decision]) -> bool:
+        """Return whether some profile edits rows after these decisions."""
+        opened = (any(values) for values, _ in decided)  # a NaN is no zero
+        return self.always_edits or any(s and fired for s, fired in zip(self.strengths, opened, strict=True))
 
 
 class EngineSteering:
@@ -90,52 +108,51 @@ class EngineSteering:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def assign(self, request: Any) -> tuple[Version, ...]:
+    def assign(self, request: Any) -> HeldProfiles | None:
         """Decide which profiles steer an `EngineCoreRequest`, and write that where workers read it.
 
         Returns:
-            The versions that the request holds from now on; none: it is not steered.
+            What the request holds from now on; None: it is not steered.
 
         Raises:
             ValueError: the request asks for something that it cannot have.
         """
         params = request.sampling_params
         if params is None:
-            return ()
+            return None
         asked = requested(params.extra_args, self.config, self.registry.names)
         if not asked:
-            return ()
+            return None
         if request.resumable:
             raise ValueError("resumable: expected a request whose prompt is complete, got a session that is steered")
-        versions = self.registry.hold(*(name for name, _ in asked))
-        whole = [each.name for each in versions if not (each.span.after_prompt or each.span.open)]
+        names, strengths = zip(*asked, strict=True)
+        held = HeldProfiles(self.registry.hold(*names), strengths)
+        whole = [each.name for each in held.editing if not (each.span.after_prompt or each.span.open)]
         if request.mm_features and whole:
-            self.registry.release(*versions)
+            self.registry.release(*held.versions)
             raise ValueError(
                 f"steering: expected a prompt of text under profile {whole[0]!r}, which edits whole prompts, got more"
             )
-        stack = tuple(
-            Entry(version.slot, strength, version.span) for version, (_, strength) in zip(versions, asked, strict=True)
-        )
         request.sampling_params = copy(params)  # siblings of a request with n > 1 share theirs
-        request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: stack_to_extra(stack)}
-        if not all(entry.span.after_prompt for entry in stack):
-            request.cache_salt = self._salt(request, versions, stack)
-        return versions
+        request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: stack_to_extra(held.stack)}
+        if held.edits_prompt:
+            request.cache_salt = self._salt(request, held)
+        return held
 
-    def _salt(self, request: Any, versions: Sequence[Version], stack: Stack) -> str:
+    def _salt(self, request: Any, held: HeldProfiles) -> str:
         """Return the salt of a request whose prompt is edited: requests share blocks that are edited alike."""
         # A row must be edited alike in a prompt and in an answer: by all profiles, or the request shares no blocks.
-        spans = [entry.span for entry in stack]
+        # A gate that only observes has to see all rows that it reads, too.
+        spans = [version.span for version in held.versions]
         shared = all(span.open and not span.after_prompt and span.answer_rows == NO_END for span in spans)
-        pairs = zip(versions, stack, strict=True)
-        edits = (f"{version.checksum}:{entry.strength!r}" for version, entry in pairs)
+        pairs = zip(held.versions, held.strengths, strict=True)
+        edits = (f"{version.checksum}:{strength!r}" for version, strength in pairs)
         alike = ":".join(edits) if shared else request.request_id
         return f"{KEY}:{self._secret}:{alike}:{request.cache_salt or ''}"
 
-    def own(self, request: Any, versions: tuple[Version, ...]) -> None:
-        """Let a new `Request` hold `versions`, and take back the names of blocks that may be edited."""
-        held = request.steerfast = HeldProfiles(versions, request._block_hasher)
+    def own(self, request: Any, held: HeldProfiles) -> None:
+        """Let a new `Request` hold its profiles, and take back the names of blocks that may be edited."""
+        request.steerfast, held.hasher = held, request._block_hasher
         if held.hasher is None or held.edits_prompt:
             return
         # Every row that a gate reads has to be computed, even if it is in the cache.
@@ -168,23 +185,24 @@ class EngineSteering:
             if request is None or held is None or held.decided:
                 continue
             held.decided = True
-            if not held.always_edits and not any(any(values) for values, _ in decided):  # a NaN is no zero
-                request._block_hasher = held.hasher  # no row is edited
+            if not held.edits(decided):
+                request._block_hasher = held.hasher
             if request in self._unnamed:
                 request.update_block_hashes()
                 self._forget_unnamed(request)
                 self._cache.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
-            self._unreported[name] = [
-                self._report(version, *decision) for version, decision in zip(held.versions, decided, strict=True)
-            ]
+            each = zip(held.versions, held.strengths, decided, strict=True)
+            self._unreported[name] = [self._report(*one) for one in each]
 
-    def _report(self, version: Version, values: Sequence[float], scores: Sequence[float]) -> dict[str, Any]:
+    def _report(self, version: Version, strength: float, decision: Decision) -> dict[str, Any]:
         """Return the decision of one profile as the front end reads it."""
+        values, scores = decision
         fired = version.span.open or any(not value < 0.5 for value in values)  # a NaN fires
         in_band = any(score > end for score, end in zip(scores, version.abstain, strict=False))
         return {
             "profile": version.name,
             "version": version.number,
+            "action": "steer" if strength else OBSERVE,
             "fired": fired,
             "undecided": in_band and not fired,
             "scores": list(scores),
@@ -380,14 +398,14 @@ def _wrap_requests() -> None:
     @around("EngineCore", "preprocess_add_request")
     def preprocess(original: Any, self: Any, request: Any) -> Any:
         steering = self.scheduler.steerfast
-        versions = () if steering is None else steering.assign(request)
-        if not versions:
+        held = None if steering is None else steering.assign(request)
+        if held is None:
             return original(self, request)
         try:
             made, wave = original(self, request)
-            steering.own(made, versions)
+            steering.own(made, held)
         except BaseException:
-            steering.registry.release(*versions)
+            steering.registry.release(*held.versions)
             raise
         return made, wave
 

@@ -67,6 +67,7 @@ def test_what_was_not_written_is_filled_in(path, text_config) -> None:
     assert complete["max_strength"] == 10
     assert complete["kinds"] == Kinds.LATCHED_ADD
     assert (complete["default"], complete["locked"], complete["directory"]) == (None, False, None)
+    assert complete["observe"] == []
     config = ServingConfig.of(engine(complete))
     assert config is not None
     assert config.profiles == {"one": path}
@@ -119,13 +120,15 @@ def test_profiles_keep_their_order_and_there_is_room_for_one_more(profile, tmp_p
     [
         (
             {"profile": {}},
-            "expected the keys profiles, default, locked, max_strength, slots, stack, layers, directory, got profile",
+            "expected the keys profiles, default, locked, max_strength, slots, stack, layers, directory, observe, "
+            "got profile",
         ),
         ({"profiles": ["one"]}, "profiles: expected an object"),
         ({"profiles": None}, "profiles: expected an object"),
         ({"profiles": {}}, "expected a profile at least"),
         ({"profiles": {"off": "x"}}, "got 'off'"),
         ({"profiles": {"OFF": "x"}}, "got 'OFF'"),
+        ({"profiles": {"observe": "x"}}, "not 'off' or 'observe', got 'observe'"),
         ({"profiles": {"../one": "x"}}, r"got '\.\./one'"),
         ({"profiles": {"": "x"}}, "got ''"),
         ({"profiles": {"a" * 65: "x"}}, "64 letters"),
@@ -152,6 +155,9 @@ def test_profiles_keep_their_order_and_there_is_room_for_one_more(profile, tmp_p
         ({"layers": [1]}, "profile 'one': expected steered layers and gates among the declared layers 1, got 3"),
         ({"directory": "/nowhere"}, "directory: expected a folder"),
         ({"directory": ""}, "directory: expected a path"),
+        ({"observe": "one"}, "observe: expected a list of profiles' names, got 'one'"),
+        ({"observe": ["one", "two"]}, "observe: expected names among one, got 'two'"),
+        ({"observe": [["one"]]}, r"observe: expected names among one, got \['one'\]"),
     ],
 )
 def test_what_cannot_be_is_refused(change, says, path, text_config) -> None:

@@ -265,7 +265,7 @@ class Request:
     _block_hasher = None
 
     def __init__(self, version: Version) -> None:
-        self.steerfast = HeldProfiles((version,), None)
+        self.steerfast = HeldProfiles((version,), (1.0,))
 
 
 def test_a_decision_says_where_a_gate_does_not_know(make: Any, directory: Path) -> None:
@@ -315,7 +315,7 @@ def test_each_profile_of_a_stack_reports_for_itself(make: Any, directory: Path) 
         (("safety", "tone"), [([0.0], [-0.4]), ([], [])], [False, True]),
         (("tone", "safety"), [([], []), ([1.0], [0.4])], [True, True]),
     ):
-        request.steerfast = HeldProfiles(tuple(map(steering.registry.current, names)), None)
+        request.steerfast = HeldProfiles(tuple(map(steering.registry.current, names)), (1.0, 1.0))
         steering.decide({"r": request}, {"r": decisions})
         reports = steering._unreported.pop("r")
         assert [(one["profile"], one["fired"], one["scores"]) for one in reports] == [
