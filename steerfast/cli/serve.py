@@ -50,6 +50,12 @@ class VllmCommand(click.Command):
     help="Layers that profiles may use, such as 10-19,20.  [default: those of the profiles]",
 )
 @click.option("--directory", metavar="DIR", help="The folder of profiles for the admin routes.  [default: none]")
+@common.repeated_option("--observe", "observe", "NAME", "A profile that only decides and reports, and edits nothing.")
+@click.option(
+    "--thinking",
+    type=click.Choice(["count", "skip"]),
+    help="Whether the tokens of a thought count as tokens of the answer; skip: edits begin after it.  [default: count]",
+)
 @click.option(
     "--admin-key",
     metavar="KEY",
@@ -61,6 +67,7 @@ def command(
     model_name: str,
     vllm_arguments: tuple[str, ...],
     profiles: tuple[str, ...],
+    observe: tuple[str, ...],
     layers: list[tuple[int, int]] | None,
     admin_key: str | None,
     **options: Any,
@@ -68,6 +75,7 @@ def command(
     """Serve MODEL, a hub id or folder, over HTTP with vLLM, steering each request as it asks.
 
     A request says {"vllm_xargs": {"steering": NAME, "steering_strength": 0.8}}, or "off"; a stack is "NAME,NAME".
+    "NAME:observe" lets the gate decide and report, and edits nothing.
 
     \b
     Example:
@@ -81,6 +89,9 @@ def command(
     for name in default.split(",") if default is not None else ():
         if name not in files:
             raise click.UsageError(f"--default: expected one of {', '.join(files) or 'no profiles'}, got {name!r}")
+    for name in observe:
+        if name not in files:
+            raise click.UsageError(f"--observe: expected one of {', '.join(files) or 'no profiles'}, got {name!r}")
     if options["locked"] and default is None:
         raise click.UsageError("--locked: expected --default, the profile to lock requests to, got none")
     for file in files.values():
@@ -92,7 +103,7 @@ def command(
 
     bands = layers or []
     numbers = sorted({layer for first, last in bands for layer in range(first, last + 1)}) or None
-    given = {"profiles": files, "layers": numbers, **options}
+    given = {"profiles": files, "layers": numbers, "observe": list(observe) or None, **options}
     if admin_key:
         os.environ[KEY_VARIABLE] = admin_key
     steering = {key: value for key, value in given.items() if value is not None}

@@ -31,7 +31,12 @@ __all__ = ["GENERATING", "Steering", "steer"]
 
 
 def steer(
-    model: nn.Module, profile: SteeringProfile | None, strength: float = 1.0, *, tokenizer: Any = None
+    model: nn.Module,
+    profile: SteeringProfile | None,
+    strength: float = 1.0,
+    *,
+    tokenizer: Any = None,
+    action: str = "steer",
 ) -> Steering:
     """Steer `model` with `profile` until the returned handle is left or detached.
 
@@ -44,25 +49,35 @@ def steer(
         profile: guidance made for this model; None: steer only the calls that name a profile.
         strength: multiplies the profile's own strengths; can be changed while attached.
         tokenizer: where given, it is checked against the tokenizer that the profile was made with.
+        action: what happens when a gate fires: ``steer``, or ``observe``: gates decide and `Steering.fired` tells,
+            and no row is edited, whatever strength is given.
 
     Raises:
         ProfileError: the profile belongs to another model, or steers no layer.
         ArchitectureError: no decoder layers found.
-        SteerfastError: the model is steered already.
+        SteerfastError: the model is steered already, or the action is another.
     """
-    return Steering(model, profile, strength, tokenizer=tokenizer)
+    return Steering(model, profile, strength, tokenizer=tokenizer, action=action)
 
 
 class Steering:
     """Profiles attached to a model. Made by `steer`."""
 
     def __init__(
-        self, model: nn.Module, profile: SteeringProfile | None, strength: float = 1.0, *, tokenizer: Any = None
+        self,
+        model: nn.Module,
+        profile: SteeringProfile | None,
+        strength: float = 1.0,
+        *,
+        tokenizer: Any = None,
+        action: str = "steer",
     ) -> None:
+        if action not in ("steer", "observe"):
+            raise SteerfastError(f"action: expected 'steer' or 'observe', got {action!r}")
         decoder = find_decoder(model)
         slots = ProfileSlots(identify(model, tokenizer), next(decoder.backbone.parameters()).device)
         self.model = model
-        self._roster = BatchRoster(slots, strength)
+        self._roster = BatchRoster(slots, strength, observe=action == "observe")
         self._packed = PackedRuns(model, self._roster)
         self._stepper = Stepper(decoder, self._roster, self._packed)
         self._hooks = StepHooks(decoder, self._stepper)

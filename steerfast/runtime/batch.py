@@ -93,6 +93,7 @@ class BatchRoster:
     Args:
         slots: the profiles in use.
         strength: multiplies the profiles' strengths where a call names no strength.
+        observe: strength 0, whatever a call names: gates decide, and no row is edited.
 
     Attributes:
         profile: the profile of calls that name none. own: the stack of sequences for which a call names no profile.
@@ -100,8 +101,9 @@ class BatchRoster:
         held: returns the slots that requests of continuous batching need.
     """
 
-    def __init__(self, slots: ProfileSlots, strength: float) -> None:
+    def __init__(self, slots: ProfileSlots, strength: float, observe: bool = False) -> None:
         self.slots = slots
+        self.observe = observe
         self._strength = finite("strength", strength)
         self.profile: SteeringProfile | None = None
         self.held: Callable[[], set[int]] = set
@@ -211,8 +213,10 @@ class BatchRoster:
                 raise SteerfastError(
                     f"steering_strength[{i}]: expected {count} numbers, one per profile of the stack, got {len(number)}"
                 )
-            return [finite(f"steering_strength[{i}][{k}]", one) for k, one in enumerate(number)]
-        return [finite(f"steering_strength[{i}]", self.strength if number is None else number)] * count
+            strengths = [finite(f"steering_strength[{i}][{k}]", one) for k, one in enumerate(number)]
+        else:
+            strengths = [finite(f"steering_strength[{i}]", self.strength if number is None else number)] * count
+        return [0.0] * count if self.observe else strengths
 
     def of_requests(self, count: int, steering: Any = INHERIT, strength: Any = None) -> list[Stack]:
         """Return the stacks of `count` requests of continuous batching; errors as `assign`."""

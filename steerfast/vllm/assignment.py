@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from steerfast.runtime.span import EditSpan, Entry, Stack
-from steerfast.vllm.config import KEY, OFF, ServingConfig, split_names
+from steerfast.vllm.config import KEY, OBSERVE, OFF, ServingConfig, split_names
 
 __all__ = ["STEERING", "STRENGTH", "requested", "stack_from_extra", "stack_to_extra"]
 
@@ -35,13 +35,14 @@ def stack_from_extra(extra: Iterable[Mapping[str, Any]]) -> Stack:
 def requested(extra_args: object, config: ServingConfig, names: Iterable[str]) -> list[tuple[str, float]]:
     """Return the profiles that a request asks for and their strengths; empty: no steering.
 
-    A request that asks for nothing gets the default at strength 1.
+    A request that asks for nothing gets the default at strength 1. Strength 0 observes: gates decide, and no row is
+    edited. Profiles of `ServingConfig.observe` always have it.
 
     Args:
         extra_args: the request's ``SamplingParams.extra_args``. ``steering`` names a profile, several as ``"a,b"``, or
-            is ``"off"``. ``steering_strength`` is a number from 0 to `max_strength` for all of them, or several as
-            ``"1,0.5"``, one for each. Other keys that begin with ``steering`` or ``steerfast``, in any case, are
-            refused. All other keys are ignored.
+            is ``"off"``. ``"a:observe"`` observes a profile, ``"observe"`` the default. ``steering_strength`` is a
+            number from 0 to `max_strength` for all of them, or several as ``"1,0.5"``, one for each. Other keys that
+            begin with ``steering`` or ``steerfast``, in any case, are refused. All other keys are ignored.
         names: the profiles that are loaded.
 
     Raises:
@@ -51,20 +52,12 @@ def requested(extra_args: object, config: ServingConfig, names: Iterable[str]) -
     fields = _steering_fields(extra_args)
     if config.locked:
         _check_locked(fields, config.default)
-        return [(name, 1.0) for name in split_names(config.default)]
-    stack = _stack(fields, config, [*names, OFF])
-    if STRENGTH not in fields:
-        return [(name, 1.0) for name in stack]
-    strengths = _strengths(fields[STRENGTH], config)
-    if not stack:
-        raise ValueError(f"{STRENGTH}: expected {STEERING} to name a profile, got no profile to steer")
-    if len(strengths) == 1:
-        strengths *= len(stack)
-    if len(strengths) != len(stack):
-        raise ValueError(
-            f"{STRENGTH}: expected one number, or {len(stack)}, one for each profile, got {len(strengths)}"
-        )
-    return list(zip(stack, strengths, strict=True))
+        stack = dict.fromkeys(split_names(config.default), 1.0)
+    else:
+        stack = _stack(fields, config, list(names))
+        strengths = _each_strength(fields, len(stack), config)
+        stack = {name: own * each for (name, own), each in zip(stack.items(), strengths, strict=True)}
+    return [(name, 0.0 if name in config.observe else strength) for name, strength in stack.items()]
 
 
 def _steering_fields(extra_args: object) -> dict[str, Any]:
@@ -83,26 +76,44 @@ def _steering_fields(extra_args: object) -> dict[str, Any]:
     return fields
 
 
-def _stack(fields: Mapping[str, Any], config: ServingConfig, known: Sequence[str]) -> list[str]:
-    """Return the profiles by name, in the order of the request; none for "off"."""
+def _stack(fields: Mapping[str, Any], config: ServingConfig, names: Sequence[str]) -> dict[str, float]:
+    """Return the profiles by name, in the order of the request, and 0 for those that it observes, else 1."""
     value = fields.get(STEERING, config.default)
     if value is None and STEERING not in fields:
-        return []
-    stack = split_names(value) if isinstance(value, str) else [value]
-    for name in stack:
-        if not isinstance(name, str) or name not in known:
-            raise ValueError(f"{STEERING}: expected one of {', '.join(known)}, got {_shown(name)}")
-    if stack == [OFF]:
-        return []
-    if OFF in stack:
-        raise ValueError(f"{STEERING}: expected {OFF} alone, got {_shown(value)}")
-    if len(stack) > config.stack:
+        return {}
+    parts = split_names(value) if isinstance(value, str) else []
+    if parts == [OFF]:
+        return {}
+    if parts == [OBSERVE]:
+        if config.default is None:
+            raise ValueError(f"{STEERING}: expected NAME:{OBSERVE}, as this server has no default, got {value!r}")
+        return dict.fromkeys(split_names(config.default), 0.0)
+    known = {name: (name, 1.0) for name in names} | {f"{name}:{OBSERVE}": (name, 0.0) for name in names}
+    for part in parts or [value]:
+        if not isinstance(part, str) or part not in (*known, OFF, OBSERVE):
+            raise ValueError(f"{STEERING}: expected one of {', '.join([*names, OFF])}, got {_shown(part)}")
+    if alone := {OFF, OBSERVE} & {*parts}:
+        raise ValueError(f"{STEERING}: expected {alone.pop()} alone, got {_shown(value)}")
+    stack = dict(known[part] for part in parts)
+    if len(parts) > config.stack:
         raise ValueError(
-            f"{STEERING}: expected at most {config.stack} profiles, for which this server was started, got {len(stack)}"
+            f"{STEERING}: expected at most {config.stack} profiles, for which this server was started, got {len(parts)}"
         )
-    if len({*stack}) < len(stack):
+    if len(stack) < len(parts):
         raise ValueError(f"{STEERING}: expected each profile once, got {_shown(value)}")
     return stack
+
+
+def _each_strength(fields: Mapping[str, Any], count: int, config: ServingConfig) -> list[float]:
+    """Return the strengths that a request gives to its `count` profiles."""
+    if STRENGTH not in fields:
+        return [1.0] * count
+    strengths = _strengths(fields[STRENGTH], config)
+    if not count:
+        raise ValueError(f"{STRENGTH}: expected {STEERING} to name a profile, got no profile to steer")
+    if len(strengths) not in (1, count):
+        raise ValueError(f"{STRENGTH}: expected one number, or {count}, one for each profile, got {len(strengths)}")
+    return strengths * (count // len(strengths))
 
 
 def _strengths(value: object, config: ServingConfig) -> list[float]:

@@ -9,7 +9,8 @@ some before it. Therefore
   their usual names. Otherwise they get random names, so that only the request itself finds them, when it resumes. The
   next turn of the conversation computes the earlier answer anew, unedited.
 
-Profiles that edit whole prompts give their requests a cache salt instead, which is part of all names.
+Profiles that edit whole prompts give their requests a cache salt instead, which is part of all names. A profile of
+strength 0 edits nothing (`steerfast.vllm.assignment.requested`): its gate reads rows, and that is all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,14 +33,19 @@ from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested, stack_to_extra
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import (
+    COUNT,
     KEY,
+    OBSERVE,
+    SKIP,
     ServingConfig,
     check_environment,
     check_name,
     identity_of,
     split_names,
     splits_prompts,
+    warn_of_thoughts,
 )
+from steerfast.vllm.grammar import bounded
 from steerfast.vllm.registry import Registry, Version
 
 __all__ = ["EngineSteering", "HeldProfiles", "inside", "install"]
@@ -53,25 +59,46 @@ _EDITED = b"-edited-"  # its end, which is all that events show of a name where 
 
 @dataclass(eq=False)
 class HeldProfiles:
-    """The versions that a steered request holds, and vLLM's function that names its blocks."""
+    """The versions that a steered request holds, their strengths, and vLLM's function that names its blocks."""
 
     versions: tuple[Version, ...]
-    hasher: Hasher | None
+    strengths: tuple[float, ...]
+    hasher: Hasher | None = None
+    reasoner: Any = None  # vLLM's parser, as long as the request thinks and edits wait
     decided: bool = False
+
+    @property
+    def editing(self) -> list[Version]:
+        """The profiles that may edit rows; the others are observed."""
+        return [version for version, strength in zip(self.versions, self.strengths, strict=True) if strength]
+
+    @property
+    def stack(self) -> Stack:
+        """The profiles as workers take them."""
+        pairs = zip(self.versions, self.strengths, strict=True)
+        thinks = self.reasoner is not None
+        return tuple(
+            Entry(version.slot, strength, replace(version.span, after_thought=thinks)) for version, strength in pairs
+        )
 
     @property
     def edits_prompt(self) -> bool:
         """Whether some profile edits rows before the prompt's last."""
-        return not all(version.span.after_prompt for version in self.versions)
+        return not all(version.span.after_prompt for version in self.editing)
 
     @property
     def always_edits(self) -> bool:
-        """Whether some profile has no gate."""
-        return any(version.span.open for version in self.versions)
+        """Whether some profile edits without a gate."""
+        return any(version.span.open for version in self.editing)
 
     def unread_rows(self, prompt: int) -> int:
         """Return how many rows of a prompt of so many rows come before the first that is read or edited."""
         return min(version.span.first_read(prompt) for version in self.versions)
+
+    def edits(self, decided: Sequence[Decision]) -> bool:
+        """Return whether some profile edits rows after these decisions."""
+        opened = (any(values) for values, _ in decided)  # a NaN is no zero
+        return self.always_edits or any(s and fired for s, fired in zip(self.strengths, opened, strict=True))
 
 
 class EngineSteering:
@@ -86,10 +113,12 @@ class EngineSteering:
     """
 
     def __init__(self, config: ServingConfig, vllm_config: Any, scheduler: Any) -> None:
-        self.config = config
+        self.config, self._vllm_config = config, vllm_config
         self.model = identity_of(vllm_config.model_config.hf_text_config)
         self.split = splits_prompts(vllm_config)
         self.registry = Registry(config.slots)
+        self._grammars = scheduler.structured_output_manager  # has the class of vLLM's reasoning parser
+        self.answers: dict[str, int] = {}  # requests whose thought ended in the last step: the first row of the answer
         self._block_size = scheduler.hash_block_size
         # Tokens after a block that its name covers, so that the name comes when they are known.
         self._ahead = scheduler.num_hash_lookahead_tokens if compat.has("Scheduler.num_hash_lookahead_tokens") else 0
@@ -104,52 +133,74 @@ class EngineSteering:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def assign(self, request: Any) -> tuple[Version, ...]:
+    def assign(self, request: Any) -> HeldProfiles | None:
         """Decide which profiles steer an `EngineCoreRequest`, and write that where workers read it.
 
         Returns:
-            The versions that the request holds from now on; none: it is not steered.
+            What the request holds from now on; None: it is not steered.
 
         Raises:
             ValueError: the request asks for something that it cannot have.
         """
         params = request.sampling_params
         if params is None:
-            return ()
+            return None
         asked = requested(params.extra_args, self.config, self.registry.names)
         if not asked:
-            return ()
+            return None
         if request.resumable:
             raise ValueError("resumable: expected a request whose prompt is complete, got a session that is steered")
-        versions = self.registry.hold(*(name for name, _ in asked))
-        whole = [each.name for each in versions if not (each.span.after_prompt or each.span.open)]
+        names, strengths = zip(*asked, strict=True)
+        grammar = params.structured_outputs
+        if any(strengths):
+            grammar = bounded(grammar, self._vllm_config.structured_outputs_config.disable_any_whitespace)
+        reasoner = self._reasoner(request)
+        held = HeldProfiles(self.registry.hold(*names), strengths, reasoner=reasoner)
+        whole = [each.name for each in held.editing if not (each.span.after_prompt or each.span.open)]
         if request.mm_features and whole:
-            self.registry.release(*versions)
+            self.registry.release(*held.versions)
             raise ValueError(
                 f"steering: expected a prompt of text under profile {whole[0]!r}, which edits whole prompts, got more"
             )
-        stack = tuple(
-            Entry(version.slot, strength, version.span) for version, (_, strength) in zip(versions, asked, strict=True)
-        )
         request.sampling_params = copy(params)  # siblings of a request with n > 1 share theirs
-        request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: stack_to_extra(stack)}
-        if not all(entry.span.after_prompt for entry in stack):
-            request.cache_salt = self._salt(request, versions, stack)
-        return versions
+        request.sampling_params.structured_outputs = grammar
+        request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: stack_to_extra(held.stack)}
+        if held.edits_prompt:
+            request.cache_salt = self._salt(request, held)
+        return held
 
-    def _salt(self, request: Any, versions: Sequence[Version], stack: Stack) -> str:
+    def _reasoner(self, request: Any) -> Any:
+        """Return vLLM's parser of a request that may think before its answer; None: edits do not wait for that."""
+        if self.config.thinking == COUNT:
+            return None
+        options = getattr(request, "reasoning_parser_kwargs", None) or {}
+        reasoner = self._grammars.reasoner_cls(tokenizer=self._grammars.tokenizer, **options)
+        return None if reasoner.is_reasoning_end(request.prompt_token_ids or []) else reasoner
+
+    def follow_thoughts(self, requests: Mapping[str, Any], outputs: Mapping[int, Any]) -> None:
+        """Note the thoughts that end with a token of this step: its row is the first that is edited."""
+        for output in (output for client in outputs.values() for output in client.outputs):
+            request = requests.get(output.request_id)
+            held = None if request is None else request.steerfast
+            if request is None or held is None or held.reasoner is None:
+                continue
+            if held.reasoner.is_reasoning_end_streaming(request.all_token_ids, output.new_token_ids):
+                held.reasoner, self.answers[output.request_id] = None, request.num_tokens
+
+    def _salt(self, request: Any, held: HeldProfiles) -> str:
         """Return the salt of a request whose prompt is edited: requests share blocks that are edited alike."""
         # A row must be edited alike in a prompt and in an answer: by all profiles, or the request shares no blocks.
-        spans = [entry.span for entry in stack]
+        # A gate that only observes has to see all rows that it reads, too.
+        spans = [version.span for version in held.versions]
         shared = all(span.open and not span.after_prompt and span.answer_rows == NO_END for span in spans)
-        pairs = zip(versions, stack, strict=True)
-        edits = (f"{version.checksum}:{entry.strength!r}" for version, entry in pairs)
+        pairs = zip(held.versions, held.strengths, strict=True)
+        edits = (f"{version.checksum}:{strength!r}" for version, strength in pairs)
         alike = ":".join(edits) if shared else request.request_id
         return f"{KEY}:{self._secret}:{alike}:{request.cache_salt or ''}"
 
-    def own(self, request: Any, versions: tuple[Version, ...]) -> None:
-        """Let a new `Request` hold `versions`, and take back the names of blocks that may be edited."""
-        held = request.steerfast = HeldProfiles(versions, request._block_hasher)
+    def own(self, request: Any, held: HeldProfiles) -> None:
+        """Let a new `Request` hold its profiles, and take back the names of blocks that may be edited."""
+        request.steerfast, held.hasher = held, request._block_hasher
         if held.hasher is None or held.edits_prompt:
             return
         # Every row that a gate reads has to be computed, even if it is in the cache.
@@ -183,23 +234,24 @@ class EngineSteering:
             if request is None or held is None or held.decided:
                 continue
             held.decided = True
-            if not held.always_edits and not any(any(values) for values, _ in decided):  # a NaN is no zero
-                request._block_hasher = held.hasher  # no row is edited
+            if not held.edits(decided):
+                request._block_hasher = held.hasher
             if request in self._unnamed:
                 request.update_block_hashes()
                 self._forget_unnamed(request)
                 self._cache.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
-            self._unreported[name] = [
-                self._report(version, *decision) for version, decision in zip(held.versions, decided, strict=True)
-            ]
+            each = zip(held.versions, held.strengths, decided, strict=True)
+            self._unreported[name] = [self._report(*one) for one in each]
 
-    def _report(self, version: Version, values: Sequence[float], scores: Sequence[float]) -> dict[str, Any]:
+    def _report(self, version: Version, strength: float, decision: Decision) -> dict[str, Any]:
         """Return the decision of one profile as the front end reads it."""
+        values, scores = decision
         fired = version.span.open or any(not value < 0.5 for value in values)  # a NaN fires
         in_band = any(score > end for score, end in zip(scores, version.abstain, strict=False))
         return {
             "profile": version.name,
             "version": version.number,
+            "action": "steer" if strength else OBSERVE,
             "fired": fired,
             "undecided": in_band and not fired,
             "scores": list(scores),
@@ -296,6 +348,7 @@ class EngineSteering:
             self.registry.spoil(slot)
             raise
         self.registry.put(name, slot, path, profile)
+        warn_of_thoughts(self.config, name, profile, self._vllm_config)
         self.sweep(executor)
 
 
@@ -424,14 +477,14 @@ def _wrap_requests() -> None:
     @around("EngineCore", "preprocess_add_request")
     def preprocess(original: Any, self: Any, request: Any) -> Any:
         steering = self.scheduler.steerfast
-        versions = () if steering is None else steering.assign(request)
-        if not versions:
+        held = None if steering is None else steering.assign(request)
+        if held is None:
             return original(self, request)
         try:
             made, wave = original(self, request)
-            steering.own(made, versions)
+            steering.own(made, held)
         except BaseException:
-            steering.registry.release(*versions)
+            steering.registry.release(*held.versions)
             raise
         return made, wave
 
@@ -479,15 +532,22 @@ def _wrap_steps() -> None:
             self.steerfast.decide(self.requests, decisions)
         outputs = original(self, scheduled, output)
         self.steerfast.report(self.requests, outputs)
+        if self.steerfast.config.thinking == SKIP:
+            self.steerfast.follow_thoughts(self.requests, outputs)
         return outputs
 
     @around("KVCacheManager", "take_events")
     def take_events(original: Any, self: Any) -> list[Any]:
         return shareable(original(self))
 
-    # Workers can empty slots between two steps.
+    # Workers can empty slots between two steps, and learn where answers begin.
     @around("EngineCore", "post_step")
     def post_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if self.scheduler.steerfast is not None and self.scheduler.steerfast.registry.spoilt:
-            self.scheduler.steerfast.sweep(self.model_executor)
+        if (steering := self.scheduler.steerfast) is None:
+            return
+        if steering.registry.spoilt:
+            steering.sweep(self.model_executor)
+        if steering.answers:
+            answers, steering.answers = steering.answers, {}
+            self.model_executor.collective_rpc("steerfast_end_thoughts", args=(answers,))

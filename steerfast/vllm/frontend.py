@@ -19,13 +19,13 @@ from steerfast.text.tokenizer import template_hash, tokenizer_hash
 from steerfast.vllm import compat, tracing
 from steerfast.vllm.assignment import requested
 from steerfast.vllm.compat import around
-from steerfast.vllm.config import KEY, ServingConfig
+from steerfast.vllm.config import KEY, OBSERVE, ServingConfig
 from steerfast.vllm.metrics import metrics
 
 __all__ = ["FrontEnd", "install"]
 
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
-_SHOWN = ("profile", "fired", "undecided", "scores")
+_SHOWN = ("profile", "action", "fired", "undecided", "scores")
 _QUOTE = reprlib.Repr()  # of what a client named: one line, printable
 _QUOTE.maxstring = 200
 
@@ -126,12 +126,13 @@ class FrontEnd:
 
     def _count(self, request: str, decision: Mapping[str, Any]) -> None:
         """Count and log the decision of one profile; `request` is its quoted name."""
-        profile, fired, undecided, scores = (decision[name] for name in _SHOWN)
-        self._metrics.decided(profile, fired, scores, decision["nan"])
+        profile, action, fired, undecided, scores = (decision[name] for name in _SHOWN)
+        self._metrics.decided(profile, fired, scores, decision["nan"], action)
         self._metrics.slots(decision["slots"])
         if _log.isEnabledFor(logging.INFO):
             shown = " ".join(f"{score:.4f}" for score in scores) or "none"
             outcome = "fired" if fired else "undecided" if undecided else "shut"
+            outcome += ", observed" if action == OBSERVE else ""
             _log.info("Request %s: profile %s %s, scores %s", request, profile, outcome, shown)
 
 

@@ -32,7 +32,9 @@ class Metrics:
 
         self._evaluations = counter("gate_evaluations", "Requests whose prompt gate decided.")
         self._firings = counter("gate_firings", "Requests whose prompt gate opened.")
-        self._steered = counter("steered_requests", "Requests steered: by an open gate, or a profile without one.")
+        self._steered = counter(
+            "steered_requests", "Requests steered: by an open gate, or a profile without one; not those observed."
+        )
         self._nan = counter("nan_scores", "Requests with a gate score that was not a number; they count as fired.")
         self._rejected = counter("rejected_requests", "Requests refused for what they asked of steering.", "field")
         self._score = Histogram(
@@ -76,7 +78,7 @@ class Metrics:
         """Note that `count` slots are in use."""
         self._slots.set(count)
 
-    def decided(self, profile: str, fired: bool, scores: Iterable[float], nan: bool) -> None:
+    def decided(self, profile: str, fired: bool, scores: Iterable[float], nan: bool, action: str) -> None:
         """Count the decision of one profile for a request; no scores: the profile has no gate."""
         if profile not in self._profiles:
             return
@@ -85,7 +87,7 @@ class Metrics:
             self._evaluations.labels(profile).inc()
             self._firings.labels(profile).inc(fired)
             self._nan.labels(profile).inc(nan)
-        self._steered.labels(profile).inc(fired)
+        self._steered.labels(profile).inc(fired and action == "steer")
         for score in scores:
             if not math.isnan(score):
                 self._score.labels(profile).observe(score)

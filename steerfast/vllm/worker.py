@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,6 +160,11 @@ class WorkerRuntime:
             if new.req_id not in self.roster:  # a preempted request is known
                 prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
                 self._add(new.req_id, new.sampling_params, len(prompt))
+
+    def end_thoughts(self, answers: Mapping[str, int]) -> None:
+        """See `Roster.end_thoughts`."""
+        self._repeat = None
+        self.roster.end_thoughts(answers)
 
     def _add(self, name: str, sampling_params: Any, prompt_length: int) -> None:
         extra = getattr(sampling_params, "extra_args", None) or {}

@@ -70,7 +70,7 @@ def test_everything(profile: Path, started: dict[str, Any], tmp_path: Path) -> N
     assert "b=" in result.stderr
     result = run(
         "model", "--profile", f"safety={profile}", "--profile", f"tone={profile}", "--default", "safety", "--locked",
-        "--slots", 8, "--layers", "1-3,2,4", "--directory", tmp_path, "--admin-key", "k3y",
+        "--slots", 8, "--layers", "1-3,2,4", "--directory", tmp_path, "--observe", "tone", "--admin-key", "k3y",
         "--", "--port", "8001", "--additional-config", '{"other": 1}', "--served-model-name", "mine",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -81,6 +81,7 @@ def test_everything(profile: Path, started: dict[str, Any], tmp_path: Path) -> N
         "slots": 8,
         "layers": [1, 2, 3, 4],
         "directory": str(tmp_path),
+        "observe": ["tone"],
     }
     # vLLM takes the last of two names, which is the user's.
     assert started["arguments"] == [
@@ -132,6 +133,7 @@ def test_the_demo_model_is_served_from_a_folder_under_its_own_name(
         (("model", "--profile", "a=x", "--profile", "a=y"), 2, "expected each name once, got 'a' twice"),
         (("model", "--profile", "a=x", "--default", "b"), 2, "--default: expected one of a, got 'b'"),
         (("model", "--directory", ".", "--default", "b"), 2, "--default: expected one of no profiles, got 'b'"),
+        (("model", "--profile", "a=x", "--observe", "b"), 2, "--observe: expected one of a, got 'b'"),
         (("model", "--profile", "a=x", "--locked"), 2, "--locked: expected --default"),
         (("model", "--profile", "a=x", "--slots", "0"), 2, "0"),
         (("model", "--profile", "a=x", "--layers", "3-1"), 2, "expected layers such as 10-19,20, first before last"),

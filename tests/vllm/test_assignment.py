@@ -35,6 +35,8 @@ NOT_NAMES: list[Any] = [
     *("", " ", "Safety", "SAFETY", "safety ", " safety", "safety\n", "safety\0", "safety\x00off", "OFF", "Off", "off "),
     *("none", "null", "default", "None", "-1", "0", "*", "safety;tone", '"safety"', "%00", "${safety}", "{}"),
     *(",", "safety,", ",safety", "safety, tone", "safety,,tone", "safety,nobody", "off,OFF", "safety\uff0ctone"),
+    *("safety:", "safety:off", "safety:Observe", "safety:observe:observe", ":observe", "off:observe"),
+    *("safety :observe", "observe:observe", "Observe", "observe ", "safety:steer", "safety,tone:"),
     *("../safety", "/profiles/safety.safetensors", "./safety", "safety/../tone", "..\\safety", "file:///etc/passwd"),
     *("ѕafety", "safe\u200bty", "ｓafety", "sa\u0301fety", "\u202esafety", "safety\ufeff", "\ud800", "🦀", "ﬀ", "oﬀ"),
     *("s" * 100_000, "safety" * 1000),
@@ -147,6 +149,41 @@ keys = st.sampled_from(["steering", "steering_strength", "steerfast", "Steering"
 names = st.sampled_from([*NAMES, "off", "safety,tone", "tone,safety", "safety,off", "safety,safety", "1,0.5", ".5"])
 
 
+def test_what_is_observed_has_strength_zero() -> None:
+    both = config("safety,tone")
+    for asked, judge, granted in (
+        ({"steering": "safety:observe"}, OPEN, [("safety", 0.0)]),
+        ({"steering": "observe"}, OPEN, [("safety", 0.0)]),
+        ({"steering": "observe"}, both, [("safety", 0.0), ("tone", 0.0)]),
+        ({"steering": "tone,safety:observe"}, both, [("tone", 1.0), ("safety", 0.0)]),
+        ({"steering": "tone,safety:observe", "steering_strength": "0.5,2"}, both, [("tone", 0.5), ("safety", 0.0)]),
+        ({"steering": "tone:observe,safety", "steering_strength": 3}, both, [("tone", 0.0), ("safety", 3.0)]),
+    ):
+        assert requested(asked, judge, NAMES) == granted
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_what_the_operator_observes_no_request_changes(locked: bool) -> None:
+    judge = replace(config("safety,tone", locked=locked), observe=("tone",))
+    assert requested({}, judge, NAMES) == [("safety", 1.0), ("tone", 0.0)]
+    assert requested({"steering": "safety,tone"}, judge, NAMES) == [("safety", 1.0), ("tone", 0.0)]
+    if not locked:
+        assert requested({"steering": "tone", "steering_strength": 2}, judge, NAMES) == [("tone", 0.0)]
+        assert requested({"steering": "safety:observe"}, judge, NAMES) == [("safety", 0.0)]
+    else:
+        for other in ("observe", "safety:observe,tone:observe", "safety,tone:observe"):
+            with pytest.raises(ValueError, match=r"^steering: expected safety,tone, to which this server is locked"):
+                requested({"steering": other}, judge, NAMES)
+
+
+def test_there_may_be_nothing_to_observe() -> None:
+    with pytest.raises(ValueError, match=r"^steering: expected NAME:observe, as this server has no default, got "):
+        requested({"steering": "observe"}, config(None), NAMES)
+    for asked in ("observe,tone", "tone,observe", "observe,observe"):
+        with pytest.raises(ValueError, match=r"^steering: expected observe alone, got "):
+            requested({"steering": asked}, OPEN, NAMES)
+
+
 @given(st.dictionaries(keys, json_values | names | st.floats(0, 10), max_size=5))
 def test_whatever_is_asked_for_is_granted_in_full_or_refused(extra_args: dict[str, Any]) -> None:
     if (granted := _granted(extra_args, OPEN)) is not None:
@@ -217,14 +254,21 @@ def test_the_default_may_be_a_stack() -> None:
 
 
 def test_workers_read_plain_data() -> None:
-    stack = (Entry(3, 0.5, EditSpan(True, False)), Entry(1, 2.0, EditSpan(False, True, 24, 128, 4)))
+    stack = (Entry(3, 0.5, EditSpan(True, False)), Entry(1, 2.0, EditSpan(False, True, 24, 128, 4, True)))
     extra = json.loads(json.dumps(stack_to_extra(stack)))
     assert extra == [
         {"slot": 3, "strength": 0.5, "span": asdict(EditSpan())},
         {
             "slot": 1,
             "strength": 2.0,
-            "span": {"after_prompt": False, "open": True, "answer_rows": 24, "mean_rows": 128, "mean_from": 4},
+            "span": {
+                "after_prompt": False,
+                "open": True,
+                "answer_rows": 24,
+                "mean_rows": 128,
+                "mean_from": 4,
+                "after_thought": True,
+            },
         },
     ]
     assert stack_from_extra(extra) == stack

@@ -63,7 +63,7 @@ def chain(tokens: list[int], prompt: int, stack: Stack, fired: Sequence[bool]) -
         edits = [
             (entry.slot, entry.strength)
             for entry, opened in zip(stack, fired, strict=True)
-            if opened and (number >= prompt - 1 or not entry.span.after_prompt)
+            if opened and entry.strength and (number >= prompt - 1 or not entry.span.after_prompt)
         ]
         before = hash((before, token, *edits))
         rows.append(before)
@@ -285,6 +285,8 @@ PROFILES = {
     "recent": replace(gated(7), gate=Gate(pooling="mean", window=WINDOW)),
 }
 STACKS = ["gate,gate-two", "gate-two,gate", "always,gate", "recent,gate", "gate,mean", "whole,gate", "whole,always"]
+OBSERVED = ["gate:observe", "mean:observe", "whole:observe", "whole:observe,gate", "whole,gate:observe",
+            "always:observe,recent:observe"]  # fmt: skip
 WHOLE = {
     **PROFILES,
     "whole-gate": replace(gated(5), gate=Gate(), positions="all"),
@@ -334,9 +336,11 @@ def truth(asked: Asked, stack: Stack, decide: Decide = decide) -> tuple[list[int
 
 
 def expected(engine: Engine, asked: Asked, decide: Decide = decide) -> tuple[list[int], list[bool]]:
-    names = [] if asked.profile in (None, "off") else asked.profile.split(",")
-    versions = [engine.steering.registry.current(name) for name in names]
-    return truth(asked, tuple(Entry(each.slot, asked.strength, each.span) for each in versions), decide)
+    stack = []
+    for part in [] if asked.profile in (None, "off") else asked.profile.split(","):
+        version = engine.steering.registry.current(part.removesuffix(":observe"))
+        stack.append(Entry(version.slot, 0.0 if ":" in part else asked.strength, version.span))
+    return truth(asked, tuple(stack), decide)
 
 
 def check_answers(engine: Engine, decide: Decide = decide) -> None:
@@ -350,9 +354,9 @@ def check_answers(engine: Engine, decide: Decide = decide) -> None:
 
 
 numbers = st.integers(0, 1000)
-profiles = st.sampled_from([None, "off", *PROFILES, *STACKS])
+profiles = st.sampled_from([None, "off", *PROFILES, *STACKS, *OBSERVED])
 asks = st.tuples(
-    st.just("ask"), numbers, st.sampled_from([0, 0, 1, 3, 4, 5, 8]), profiles, st.sampled_from([1.0, 1.0, 2.0]),
+    st.just("ask"), numbers, st.sampled_from([0, 0, 1, 3, 4, 5, 8]), profiles, st.sampled_from([1.0, 1.0, 2.0, 0.0]),
     st.integers(1, 14),
 )  # fmt: skip
 actions = st.one_of(
@@ -392,7 +396,7 @@ def play(engine: Engine, script: list[Any], names: list[str | None]) -> None:
 @given(script=st.lists(actions, min_size=5, max_size=40))
 def test_what_is_cached_is_what_would_be_computed(make: Any, ahead: bool, blocks: int, script: list[Any]) -> None:
     engine = make(ahead=ahead, blocks=blocks)
-    play(engine, script, [None, "off", *PROFILES, *STACKS])
+    play(engine, script, [None, "off", *PROFILES, *STACKS, *OBSERVED])
     engine.finish()
     check_answers(engine)
     engine.check_idle()
@@ -404,7 +408,9 @@ def test_what_is_cached_is_what_would_be_computed(make: Any, ahead: bool, blocks
 @given(script=st.lists(actions, min_size=5, max_size=40))
 def test_profiles_that_edit_whole_prompts(make: Any, ahead: bool, script: list[Any]) -> None:
     engine = make(ahead=ahead, blocks=24, budget=LONGEST, split=False)
-    play(engine, script, ["whole", "whole-gate", "whole-mean", "gate", "gate,whole", "whole-mean,gate", None])
+    names = ["whole", "whole-gate", "whole-mean", "gate", "gate,whole", "whole-mean,gate", None]
+    observed = ["whole-gate:observe", "whole-mean:observe,whole", "whole-gate,whole-mean:observe"]
+    play(engine, script, [*names, *observed])
     engine.finish()
     check_answers(engine)
     engine.check_idle()
@@ -467,6 +473,27 @@ def test_a_stack_keeps_its_answer_to_itself_if_any_of_it_edits(make: Any, ahead:
     engine.finish()
     kept = len(turn.prompt) - 1 + (9 if opens is None else 0)  # rows without an edit
     assert following.cached == kept // BLOCK * BLOCK
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("profile", ["gate:observe", "always:observe", "whole:observe", "whole:observe,gate:observe"])
+def test_what_is_observed_is_shared_as_if_nobody_steered(make: Any, ahead: bool, profile: str) -> None:
+    engine = make(ahead=ahead, decide=lambda slot, prompt: True)
+    turn = Asked([0, 1, 1] * 3, profile, 1.0, 9)
+    for expected in (0, 8, 8):
+        asked = replace(turn, answer=[], reports=[])
+        engine.add(asked)
+        engine.finish()
+        assert asked.cached == expected
+        assert [(report["action"], report["fired"]) for report in asked.reports] == [("observe", True)] * (
+            profile.count(",") + 1
+        )
+    following = Asked([*turn.prompt, *asked.answer, 1], None, 1.0, 2)
+    engine.add(following)
+    engine.finish()
+    assert following.cached == (len(turn.prompt) + 9) // BLOCK * BLOCK
+    check_answers(engine, lambda slot, prompt: True)
     engine.check_idle()
 
 

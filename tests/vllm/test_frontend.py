@@ -48,6 +48,9 @@ def make_front(profile: SteeringProfile, tmp_path: Path) -> Callable[..., FrontE
     return make
 
 
+STEERED = {"profile": "safety", "action": "steer", "fired": False, "undecided": False}
+
+
 def metric(name: str, **labels: str) -> float:
     value = REGISTRY.get_sample_value(f"steerfast_{name}", labels)
     assert value is not None
@@ -55,8 +58,8 @@ def metric(name: str, **labels: str) -> float:
 
 
 def output(name: str, profile: str = "safety", **told: Any) -> SimpleNamespace:
-    decision = {"profile": profile, "version": 1, "fired": True, "undecided": False, "scores": [0.04], "nan": False,
-                "slots": 2, **told}  # fmt: skip
+    decision = {"profile": profile, "version": 1, "action": "steer", "fired": True, "undecided": False,
+                "scores": [0.04], "nan": False, "slots": 2, **told}  # fmt: skip
     return SimpleNamespace(request_id=name, trace_headers={"steerfast": json.dumps([decision])})
 
 
@@ -146,9 +149,9 @@ def test_decisions_are_taken_out_counted_and_told(make_front: Callable[..., Fron
     assert metric("slots_in_use") == 2
     for _ in range(2):  # all later outputs of a request tell, too
         told = states["shut"].make_request_output("text")
-        assert told.steering == {"profile": "safety", "fired": False, "undecided": False, "scores": [0.01, -0.2]}
+        assert told.steering == {**STEERED, "scores": [0.01, -0.2]}
     told = states["undecided"].make_request_output("text")
-    assert told.steering == {"profile": "safety", "fired": False, "undecided": True, "scores": [0.03]}
+    assert told.steering == {**STEERED, "undecided": True, "scores": [0.03]}
     assert states["shut"].make_request_output(None) is None
     assert not hasattr(states["plain"].make_request_output("text"), "steering")
 
@@ -162,8 +165,8 @@ def test_a_stack_reports_each_of_its_profiles(make_front: Callable[..., FrontEnd
     front.collect([both], {"r": made})
     assert both.trace_headers == {"traceparent": "00"}
     assert made.make_request_output("text").steering == [
-        {"profile": "safety", "fired": False, "undecided": False, "scores": [0.01]},
-        {"profile": "tone", "fired": True, "undecided": False, "scores": []},
+        {**STEERED, "scores": [0.01]},
+        {**STEERED, "profile": "tone", "fired": True, "scores": []},
     ]
     after = [metric("steered_requests_total", profile=name) for name in ("safety", "tone")]
     assert [b - a for a, b in zip(before, after, strict=True)] == [0, 1]
@@ -210,6 +213,19 @@ def test_a_removed_profile_leaves_no_metrics(make_front: Callable[..., FrontEnd]
 def test_metrics_say_that_this_server_steers(make_front: Callable[..., FrontEnd]) -> None:
     make_front(default="safety", locked=True)
     assert metric("info", version="0", vllm=vllm.__version__, locked="true") == 1
+
+
+def test_what_is_observed_is_counted_but_not_as_steered(make_front: Callable[..., FrontEnd], caplog: Any) -> None:
+    front, made = make_front(), state()
+    names = ("gate_evaluations_total", "gate_firings_total", "gate_score_count", "steered_requests_total")
+    before = [metric(name, profile="safety") for name in names]
+    caplog.set_level(logging.INFO, "vllm.steerfast")
+    logging.getLogger("vllm.steerfast").addHandler(caplog.handler)
+    front.collect([output("r", action="observe")], {"r": made})
+    logging.getLogger("vllm.steerfast").removeHandler(caplog.handler)
+    assert [metric(name, profile="safety") - old for name, old in zip(names, before, strict=True)] == [1, 1, 1, 0]
+    assert made.make_request_output("text").steering["action"] == "observe"
+    assert "profile safety fired, observed, scores 0.0400" in caplog.text
 
 
 # ---- admin ---------------------------------------------------------------------------------------

@@ -190,11 +190,12 @@ def make(directory: Path) -> Callable[..., tuple[EngineSteering, Workers]]:
         }  # fmt: skip
         text = SimpleNamespace(model_type="llama", hidden_size=4, num_hidden_layers=3, _name_or_path="tiny")
         vllm_config = SimpleNamespace(
+            structured_outputs_config=SimpleNamespace(disable_any_whitespace=False, reasoning_parser=""),
             model_config=SimpleNamespace(hf_text_config=text),
             scheduler_config=SimpleNamespace(enable_chunked_prefill=split, long_prefill_token_threshold=0),
             cache_config=SimpleNamespace(mamba_cache_mode="none"),
         )
-        scheduler = SimpleNamespace(hash_block_size=4, kv_cache_manager=None)
+        scheduler = SimpleNamespace(hash_block_size=4, kv_cache_manager=None, structured_output_manager=None)
         workers = Workers()
         for slots in workers.slots:
             slots[0] = PROFILE.checksum
@@ -265,7 +266,7 @@ class Request:
     _block_hasher = None
 
     def __init__(self, version: Version) -> None:
-        self.steerfast = HeldProfiles((version,), None)
+        self.steerfast = HeldProfiles((version,), (1.0,))
 
 
 def test_a_decision_says_where_a_gate_does_not_know(make: Any, directory: Path) -> None:
@@ -315,7 +316,7 @@ def test_each_profile_of_a_stack_reports_for_itself(make: Any, directory: Path) 
         (("safety", "tone"), [([0.0], [-0.4]), ([], [])], [False, True]),
         (("tone", "safety"), [([], []), ([1.0], [0.4])], [True, True]),
     ):
-        request.steerfast = HeldProfiles(tuple(map(steering.registry.current, names)), None)
+        request.steerfast = HeldProfiles(tuple(map(steering.registry.current, names)), (1.0, 1.0))
         steering.decide({"r": request}, {"r": decisions})
         reports = steering._unreported.pop("r")
         assert [(one["profile"], one["fired"], one["scores"]) for one in reports] == [
