@@ -597,24 +597,19 @@ def test_names_that_cover_the_tokens_after_a_block(
     engine.check_idle()
 
 
-@pytest.mark.parametrize(
-    ("version", "following", "waits"), [("0.32.0", 0, True), ("0.33.0", 0, True), ("0.33.0", 1, False)]
-)
-def test_a_name_waits_for_a_decision_or_for_the_next_tokens(
-    make: Any, monkeypatch: pytest.MonkeyPatch, version: str, following: int, waits: bool
-) -> None:
+def test_a_name_waits_for_a_decision_or_for_the_next_tokens(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
-    monkeypatch.setattr(compat, "_version", lambda: version)
-    scheduler = SimpleNamespace(
-        hash_block_size=BLOCK,
-        num_hash_lookahead_tokens=following,
-        kv_cache_manager=engine.core.scheduler.kv_cache_manager,
-    )
-    steering = EngineSteering(engine.steering.config, engine.core.vllm_config, scheduler)
-    request = type("Request", (), {"num_tokens": 2 * BLOCK, "block_hashes": [b"first"], "_block_hasher": len})()
-    steering.enter(request)
-    assert (request in steering._unnamed) == waits
-    steering._forget_unnamed(request)
+    config, manager = replace(engine.steering.config, profiles={}), engine.core.scheduler.kv_cache_manager
+    for version, following, waits in (("0.32.0", 0, True), ("0.33.0", 0, True), ("0.33.0", 1, False)):
+        monkeypatch.setattr(compat, "_version", lambda version=version: version)
+        scheduler = SimpleNamespace(
+            hash_block_size=BLOCK, num_hash_lookahead_tokens=following, kv_cache_manager=manager
+        )
+        steering = EngineSteering(config, engine.core.vllm_config, scheduler)
+        request = type("Request", (), {"num_tokens": 2 * BLOCK, "block_hashes": [b"first"], "_block_hasher": len})()
+        steering.enter(request)
+        assert (request in steering._unnamed) == waits
+        steering._forget_unnamed(request)
 
 
 def held(engine: Engine) -> dict[str, int]:
