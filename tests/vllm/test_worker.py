@@ -259,7 +259,7 @@ def test_edits_end_at_their_row_while_drafts_are_in_flight(profiles, tmp_path, m
     }
     engine, rng = Engine(profiles, [list(range(LAYERS))], tmp_path, max_rows=40), random.Random(seed)
     asks = {"a": ("own,short", 5), "b": ("short", 2), "c": ("always", 3), "d": ("last,sensor", 1)}
-    rows = {name: random_rows(30, seed + number) for number, name in enumerate(asks)}
+    rows = {name: random_rows(60, seed + number) for number, name in enumerate(asks)}
     truth = {name: engine.truth(rows[name], prompt, stack, 1.0)[0] for name, (stack, prompt) in asks.items()}
     runtime, past, drafts = engine.runtimes[0], dict.fromkeys(asks, 0), dict.fromkeys(asks, 0)
     step = runtime.step
