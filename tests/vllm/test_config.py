@@ -377,6 +377,7 @@ def test_edits_that_may_end_in_a_thought_are_told(
     make_profile(tiny_llama, positions="response", answer_tokens=tokens).save(tmp_path / "one.safetensors")
     complete = normalise({"profiles": {"one": str(tmp_path / "one.safetensors")}, "thinking": thinking}, text_config)
     log = logging.getLogger("vllm.steerfast")
+    caplog.set_level(logging.WARNING, log.name)
     log.addHandler(caplog.handler)
     check_engine(engine(complete, model={"hf_text_config": text_config}, parser=parser))
     log.removeHandler(caplog.handler)

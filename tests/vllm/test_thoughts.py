@@ -38,14 +38,21 @@ def llm(engine: Callable[..., Any], saved: Any) -> Any:
 
 
 def ask(llm: Any, requests: list[tuple[list[int], str]]) -> list[list[int]]:
+    """The tokens of the answers."""
+    return [tokens for tokens, _ in answers_of(llm, requests)]
+
+
+def answers_of(llm: Any, requests: list[tuple[list[int], str]]) -> list[tuple[list[int], list[float]]]:
+    """The tokens of the answers, and the log probability of each."""
     from vllm import SamplingParams
 
     parameters = [
-        SamplingParams(temperature=0, max_tokens=THOUGHT + ANSWER, extra_args={"steering": name})
+        SamplingParams(temperature=0, max_tokens=THOUGHT + ANSWER, logprobs=0, extra_args={"steering": name})
         for _, name in requests
     ]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], parameters, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    answers = [output.outputs[0] for output in outputs]
+    return [(list(a.token_ids), [next(iter(at.values())).logprob for at in a.logprobs]) for a in answers]
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +75,13 @@ def test_edits_begin_where_the_thought_ends(llm: Any, oracle: Oracle, thought: l
     """As in a request whose prompt holds the thought; `answer_tokens` counts from there."""
     ids = oracle.prompt(PROMPT)
     count = THOUGHT + ANSWER - len(thought)
-    answers = dict(zip(PROFILES, ask(llm, [(ids, name) for name in PROFILES]), strict=True))
-    for name, answer in answers.items():
+    answers = dict(zip(PROFILES, answers_of(llm, [(ids, name) for name in PROFILES]), strict=True))
+    for name, (answer, _) in answers.items():
         expected = oracle.answer([*ids, *thought], OPEN[name], 1.0, count)
         assert expected.margin > LEAST_MARGIN
         assert answer == [*thought, *expected.token_ids], name
-    assert answers["tone"] != answers["brief"]
+    third = len(thought) + 2  # `brief` edits the rows that predict the first two tokens of the answer
+    assert answers["tone"][1][third] != answers["brief"][1][third]
 
 
 def test_a_prompt_may_hold_the_thought(llm: Any, oracle: Oracle, thought: list[int]) -> None:
