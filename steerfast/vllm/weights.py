@@ -8,7 +8,6 @@ model's do not. Sleep needs no care: profiles and tables lie outside the memory 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from steerfast.vllm import compat
@@ -29,23 +28,25 @@ def watch_weights(worker: Any, runtime: WorkerRuntime) -> None:
     runner = worker.model_runner
     model, vocabulary = runner.get_model(), runner.vllm_config.model_config.hf_text_config.vocab_size
 
-    def compare() -> None:
-        # Until finish_weight_update, ranks may load different parts. During a reload, some weights lie nowhere.
-        if not (worker._weight_update_active or any(parameter.is_meta for parameter in model.parameters())):
-            runtime.identify(sketch_of(model, vocabulary))
+    running: list[str] = []  # reload_weights calls load_weights
+
+    def watch(owner: Any, name: str) -> None:
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            running.append(name)
+            try:
+                result = method(*args, **kwargs)
+            finally:
+                running.pop()
+            # Before finish_weight_update, ranks may load different parts, and weights may lie nowhere.
+            absent = any(parameter.is_meta for parameter in model.parameters())
+            if not (running or absent or worker._weight_update_active):
+                runtime.identify(sketch_of(model, vocabulary))
+            return result
+
+        setattr(owner, name, wrapper)
 
     for owner, name in ((worker, "reload_weights"), (worker, "finish_weight_update"), (model, "load_weights")):
-        _call_after(owner, name, compare)
-
-
-def _call_after(owner: Any, name: str, then: Callable[[], None]) -> None:
-    """Let a method of an object call `then` at its end."""
-    method = getattr(owner, name)
-
-    @functools.wraps(method)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        then()
-        return result
-
-    setattr(owner, name, wrapper)
+        watch(owner, name)
