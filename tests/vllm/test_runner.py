@@ -348,15 +348,8 @@ def count_launches(core: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[
     return launches
 
 
-@pytest.mark.parametrize(
-    ("method", "asynchronous"),
-    [
-        pytest.param("draft_model", False, id="sync"),
-        pytest.param("draft_model", True, id="async"),
-        pytest.param("ngram_gpu", True, id="ngram", marks=pytest.mark.slow),
-    ],
-)
-def test_drafts_are_steered_as_any_row(start, world, mixture, monkeypatch, method, asynchronous) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_drafts_are_steered_as_any_row(start, world, mixture, monkeypatch, asynchronous) -> None:
     """The drafter is not steered, so that drafts are accepted and rejected. Edits end at their row in any case."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -368,8 +361,7 @@ def test_drafts_are_steered_as_any_row(start, world, mixture, monkeypatch, metho
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "make_spec_decoding_stats", count)
-    model = {"model": str(world.folder / "model")} if method == "draft_model" else {"prompt_lookup_max": 3}
-    drafts = {"method": method, "num_speculative_tokens": 3, **model}
+    drafts = {"method": "draft_model", "model": str(world.folder / "model"), "num_speculative_tokens": 3}
     llm = start(asynchronous, speculative_config=drafts, max_num_batched_tokens=48)
     client = Client(llm)
     names = [client.add(ask.prompt, ask.extra) for ask in mixture]

@@ -49,7 +49,6 @@ def test_answers_on_v2() -> None:
         pytest.param("test_runner.py", ["-m", "slow"], id="soak"),
         # The interpreter cannot run the kernel of top_k, by which siblings are drawn.
         pytest.param("test_hot_swap.py", ["-k", "not siblings"], id="hot_swap"),
-        pytest.param("test_outputs.py", ["-k", "mixed or stack"], id="smollm2"),
     ],
 )
 def test_more_answers_on_v2(file: str, options: list[str]) -> None:
