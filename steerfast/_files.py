@@ -18,6 +18,7 @@ from torch import Tensor
 from steerfast.errors import OutputError, SteerfastError
 
 _KEY = "steerfast"  # of the safetensors metadata that holds the header
+_MOST_LEVELS = 100  # of a header; a file of ours has some five
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -92,12 +93,33 @@ def read_checked(
         raise error(f"{kind} {str(source)!r}: not a readable safetensors file ({cause})") from None
     try:
         header = json.loads(metadata.get(_KEY, "null"))
-    except json.JSONDecodeError as cause:
+    except (ValueError, RecursionError) as cause:
         raise error(f"{kind} {str(source)!r}: its header is not JSON ({cause})") from None
     if not isinstance(header, dict) or "format" not in header:
         raise error(f"{kind} {str(source)!r}: a safetensors file, but not a steerfast {kind} (no header)")
+    if _levels(header) > _MOST_LEVELS:
+        raise error(f"{kind} {str(source)!r}: expected a header of at most {_MOST_LEVELS} levels, got more")
     if header["format"] != version:
         raise error(f"{kind} {str(source)!r}: format {header['format']!r}, this version reads format {version}")
     if header.pop("checksum", None) != content_checksum(header, tensors):
         raise error(f"{kind} {str(source)!r}: its content does not match its checksum, the file is damaged")
     return header, tensors
+
+
+def is_checked(path: str | os.PathLike[str]) -> bool:
+    """Return whether `write_checked` wrote a file, of any kind; only its header is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
+def _levels(value: Any) -> int:
+    """Return how deep JSON data nest, counted up to one more than the most allowed."""
+    level, at = 0, [value]
+    while at and level <= _MOST_LEVELS:
+        level += 1
+        parts = (each.values() if isinstance(each, dict) else each for each in at if isinstance(each, dict | list))
+        at = [inner for part in parts for inner in part]
+    return level

@@ -45,7 +45,7 @@ class Records:
         for line in text.split("\n"):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 self.found.append(record)

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from steerfast._versions import installed_version
 from steerfast.cli import common
+from steerfast.cli.server_probe import NOT_STEERED, STEERED, UNREACHABLE, probe
 
+_STATUS = {STEERED: 0, NOT_STEERED: 1, UNREACHABLE: 2}
 _PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
 
 @click.command("doctor")
+@click.option(
+    "--url", metavar="URL", help="Ask the server at this address whether it steers, such as http://host:8000."
+)
+@click.option(
+    "--api-key", metavar="KEY", envvar="VLLM_API_KEY", show_envvar=True, help="The key that the server asks for."
+)
 @common.json_option
 @click.pass_context
-def command(context: click.Context, json_file: str | None) -> None:
-    """Show what is installed, and test the ops.
+def command(context: click.Context, url: str | None, api_key: str | None, json_file: str | None) -> None:
+    """Show what is installed, and test the ops; or ask a running server.
 
     Every op implementation that is live here is checked against a float64 reference.
     Needs no model. Exit status 1 where a check fails.
+
+    With --url: whether that vLLM server steers. It is asked for its metrics, and for a profile
+    that cannot be, which it has to refuse. Exit status 0: it steers. 1: it does not. 2: nothing answers.
 
     \b
     Example:
       steerfast doctor
       steerfast doctor --json doctor.json
+      steerfast doctor --url http://localhost:8000
     """
     common.check_outputs({"--json": json_file})
+    if url is not None:
+        context.exit(_ask_server(url, api_key, json_file))
     from steerfast import __version__, _native
     from steerfast.kernels import contract, selftest
 
@@ -52,6 +67,23 @@ def command(context: click.Context, json_file: str | None) -> None:
     common.write_json(json_file, result)
     _render(result, isa_problem, json_file)
     context.exit(0 if passed else 1)
+
+
+def _ask_server(url: str, key: str | None, json_file: str | None) -> int:
+    """Print what a server says, and return the exit status."""
+    if not url.startswith(("http://", "https://")):
+        raise click.UsageError(f"--url: expected http://... or https://..., got {url!r}")
+    found = probe(url.rstrip("/").removesuffix("/v1"), key)
+    common.write_json(json_file, asdict(found))
+    versions = {"vLLM": found.vllm, "steerfast": (found.info or {}).get("version")}
+    known = [f"{name} {version}" for name, version in versions.items() if version is not None]
+    if (found.info or {}).get("locked") == "true":
+        known.append("locked")
+    about = f" ({', '.join(known)})" if known else ""
+    common.console(json_file).print(
+        f"{found.url}: {found.verdict}{about}: {found.reason}", markup=False, soft_wrap=True
+    )
+    return _STATUS[found.verdict]
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def header(profile: SteeringProfile) -> dict[str, Any]:
         content["answer_tokens"] = profile.answer_tokens
     try:
         return json.loads(json.dumps(content))  # so that it hashes the same before and after a round trip
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ProfileError(f"fitted, calibration, tuned: expected JSON data ({error})") from None
 
 

@@ -49,7 +49,7 @@ def read_records(source: str | os.PathLike[str], column: str | None = None) -> l
         raise PromptError(f"prompts: expected a .txt, .json, .jsonl or .csv file, got {name!r}")
     try:
         entries = list(reader(path, _keys(column)))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error, OSError) as error:
         raise PromptError(f"prompts: cannot read {name!r} ({error})") from None
     return records_of(entries, name, column)
 

@@ -26,6 +26,8 @@ __all__ = ["KEY_VARIABLE", "PATH", "Admin", "plugin"]
 
 KEY_VARIABLE = "STEERFAST_ADMIN_KEY"
 PATH = "/steerfast/profiles"
+_LONGEST = 255  # characters of a name or a file's name
+_LONGEST_MESSAGE = 1000  # which may quote what a file holds
 
 
 class _Refused(Exception):
@@ -69,7 +71,7 @@ class Admin:
             self._authorise(request.headers.get("Authorization", ""))
             profiles = await self._handle(request)
         except _Refused as refused:
-            error = {"message": str(refused), "code": refused.status}
+            error = {"message": str(refused)[:_LONGEST_MESSAGE], "code": refused.status}
             return JSONResponse({"error": error}, status_code=refused.status)
         return JSONResponse({"profiles": profiles})
 
@@ -92,7 +94,9 @@ class Admin:
                 return await self._change("steerfast_load", fields["name"], fields["file"])
             name = request.path_params["name"]
             if name not in self._front.names:
-                raise _Refused(404, f"name: expected one of {', '.join(self._front.names) or 'none'}, got {name!r}")
+                raise _Refused(
+                    404, f"name: expected one of {', '.join(self._front.names) or 'none'}, got {name[:80]!r}"
+                )
             if request.method == "DELETE":
                 return await self._change("steerfast_remove", name)
             return await self._change("steerfast_replace", name, (await _fields(request, "file"))["file"])
@@ -128,13 +132,16 @@ class Admin:
 
 
 async def _fields(request: Any, *names: str) -> dict[str, str]:
-    """Return the body, a JSON object with these strings and nothing else."""
+    """Return the body, a JSON object with these strings, printable and not long, and nothing else."""
     try:
         body = await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: deeper than Python reads
         body = None
     if not isinstance(body, dict) or set(body) != {*names} or not all(isinstance(body[name], str) for name in names):
         raise _Refused(400, f"body: expected a JSON object with the strings {', '.join(names)}")
+    for name in names:
+        if len(body[name]) > _LONGEST or not body[name].isprintable():
+            raise _Refused(400, f"{name}: expected at most {_LONGEST} printable characters, got {body[name][:80]!r}")
     return body
 
 

@@ -105,7 +105,7 @@ SEAMS = (
     Seam("EngineCoreRequest", "cache_salt", None, "set: requests whose whole prompt is edited"),
     Seam("EngineCoreRequest", "resumable", None, "read: sessions are refused"),
     Seam("EngineCoreRequest", "mm_features", None, "read: images under whole-prompt edits are refused"),
-    Seam("EngineCoreOutput", "kv_transfer_params", None, "set: carries decisions to the front end"),
+    Seam("EngineCoreOutput", "trace_headers", None, "set: carries decisions to the front end"),
     Seam("Scheduler", "__init__", ("self", "vllm_config", "*"), "wrapped: makes the engine's steering"),
     Seam("Scheduler", "_free_request", ("self", "request", "*"), "wrapped: a request ended"),
     Seam(

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from steerfast._files import is_checked
 from steerfast._versions import installed_version
 from steerfast.errors import ProfileError
 from steerfast.kernels.contract import MAX_STACK, Kinds
@@ -29,6 +30,7 @@ __all__ = [
     "OFF",
     "ServingConfig",
     "check_engine",
+    "check_environment",
     "check_name",
     "identity_of",
     "install",
@@ -54,6 +56,11 @@ _EXPECTED = {
     "directory": (str, "a folder or null"),
 }
 _NULLABLE = {"default", "layers", "directory"}
+_REFUSED_VARIABLES = (  # of the environment: name, whether only a lock minds it, why
+    ("VLLM_USE_RUST_FRONTEND", False, "its HTTP server runs no plugin: it counts no decision and checks no tokenizer"),
+    ("VLLM_SERVER_DEV_MODE", True, "its routes let any client call the engine"),
+    ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", True, "it lets any client load an adapter, for which no profile was tuned"),
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,13 @@ class ServingConfig:
             raise ValueError(f"additional_config.{KEY}: expected version {_VERSION}, got {raw['version']}")
         reading = None if raw["reading"] is None else tuple(raw["reading"])
         return cls(**{**raw, "profiles": dict(raw["profiles"]), "layers": tuple(raw["layers"]), "reading": reading})
+
+    def __str__(self) -> str:
+        """Return what a log says at the start."""
+        names = ", ".join(self.profiles) or "none yet"
+        default = "no default" if self.default is None else f"default {self.default}"
+        locked = ", locked" if self.locked else ""
+        return f"steerfast {self.version} steers {len(self.profiles)} profiles ({names}): {default}{locked}"
 
     def check(self, name: str, profile: SteeringProfile, model: ModelIdentity, *, split: bool) -> None:
         """Raise ProfileError where this engine cannot serve `profile`.
@@ -307,11 +321,38 @@ def splits_prompts(vllm_config: Any) -> bool:
     return scheduler.enable_chunked_prefill or scheduler.long_prefill_token_threshold > 0 or aligned
 
 
+def check_environment(locked: bool) -> None:
+    """Raise ValueError where a variable of this process's environment opens a way around steering.
+
+    Args:
+        locked: whether the engine is.
+    """
+    for name, if_locked, why in _REFUSED_VARIABLES:
+        value = os.environ.get(name, "")
+        if (locked or not if_locked) and value.strip().lower() not in ("", "0", "false"):
+            what = f"{KEY}.locked" if if_locked else KEY
+            raise ValueError(f"{what}: expected {name} unset, got {value!r}: {why}")
+
+
+def check_weights(folder: str) -> None:
+    """Raise ValueError where vLLM would read a profile in the model's folder as weights."""
+    if Path(folder, "model.safetensors.index.json").is_file():  # vLLM reads only the files that it names
+        return
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        if is_checked(path):
+            raise ValueError(
+                f"{KEY}: expected no profile among the model's weights, as vLLM would load it as such, got "
+                f"{str(path)!r}; move it to another folder"
+            )
+
+
 def check_engine(vllm_config: Any) -> None:
     """Raise ValueError for an engine that would lose decisions or rows; the message says why."""
     config = ServingConfig.of(vllm_config)
     if config is None:
         return
+    check_environment(config.locked)
+    check_weights(vllm_config.model_config.model)
     model, parallel, speculative = (
         vllm_config.model_config,
         vllm_config.parallel_config,

@@ -14,6 +14,8 @@ Profiles that edit whole prompts give their requests a cache salt instead, which
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
 import secrets
@@ -29,7 +31,15 @@ from steerfast.runtime.span import NO_END, Entry, Stack
 from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested, stack_to_extra
 from steerfast.vllm.compat import around
-from steerfast.vllm.config import KEY, ServingConfig, check_name, identity_of, split_names, splits_prompts
+from steerfast.vllm.config import (
+    KEY,
+    ServingConfig,
+    check_environment,
+    check_name,
+    identity_of,
+    split_names,
+    splits_prompts,
+)
 from steerfast.vllm.registry import Registry, Version
 
 __all__ = ["EngineSteering", "HeldProfiles", "inside", "install"]
@@ -37,6 +47,7 @@ __all__ = ["EngineSteering", "HeldProfiles", "inside", "install"]
 Hasher = Callable[[Any], list[bytes]]
 Decision = tuple[Sequence[float], Sequence[float]]  # gate values and scores of a profile, by layer
 _NAME_BYTES = 32  # of a block
+_log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
 
 
 @dataclass(eq=False)
@@ -199,7 +210,8 @@ class EngineSteering:
         for client in outputs.values():
             for output in client.outputs:
                 if (decisions := self._unreported.pop(output.request_id, None)) is not None:
-                    output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: decisions}
+                    # No front end shows these headers to a client, not even one that does not know steerfast.
+                    output.trace_headers = {**(output.trace_headers or {}), KEY: json.dumps(decisions)}
         self._unreported = {name: found for name, found in self._unreported.items() if name in requests}
 
     def _cache_named_blocks(self, request: Any, num_computed_tokens: int) -> None:
@@ -357,8 +369,10 @@ def _wrap_start() -> None:
     # The first call of an engine core with its configuration. (Its process calls this within EngineCore.__init__.)
     @around("EngineCore", "_initialize_kv_caches")
     def initialize(original: Any, self: Any, vllm_config: Any) -> Any:
-        if ServingConfig.of(vllm_config) is None:
+        config = ServingConfig.of(vllm_config)
+        if config is None:
             return original(self, vllm_config)
+        check_environment(config.locked)
         scheduler = vllm_config.scheduler_config.get_scheduler_cls()
         wrapped = ("update_from_output", "_free_request")
         own = issubclass(scheduler, compat.Scheduler)
@@ -366,6 +380,7 @@ def _wrap_start() -> None:
             raise ValueError(f"{KEY}: expected vLLM's own scheduler, got {scheduler.__name__}")
         if not all(self.model_executor.collective_rpc("steerfast_steers")):
             raise ValueError(f"{KEY}: expected all workers to steer, some do not: is the plugin installed for all?")
+        _log.info("%s", config)
         return original(self, vllm_config)
 
     @around("Scheduler", "__init__")

@@ -6,8 +6,9 @@ every request again (`steerfast.vllm.engine`).
 
 from __future__ import annotations
 
+import json
 import logging
-import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,8 @@ __all__ = ["FrontEnd", "install"]
 
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
 _SHOWN = ("profile", "fired", "undecided", "scores")
+_QUOTE = reprlib.Repr()  # of what a client named: one line, printable
+_QUOTE.maxstring = 200
 
 
 class FrontEnd:
@@ -41,11 +44,7 @@ class FrontEnd:
         self._metrics = metrics()
         self._metrics.know(self.names)
         self._metrics.slots(len(self.names))
-        if config.locked and os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
-            raise ValueError(
-                f"{KEY}.locked: expected VLLM_SERVER_DEV_MODE unset, as its routes let any client call the engine, "
-                "got it set"
-            )
+        self._metrics.info(config.version, config.locked)
 
     def use_tokenizer(self, tokenizer: Any) -> None:
         """Compare every profile with this tokenizer; None: the engine has none.
@@ -73,7 +72,8 @@ class FrontEnd:
 
     def set_profiles(self, names: Iterable[str], slots: int) -> None:
         """Note the profiles that the engine has now, and how many slots are in use."""
-        self.names = list(names)
+        before, self.names = self.names, list(names)
+        self._metrics.forget({*before} - {*self.names})
         self._metrics.know(self.names)
         self._metrics.slots(slots)
 
@@ -109,25 +109,23 @@ class FrontEnd:
         """Take the decisions out of engine outputs: count and log them, and let the requests' answers carry them.
 
         Args:
-            outputs: `EngineCoreOutput`; ``kv_transfer_params[KEY]`` has a request's decisions, one per profile.
+            outputs: `EngineCoreOutput`; ``trace_headers[KEY]`` has a request's decisions as JSON, one per profile.
             states: `RequestState` by request; an aborted one has none.
         """
         for output in outputs:
-            if output.kv_transfer_params is None:
+            if output.trace_headers is None or KEY not in output.trace_headers:
                 continue
-            decisions = output.kv_transfer_params.pop(KEY, None)
-            if not output.kv_transfer_params:
-                output.kv_transfer_params = None
-            if decisions is None:
-                continue
+            headers = dict(output.trace_headers)
+            decisions = json.loads(headers.pop(KEY))
+            output.trace_headers = headers or None
             for decision in decisions:
-                self._count(output.request_id, decision)
+                self._count(_QUOTE.repr(output.request_id), decision)
             if (state := states.get(output.request_id)) is not None:
                 shown = [{name: decision[name] for name in _SHOWN} for decision in decisions]
                 _add_steering(state, shown[0] if len(shown) == 1 else shown)
 
     def _count(self, request: str, decision: Mapping[str, Any]) -> None:
-        """Count and log the decision of one profile."""
+        """Count and log the decision of one profile; `request` is its quoted name."""
         profile, fired, undecided, scores = (decision[name] for name in _SHOWN)
         self._metrics.decided(profile, fired, scores, decision["nan"])
         self._metrics.slots(decision["slots"])

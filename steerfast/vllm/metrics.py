@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from steerfast.vllm import compat
+
 __all__ = ["FIELDS", "Metrics", "metrics"]
 
 FIELDS = ("steering", "steering_strength", "other")
@@ -41,14 +43,34 @@ class Metrics:
             "steerfast_slots_in_use", "Profiles on the device, replaced ones that requests still use included.",
             multiprocess_mode="mostrecent",
         )  # fmt: skip
+        self._info = Gauge(
+            "steerfast_info", "1: this server steers. A server that did not load the plugin has no such metric.",
+            ["version", "vllm", "locked"], multiprocess_mode="mostrecent",
+        )  # fmt: skip
+        self._profiles: set[str] = set()
         for field in FIELDS:
             self._rejected.labels(field)
+
+    def info(self, version: str, locked: bool) -> None:
+        """Show that an engine steers, by this version of steerfast."""
+        self._info.labels(version, compat._version(), str(locked).lower()).set(1)
 
     def know(self, profiles: Iterable[str]) -> None:
         """Show these profiles from the start, at zero."""
         for name in profiles:
-            for metric in (self._evaluations, self._firings, self._steered, self._nan, self._score):
+            self._profiles.add(name)
+            for metric in self._by_profile():
                 metric.labels(name)
+
+    def forget(self, profiles: Iterable[str]) -> None:
+        """Show these profiles no more. Requests that still run with one are not counted."""
+        for name in self._profiles & {*profiles}:
+            self._profiles.remove(name)
+            for metric in self._by_profile():
+                metric.remove(name)
+
+    def _by_profile(self) -> tuple[Any, ...]:
+        return self._evaluations, self._firings, self._steered, self._nan, self._score
 
     def slots(self, count: int) -> None:
         """Note that `count` slots are in use."""
@@ -56,6 +78,8 @@ class Metrics:
 
     def decided(self, profile: str, fired: bool, scores: Iterable[float], nan: bool) -> None:
         """Count the decision of one profile for a request; no scores: the profile has no gate."""
+        if profile not in self._profiles:
+            return
         scores = list(scores)
         if scores or nan:
             self._evaluations.labels(profile).inc()

@@ -15,7 +15,7 @@ from steerfast.errors import SteerfastError
 from steerfast.vllm import compat
 from steerfast.vllm.config import KEY
 
-__all__ = ["allowed_plugins", "merged", "serve"]
+__all__ = ["allowed_plugins", "check_locked", "merged", "serve"]
 
 _NAME = "steerfast"  # of the plugins, see pyproject.toml
 _GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
@@ -48,6 +48,15 @@ def allowed_plugins(allowed: str | None, installed: Iterable[str], *, admin: boo
     return ",".join(dict.fromkeys([*filter(None, allowed.split(",")), _NAME]))
 
 
+def check_locked(steering: Mapping[str, Any], args: Any) -> None:
+    """Raise SteerfastError where an option of vLLM, in `args`, opens a way around a lock."""
+    if steering.get("locked") and args.trust_request_chat_template:
+        raise SteerfastError(
+            "--trust-request-chat-template: expected none beside --locked, got it: a client could send a template "
+            "for which no profile was tuned"
+        )
+
+
 def serve(model: str, steering: Mapping[str, Any], arguments: Sequence[str] = (), *, admin: bool = False) -> None:
     """Run vLLM's API server until it is stopped.
 
@@ -77,6 +86,7 @@ def serve(model: str, steering: Mapping[str, Any], arguments: Sequence[str] = ()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", model, *arguments])
     args.additional_config = merged(args.additional_config, steering)
+    check_locked(steering, args)
     compat.configure_logging_from_args(args)
     try:
         command.validate(args)

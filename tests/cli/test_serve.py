@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,3 +186,11 @@ def test_vllm_is_told_to_load_the_plugin(
     allowed: str | None, installed: list[str], admin: bool, expected: str | None
 ) -> None:
     assert server.allowed_plugins(allowed, installed, admin=admin) == expected
+
+
+def test_a_lock_and_templates_from_clients_do_not_go_together() -> None:
+    trusting, strict = (SimpleNamespace(trust_request_chat_template=trust) for trust in (True, False))
+    server.check_locked({"locked": True}, strict)
+    server.check_locked({"locked": False}, trusting)
+    with pytest.raises(SteerfastError, match="--trust-request-chat-template: expected none beside --locked"):
+        server.check_locked({"locked": True}, trusting)

@@ -307,6 +307,12 @@ def test_a_model_that_cannot_be(tmp_path: Path, what: str, wrong: Any) -> None:
         (save({"x": torch.ones(2)}, metadata={"steerfast": "[1]"}), "but not a steerfast profile"),
         (save({"x": torch.ones(2)}, metadata={"steerfast": "{"}), "its header is not JSON"),
         (save({"x": torch.ones(2)}, metadata={"steerfast": '{"format": 1}'}), "does not match its checksum"),
+        (save({"x": torch.ones(2)}, metadata={"steerfast": "[" * 100_000}), "its header is not JSON"),
+        (save({"x": torch.ones(2)}, metadata={"steerfast": f'{{"format": {"9" * 5000}}}'}), "its header is not JSON"),
+        (
+            save({"x": torch.ones(2)}, metadata={"steerfast": f'{{"format": 1, "fitted": {"[" * 100}{"]" * 100}}}'}),
+            "expected a header of at most 100 levels, got more",
+        ),
     ],
 )
 def test_another_file(tmp_path: Path, content: bytes, message: str) -> None:

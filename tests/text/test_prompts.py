@@ -37,6 +37,7 @@ BAD = {
     "empty.json": (b"[]", "expected at least one prompt"),
     "object.json": (b'{"prompt": "a"}', "expected a JSON list in .*, got dict"),
     "cut.json": (b'["a", ', "cannot read .*cut.json"),
+    "deep.json": (b"[" * 100_000, "cannot read .*deep.json"),
     "cut.jsonl": (b'{"prompt": "a"}\n{"prom', "cannot read .*cut.jsonl"),
     "latin.txt": (b"caf\xe9", "cannot read .*latin.txt"),
     "number.json": (b'["a", 3]', "entry 2 of .*: expected a non-empty string or a record with .*, got 3"),

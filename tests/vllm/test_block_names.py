@@ -7,6 +7,7 @@ that they lie, so that a block which was shared wrongly shows at once.
 
 from __future__ import annotations
 
+import json
 import queue
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -247,8 +248,8 @@ class Engine:
             asked = self.asked[output.request_id]
             if output.prefill_stats is not None:
                 asked.cached = output.prefill_stats.num_cached_tokens
-            if output.kv_transfer_params is not None:
-                asked.reports += output.kv_transfer_params["steerfast"]
+            if output.trace_headers is not None:
+                asked.reports += json.loads(output.trace_headers["steerfast"])
             asked.answer += output.new_token_ids
             asked.over |= output.finish_reason is not None
 

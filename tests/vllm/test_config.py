@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from steerfast.errors import ProfileError
@@ -35,7 +37,7 @@ def path(profile, tmp_path) -> str:
 
 def engine(raw: object, **changes: Any) -> Any:
     """A stand-in of vLLM's configuration."""
-    model = {"runner_type": "generate", "enable_sleep_mode": False, **changes.pop("model", {})}
+    model = {"model": "a/model", "runner_type": "generate", "enable_sleep_mode": False, **changes.pop("model", {})}
     parallel = {
         "use_ubatching": False,
         "prefill_context_parallel_size": 1,
@@ -274,3 +276,53 @@ def test_engines_that_would_lose_decisions_are_refused(change, says, path, text_
     model = {"hf_text_config": text_config, **change.pop("model", {})}
     with pytest.raises(ValueError, match=says):
         check_engine(engine(complete, model=model, **change))
+
+
+VARIABLES = ("VLLM_USE_RUST_FRONTEND", "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_ways_around_a_lock_stop_the_start(variable, path, text_config, monkeypatch) -> None:
+    def check(**given: Any) -> None:
+        complete = normalise({"profiles": {"one": path}, **given}, text_config)
+        check_engine(engine(complete, model={"hf_text_config": text_config}))
+
+    lock: dict[str, Any] = {"default": "one", "locked": True}
+    for value in ("0", "", "false"):
+        monkeypatch.setenv(variable, value)
+        check(**lock)
+    for value in ("1", "true", " True "):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ValueError, match=rf"steerfast.*: expected {variable} unset, got '{value}': "):
+            check(**lock)
+    if variable == "VLLM_USE_RUST_FRONTEND":  # no plugin runs in it, lock or not
+        with pytest.raises(ValueError, match=f"steerfast: expected {variable} unset"):
+            check()
+        check_engine(engine(None))
+    else:
+        check()
+
+
+def test_a_profile_among_the_weights_is_named(path, profile, text_config, tmp_path) -> None:
+    complete = normalise({"profiles": {"one": path}}, text_config)
+    folder = tmp_path / "model"
+    (folder / "profiles").mkdir(parents=True)
+    save_file({"weight": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "damaged.safetensors").write_bytes(b"{}")
+    profile.save(folder / "profiles" / "two.safetensors")  # vLLM does not look there
+    served = engine(complete, model={"hf_text_config": text_config, "model": str(folder)})
+    check_engine(served)
+    profile.save(folder / "one.safetensors")
+    with pytest.raises(
+        ValueError,
+        match=r"got '.*/model/one\.safetensors'; move it",
+    ):
+        check_engine(served)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"weight": "model.safetensors"}}')
+    check_engine(served)  # vLLM reads only the files of the index
+
+
+def test_a_log_says_what_is_steered(path, text_config) -> None:
+    both = normalise({"profiles": {"a": path, "b": path}, "default": "b,a", "locked": True}, text_config)
+    text = f"steerfast {both['version']} steers 2 profiles (a, b): default b,a, locked"
+    assert str(ServingConfig.of(engine(both))) == text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +16,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import vllm
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
@@ -54,7 +57,7 @@ def metric(name: str, **labels: str) -> float:
 def output(name: str, profile: str = "safety", **told: Any) -> SimpleNamespace:
     decision = {"profile": profile, "version": 1, "fired": True, "undecided": False, "scores": [0.04], "nan": False,
                 "slots": 2, **told}  # fmt: skip
-    return SimpleNamespace(request_id=name, kv_transfer_params={"steerfast": [decision]})
+    return SimpleNamespace(request_id=name, trace_headers={"steerfast": json.dumps([decision])})
 
 
 def state() -> SimpleNamespace:
@@ -98,18 +101,6 @@ def test_names_follow_the_engine(make_front: Callable[..., FrontEnd]) -> None:
     assert metric("gate_evaluations_total", profile="fresh") == 0
 
 
-@pytest.mark.parametrize("mode", ["1", "true"])
-def test_a_lock_and_development_mode_do_not_go_together(
-    make_front: Callable[..., FrontEnd], monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", mode)
-    make_front(default="safety")
-    with pytest.raises(ValueError, match="expected VLLM_SERVER_DEV_MODE unset"):
-        make_front(default="safety", locked=True)
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
-    make_front(default="safety", locked=True)
-
-
 def test_another_tokenizer_or_chat_template_is_refused(
     make_front: Callable[..., FrontEnd], tiny_tokenizer: Any, profile: SteeringProfile
 ) -> None:
@@ -144,12 +135,12 @@ def test_decisions_are_taken_out_counted_and_told(make_front: Callable[..., Fron
         output("nan", scores=[math.nan], nan=True),
         output("gone", slots=3),  # a client that left
         output("open", profile="tone", scores=[]),
-        SimpleNamespace(request_id="plain", kv_transfer_params=None),
-        SimpleNamespace(request_id="other", kv_transfer_params={"somebody": "else"}),
+        SimpleNamespace(request_id="plain", trace_headers=None),
+        SimpleNamespace(request_id="other", trace_headers={"traceparent": "00"}),
     ]
     states = {each.request_id: state() for each in outputs if each.request_id != "gone"}
     front.collect(outputs, states)
-    assert [each.kv_transfer_params for each in outputs] == [None] * 7 + [{"somebody": "else"}]
+    assert [each.trace_headers for each in outputs] == [None] * 7 + [{"traceparent": "00"}]
     grown = {name: [b - a for a, b in zip(before[name], counts(name), strict=True)] for name in before}
     assert grown == {"safety": [5, 3, 3, 1, 5], "tone": [0, 0, 1, 0, 0]}
     assert metric("slots_in_use") == 2
@@ -164,16 +155,61 @@ def test_decisions_are_taken_out_counted_and_told(make_front: Callable[..., Fron
 
 def test_a_stack_reports_each_of_its_profiles(make_front: Callable[..., FrontEnd]) -> None:
     front, made = make_front(), state()
-    both = output("r", fired=False, scores=[0.01])
-    both.kv_transfer_params["steerfast"] += output("r", profile="tone", scores=[]).kv_transfer_params["steerfast"]
+    both, other = output("r", fired=False, scores=[0.01]), output("r", profile="tone", scores=[])
+    decisions = [json.loads(each.trace_headers["steerfast"])[0] for each in (both, other)]
+    both.trace_headers = {"steerfast": json.dumps(decisions), "traceparent": "00"}
     before = [metric("steered_requests_total", profile=name) for name in ("safety", "tone")]
     front.collect([both], {"r": made})
+    assert both.trace_headers == {"traceparent": "00"}
     assert made.make_request_output("text").steering == [
         {"profile": "safety", "fired": False, "undecided": False, "scores": [0.01]},
         {"profile": "tone", "fired": True, "undecided": False, "scores": []},
     ]
     after = [metric("steered_requests_total", profile=name) for name in ("safety", "tone")]
     assert [b - a for a, b in zip(before, after, strict=True)] == [0, 1]
+
+
+def test_a_log_line_quotes_what_a_client_named(
+    make_front: Callable[..., FrontEnd], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.steerfast")
+    front, victim = make_front(), "Request 'chatcmpl-victim': profile safety shut, scores -9.99"
+    for forged in (f"a\nINFO {victim}", f"a\r\x1b[2K{victim}", f"a\u2028{victim}", f"a\u202e{victim}", f"a'{victim}"):
+        caplog.clear()
+        front.collect([output(forged)], {})
+        (line,) = caplog.messages
+        assert line.isprintable()
+        assert len(line.splitlines()) == 1
+        assert line == f"Request {forged!r}: profile safety fired, scores 0.0400"
+    caplog.clear()
+    front.collect([output("x" * 1_000_000)], {})
+    assert len(caplog.messages[0]) < 300
+
+
+def test_a_removed_profile_leaves_no_metrics(make_front: Callable[..., FrontEnd]) -> None:
+    def series() -> set[str]:
+        found = {
+            sample.name for each in REGISTRY.collect() for sample in each.samples if "brief" in sample.labels.values()
+        }
+        return {name for name in found if name.startswith("steerfast_")}
+
+    front = make_front()
+    front.set_profiles(["safety", "tone", "brief"], 3)
+    front.collect([output("r", profile="brief")], {})
+    assert metric("gate_evaluations_total", profile="brief") == 1
+    assert "steerfast_gate_score_bucket" in series()
+    front.set_profiles(["safety", "tone"], 3)
+    assert series() == set()
+    front.collect([output("late", profile="brief")], {})  # a request that began with it
+    assert series() == set()
+    front.set_profiles(["safety", "tone", "brief"], 3)
+    assert metric("gate_evaluations_total", profile="brief") == 0
+
+
+def test_metrics_say_that_this_server_steers(make_front: Callable[..., FrontEnd]) -> None:
+    make_front(default="safety", locked=True)
+    assert metric("info", version="0", vllm=vllm.__version__, locked="true") == 1
 
 
 # ---- admin ---------------------------------------------------------------------------------------
@@ -236,6 +272,15 @@ def test_several_api_servers_may_only_look(
     engine.calls.clear()
     answer = client.post(admin.PATH, json={"name": "n", "file": "p.safetensors"})
     assert (answer.status_code, "--api-server-count 1" in answer.text, engine.calls) == (409, True, [])
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"name": ' * 100_000, '{"name": "n", "file": ' + "[" * 100_000])
+def test_a_body_that_nests_too_deep_is_status_400(
+    served: Callable[..., TestClient], make_front: Callable[..., FrontEnd], body: str
+) -> None:
+    engine = Engine(make_front())
+    answer = served(engine).post(admin.PATH, content=body)
+    assert (answer.status_code, "body: expected a JSON object" in answer.text, engine.calls) == (400, True, [])
 
 
 def test_a_change_reaches_the_engine_and_then_the_front_end(

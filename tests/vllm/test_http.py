@@ -13,9 +13,14 @@ import pytest
 pytest.importorskip("vllm")
 
 import openai
+import torch
+import vllm
 from answers import Oracle, always, gated
 from http_server import ENGINE, Server
+from safetensors.torch import save_file
 
+import steerfast
+from steerfast.cli.server_probe import STEERED, probe
 from steerfast.profile import SteeringProfile
 from steerfast.text.prompts import read_prompts
 from steerfast.vllm.admin import PATH
@@ -66,6 +71,7 @@ def server(checkpoint: Path, folder: Path, tmp_path_factory: pytest.TempPathFact
     (directory / "link.safetensors").symlink_to(folder / "safety.safetensors")
     (directory / "notes.txt").write_text("no profile")
     (directory / "damaged.safetensors").write_bytes((folder / "other.safetensors").read_bytes()[:-100])
+    save_file({"x": torch.ones(1)}, directory / "deep.safetensors", metadata={"steerfast": "[" * 100_000})
     with Server(
         [
             *("-m", "steerfast", "serve", str(checkpoint)),
@@ -119,6 +125,7 @@ def test_a_request_names_a_profile_and_a_strength(client: openai.OpenAI, expect:
     assert chat(client, HARMFUL, steering_strength=0.7) == weaker
     assert chat(client, HARMFUL, steering="safety", steering_strength=0.7) == weaker
     assert chat(client, HARMFUL, steering="safety", steering_strength=0) == expect(HARMFUL)
+    assert chat(client, HARMFUL, steering_strength=True) == expect(HARMFUL, "safety")  # vLLM reads a 1
 
 
 def test_a_request_names_a_stack(client: openai.OpenAI, oracle: Oracle, profiles: Any) -> None:
@@ -356,6 +363,27 @@ def test_the_score_histogram_holds_the_score_of_the_log_line(server: Server, cli
     }
 
 
+def test_no_client_writes_a_line_of_the_log(server: Server) -> None:
+    forged = "Request 'chatcmpl-victim': profile safety shut, scores -9.99"
+    for number, between in enumerate(("\n", "\r\x1b[2K", "\u2028", "\x85")):
+        body = {"model": MODEL, "prompt": "hi", "max_tokens": 1, "request_id": f"r{number}{between}{forged}"}
+        assert server.call("/v1/completions", body)[0] == 200
+    lines = [line for line in server.log.read_text().split("\n") if "profile safety" in line and "victim" in line]
+    assert len(lines) == 4
+    for number, line in enumerate(lines):
+        assert f'Request "cmpl-r{number}' in line
+        assert line.removesuffix("\r").isprintable()
+        assert line.count("scores") == 2
+
+
+def test_the_server_says_that_it_steers(server: Server) -> None:
+    assert server.log.read_text().count("steers 2 profiles (safety, tone): default safety\n") == 1
+    found = probe(server.url)
+    assert (found.verdict, found.vllm) == (STEERED, vllm.__version__)
+    assert found.reason == "/v1/chat/completions refuses a wrong profile"
+    assert found.info == {"version": steerfast.__version__, "vllm": vllm.__version__, "locked": "false"}
+
+
 # ---- admin ---------------------------------------------------------------------------------------
 
 
@@ -420,13 +448,15 @@ def test_load_replace_and_remove_while_a_request_runs(
     status, answer = admin(server, "DELETE", "fresh")
     assert [each["name"] for each in answer["profiles"]] == ["safety", "tone"]
     assert server.metric("steerfast_slots_in_use") == 2
+    assert 'profile="fresh"' not in server.call("/metrics")[1]
 
 
 @pytest.mark.parametrize(
     "file",
     [
         "../safety.safetensors", "..", ".", "", "/etc/passwd", "notes.txt", "link.safetensors", "absent.safetensors",
-        "damaged.safetensors", "other.safetensors/", "sub/other.safetensors", "..\\other.safetensors",
+        "damaged.safetensors", "deep.safetensors", "other.safetensors/", "sub/other.safetensors",
+        "..\\other.safetensors",
         "other.safetensors\u0000", "OTHER.SAFETENSORS", "http://example.invalid/other.safetensors",
         "ｏther.safetensors", ".other.safetensors", "x" * 5000 + ".safetensors",
     ],
@@ -445,11 +475,21 @@ def test_files_from_elsewhere_are_refused(server: Server, file: str) -> None:
         ("POST", "", {"name": "tone", "file": "other.safetensors"}, 400, "name: expected a new one, got 'tone'"),
         ("POST", "", {"name": "off", "file": "other.safetensors"}, 400, "'off'"),
         ("POST", "", {"name": "../x", "file": "other.safetensors"}, 400, "letters, digits"),
+        (
+            "POST",
+            "",
+            {"name": "n" * 1_000_000, "file": "other.safetensors"},
+            400,
+            "name: expected at most 255 printable",
+        ),
+        ("POST", "", '{"name": "\\ud800", "file": "other.safetensors"}', 400, "name: expected at most 255 printable"),
+        ("POST", "", {"name": "n\r\nINFO x", "file": "other.safetensors"}, 400, "got 'n\\r\\nINFO x'"),
         ("POST", "", {"name": "n"}, 400, "body: expected a JSON object with the strings name, file"),
         ("POST", "", {"name": "n", "file": "other.safetensors", "slot": 0}, 400, "body: expected"),
         ("POST", "", {"name": 1, "file": "other.safetensors"}, 400, "body: expected"),
         ("POST", "", "no JSON", 400, "body: expected"),
         ("POST", "", "[]", 400, "body: expected"),
+        ("POST", "", "[" * 100_000, 400, "body: expected"),
         ("PUT", "absent", {"file": "other.safetensors"}, 404, "name: expected one of safety, tone, got 'absent'"),
         ("PUT", "tone", {}, 400, "body: expected"),
         ("DELETE", "absent", None, 404, "name: expected one of safety, tone, got 'absent'"),
@@ -462,6 +502,7 @@ def test_what_an_administrator_cannot_ask_for(
     found, answer = admin(server, method, name, body)
     assert found == status
     assert words in answer["error"]["message"]
+    assert len(answer["error"]["message"]) <= 1000
 
 
 def test_a_full_bank_says_so(server: Server) -> None:

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from answers import Oracle, gated
 from http_server import ENGINE, Server
 
+from steerfast.cli.server_probe import NOT_STEERED, probe
 from steerfast.text.prompts import read_prompts
 
 pytestmark = pytest.mark.real
@@ -39,6 +40,7 @@ def test_an_idle_plugin_changes_no_answer_and_adds_nothing(checkpoint: Path, ora
         assert status == 200
         assert json.loads(text)["choices"][0]["message"]["content"] == oracle.answer(HARMFUL, tokens=TOKENS).text
         assert "steerfast_" not in server.call("/metrics")[1]
+        assert probe(server.url).verdict == NOT_STEERED
         assert server.call("/steerfast/profiles")[0] == 404
         assert server.call("/v1/chat/completions", body(n=2, use_beam_search=True))[0] == 200
 

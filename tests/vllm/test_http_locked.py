@@ -12,9 +12,13 @@ pytest.importorskip("vllm")
 
 from answers import Oracle, always, gated
 from http_server import ENGINE, Server
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.core import EngineCore
 
+from steerfast.cli.server_probe import STEERED, probe
 from steerfast.text.prompts import read_prompts
 from steerfast.vllm.admin import PATH
+from steerfast.vllm.plugin import register
 
 pytestmark = pytest.mark.real
 
@@ -38,7 +42,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 f"tone={folder / 'tone.safetensors'}",
             ),
             *("--default", "safety", "--locked", "--directory", str(folder)),
-            *("--", *ENGINE, "--served-model-name", MODEL),
+            *("--", *ENGINE, "--served-model-name", MODEL, "--enable-scale-out"),
         ],
         folder / "server.log",
         {"VLLM_PLUGINS": ""},  # as if somebody had allowed no plugin at all
@@ -168,7 +172,6 @@ def test_other_ways_in_are_locked_too(server: Server, steered: str) -> None:
 @pytest.mark.parametrize(
     ("path", "statuses"),
     [
-        ("/inference/v1/generate", {403, 404, 405}),
         ("/collective_rpc", {404, 405}),
         ("/reset_prefix_cache", {404, 405}),
         ("/v1/load_lora_adapter", {404, 405}),
@@ -187,6 +190,73 @@ def test_routes_into_the_engine_are_not_there(server: Server, path: str, statuse
     assert server.call(path, body, method="PUT", headers={"Authorization": "Bearer "})[0] in statuses
 
 
+def test_token_ids_and_raw_sampling_parameters_are_locked_too(server: Server, steered: str, oracle: Oracle) -> None:
+    def generate(extra: object, **more: object) -> tuple[int, str]:
+        sampling = {"temperature": 0, "max_tokens": TOKENS, "extra_args": extra}
+        body = {"model": MODEL, "token_ids": oracle.prompt(HARMFUL), "sampling_params": sampling, **more}
+        return server.call("/inference/v1/generate", body)
+
+    for extra in (None, {}, {"steering": "safety"}, {"kv_transfer_params": {"steering": "off"}}):
+        status, text = generate(extra, kv_transfer_params={"steerfast": [{"slot": 1}]})
+        assert status == 200, text
+        assert "steerfast" not in text
+        answer = json.loads(text)["choices"][0]["token_ids"]
+        assert oracle.tokenizer.decode(answer, skip_special_tokens=True) == steered
+    entry = {"slot": 1, "strength": 0.0, "span": {}}
+    for extra in (
+        {"steering": "off"},
+        {"steering": None},
+        {"steering_strength": 1},
+        {"steerfast": [entry]},
+        {"steerfast": None},
+    ):
+        status, text = generate(extra)
+        assert (status, "this server is locked" in text or "expected the keys" in text) == (400, True), text
+
+
+GENERATE = {
+    "/cohere/v2/chat", "/generative_scoring", "/inference/v1/generate", "/invocations", "/v1/chat/completions",
+    "/v1/chat/completions/batch", "/v1/completions", "/v1/messages", "/v1/responses", "/v1/systemone",
+}  # fmt: skip
+ANSWER_NOTHING = {
+    "/detokenize", "/health", "/inference/v1/abort_requests", "/is_scaling_elastic_ep", "/kv_event_sources", "/load",
+    "/metrics", "/ping", "/scale_elastic_ep", "/tokenize", "/v1/messages/count_tokens", "/v1/models",
+    "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel", "/version",
+}  # fmt: skip
+
+
+def test_every_route_is_known(server: Server) -> None:
+    """A route that a later vLLM adds has to be looked at: does the lock hold there?"""
+    paths = set(json.loads(server.call("/openapi.json")[1])["paths"])
+    texts = {path for path in paths if path.endswith(("/render", "/derender"))}
+    assert paths - texts <= GENERATE | ANSWER_NOTHING
+
+
+def test_a_route_that_takes_no_keys_is_steered(server: Server) -> None:
+    before = server.metric("steerfast_gate_evaluations_total", profile="safety")
+    scoring = {"model": MODEL, "query": HARMFUL, "items": ["a", "b"], "label_token_ids": [1, 2]}
+    assert server.call("/generative_scoring", scoring)[0] == 200
+    assert server.metric("steerfast_gate_evaluations_total", profile="safety") == before + 2
+
+
+def test_no_answer_holds_scores(server: Server) -> None:
+    """Answers of one token come with the decision; vLLM hands on what an engine puts on its outputs."""
+    message = {"role": "user", "content": HARMFUL}
+    headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "steerfast=1", "steerfast": "[1]"}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [message], "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": [message], "max_tokens": 1, "stream": True}),
+        ("/v1/completions", {"prompt": HARMFUL, "max_tokens": 1}),
+        ("/v1/responses", {"input": HARMFUL, "max_output_tokens": 1}),
+        ("/v1/messages", {"messages": [message], "max_tokens": 1}),
+    ):
+        for forged in ({}, {"kv_transfer_params": {"steerfast": [{"profile": "safety", "scores": [1]}]}}):
+            status, text = server.call(path, {"model": MODEL, **body, **forged}, headers=headers)
+            assert status == 200, text
+            assert "steerfast" not in text
+            assert "scores" not in text
+
+
 def test_beam_search_is_refused(server: Server) -> None:
     status, message = ask(server, ', "n": 2, "use_beam_search": true')
     assert status == 400
@@ -199,6 +269,32 @@ def test_every_prompt_was_judged_and_none_got_out(server: Server, steered: str) 
     assert server.metric("steerfast_gate_evaluations_total", profile="safety") == before + 1
     assert server.metric("steerfast_steered_requests_total", profile="tone") == 0
     assert server.metric("steerfast_slots_in_use") == 2
+
+
+def test_the_server_says_that_it_is_locked(server: Server) -> None:
+    found = probe(server.url)
+    assert (found.verdict, (found.info or {}).get("locked")) == (STEERED, "true")
+    assert server.log.read_text().count("steers 2 profiles (safety, tone): default safety, locked\n") == 1
+
+
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize(
+    "variable", ["VLLM_USE_RUST_FRONTEND", "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"]
+)
+def test_ways_around_the_lock_stop_an_engine(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, headless: bool
+) -> None:
+    """On every node, with or without an API server; and once more where the engine core starts."""
+    register()
+    gated().save(tmp_path / "safety.safetensors")
+    steering = {"profiles": {"safety": str(tmp_path / "safety.safetensors")}, "default": "safety", "locked": True}
+    engine = AsyncEngineArgs(str(checkpoint), additional_config={"steerfast": steering}, max_model_len=512)
+    made = engine.create_engine_config(headless=headless)
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ValueError, match=f"expected {variable} unset, got '1'"):
+        engine.create_engine_config(headless=headless)
+    with pytest.raises(ValueError, match=f"expected {variable} unset, got '1'"):
+        EngineCore._initialize_kv_caches(None, made)  # type: ignore[arg-type]
 
 
 def test_development_mode_and_a_lock_do_not_go_together(checkpoint: Path, tmp_path: Path) -> None:
