@@ -31,6 +31,7 @@ from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested, stack_to_extra
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import KEY, OBSERVE, ServingConfig, check_name, identity_of, split_names, splits_prompts
+from steerfast.vllm.grammar import bounded
 from steerfast.vllm.registry import Registry, Version
 
 __all__ = ["EngineSteering", "HeldProfiles", "inside", "install"]
@@ -96,6 +97,7 @@ class EngineSteering:
         self.model = identity_of(vllm_config.model_config.hf_text_config)
         self.split = splits_prompts(vllm_config)
         self.registry = Registry(config.slots)
+        self._compact = vllm_config.structured_outputs_config.disable_any_whitespace
         self._block_size = scheduler.hash_block_size
         self._cache = scheduler.kv_cache_manager
         self._unnamed: set[Any] = set()  # requests with a full block that has no name yet
@@ -126,6 +128,9 @@ class EngineSteering:
         if request.resumable:
             raise ValueError("resumable: expected a request whose prompt is complete, got a session that is steered")
         names, strengths = zip(*asked, strict=True)
+        grammar = params.structured_outputs
+        if any(strengths):
+            grammar = bounded(grammar, self._compact)
         held = HeldProfiles(self.registry.hold(*names), strengths)
         whole = [each.name for each in held.editing if not (each.span.after_prompt or each.span.open)]
         if request.mm_features and whole:
@@ -134,6 +139,7 @@ class EngineSteering:
                 f"steering: expected a prompt of text under profile {whole[0]!r}, which edits whole prompts, got more"
             )
         request.sampling_params = copy(params)  # siblings of a request with n > 1 share theirs
+        request.sampling_params.structured_outputs = grammar
         request.sampling_params.extra_args = {**(params.extra_args or {}), KEY: stack_to_extra(held.stack)}
         if held.edits_prompt:
             request.cache_salt = self._salt(request, held)
