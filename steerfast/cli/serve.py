@@ -52,6 +52,11 @@ class _Serve(click.Command):
 @click.option("--directory", metavar="DIR", help="The folder of profiles for the admin routes.  [default: none]")
 @common.repeated_option("--observe", "observe", "NAME", "A profile that only decides and reports, and edits nothing.")
 @click.option(
+    "--thinking",
+    type=click.Choice(["count", "skip"]),
+    help="Whether the tokens of a thought count as tokens of the answer; skip: edits begin after it.  [default: count]",
+)
+@click.option(
     "--admin-key",
     metavar="KEY",
     envvar="STEERFAST_ADMIN_KEY",

@@ -8,7 +8,7 @@ its slots, strengths and decisions lie there, at addresses that never change.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from steerfast.errors import ProfileError, SteerfastError
 from steerfast.kernels.edits import torch_scales
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Bank, Reach
-from steerfast.runtime.span import Stack, filled, slots_of
+from steerfast.runtime.span import NO_END, Stack, filled, slots_of
 from steerfast.runtime.step import Step, StepMemory
 from steerfast.runtime.tables import PackedRows, StepTables
 
@@ -39,6 +39,7 @@ class Request:
         stack: its profiles; empty: it is not steered.
         prompt_length: tokens of its prompt; gates decide at the last one.
         column: its column of the roster; None: its decisions wait on the host.
+        answer_from: the first row of its answer: the prompt's length, or the row after its thought.
         decided: its gates decided. counted: the prompt rows that its means have read.
     """
 
@@ -47,6 +48,11 @@ class Request:
     column: int | None = field(default=None, init=False)
     decided: bool = field(default=False, init=False)
     counted: int = field(default=0, init=False)
+    answer_from: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        thinks = any(entry.span.after_thought for entry in self.stack)
+        self.answer_from = NO_END if thinks else self.prompt_length
 
     @property
     def read_from(self) -> int:
@@ -61,12 +67,14 @@ class Request:
 
 
 class _Columns(NamedTuple):
-    """Hold the requests of a step as arrays: prompt, past and length [n], the entries of their stacks [n, K].
+    """Hold the requests of a step as arrays: prompt, answer, past and length [n], the entries of their stacks [n, K].
 
+    answer: the first row of the answer.
     mean_first: the first prompt row that the mean takes; the prompt's length where the gate reads no mean.
     """
 
     prompt: NDArray[np.int64]
+    answer: NDArray[np.int64]
     past: NDArray[np.int64]
     length: NDArray[np.int64]
     slot: NDArray[np.int64]
@@ -181,6 +189,12 @@ class Roster:
             if like is not None and request.reads_mean:
                 self._continue(name, request, like)
 
+    def end_thoughts(self, answers: Mapping[str, int]) -> None:
+        """Note between two steps that thoughts have ended: the first row of the answer by request."""
+        with self._lock:
+            for name in self._requests.keys() & answers.keys():
+                self._requests[name].answer_from = answers[name]
+
     def end(self, names: Iterable[str]) -> None:
         """End these requests. The decisions of the last 65,536 ended requests stay readable."""
         with self._lock:
@@ -227,7 +241,8 @@ class Roster:
         rest = (0,) * self.stack
         rows = [(*(entry.span.answer_rows for entry in request.stack), *rest)[: self.stack] for request in requests]
         prompts = np.array([request.prompt_length for request in requests], dtype=np.int64)
-        return prompts, prompts[:, None] + np.array(rows, dtype=np.int64).reshape(-1, self.stack)
+        answers = np.array([request.answer_from for request in requests], dtype=np.int64)
+        return prompts, answers[:, None] + np.array(rows, dtype=np.int64).reshape(-1, self.stack)
 
     def step(
         self,
@@ -257,6 +272,7 @@ class Roster:
             self._give_columns(names, requests)
         arrays = self._arrays(requests, past, lengths)
         last = arrays.prompt - 1 - arrays.past  # the row of this step that is the prompt's last
+        answer = arrays.answer - arrays.past  # the row of this step that is the answer's first
         undecided = np.array([not request.decided for request in requests], dtype=np.bool_)
         decides = undecided & (arrays.slot >= 0).any(axis=1) & (last >= 0) & (last < arrays.length)
         counted = self._count(names, requests, arrays)
@@ -266,8 +282,8 @@ class Roster:
                 arrays.slot,
                 arrays.strength,
                 np.where(decides, last, -1),
-                edited_from=np.where(arrays.after_prompt, last.clip(0)[:, None], 0),
-                edited_until=(arrays.prompt[:, None] + arrays.answer_rows - arrays.past[:, None]).clip(0),
+                edited_from=np.where(arrays.after_prompt, (answer - 1).clip(0)[:, None], 0),
+                edited_until=(answer[:, None] + arrays.answer_rows).clip(0, NO_END),
                 counted=counted,
                 total=None if counted is None else arrays.prompt[:, None] - arrays.mean_first,
                 columns=[request.column for request in requests],  # type: ignore[misc]
@@ -320,6 +336,7 @@ class Roster:
         ]
         return _Columns(
             np.array(lengths_of, dtype=np.int64),
+            np.array([request.answer_from for request in requests], dtype=np.int64),
             np.asarray(past, dtype=np.int64),
             np.asarray(lengths, dtype=np.int64),
             each([[entry.slot for entry in stack] for stack in stacks], np.int64),  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ class EditSpan:
         answer_rows: how many rows after the prompt are edited.
         mean_rows: how many of the prompt's last rows the gate takes the mean of; 0: it reads only the last row.
         mean_from: how many of the prompt's first rows the mean leaves out, though never the last row.
+        after_thought: the answer, and so its edits, begins where a thought ends, which nobody knows before.
     """
 
     after_prompt: bool = True
@@ -45,6 +46,7 @@ class EditSpan:
     answer_rows: int = NO_END
     mean_rows: int = 0
     mean_from: int = 0
+    after_thought: bool = False
 
     def first_read(self, prompt_length: int) -> int:
         """Return the first row of a prompt that the gate reads."""

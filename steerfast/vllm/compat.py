@@ -114,6 +114,7 @@ SEAMS = (
     Seam("Scheduler", "requests", None, "read"),
     Seam("Scheduler", "hash_block_size", None, "read: tokens of a named block"),
     Seam("Scheduler", "kv_cache_manager", None, "read"),
+    Seam("Scheduler", "structured_output_manager", None, "read: its reasoning parser"),
     # engine core: names of cache blocks
     Seam("KVCacheManager", "coordinator", None, "read"),
     Seam("KVCacheManager", "cache_blocks", ("self", "request", "num_computed_tokens"), "called: names given late"),
@@ -126,6 +127,7 @@ SEAMS = (
     Seam("Request", "_block_hasher", None, "set: names of edited blocks are random"),
     Seam("Request", "block_hashes", None, "cut: names of blocks that wait for a decision"),
     Seam("Request", "update_block_hashes", ("self",), "called: names after a decision"),
+    Seam("Request", "all_token_ids", None, "read: the end of a thought"),
     Seam("Request", "num_tokens", None, "read"),
     Seam("Request", "num_prompt_tokens", None, "read"),
     Seam("Request", "num_computed_tokens", None, "read"),

@@ -1,14 +1,15 @@
 """The ``steerfast`` key of vLLM's ``additional_config``: the profiles that an engine serves, and its limits.
 
 A user writes ``{"profiles": {name: file}, "default": "name" or "name,name", "locked": bool, "max_strength": number,
-"slots": n, "stack": n, "layers": [...], "directory": folder, "observe": [name, ...]}``. All keys are optional, except
-one of profiles and directory. `normalise` checks the key and completes it while vLLM makes its configuration;
-`ServingConfig.of` reads it in every process. vLLM hashes the key, so that engines with other layers never share a
-compiled model.
+"slots": n, "stack": n, "layers": [...], "directory": folder, "observe": [name, ...], "thinking": "count" or "skip"}``.
+All keys are optional, except one of profiles and directory. `normalise` checks the key and completes it while vLLM
+makes its configuration; `ServingConfig.of` reads it in every process. vLLM hashes the key, so that engines with other
+layers never share a compiled model.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -26,22 +27,28 @@ from steerfast.runtime.roster import check_packed
 from steerfast.vllm.compat import around
 
 __all__ = [
+    "COUNT",
     "KEY",
     "OBSERVE",
     "OFF",
+    "SKIP",
     "ServingConfig",
     "check_engine",
     "check_name",
+    "check_thoughts",
     "identity_of",
     "install",
     "normalise",
     "split_names",
     "splits_prompts",
+    "warn_of_thoughts",
 ]
 
+_log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
 KEY = "steerfast"
 OFF = "off"  # a request says so to be left unsteered
 OBSERVE = "observe"  # gates decide and report, and no row is edited
+COUNT, SKIP = "count", "skip"  # the tokens of a thought are tokens of the answer, or none
 DEFAULT_SLOTS = 32
 DEFAULT_MAX_STRENGTH = 10.0  # text falls apart well before this
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -56,6 +63,7 @@ _EXPECTED = {
     "layers": (list, "a list of layer numbers or null"),
     "directory": (str, "a folder or null"),
     "observe": (list, "a list of profiles' names"),
+    "thinking": (str, f"{COUNT!r} or {SKIP!r}"),
 }
 _NULLABLE = {"default", "layers", "directory"}
 
@@ -76,6 +84,7 @@ class ServingConfig:
     directory: where profiles may be loaded from later; None: nowhere.
     version: of steerfast.
     observe: profiles that edit nothing, whatever a request asks: their gates decide and are reported.
+    thinking: "count": a thought is part of the answer. "skip": edits, and `answer_tokens`, begin where it ends.
     """
 
     profiles: Mapping[str, str]
@@ -90,6 +99,7 @@ class ServingConfig:
     stack: int = 1
     reading: tuple[int, ...] | None = None
     observe: tuple[str, ...] = ()
+    thinking: str = COUNT
 
     @classmethod
     def of(cls, vllm_config: Any) -> ServingConfig | None:
@@ -137,6 +147,11 @@ class ServingConfig:
             raise ProfileError(
                 f"profile {name!r}: expected gates, and edits other than 'add', among layers {_shown(reading)}, as "
                 f"when the engine was configured, got {_shown(more)} too (start the engine again)"
+            )
+        if self.thinking == SKIP and profile.positions == "all":
+            raise ProfileError(
+                f"profile {name!r}: expected positions='response' where edits begin after a thought ({KEY}.thinking), "
+                "got positions='all'"
             )
         check_packed(f"profile {name!r}", profile, split=split, remedy=" (unless --no-enable-chunked-prefill)")
 
@@ -199,6 +214,8 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
         raise ValueError(f"{KEY}.profiles: expected a profile at least, or a directory to load some from, got none")
     stack = _stack_size(given["stack"], len(profiles), directory)
     default = _default(given["default"], given["locked"], list(profiles), stack)
+    if given["thinking"] not in (COUNT, SKIP):
+        raise ValueError(f"{KEY}.thinking: expected {COUNT!r} or {SKIP!r}, got {given['thinking']!r}")
     most = float(given["max_strength"])
     if not 0 < most < math.inf:
         raise ValueError(f"{KEY}.max_strength: expected a finite number above 0, got {given['max_strength']!r}")
@@ -216,6 +233,7 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
         version=_VERSION,
         reading=_reading(profiles, directory),
         observe=_observe(given["observe"], list(profiles)),
+        thinking=given["thinking"],
     )
     for name, profile in profiles.items():
         config.check(name, profile, model, split=False)
@@ -293,7 +311,7 @@ def _typed(raw: object) -> dict[str, Any]:
         raise ValueError(f"{KEY}: expected the keys {', '.join(_EXPECTED)}, got {', '.join(unknown)}")
     values: dict[str, Any] = {
         "profiles": {}, "default": None, "locked": False, "max_strength": DEFAULT_MAX_STRENGTH, "slots": None,
-        "stack": None, "layers": None, "directory": None, "observe": [],
+        "stack": None, "layers": None, "directory": None, "observe": [], "thinking": COUNT,
     }  # fmt: skip
     for key, value in raw.items():
         kind, expected = _EXPECTED[key]
@@ -359,10 +377,44 @@ def check_engine(vllm_config: Any) -> None:
     ):
         if wrong:
             raise ValueError(f"{KEY}: steering and {what} do not go together: {why}")
+    check_thoughts(config, vllm_config)
     identity = identity_of(model.hf_text_config)
     split = splits_prompts(vllm_config)
     for name, path in config.profiles.items():
-        config.check(name, SteeringProfile.load(path), identity, split=split)
+        profile = SteeringProfile.load(path)
+        config.check(name, profile, identity, split=split)
+        warn_of_thoughts(config, name, profile, vllm_config)
+
+
+def check_thoughts(config: ServingConfig, vllm_config: Any) -> None:
+    """Raise ValueError where edits should begin after a thought, and an engine cannot tell in time where it ends."""
+    if config.thinking == COUNT:
+        return
+    if not vllm_config.structured_outputs_config.reasoning_parser:
+        raise ValueError(f"{KEY}.thinking: expected --reasoning-parser, which finds the end of a thought, got none")
+    if vllm_config.model_config.skip_tokenizer_init:
+        raise ValueError(f"{KEY}.thinking: expected a tokenizer with {SKIP!r}, got --skip-tokenizer-init")
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            f"{KEY}.thinking: expected no speculative decoding with {SKIP!r}, as a thought may end within the rows of "
+            f"one step; use {COUNT!r}, or serve without --speculative-config"
+        )
+    if vllm_config.scheduler_config.async_scheduling:
+        raise ValueError(
+            f"{KEY}.thinking: expected --no-async-scheduling with {SKIP!r}, as the next step begins before a thought "
+            "is known to have ended"
+        )
+
+
+def warn_of_thoughts(config: ServingConfig, name: str, profile: SteeringProfile, vllm_config: Any) -> None:
+    """Warn of a profile that edits the beginning of an answer, where that may be a thought."""
+    parser = vllm_config.structured_outputs_config.reasoning_parser
+    if parser and config.thinking == COUNT and profile.answer_tokens is not None:
+        _log.warning(
+            "Profile %r edits the first %d tokens of an answer; with --reasoning-parser %s the tokens of a thought are "
+            "among them. %s.thinking: %r lets edits begin after it.",
+            name, profile.answer_tokens, parser, KEY, SKIP,
+        )  # fmt: skip
 
 
 def install() -> None:

@@ -20,7 +20,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,18 @@ from steerfast.runtime.span import NO_END, Entry, Stack
 from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested, stack_to_extra
 from steerfast.vllm.compat import around
-from steerfast.vllm.config import KEY, OBSERVE, ServingConfig, check_name, identity_of, split_names, splits_prompts
+from steerfast.vllm.config import (
+    COUNT,
+    KEY,
+    OBSERVE,
+    SKIP,
+    ServingConfig,
+    check_name,
+    identity_of,
+    split_names,
+    splits_prompts,
+    warn_of_thoughts,
+)
 from steerfast.vllm.grammar import bounded
 from steerfast.vllm.registry import Registry, Version
 
@@ -48,6 +59,7 @@ class HeldProfiles:
     versions: tuple[Version, ...]
     strengths: tuple[float, ...]
     hasher: Hasher | None = None
+    reasoner: Any = None  # vLLM's parser, as long as the request thinks and edits wait
     decided: bool = False
 
     @property
@@ -59,7 +71,10 @@ class HeldProfiles:
     def stack(self) -> Stack:
         """The profiles as workers take them."""
         pairs = zip(self.versions, self.strengths, strict=True)
-        return tuple(Entry(version.slot, strength, version.span) for version, strength in pairs)
+        thinks = self.reasoner is not None
+        return tuple(
+            Entry(version.slot, strength, replace(version.span, after_thought=thinks)) for version, strength in pairs
+        )
 
     @property
     def edits_prompt(self) -> bool:
@@ -93,11 +108,12 @@ class EngineSteering:
     """
 
     def __init__(self, config: ServingConfig, vllm_config: Any, scheduler: Any) -> None:
-        self.config = config
+        self.config, self._vllm_config = config, vllm_config
         self.model = identity_of(vllm_config.model_config.hf_text_config)
         self.split = splits_prompts(vllm_config)
         self.registry = Registry(config.slots)
-        self._compact = vllm_config.structured_outputs_config.disable_any_whitespace
+        self._grammars = scheduler.structured_output_manager  # has the class of vLLM's reasoning parser
+        self.answers: dict[str, int] = {}  # requests whose thought ended in the last step: the first row of the answer
         self._block_size = scheduler.hash_block_size
         self._cache = scheduler.kv_cache_manager
         self._unnamed: set[Any] = set()  # requests with a full block that has no name yet
@@ -130,8 +146,9 @@ class EngineSteering:
         names, strengths = zip(*asked, strict=True)
         grammar = params.structured_outputs
         if any(strengths):
-            grammar = bounded(grammar, self._compact)
-        held = HeldProfiles(self.registry.hold(*names), strengths)
+            grammar = bounded(grammar, self._vllm_config.structured_outputs_config.disable_any_whitespace)
+        reasoner = self._reasoner(request)
+        held = HeldProfiles(self.registry.hold(*names), strengths, reasoner=reasoner)
         whole = [each.name for each in held.editing if not (each.span.after_prompt or each.span.open)]
         if request.mm_features and whole:
             self.registry.release(*held.versions)
@@ -144,6 +161,24 @@ class EngineSteering:
         if held.edits_prompt:
             request.cache_salt = self._salt(request, held)
         return held
+
+    def _reasoner(self, request: Any) -> Any:
+        """Return vLLM's parser of a request that may think before its answer; None: edits do not wait for that."""
+        if self.config.thinking == COUNT:
+            return None
+        options = getattr(request, "reasoning_parser_kwargs", None) or {}
+        reasoner = self._grammars.reasoner_cls(tokenizer=self._grammars.tokenizer, **options)
+        return None if reasoner.is_reasoning_end(request.prompt_token_ids or []) else reasoner
+
+    def follow_thoughts(self, requests: Mapping[str, Any], outputs: Mapping[int, Any]) -> None:
+        """Note the thoughts that end with a token of this step: its row is the first that is edited."""
+        for output in (output for client in outputs.values() for output in client.outputs):
+            request = requests.get(output.request_id)
+            held = None if request is None else request.steerfast
+            if request is None or held is None or held.reasoner is None:
+                continue
+            if held.reasoner.is_reasoning_end_streaming(request.all_token_ids, output.new_token_ids):
+                held.reasoner, self.answers[output.request_id] = None, request.num_tokens
 
     def _salt(self, request: Any, held: HeldProfiles) -> str:
         """Return the salt of a request whose prompt is edited: requests share blocks that are edited alike."""
@@ -304,6 +339,7 @@ class EngineSteering:
             self.registry.spoil(slot)
             raise
         self.registry.put(name, slot, path, profile)
+        warn_of_thoughts(self.config, name, profile, self._vllm_config)
         self.sweep(executor)
 
 
@@ -445,11 +481,18 @@ def _wrap_steps() -> None:
             self.steerfast.decide(self.requests, decisions)
         outputs = original(self, scheduled, output)
         self.steerfast.report(self.requests, outputs)
+        if self.steerfast.config.thinking == SKIP:
+            self.steerfast.follow_thoughts(self.requests, outputs)
         return outputs
 
-    # Workers can empty slots between two steps.
+    # Workers can empty slots between two steps, and learn where answers begin.
     @around("EngineCore", "post_step")
     def post_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if self.scheduler.steerfast is not None and self.scheduler.steerfast.registry.spoilt:
-            self.scheduler.steerfast.sweep(self.model_executor)
+        if (steering := self.scheduler.steerfast) is None:
+            return
+        if steering.registry.spoilt:
+            steering.sweep(self.model_executor)
+        if steering.answers:
+            answers, steering.answers = steering.answers, {}
+            self.model_executor.collective_rpc("steerfast_end_thoughts", args=(answers,))

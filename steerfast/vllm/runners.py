@@ -6,6 +6,7 @@ same for both: `steerfast.vllm.worker`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -140,9 +141,14 @@ def steerfast_clear(worker: Any, slot: int) -> None:
     _runtime(worker).clear(slot)
 
 
+def steerfast_end_thoughts(worker: Any, answers: Mapping[str, int]) -> None:
+    """See `WorkerRuntime.end_thoughts`."""
+    _runtime(worker).end_thoughts(answers)
+
+
 def install() -> None:
     """Let workers of configured engines steer, and answer `steerfast_*` of collective_rpc."""
-    for function in (steerfast_steers, steerfast_write, steerfast_clear):
+    for function in (steerfast_steers, steerfast_write, steerfast_clear, steerfast_end_thoughts):
         setattr(compat.WorkerBase, function.__name__, function)
 
     # init_worker would be too early: a worker's process loads its plugins in the middle of it.

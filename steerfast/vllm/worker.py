@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,11 @@ class WorkerRuntime:
             self._repeat = None
             if new.req_id not in self.roster:  # a preempted request is known
                 self._add(new.req_id, new.sampling_params, new.prompt_len)
+
+    def end_thoughts(self, answers: Mapping[str, int]) -> None:
+        """See `Roster.end_thoughts`."""
+        self._repeat = None
+        self.roster.end_thoughts(answers)
 
     def _add(self, name: str, sampling_params: Any, prompt_length: int) -> None:
         extra = getattr(sampling_params, "extra_args", None) or {}

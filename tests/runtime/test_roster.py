@@ -413,3 +413,22 @@ def test_steps_out_of_bounds(bank: Bank) -> None:
         requests.step(["a", "b"], [0, 0], [3, 1], 3)
     assert requests.step(["a", "b"], [0, 0], [3, 1], 4)
     assert requests.step(["c"], [0], [4], 4)
+
+
+@pytest.mark.parametrize("answer_rows", [NO_END, 2])
+def test_edits_after_a_thought_begin_with_its_last_row(bank: Bank, answer_rows: int) -> None:
+    roster = Roster(bank, MAX_ROWS, MAX_REQUESTS)
+    span = EditSpan(open=True, answer_rows=answer_rows, after_thought=True)
+    roster.add("r", Request((Entry(2, 1.0, span),), 4))
+
+    def edited(past: int, length: int) -> list[bool]:
+        roster.step(["r"], [past], [length], length)
+        roster.launched()
+        return (roster.tables.slots[:length, 0] == 2).tolist()
+
+    assert [edited(0, 4), edited(4, 1), edited(5, 1)] == [[False] * 4, [False], [False]]
+    assert (roster.bounds(["r"])[1] >= NO_END).all()
+    roster.end_thoughts({"r": 7, "gone": 3})  # row 6 is the thought's last token
+    expected = [6 <= row < 7 + answer_rows for row in range(11)]
+    assert [edited(row, 1) for row in range(6, 11)] == [[one] for one in expected[6:]]
+    assert edited(0, 11) == expected  # computed again after its cache was dropped

@@ -254,14 +254,21 @@ def test_the_default_may_be_a_stack() -> None:
 
 
 def test_workers_read_plain_data() -> None:
-    stack = (Entry(3, 0.5, EditSpan(True, False)), Entry(1, 2.0, EditSpan(False, True, 24, 128, 4)))
+    stack = (Entry(3, 0.5, EditSpan(True, False)), Entry(1, 2.0, EditSpan(False, True, 24, 128, 4, True)))
     extra = json.loads(json.dumps(stack_to_extra(stack)))
     assert extra == [
         {"slot": 3, "strength": 0.5, "span": asdict(EditSpan())},
         {
             "slot": 1,
             "strength": 2.0,
-            "span": {"after_prompt": False, "open": True, "answer_rows": 24, "mean_rows": 128, "mean_from": 4},
+            "span": {
+                "after_prompt": False,
+                "open": True,
+                "answer_rows": 24,
+                "mean_rows": 128,
+                "mean_from": 4,
+                "after_thought": True,
+            },
         },
     ]
     assert stack_from_extra(extra) == stack

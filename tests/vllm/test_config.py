@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,12 @@ def path(profile, tmp_path) -> str:
 
 def engine(raw: object, **changes: Any) -> Any:
     """A stand-in of vLLM's configuration."""
-    model = {"runner_type": "generate", "enable_sleep_mode": False, **changes.pop("model", {})}
+    model = {
+        "runner_type": "generate",
+        "enable_sleep_mode": False,
+        "skip_tokenizer_init": False,
+        **changes.pop("model", {}),
+    }
     parallel = {
         "use_ubatching": False,
         "prefill_context_parallel_size": 1,
@@ -52,7 +58,9 @@ def engine(raw: object, **changes: Any) -> Any:
         scheduler_config=SimpleNamespace(
             enable_chunked_prefill=changes.pop("split", True),
             long_prefill_token_threshold=changes.pop("threshold", 0),
+            async_scheduling=changes.pop("ahead", False),
         ),
+        structured_outputs_config=SimpleNamespace(reasoning_parser=changes.pop("parser", "")),
         cache_config=SimpleNamespace(
             mamba_cache_mode=changes.pop("mamba", "none"), kv_sharing_fast_prefill=changes.pop("fast_prefill", False)
         ),
@@ -121,7 +129,7 @@ def test_profiles_keep_their_order_and_there_is_room_for_one_more(profile, tmp_p
         (
             {"profile": {}},
             "expected the keys profiles, default, locked, max_strength, slots, stack, layers, directory, observe, "
-            "got profile",
+            "thinking, got profile",
         ),
         ({"profiles": ["one"]}, "profiles: expected an object"),
         ({"profiles": None}, "profiles: expected an object"),
@@ -155,6 +163,8 @@ def test_profiles_keep_their_order_and_there_is_room_for_one_more(profile, tmp_p
         ({"layers": [1]}, "profile 'one': expected steered layers and gates among the declared layers 1, got 3"),
         ({"directory": "/nowhere"}, "directory: expected a folder"),
         ({"directory": ""}, "directory: expected a path"),
+        ({"thinking": "both"}, "thinking: expected 'count' or 'skip', got 'both'"),
+        ({"thinking": None}, "thinking: expected 'count' or 'skip', got None"),
         ({"observe": "one"}, "observe: expected a list of profiles' names, got 'one'"),
         ({"observe": ["one", "two"]}, "observe: expected names among one, got 'two'"),
         ({"observe": [["one"]]}, r"observe: expected names among one, got \['one'\]"),
@@ -280,3 +290,44 @@ def test_engines_that_would_lose_decisions_are_refused(change, says, path, text_
     model = {"hf_text_config": text_config, **change.pop("model", {})}
     with pytest.raises(ValueError, match=says):
         check_engine(engine(complete, model=model, **change))
+
+
+def test_where_a_thought_ends_has_to_be_known_in_time(make_profile, tiny_llama, tmp_path, text_config) -> None:
+    file = str(tmp_path / "one.safetensors")
+    model = {"hf_text_config": text_config}
+    make_profile(tiny_llama, positions="response").save(file)
+    complete = normalise({"profiles": {"one": file}, "thinking": "skip"}, text_config)
+    check_engine(engine(complete, model=model, parser="qwen3"))
+    for change, says in (
+        ({"parser": ""}, "expected --reasoning-parser, which finds the end of a thought, got none"),
+        ({"ahead": True}, "expected --no-async-scheduling with 'skip'"),
+        ({"speculative": SimpleNamespace()}, "expected no speculative decoding with 'skip'"),
+    ):
+        with pytest.raises(ValueError, match=f"^steerfast.thinking: {says}"):
+            check_engine(engine(complete, model=model, **{"parser": "qwen3", **change}))
+    make_profile(tiny_llama, positions="all", kind="always").save(file)
+    with pytest.raises(ProfileError, match="expected positions='response' where edits begin after a thought"):
+        normalise({"profiles": {"one": file}, "thinking": "skip"}, text_config)
+
+
+@pytest.mark.parametrize(
+    ("parser", "tokens", "thinking", "warns"),
+    [
+        ("qwen3", 4, "count", True),
+        ("", 4, "count", False),
+        ("qwen3", None, "count", False),
+        ("qwen3", 4, "skip", False),
+    ],
+)
+def test_edits_that_may_end_in_a_thought_are_told(
+    make_profile, tiny_llama, tmp_path, text_config, caplog, parser, tokens, thinking, warns
+) -> None:
+    make_profile(tiny_llama, positions="response", answer_tokens=tokens).save(tmp_path / "one.safetensors")
+    complete = normalise({"profiles": {"one": str(tmp_path / "one.safetensors")}, "thinking": thinking}, text_config)
+    log = logging.getLogger("vllm.steerfast")
+    caplog.set_level(logging.WARNING, log.name)
+    log.addHandler(caplog.handler)
+    check_engine(engine(complete, model={"hf_text_config": text_config}, parser=parser))
+    log.removeHandler(caplog.handler)
+    said = "Profile 'one' edits the first 4 tokens of an answer; with --reasoning-parser qwen3 the tokens of a thought"
+    assert (said in caplog.text) == warns

@@ -190,12 +190,12 @@ def make(directory: Path) -> Callable[..., tuple[EngineSteering, Workers]]:
         }  # fmt: skip
         text = SimpleNamespace(model_type="llama", hidden_size=4, num_hidden_layers=3, _name_or_path="tiny")
         vllm_config = SimpleNamespace(
-            structured_outputs_config=SimpleNamespace(disable_any_whitespace=False),
+            structured_outputs_config=SimpleNamespace(disable_any_whitespace=False, reasoning_parser=""),
             model_config=SimpleNamespace(hf_text_config=text),
             scheduler_config=SimpleNamespace(enable_chunked_prefill=split, long_prefill_token_threshold=0),
             cache_config=SimpleNamespace(mamba_cache_mode="none"),
         )
-        scheduler = SimpleNamespace(hash_block_size=4, kv_cache_manager=None)
+        scheduler = SimpleNamespace(hash_block_size=4, kv_cache_manager=None, structured_output_manager=None)
         workers = Workers()
         for slots in workers.slots:
             slots[0] = PROFILE.checksum
