@@ -102,7 +102,7 @@ def server(
     with Server(
         ["-m", "steerfast", "serve", str(checkpoint), *options, "--", *engine],
         folder / "server.log",
-        {"STEERFAST_ADMIN_KEY": KEY},
+        {"STEERFAST_ADMIN_KEY": KEY, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},  # as users start it
     ) as server:
         yield server
 
