@@ -65,7 +65,11 @@ def profiles() -> dict[str, SteeringProfile]:
 @pytest.fixture(scope="module")
 def cases(oracle: Oracle, profiles: dict[str, SteeringProfile]) -> list[Case]:
     """Prompts of one and two turns, most with a common beginning, under every profile."""
-    texts = [f"{INTRODUCTION}{read_prompts(f'steerfast:{kind}_demo')[0]}" for kind in ("harmful", "harmless")]
+    texts = [
+        f"{INTRODUCTION}{read_prompts(f'steerfast:{kind}_demo')[at]}"
+        for kind in ("harmful", "harmless")
+        for at in (0, 3)
+    ]
     texts += [read_prompts("steerfast:harmful_demo")[1]]
     prompts = [oracle.prompt(text) for text in texts]
     safe = oracle.answer(prompts[0], profiles["safety"], tokens=TOKENS)
@@ -102,7 +106,7 @@ def server(
     with Server(
         ["-m", "steerfast", "serve", str(checkpoint), *options, "--", *engine],
         folder / "server.log",
-        {"STEERFAST_ADMIN_KEY": KEY},
+        {"STEERFAST_ADMIN_KEY": KEY, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},  # as users start it
     ) as server:
         yield server
 
