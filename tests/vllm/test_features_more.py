@@ -155,60 +155,6 @@ def test_two_api_servers(checkpoint: Path, oracle: Oracle, tmp_path: Path) -> No
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def rounded(rows: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row in 8 bits, and its scale."""
-    scale = rows.abs().amax(-1, keepdim=True) / (127 if kind == "int" else 448)
-    return (rows / scale).round().to(torch.int8) if kind == "int" else (rows / scale).to(torch.float8_e4m3fn), scale
-
-
-def quantised(world: World, kind: str) -> Any:
-    """Write the model in 8 bits as compressed-tensors does; return it with weights and activations rounded alike."""
-    from safetensors.torch import save_file
-
-    def round_input(module: Any, args: Any) -> Any:
-        packed, scale = rounded(args[0], kind)
-        return (packed.float() * scale,)
-
-    tensors, model = {}, tiny_llama()
-    for name, module in model.named_modules():
-        if name.endswith("_proj"):
-            packed, scale = rounded(module.weight.data, kind)
-            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = packed, scale
-            module.weight.data = packed.float() * scale
-            module.register_forward_pre_hook(round_input)
-        elif getattr(module, "weight", None) is not None:
-            tensors[f"{name}.weight"] = module.weight.data.to(torch.bfloat16).contiguous()
-    folder = world.folder / kind
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    scheme = {"num_bits": 8, "type": kind, "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**scheme, "strategy": "channel", "dynamic": False},
-        "input_activations": {**scheme, "strategy": "token", "dynamic": True},
-    }
-    config = json.loads((world.folder / "model" / "config.json").read_text())
-    config["dtype"] = "bfloat16"
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "quantization_status": "compressed",
-        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
-    }  # fmt: skip
-    write_json(folder / "config.json", config)
-    return model
-
-
-@pytest.mark.parametrize("kind", ["int", pytest.param("float", marks=pytest.mark.slow)])
-def test_weights_of_8_bits(start, engine, world, kind) -> None:
-    model = quantised(world, kind)
-    options = {"model": str(world.folder / kind), "dtype": "bfloat16"}
-    outputs = world.ask(start(**options))
-    world.check(outputs, model=model, within=0.3)
-    off = [(key, output) for key, output in zip(world.keys, outputs, strict=True) if key[0] == "off"]
-    plain = world.ask(engine(**{**OPTIONS, **options}), [key for key, _ in off])
-    for (_, output), alone in zip(off, plain, strict=True):
-        assert list(output.outputs[0].token_ids) == list(alone.outputs[0].token_ids)
-
-
 @pytest.mark.slow
 def test_drafts_by_eagle(start, world) -> None:
     """A random drafter that reads the edited stream; answers do not depend on it."""
