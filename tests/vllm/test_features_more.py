@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from answers import Oracle, always
-from http_server import ENGINE, Server
 from in_process import ENVIRONMENT
 from tiny_world import HIDDEN, OPTIONS, World, tiny_llama, write_json
 
@@ -87,126 +79,7 @@ def test_an_asynchronous_engine_with_drafts_by_ngrams(world, monkeypatch, ranks)
     assert "numba" not in sys.modules  # later engines of this process could not start
 
 
-@pytest.mark.slow
-def test_an_external_launcher(world, tmp_path) -> None:
-    """Two tensor-parallel ranks that torchrun starts give the same answers."""
-    requests = [(world.prompts[number], {"steering": name}) for name, number in world.keys]
-    asked = {
-        "model": world.path,
-        "options": {
-            **OPTIONS, "tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher", "seed": 0,
-            "additional_config": {"steerfast": {"profiles": world.files}},
-        },
-        "requests": requests,
-        "tokens": 4,
-    }  # fmt: skip
-    script = str(Path(__file__).with_name("in_process.py"))
-    launcher = ["--standalone", "--nproc-per-node=2", f"--log-dir={tmp_path}", "--redirects=1"]
-    command = ["-m", "torch.distributed.run", *launcher, script, json.dumps(asked)]
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *command],
-        env={**kept, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    first, second = (json.loads(log.read_text().splitlines()[-1]) for log in tmp_path.rglob("stdout.log"))
-    assert first == second
-    world.check([as_output(answer) for answer in first], within=1e-2)
-
-
-def as_output(answer: dict[str, Any]) -> Any:
-    """An answer of in_process.py as vLLM gives it."""
-    pairs = zip(answer["token_ids"], answer["logprobs"], strict=True)
-    logprobs = [{token: SimpleNamespace(logprob=logprob)} for token, logprob in pairs]
-    completion = SimpleNamespace(token_ids=answer["token_ids"], logprobs=logprobs)
-    return SimpleNamespace(outputs=[completion], steering=answer["steering"])
-
-
-@pytest.mark.slow
-def test_two_api_servers(checkpoint: Path, oracle: Oracle, tmp_path: Path) -> None:
-    always(4).save(tmp_path / "always.safetensors")
-    command = [
-        "-m", "steerfast", "serve", str(checkpoint), "--profile", f"always={tmp_path / 'always.safetensors'}",
-        "--directory", str(tmp_path), "--", *ENGINE, "--api-server-count", "2", "--served-model-name", "model",
-    ]  # fmt: skip
-    prompt = oracle.prompt("Name a city in Italy.")
-    expected = {"always": oracle.answer(prompt, always(4), tokens=8), "off": oracle.answer(prompt, tokens=8)}
-    with Server(command, tmp_path / "log", {"STEERFAST_ADMIN_KEY": "key"}) as server:
-
-        def ask(name: str) -> None:
-            body = {"model": "model", "prompt": prompt, "temperature": 0, "max_tokens": 8}
-            body["vllm_xargs"] = {"steering": name}
-            status, text = server.call("/v1/completions", body)
-            assert (status, json.loads(text)["choices"][0]["text"]) == (200, expected[name].text)
-
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(ask, ["always", "off"] * 12))
-        assert server.metric("steerfast_steered_requests_total", profile="always") == 12
-        key = {"Authorization": "Bearer key"}
-        body = {"name": "two", "file": "always.safetensors"}
-        status, text = server.call("/steerfast/profiles", body, headers=key)
-        assert (status, "--api-server-count 1" in text) == (409, True)
-
-
 # -- weights -----------------------------------------------------------------------------------------------------------
-
-
-def rounded(rows: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row in 8 bits, and its scale."""
-    scale = rows.abs().amax(-1, keepdim=True) / (127 if kind == "int" else 448)
-    return (rows / scale).round().to(torch.int8) if kind == "int" else (rows / scale).to(torch.float8_e4m3fn), scale
-
-
-def quantised(world: World, kind: str) -> Any:
-    """Write the model in 8 bits as compressed-tensors does; return it with weights and activations rounded alike."""
-    from safetensors.torch import save_file
-
-    def round_input(module: Any, args: Any) -> Any:
-        packed, scale = rounded(args[0], kind)
-        return (packed.float() * scale,)
-
-    tensors, model = {}, tiny_llama()
-    for name, module in model.named_modules():
-        if name.endswith("_proj"):
-            packed, scale = rounded(module.weight.data, kind)
-            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = packed, scale
-            module.weight.data = packed.float() * scale
-            module.register_forward_pre_hook(round_input)
-        elif getattr(module, "weight", None) is not None:
-            tensors[f"{name}.weight"] = module.weight.data.to(torch.bfloat16).contiguous()
-    folder = world.folder / kind
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    scheme = {"num_bits": 8, "type": kind, "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**scheme, "strategy": "channel", "dynamic": False},
-        "input_activations": {**scheme, "strategy": "token", "dynamic": True},
-    }
-    config = json.loads((world.folder / "model" / "config.json").read_text())
-    config["dtype"] = "bfloat16"
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "quantization_status": "compressed",
-        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
-    }  # fmt: skip
-    write_json(folder / "config.json", config)
-    return model
-
-
-@pytest.mark.parametrize("kind", ["int", pytest.param("float", marks=pytest.mark.slow)])
-def test_weights_of_8_bits(start, engine, world, kind) -> None:
-    model = quantised(world, kind)
-    options = {"model": str(world.folder / kind), "dtype": "bfloat16"}
-    outputs = world.ask(start(**options))
-    world.check(outputs, model=model, within=0.3)
-    off = [(key, output) for key, output in zip(world.keys, outputs, strict=True) if key[0] == "off"]
-    plain = world.ask(engine(**{**OPTIONS, **options}), [key for key, _ in off])
-    for (_, output), alone in zip(off, plain, strict=True):
-        assert list(output.outputs[0].token_ids) == list(alone.outputs[0].token_ids)
 
 
 @pytest.mark.slow
