@@ -603,7 +603,10 @@ def test_a_name_waits_for_a_decision_or_for_the_next_tokens(make: Any, monkeypat
     for version, following, waits in (("0.32.0", 0, True), ("0.33.0", 0, True), ("0.33.0", 1, False)):
         monkeypatch.setattr(compat, "_version", lambda version=version: version)
         scheduler = SimpleNamespace(
-            hash_block_size=BLOCK, num_hash_lookahead_tokens=following, kv_cache_manager=manager
+            hash_block_size=BLOCK,
+            num_hash_lookahead_tokens=following,
+            kv_cache_manager=manager,
+            structured_output_manager=None,
         )
         steering = EngineSteering(config, engine.core.vllm_config, scheduler)
         request = type("Request", (), {"num_tokens": 2 * BLOCK, "block_hashes": [b"first"], "_block_hasher": len})()
