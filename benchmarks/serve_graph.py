@@ -282,7 +282,7 @@ class Steering:
             slot = number % len(self.profiles)
             stack = (Entry(slot, 1.0, EditSpan.of(self.profiles[slot])),) if self.system.steered else ()
             parameters = SimpleNamespace(extra_args={KEY: stack_to_extra(stack)})
-            return SimpleNamespace(req_id=self.names[number], sampling_params=parameters, prompt_len=1)
+            return SimpleNamespace(req_id=self.names[number], sampling_params=parameters, prompt_token_ids=[0])
 
         new = [request(number) for number in range(self.batch)]
         self.runtime.begin(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=new))

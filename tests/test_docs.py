@@ -24,8 +24,8 @@ from steerfast.profile import SteeringProfile
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.name: page.read_text("utf-8") for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-# Pages on vLLM name its options, too.
-OURS = [name for name in PAGES if name not in ("README.md", "serving.md", "features.md", "deploy.md", "security.md")]
+NAMING_VLLM = ("README.md", "architectures.md", "serving.md", "features.md", "deploy.md", "security.md")  # its options, too
+OURS = [name for name in PAGES if name not in NAMING_VLLM]
 
 
 def blocks(page: str, *languages: str) -> list[str]:

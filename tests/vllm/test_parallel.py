@@ -134,7 +134,8 @@ def runtime_of(model: Toy, profile: SteeringProfile, path: str) -> WorkerRuntime
     wrap_forward(Layer)
     for at in layers:
         layer: Any = model.layers[at]
-        layer.steerfast_layer, layer.steerfast_width, layer.steerfast_reads = at, HIDDEN, at in reading
+        layer.steerfast_layer, layer.steerfast_width = at, HIDDEN
+        layer.steerfast_adds, layer.steerfast_reads = True, at in reading
     return WorkerRuntime(config, profile.model, layers, torch.device("cpu"), WorkerShape(16, 4), layout)
 
 
