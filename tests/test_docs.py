@@ -24,8 +24,9 @@ from steerfast.profile import SteeringProfile
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.name: page.read_text("utf-8") for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-NAMING_VLLM = ("README.md", "architectures.md", "serving.md", "features.md", "deploy.md", "security.md")  # its options, too
-OURS = [name for name in PAGES if name not in NAMING_VLLM]
+# Pages that name options of vLLM, too.
+VLLM_PAGES = ("README.md", "architectures.md", "deploy.md", "features.md", "security.md", "serving.md")
+OURS = [name for name in PAGES if name not in VLLM_PAGES]
 
 
 def blocks(page: str, *languages: str) -> list[str]:
