@@ -117,6 +117,7 @@ def test_pure_wheel(checkout: Path, tmp_path: Path) -> None:
     assert "False None this installation was built without them" in result.stdout
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_wheel_is_pure_and_says_so(checkout: Path) -> None:
     result, wheels = build(checkout, STEERFAST_BUILD="auto", CXX="/nonexistent/c++")
     assert result.returncode == 0, result.stderr
@@ -158,6 +159,7 @@ def test_native_wheel_serves_every_python(checkout: Path, tmp_path: Path) -> Non
     assert any(f"True {isa} None" in result.stdout for isa in ("avx512", "avx2", "scalar"))
 
 
+@pytest.mark.slow
 def test_checkout_works_from_its_own_folder(checkout: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     script = f"{STEER_ONE_ROW}\nimport sys; assert 'kernels' not in sys.modules"

@@ -803,6 +803,7 @@ def test_compiled_autocast(small: Any, make_profile: MakeProfile, layer: int) ->
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow(but=["additions", "all"])
 @pytest.mark.parametrize(
     ("edits", "kind"),
     [(["add"], "prompt"), ([*EDITS], "prompt"), ([*EDITS], "token")],

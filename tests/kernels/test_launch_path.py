@@ -301,6 +301,7 @@ print(json.dumps([bare, lines]))
 """
 
 
+@pytest.mark.slow
 def test_debug_reports_each_launch_and_costs_nothing_without() -> None:
     assert run(DEBUG, STEERFAST_DEBUG="1") == [
         False,

@@ -46,7 +46,6 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_CI_ENV": "1",
             "OMP_NUM_THREADS": "1",
-            "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # else each of its three processes imports vLLM anew
             **(environment or {}),
         }
         kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

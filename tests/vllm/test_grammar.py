@@ -78,6 +78,7 @@ def test_json_is_finished_where_the_gate_fires(llm: Any, backend: str) -> None:
         assert not re.search(rf"\s{{{MOST_SPACE + 1}}}", answer(output))
 
 
+@pytest.mark.slow
 def test_any_object_is_finished(llm: Any) -> None:
     (fired,) = ask(llm, {"json_object": True}, (FIRES, "safety"))
     assert fired.steering["fired"]
@@ -92,6 +93,7 @@ def test_choices_and_patterns_are_as_before(llm: Any) -> None:
             assert re.fullmatch(pattern, answer(output))
 
 
+@pytest.mark.slow
 def test_required_tools_are_called(llm: Any) -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
     from vllm.tool_parsers.structural_tag_registry import get_model_structural_tag

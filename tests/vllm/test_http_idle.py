@@ -33,6 +33,7 @@ def body(**more: object) -> dict[str, object]:
     return {"model": MODEL, "messages": [message], "temperature": 0, "max_tokens": TOKENS, **more}
 
 
+@pytest.mark.slow
 def test_an_idle_plugin_changes_no_answer_and_adds_nothing(checkpoint: Path, oracle: Oracle, tmp_path: Path) -> None:
     with started(checkpoint, tmp_path) as server:
         xargs = {"steering": "nobody knows", "steering_strength": 99}  # not its business
@@ -57,6 +58,7 @@ def test_the_same_server_steers_when_configured(checkpoint: Path, oracle: Oracle
         assert json.loads(text)["choices"][0]["message"]["content"] == steered.text
 
 
+@pytest.mark.slow
 def test_a_configuration_that_cannot_be_stops_the_start(checkpoint: Path, tmp_path: Path) -> None:
     config = {"steerfast": {"profiles": {"safety": "absent.safetensors"}}}
     with pytest.raises(RuntimeError, match=r"absent\.safetensors"):

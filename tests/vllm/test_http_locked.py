@@ -297,6 +297,7 @@ def test_ways_around_the_lock_stop_an_engine(
         EngineCore._initialize_kv_caches(None, made)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_development_mode_and_a_lock_do_not_go_together(checkpoint: Path, tmp_path: Path) -> None:
     gated().save(tmp_path / "safety.safetensors")
     command = ["-m", "steerfast", "serve", str(checkpoint), "--profile", f"safety={tmp_path / 'safety.safetensors'}"]

@@ -218,7 +218,7 @@ async def soak(server: Server, cases: list[Case], seconds: float) -> Seen:
     return seen
 
 
-@pytest.mark.slow(but=["20"])
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [20, 120])
 def test_nothing_is_lost_mixed_up_or_left_behind(server: Server, cases: list[Case], seconds: int) -> None:
     seen = asyncio.run(soak(server, cases, seconds))
