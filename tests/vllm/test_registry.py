@@ -195,7 +195,9 @@ def make(directory: Path) -> Callable[..., tuple[EngineSteering, Workers]]:
             scheduler_config=SimpleNamespace(enable_chunked_prefill=split, long_prefill_token_threshold=0),
             cache_config=SimpleNamespace(mamba_cache_mode="none"),
         )
-        scheduler = SimpleNamespace(hash_block_size=4, kv_cache_manager=None, structured_output_manager=None)
+        scheduler = SimpleNamespace(
+            hash_block_size=4, num_hash_lookahead_tokens=0, kv_cache_manager=None, structured_output_manager=None
+        )
         workers = Workers()
         for slots in workers.slots:
             slots[0] = PROFILE.checksum
