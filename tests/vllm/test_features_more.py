@@ -99,6 +99,7 @@ def test_drafts_by_eagle(start, world) -> None:
     world.check(world.ask(llm))
 
 
+@pytest.mark.slow
 def test_sleep_frees_no_memory_of_profiles(start, engine, world, monkeypatch) -> None:
     """vLLM frees what was allocated inside its pools: here, what load_model and the KV cache allocate."""
     from vllm.v1.worker import gpu_worker
