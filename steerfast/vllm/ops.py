@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steerfast.kernels.contract import library
 
-__all__ = ["RowServer", "activate", "serve_"]
+__all__ = ["RowServer", "activate", "is_captured", "serve_"]
 
 
 class RowServer(Protocol):
@@ -30,6 +30,11 @@ def activate(server: RowServer) -> None:
     """Let `server` edit the rows of this process's next forward passes."""
     global _active
     _active = server
+
+
+def is_captured(stream: Tensor) -> bool:
+    """Return whether the launches of this pass become a CUDA graph."""
+    return stream.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _serve_(stream: Tensor, addend: Tensor | None, layer: int) -> None:

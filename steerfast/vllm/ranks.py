@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError
 from steerfast.vllm import compat
+from steerfast.vllm.ops import is_captured
 
 __all__ = ["RowLayout", "gather_ranks"]
 
@@ -66,7 +67,7 @@ class RowLayout:
 
     def _compare(self, layer: int, stream: Tensor, addend: Tensor | None) -> None:
         assert self._gather is not None
-        if stream.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured(stream):
             raise ArchitectureError(
                 f"model: expected a pass of {self._model} before its graphs are captured, to compare ranks at layer "
                 f"{layer}, got none"

@@ -44,9 +44,12 @@ def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
     identity = replace(identity_of(text_config), embedding_sketch=sketch)
     layers = find_layers(model, identity.num_layers)
     check_scale(layers, vllm_config.model_config.dtype)
-    rows = partial(compat.dummy_run, runner, min(PROBED_ROWS, vllm_config.scheduler_config.max_num_batched_tokens))
-    with compat.set_current_vllm_config(vllm_config), uncompiled(model):
-        adding = LayerProbe(layers, rows, compat.get_tp_group().world_size).adding_classes()
+
+    def pass_rows() -> Any:
+        with compat.set_current_vllm_config(vllm_config), uncompiled(model):
+            return compat.dummy_run(runner, min(PROBED_ROWS, vllm_config.scheduler_config.max_num_batched_tokens))
+
+    adding = LayerProbe(layers, pass_rows, compat.get_tp_group().world_size).adding_classes()
     here = steer_layers(layers, config.layers, identity.hidden_size, adding, config.reading)
     scheduler, stage = vllm_config.scheduler_config, compat.get_pp_group()
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -63,8 +66,7 @@ def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
         runner.model_memory_usage += runtime.nbytes
     _adapt(runner, runtime)
     activate(runtime)
-    with compat.set_current_vllm_config(vllm_config), uncompiled(model):
-        rows()  # compares the rows of layers and ranks
+    pass_rows()  # compares the rows of layers and ranks
     return runtime
 
 

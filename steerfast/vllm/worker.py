@@ -20,7 +20,7 @@ from steerfast.runtime.roster import Request, Roster
 from steerfast.runtime.step import Repeat
 from steerfast.vllm.assignment import stack_from_extra
 from steerfast.vllm.config import KEY, ServingConfig
-from steerfast.vllm.ops import activate
+from steerfast.vllm.ops import activate, is_captured
 from steerfast.vllm.ranks import RowLayout
 
 __all__ = ["WorkerRuntime", "WorkerShape"]
@@ -246,7 +246,7 @@ class WorkerRuntime:
         self.layout.check(layer, stream, addend)
         if len(stream) > (most := len(self.roster.tables.slots)):
             raise SteerfastError(f"stream: expected at most {most} rows, got {len(stream)}")
-        captured = _is_captured(stream)  # a graph decides in every replay, where the tables name rows
+        captured = is_captured(stream)  # a graph decides in every replay, where the tables name rows
         reach = self._reach_of_graphs() if captured else self._reach
         edit = self.roster.current(len(stream), captured or self._launch_gates, reach).edit(layer, stream, addend)
         if edit is not None:
@@ -338,8 +338,3 @@ class _PendingDecisions:
 
 def _bank_name(slot: int) -> str:
     return f"slot {slot}"
-
-
-def _is_captured(stream: Tensor) -> bool:
-    """Return whether the launches of this pass become a CUDA graph."""
-    return stream.is_cuda and torch.cuda.is_current_stream_capturing()

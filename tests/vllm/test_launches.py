@@ -87,7 +87,7 @@ def test_a_captured_graph_holds_the_gates_of_its_profiles_and_of_later_ones(
     engine, rows = Engine({"sensor": profiles["sensor"]}, [list(range(LAYERS))], tmp_path, directory=directory), {}
     rows["a"] = random_rows(9, 1)
     launches(engine, monkeypatch, [("a", 0, 6)], rows, [asked("a", engine.extra("sensor"), 6)])
-    monkeypatch.setattr(worker, "_is_captured", lambda stream: True)
+    monkeypatch.setattr(worker, "is_captured", lambda stream: True)
     found = launches(engine, monkeypatch, [("a", 6, 1)], rows)
     both, edit = ["score_", "steer_"], ["steer_"]
     assert found == (dict.fromkeys(range(LAYERS), both) if directory else {1: both, 2: edit, 4: edit})
