@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,22 +19,33 @@ from steerfast.text.encoding import encode
 
 @dataclass(frozen=True)
 class Answer:
-    """text: greedy, without special tokens. margin: the least distance, in logits, of a token to the runner-up; what
+    """text: greedy, without special tokens. margins: the distance, in logits, of each token to the runner-up; what
     is small there may turn with the last bits of a sum. fired: whether the profile's gate opened;
     scores: of the layers where it decides."""
 
     text: str
-    margin: float
+    margins: list[float]
     fired: bool
     token_ids: list[int]
     scores: list[float]
 
+    @property
+    def margin(self) -> float:
+        """The least of them."""
+        return min(self.margins)
+
 
 class Oracle:
-    """SmolLM2 in transformers, from the checkpoint that the server reads."""
+    """A model in transformers, by default with a tokenizer that knows no text."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model, self.tokenizer = load_model(str(folder), dtype="float32", device="cpu")
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer or SimpleNamespace(decode=lambda ids, **_: "", pad_token_id=0)
+
+    @classmethod
+    def load(cls, folder: Path) -> Oracle:
+        """The model of the checkpoint that the server reads."""
+        return cls(*load_model(str(folder), dtype="float32", device="cpu"))
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of a chat of one user message."""
@@ -63,7 +75,7 @@ class Oracle:
         best = torch.cat(found.logits).topk(2, dim=1).values
         token_ids = found.sequences[0, ids.shape[1] :].tolist()
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return Answer(text, float((best[:, 0] - best[:, 1]).min()), fired, token_ids, scores)
+        return Answer(text, (best[:, 0] - best[:, 1]).tolist(), fired, token_ids, scores)
 
     def answer_of_stack(
         self, ids: list[int], stack: list[SteeringProfile], strengths: tuple[float, ...], tokens: int

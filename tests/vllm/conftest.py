@@ -33,7 +33,7 @@ def checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def oracle(checkpoint: Path) -> Oracle:
     """The same model in transformers."""
-    return Oracle(checkpoint)
+    return Oracle.load(checkpoint)
 
 
 @pytest.fixture(scope="session")

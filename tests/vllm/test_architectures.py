@@ -7,17 +7,16 @@ off by 0.1 at least.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from answers import Oracle
 from architectures import ADDING, ARCHITECTURES, IN_EVERY_RUN, TRANSFORMERS, VOCABULARY, WHOLE, build
 from in_process import generate
 
-import steerfast
 from steerfast.profile import SteeringProfile
 
 pytestmark = pytest.mark.contract
@@ -32,29 +31,9 @@ PROMPTS = [
 SOME = [pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.slow) for name in ARCHITECTURES]
 
 
-def answer(model: Any, ids: list[int], profile: SteeringProfile | None, tokens: int = TOKENS) -> Any:
-    """Greedy tokens, their margins in logits, gate scores, and whether a gate opened."""
-    prompt = torch.tensor([ids])
-    with nullcontext() if profile is None else steerfast.steer(model, profile) as steering, torch.inference_mode():
-        found = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        scores = [] if steering is None or not profile.gate_layers else steering.scores[:, 0].tolist()
-        fired = steering is not None and bool(steering.fired[0])
-    best = torch.cat(found.logits).topk(2, dim=1).values
-    return found.sequences[0, len(ids) :].tolist(), (best[:, 0] - best[:, 1]).tolist(), scores, fired
-
-
 def open_for_some(model: Any, profile: SteeringProfile) -> SteeringProfile:
     """Put each threshold between the scores of the prompts."""
-    scores = torch.tensor([answer(model, ids, profile, 1)[2] for ids in PROMPTS]).sort(dim=0).values
+    scores = torch.tensor([Oracle(model).answer(ids, profile, tokens=1).scores for ids in PROMPTS]).sort(dim=0).values
     threshold = profile.threshold.clone()
     threshold[profile.gate_layers] = (scores[0] + scores[1]) / 2
     return replace(profile, threshold=threshold)
@@ -76,15 +55,16 @@ def test_an_architecture_is_steered_as_by_transformers(name, engine, saved, make
     model = build(name, tmp_path)
     profiles = make_profiles(model, make_profile)
     cases = [(ids, each) for ids in PROMPTS for each in (None, *profiles)]
-    truth = [answer(model, ids, None if each is None else profiles[each]) for ids, each in cases]
+    oracle = Oracle(model)
+    truth = [oracle.answer(ids, profiles.get(each), tokens=TOKENS) for ids, each in cases]
     llm = engine({"profiles": saved(profiles)}, model=str(tmp_path), skip_tokenizer_init=True, max_model_len=256)
     found = generate(llm, [(ids, {"steering": each or "off"}) for ids, each in cases], TOKENS)
-    for (ids, each), got, (tokens, margins, scores, fired) in zip(cases, found, truth, strict=True):
-        certain = next((at for at, margin in enumerate(margins) if margin < 1e-3), TOKENS)
-        assert got["token_ids"][:certain] == tokens[:certain], (each, len(ids))
+    for (ids, each), got, known in zip(cases, found, truth, strict=True):
+        certain = next((at for at, margin in enumerate(known.margins) if margin < 1e-3), TOKENS)
+        assert got["token_ids"][:certain] == known.token_ids[:certain], (each, len(ids))
         if each is not None:
-            assert got["steering"]["scores"] == pytest.approx(scores, rel=5e-3, abs=1e-3), (each, len(ids))
-            assert got["steering"]["fired"] == fired
+            assert got["steering"]["scores"] == pytest.approx(known.scores, rel=5e-3, abs=1e-3), (each, len(ids))
+            assert got["steering"]["fired"] == known.fired
     answers = {
         each: [got["token_ids"] for (_, of), got in zip(cases, found, strict=True) if of == each] for _, each in cases
     }

@@ -20,8 +20,8 @@ pytest.importorskip("vllm")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory, make_profile: Callable[..., Any]) -> World:
+    return World(tmp_path_factory.mktemp("world"), make_profile)
 
 
 @pytest.fixture(scope="module")

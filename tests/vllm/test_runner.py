@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,8 +55,8 @@ class World(Oracle):
     """The model in transformers and in a folder, the profiles, and what a server should answer."""
 
     def __init__(self, model: Any, profiles: dict[str, SteeringProfile], folder: Path) -> None:
-        self.model, self.profiles, self.folder = model, profiles, folder
-        self.tokenizer = SimpleNamespace(decode=lambda ids, **_: "", pad_token_id=0)
+        super().__init__(model)
+        self.profiles, self.folder = profiles, folder
         self.asks: dict[tuple[tuple[int, ...], str | None], Ask | None] = {}
         for name, profile in profiles.items():
             profile.save(folder / f"{name}.safetensors")

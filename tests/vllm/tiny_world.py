@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 import steerfast
-from steerfast.hf.structure import identify
-from steerfast.profile import Gate, SteeringProfile
+from steerfast.profile import SteeringProfile
 
 VOCABULARY, HIDDEN, LAYERS = 512, 64, 4
 TOKENS = 12
@@ -41,19 +40,6 @@ def tiny_llama(seed: int = 0, **config: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).eval()
 
 
-def _profile(model: Any, seed: int, layers: Sequence[int], gate: Gate, **fields: Any) -> SteeringProfile:
-    identity = identify(model, None)
-    generator = torch.Generator().manual_seed(seed)
-    direction, vector = torch.randn(2, identity.num_layers, identity.hidden_size, generator=generator)
-    strength = torch.zeros(identity.num_layers)
-    strength[list(layers)] = 1.0
-    return SteeringProfile(
-        model=identity, direction=direction / direction.norm(dim=1, keepdim=True), threshold=torch.zeros(len(strength)),
-        vector=6 * vector / vector.norm(dim=1, keepdim=True), strength=strength, norm=torch.zeros(len(strength)),
-        gate=gate, **{"positions": "response", **fields},
-    )  # fmt: skip
-
-
 @dataclass
 class World:
     """A model in a folder, prompts, and profiles by name, "off" among them, whose gates open for half of the prompts.
@@ -62,6 +48,7 @@ class World:
     """
 
     folder: Path
+    make_profile: Callable[..., SteeringProfile]
     model: Any = field(default_factory=tiny_llama)
     profiles: dict[str, SteeringProfile | None] = field(init=False)
     prompts: list[list[int]] = field(init=False)
@@ -74,11 +61,14 @@ class World:
         self.prompts = [(word * 8)[:length] for word, length in zip([words[0], *words[:5]], lengths, strict=True)]
         self.profiles = {
             "off": None,
-            "own": self._split(_profile(self.model, 1, [1, 3], Gate("prompt", "cosine"))),
-            "sensor": self._split(_profile(self.model, 2, [2, 3], Gate("prompt", "dot"), sensor=1)),
-            "always": _profile(self.model, 4, [1, 2], Gate("always")),
-            "everywhere": _profile(self.model, 5, [1, 2], Gate("always"), positions="all"),
+            "own": self._split(self._profile(1, [1, 3])),
+            "sensor": self._split(self._profile(2, [2, 3], score="dot", sensor=1)),
+            "always": self._profile(4, [1, 2], kind="always"),
+            "everywhere": self._profile(5, [1, 2], kind="always", positions="all"),
         }
+
+    def _profile(self, seed: int, layers: list[int], **fields: Any) -> SteeringProfile:
+        return self.make_profile(self.model, seed=seed, layers=layers, size=6.0, **{"positions": "response", **fields})
 
     def _split(self, profile: SteeringProfile) -> SteeringProfile:
         """With a threshold between the prompts' scores."""
