@@ -1,1 +1,1 @@
-"""Prompts, styles, and the token ids that a model reads."""
+"""Prompts, their labels and sources, and the token ids that a model reads."""

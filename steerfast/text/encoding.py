@@ -29,7 +29,7 @@ def encode(
     encoded = []
     for number, prompt in enumerate(prompts, 1):
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not _is_conversation(chat):
+        if not is_conversation(chat):
             raise PromptError(f"prompts: entry {number}: expected a non-empty string, got {prompt!r}")
         if getattr(tokenizer, "chat_template", None):
             ids = _templated(tokenizer, chat)
@@ -44,10 +44,14 @@ def encode(
     return encoded
 
 
-def _is_conversation(chat: Any) -> bool:
-    messages = list(chat) if isinstance(chat, (list, tuple)) else []
-    contents = [message["content"] for message in messages if isinstance(message, Mapping) and "content" in message]
-    return bool(messages) and len(contents) == len(messages) and all(isinstance(c, str) and c.strip() for c in contents)
+def is_conversation(chat: Any) -> bool:
+    """Return whether an object is a list of messages, each with a role and a non-empty content."""
+    return isinstance(chat, (list, tuple)) and bool(chat) and all(map(_is_message, chat))
+
+
+def _is_message(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, Mapping) and message.get("role") else None
+    return isinstance(content, str) and bool(content.strip())
 
 
 def _templated(tokenizer: Any, chat: Conversation) -> list[int]:

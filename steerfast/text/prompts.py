@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from steerfast.errors import PromptError
+from steerfast.text.encoding import is_conversation
 
 SHIPPED_PREFIX = "steerfast:"
 _FOLDER = resources.files("steerfast") / "data" / "prompts"
@@ -24,13 +25,16 @@ def read_prompts(source: str | os.PathLike[str]) -> list[str]:
     return [record["prompt"] for record in read_records(source)]
 
 
-def read_records(source: str | os.PathLike[str], column: str | None = None) -> list[dict[str, Any]]:
+def read_records(
+    source: str | os.PathLike[str], column: str | None = None, *, conversations: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Read a prompt set with all fields of its records.
 
     Args:
         source: ``steerfast:<name>`` for a set that ships with the package (see `SHIPPED`), or a file: ``.txt`` (a
             prompt per line), ``.json`` (a list), ``.jsonl`` or ``.csv``. Entries are strings or records.
         column: key or column of the prompt, in any case; default: prompt, instruction, question, goal or text.
+        conversations: keys that may hold a conversation, which then is the prompt.
 
     Returns:
         A record per entry, keys in lower case, the prompt without surrounding space under ``prompt``.
@@ -40,7 +44,7 @@ def read_records(source: str | os.PathLike[str], column: str | None = None) -> l
     """
     name = str(source)
     if name.startswith(SHIPPED_PREFIX):
-        return records_of(shipped_records(name.removeprefix(SHIPPED_PREFIX)), name, column)
+        return records_of(shipped_records(name.removeprefix(SHIPPED_PREFIX)), name, column, conversations)
     path = Path(source)
     if not path.is_file():
         raise PromptError(f"prompts: expected a file at {name!r} or {SHIPPED_PREFIX}<set>, found none")
@@ -51,15 +55,17 @@ def read_records(source: str | os.PathLike[str], column: str | None = None) -> l
         entries = list(reader(path, _keys(column)))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error, OSError) as error:
         raise PromptError(f"prompts: cannot read {name!r} ({error})") from None
-    return records_of(entries, name, column)
+    return records_of(entries, name, column, conversations)
 
 
-def records_of(entries: Sequence[Any], name: str, column: str | None = None) -> list[dict[str, Any]]:
+def records_of(
+    entries: Sequence[Any], name: str, column: str | None = None, conversations: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Return entries (strings, or mappings with a prompt) as `read_records` does; errors call the set `name`."""
     keys = _keys(column)
     if not entries:
         raise PromptError(f"prompts: expected at least one prompt in {name!r}, got none")
-    return [_record(entry, keys, name, number) for number, entry in enumerate(entries, 1)]
+    return [_record(entry, keys, name, number, conversations) for number, entry in enumerate(entries, 1)]
 
 
 def shipped_records(name: str) -> list[dict[str, Any]]:
@@ -107,45 +113,25 @@ def _csv(path: Path, keys: Sequence[str]) -> Iterable[Any]:
     raise PromptError(f"prompts: expected a column named {', '.join(keys)} in {str(path)!r}, got {', '.join(rows[0])}")
 
 
-def _record(entry: Any, keys: Sequence[str], name: str, number: int) -> dict[str, Any]:
+def _record(
+    entry: Any, keys: Sequence[str], name: str, number: int, conversations: Sequence[str] = ()
+) -> dict[str, Any]:
     record = {str(key).lower(): value for key, value in entry.items()} if isinstance(entry, Mapping) else {}
+    chat = next((record[key] for key in conversations if record.get(key)), None)
+    if chat is not None:
+        if not is_conversation(chat):
+            raise PromptError(
+                f"prompts: entry {number} of {name!r}: expected messages with a role and a content, got {chat!r}"
+            )
+        return {**record, "prompt": chat}
     text = entry if keys is _KEYS and not record else next((record[key] for key in keys if key in record), None)
     if not isinstance(text, str) or not text.strip():
         raise PromptError(
             f"prompts: entry {number} of {name!r}: expected a non-empty string or a record with one of "
-            f"{', '.join(keys)}, got {text!r}" + (f" among {', '.join(record)}" if record and text is None else "")
+            f"{', '.join([*keys, *conversations])}, got {text!r}"
+            + (f" among {', '.join(record)}" if record and text is None else "")
         )
     return {**record, "prompt": text.strip()}
-
-
-def check_sets(harmful: Sequence[str], harmless: Sequence[str]) -> None:
-    """Refuse prompt sets that nothing can be fitted on.
-
-    Raises:
-        PromptError: a single string, an empty set, or a prompt that is in both.
-    """
-    check_prompts("harmful", harmful)
-    check_prompts("harmless", harmless)
-    shared = set(harmful) & set(harmless)
-    if shared:
-        raise PromptError(
-            f"harmful and harmless: expected different prompts, got {len(shared)} in both, such as {min(shared)[:60]!r}"
-        )
-
-
-def check_prompts(name: str, prompts: Sequence[str]) -> None:
-    """Refuse a single string, an empty set, or an entry that is no string.
-
-    Raises:
-        PromptError: naming the set.
-    """
-    if isinstance(prompts, str):
-        raise PromptError(f"{name}: expected a list of prompts, got one string")
-    if not len(prompts):
-        raise PromptError(f"{name}: expected at least one prompt, got none")
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str):
-            raise PromptError(f"{name}: entry {number}: expected a string, got {prompt!r}")
 
 
 def describe_set(prompts: Sequence[str], name: str | None = None) -> dict[str, Any]:

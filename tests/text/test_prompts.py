@@ -118,16 +118,15 @@ def test_shipped_sets_read_whole(name: str) -> None:
 
 
 def test_the_sets_that_users_and_scripts_name_are_there() -> None:
-    roles = ("fit", "framed", "suffixes", "calibrate", "heldout", "tune", "demo")
+    roles = ("fit", "tune", "demo")
     assert {f"{label}_{role}" for role in roles for label in ("harmful", "harmless")} <= set(SHIPPED)
 
 
-def test_both_labels_have_every_role_and_enough_to_calibrate_one_percent() -> None:
+def test_both_labels_have_every_role() -> None:
     roles = {
         label: [name.split("_")[1] for name in SHIPPED if name.startswith(label)] for label in ("harmful", "harmless")
     }
     assert roles["harmful"] == roles["harmless"]
-    assert len(read_prompts("steerfast:harmless_calibrate")) >= 100
 
 
 def purpose(name: str) -> tuple[str, str]:
@@ -135,7 +134,7 @@ def purpose(name: str) -> tuple[str, str]:
     label, _, rest = name.partition("_")
     if label not in ("harmful", "harmless"):
         return name, ""
-    return label, next((role for role in ("calibrate", "heldout", "tune", "demo") if rest.endswith(role)), "fit")
+    return label, next((role for role in ("tune", "demo") if rest.endswith(role)), "fit")
 
 
 def test_no_prompt_serves_two_purposes() -> None:
@@ -144,7 +143,7 @@ def test_no_prompt_serves_two_purposes() -> None:
         for record in shipped_records(name):
             texts = {record["prompt"].casefold(), record.get("request", record["prompt"]).casefold()}
             held.setdefault(purpose(name), set()).update(texts)
-    assert len(held) == 10 + 8
+    assert len(held) == 6 + 6
     for one, other in itertools.combinations(held, 2):
         assert not held[one] & held[other], f"{one} and {other}"
 
