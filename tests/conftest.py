@@ -128,7 +128,8 @@ def _profile(
     sharpness: float = 0.0,
     pooling: str = "last",
     window: int | None = None,
-    offset: int = 0,
+    turn: tuple[int, ...] = (),
+    tail: int = 0,
     **fields: Any,
 ) -> SteeringProfile:
     """Random unit directions, random vectors of norm `size`; steers `layers` (default: all from the second on)."""
@@ -148,9 +149,11 @@ def _profile(
         "vector": size * vector / vector.norm(dim=1, keepdim=True),
         "strength": chosen,
         "norm": torch.zeros(count),
-        "gate": Gate(kind, score, sharpness, pooling, window, offset),  # type: ignore[arg-type]
+        "gate": Gate(kind, score, sharpness, pooling, window, turn, tail),  # type: ignore[arg-type]
     }
-    if fields.get("mean_direction") is True:  # random, and with the score "dot" of any norm
+    if (weights := fields.get("mean_direction")) is not None:  # those of a pair, or True; "dot" takes any norm
         means = torch.randn(count, hidden, generator=generator)
-        fields["mean_direction"] = means if score == "dot" else means / means.norm(dim=1, keepdim=True)
+        means = means if score == "dot" else means / means.norm(dim=1, keepdim=True)
+        own, of_mean = (1.0, 1.0) if weights is True else weights
+        values["direction"], fields["mean_direction"] = own * values["direction"], of_mean * means
     return SteeringProfile(**{**values, **fields})

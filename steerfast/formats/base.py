@@ -163,7 +163,7 @@ class Imported:
         return vectors, strengths
 
 
-_GATE_FIELDS = ("gate", "direction", "threshold", "abstain", "sensor", "norm", "calibration")
+_GATE_FIELDS = ("gate", "direction", "threshold", "points", "abstain", "sensor", "norm", "calibration")
 
 
 def _gate_fields(options: ImportOptions, model: ModelIdentity, notes: list[str]) -> dict[str, Any]:
@@ -188,6 +188,8 @@ def _gate_fields(options: ImportOptions, model: ModelIdentity, notes: list[str])
     gate = fields["gate"]
     if options.gate_kind not in (None, gate.kind):
         fields["gate"] = Gate("always") if options.gate_kind == "always" else replace(gate, kind=options.gate_kind)
+        if fields.pop("points", None):
+            notes.append(f"the named thresholds are left out: they were set for a {gate.kind} gate")
         if fields.pop("abstain", None) is not None:
             notes.append(f"the abstain band is left out: it was set for a {gate.kind} gate")
         if fields.pop("calibration", None):
@@ -259,6 +261,8 @@ def export_rows(profile: SteeringProfile, *, gate_apart: bool = False) -> Export
             raise ProfileError(f"vector of layer {layer}: times its strength it exceeds float32")
     if profile.gate.kind != "always" and not gate_apart:
         notes.append(f"the gate is lost: the {profile.gate.kind} gate is not written, everything will be steered")
+    if profile.gate.kind != "always" and profile.points:
+        notes.append(f"the named thresholds are lost: {', '.join(sorted(profile.points))}")
     if profile.gate.kind != "always" and profile.abstain is not None:
         notes.append("the abstain band is lost: nothing will be undecided")
     if profile.positions != "all":

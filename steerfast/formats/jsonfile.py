@@ -82,7 +82,7 @@ def condition_file(profile: SteeringProfile) -> tuple[bytes, list[str]]:
     if not layers or profile.gate.score != "cosine":
         kind = f"{profile.gate.kind}, {profile.gate.score}"
         raise ProfileError(f"condition: expected a gate that reads cosines, got {kind} at layers {layers}")
-    if profile.gate.pooling == "both" or profile.gate.offset:
+    if profile.gate.pooling == "both" or profile.gate.turn or profile.gate.tail:
         raise ProfileError("condition: expected a gate that reads the last row or a mean of all rows, got another one")
     notes = [
         f"condition_layer_ids=[{layer + 1}], condition_vector_threshold={float(profile.threshold[layer]):g}, "

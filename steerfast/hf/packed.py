@@ -26,7 +26,7 @@ from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Reach
 from steerfast.runtime.batch import INHERIT, BatchRoster
 from steerfast.runtime.roster import Request, Roster
-from steerfast.runtime.span import slots_of
+from steerfast.runtime.span import Stack, slots_of
 
 __all__ = ["PackedRuns", "PackedSteps", "forget_manager", "is_paged", "steered_manager"]
 
@@ -96,6 +96,13 @@ class PackedRuns:
     def held(self) -> set[int]:
         """Return the slots of requests that have not ended."""
         return set().union(*(manager.steerfast_slots for manager in self.managers))
+
+    def request(self, stack: Stack, ids: Sequence[int]) -> Request:
+        """Return a request with the profiles of `stack` on a prompt."""
+        request = Request(stack, len(ids), ids)
+        if not all(rows.found for rows in request.means):
+            self.roster.warn_of_turns()
+        return request
 
     def steps_of(self, cache: Any) -> PackedSteps:
         """Return the requests of a paged cache.
@@ -217,7 +224,7 @@ class _SteeredManager:
                         own._request_counter += 1
                 answers = [request_id, *(f"{request_id}{_CHILD}{i}" for i in range(own.num_return_sequences - 1))]
                 self._refuse_running(answers)
-                self.steerfast_given.update((answer, Request(stack, len(ids))) for answer in answers)
+                self.steerfast_given.update((answer, runs.request(stack, ids)) for answer in answers)
                 added = None
                 try:
                     added = super().add_request(ids, request_id, *args, **kwargs)  # type: ignore[misc]
@@ -339,7 +346,8 @@ class _SteeredManager:
         """
         name = state.request_id
         length = state._true_initial_tokens or len(state.initial_tokens)
-        given = self.steerfast_given.get(name) or Request(self.steerfast_runs.roster.own, length)
+        runs = self.steerfast_runs
+        given = self.steerfast_given.get(name) or runs.request(runs.roster.own, state.initial_tokens[:length])
         roster.add(name, given, name.rpartition(_CHILD)[0] if cached else None)
         self.steerfast_given.pop(name, None)
 

@@ -77,6 +77,7 @@ class Steering:
         decoder = find_decoder(model)
         slots = ProfileSlots(identify(model, tokenizer), next(decoder.backbone.parameters()).device)
         self.model = model
+        self._given = profile  # its band is lowered only at thresholds below it
         self._roster = BatchRoster(slots, strength, observe=action == "observe")
         self._packed = PackedRuns(model, self._roster)
         self._stepper = Stepper(decoder, self._roster, self._packed)
@@ -113,6 +114,22 @@ class Steering:
     @strength.setter
     def strength(self, value: float) -> None:
         self._roster.strength = value
+
+    @property
+    def threshold(self) -> str | None:
+        """The name of the threshold in use (`SteeringProfile.point`), from the next call on; None: it has no name.
+
+        Raises:
+            ProfileError: `profile` has no threshold of the name that is set.
+            SteerfastError: there is no `profile`; a call can name one as ``steering=profile.at("strict")``.
+        """
+        return None if self.profile is None else self.profile.point
+
+    @threshold.setter
+    def threshold(self, point: str) -> None:
+        if self._given is None:
+            raise SteerfastError(f"threshold: expected a steering with a profile, got {point!r} without one")
+        self._roster.adopt(self._given.at(point))
 
     def assigned(
         self,

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ from steerfast.runtime.tables import RowTable, prompt_rows, response_rows
 __all__ = ["GeneratedPrompt", "Stepper", "arguments", "is_flat", "tokens_of"]
 
 _log = logging.getLogger("steerfast.step")
+_PADDING = -(2**62)  # no token id; some models have negative ones for images
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +192,9 @@ class Stepper:
         valid = self._valid(call)
         if plan.ahead:
             self.second_pass = SecondPass.of(plan, call.given, call.cache, valid, columns)
-        rows = self.prompt_tables(plan, valid, columns, plan.ahead, begins=call.past == 0)
+        rows = self.prompt_tables(plan, valid, columns, plan.ahead)
+        if plan.reads_mean:
+            rows = replace(rows, counted=self._mean_rows(call, plan, valid, columns))
         self.step, self.latch = self.make(plan, latch, rows, decides=True), latch
 
     def _decode(self, call: _Call, plan: Plan, latch: Latch) -> None:
@@ -252,10 +256,8 @@ class Stepper:
 
     # -- tables ------------------------------------------------------------------------------------------------------
 
-    def prompt_tables(
-        self, plan: Plan, valid: Tensor, columns: int, waits: tuple[bool, ...] = (), begins: bool = True
-    ) -> RowTable:
-        """Return the rows of a step of prompt tokens; `begins`: they are the first of their prompts.
+    def prompt_tables(self, plan: Plan, valid: Tensor, columns: int, waits: tuple[bool, ...] = ()) -> RowTable:
+        """Return the rows of a step of prompt tokens, none of them `counted`.
 
         Sequences that wait for a second pass are not edited before they have decided. Where no token is padding these
         are the same tables every time, and not 40 operations on small tensors.
@@ -266,9 +268,7 @@ class Stepper:
             slot = self._tensor("slot", plan, lambda entry: entry.slot, torch.int32, device)
             after = plan.tensor(lambda entry: entry.span.after_prompt, torch.bool, device)
             answer = plan.tensor(lambda entry: entry.span.answer_rows, torch.int32, device)
-            mean = plan.tensor(lambda entry: entry.span.mean_rows, torch.int32, device)
-            skipped = plan.tensor(lambda entry: entry.span.mean_from * begins, torch.int32, device)
-            rows = prompt_rows(valid, columns, slot, after, answer, mean, skipped)
+            rows = prompt_rows(valid, columns, slot, after, answer)
             if waits:
                 waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])[:, None]
                 rows = replace(rows, slots=torch.where(waiting, UNSTEERED, rows.slots))
@@ -277,9 +277,27 @@ class Stepper:
         count, width = valid.shape
         if valid is not self._all_valid(count, width, valid.device):
             return make()
-        key = ("prompt", plan.stacks, plan.owner, waits, begins, count, width, columns, valid.device)
+        key = ("prompt", plan.stacks, plan.owner, waits, count, width, columns, valid.device)
         tables: RowTable = self._buffers.get(key, make)
         return tables
+
+    def _mean_rows(self, call: _Call, plan: Plan, valid: Tensor, columns: int) -> Tensor:
+        """Return the rows of this step that each mean takes, as `RowTable.counted`; the token ids come to the host.
+
+        A step that holds no beginning of a user turn continues one: a mean takes all its rows.
+        """
+        ids = call.given.get("input_ids")
+        known = torch.where(valid, 0 if ids is None else ids, _PADDING)[:, :columns].cpu().numpy()
+        counted = []
+        for start, (row, stack) in enumerate(zip(known, plan.each(lambda entry: entry.span), strict=True)):
+            (places,) = (row != _PADDING).nonzero()
+            for span in stack:
+                first, until, found = span.read(len(places), None if ids is None else row[places])
+                if not found:
+                    self.roster.warn_of_turns()
+                at = start * call.width + places[first:until]
+                counted.append((at[0], at[-1] + 1, len(at)) if len(at) else (0, 0, 0))
+        return torch.tensor(np.array(counted, dtype=np.int32), device=call.device)
 
     def _answer_tables(self, plan: Plan, width: int, answered: int, device: torch.device) -> RowTable:
         """Return the rows of a step of answer tokens, the same tables until an edit ends."""

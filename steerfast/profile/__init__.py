@@ -2,7 +2,7 @@
 
 from steerfast.kernels.edit_kinds import EDITS, Edit
 from steerfast.profile.file import FORMAT_VERSION
-from steerfast.profile.gate import GATE_KINDS, POOLINGS, SCORES, Gate
+from steerfast.profile.gate import GATE_KINDS, POOLINGS, SCORES, Gate, last_turn
 from steerfast.profile.identity import ModelIdentity, embedding_sketch, sketched_rows
 from steerfast.profile.profile import POSITIONS, SteeringProfile
 
@@ -18,5 +18,6 @@ __all__ = [
     "ModelIdentity",
     "SteeringProfile",
     "embedding_sketch",
+    "last_turn",
     "sketched_rows",
 ]

@@ -1,10 +1,10 @@
 """The file of a profile: one safetensors file, data only, format 1.
 
 Tensors: ``layer.<l>.direction`` and ``layer.<l>.vector`` [H], where a gate reads a mean by another direction
-``layer.<l>.mean_direction`` [H], ``layer.<l>.candidate.<kind>`` [H], ``threshold``,
-``strength``, ``norm`` and, where gates abstain, ``abstain`` [layers]. A layer without content has no tensor. Everything
-else is JSON under the header key ``steerfast``, with a SHA-256 over it and every tensor. The parameters of an edit
-stand in the header where the profile has that edit; null is a limit that is not set.
+``layer.<l>.mean_direction`` [H], ``layer.<l>.candidate.<kind>`` [H], ``threshold``, ``strength``, ``norm`` and, where
+there are such, ``abstain`` and ``points.<name>`` [layers]. A layer without content has no tensor. Everything else is
+JSON under the header key ``steerfast``, with a SHA-256 over it and every tensor. The parameters of an edit stand in the
+header where the profile has that edit; null is a limit that is not set.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
+_POINT = "points."  # before the name of a threshold
 PER_LAYER = ("threshold", "strength", "norm")
 _PLAIN = ("edit", "sensor", "positions", "vector_kind", "fitted", "calibration", "tuned")  # JSON data as they are
 _TENSOR_NAME = re.compile(r"layer\.(\d+)\.(direction|mean_direction|vector|candidate\..+)", re.DOTALL)
@@ -58,6 +59,7 @@ def tensors(profile: SteeringProfile) -> dict[str, Tensor]:
     named = {name: getattr(profile, name).clone() for name in PER_LAYER}
     if profile.abstain is not None:
         named["abstain"] = profile.abstain.clone()
+    named |= {_POINT + name: threshold.clone() for name, threshold in profile.points.items()}
     wide = {"direction": profile.direction, "vector": profile.vector}
     if profile.mean_direction is not None:
         wide["mean_direction"] = profile.mean_direction
@@ -83,6 +85,7 @@ def fields(content: dict[str, Any], named: dict[str, Tensor]) -> dict[str, Any]:
         "model": model,
         "gate": Gate(**content["gate"]),
         "abstain": named.get("abstain"),
+        "points": {name.removeprefix(_POINT): named[name] for name in sorted(named) if name.startswith(_POINT)},
         "answer_tokens": content.get("answer_tokens"),
         "direction": wide.pop("direction"),
         "vector": wide.pop("vector"),
@@ -103,7 +106,7 @@ def _wide_tensors(model: ModelIdentity, named: dict[str, Tensor]) -> dict[str, T
     zeros = partial(torch.zeros, (model.num_layers, model.hidden_size), dtype=torch.float32, device="cpu")
     wide = {"direction": zeros(), "vector": zeros()}
     for name, tensor in named.items():
-        if name in (*PER_LAYER, "abstain"):
+        if name in (*PER_LAYER, "abstain") or name.startswith(_POINT):
             continue
         match = _TENSOR_NAME.fullmatch(name)
         if match is None or int(match[1]) >= model.num_layers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from steerfast.profile.identity import ModelIdentity
 
 POSITIONS = ("all", "response")
 
+_POINT = re.compile(r"[a-z0-9_-]{1,32}", re.ASCII)
 _LEAST_PLANE = 1.0  # degrees between a vector and a direction that are to span a plane
 
 
@@ -35,7 +37,8 @@ class SteeringProfile:
     Args:
         model: the model the profile belongs to.
         direction: float32 [layers, H], which the gate reads; unit rows for the score ``cosine``. A zero row: the layer
-            has no gate.
+            has no gate. With ``gate.pooling="both"`` the pair of `direction` and `mean_direction` may have norm 1
+            instead, ‖d‖² + ‖m‖² = 1: so one reading may weigh more than the other.
         threshold: float32 [layers], in units of the score.
         vector: float32 [layers, H], in units of the residual stream, which the edit uses. A zero row: no edit.
         strength: float32 [layers]; 0: the layer is not steered.
@@ -45,6 +48,8 @@ class SteeringProfile:
         abstain: float32 [layers], at most the threshold; -inf: no lower end. A score above it and not above the
             threshold lies in the abstain band. There the gate stays shut, and the profile is `undecided`. None: no
             band.
+        points: named thresholds, name -> float32 [layers], such as ``strict`` (lower, so it fires more), ``balanced``
+            and ``permissive`` (higher, so it fires less). `threshold` is the one in use, `at` chooses another.
         edit: what an open gate does to a row: a name of `EDITS`, whose records describe each kind.
         low, high, angle: the parameters of the kinds ``clamp`` and ``rotate``, see `EDITS`.
         sensor: ``"own"`` (each layer decides for itself, arXiv 2401.11206), or the layer that decides for all layers.
@@ -72,6 +77,7 @@ class SteeringProfile:
     gate: Gate = field(default_factory=Gate)
     mean_direction: Tensor | None = None
     abstain: Tensor | None = None
+    points: Mapping[str, Tensor] = field(default_factory=dict)
     edit: str = "add"
     low: float = -math.inf
     high: float = math.inf
@@ -98,10 +104,10 @@ class SteeringProfile:
             check_tensor(name, tensor, (layers, hidden))
         for name in file.PER_LAYER:
             check_tensor(name, getattr(self, name), (layers,))
+        self._check_points()
         self._check_abstain()
         if self.gate.score == "cosine":
-            for name, tensor in directions.items():
-                _check_unit(name, tensor)
+            _check_unit(directions, self.gate)
         check_instance("vector_kind", self.vector_kind, str, "a string")
         for name in ("fitted", "calibration", "tuned"):
             check_instance(name, getattr(self, name), Mapping, "a mapping")
@@ -112,6 +118,14 @@ class SteeringProfile:
         if self.sensor != "own" and not (isinstance(self.sensor, int) and 0 <= self.sensor < layers):
             raise ProfileError(f"sensor: expected 'own' or a layer in 0..{layers - 1}, got {self.sensor!r}")
         self._check_steered(self.direction.norm(dim=1))
+
+    def _check_points(self) -> None:
+        check_instance("points", self.points, Mapping, "a mapping of names and thresholds")
+        for name, threshold in self.points.items():
+            if not (isinstance(name, str) and _POINT.fullmatch(name)):
+                raise ProfileError(f"points: expected names of 1 to 32 of a-z, 0-9, '_' and '-', got {name!r}")
+            check_instance(f"points[{name!r}]", threshold, Tensor, "a tensor")
+            check_tensor(f"points[{name!r}]", threshold, (self.model.num_layers,))
 
     def _check_abstain(self) -> None:
         if self.abstain is None:
@@ -211,6 +225,29 @@ class SteeringProfile:
         shut = (decided <= self.threshold[gates]).all(dim=-1)
         return shut & (decided > self.abstain[gates]).any(dim=-1)
 
+    @property
+    def point(self) -> str | None:
+        """Return the name that `points` has for the threshold in use; None: it has none."""
+        return next((name for name, threshold in self.points.items() if torch.equal(threshold, self.threshold)), None)
+
+    def at(self, point: str) -> SteeringProfile:
+        """Return the same profile with the threshold of this name; its band ends at that threshold or below.
+
+        Raises:
+            ProfileError: the profile has no such point.
+        """
+        if point not in self.points:
+            have = ", ".join(sorted(self.points)) or "none, as this profile has one threshold"
+            raise ProfileError(f"threshold: expected one of {have}, got {point!r}")
+        threshold = self.points[point]
+        abstain = None if self.abstain is None else self.abstain.minimum(threshold)
+        return replace(self, threshold=threshold, abstain=abstain)
+
+    def without_gate(self) -> SteeringProfile:
+        """Return the same profile without its gate: it steers every sequence."""
+        unit = torch.nn.functional.normalize(self.direction, dim=1)  # a pair's part is shorter
+        return replace(self, gate=Gate("always"), direction=unit, mean_direction=None)
+
     def with_vector(self, kind: str) -> SteeringProfile:
         """Return the same profile with the candidate vectors of `kind`."""
         if kind == self.vector_kind:
@@ -259,10 +296,18 @@ class SteeringProfile:
             raise ProfileError(f"profile {str(path)!r}: incomplete or malformed ({error!r})") from None
 
 
-def _check_unit(name: str, tensor: Tensor) -> None:
-    """Raise ProfileError if a row of `tensor` is neither zero nor of norm 1."""
-    length = tensor.norm(dim=1)
-    wrong = ((length > 0) & ((length - 1).abs() > 1e-3)).nonzero()
-    if len(wrong):
-        layer = int(wrong[0])
-        raise ProfileError(f"{name} of layer {layer}: expected unit norm, got norm {float(length[layer]):.4g}")
+def _check_unit(directions: Mapping[str, Tensor], gate: Gate) -> None:
+    """Raise ProfileError if a row is neither zero nor of norm 1; a gate that reads both may have a pair of norm 1."""
+    norms = {name: tensor.norm(dim=1) for name, tensor in directions.items()}
+    pairs = gate.pooling == "both" and len(norms) == 2
+    is_pair = _is_unit(torch.stack([*norms.values()]).norm(dim=0)) if pairs else False
+    for name, norm in norms.items():
+        wrong = (~((norm == 0) | _is_unit(norm) | is_pair)).nonzero()
+        if len(wrong):
+            layer = int(wrong[0])
+            pair = " or a pair of norm 1 with the other direction" if pairs else ""
+            raise ProfileError(f"{name} of layer {layer}: expected unit norm{pair}, got norm {float(norm[layer]):.4g}")
+
+
+def _is_unit(norm: Tensor) -> Tensor:
+    return (norm - 1).abs() <= 1e-3

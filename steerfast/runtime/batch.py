@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Reach
 from steerfast.runtime.roster import check_packed
 from steerfast.runtime.slots import ProfileSlots
-from steerfast.runtime.span import EditSpan, Entry, Stack, filled, slots_of
+from steerfast.runtime.span import NO_TURN, EditSpan, Entry, Stack, TurnWarning, filled, slots_of
 
 __all__ = ["INHERIT", "BatchRoster", "Buffers", "Plan", "finite"]
 
@@ -71,6 +72,11 @@ class Plan:
         """K, the most profiles on a sequence, at least 1."""
         return max(1, *(len(stack) for stack in self.stacks)) if self.stacks else 1
 
+    @property
+    def reads_mean(self) -> bool:
+        """Whether a gate reads a mean."""
+        return any(entry.span.mean_rows for stack in self.stacks for entry in stack)
+
     def each(self, value: Callable[[Entry], Any]) -> list[list[Any]]:
         """Return a value of each entry, [n][K]; short stacks are filled with empty entries."""
         width = self.width
@@ -111,6 +117,13 @@ class BatchRoster:
         self._contexts: list[Assignment] = []
         self.own: Stack = ()
         self._plans = Buffers()
+        self._warned = False
+
+    def warn_of_turns(self) -> None:
+        """Warn, once, that a prompt has no user turn for a mean."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(NO_TURN, TurnWarning, stacklevel=2)
 
     @property
     def strength(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from steerfast.errors import ProfileError, SteerfastError
 from steerfast.kernels.edits import torch_scales
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Bank, Reach
-from steerfast.runtime.span import NO_END, UNSTEERED, Stack, filled, slots_of
+from steerfast.runtime.span import NO_END, UNSTEERED, MeanRows, Stack, filled, slots_of
 from steerfast.runtime.step import Step, StepMemory
 from steerfast.runtime.tables import PackedRows, StepTables
 
@@ -38,6 +38,8 @@ class Request:
     Attributes:
         stack: its profiles; empty: it is not steered.
         prompt_length: tokens of its prompt; gates decide at the last one.
+        ids: the token ids of its prompt, where means are read; None: unknown.
+        means: the rows that the mean of each profile takes.
         column: its column of the roster; None: its decisions wait on the host.
         answer_from: the first row of its answer: the prompt's length, or the row after its thought.
         decided: its gates decided. counted: the prompt rows that its means have read.
@@ -45,32 +47,34 @@ class Request:
 
     stack: Stack
     prompt_length: int
+    ids: InitVar[Sequence[int] | NDArray[np.integer] | None] = None
+    means: tuple[MeanRows, ...] = field(init=False)
     column: int | None = field(default=None, init=False)
     decided: bool = field(default=False, init=False)
     counted: int = field(default=0, init=False)
     answer_from: int = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, ids: Sequence[int] | NDArray[np.integer] | None) -> None:
         thinks = any(entry.span.after_thought for entry in self.stack)
         self.answer_from = NO_END if thinks else self.prompt_length
+        self.means = tuple(entry.span.read(self.prompt_length, ids) for entry in self.stack)
 
     @property
     def read_from(self) -> int:
-        """The first row that a mean takes; the prompt's length where no gate reads a mean."""
-        spans = [entry.span for entry in self.stack if entry.span.mean_rows]
-        return min((span.first_read(self.prompt_length) for span in spans), default=self.prompt_length)
+        """The first row that a mean takes; 0 where no gate reads a mean."""
+        return min((rows.first for rows in self.means if rows.until), default=0)
 
     @property
-    def reads_mean(self) -> bool:
-        """Whether a gate reads a mean."""
-        return any(entry.span.mean_rows for entry in self.stack)
+    def read_until(self) -> int:
+        """The first row after all that a mean takes; 0 where no gate reads a mean."""
+        return max((rows.until for rows in self.means), default=0)
 
 
 class _Columns(NamedTuple):
     """Hold the requests of a step as arrays: prompt, answer, past and length [n], the entries of their stacks [n, K].
 
     answer: the first row of the answer.
-    mean_first: the first prompt row that the mean takes; the prompt's length where the gate reads no mean.
+    mean_first, mean_until: the first prompt row that the mean takes, and the first after the last.
     """
 
     prompt: NDArray[np.int64]
@@ -82,6 +86,7 @@ class _Columns(NamedTuple):
     after_prompt: NDArray[np.bool_]
     answer_rows: NDArray[np.int64]
     mean_first: NDArray[np.int64]
+    mean_until: NDArray[np.int64]
 
 
 class Roster:
@@ -186,7 +191,7 @@ class Roster:
                 raise ValueError(f"stack: expected at most {self.stack} profiles, got {len(request.stack)}")
             self.forget(name)
             self._requests[name] = request
-            if like is not None and request.reads_mean:
+            if like is not None and request.read_until:
                 self._continue(name, request, like)
 
     def end_thoughts(self, answers: Mapping[str, int]) -> None:
@@ -285,7 +290,7 @@ class Roster:
                 edited_from=np.where(arrays.after_prompt, (answer - 1).clip(0)[:, None], 0),
                 edited_until=(answer[:, None] + arrays.answer_rows).clip(0, NO_END),
                 counted=counted,
-                total=None if counted is None else arrays.prompt[:, None] - arrays.mean_first,
+                total=arrays.mean_until - arrays.mean_first,
                 columns=[request.column for request in requests],  # type: ignore[misc]
                 padded_rows=padded_rows,
             )
@@ -340,13 +345,10 @@ class Roster:
             return np.array(values, dtype=dtype).reshape(-1, self.stack)
 
         spans = [[entry.span for entry in stack] for stack in stacks]
-        lengths_of = [request.prompt_length for request in requests]
-        means = [
-            [span.first_read(length) if span.mean_rows else length for span in row]
-            for row, length in zip(spans, lengths_of, strict=True)
-        ]
+        none = (MeanRows(),) * self.stack
+        means = [(*request.means, *none)[: self.stack] for request in requests]
         return _Columns(
-            np.array(lengths_of, dtype=np.int64),
+            np.array([request.prompt_length for request in requests], dtype=np.int64),
             np.array([request.answer_from for request in requests], dtype=np.int64),
             np.asarray(past, dtype=np.int64),
             np.asarray(lengths, dtype=np.int64),
@@ -354,7 +356,8 @@ class Roster:
             each([[entry.strength for entry in stack] for stack in stacks], np.float64),  # type: ignore[arg-type]
             each([[span.after_prompt for span in row] for row in spans], np.bool_),  # type: ignore[arg-type]
             each([[span.answer_rows for span in row] for row in spans], np.int64),  # type: ignore[arg-type]
-            each(means, np.int64),  # type: ignore[arg-type]
+            each([[rows.first for rows in row] for row in means], np.int64),  # type: ignore[arg-type]
+            each([[rows.until for rows in row] for row in means], np.int64),  # type: ignore[arg-type]
         )
 
     def _count(
@@ -365,22 +368,22 @@ class Roster:
         Rows may be computed again, or come from the cache: each prompt row counts once. None: no row counts.
         """
         self._counting = []
-        if not any(request.reads_mean for request in requests):
+        if all(request.counted >= request.read_until for request in requests):
             return None
         first, until = np.zeros_like(arrays.mean_first), np.zeros_like(arrays.mean_first)
         for i, (name, request) in enumerate(zip(names, requests, strict=True)):
-            if not request.reads_mean or request.counted >= request.prompt_length:
+            if request.counted >= request.read_until:
                 continue
             past = int(arrays.past[i])
             if past > max(request.counted, request.read_from):
                 raise SteerfastError(
                     f"request {name!r}: rows of its prompt, of which a gate reads the mean, came from a cache"
                 )
-            end = min(request.prompt_length - past, int(arrays.length[i]))
+            end = past + int(arrays.length[i])
             begin = np.maximum(request.counted, arrays.mean_first[i]) - past
-            reads = arrays.mean_first[i] < request.prompt_length
-            first[i], until[i] = np.where(reads, begin.clip(0), 0), np.where(reads, max(0, end), 0)
-            self._counting.append((request, max(request.counted, past + end)))
+            stop = np.minimum(arrays.mean_until[i], end) - past
+            first[i], until[i] = np.where(begin < stop, (begin, stop), 0)
+            self._counting.append((request, max(request.counted, end)))
         return (first, until) if (until > first).any() else None
 
     def launched(self) -> None:

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from steerfast.profile import Gate, SteeringProfile
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["NO_END", "UNSTEERED", "EditSpan", "Entry", "Stack", "answer_rows", "filled", "mean_rows", "slots_of"]
+from steerfast.profile import Gate, SteeringProfile, last_turn
+
+__all__ = [
+    "NO_END",
+    "NO_TURN",
+    "UNSTEERED",
+    "EditSpan",
+    "Entry",
+    "MeanRows",
+    "Stack",
+    "TurnWarning",
+    "answer_rows",
+    "filled",
+    "mean_rows",
+    "slots_of",
+]
 
 UNSTEERED = -1
 NO_END = 2**30  # more rows than an answer has; twice as many are still an int32
+NO_TURN = (
+    "prompt: expected a user turn as the profile's chat template opens it, got a prompt without one; there a gate "
+    "reads the mean of the whole prompt, for which its threshold was not set"
+)
+
+
+class TurnWarning(UserWarning):
+    """A prompt has no user turn for a mean, which is then taken over the whole prompt."""
 
 
 def answer_rows(answer_tokens: int | None) -> int:
@@ -22,10 +47,22 @@ def answer_rows(answer_tokens: int | None) -> int:
 
 
 def mean_rows(gate: Gate) -> int:
-    """Return how many of a prompt's last rows the gate takes the mean of; 0: it reads only the last row."""
+    """Return the most rows of a prompt that the gate takes the mean of; 0: it reads only the last row."""
     if gate.pooling == "last":
         return 0
     return NO_END if gate.window is None else min(NO_END, gate.window)
+
+
+class MeanRows(NamedTuple):
+    """Hold the rows of a prompt that a mean takes.
+
+    first: the first of them. until: the first after the last; `first`: no row. found: they are those of a user turn,
+    or the gate looks for none.
+    """
+
+    first: int = 0
+    until: int = 0
+    found: bool = True
 
 
 @dataclass(frozen=True)
@@ -36,8 +73,8 @@ class EditSpan:
         after_prompt: edits begin at the prompt's last row (positions ``response``), not at its first row.
         open: the profile has no gate to wait for.
         answer_rows: how many rows after the prompt are edited.
-        mean_rows: how many of the prompt's last rows the gate takes the mean of; 0: it reads only the last row.
-        mean_from: how many of the prompt's first rows the mean leaves out, though never the last row.
+        mean_rows: the most rows of a prompt that the gate takes the mean of; 0: it reads only the last row.
+        turn, tail: which rows these are, see `Gate`.
         after_thought: the answer, and so its edits, begins where a thought ends, which nobody knows before.
     """
 
@@ -45,12 +82,25 @@ class EditSpan:
     open: bool = False
     answer_rows: int = NO_END
     mean_rows: int = 0
-    mean_from: int = 0
+    turn: tuple[int, ...] = ()
+    tail: int = 0
     after_thought: bool = False
 
-    def first_read(self, prompt_length: int) -> int:
-        """Return the first row of a prompt that the gate reads."""
-        return max(0, min(prompt_length - 1, max(self.mean_from, prompt_length - max(1, self.mean_rows))))
+    def read(self, length: int, ids: Sequence[int] | NDArray[np.integer] | None = None) -> MeanRows:
+        """Return the rows of a prompt that the mean takes, at least one of a prompt that has any.
+
+        Args:
+            length: of the prompt. ids: its token ids; None: unknown, as those of embeddings.
+        """
+        if not self.mean_rows or not length:
+            return MeanRows()
+        start: int | None = 0
+        if self.turn:
+            start = None if ids is None else last_turn(ids, self.turn)
+        until = length - self.tail
+        first = max(start or 0, until - self.mean_rows)
+        first, until = (first, until) if first < until else (length - 1, length)
+        return MeanRows(first, until, start is not None)
 
     @classmethod
     def of(cls, profile: SteeringProfile) -> EditSpan:
@@ -60,7 +110,8 @@ class EditSpan:
             open=profile.gate.kind == "always",
             answer_rows=answer_rows(profile.answer_tokens),
             mean_rows=mean_rows(profile.gate),
-            mean_from=profile.gate.offset,
+            turn=profile.gate.turn,
+            tail=profile.gate.tail,
         )
 
 

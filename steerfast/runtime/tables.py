@@ -58,15 +58,9 @@ class RowTable:
 
 
 def prompt_rows(
-    valid: Tensor,
-    prompt_columns: int,
-    slot: Tensor,
-    after_prompt: Tensor,
-    answer_rows: Tensor,
-    mean_rows: Tensor,
-    mean_from: Tensor,
+    valid: Tensor, prompt_columns: int, slot: Tensor, after_prompt: Tensor, answer_rows: Tensor
 ) -> RowTable:
-    """Return the tables of a step that holds prompt rows.
+    """Return the tables of a step that holds prompt rows. No row is `counted`.
 
     Args:
         valid: bool [N, T], False on padding (left, right or in between).
@@ -75,8 +69,6 @@ def prompt_rows(
         after_prompt: bool [N, K], a slot edits from the prompt's last valid row on, not every valid row. If a
             sequence has no prompt row in this step, all its valid rows are edited.
         answer_rows: int32 [N, K], how many columns after the prompt a slot edits.
-        mean_rows: int32 [N, K], how many of the prompt's last rows a mean is taken of.
-        mean_from: int32 [N, K], how many of the prompt's first rows a mean leaves out, though never the last row.
     """
     count, width = valid.shape
     column = torch.arange(width, dtype=torch.int32, device=valid.device)
@@ -86,19 +78,12 @@ def prompt_rows(
     edited &= column[:, None] < prompt_columns + answer_rows[:, None]
     start = torch.arange(count, dtype=torch.int32, device=valid.device) * width
     decides = (last >= 0) & (slot >= 0).any(dim=1)
-    rank = prompt.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)  # 1 at the last row of a prompt
-    place = prompt.cumsum(dim=1, dtype=torch.int32)  # 1 at the first row of a prompt
-    counts = prompt[..., None] & (rank[..., None] <= mean_rows[:, None])
-    counts &= (place[..., None] > mean_from[:, None]) | (rank[..., None] == 1)
-    first = torch.where(counts, column[:, None], width).amin(dim=1)  # [N, K]
-    until = torch.where(counts, column[:, None] + 1, 0).amax(dim=1)
-    counted = torch.stack([start[:, None] + first.minimum(until), start[:, None] + until, counts.sum(dim=1)], dim=2)
     return RowTable(
         torch.where(edited, slot[:, None], UNSTEERED).flatten(0, 1),
         torch.where(valid, _sequences(count, width, valid.device), UNSTEERED).flatten(),
         torch.where(decides, start + last, UNSTEERED),
         slot,
-        counted.flatten(0, 1).int(),
+        _no_rows(slot),
     )
 
 

@@ -93,9 +93,9 @@ class Admin:
                 fields = await _fields(request, "name", "file")
                 return await self._change("steerfast_load", fields["name"], fields["file"])
             name = request.path_params["name"]
-            if name not in self._front.names:
+            if name not in self._front.points:
                 raise _Refused(
-                    404, f"name: expected one of {', '.join(self._front.names) or 'none'}, got {name[:80]!r}"
+                    404, f"name: expected one of {', '.join(self._front.points) or 'none'}, got {name[:80]!r}"
                 )
             if request.method == "DELETE":
                 return await self._change("steerfast_remove", name)
@@ -111,7 +111,11 @@ class Admin:
                 raise _Refused(400, str(error)) from None
             await self._call(method, name, file)
         profiles = await self._profiles()
-        self._front.set_profiles([each["name"] for each in profiles if each["current"]], len(profiles))
+        points: dict[str, list[str]] = {}
+        for each in profiles:
+            if each["current"]:
+                points.setdefault(each["name"], []).extend(filter(None, [each["threshold"]]))
+        self._front.set_profiles(points, len(profiles))
         return profiles
 
     def _check(self, name: str, file: str) -> None:

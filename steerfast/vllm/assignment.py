@@ -6,20 +6,30 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from steerfast.runtime.span import EditSpan, Entry, Stack
 from steerfast.vllm.config import KEY, OBSERVE, OFF, ServingConfig, split_names
 
-__all__ = ["STEERING", "STRENGTH", "requested", "stack_from_extra", "stack_to_extra"]
+__all__ = ["STEERING", "STRENGTH", "THRESHOLD", "Asked", "requested", "stack_from_extra", "stack_to_extra"]
 
 STEERING = "steering"
 STRENGTH = "steering_strength"
+THRESHOLD = "steering_threshold"
 
+_KEYS = (STEERING, STRENGTH, THRESHOLD)
 _RESERVED = (STEERING, KEY)  # keys that begin like these belong to steerfast
 _NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20}", re.ASCII)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
+
+
+class Asked(NamedTuple):
+    """A profile on a request. point: the name of its threshold; None: the one in use."""
+
+    name: str
+    strength: float
+    point: str | None = None
 
 
 def stack_to_extra(stack: Stack) -> list[dict[str, Any]]:
@@ -29,21 +39,27 @@ def stack_to_extra(stack: Stack) -> list[dict[str, Any]]:
 
 def stack_from_extra(extra: Iterable[Mapping[str, Any]]) -> Stack:
     """Read the data that `stack_to_extra` returned."""
-    return tuple(Entry(entry["slot"], entry["strength"], EditSpan(**entry["span"])) for entry in extra)
+    return tuple(Entry(entry["slot"], entry["strength"], _span(**entry["span"])) for entry in extra)
 
 
-def requested(extra_args: object, config: ServingConfig, names: Iterable[str]) -> list[tuple[str, float]]:
-    """Return the profiles that a request asks for and their strengths; empty: no steering.
+def _span(turn: Iterable[int], **fields: Any) -> EditSpan:
+    return EditSpan(turn=tuple(turn), **fields)  # a message between processes has lists
 
-    A request that asks for nothing gets the default at strength 1. Strength 0 observes: gates decide, and no row is
-    edited. Profiles of `ServingConfig.observe` always have it.
+
+def requested(extra_args: object, config: ServingConfig, points: Mapping[str, Sequence[str]]) -> list[Asked]:
+    """Return the profiles that a request asks for, with strengths and thresholds; empty: no steering.
+
+    A request that asks for nothing gets the default at strength 1 and the server's threshold. Strength 0 observes:
+    gates decide, and no row is edited. Profiles of `ServingConfig.observe` always have it.
 
     Args:
         extra_args: the request's ``SamplingParams.extra_args``. ``steering`` names a profile, several as ``"a,b"``, or
             is ``"off"``. ``"a:observe"`` observes a profile, ``"observe"`` the default. ``steering_strength`` is a
-            number from 0 to `max_strength` for all of them, or several as ``"1,0.5"``, one for each. Other keys that
-            begin with ``steering`` or ``steerfast``, in any case, are refused. All other keys are ignored.
-        names: the profiles that are loaded.
+            number from 0 to `max_strength` for all of them, or several as ``"1,0.5"``, one for each.
+            ``steering_threshold`` names a threshold of each of them, or several as ``"strict,balanced"``, one for each;
+            an empty name is the threshold in use. Other keys that begin with ``steering`` or ``steerfast``, in any
+            case, are refused. All other keys are ignored.
+        points: the profiles that are loaded, and their named thresholds.
 
     Raises:
         ValueError: the request asks for something unknown, or for anything on a locked server. The message begins with
@@ -54,10 +70,14 @@ def requested(extra_args: object, config: ServingConfig, names: Iterable[str]) -
         _check_locked(fields, config.default)
         stack = dict.fromkeys(split_names(config.default), 1.0)
     else:
-        stack = _stack(fields, config, list(names))
+        stack = _stack(fields, config, list(points))
         strengths = _each_strength(fields, len(stack), config)
         stack = {name: own * each for (name, own), each in zip(stack.items(), strengths, strict=True)}
-    return [(name, 0.0 if name in config.observe else strength) for name, strength in stack.items()]
+    chosen = _each_threshold(fields, {name: points.get(name, ()) for name in stack}, config.threshold)
+    return [
+        Asked(name, 0.0 if name in config.observe else strength, point)
+        for (name, strength), point in zip(stack.items(), chosen, strict=True)
+    ]
 
 
 def _steering_fields(extra_args: object) -> dict[str, Any]:
@@ -70,8 +90,8 @@ def _steering_fields(extra_args: object) -> dict[str, Any]:
     for key, value in extra_args.items():
         if not isinstance(key, str) or not key.casefold().startswith(_RESERVED):
             continue
-        if key not in (STEERING, STRENGTH):
-            raise ValueError(f"{_shown(key)}: expected the keys {STEERING} and {STRENGTH} only, got this one")
+        if key not in _KEYS:
+            raise ValueError(f"{_shown(key)}: expected the keys {', '.join(_KEYS)} only, got this one")
         fields[key] = value
     return fields
 
@@ -130,13 +150,34 @@ def _strengths(value: object, config: ServingConfig) -> list[float]:
     return strengths
 
 
+def _each_threshold(
+    fields: Mapping[str, Any], stack: Mapping[str, Sequence[str]], default: str | None
+) -> list[str | None]:
+    """Return the named threshold of each profile of a request; `stack` has the names that there are for each."""
+    if THRESHOLD not in fields:
+        return [default if default in points else None for points in stack.values()]
+    value = fields[THRESHOLD]
+    parts: list[Any] = value.split(",") if isinstance(value, str) else [value]
+    if not stack:
+        raise ValueError(f"{THRESHOLD}: expected {STEERING} to name a profile, got no profile to steer")
+    if len(parts) not in (1, len(stack)):
+        raise ValueError(f"{THRESHOLD}: expected one name, or {len(stack)}, one for each profile, got {len(parts)}")
+    parts *= len(stack) // len(parts)
+    for part, (name, points) in zip(parts, stack.items(), strict=True):
+        if not isinstance(part, str) or part not in ("", *points):
+            have = f"one of {', '.join(points)}" if points else "nothing, as the profile has one threshold"
+            raise ValueError(f"{THRESHOLD}: expected for {name} {have}, got {_shown(part)}")
+    return [part or None for part in parts]
+
+
 def _check_locked(fields: Mapping[str, Any], default: str | None) -> None:
     if STEERING in fields and not (isinstance(fields[STEERING], str) and fields[STEERING] == default):
         raise ValueError(
             f"{STEERING}: expected {default}, to which this server is locked, got {_shown(fields[STEERING])}"
         )
-    if STRENGTH in fields:
-        raise ValueError(f"{STRENGTH}: expected none, as this server is locked, got {_shown(fields[STRENGTH])}")
+    for field in (STRENGTH, THRESHOLD):
+        if field in fields:
+            raise ValueError(f"{field}: expected none, as this server is locked, got {_shown(fields[field])}")
 
 
 def _shown(value: object) -> str:

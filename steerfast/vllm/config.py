@@ -1,7 +1,8 @@
 """The ``steerfast`` key of vLLM's ``additional_config``: the profiles that an engine serves, and its limits.
 
-A user writes ``{"profiles": {name: file}, "default": "name" or "name,name", "locked": bool, "max_strength": number,
-"slots": n, "stack": n, "layers": [...], "directory": folder, "observe": [name, ...], "thinking": "count" or "skip"}``.
+A user writes ``{"profiles": {name: file}, "default": "name" or "name,name", "threshold": "strict", "locked": bool,
+"max_strength": number, "slots": n, "stack": n, "layers": [...], "directory": folder, "observe": [name, ...],
+"thinking": "count" or "skip"}``.
 All keys are optional, except one of profiles and directory. `normalise` checks the key and completes it while vLLM
 makes its configuration; `ServingConfig.of` reads it in every process. vLLM hashes the key, so that engines with other
 layers never share a compiled model.
@@ -13,7 +14,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from steerfast.profile import ModelIdentity, SteeringProfile
 from steerfast.runtime.bank import kinds_of
 from steerfast.runtime.roster import check_packed
 from steerfast.vllm.compat import around
+from steerfast.vllm.registry import variants
 
 __all__ = [
     "COUNT",
@@ -58,6 +60,7 @@ _VERSION = installed_version("steerfast") or "unknown"
 _EXPECTED = {
     "profiles": (Mapping, "an object of names and files"),
     "default": (str, "a profile's name or null"),  # or names, with commas
+    "threshold": (str, "a threshold's name or null"),
     "locked": (bool, "true or false"),
     "max_strength": ((int, float), "a number"),
     "slots": (int, "a whole number"),
@@ -67,7 +70,7 @@ _EXPECTED = {
     "observe": (list, "a list of profiles' names"),
     "thinking": (str, f"{COUNT!r} or {SKIP!r}"),
 }
-_NULLABLE = {"default", "layers", "directory"}
+_NULLABLE = {"default", "threshold", "layers", "directory"}
 _REFUSED_VARIABLES = (  # of the environment: name, whether only a lock minds it, why
     ("VLLM_USE_RUST_FRONTEND", False, "its HTTP server runs no plugin: it counts no decision and checks no tokenizer"),
     ("VLLM_SERVER_DEV_MODE", True, "its routes let any client call the engine"),
@@ -91,6 +94,7 @@ class ServingConfig:
     directory: where profiles may be loaded from later; None: nowhere.
     version: of steerfast.
     observe: profiles that edit nothing, whatever a request asks: their gates decide and are reported.
+    threshold: the named threshold of requests that name none; profiles without named thresholds keep theirs.
     thinking: "count": a thought is part of the answer. "skip": edits, and `answer_tokens`, begin where it ends.
     """
 
@@ -106,6 +110,7 @@ class ServingConfig:
     stack: int = 1
     reading: tuple[int, ...] | None = None
     observe: tuple[str, ...] = ()
+    threshold: str | None = None
     thinking: str = COUNT
 
     @classmethod
@@ -150,6 +155,11 @@ class ServingConfig:
             raise ProfileError(
                 f"profile {name!r}: expected steered layers and gates among the declared layers "
                 f"{_shown(self.layers)}, got {_shown(outside)} too"
+            )
+        if self.threshold is not None and profile.points and self.threshold not in profile.points:
+            raise ProfileError(
+                f"profile {name!r}: expected the server's threshold, {self.threshold!r}, among its own, got "
+                f"{', '.join(profile.points)}"
             )
         if kinds_of(profile) > self.kinds:
             raise ProfileError(
@@ -239,7 +249,7 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
         default=default,
         locked=given["locked"],
         max_strength=most,
-        slots=_slots(given["slots"], len(profiles)),
+        slots=_slots(given["slots"], profiles.values()),
         stack=stack,
         layers=_layers(given["layers"], profiles, model.num_layers),
         kinds=int(kinds),
@@ -247,6 +257,7 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
         version=_VERSION,
         reading=_reading(profiles, directory),
         observe=_observe(given["observe"], list(profiles)),
+        threshold=_threshold(given["threshold"], profiles.values(), directory),
         thinking=given["thinking"],
     )
     for name, profile in profiles.items():
@@ -291,12 +302,20 @@ def _observe(given: list[Any], names: list[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _slots(given: int | None, profiles: int) -> int:
-    slots = max(DEFAULT_SLOTS, profiles + 1) if given is None else given
-    if slots <= profiles:
+def _threshold(given: str | None, profiles: Iterable[SteeringProfile], directory: str | None) -> str | None:
+    if given is not None and directory is None and not any(profile.points for profile in profiles):
+        raise ValueError(f"{KEY}.threshold: expected a profile that has named thresholds, got {given!r} and none")
+    return given
+
+
+def _slots(given: int | None, profiles: Iterable[SteeringProfile]) -> int:
+    counts = [len(variants(profile)) for profile in profiles]
+    needed = sum(counts) + max(counts, default=1)
+    slots = max(DEFAULT_SLOTS, needed) if given is None else given
+    if slots < needed:
         raise ValueError(
-            f"{KEY}.slots: expected at least {profiles + 1}, one more than profiles, so that one can be replaced, "
-            f"got {slots}"
+            f"{KEY}.slots: expected at least {needed}, one for each threshold of the profiles and more, so that one "
+            f"can be replaced, got {slots}"
         )
     return slots
 
@@ -325,7 +344,7 @@ def _typed(raw: object) -> dict[str, Any]:
         raise ValueError(f"{KEY}: expected the keys {', '.join(_EXPECTED)}, got {', '.join(unknown)}")
     values: dict[str, Any] = {
         "profiles": {}, "default": None, "locked": False, "max_strength": DEFAULT_MAX_STRENGTH, "slots": None,
-        "stack": None, "layers": None, "directory": None, "observe": [], "thinking": COUNT,
+        "stack": None, "layers": None, "directory": None, "threshold": None, "observe": [], "thinking": COUNT,
     }  # fmt: skip
     for key, value in raw.items():
         kind, expected = _EXPECTED[key]

@@ -26,9 +26,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.span import NO_END, Entry, Stack
+from steerfast.runtime.span import NO_END, NO_TURN, Entry, MeanRows, Stack
 from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested, stack_to_extra
 from steerfast.vllm.compat import around
@@ -46,7 +48,7 @@ from steerfast.vllm.config import (
     warn_of_thoughts,
 )
 from steerfast.vllm.grammar import bounded
-from steerfast.vllm.registry import Registry, Version
+from steerfast.vllm.registry import Registry, Version, variants
 
 __all__ = ["EngineSteering", "HeldProfiles", "inside", "install"]
 
@@ -91,9 +93,10 @@ class HeldProfiles:
         """Whether some profile edits without a gate."""
         return any(version.span.open for version in self.editing)
 
-    def unread_rows(self, prompt: int) -> int:
-        """Return how many rows of a prompt of so many rows come before the first that is read or edited."""
-        return min(version.span.first_read(prompt) for version in self.versions)
+    def means(self, length: int, ids: Sequence[int] | None) -> list[MeanRows]:
+        """Return the rows of a prompt that the mean of each profile takes, see `EditSpan.read`."""
+        tokens = None if ids is None else np.asarray(ids)
+        return [version.span.read(length, tokens) for version in self.versions]
 
     def edits(self, decided: Sequence[Decision]) -> bool:
         """Return whether some profile edits rows after these decisions."""
@@ -125,11 +128,13 @@ class EngineSteering:
         self._cache = scheduler.kv_cache_manager
         self._unnamed: set[Any] = set()  # requests with a full block that has no name yet
         self._unreported: dict[str, list[dict[str, Any]]] = {}  # decisions that no output has carried yet
+        self._warned = False  # of a prompt without a user turn
         self._secret = secrets.token_hex(16)  # so that no client can choose a salt of ours
         for name, path in config.profiles.items():
             profile = SteeringProfile.load(path)
             config.check(name, profile, self.model, split=self.split)
-            self.registry.put(name, self.registry.take(), path, profile)
+            at = variants(profile)
+            self.registry.put(name, self.registry.take(len(at)), path, at)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -145,17 +150,17 @@ class EngineSteering:
         params = request.sampling_params
         if params is None:
             return None
-        asked = requested(params.extra_args, self.config, self.registry.names)
+        asked = requested(params.extra_args, self.config, self.registry.points)
         if not asked:
             return None
         if request.resumable:
             raise ValueError("resumable: expected a request whose prompt is complete, got a session that is steered")
-        names, strengths = zip(*asked, strict=True)
+        names, strengths, points = zip(*asked, strict=True)
         grammar = params.structured_outputs
         if any(strengths):
             grammar = bounded(grammar, self._vllm_config.structured_outputs_config.disable_any_whitespace)
         reasoner = self._reasoner(request)
-        held = HeldProfiles(self.registry.hold(*names), strengths, reasoner=reasoner)
+        held = HeldProfiles(self.registry.hold(*names, points=points), strengths, reasoner=reasoner)
         whole = [each.name for each in held.editing if not (each.span.after_prompt or each.span.open)]
         if request.mm_features and whole:
             self.registry.release(*held.versions)
@@ -201,10 +206,15 @@ class EngineSteering:
     def own(self, request: Any, held: HeldProfiles) -> None:
         """Let a new `Request` hold its profiles, and take back the names of blocks that may be edited."""
         request.steerfast, held.hasher = held, request._block_hasher
+        means = held.means(request.num_prompt_tokens, request.prompt_token_ids)
+        if not self._warned and not all(rows.found for rows in means):
+            self._warned = True
+            _log.warning("request %r: %s", request.request_id, NO_TURN)
         if held.hasher is None or held.edits_prompt:
             return
-        # Every row that a gate reads has to be computed, even if it is in the cache.
-        del request.block_hashes[held.unread_rows(request.num_prompt_tokens) // self._block_size :]
+        # Every row that a gate reads has to be computed, even if it is in the cache: the prompt's last, and means.
+        unread = min([request.num_prompt_tokens - 1, *(rows.first for rows in means if rows.until)])
+        del request.block_hashes[unread // self._block_size :]
         request._block_hasher = partial(_random_names, self._block_size)
         if held.always_edits:
             request.update_block_hashes()
@@ -283,11 +293,12 @@ class EngineSteering:
     # -- profiles ------------------------------------------------------------------------------------------------------
 
     def profiles(self) -> list[dict[str, Any]]:
-        """Return all versions that have a slot, as plain data."""
+        """Return all versions that have a slot, as plain data; the first of a name is at the threshold in use."""
         return [
             {
                 "name": version.name,
                 "version": version.number,
+                "threshold": version.point,
                 "slot": version.slot,
                 "file": os.path.basename(version.path),
                 "checksum": version.checksum,
@@ -304,7 +315,7 @@ class EngineSteering:
         Raises:
             ValueError: the name is taken or not allowed; or as `replace`.
         """
-        if check_name(name) in self.registry.names:
+        if check_name(name) in self.registry.points:
             raise ProfileError(f"name: expected a new one, got {name!r}, which is loaded (replace it instead)")
         self._put(executor, name, file)
 
@@ -339,15 +350,16 @@ class EngineSteering:
         path = inside(self.config.directory, file)
         profile = SteeringProfile.load(path)
         self.config.check(name, profile, self.model, split=self.split)
-        slot = self.registry.take()
+        at = variants(profile)
+        slots = self.registry.take(len(at))
         try:
-            answers = executor.collective_rpc("steerfast_write", args=(slot, path, profile.checksum))
+            answers = executor.collective_rpc("steerfast_write", args=(slots, path, profile.checksum))
             if refusals := [answer for answer in answers if answer is not None]:
                 raise ProfileError(refusals[0])
         except BaseException:
-            self.registry.spoil(slot)
+            self.registry.spoil(slots)
             raise
-        self.registry.put(name, slot, path, profile)
+        self.registry.put(name, slots, path, at)
         warn_of_thoughts(self.config, name, profile, self._vllm_config)
         self.sweep(executor)
 

@@ -20,7 +20,8 @@ from steerfast.vllm import compat, tracing
 from steerfast.vllm.assignment import requested
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import KEY, OBSERVE, ServingConfig
-from steerfast.vllm.metrics import metrics
+from steerfast.vllm.metrics import FIELDS, metrics
+from steerfast.vllm.registry import variants
 
 __all__ = ["FrontEnd", "install"]
 
@@ -34,16 +35,15 @@ class FrontEnd:
     """The front end of one engine that steers.
 
     Attributes:
-        names: profiles that a request may name.
+        points: profiles that a request may name, and their named thresholds.
     """
 
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
-        self.names = list(config.profiles)
+        self.points: dict[str, list[str]] = {name: [] for name in config.profiles}  # until `use_tokenizer`
         self._tokenizer: Any = None
         self._metrics = metrics()
-        self._metrics.know(self.names)
-        self._metrics.slots(len(self.names))
+        self._metrics.know(self.points)
         self._metrics.info(config.version, config.locked)
 
     def use_tokenizer(self, tokenizer: Any) -> None:
@@ -53,8 +53,11 @@ class FrontEnd:
             ProfileError: see `check_tokenizer`.
         """
         self._tokenizer = tokenizer
-        for name, path in self.config.profiles.items():
-            self.check_tokenizer(name, SteeringProfile.load(path))
+        loaded = {name: SteeringProfile.load(path) for name, path in self.config.profiles.items()}
+        for name, profile in loaded.items():
+            self.check_tokenizer(name, profile)
+        slots = sum(len(variants(profile)) for profile in loaded.values())
+        self.set_profiles({name: profile.points for name, profile in loaded.items()}, slots)
 
     def check_tokenizer(self, name: str, profile: SteeringProfile) -> None:
         """Check that this tokenizer renders prompts as the one that the profile was fitted with.
@@ -70,11 +73,11 @@ class FrontEnd:
         if (problem := profile.model.mismatch(here)) is not None:
             raise ProfileError(f"profile {name!r}: {problem}")
 
-    def set_profiles(self, names: Iterable[str], slots: int) -> None:
-        """Note the profiles that the engine has now, and how many slots are in use."""
-        before, self.names = self.names, list(names)
-        self._metrics.forget({*before} - {*self.names})
-        self._metrics.know(self.names)
+    def set_profiles(self, points: Mapping[str, Iterable[str]], slots: int) -> None:
+        """Note the profiles that the engine has now, their named thresholds, and how many slots are in use."""
+        before, self.points = self.points, {name: list(found) for name, found in points.items()}
+        self._metrics.forget({*before} - {*self.points})
+        self._metrics.know(self.points)
         self._metrics.slots(slots)
 
     def check(self, extra_args: Mapping[str, Any] | None, resumable: bool = False) -> None:
@@ -84,7 +87,7 @@ class FrontEnd:
             VLLMValidationError: a key is wrong; the message names it, and a client gets status 400.
         """
         try:
-            stack = requested(extra_args, self.config, self.names)
+            stack = requested(extra_args, self.config, self.points)
         except ValueError as error:
             raise self._refusal(str(error)) from None
         if resumable and stack:
@@ -102,7 +105,7 @@ class FrontEnd:
 
     def _refusal(self, message: str) -> Exception:
         field = message.partition(":")[0]
-        self._metrics.rejected(field if field in ("steering", "steering_strength") else "other")
+        self._metrics.rejected(field if field in FIELDS else "other")
         return compat.VLLMValidationError(message, parameter=field)
 
     def collect(self, outputs: Iterable[Any], states: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from steerfast.vllm import compat
 
 __all__ = ["FIELDS", "Metrics", "metrics"]
 
-FIELDS = ("steering", "steering_strength", "other")
+FIELDS = ("steering", "steering_strength", "steering_threshold", "other")
 """The fields for which requests are rejected; ``other``: an unknown key of steerfast, beam search, a session."""
 # Cosines lie near 0, dot products of residual rows reach some hundreds.
 _SIZES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

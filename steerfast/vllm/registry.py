@@ -1,28 +1,36 @@
 """The profiles of an engine: their names and versions, the slots of these, and how many requests hold each.
 
-A replaced or removed version stays in its slot until its last request ended. Then the slot is emptied, and free.
-Threads may share a registry.
+A profile with named thresholds has a slot, and so a version, for each: a request at another threshold is steered by
+another profile. A replaced or removed version stays in its slot until its last request ended. Then the slot is emptied,
+and free. Threads may share a registry.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.span import EditSpan
 
-__all__ = ["Registry", "Version"]
+__all__ = ["Registry", "Version", "variants"]
+
+
+def variants(profile: SteeringProfile) -> dict[str | None, SteeringProfile]:
+    """Return the profile at the threshold in use, then at its others, by name; each takes a slot."""
+    others = (name for name in sorted(profile.points) if name != profile.point)
+    return {profile.point: profile} | {name: profile.at(name) for name in others}
 
 
 @dataclass(eq=False)
 class Version:
-    """One load of a profile.
+    """One load of a profile, at one threshold.
 
-    number: 1 for the first of its name. path: the file. span: the rows that it edits and reads.
+    number: 1 for the first of its name. point: the threshold's name; None: it has none. path: the file.
+    span: the rows that it edits and reads.
     abstain: lower ends of the abstain bands of its gates, ascending by layer; empty where it has no band.
     requests: how many hold it. current: whether new requests can.
     """
@@ -34,6 +42,7 @@ class Version:
     checksum: str
     span: EditSpan
     abstain: tuple[float, ...] = ()
+    point: str | None = None
     requests: int = field(default=0, init=False)
     current: bool = field(default=True, init=False)
 
@@ -52,16 +61,16 @@ class Registry:
         self.slots = slots
         self.spoilt: deque[int] = deque()
         self._free = deque(range(slots))
-        self._current: dict[str, Version] = {}
+        self._current: dict[str, list[Version]] = {}  # the first is at the threshold in use
         self._retired: list[Version] = []
         self._numbers: Counter[str] = Counter()
         self._lock = threading.RLock()
 
     @property
-    def names(self) -> list[str]:
-        """Return the profiles that requests may name."""
+    def points(self) -> dict[str, list[str]]:
+        """Return the profiles that requests may name, and their named thresholds."""
         with self._lock:
-            return list(self._current)
+            return {name: [each.point for each in found if each.point] for name, found in self._current.items()}
 
     @property
     def in_use(self) -> int:
@@ -71,29 +80,35 @@ class Registry:
     def versions(self) -> list[Version]:
         """Return all that have a slot: the current ones, then those that requests still hold."""
         with self._lock:
-            return [*self._current.values(), *self._retired]
+            return [*(each for found in self._current.values() for each in found), *self._retired]
 
-    def current(self, name: str) -> Version:
-        """Return the version that new requests get.
+    def current(self, name: str, point: str | None = None) -> Version:
+        """Return the version that new requests get at the threshold `point`; None: the threshold in use.
 
         Raises:
-            ProfileError: there is none of this name.
+            ProfileError: there is none of this name, or no such threshold.
         """
-        version = self._current.get(name)
+        found = self._current.get(name)
+        if found is None:
+            raise ProfileError(f"name: expected one of {', '.join(self._current) or 'none'}, got {name!r}")
+        version = found[0] if point is None else next((each for each in found if each.point == point), None)
         if version is None:
-            raise ProfileError(f"name: expected one of {', '.join(self.names) or 'none'}, got {name!r}")
+            raise ProfileError(f"threshold: expected one of {name}'s, got {point!r}")
         return version
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def hold(self, *names: str) -> tuple[Version, ...]:
+    def hold(self, *names: str, points: Iterable[str | None] = ()) -> tuple[Version, ...]:
         """Return the current versions of the profiles of a stack, for a request that will `release` them.
 
+        Args:
+            points: a threshold for each; without any: those in use.
+
         Raises:
-            ProfileError: there is no profile of one of the names; the request then holds none.
+            ProfileError: there is no profile of one of the names, or no such threshold; the request then holds none.
         """
         with self._lock:
-            versions = tuple(map(self.current, names))
+            versions = tuple(map(self.current, names, points or [None] * len(names)))
             for version in versions:
                 version.requests += 1
             return versions
@@ -107,32 +122,46 @@ class Registry:
 
     # -- profiles ------------------------------------------------------------------------------------------------------
 
-    def take(self) -> int:
-        """Return a slot that was free.
+    def take(self, count: int) -> list[int]:
+        """Return slots that were free.
 
         Raises:
-            ProfileError: there is none.
+            ProfileError: there are not so many.
         """
         with self._lock:
-            if not self._free:
+            if len(self._free) < count:
                 held = sum(version.requests for version in self._retired)
                 raise ProfileError(
-                    f"slots: expected a free one, got {self.slots} in use, {len(self._retired)} of them by replaced or "
-                    f"removed profiles that {held} requests still use"
+                    f"slots: expected {count} free, one for each threshold, got {self.in_use} of {self.slots} in use, "
+                    f"{len(self._retired)} of them by replaced or removed profiles that {held} requests still use"
                 )
-            return self._free.popleft()
+            return [self._free.popleft() for _ in range(count)]
 
-    def put(self, name: str, slot: int, path: str, profile: SteeringProfile) -> Version:
-        """Let new requests get `profile`, which lies in a slot that was taken, by `name`."""
+    def put(self, name: str, slots: Sequence[int], path: str, at: Mapping[str | None, SteeringProfile]) -> Version:
+        """Let new requests get the `variants` of a profile, which lie in slots that were taken, by `name`.
+
+        Returns:
+            The version at the threshold in use.
+        """
         with self._lock:
             self._numbers[name] += 1
-            abstain = () if profile.abstain is None else tuple(profile.abstain[profile.gate_layers].tolist())
-            version = Version(name, self._numbers[name], slot, path, profile.checksum, EditSpan.of(profile), abstain)
-            before = self._current.get(name)
-            self._current[name] = version
-            if before is not None:
-                self._retire(before)
-            return version
+            made = [
+                Version(
+                    name,
+                    self._numbers[name],
+                    slot,
+                    path,
+                    profile.checksum,
+                    EditSpan.of(profile),
+                    () if profile.abstain is None else tuple(profile.abstain[profile.gate_layers].tolist()),
+                    point,
+                )
+                for slot, (point, profile) in zip(slots, at.items(), strict=True)
+            ]
+            before, self._current[name] = self._current.get(name, []), made
+            for version in before:
+                self._retire(version)
+            return made[0]
 
     def retire(self, name: str) -> None:
         """Let no new request get the profile.
@@ -141,13 +170,13 @@ class Registry:
             ProfileError: there is none of this name.
         """
         with self._lock:
-            version = self.current(name)
-            del self._current[name]
-            self._retire(version)
+            self.current(name)
+            for version in self._current.pop(name):
+                self._retire(version)
 
-    def spoil(self, slot: int) -> None:
-        """Give up a slot that was taken; its content is unknown."""
-        self.spoilt.append(slot)
+    def spoil(self, slots: Iterable[int]) -> None:
+        """Give up slots that were taken; their content is unknown."""
+        self.spoilt.extend(slots)
 
     def free(self, slots: Iterable[int]) -> None:
         """Note that workers emptied these spoilt slots."""

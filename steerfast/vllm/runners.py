@@ -141,10 +141,10 @@ def steerfast_steers(worker: Any) -> bool:
     return getattr(worker.model_runner, "steerfast", None) is not None
 
 
-def steerfast_write(worker: Any, slot: int, path: str, checksum: str) -> str | None:
+def steerfast_write(worker: Any, slots: list[int], path: str, checksum: str) -> str | None:
     """See `WorkerRuntime.write`. Return the error as text: if a worker raises, vLLM drops the answers of others."""
     try:
-        _runtime(worker).write(slot, path, checksum)
+        _runtime(worker).write(slots, path, checksum)
     except Exception as error:
         return str(error)
     return None

@@ -22,6 +22,7 @@ from steerfast.vllm.assignment import stack_from_extra
 from steerfast.vllm.config import KEY, ServingConfig
 from steerfast.vllm.ops import activate, is_captured
 from steerfast.vllm.ranks import RowLayout
+from steerfast.vllm.registry import variants
 
 __all__ = ["WorkerRuntime", "WorkerShape"]
 
@@ -85,8 +86,9 @@ class WorkerRuntime:
         self._expected = set(layers)
         self._served: set[int] = set()
         self._reach = self._reach_of_profiles()
-        for slot, path in enumerate(config.profiles.values()):
-            self.write(slot, path)
+        slots = iter(range(config.slots))
+        for path in config.profiles.values():
+            self.write(slots, path)
 
     def _reach_of_profiles(self) -> Reach:
         """Return where the loaded profiles act."""
@@ -106,8 +108,8 @@ class WorkerRuntime:
 
     # -- profiles ------------------------------------------------------------------------------------------------------
 
-    def write(self, slot: int, path: str, checksum: str | None = None) -> None:
-        """Load the profile at `path` into an empty slot.
+    def write(self, slots: Iterable[int], path: str, checksum: str | None = None) -> None:
+        """Load the profile at `path` into empty slots, one for each of its `variants`.
 
         Raises:
             ProfileError: the file cannot be read or has another checksum, the profile does not fit, or the slot is
@@ -117,8 +119,9 @@ class WorkerRuntime:
         if checksum is not None and profile.checksum != checksum:
             raise ProfileError(f"profile {path!r}: expected checksum {checksum}, got {profile.checksum}")
         self.config.check(path, profile, self.identity, split=self.shape.split)
-        self.bank.add(_bank_name(slot), profile, slot)
-        self._gates[slot], self._files[slot] = profile.gate_layers, path
+        for variant, slot in zip(variants(profile).values(), slots, strict=False):  # takes no slot too many
+            self.bank.add(_bank_name(slot), variant, slot)
+            self._gates[slot], self._files[slot] = variant.gate_layers, path
         self._reach = self._reach_of_profiles()
 
     def identify(self, sketch: tuple[float, ...] | None) -> None:
@@ -158,21 +161,21 @@ class WorkerRuntime:
         for new in scheduled.scheduled_new_reqs:
             self._repeat = None
             if new.req_id not in self.roster:  # a preempted request is known
-                prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
-                self._add(new.req_id, new.sampling_params, len(prompt))
+                self._add(new)
 
     def end_thoughts(self, answers: Mapping[str, int]) -> None:
         """See `Roster.end_thoughts`."""
         self._repeat = None
         self.roster.end_thoughts(answers)
 
-    def _add(self, name: str, sampling_params: Any, prompt_length: int) -> None:
-        extra = getattr(sampling_params, "extra_args", None) or {}
+    def _add(self, new: Any) -> None:
+        name, ids = new.req_id, new.prompt_token_ids
+        extra = getattr(new.sampling_params, "extra_args", None) or {}
         stack = stack_from_extra(extra.get(KEY) or [])
         for entry in stack:
             if entry.slot not in self._gates:
                 raise SteerfastError(f"request {name!r}: expected a slot that holds a profile, got {entry.slot}")
-        request = Request(stack, prompt_length)
+        request = Request(stack, len(new.prompt_embeds if ids is None else ids), ids)
         if stack and self._mismatch is not None:
             raise SteerfastError(
                 f"request {name!r}: expected weights of the profiles' model, got others: {self._mismatch}"

@@ -563,7 +563,9 @@ def test_condition_files_become_gates_and_back(
         formats.condition_of(formats.read(tmp_path / "c.svec"), 3, 0.25)
 
 
-@pytest.mark.parametrize("gate", [Gate(pooling="both"), Gate(pooling="mean", offset=2)], ids=str)
+@pytest.mark.parametrize(
+    "gate", [Gate(pooling="both"), Gate(pooling="mean", turn=(4, 5)), Gate(pooling="mean", tail=2)], ids=str
+)
 def test_a_condition_that_the_format_cannot_say(profile: SteeringProfile, tmp_path: Path, gate: Gate) -> None:
     with pytest.raises(ProfileError, match="condition: expected a gate that reads the last row or a mean of all rows"):
         formats.write(replace(profile, gate=gate), tmp_path / "v.svec", "svec", condition=tmp_path / "c.svec")

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from steerfast.profile import SteeringProfile
+from steerfast.profile import Gate, SteeringProfile
 
 MakeProfile = Callable[..., SteeringProfile]
 CLOSE = {"rtol": 1e-3, "atol": 3e-4}
@@ -100,6 +100,16 @@ def padded(sequences: list[list[int]], side: str = "left") -> dict[str, Tensor]:
     }
 
 
+def rows_of_mean(gate: Gate, ids: list[int], length: int) -> slice:
+    """The rows of a prompt of `length` rows that a mean takes."""
+    turn, first, until = list(gate.turn), 0, length - gate.tail
+    for place in range(len(ids) - len(turn) + 1):
+        if turn and ids[place : place + len(turn)] == turn:
+            first = place + len(turn)
+    first = max(first, until - (gate.window or length))
+    return slice(first, until) if first < until else slice(length - 1, length)
+
+
 class Oracle:
     """Steers by hooks of its own. `scores[layer]` [sequences] are those of the last turn."""
 
@@ -108,6 +118,7 @@ class Oracle:
         self.layers = getattr(model.model, "language_model", model.model).layers
         self.scores: dict[int, Tensor] = {}
         self.margin = float("inf")
+        self.ids: list[int] = []  # of a single sequence
 
     @contextmanager
     def attached(self, padding: list[int], turns: list[tuple[int, int]]) -> Iterator[None]:
@@ -121,16 +132,16 @@ class Oracle:
             dot = x.double() @ directions[layer].double()
             return dot / x.double().norm(dim=-1) if self.profile.gate.score == "cosine" else dot
 
-        def mean_score(x: Tensor, layer: int) -> Tensor:
-            gate, directions = self.profile.gate, self.profile.mean_direction
-            first = min(len(x) - 1, max(gate.offset, len(x) - (gate.window or len(x))))
-            return score_of(x[first:], layer, self.profile.direction if directions is None else directions).mean()
+        def mean_score(x: Tensor, layer: int, ids: list[int]) -> Tensor:
+            directions = self.profile.mean_direction
+            x = x[rows_of_mean(self.profile.gate, ids, len(x))]
+            return score_of(x, layer, self.profile.direction if directions is None else directions).mean()
 
-        def prompt_score(x: Tensor, valid: Tensor, layer: int) -> Tensor:
+        def prompt_score(x: Tensor, valid: Tensor, layer: int, ids: list[int]) -> Tensor:
             last = score_of(x[:, -1], layer)
             if self.profile.gate.pooling == "last":
                 return last
-            means = torch.stack([mean_score(own[mask], layer) for own, mask in zip(x, valid, strict=True)])
+            means = torch.stack([mean_score(own[mask], layer, ids) for own, mask in zip(x, valid, strict=True)])
             return means + last if self.profile.gate.pooling == "both" else means
 
         def gate_of(score: Tensor, layer: int) -> Tensor:
@@ -156,7 +167,7 @@ class Oracle:
                 if self.profile.gate.kind == "always":
                     gate[:, start:stop] = 1.0
                 elif self.profile.gate.kind == "prompt" and decides:
-                    score = prompt_score(x.detach()[:, start:end], valid[:, start:end], layer)
+                    score = prompt_score(x.detach()[:, start:end], valid[:, start:end], layer, self.ids[start:end])
                     gate[:, start:stop] = gate_of(score, layer)[:, None]
                 elif self.profile.gate.kind == "token" and decides:
                     gate[:, start:stop] = gate_of(score_of(x.detach()[:, start:stop], layer), layer)
@@ -182,6 +193,7 @@ class Oracle:
     @torch.no_grad()
     def logits(self, ids: list[int], turns: list[tuple[int, int]]) -> Tensor:
         """[T, vocabulary] of one unpadded sequence."""
+        self.ids = ids
         with self.attached([0], turns):
             return self.model(torch.tensor([ids]), use_cache=False).logits[0]
 

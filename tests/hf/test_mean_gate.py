@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,8 +13,18 @@ from transformers import CompileConfig, StaticCache
 
 import steerfast
 from steerfast.hf import caches
+from steerfast.runtime.span import TurnWarning
 
 NEW = 4
+TURN = (1, 2)
+
+
+def prompts() -> list[list[int]]:
+    """Of different lengths; two user turns, one at the beginning, one in the middle, none."""
+    two, first, middle, none = four_prompts()
+    for ids, place in ((two, 1), (two, 5), (first, 0), (middle, 2)):
+        ids[place : place + 2] = TURN
+    return [two, first, middle, none]
 
 
 def middle(model: Any, make_profile: MakeProfile, **fields: Any) -> Any:
@@ -22,7 +33,7 @@ def middle(model: Any, make_profile: MakeProfile, **fields: Any) -> Any:
     profile = make_profile(model, layers=[1, 2], sensor=1, **fields)
     oracle = Oracle(make_family_model("Llama", num_hidden_layers=4), profile)
     scores = []
-    for prompt in four_prompts():
+    for prompt in prompts():
         oracle.logits(prompt, [(0, len(prompt))])
         scores.append(float(oracle.scores[1]))
     low, high = sorted(scores)[1:3]
@@ -38,9 +49,11 @@ def middle(model: Any, make_profile: MakeProfile, **fields: Any) -> Any:
         {"sharpness": 8.0},
         {"positions": "response"},
         {"window": 4},
-        {"offset": 3, "mean_direction": True},
+        {"turn": TURN, "tail": 2, "mean_direction": True},
+        {"tail": 4},
         {"pooling": "both", "window": 4},
-        {"pooling": "both", "mean_direction": True, "score": "dot", "offset": 2, "positions": "response"},
+        {"pooling": "both", "mean_direction": True, "score": "dot", "turn": TURN, "positions": "response"},
+        {"pooling": "both", "mean_direction": (0.6, 0.8), "turn": TURN, "tail": 1, "window": 3},
     ],
     ids=str,
 )
@@ -49,13 +62,13 @@ def test_greedy_equals_the_oracle(
 ) -> None:
     profile = middle(model, make_profile, **fields)
     with torch.no_grad(), steerfast.steer(model, profile) as steering:
-        batch = padded(four_prompts(), side)
+        batch = padded(prompts(), side)
         if side == "left":
             tokens, logits = greedy(model, batch, tokens=NEW)
         else:
             every = model(**batch).logits
     oracle, fired = Oracle(plain, profile), []
-    for row, prompt in enumerate(four_prompts()):
+    for row, prompt in enumerate(prompts()):
         ids = prompt if side == "right" else [*prompt, *tokens[row].tolist()]
         expected = oracle.logits(ids, [(0, len(prompt))])
         if side == "right":
@@ -72,9 +85,9 @@ def test_greedy_equals_the_oracle(
 def test_every_layer_for_itself(model: Any, plain: Any, make_profile: MakeProfile) -> None:
     profile = make_profile(model, layers=[1, 2, 3], pooling="mean", threshold=-0.03)
     with steerfast.steer(model, profile):
-        tokens, logits = greedy(model, padded(four_prompts()), tokens=NEW)
+        tokens, logits = greedy(model, padded(prompts()), tokens=NEW)
     oracle = Oracle(plain, profile)
-    for row, prompt in enumerate(four_prompts()):
+    for row, prompt in enumerate(prompts()):
         expected = oracle.logits([*prompt, *tokens[row].tolist()], [(0, len(prompt))])
         torch.testing.assert_close(logits[row], expected[len(prompt) - 1 : -1], **CLOSE)
     assert oracle.margin > 1e-5
@@ -89,8 +102,8 @@ def test_beside_other_profiles(model: Any, plain: Any, make_profile: MakeProfile
         make_profile(model, layers=[2], sensor=2, seed=2, pooling="mean"),
     ]
     with steerfast.steer(model, None) as steering:
-        tokens, logits = greedy(model, padded(four_prompts()), tokens=NEW, steering=profiles)
-    for row, (prompt, profile) in enumerate(zip(four_prompts(), profiles, strict=True)):
+        tokens, logits = greedy(model, padded(prompts()), tokens=NEW, steering=profiles)
+    for row, (prompt, profile) in enumerate(zip(prompts(), profiles, strict=True)):
         ids = [*prompt, *tokens[row].tolist()]
         if profile is None:
             with torch.no_grad():
@@ -102,11 +115,14 @@ def test_beside_other_profiles(model: Any, plain: Any, make_profile: MakeProfile
         torch.testing.assert_close(logits[row], expected[len(prompt) - 1 : -1], **CLOSE)
 
 
+@pytest.mark.parametrize("fields", [{}, {"turn": TURN, "tail": 1}], ids=str)
 @pytest.mark.parametrize("first", [True, False])
-def test_a_turn_is_read_by_itself(model: Any, plain: Any, make_profile: MakeProfile, first: bool) -> None:
+def test_a_turn_is_read_by_itself(
+    model: Any, plain: Any, make_profile: MakeProfile, first: bool, fields: dict[str, Any]
+) -> None:
     """What an earlier turn left in the cache is not read again, and counts in no mean."""
-    profile = middle(model, make_profile)
-    one, two = four_prompts()[:2] if first else four_prompts()[1::-1]
+    profile = middle(model, make_profile, **fields)
+    one, two = prompts()[:2] if first else prompts()[1::-1]
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     with steerfast.steer(model, profile):
         answered = model.generate(torch.tensor([one]), **options)
@@ -118,13 +134,45 @@ def test_a_turn_is_read_by_itself(model: Any, plain: Any, make_profile: MakeProf
     torch.testing.assert_close(torch.stack(again.logits)[:, 0], expected[end - 1 : -1], **CLOSE)
 
 
+def test_a_system_prompt_adds_no_row_to_the_mean(model: Any, plain: Any, make_profile: MakeProfile) -> None:
+    profile = make_profile(model, layers=[1, 2], sensor=1, pooling="mean", turn=TURN, tail=2)
+    turn = [*TURN, 50, 51, 52, 60, 61]
+    system = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad(), steerfast.steer(model, profile) as steering:
+        for before in ([], system, [*system, *TURN, 7, 8]):
+            ids, start = [*before, *turn], len(before) + len(TURN)
+            model(torch.tensor([ids]))
+            assert steering._stepper.step.memory.rows.counted.tolist() == [[start, start + 3, 3]]
+            oracle = Oracle(plain, profile)
+            oracle.logits(ids, [(0, len(ids))])
+            assert float(steering.scores[0, 0]) == pytest.approx(float(oracle.scores[1]), abs=1e-5)
+
+
+def test_a_prompt_without_a_user_turn_is_warned_of_once(model: Any, make_profile: MakeProfile) -> None:
+    """There the mean is of the whole prompt, as where only embeddings are known."""
+    reads = {"layers": [1, 2], "sensor": 1, "pooling": "mean", "tail": 1}
+    turn, whole = make_profile(model, turn=TURN, **reads), make_profile(model, **reads)
+    ids = torch.tensor([[5, 6, *TURN, 7, 8]])
+    scores = []
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for profile in (turn, whole):
+            with steerfast.steer(model, profile) as steering:
+                for given in ({"inputs_embeds": model.get_input_embeddings()(ids)}, {"input_ids": ids[:, :2]}):
+                    model(**given)
+                    scores.append(steering.scores)
+    (warned,) = [one for one in caught if one.category is TurnWarning]
+    assert "expected a user turn as the profile's chat template opens it" in str(warned.message)
+    assert torch.equal(torch.cat(scores[:2]), torch.cat(scores[2:]))
+
+
 def test_a_second_pass_knows_the_mean(make_profile: MakeProfile) -> None:
     """Layers before the sensor: the sensor's mean is of the first pass, unedited."""
     model = make_family_model("Llama", num_hidden_layers=4)
     profile = make_profile(model, layers=[0, 1, 3], sensor=2, pooling="mean", threshold=-2.0)
     opened = make_profile(model, layers=[0, 1, 3], kind="always")
     stock = make_profile(model, layers=[3], sensor=2, pooling="mean", threshold=2.0)
-    batch = padded(four_prompts())
+    batch = padded(prompts())
     with steerfast.steer(model, stock) as steering:
         greedy(model, batch, tokens=1)
         unedited = steering.scores
@@ -143,7 +191,7 @@ def test_a_compiled_model(make_profile: MakeProfile, plain: Any) -> None:
     profile = middle(model, make_profile)
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     config._compile_all_devices = True
-    for prompt in four_prompts()[:2]:
+    for prompt in prompts()[:2]:
         with steerfast.steer(model, profile):
             cache = StaticCache(config=model.config, max_cache_len=32)
             tokens, _ = greedy(model, padded([prompt]), tokens=NEW, past_key_values=cache, compile_config=config)
@@ -165,7 +213,7 @@ def test_half_precision_reads_what_extract_reads(
 
     model = make_family_model("Llama", dtype, num_hidden_layers=4)
     profile = make_profile(model, layers=[1], sensor=1, pooling="mean")
-    rows = residual_rows(model, four_prompts(), reduce=gate_reading(profile.gate)[0], padding_side="left")
+    rows = residual_rows(model, prompts(), reduce=gate_reading(profile.gate)[0], padding_side="left")
     with steerfast.steer(model, profile) as steering:
-        greedy(model, padded(four_prompts()), tokens=1)
+        greedy(model, padded(prompts()), tokens=1)
     torch.testing.assert_close(steering.scores[0], row_scores(profile, rows)[:, 1], rtol=1e-3, atol=1e-4)

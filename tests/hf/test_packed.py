@@ -275,12 +275,24 @@ def test_each_request_is_steered_as_alone(make_profile: MakeProfile, name: str, 
 
 
 @pytest.mark.parametrize("rows", [3, 10, 64])
-@pytest.mark.parametrize("fields", [{}, {"window": 8, "score": "dot"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"window": 8, "score": "dot"},
+        {"pooling": "both", "mean_direction": (0.6, 0.8), "turn": (1, 2), "tail": 4},
+    ],
+    ids=str,
+)
 def test_the_mean_of_a_prompt_in_pieces_and_whole(
     llama: Any, truth: Truth, make_profile: MakeProfile, fields: dict[str, Any], rows: int
 ) -> None:
     some = [prompt(length) for length in (9, 17, 1, 30, 12, 21)]
-    profile = make_profile(llama, seed=1, sensor=1, layers=[1, 3], positions="response", pooling="mean", **fields)
+    for ids in some[1:]:
+        for place in (0, len(ids) // 3) if len(ids) > 1 else ():
+            ids[place : place + 2] = 1, 2
+    fields = {"pooling": "mean", **fields}
+    profile = make_profile(llama, seed=1, sensor=1, layers=[1, 3], positions="response", **fields)
     oracle, wanted = Oracle(truth.model, profile), []
     for ids in some:
         oracle.logits(ids, [(0, len(ids))])

@@ -63,6 +63,47 @@ def mixture(make_profile: MakeProfile) -> Callable[[Any], Assignment]:
     return make
 
 
+def test_a_threshold_is_switched_live_and_per_sequence(llama: Any, make_profile: MakeProfile) -> None:
+    """By the handle between two calls, with nothing attached anew; by value within one batch."""
+    base = make_profile(llama, seed=3, sensor=1, layers=[1, 2])
+    points = {"strict": base.threshold - 9, "balanced": base.threshold, "permissive": base.threshold + 9}
+    profile, batch = replace(base, points=points), padded([prompts()[0]] * 2)
+    unsteered, _ = greedy(llama, batch)
+    with steerfast.steer(llama, profile) as steering:
+        before = dict(vars(steering._hooks)), len(steering._hooks.undo)
+        assert steering.threshold == "balanced"
+        answers = {}
+        for point in ("strict", "permissive", "strict"):
+            steering.threshold = point
+            assert (steering.threshold, steering.profile.point) == (point, point)
+            answers[point], _ = greedy(llama, batch)
+            assert steering.fired.tolist() == [point == "strict"] * 2
+        assert (dict(vars(steering._hooks)), len(steering._hooks.undo)) == before
+        assert torch.equal(answers["permissive"], unsteered)
+        assert not torch.equal(answers["strict"], unsteered)
+        mixed, _ = greedy(llama, batch, steering=[profile.at("strict"), profile.at("permissive")])
+        assert steering.fired.tolist() == [True, False]
+        assert torch.equal(mixed[0], answers["strict"][0])
+        assert torch.equal(mixed[1], unsteered[1])
+        with pytest.raises(ProfileError, match=r"^threshold: expected one of balanced, permissive, strict, got 'lax'"):
+            steering.threshold = "lax"
+        assert steering.threshold == "strict"
+    with steerfast.steer(llama, None) as steering:
+        assert steering.threshold is None
+        with pytest.raises(SteerfastError, match=r"^threshold: expected a steering with a profile, got 'strict'"):
+            steering.threshold = "strict"
+
+
+def test_a_switch_keeps_the_given_band(llama: Any, make_profile: MakeProfile) -> None:
+    base = make_profile(llama, abstain=torch.zeros(4), layers=[1])
+    profile = replace(base, points={"strict": base.threshold - 9, "balanced": base.threshold})
+    with steerfast.steer(llama, profile) as steering:
+        steering.threshold = "strict"
+        assert not torch.equal(steering.profile.abstain, profile.abstain)
+        steering.threshold = "balanced"
+        assert torch.equal(steering.profile.abstain, profile.abstain)
+
+
 STRENGTHS = [1.0, 0.5, 1.0, 0.7, -1.2, 1.0]
 
 

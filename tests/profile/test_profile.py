@@ -53,12 +53,75 @@ def make(layers: int = LAYERS, hidden: int = HIDDEN, seed: int = 0, **other: Any
 def same(one: SteeringProfile, other: SteeringProfile) -> bool:
     for field in fields(SteeringProfile):
         a, b = getattr(one, field.name), getattr(other, field.name)
-        if field.name == "candidates":
+        if field.name in ("candidates", "points"):
             if a.keys() != b.keys() or not all(torch.equal(a[kind], b[kind]) for kind in a):
                 return False
         elif not (torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b):
             return False
     return True
+
+
+# -- named thresholds --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pointed() -> SteeringProfile:
+    profile = make(abstain=torch.full((LAYERS,), -9.0))
+    points = {"strict": profile.threshold - 10, "balanced": profile.threshold.clone(), "permissive": torch.ones(LAYERS)}
+    return replace(profile, points=points)
+
+
+def test_a_profile_is_the_same_at_another_threshold(pointed: SteeringProfile) -> None:
+    assert pointed.point == "balanced"
+    assert same(pointed.at("balanced"), pointed)
+    loose = pointed.at("permissive")
+    assert (loose.point, torch.equal(loose.threshold, torch.ones(LAYERS))) == ("permissive", True)
+    assert same(replace(loose, threshold=pointed.threshold), pointed)
+    assert len({pointed.checksum, loose.checksum, pointed.at("strict").checksum}) == 3
+    assert replace(pointed, threshold=pointed.threshold + 1).point is None
+
+
+def test_the_band_ends_at_the_threshold_or_below(pointed: SteeringProfile) -> None:
+    strict, abstain = pointed.at("strict"), pointed.abstain
+    assert strict.abstain is not None
+    assert abstain is not None
+    assert torch.equal(strict.abstain, abstain.minimum(strict.threshold))
+    assert (strict.abstain < abstain).any()
+    assert make(points={"a": torch.zeros(LAYERS)}).at("a").abstain is None
+
+
+def test_points_change_neither_bytes_nor_checksum_of_profiles_without(tmp_path: Path, pointed: SteeringProfile) -> None:
+    bare = replace(pointed, points={})
+    bare.save(tmp_path / "bare.safetensors")
+    pointed.save(tmp_path / "pointed.safetensors")
+    with safe_open(tmp_path / "bare.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "points" in name]  # noqa: SIM118
+    assert bare.checksum != pointed.checksum
+    loaded = SteeringProfile.load(tmp_path / "pointed.safetensors")
+    assert same(loaded, pointed)
+    replace(loaded, points={}).save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bare.safetensors").read_bytes()
+
+
+def test_an_unknown_point_is_told_the_names(pointed: SteeringProfile) -> None:
+    with pytest.raises(ProfileError, match=r"^threshold: expected one of balanced, permissive, strict, got 'lax'$"):
+        pointed.at("lax")
+    with pytest.raises(ProfileError, match=r"^threshold: expected one of none, as this profile has one threshold, got"):
+        make().at("strict")
+
+
+@pytest.mark.parametrize("name", ["", "A", "a b", "a.b", "é", "a" * 33, "a\n", 7, None])
+def test_a_point_has_a_plain_name(name: Any) -> None:
+    with pytest.raises(ProfileError, match=r"^points: expected names of 1 to 32 of a-z, 0-9, '_' and '-', got "):
+        make(points={name: torch.zeros(LAYERS)})
+
+
+@pytest.mark.parametrize(
+    "threshold", [torch.full((LAYERS,), math.nan), torch.zeros(LAYERS + 1), torch.zeros(LAYERS).double(), 0.5]
+)
+def test_a_point_is_a_finite_threshold_of_each_layer(threshold: Any) -> None:
+    with pytest.raises(ProfileError, match=r"^points\['strict'\]: expected "):
+        make(points={"strict": threshold})
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -68,6 +131,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
+
+
+POINTS = st.text("abcz019_-", min_size=1, max_size=32)
 
 
 @st.composite
@@ -115,10 +181,12 @@ def profiles(draw: st.DrawFn) -> SteeringProfile:
             draw(st.floats(0, 100)),
             pooling,
             draw(st.none() | st.integers(1, 500)) if pooling != "last" else None,
+            draw(st.lists(st.integers(0, 500), max_size=3).map(tuple)) if pooling != "last" else (),
             draw(st.integers(0, 500)) if pooling != "last" else 0,
         ),
         mean_direction=means if pooling != "last" and draw(st.booleans()) else None,
         abstain=draw(st.sampled_from([None, torch.full((layers,), -9.5), torch.full((layers,), -math.inf)])),
+        points={name: torch.randn(layers) for name in draw(st.lists(POINTS, max_size=3, unique=True))},
         **edit,
         sensor=draw(st.sampled_from(["own", *range(first + 1)])),
         positions=draw(st.sampled_from(["all", "response"])),
@@ -491,10 +559,15 @@ def test_what_a_gate_refuses(sharpness: Any) -> None:
             for wrong in (0, -1, 2.0, "3", True, math.inf)
         ),
         ({"window": 4}, r"gate\.window: expected None where no mean is read, got 4"),
-        ({"offset": 4}, r"gate\.offset: expected 0 where no mean is read, got 4"),
+        ({"turn": (4, 5)}, r"gate\.turn: expected \(\) where no mean is read, got \(4, 5\)"),
+        ({"tail": 4}, r"gate\.tail: expected 0 where no mean is read, got 4"),
         *(
-            ({"pooling": "both", "offset": wrong}, r"gate\.offset: expected a whole number >= 0, got ")
+            ({"pooling": "both", "tail": wrong}, r"gate\.tail: expected a whole number >= 0, got ")
             for wrong in (-1, 2.5, "3", True, None)
+        ),
+        *(
+            ({"pooling": "both", "turn": wrong}, r"gate\.turn: expected token ids, whole numbers >= 0, got ")
+            for wrong in ((3, -1), (2.5,), "34", (True,), None, 4, {4, 5})
         ),
     ],
 )
@@ -516,6 +589,14 @@ def test_a_mean_may_have_a_direction() -> None:
     long[2] *= 3
     with pytest.raises(ProfileError, match=r"mean_direction of layer 2: expected unit norm, got norm 3"):
         replace(profile, gate=Gate(pooling="mean"), mean_direction=long)
+    with pytest.raises(ProfileError, match=r"mean_direction of layer 2: expected unit norm or a pair .*, got norm 3"):
+        replace(profile, gate=Gate(pooling="both"), mean_direction=long)
+    pair = {"direction": 0.6 * profile.direction, "mean_direction": 0.8 * unit}
+    assert replace(profile, gate=Gate(pooling="both"), **pair).mean_direction is pair["mean_direction"]
+    with pytest.raises(ProfileError, match=r"direction of layer 0: expected unit norm, got norm 0\.6"):
+        replace(profile, gate=Gate(pooling="mean"), **pair)
+    with pytest.raises(ProfileError, match=r"direction of layer 0: expected unit norm or a pair .*, got norm 0\.6"):
+        replace(profile, gate=Gate(pooling="both"), **{**pair, "mean_direction": 0.9 * unit})
     replace(profile, gate=Gate(score="dot", pooling="both"), direction=3 * profile.direction, mean_direction=long)
 
 
@@ -600,7 +681,15 @@ def test_files_name_the_parameters_an_edit_has_and_no_others(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"pooling": "last"}, {"pooling": "mean"}, {"pooling": "mean", "window": 128}], ids=str
+    "fields",
+    [
+        {},
+        {"pooling": "last"},
+        {"pooling": "mean"},
+        {"pooling": "mean", "window": 128},
+        {"pooling": "both", "turn": [4, 5], "tail": 3},
+    ],
+    ids=str,
 )
 def test_files_say_that_a_gate_reads_a_mean_and_nothing_where_it_does_not(
     tmp_path: Path, fields: dict[str, Any]
@@ -626,6 +715,10 @@ def test_the_shipped_profile_adds_and_keeps_its_checksum() -> None:
     assert (profile.edit, profile.low, profile.high, profile.angle) == ("add", -math.inf, math.inf, None)
     assert profile.checksum == header["checksum"]
     assert profile.abstain is None
+    opened_gate = profile.without_gate()
+    assert (opened_gate.gate.kind, opened_gate.mean_direction, opened_gate.gate_layers) == ("always", None, [])
+    assert torch.equal(opened_gate.vector, profile.vector)
+    assert opened_gate.steered_layers == profile.steered_layers
 
 
 def test_with_vector_swaps_and_forgets_nothing(tmp_path: Path) -> None:

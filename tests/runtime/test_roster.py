@@ -45,9 +45,15 @@ def request(
     is_open: bool = False,
     answer_rows: int = NO_END,
     mean: int = 0,
+    turn: int = 0,
+    tail: int = 0,
 ) -> Request:
-    """A request with one profile."""
-    return Request((Entry(slot, strength, EditSpan(after_prompt, is_open, answer_rows, mean)),), prompt)
+    """A request with one profile; a mean takes rows from `turn` on, and leaves out the last `tail`."""
+    marker = (9,) if turn else ()
+    ids = [0] * (turn - 1) + [9] + [0] * (prompt - turn) if turn else None
+    return Request(
+        (Entry(slot, strength, EditSpan(after_prompt, is_open, answer_rows, mean, marker, tail)),), prompt, ids
+    )
 
 
 @dataclass
@@ -60,6 +66,8 @@ class Known:
     late: bool
     answer_rows: int = NO_END
     mean: int = 0
+    turn: int = 0
+    tail: int = 0
     past: int = 0
     decided: bool = False
     ended: bool = False
@@ -76,10 +84,15 @@ class Known:
     @property
     def window(self) -> range:
         """The rows of which it reads the mean."""
-        return range(max(0, self.prompt - self.mean), self.prompt)
+        until = self.prompt - self.tail
+        rows = range(max(0, self.turn, until - self.mean), until)
+        return rows if self.mean and rows else range(self.prompt - bool(self.mean), self.prompt)
 
     def request(self) -> Request:
-        return request(self.slot, self.strength, self.prompt, self.late, self.slot == 2, self.answer_rows, self.mean)
+        return request(
+            self.slot, self.strength, self.prompt, self.late, self.slot == 2, self.answer_rows, self.mean, self.turn,
+            self.tail,
+        )  # fmt: skip
 
 
 class Engine:
@@ -236,6 +249,8 @@ def test_requests_keep_what_is_theirs(bank: Bank, slots: list[int], data: st.Dat
                 data.draw(st.sampled_from([0, 1, 2, NO_END])),
                 data.draw(st.sampled_from([1, 2, 4, NO_END])) if slot == MEAN else 0,
             )
+            if known.mean:
+                known.turn, known.tail = data.draw(st.integers(0, known.prompt)), data.draw(st.integers(0, 3))
             # Rows that others computed, of which its gates read none.
             known.past = data.draw(st.integers(0, known.window[0] if known.mean else known.prompt - 1))
             engine.add(data.draw(names), known)
@@ -291,10 +306,23 @@ def test_rows_count_once_however_often_they_come(bank: Bank) -> None:
         assert requests.step(["a"], [past], [length], 8) == bool(counted)
         begin, end, total = requests.tables.counted[requests.tables.sequence[0]].tolist()
         assert list(range(begin, end)) == counted
-        assert total == (5 if counted else 0)
+        assert total == 5
         if runs:
             requests.launched()
     assert requests.decision("a") is not None
+
+
+def test_a_mean_may_be_over_before_the_prompt_is(bank: Bank) -> None:
+    """The step that decides counts no row then."""
+    requests = Roster(bank, 8, 2)
+    requests.add("a", request(MEAN, 1.0, 8, mean=NO_END, turn=3, tail=2))
+    for past, length, counted, decides in ((2, 2, [3], False), (4, 3, [4, 5], False), (7, 1, [], True)):
+        assert requests.step(["a"], [past], [length], 8)
+        begin, end, total = requests.tables.counted[requests.tables.sequence[0]].tolist()
+        assert [row + past for row in range(begin, end)] == counted
+        assert total == 3
+        requests.launched()
+        assert (requests.decision("a") is not None) == decides
 
 
 @pytest.mark.parametrize(("mean", "cached", "wrong"), [(NO_END, 0, 1), (NO_END, 0, 6), (4, 2, 3), (4, 0, 5), (1, 5, 6)])

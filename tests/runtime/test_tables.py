@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steerfast.profile import Gate
+from steerfast.profile import Gate, last_turn
 from steerfast.runtime.span import NO_END, UNSTEERED, EditSpan, answer_rows, mean_rows
 from steerfast.runtime.tables import PackedRows, RowTable, StepTables, prompt_rows, response_rows
 
@@ -41,18 +42,13 @@ def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, d
         return data.draw(st.lists(elements, min_size=count, max_size=count))
 
     slots, late = of_each(st.integers(-1, 3)), of_each(st.booleans())
-    answer, mean = of_each(st.sampled_from([0, 1, 2, NO_END])), of_each(st.sampled_from([0, 1, 2, 3, NO_END]))
-    skipped = of_each(st.integers(0, 3))
+    answer = of_each(st.sampled_from([0, 1, 2, NO_END]))
     after = torch.tensor(late)[:, None]
-    each = int32(*slots), after, int32(*answer), int32(*mean), int32(*skipped)
-    rows = prompt_rows(torch.tensor(mask), prompt_columns, *each)
-    expected, sequence, deciding, means = [], [], [], []
+    rows = prompt_rows(torch.tensor(mask), prompt_columns, int32(*slots), after, int32(*answer))
+    expected, sequence, deciding = [], [], []
     for n, valid in enumerate(mask):
         prompt = [t for t in range(width) if valid[t] and t < prompt_columns]
         deciding.append(n * width + prompt[-1] if prompt and slots[n] >= 0 else -1)
-        counted = prompt[max(0, len(prompt) - mean[n], min(skipped[n], len(prompt) - 1)) :]
-        begin, end = (counted[0], counted[-1] + 1) if counted else (0, 0)
-        means.append([n * width + begin, n * width + end, len(counted)])
         for t in range(width):
             in_answer = not prompt or t >= prompt[-1]
             here = valid[t] and (in_answer or not late[n]) and t < prompt_columns + answer[n]
@@ -62,7 +58,7 @@ def test_prompt_rows_equal_a_loop(mask: list[list[bool]], prompt_columns: int, d
     assert rows.sequence.tolist() == sequence
     assert rows.deciding.tolist() == deciding
     assert rows.deciders.tolist() == [[slot] for slot in slots]
-    assert rows.counted.tolist() == means
+    assert rows.counted.tolist() == [[0, 0, 0]] * count
     assert [t.dtype for t in tensors(rows)] == [torch.int32] * 5
     assert all(t.is_contiguous() for t in tensors(rows))
 
@@ -96,26 +92,39 @@ def test_mean_rows() -> None:
         assert [mean_rows(Gate(pooling=pooling, window=window)) for window in windows] == [NO_END, 1, 128, NO_END]
 
 
-@pytest.mark.parametrize(
-    ("span", "first"),
-    [
-        (EditSpan(), 9),
-        (EditSpan(mean_rows=NO_END), 0),
-        (EditSpan(mean_rows=4), 6),
-        (EditSpan(mean_rows=NO_END, mean_from=3), 3),
-        (EditSpan(mean_rows=4, mean_from=3), 6),
-        (EditSpan(mean_rows=4, mean_from=8), 8),
-        (EditSpan(mean_rows=NO_END, mean_from=20), 9),
-    ],
+@given(
+    ids=st.lists(st.integers(0, 2), max_size=12),
+    turn=st.lists(st.integers(0, 2), max_size=3).map(tuple),
+    tail=st.integers(0, 4),
+    window=st.sampled_from([0, 1, 3, NO_END]),
+    known=st.booleans(),
 )
-def test_the_first_row_that_a_gate_reads(span: EditSpan, first: int) -> None:
-    assert span.first_read(10) == first
+def test_the_rows_that_a_mean_takes(ids: list[int], turn: tuple[int, ...], tail: int, window: int, known: bool) -> None:
+    """Those after the last turn's marker, without the tail, at most so many; or the prompt's last row."""
+    first, until, found = EditSpan(mean_rows=window, turn=turn, tail=tail).read(len(ids), ids if known else None)
+    places = range(len(turn), len(ids) + 1) if known else ()
+    begins = [place for place in places if tuple(ids[place - len(turn) : place]) == turn] if turn else [0]
+    rows = list(range(len(ids)))[max(begins, default=0) : max(0, len(ids) - tail)]
+    rows = rows[-window:] or [len(ids) - 1] if window and ids else []
+    assert list(range(first, until)) == rows
+    assert found == (bool(begins) or not rows)
+
+
+def test_a_long_prompt_is_searched_fast() -> None:
+    ids = np.random.default_rng(0).integers(3, 50000, 100_000)
+    ids[40_000:40_003] = 0, 1, 2
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert last_turn(ids, (0, 1, 2)) == 40_003
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 5e-3
 
 
 def test_each_row_for_itself() -> None:
-    ends, none = int32(NO_END, NO_END), int32(0, 0)
+    none = int32(0, 0)
     valid, after = torch.tensor([[False, True], [True, True]]), torch.tensor([[True], [True]])
-    rows = prompt_rows(valid, 2, none, after, ends, none, none).each_for_itself()
+    rows = prompt_rows(valid, 2, none, after, int32(NO_END, NO_END)).each_for_itself()
     assert rows.sequence.tolist() == [0, 1, 2, 3]
     assert rows.deciding.tolist() == [-1, 1, -1, 3]
     assert rows.slots.tolist() == rows.deciders.tolist() == [[-1], [0], [-1], [0]]
@@ -126,7 +135,7 @@ def test_each_row_for_itself() -> None:
 
 def test_rows_move_as_one() -> None:
     valid, slot, ends = torch.ones(2, 2, dtype=torch.bool), int32(0, 0), int32(2, 2)
-    rows = prompt_rows(valid, 2, slot, torch.tensor([[True], [True]]), ends, ends, ends)
+    rows = prompt_rows(valid, 2, slot, torch.tensor([[True], [True]]), ends)
     assert [t.device.type for t in tensors(rows.to(torch.device("meta")))] == ["meta"] * 5
 
 

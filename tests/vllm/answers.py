@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 import steerfast
-from steerfast.evaluation.demo import shipped_profile
 from steerfast.hf.loading import load_model
 from steerfast.profile import Gate, SteeringProfile
 from steerfast.text.encoding import encode
+
+# Of SmolLM2: the mean over a window of 256 tokens decides at layer 15. Tests give it other gates.
+MEAN_GATE = Path(__file__).parent.parent / "data" / "smollm2-mean-gate.safetensors"
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class Oracle:
 
 
 def gated(seed: int = 0, strength: float = 2.0) -> SteeringProfile:
-    """The shipped profile, whose gate knows harmful prompts, with an edit for the server and a vector of `seed`."""
-    profile = SteeringProfile.load(shipped_profile())
+    """A profile whose mean gate knows harmful prompts, with an edit for the server and a vector of `seed`."""
+    profile = SteeringProfile.load(MEAN_GATE)
     profile = replace(profile, positions="response", answer_tokens=None, candidates={})
     if seed:
         profile = replace(profile, vector=_random(profile, seed), vector_kind="random")

@@ -52,6 +52,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[str, St
 @pytest.fixture
 def profiles(tiny_llama, make_profile) -> dict[str, SteeringProfile]:
     """Own gates, a sensor, soft gates, means of all rows and of some, and none; random directions split random rows."""
+    from toy import TURN
+
     return {
         "own": make_profile(tiny_llama, seed=1, layers=[1, 3], positions="response"),
         "sensor": make_profile(tiny_llama, seed=2, sensor=1, layers=[2, 4], score="dot", positions="response"),
@@ -66,7 +68,8 @@ def profiles(tiny_llama, make_profile) -> dict[str, SteeringProfile]:
             sensor=1,
             layers=[2],
             pooling="both",
-            offset=2,
+            turn=TURN,
+            tail=1,
             mean_direction=True,
             positions="response",
         ),

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steerfast.runtime.span import EditSpan, Entry
-from steerfast.vllm.assignment import requested, stack_from_extra, stack_to_extra
+from steerfast.vllm import assignment
+from steerfast.vllm.assignment import stack_from_extra, stack_to_extra
 from steerfast.vllm.config import ServingConfig
 
 NAMES = ["safety", "tone", "0.1-β".replace("β", "b")]
@@ -25,6 +26,13 @@ NAMES = ["safety", "tone", "0.1-β".replace("β", "b")]
 def config(default: str | None = "safety", *, locked: bool = False) -> ServingConfig:
     paths = {name: f"/profiles/{name}.safetensors" for name in NAMES}
     return ServingConfig(paths, default, locked, 8, (1, 2), 0, None, "test", stack=2)
+
+
+def requested(asked: Any, judge: ServingConfig, names: list[str]) -> list[tuple[str, float]]:
+    """Names and strengths, where profiles have no named thresholds."""
+    found = assignment.requested(asked, judge, dict.fromkeys(names, ()))
+    assert all(each.point is None for each in found)
+    return [(each.name, each.strength) for each in found]
 
 
 OPEN, LOCKED = config(), config(locked=True)
@@ -103,7 +111,9 @@ def test_no_other_strength(strength: Any) -> None:
 def test_no_other_key(key: str) -> None:
     for judge in (OPEN, LOCKED, config(None)):
         for value in ({"slot": 3, "strength": 0.0, "late": True, "open": False}, None, "off", 0):
-            with pytest.raises(ValueError, match="expected the keys steering and steering_strength only") as refused:
+            with pytest.raises(
+                ValueError, match="expected the keys steering, steering_strength, steering_threshold only"
+            ) as refused:
                 requested({key: value}, judge, NAMES)
             assert _harmless(str(refused.value))
 
@@ -254,10 +264,10 @@ def test_the_default_may_be_a_stack() -> None:
 
 
 def test_workers_read_plain_data() -> None:
-    stack = (Entry(3, 0.5, EditSpan(True, False)), Entry(1, 2.0, EditSpan(False, True, 24, 128, 4, True)))
+    stack = (Entry(3, 0.5, EditSpan(True, False)), Entry(1, 2.0, EditSpan(False, True, 24, 128, (5, 6), 4, True)))
     extra = json.loads(json.dumps(stack_to_extra(stack)))
     assert extra == [
-        {"slot": 3, "strength": 0.5, "span": asdict(EditSpan())},
+        {"slot": 3, "strength": 0.5, "span": {**asdict(EditSpan()), "turn": []}},
         {
             "slot": 1,
             "strength": 2.0,
@@ -266,12 +276,75 @@ def test_workers_read_plain_data() -> None:
                 "open": True,
                 "answer_rows": 24,
                 "mean_rows": 128,
-                "mean_from": 4,
+                "turn": [5, 6],
+                "tail": 4,
                 "after_thought": True,
             },
         },
     ]
     assert stack_from_extra(extra) == stack
+
+
+POINTS = {"safety": ("strict", "permissive"), "tone": ("strict",), "plain": ()}
+
+
+def points(asked: Any, judge: ServingConfig) -> list[tuple[str, str | None]]:
+    return [(each.name, each.point) for each in assignment.requested(asked, judge, POINTS)]
+
+
+def test_a_request_names_a_threshold() -> None:
+    stack = {"steering": "safety,tone"}
+    assert points({}, OPEN) == [("safety", None)]
+    assert points({"steering_threshold": "strict"}, OPEN) == [("safety", "strict")]
+    assert points({**stack, "steering_threshold": "strict"}, OPEN) == [("safety", "strict"), ("tone", "strict")]
+    assert points({**stack, "steering_threshold": "permissive,strict"}, OPEN) == [
+        ("safety", "permissive"), ("tone", "strict")
+    ]  # fmt: skip
+    mixed = {"steering": "plain,safety", "steering_threshold": ",strict", "steering_strength": 0.5}
+    assert assignment.requested(mixed, OPEN, POINTS) == [("plain", 0.5, None), ("safety", 0.5, "strict")]
+    assert points({"steering": "off"}, OPEN) == []
+
+
+def test_a_server_has_a_threshold_of_its_own() -> None:
+    for locked in (False, True):
+        strict = replace(config("safety,plain", locked=locked), threshold="strict")
+        assert points({}, strict) == [("safety", "strict"), ("plain", None)]
+    assert points({"steering": "safety", "steering_threshold": "permissive"}, replace(OPEN, threshold="strict")) == [
+        ("safety", "permissive")
+    ]
+    assert points({"steering_threshold": ""}, replace(OPEN, threshold="strict")) == [("safety", None)]
+
+
+@pytest.mark.parametrize("value", [*NOT_NAMES[:18], "Strict", "strict ", "lax", "strict,strict", "a\u202e"], ids=_id)
+def test_no_other_threshold(value: Any) -> None:
+    if value == "":
+        return
+    with pytest.raises(
+        ValueError, match=r"^steering_threshold: expected (for safety one of strict, perm|one name)"
+    ) as no:
+        assignment.requested({"steering_threshold": value}, OPEN, POINTS)
+    assert _harmless(str(no.value))
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"steering": "tone", "steering_threshold": "permissive"}, "expected for tone one of strict, got 'permissive'"),
+        ({"steering": "plain", "steering_threshold": "strict"}, "for plain nothing, as the profile has one threshold"),
+        ({"steering": "safety,plain", "steering_threshold": "strict"}, "expected for plain nothing"),
+        ({"steering": "safety", "steering_threshold": "strict,strict"}, "expected one name, or 1, .* got 2$"),
+        ({"steering": "off", "steering_threshold": "strict"}, "expected steering to name a profile"),
+    ],
+)
+def test_a_threshold_that_a_profile_lacks_is_refused(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^steering_threshold: .*{says}|^steering_threshold: {says}"):
+        assignment.requested(asked, OPEN, POINTS)
+
+
+def test_locked_lets_nobody_choose_a_threshold() -> None:
+    for value in ("strict", "permissive", "", None):
+        with pytest.raises(ValueError, match=r"^steering_threshold: expected none, as this server is locked"):
+            assignment.requested({"steering_threshold": value}, LOCKED, POINTS)
 
 
 def _harmless(message: str) -> bool:

@@ -44,6 +44,7 @@ from steerfast.vllm.engine import EngineSteering
 
 BLOCK = 4
 WINDOW = 6  # no whole blocks
+TURN = (1, 0, 0)
 LONGEST = 64
 VOCABULARY = 2  # so that prompts and answers are often alike
 
@@ -142,9 +143,9 @@ class Workers:
 
     def _rows(self, request: Served, past: int, count: int) -> tuple[list[int], Any]:
         decision, stack, last = None, request.stack, request.prompt - 1
-        if means := [entry.span.mean_rows for entry in stack if entry.span.mean_rows and request.fired is None]:
-            known = max(request.counted, request.prompt - max(means))
-            assert past <= known, "rows whose mean is read came from a cache"
+        means = [entry.span.read(request.prompt, request.tokens[: request.prompt]) for entry in stack]
+        if request.fired is None and (firsts := [rows.first for rows in means if rows.until]):
+            assert past <= max(request.counted, min(firsts)), "rows whose mean is read came from a cache"
         request.counted = max(request.counted, min(past + count, request.prompt))
         if stack and past <= last < past + count and not request.reported:
             request.fired, request.reported = fired_of(stack, request.tokens[: request.prompt], self.decide), True
@@ -283,8 +284,10 @@ PROFILES = {
     "whole": replace(always(4), positions="all"),
     "mean": replace(gated(6), gate=Gate(pooling="mean")),
     "recent": replace(gated(7), gate=Gate(pooling="mean", window=WINDOW)),
+    "turn": replace(gated(8), gate=Gate(pooling="mean", turn=TURN, tail=1)),
 }
-STACKS = ["gate,gate-two", "gate-two,gate", "always,gate", "recent,gate", "gate,mean", "whole,gate", "whole,always"]
+STACKS = ["gate,gate-two", "gate-two,gate", "always,gate", "recent,gate", "gate,mean", "turn,recent", "whole,gate",
+          "whole,always"]  # fmt: skip
 OBSERVED = ["gate:observe", "mean:observe", "whole:observe", "whole:observe,gate", "whole,gate:observe",
             "always:observe,recent:observe"]  # fmt: skip
 WHOLE = {
@@ -494,6 +497,23 @@ def test_what_is_observed_is_shared_as_if_nobody_steered(make: Any, ahead: bool,
     engine.finish()
     assert following.cached == (len(turn.prompt) + 9) // BLOCK * BLOCK
     check_answers(engine, lambda slot, prompt: True)
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_rows_before_the_user_turn_are_shared(make: Any, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a prompt without a turn, whose mean is of all rows, is warned of once."""
+    warned: list[str] = []
+    monkeypatch.setattr("steerfast.vllm.engine._log.warning", lambda form, *values: warned.append(form % values))
+    engine, system, cached = make(ahead=ahead), [0, 1, 1] * 4, []
+    for turn in ([*TURN, 1, 1, 0, 1], [*TURN, 0, 1, 0, 1, 0], [], [1]):
+        asked = Asked([*system, *turn], "turn", 1.0, 2)
+        engine.add(asked)
+        engine.finish()
+        cached.append(asked.cached)
+    assert cached == [0, len(system) // BLOCK * BLOCK, 0, 0]
+    assert len(warned) == 1
+    assert "'request 2': prompt: expected a user turn" in warned[0]
     engine.check_idle()
 
 

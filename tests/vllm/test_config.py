@@ -116,6 +116,29 @@ def test_paths_become_absolute(path, text_config, monkeypatch) -> None:
     assert complete["directory"] == folder
 
 
+def test_each_threshold_takes_a_slot(profile, text_config, tmp_path) -> None:
+    points = {name: profile.threshold + change for name, change in (("strict", -1), ("balanced", 0), ("permissive", 1))}
+    several, one = str(tmp_path / "several.safetensors"), str(tmp_path / "plain.safetensors")
+    replace(profile, points=points).save(several)
+    profile.save(one)
+    both = {"profiles": {"several": several, "plain": one}}
+    assert normalise({**both, "slots": 7, "threshold": "strict"}, text_config)["threshold"] == "strict"
+    for change, says in (
+        ({"slots": 6}, r"slots: expected at least 7, one for each threshold"),
+        (
+            {"threshold": "lax"},
+            r"profile 'several': expected the server's threshold, 'lax', among its own, got balanced",
+        ),
+        (
+            {"threshold": "strict", "profiles": {"plain": one}},
+            r"threshold: expected a profile that has named thresholds",
+        ),
+        ({"threshold": 1}, r"threshold: expected a threshold's name or null, got 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            normalise({**both, **change}, text_config)
+
+
 def test_profiles_keep_their_order_and_there_is_room_for_one_more(profile, tmp_path, text_config) -> None:
     names = [f"p{number}" for number in (3, 1, 2)] + [f"q{number}" for number in range(40)]
     for name in names:
@@ -130,8 +153,8 @@ def test_profiles_keep_their_order_and_there_is_room_for_one_more(profile, tmp_p
     [
         (
             {"profile": {}},
-            "expected the keys profiles, default, locked, max_strength, slots, stack, layers, directory, observe, "
-            "thinking, got profile",
+            "expected the keys profiles, default, threshold, locked, max_strength, slots, stack, layers, directory, "
+            "observe, thinking, got profile",
         ),
         ({"profiles": ["one"]}, "profiles: expected an object"),
         ({"profiles": None}, "profiles: expected an object"),

@@ -96,12 +96,24 @@ def test_a_session_is_refused_where_it_would_be_steered(make_front: Callable[...
 
 def test_names_follow_the_engine(make_front: Callable[..., FrontEnd]) -> None:
     front = make_front()
-    front.set_profiles(["tone", "fresh"], 3)
+    front.set_profiles(dict.fromkeys(["tone", "fresh"], ()), 3)
     front.check({"steering": "fresh"})
     with pytest.raises(VLLMValidationError, match="expected one of tone, fresh, off, got 'safety'"):
         front.check({"steering": "safety"})
     assert metric("slots_in_use") == 3
     assert metric("gate_evaluations_total", profile="fresh") == 0
+
+
+def test_a_threshold_is_one_of_the_profiles(make_front: Callable[..., FrontEnd]) -> None:
+    front = make_front()
+    front.set_profiles({"safety": ("strict",), "tone": ()}, 3)
+    front.check({"steering": "safety", "steering_threshold": "strict"})
+    before = metric("rejected_requests_total", field="steering_threshold")
+    for asked, says in (("safety", "for safety one of strict, got 'lax'"), ("tone", "for tone nothing")):
+        with pytest.raises(VLLMValidationError, match=f"^steering_threshold: expected {says}") as refused:
+            front.check({"steering": asked, "steering_threshold": "lax"})
+        assert refused.value.parameter == "steering_threshold"
+    assert metric("rejected_requests_total", field="steering_threshold") == before + 2
 
 
 def test_another_tokenizer_or_chat_template_is_refused(
@@ -198,15 +210,15 @@ def test_a_removed_profile_leaves_no_metrics(make_front: Callable[..., FrontEnd]
         return {name for name in found if name.startswith("steerfast_")}
 
     front = make_front()
-    front.set_profiles(["safety", "tone", "brief"], 3)
+    front.set_profiles(dict.fromkeys(["safety", "tone", "brief"], ()), 3)
     front.collect([output("r", profile="brief")], {})
     assert metric("gate_evaluations_total", profile="brief") == 1
     assert "steerfast_gate_score_bucket" in series()
-    front.set_profiles(["safety", "tone"], 3)
+    front.set_profiles(dict.fromkeys(["safety", "tone"], ()), 3)
     assert series() == set()
     front.collect([output("late", profile="brief")], {})  # a request that began with it
     assert series() == set()
-    front.set_profiles(["safety", "tone", "brief"], 3)
+    front.set_profiles(dict.fromkeys(["safety", "tone", "brief"], ()), 3)
     assert metric("gate_evaluations_total", profile="brief") == 0
 
 
@@ -246,7 +258,10 @@ class Engine:
         if self.error is not None:
             raise self.error
         if method == "steerfast_profiles":
-            return [{"name": "safety", "current": True}, {"name": "old", "current": False}]
+            return [
+                {"name": "safety", "current": True, "threshold": None},
+                {"name": "old", "current": False, "threshold": None},
+            ]
         return None
 
 
@@ -308,7 +323,7 @@ def test_a_change_reaches_the_engine_and_then_the_front_end(
     client = served(engine)
     assert client.post(admin.PATH, json={"name": "new", "file": "p.safetensors"}).status_code == 200
     assert client.put(f"{admin.PATH}/safety", json={"file": "p.safetensors"}).status_code == 200
-    assert front.names == ["safety"]
+    assert [*front.points] == ["safety"]
     assert metric("slots_in_use") == 2
     assert client.delete(f"{admin.PATH}/safety").status_code == 200
     assert [call for call in engine.calls if call[0] != "steerfast_profiles"] == [
@@ -328,7 +343,7 @@ def test_what_the_engine_refuses_changes_nothing_here(
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "name: expected another")
     engine.error = EngineDeadError()
     assert served(engine).delete(f"{admin.PATH}/tone").status_code == 503
-    assert front.names == ["safety", "tone"]
+    assert [*front.points] == ["safety", "tone"]
 
 
 def test_a_profile_of_another_tokenizer_never_reaches_the_engine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,14 @@ def expect(oracle: Oracle, profiles: dict[str, SteeringProfile]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    checkpoint: Path, folder: Path, profiles: dict[str, SteeringProfile], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("loadable")
     for name in ("other", "tone"):
         (directory / f"{name}.safetensors").write_bytes((folder / f"{name}.safetensors").read_bytes())
+    never = replace(profiles["safety"], points={"never": torch.full((30,), 9.0)})
+    never.save(directory / "never.safetensors")
     (directory / "link.safetensors").symlink_to(folder / "safety.safetensors")
     (directory / "notes.txt").write_text("no profile")
     (directory / "damaged.safetensors").write_bytes((folder / "other.safetensors").read_bytes()[:-100])
@@ -454,6 +459,20 @@ def test_load_replace_and_remove_while_a_request_runs(
     assert 'profile="fresh"' not in server.call("/metrics")[1]
 
 
+def test_a_request_names_a_threshold(server: Server, client: openai.OpenAI, expect: Any) -> None:
+    """The same prompt, whose blocks are cached, is decided by the threshold that each request names."""
+    assert admin(server, "POST", body={"name": "both", "file": "never.safetensors"})[0] == 200
+    assert server.metric("steerfast_slots_in_use") == 4
+    for _ in range(2):
+        assert chat(client, HARMFUL, steering="both") == expect(HARMFUL, "safety")
+        assert chat(client, HARMFUL, steering="both", steering_threshold="never") == expect(HARMFUL)
+    for name, says in (("both", "for both one of never, got 'x'"), ("tone", "for tone nothing")):
+        with pytest.raises(openai.BadRequestError, match=f"steering_threshold: expected {says}"):
+            chat(client, HARMFUL, steering=name, steering_threshold="x")
+    assert admin(server, "DELETE", "both")[0] == 200
+    assert server.metric("steerfast_slots_in_use") == 2
+
+
 @pytest.mark.parametrize(
     "file",
     [
@@ -512,7 +531,7 @@ def test_a_full_bank_says_so(server: Server) -> None:
     for name in ("a", "b"):
         assert admin(server, "POST", body={"name": name, "file": "other.safetensors"})[0] == 200
     status, answer = admin(server, "POST", body={"name": "c", "file": "other.safetensors"})
-    assert (status, "slots: expected a free one, got 4 in use" in answer["error"]["message"]) == (400, True)
+    assert (status, "slots: expected 1 free" in answer["error"]["message"]) == (400, True)
     for name in ("a", "b"):
         assert admin(server, "DELETE", name)[0] == 200
 

@@ -67,8 +67,8 @@ def test_a_directory_costs_nothing_where_no_loaded_profile_acts(profiles, tmp_pa
     alone = launches(engine, monkeypatch, [("a", 0, 6)], rows, [asked("a", engine.extra("sensor"), 6)])
     assert alone == {0: [], 1: ["score_", "steer_"], 2: ["steer_"], 3: [], 4: ["steer_"]}
     later.save(tmp_path / "later.safetensors")
-    runtime.write(1, str(tmp_path / "later.safetensors"))
-    engine.slots["mean"], engine.profiles["mean"] = 1, later
+    runtime.write([1], str(tmp_path / "later.safetensors"))
+    engine.slot_of["mean"], engine.profiles["mean"] = 1, later
     batch = [("a", 6, 1), ("b", 0, 5)]
     beside = launches(engine, monkeypatch, batch, rows, [asked("b", engine.extra("mean"), 5)])
     assert [len(beside[layer]) for layer in range(LAYERS)] == [0, 2, 1, 2, 1]

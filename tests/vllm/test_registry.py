@@ -20,7 +20,7 @@ from steerfast.errors import ProfileError
 from steerfast.profile import Gate, ModelIdentity, SteeringProfile
 from steerfast.vllm.config import ServingConfig
 from steerfast.vllm.engine import EngineSteering, HeldProfiles
-from steerfast.vllm.registry import Registry, Version
+from steerfast.vllm.registry import Registry, Version, variants
 
 MODEL = ModelIdentity(name="tiny", architecture="llama", hidden_size=4, num_layers=3)
 SLOTS = 4
@@ -61,17 +61,17 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(target=taken)
     def take(self) -> Any:
         if "free" not in self.states.values():
-            with pytest.raises(ProfileError, match=f"^slots: expected a free one, got {SLOTS} in use"):
-                self.registry.take()
+            with pytest.raises(ProfileError, match=f"^slots: expected 1 free, .*, got {SLOTS} of {SLOTS} in use"):
+                self.registry.take(1)
             return multiple()
-        slot = self.registry.take()
+        (slot,) = self.registry.take(1)
         assert self.states[slot] == "free"
         self.states[slot] = "taken"
         return slot
 
     @rule(slot=consumes(taken), name=st.sampled_from("abc"))
     def put(self, slot: int, name: str) -> None:
-        version = self.registry.put(name, slot, "/file", PROFILE)
+        version = self.registry.put(name, [slot], "/file", variants(PROFILE))
         self.numbers[name] = self.numbers.get(name, 0) + 1
         before = self.current.get(name)
         self.current[name] = key = (name, self.numbers[name])
@@ -81,7 +81,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(slot=consumes(taken))
     def spoil(self, slot: int) -> None:
-        self.registry.spoil(slot)
+        self.registry.spoil([slot])
         self.states[slot] = "spoilt"
 
     @rule(name=st.sampled_from("abc"))
@@ -130,7 +130,7 @@ class RegistryMachine(RuleBasedStateMachine):
         assert states == {slot: state for slot, state in self.states.items() if isinstance(state, tuple)}
         assert sorted(self.registry.spoilt) == [slot for slot, state in self.states.items() if state == "spoilt"]
         assert self.registry.in_use == sum(state != "free" for state in self.states.values())
-        assert set(self.registry.names) == set(self.current)
+        assert set(self.registry.points) == set(self.current)
         for version in self.registry.versions():
             key = version.name, version.number
             assert version.requests == self.holders[key]
@@ -157,15 +157,15 @@ class Workers:
                 slots.pop(*args, None)
             return [None, None]
         assert method == "steerfast_write"
-        slot, path, checksum = args
+        given, path, checksum = args
         answers: list[str | None] = []
         for number, slots in enumerate(self.slots):
-            assert slot not in slots, "only an empty slot is written"
+            assert not {*given} & {*slots}, "only empty slots are written"
             if number and self.refuses(path):
                 answers.append(f"profile {path!r}: other embeddings")
             else:
                 assert SteeringProfile.load(path).checksum == checksum
-                slots[slot] = checksum
+                slots |= dict.fromkeys(given, checksum)
                 answers.append(None)
         return answers
 
@@ -226,7 +226,7 @@ def test_replaced_profiles_stay_until_their_last_request_ended(make: Any, direct
         ("safety", 2, 1, "two.safetensors", 1, True), ("safety", 1, 0, "safety.safetensors", 2, False)
     ]  # fmt: skip
     steering.replace(workers, "safety", "three.safetensors")
-    with pytest.raises(ProfileError, match=r"^slots: expected a free one, got 3 in use, 2 of them .* 3 requests still"):
+    with pytest.raises(ProfileError, match=r"^slots: .* got 3 of 3 in use, 2 of them .* 3 requests still"):
         steering.replace(workers, "safety", "two.safetensors")
     assert [p["version"] for p in steering.profiles()] == [3, 1, 2]
     steering.registry.release(first.pop())
@@ -239,6 +239,46 @@ def test_replaced_profiles_stay_until_their_last_request_ended(make: Any, direct
     steering.replace(workers, "safety", "two.safetensors")  # version 3 had no requests and goes at once
     _same(steering, workers)
     assert [(p["version"], p["slot"]) for p in steering.profiles()] == [(4, 0), (2, 1)]
+
+
+def test_each_threshold_has_a_slot(make: Any, directory: Path) -> None:
+    """They come and go with their profile, and requests hold the one that decides for them."""
+    steering, workers = make(slots=5)
+    base = profile(2)
+    points = {"strict": base.threshold - 1, "balanced": base.threshold, "permissive": base.threshold + 1}
+    several = replace(base, points=points)
+    several.save(directory / "several.safetensors")
+    base.save(directory / "one.safetensors")
+    registry = steering.registry
+    steering.load(workers, "more", "several.safetensors")
+    assert registry.points == {"safety": [], "more": ["balanced", "permissive", "strict"]}
+    assert [(p["name"], p["threshold"], p["slot"]) for p in steering.profiles()] == [
+        ("safety", None, 0), ("more", "balanced", 1), ("more", "permissive", 2), ("more", "strict", 3)
+    ]  # fmt: skip
+    held = registry.hold("safety", "more", points=(None, "strict"))
+    assert [(version.name, version.slot) for version in held] == [("safety", 0), ("more", 3)]
+    assert held[1].checksum == several.at("strict").checksum
+    assert registry.current("more") is registry.current("more", "balanced")
+    for wrong in (("more", "lax"), ("safety", "strict")):
+        with pytest.raises(ProfileError, match=r"^threshold: expected one of .*'s, got "):
+            registry.hold(wrong[0], points=wrong[1:])
+    with pytest.raises(ProfileError, match=r"^slots: expected 3 free, one for each threshold, got 4 of 5 in use"):
+        steering.replace(workers, "more", "several.safetensors")
+    steering.replace(workers, "more", "one.safetensors")
+    assert registry.points["more"] == []
+    assert registry.in_use == 3, "the request keeps the strict one alone"
+    registry.release(*held)
+    steering.sweep(workers)
+    assert registry.in_use == 2
+    steering.load(workers, "again", "several.safetensors")
+    workers.refuses = lambda path: True
+    with pytest.raises(ProfileError, match=r"^slots: expected 3 free"):
+        steering.load(workers, "last", "several.safetensors")
+    steering.remove(workers, "again")
+    with pytest.raises(ProfileError, match="other embeddings"):
+        steering.load(workers, "last", "several.safetensors")
+    steering.sweep(workers)
+    assert registry.in_use == 2
 
 
 def test_load_and_remove(make: Any, directory: Path) -> None:
@@ -331,7 +371,7 @@ def test_the_default_stays(make: Any, directory: Path, locked: bool) -> None:
     steering, workers = make(locked=locked)
     with pytest.raises(ProfileError, match=r"^name: expected another than the default"):
         steering.remove(workers, "safety")
-    assert steering.registry.names == ["safety"]
+    assert [*steering.registry.points] == ["safety"]
 
 
 def test_each_profile_of_a_default_stack_stays(make: Any, directory: Path) -> None:
@@ -376,7 +416,7 @@ def test_files_come_from_the_directory_alone(make: Any, directory: Path, file: A
         with pytest.raises(ProfileError, match=r"^file: expected ") as refused:
             call(workers, name, file)
         assert len(str(refused.value)) < 400
-    assert steering.registry.names == ["safety"]
+    assert [*steering.registry.points] == ["safety"]
     _same(steering, workers)
 
 

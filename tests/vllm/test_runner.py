@@ -26,6 +26,7 @@ pytest.importorskip("vllm")
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 BLOCK = 32
 TOKENS = 8
+TURN = 7  # opens a user turn
 CLEAR = 2e-3  # the least margin, of logits and of scores, by which a token or a gate is decided
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -110,6 +111,7 @@ def world(make_llama: Any, make_profile: Any, tmp_path_factory: pytest.TempPathF
         "everywhere": replace(profile(5, [1, 4], kind="always"), positions="all"),
         "short": replace(always, answer_tokens=5),
         "once": replace(profile(6, [1, 3]), answer_tokens=1),
+        "turn": profile(8, [1, 3], pooling="both", mean_direction=(0.6, 0.8), turn=(TURN,), tail=2),
     }
     return World(model, profiles, folder)
 
@@ -144,8 +146,13 @@ def core_of(llm: Any) -> Any:
 
 
 def prompts(seed: int, lengths: Iterable[int], beginning: Sequence[int] = ()) -> list[list[int]]:
+    """Random tokens after `beginning`; in the midst of longer ones a user turn begins."""
     rng = random.Random(seed)
-    return [[*beginning, *(rng.randrange(3, 128) for _ in range(length))] for length in lengths]
+    made = [[rng.randrange(3, 128) for _ in range(length)] for length in lengths]
+    for ids in made:
+        if len(ids) > 5:
+            ids[len(ids) // 2] = TURN
+    return [[*beginning, *ids] for ids in made]
 
 
 class Client:
@@ -245,7 +252,7 @@ def conversations(world: World) -> list[Ask]:
         for first, end in zip(firsts, prompts(4, [3, 1, 5, 2, 4]), strict=True)
         if (ask := world.ask(first, "own")) is not None
     ]
-    names = [None, "own", "sensor", "mean", "always", "everywhere", "short", "recent,own"]
+    names = [None, "own", "sensor", "mean", "turn", "always", "everywhere", "short", "recent,own"]
     rng = random.Random(5)
     asks = [
         world.ask(prompt, names[(at + turn) % len(names)])
@@ -256,6 +263,15 @@ def conversations(world: World) -> list[Ask]:
     rng.shuffle(clear)
     assert len(clear) >= 12
     return clear
+
+
+def told_apart(world: World, conversations: Sequence[Ask]) -> list[int]:
+    """Return a prompt that two profiles answer differently."""
+    for ask in conversations:
+        one, other = (world.ask(ask.prompt, name) for name in ("own", "always"))
+        if one is not None and other is not None and one.tokens != other.tokens:
+            return ask.prompt
+    raise AssertionError("expected a prompt that both profiles answer, each differently")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +301,7 @@ def test_requests_come_go_wait_and_change_in_a_cache_too_small(
         world.profiles[name].save(tmp_path / f"{name}.safetensors")
     llm = start(asynchronous, tmp_path, num_gpu_blocks_override=7)
     core, client, rng, left = core_of(llm), Client(llm), random.Random(6), []
-    tone = next(ask for ask in conversations if world.ask(ask.prompt, "own") and world.ask(ask.prompt, "always")).prompt
+    tone = told_apart(world, conversations)
     versions = {client.add(tone, {"steering": "tone"}): world.ask(tone, "always")}
     asked = {}
     for number, ask in enumerate(rounds * conversations):

@@ -18,6 +18,7 @@ from steerfast.vllm.ops import serve_
 from steerfast.vllm.worker import WorkerRuntime, WorkerShape
 
 LAYERS, HIDDEN = 5, 32  # as tiny_llama
+TURN = (7, 8)  # opens a user turn
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Engine:
     pair: bool = False
     stack: int = 2
     directory: bool = False
+    slots: int = 0  # of the bank; 0: one more than profiles
     runtimes: list[WorkerRuntime] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,10 +44,18 @@ class Engine:
         layers = range(LAYERS) if self.directory else sorted(set().union(*map(layers_of, self.profiles.values())))
         folder = str(self.folder) if self.directory else None
         config = ServingConfig(
-            paths, None, False, len(paths) + 1, tuple(layers), int(Kinds.ANY), folder, "", stack=self.stack
+            paths,
+            None,
+            False,
+            self.slots or len(paths) + 1,
+            tuple(layers),
+            int(Kinds.ANY),
+            folder,
+            "",
+            stack=self.stack,
         )
         model = next(iter(self.profiles.values())).model
-        self.slots = {name: slot for slot, name in enumerate(paths)}
+        self.slot_of = {name: slot for slot, name in enumerate(paths)}
         self.bias = torch.randn(LAYERS, HIDDEN, generator=torch.Generator().manual_seed(0))
         self.runtimes = [
             WorkerRuntime(
@@ -63,7 +73,7 @@ class Engine:
     def extra(self, name: str | None, strength: float = 1.0) -> list[dict[str, Any]]:
         names = [] if name is None else name.split(",")
         return stack_to_extra(
-            tuple(Entry(self.slots[each], strength, EditSpan.of(self.profiles[each])) for each in names)
+            tuple(Entry(self.slot_of[each], strength, EditSpan.of(self.profiles[each])) for each in names)
         )
 
     def step(
@@ -132,19 +142,34 @@ class Engine:
 def decision(profile: SteeringProfile, x: Tensor, prompt: int, layer: int) -> tuple[float, float]:
     """The value and the score of a gate."""
     gate, score = profile.gate, torch.zeros((), dtype=torch.float64)
-    first = min(prompt - 1, max(gate.offset, prompt - (gate.window or prompt)))
-    for reads, start, directions in (
-        (gate.pooling != "mean", prompt - 1, profile.direction),
-        (gate.pooling != "last", first, profile.read_in_mean),
+    begins = turn_of(prompt) + len(TURN) if gate.turn else 0
+    until = prompt - gate.tail
+    first = max(begins, until - (gate.window or prompt))
+    for reads, rows, directions in (
+        (gate.pooling != "mean", x[prompt - 1 : prompt], profile.direction),
+        (gate.pooling != "last", x[first:until] if first < until else x[prompt - 1 : prompt], profile.read_in_mean),
     ):
-        each = x[start:prompt] @ directions[layer].double()
+        each = rows @ directions[layer].double()
         if gate.score == "cosine":
-            each = each / x[start:prompt].norm(dim=1)
+            each = each / rows.norm(dim=1)
         score = score + each.mean() * reads
     above = score - float(profile.threshold[layer])
     sharp = profile.gate.sharpness
     assert sharp or abs(float(above)) > 1e-4
     return float(torch.sigmoid(sharp * above) if sharp else above > 0), float(score)
+
+
+def turn_of(prompt: int) -> int:
+    """Where the last user turn of a prompt of so many tokens opens."""
+    return prompt // 3
+
+
+def ids_of(prompt: int) -> list[int]:
+    """Token ids of a prompt with one or two user turns, or of a prompt that is too short for one."""
+    ids, turn = [0] * prompt, turn_of(prompt)
+    for place in (0, turn) if turn >= len(TURN) else (turn,):
+        ids[place : place + len(TURN)] = TURN
+    return ids[:prompt]
 
 
 class Sent:
@@ -156,7 +181,7 @@ class Sent:
 
 def asked(name: str, extra: list[dict[str, Any]] | None, prompt: int) -> Any:
     parameters = SimpleNamespace(extra_args=None if extra is None else {KEY: extra})
-    return SimpleNamespace(req_id=name, sampling_params=parameters, prompt_token_ids=[0] * prompt, prompt_embeds=None)
+    return SimpleNamespace(req_id=name, sampling_params=parameters, prompt_token_ids=ids_of(prompt), prompt_embeds=None)
 
 
 def random_rows(count: int, seed: int) -> Tensor:
