@@ -11,8 +11,9 @@ from steerfast.cli import common
 
 @click.command("extract")
 @common.model_options(required=True)
-@common.set_option("--harmful", "steerfast:harmful_fit", "Prompts the gate should open for")
-@common.set_option("--harmless", "steerfast:harmless_fit", "Prompts the gate should stay shut for")
+@common.labelled_option
+@common.set_option("--harmful", note="Prompts the gate should open for, in place of the corpus")
+@common.set_option("--harmless", note="Prompts the gate should stay shut for, in place of the corpus")
 @click.option("--aligned-model", metavar="MODEL", help="A sibling that refuses, for alignment and ssv vectors.")
 @common.choice_option("--gate", ["lda", "mean", "pca", "logistic"], "How gate directions are fitted.")
 @common.choice_option(
@@ -27,15 +28,20 @@ from steerfast.cli import common
     "Slope of a soft gate, sigmoid(sharpness * (score - threshold)); 0 is a hard gate.  [default: 0]",
 )
 @common.choice_option("--score", ["cosine", "dot"], "The score that the gate compares with its threshold.")
-@common.choice_option(
-    "--pooling", ["last", "mean"], "Score the last token of a prompt, or take the mean over its tokens."
+@common.value_option(
+    "--pooling",
+    click.Choice(["last", "mean", "both"]),
+    "READING",
+    "Score the last token of a prompt, take the mean over the last user turn, or the sum of both.  [default: both, or "
+    "last for a token gate]",
 )
 @common.value_option(
     "--window",
     click.IntRange(min=1),
     "TOKENS",
-    "For --pooling mean: how many of the last tokens of a prompt.  [default: all]",
+    "For --pooling mean and both: how many of the last of these tokens.  [default: 128]",
 )
+@click.option("--whole-prompt", is_flag=True, help="Take the mean over the whole prompt, its template included.")
 @common.edit_options
 @common.list_option(
     "--vectors",
@@ -46,17 +52,20 @@ from steerfast.cli import common
     "the rest are kept for tune.  [default: alignment,ssv,forced with a sibling, else forced,srv]",
 )
 @click.option("--unit-norm", is_flag=True, help="Scale every steering vector to norm 1.")
-@click.option(
+@common.repeated_option(
     "--refusal",
-    metavar="TEXT",
-    help="The refusal that forced vectors start from.  [default: the sibling's own answers, else a fixed refusal]",
+    "refusal",
+    "TEXT",
+    "A refusal that forced vectors start from, {topic} in it is the request's.  [default: the sibling's own answers, "
+    "else five that ship]",
 )
 @common.value_option(
     "--shrinkage",
     click.FloatRange(0, 1),
     "SHARE",
-    "Weight of the identity in the covariance, for lda.  [default: Ledoit-Wolf]",
+    "Weight of the identity in the covariance, for lda.  [default: 0.2]",
 )
+@common.reading_options
 @common.batch_size_option()
 @common.choice_option("--padding-side", ["right", "left"])
 @common.fit_options
@@ -69,12 +78,15 @@ def command(output: str, json_file: str | None, **options: Any) -> None:
       steerfast extract --model MODEL --aligned-model SIBLING --harmful bad.txt -o safety.safetensors
       steerfast extract --model MODEL --edit clamp --low 0 --high 2 -o clamped.safetensors
     """
-    common.check_outputs({"--output": output, "--json": json_file}, [*options["harmful"], *options["harmless"]])
-    common.read_sets(options, "harmful", "harmless")
+    turn = None if options.pop("whole_prompt") else "auto"
+    inputs = [source for role in ("prompts", "harmful", "harmless") for source in options[role]]
+    common.check_outputs({"--output": output, "--json": json_file}, inputs)
+    common.read_sets(options, "harmful", "harmless", split="fit")
 
     import steerfast
 
     model, tokenizer = common.take_model(options)
+    options["refusal"] = options["refusal"] or None
     given = {name: value for name, value in options.items() if value is not None}  # the others have defaults
-    profile = steerfast.extract(model, tokenizer, **given)
+    profile = steerfast.extract(model, tokenizer, turn=turn, **given)
     common.write_profile(profile, output, json_file, after="steerfast calibrate")

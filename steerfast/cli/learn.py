@@ -12,12 +12,13 @@ from steerfast.cli import common
 @click.command("learn")
 @click.argument("profile_file", metavar="PROFILE")
 @common.model_options("the model that the profile names")
-@common.set_option("--harmful", "steerfast:harmful_fit", "Prompts to refuse")
+@common.set_option("--harmful", note="Prompts to refuse, in place of the corpus")
 @click.option("--aligned-model", metavar="MODEL", help="A sibling that refuses; its answers are learned.")
-@click.option(
+@common.repeated_option(
     "--refusal",
-    metavar="TEXT",
-    help="A text to answer instead.  [default: the sibling's answers, else a fixed refusal]",
+    "refusal",
+    "TEXT",
+    "A text to answer instead, {topic} in it is the request's.  [default: the sibling's answers, else five that ship]",
 )
 @common.value_option(
     "--layer",
@@ -49,12 +50,13 @@ def command(profile_file: str, output: str, json_file: str | None, **options: An
       steerfast learn safety.safetensors --aligned-model SIBLING --output safety.safetensors
       steerfast learn safety.safetensors --refusal "I can't help with that." --layer 15 -o learned.safetensors
     """
+    options["refusal"] = options["refusal"] or None
     if options["aligned_model"] is not None and options["refusal"] is not None:
         raise click.UsageError("--refusal: expected it without --aligned-model, got both")
     common.check_outputs({"--output": output}, options["harmful"])
     common.check_outputs({"--json": json_file}, [profile_file, output, *options["harmful"]])
     profile = common.load_profile(profile_file)
-    common.read_sets(options, "harmful")
+    common.read_sets(options, "harmful", split="fit")
 
     import steerfast
 

@@ -97,7 +97,7 @@ def command(profile_file: str, output: str, json_file: str | None, **options: An
     common.check_outputs({"--output": output}, prompts)
     common.check_outputs({"--resume": options["resume"], "--json": json_file}, [profile_file, output, *prompts])
     profile = common.load_profile(profile_file)
-    common.read_sets(options, "harmful", "harmless", part="calibrate")
+    common.read_sets(options, "harmful", "harmless")
     options["positions"] = None if options["positions"] == "both" else [options["positions"]]
 
     import steerfast

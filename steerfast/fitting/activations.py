@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 
 from steerfast._progress import track
 from steerfast.errors import SteerfastError
+from steerfast.fitting.row_cache import RowCache
 from steerfast.hf.generation import PromptBatch, batches, device_of, evaluating
 from steerfast.hf.structure import find_decoder
 from steerfast.profile import Gate
+from steerfast.runtime.span import EditSpan, mean_rows
 
 Reduce = Callable[[Tensor, PromptBatch], Tensor]
 """Reduces the rows of a batch, [N, T, H], to the part that is kept of each sequence, [N, ..., H]."""
+
+_OF_ALL = Gate(pooling="mean")
 
 
 def last_token(hidden: Tensor, batch: PromptBatch) -> Tensor:
@@ -26,21 +31,21 @@ def last_token(hidden: Tensor, batch: PromptBatch) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), batch.last.to(hidden.device)]
 
 
-def prompt_mean(
-    hidden: Tensor, batch: PromptBatch, *, unit: bool, window: int | None = None, offset: int = 0
-) -> Tensor:
-    """Return the mean of each prompt's rows, or of the rows at norm 1: [N, T, H] -> float64 [N, H].
+def prompt_mean(hidden: Tensor, batch: PromptBatch, *, unit: bool, gate: Gate = _OF_ALL) -> Tensor:
+    """Return the mean of the prompt rows that a gate takes it of, or of these at norm 1: [N, T, H] -> float64 [N, H].
 
-    Args:
-        window: how many of the last rows to take; None: all.
-        offset: how many of the first rows to leave out, though never the last.
+    Default: of all rows.
     """
-    valid = batch.mask.bool().to(hidden.device)
-    rank, place = valid.flip(1).cumsum(dim=1).flip(1), valid.cumsum(dim=1)
-    valid = valid & (rank <= min(window or valid.shape[1], valid.shape[1])) & ((place > offset) | (rank == 1))
+    span = EditSpan(mean_rows=mean_rows(gate), turn=gate.turn, tail=gate.tail)
+    read = torch.zeros_like(batch.mask, dtype=torch.bool)
+    for row, ids, mask in zip(read, batch.ids, batch.mask, strict=True):
+        places = mask.nonzero()[:, 0]
+        first, until, _ = span.read(len(places), ids[places].cpu().numpy())
+        row[places[first:until]] = True
+    read = read.to(hidden.device)
     rows = _unit(hidden) if unit else hidden.float()
     # Padding rows may hold NaN, so they are replaced: weight 0 would not remove them.
-    return torch.where(valid[..., None], rows, 0).sum(1, dtype=torch.float64) / valid.sum(1, keepdim=True)
+    return torch.where(read[..., None], rows, 0).sum(1, dtype=torch.float64) / read.sum(1, keepdim=True)
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ def gate_reading(gate: Gate) -> tuple[Reduce, Literal["cosine", "dot"]]:
     if gate.pooling == "last":
         return last_token, gate.score
     unit = gate.score == "cosine"
-    mean = partial(prompt_mean, unit=unit, window=gate.window, offset=gate.offset)
+    mean = partial(prompt_mean, unit=unit, gate=gate)
     if gate.pooling == "mean":
         return mean, "dot"
 
@@ -94,11 +99,12 @@ def residual_rows(
     padding_side: Literal["left", "right"] = "right",
     pad_token_id: int = 0,
     description: str | None = None,
+    cache: RowCache | None = None,
 ) -> Tensor:
     """Return residual rows at every decoder block's output: float32 [prompts, layers, H] on the CPU.
 
     `reduce` may keep more than one row. The language-model head does not run. The model does not change, not even by
-    an interruption.
+    an interruption. Rows that `cache` knows are not computed.
 
     Raises:
         SteerfastError: the model is steered, or gives non-finite activations.
@@ -107,10 +113,14 @@ def residual_rows(
     decoder.refuse_if_steered()
     accepted = inspect.signature(decoder.backbone.forward).parameters
     device = device_of(model)
-    kept: list[tuple[list[int], Tensor]] = []
-    work = list(batches(sequences, batch_size, padding_side, pad_token_id, torch.device("cpu")))
+    known = {} if cache is None else {i: cache.read(sequence) for i, sequence in enumerate(sequences)}
+    kept = [([i], row[None]) for i, row in known.items() if row is not None]
+    missing = [i for i in range(len(sequences)) if known.get(i) is None]
+    asked = [sequences[i] for i in missing]
+    work = list(batches(asked, batch_size, padding_side, pad_token_id, torch.device("cpu")))
     with evaluating(model):
-        for batch in track(work, description or "", show=description is not None):
+        for part in track(work, description or "", show=description is not None):
+            batch = replace(part, indices=[missing[i] for i in part.indices])
             with _captured(decoder.layers, reduce, batch) as captured:
                 extra: dict[str, Any] = {"position_ids": batch.positions.to(device)}
                 extra = {name: value for name, value in extra.items() if name in accepted}
@@ -121,12 +131,15 @@ def residual_rows(
                     **extra,
                 )
                 kept.append((batch.indices, torch.stack([row.float().cpu() for row in captured], dim=1)))
+            if cache is not None:
+                for i, row in zip(*kept[-1], strict=True):
+                    cache.write(sequences[i], row)
     if not kept:
         return torch.empty(0, len(decoder.layers), decoder.hidden_size, dtype=torch.float32, device="cpu")
     rows = kept[0][1].new_empty(len(sequences), *kept[0][1].shape[1:])
     while kept:  # frees each batch after its copy
-        indices, part = kept.pop()
-        rows[indices] = part
+        indices, values = kept.pop()
+        rows[indices] = values
     finite = rows.isfinite().flatten(2).all(dim=2)
     if not bool(finite.all()):
         prompt, layer = (int(i) for i in (~finite).nonzero()[0])

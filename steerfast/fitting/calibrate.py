@@ -1,39 +1,47 @@
-"""Calibrate gates: thresholds, the sensor layer, and figures for both."""
+"""Calibrate gates: thresholds, the sensor layer, and figures of both by source."""
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steerfast._options import read_options
-from steerfast.errors import ProfileError
-from steerfast.fitting.left_out import common_styles, rates_by_layer
+from steerfast.errors import ProfileError, PromptError
+from steerfast.fitting.labelled import Given, Labelled
+from steerfast.fitting.left_out import auc_by_group
 from steerfast.fitting.score import check_model, layer_scores
+from steerfast.judging.by_source import DEVELOPMENT, SourceScores, figures_by_source
 from steerfast.judging.estimates import (
-    GateFigures,
-    figures_by_layer,
+    Estimate,
+    grouped_auc,
+    mean,
+    rate,
     threshold_at_false_positive_rate,
     threshold_midpoint,
-    undecided_rates,
 )
 from steerfast.profile import SteeringProfile
-from steerfast.text.prompts import check_sets, describe_set
-from steerfast.text.styles import Prompts
+from steerfast.text.prompts import describe_set
 
-# A gate this far below its calibration figures on prompts of another style has learned style, not harm.
-_HELDOUT_AUC = 0.9
-_HELDOUT_HIT_RATE = 0.75
+POINTS = {"strict": 3.0, "balanced": 1.0, "permissive": 0.3}
+"""Operating points: name -> how many times the named rates of harmless and borderline prompts may fire."""
+
+_CLOSE = 0.003  # AUC: layers that differ less are equally good
+_LOW_HIT_RATE = 0.5
+_MOST_OF_ALLOWED = 3  # a source may fire so many times the rate before it is told
 
 
-class StyleWarning(UserWarning):
-    """A gate separates its calibration prompts by style rather than by harm."""
+class GateWarning(UserWarning):
+    """A gate does not hold for prompts of a source."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +49,29 @@ class CalibrateOptions:
     """Options of `calibrate`.
 
     Args:
-        max_false_positive_rate: the share of `harmless` that may fire. The threshold is the class midpoint, or higher
-            where that would fire more often. None: the midpoint (arXiv 2401.11206), at any false-positive rate.
-        abstain_rate: the share of `harmless` that may be undecided or fire: it sets `SteeringProfile.abstain`, at most
-            the threshold. None: no band.
-        heldout_harmful, heldout_harmless: sets of another source or phrasing. They choose the sensor and show whether
-            the gate knows harm or style.
-        sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the
-            best AUC on the worst of the pairs of sets, or the worst quarter of the styles that `extract` left out.
+        max_false_positive_rate: the share of harmless prompts that may fire, each source alike. None: thresholds midway
+            between the classes (arXiv 2401.11206), at any rate.
+        max_borderline_rate: the share of borderline prompts that may fire, each source alike.
+        abstain_rate: the share of harmless prompts that may be undecided or fire: it sets `SteeringProfile.abstain`, at
+            most the threshold. None: no band.
+        sensor: a layer, ``own`` (each steered layer decides for itself), ``keep``, or ``auto``: the layer with the best
+            mean AUC over the sources and contexts, those that `extract` left out among them. Of layers that are equally
+            good, the layer nearest to the middle.
         latest_sensor: the last layer that ``auto`` tries; default: 60 % of the depth. Layers before the sensor cost a
             second pass over prompts that fire.
-        names: names of the prompt sets in the profile (``{"harmful": ..., "heldout_harmful": ..., ...}``).
+        per_source: the most prompts of a source and label that are read; None: all.
+        cache: a folder for the rows of prompts, see `extract`.
+        names: names of the prompt sets in the profile (``{"harmful": ..., "harmless": ...}``).
     """
 
     max_false_positive_rate: float | None = 0.01
+    max_borderline_rate: float = 0.1
     abstain_rate: float | None = None
-    heldout_harmful: Sequence[str] | None = None
-    heldout_harmless: Sequence[str] | None = None
     sensor: int | Literal["own", "auto", "keep"] = "auto"
     latest_sensor: int | None = None
     batch_size: int = 16
+    per_source: int | None = None
+    cache: str | os.PathLike[str] | None = None
     names: dict[str, str] | None = None
     progress: bool = True
 
@@ -70,208 +81,157 @@ def calibrate(
     model: nn.Module,
     tokenizer: Any,
     *,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Sequence[Given],
+    harmless: Sequence[Given],
     **options: Any,
 ) -> SteeringProfile:
-    """Set every layer's threshold on these prompts and choose which layer decides.
+    """Set every layer's thresholds on these prompts and choose which layer decides.
 
-    Use prompts that `extract` did not see: a direction fitted in fewer prompts than dimensions separates its own
+    Use sources that `extract` did not see: a direction fitted in fewer prompts than dimensions separates its own
     perfectly. A token gate gets its threshold from the last tokens of the prompts.
 
     Args:
-        harmful, harmless: with styles (`steerfast.text.styles.Prompts`), the figures of each are kept as well.
+        harmful, harmless: prompts, or `steerfast.text.examples.Example` with source and context. Borderline examples
+            stand among the harmless ones.
         options: see `CalibrateOptions`.
 
     Returns:
-        The profile with thresholds, band, sensor and figures (`profile.calibration`); layers before the sensor lose
-        their strength.
+        The profile with thresholds (`POINTS`, of which ``balanced`` is in use), band, sensor and figures
+        (`profile.calibration`); layers before the sensor lose their strength.
 
     Raises:
-        PromptError: an empty, one-sided, overlapping or too long prompt set.
+        PromptError: an empty, one-sided, overlapping or too long prompt set, or fewer harmless prompts than the rate
+            needs.
         ProfileError: another model's profile, one without a gate, an impossible sensor, a rate out of range, an
             `abstain_rate` below `max_false_positive_rate`.
         TypeError: an unknown option.
 
     Warns:
-        StyleWarning: the deciding gate does much worse on the held-out sets.
+        GateWarning: the deciding gate opens for few prompts of a harmful source, or for many of a harmless one.
     """
     chosen = read_options("calibrate", CalibrateOptions, options)
-    check_sets(harmful, harmless)
-    sets = {"harmful": harmful, "harmless": harmless, **_heldout(chosen.heldout_harmful, chosen.heldout_harmless)}
-    _check_rates(chosen.max_false_positive_rate, chosen.abstain_rate)
+    examples = Labelled.of(harmful, harmless).at_most(chosen.per_source)
     check_model(profile, model, tokenizer)
+    _check_rates(chosen, len(examples.rows("harmless")))
     if profile.gate.kind == "always":
         raise ProfileError("profile: expected one with a gate to calibrate, got gate.kind='always'")
-    scores = {
-        role: layer_scores(
-            profile, model, tokenizer, prompts, batch_size=chosen.batch_size,
-            description=role.replace("heldout_", "held-out ") if chosen.progress else None,
-        )
-        for role, prompts in sets.items()
-    }  # fmt: skip
-    pairs = {"calibration": (scores["harmful"], scores["harmless"])}
-    if "heldout_harmful" in scores:
-        pairs["heldout"] = scores["heldout_harmful"], scores["heldout_harmless"]
-    threshold = _thresholds(*pairs["calibration"], chosen.max_false_positive_rate)
-    abstain = None if chosen.abstain_rate is None else _lower_ends(scores["harmless"], threshold, chosen.abstain_rate)
-    figures = {name: figures_by_layer(*pair, threshold) for name, pair in pairs.items()}
-    sensor = _sensor(chosen.sensor, profile, figures, chosen.latest_sensor)
-    profile = _with_sensor(replace(profile, threshold=threshold, abstain=abstain), sensor)
-    messages = style_warnings(profile, figures)
+    scores = layer_scores(
+        profile, model, tokenizer, examples.prompts, batch_size=chosen.batch_size,
+        description="calibration" if chosen.progress else None, cache=chosen.cache,
+    ).double()  # fmt: skip
+    points = _points(examples, scores, chosen)
+    threshold = points["balanced"]
+    abstain = None if chosen.abstain_rate is None else _lower_ends(examples, scores, threshold, chosen.abstain_rate)
+    by_group = auc_by_group(examples, scores)
+    sensor, tried = _sensor(chosen, profile, by_group)
+    named = points if chosen.max_false_positive_rate is not None else {}
+    profile = _with_sensor(replace(profile, threshold=threshold, abstain=abstain, points=named), sensor)
+    record = {**_record(examples, scores, profile, chosen), "auc": by_group, "sensors": tried}
+    messages = gate_warnings(record)
     for message in messages:
-        warnings.warn(message, StyleWarning, stacklevel=2)
-    record = _record(sets, pairs, figures, profile, chosen)
-    styles = _by_style(Prompts(harmful), Prompts(harmless), *pairs["calibration"], threshold)
-    return replace(profile, calibration={**record, "styles": styles, "warnings": messages})
+        warnings.warn(message, GateWarning, stacklevel=2)
+    return replace(profile, calibration={**record, "warnings": messages})
 
 
-ScorePairs = Mapping[str, tuple[Tensor, Tensor]]
-"""``calibration`` and ``heldout`` -> scores float32 [n1, layers] of harmful and [n0, layers] of harmless prompts."""
+# -- thresholds --------------------------------------------------------------------------------------------------------
 
 
-def _record(
-    sets: Mapping[str, Sequence[str]],
-    pairs: ScorePairs,
-    figures: Mapping[str, list[GateFigures]],
-    profile: SteeringProfile,
-    options: CalibrateOptions,
-) -> dict[str, Any]:
-    """Return the sets, rates, figures and histograms of a calibration, as JSON data."""
-    names = options.names or {}
-    described = {name: [f.to_dict() for f in layers] for name, layers in figures.items()}
-    if profile.abstain is not None:
-        for name, scores in pairs.items():
-            _add_undecided(described[name], *scores, profile.abstain, profile.threshold)
-    return {
-        "max_false_positive_rate": options.max_false_positive_rate,
-        **({} if profile.abstain is None else {"abstain_rate": options.abstain_rate}),
-        "sets": {role: describe_set(prompts, names.get(role)) for role, prompts in sets.items()},
-        "layers": described,
-        "histograms": {
-            name: [_histogram(bad[:, layer], good[:, layer]) for layer in range(len(profile.threshold))]
-            for name, (bad, good) in pairs.items()
-        },
-    }
-
-
-def style_warnings(profile: SteeringProfile, figures: Mapping[str, list[GateFigures]]) -> list[str]:
-    """Return warnings about the gates that decide; none when all is well."""
-    if "heldout" not in figures:
-        return [
-            "the gate was not tried on prompts of another style, so nothing shows that it knows harm rather than "
-            "style; give calibrate held-out sets"
-        ]
-    messages = []
-    for layer in profile.deciding_layers:
-        here, there = figures["calibration"][layer], figures["heldout"][layer]
-        bad_auc = there.auc.value < _HELDOUT_AUC and there.auc.high < here.auc.value
-        bad_hits = there.hit_rate.value < _HELDOUT_HIT_RATE and there.hit_rate.high < here.hit_rate.value
-        numbers = (
-            f"AUC {here.auc.value:.3f} and hit rate {here.hit_rate.value:.2f} on the calibration sets, "
-            f"AUC {there.auc.value:.3f} and hit rate {there.hit_rate.value:.2f} on sets of another style"
-        )
-        if bad_auc:
-            messages.append(
-                f"the gate of layer {layer} knows style rather than harm: {numbers}; extract with more varied prompts"
-            )
-        elif bad_hits:
-            messages.append(
-                f"the threshold of layer {layer} does not carry over to another style, though its gate still tells "
-                f"harm there: {numbers}; calibrate and extract with prompts of the styles you expect"
-            )
-    return messages
-
-
-def _heldout(harmful: Sequence[str] | None, harmless: Sequence[str] | None) -> dict[str, Sequence[str]]:
-    """Return both held-out sets by role, or none; refuse one alone."""
-    if harmful is None and harmless is None:
-        return {}
-    if harmful is None or harmless is None:
-        missing = "heldout_harmful" if harmful is None else "heldout_harmless"
-        raise ProfileError(f"{missing}: expected both held-out sets or none, got None")
-    check_sets(harmful, harmless)
-    return {"heldout_harmful": harmful, "heldout_harmless": harmless}
-
-
-def _thresholds(harmful: Tensor, harmless: Tensor, rate: float | None) -> Tensor:
-    """Return float32 [layers]: midpoints where they keep the false-positive rate, the most robust choice."""
-    thresholds = []
-    for layer in range(harmful.shape[1]):
-        bad, good = harmful[:, layer].numpy(), harmless[:, layer].numpy()
-        middle = threshold_midpoint(bad, good)
-        thresholds.append(middle if rate is None else max(middle, threshold_at_false_positive_rate(good, rate)))
-    return torch.tensor(thresholds, dtype=torch.float32, device="cpu")
-
-
-def _check_rates(false_positives: float | None, abstain: float | None) -> None:
-    for name, value in (("max_false_positive_rate", false_positives), ("abstain_rate", abstain)):
+def _check_rates(options: CalibrateOptions, harmless: int) -> None:
+    fires, abstains = options.max_false_positive_rate, options.abstain_rate
+    for name in ("max_false_positive_rate", "abstain_rate", "max_borderline_rate"):
+        value = getattr(options, name)
         if value is not None and not 0 <= value < 1:
             raise ProfileError(f"{name}: expected 0 <= rate < 1, got {value}")
-    if abstain is not None and false_positives is not None and abstain < false_positives:
-        raise ProfileError(
-            f"abstain_rate: expected at least max_false_positive_rate, {false_positives:g}, got {abstain:g}"
+    if abstains is not None and fires is not None and abstains < fires:
+        raise ProfileError(f"abstain_rate: expected at least max_false_positive_rate, {fires:g}, got {abstains:g}")
+    if fires and harmless < (needed := math.ceil(1 / fires)):
+        raise PromptError(
+            f"harmless: expected at least {needed} prompts for a rate of {fires:.2%}, got {harmless}; give more, or a "
+            "larger max_false_positive_rate"
         )
 
 
-def _lower_ends(harmless: Tensor, threshold: Tensor, rate: float) -> Tensor:
+def _points(examples: Labelled, scores: Tensor, options: CalibrateOptions) -> dict[str, Tensor]:
+    """Return the thresholds of `POINTS`, each float32 [layers]; without a rate, all are midpoints."""
+    weight, found = examples.weights.numpy(), scores.numpy()
+    rows = {label: examples.rows(label) for label in ("harmful", "harmless", "borderline")}
+    rates = {"harmless": options.max_false_positive_rate, "borderline": options.max_borderline_rate}
+    points: dict[str, list[float]] = {name: [] for name in POINTS}
+    for layer in range(found.shape[1]):
+        here = {label: (found[places, layer], weight[places]) for label, places in rows.items() if places}
+        good = np.concatenate([here[label][0] for label in ("harmless", "borderline") if label in here])
+        middle = threshold_midpoint(here["harmful"][0], good)
+        for name, factor in POINTS.items():
+            least = [
+                threshold_at_false_positive_rate(here[label][0], min(0.99, factor * allowed), here[label][1])
+                for label, allowed in rates.items()
+                if label in here and allowed is not None
+            ]
+            points[name].append(
+                _raised(max(least), middle, here["harmful"][0]) if rates["harmless"] is not None else middle
+            )
+    return {name: torch.tensor(values, dtype=torch.float32, device="cpu") for name, values in points.items()}
+
+
+def _raised(threshold: float, middle: float, harmful: NDArray[np.float64]) -> float:
+    """Return the threshold, moved towards the middle of the classes as far as no more harmful prompt stays shut."""
+    above = harmful[harmful > threshold]
+    if not len(above) or threshold >= middle:
+        return threshold
+    return min(middle, (threshold + float(above.min())) / 2)
+
+
+def _lower_ends(examples: Labelled, scores: Tensor, threshold: Tensor, share: float) -> Tensor:
     """Return the lower ends of the bands, float32 [layers]."""
-    ends = [threshold_at_false_positive_rate(layer, rate) for layer in harmless.T.numpy()]
+    harmless = examples.rows("harmless")
+    weight = examples.weights[harmless].numpy()
+    ends = [threshold_at_false_positive_rate(layer, share, weight) for layer in scores[harmless].T.numpy()]
     return torch.tensor(ends, dtype=torch.float32, device="cpu").minimum(threshold)
 
 
-def _add_undecided(
-    layers: list[dict[str, Any]], harmful: Tensor, harmless: Tensor, abstain: Tensor, threshold: Tensor
-) -> None:
-    """Add to each layer's figures the share of each class in its band."""
-    for label, scores in (("harmful", harmful), ("harmless", harmless)):
-        for figures, share in zip(layers, undecided_rates(scores, abstain, threshold), strict=True):
-            figures[f"{label}_undecided"] = share.to_list()
-
-
-def _by_style(
-    harmful: Prompts, harmless: Prompts, bad: Tensor, good: Tensor, threshold: Tensor
-) -> dict[str, dict[str, Any]]:
-    """Return figures of each style that both sets have, where there are several."""
-    styles = common_styles(harmful, harmless)
-    if len(styles) < 2:
-        return {}
-    return {
-        style: rates_by_layer(figures_by_layer(bad[harmful.in_style(style)], good[harmless.in_style(style)], threshold))
-        for style in styles
-    }
+# -- the sensor --------------------------------------------------------------------------------------------------------
 
 
 def _sensor(
-    sensor: int | str, profile: SteeringProfile, figures: Mapping[str, list[GateFigures]], latest: int | None
-) -> int | Literal["own"]:
-    layers = profile.model.num_layers
+    options: CalibrateOptions, profile: SteeringProfile, by_group: Mapping[str, Mapping[str, Sequence[float]]]
+) -> tuple[int | Literal["own"], list[list[float]]]:
+    """Return the sensor, and (layer, mean AUC) of the layers that ``auto`` compared, best first."""
+    sensor, layers = options.sensor, profile.model.num_layers
     if sensor == "keep":
-        return profile.sensor
+        return profile.sensor, []
     if sensor == "own":
-        return "own"
+        return "own", []
     if isinstance(sensor, int):
         if not 0 <= sensor < layers:
             raise ProfileError(f"sensor: expected a layer in 0..{layers - 1}, got {sensor}")
-        return sensor
+        return sensor, []
     if sensor != "auto":
         raise ProfileError(f"sensor: expected a layer, 'own', 'auto' or 'keep', got {sensor!r}")
-    latest = round(0.6 * (layers - 1)) if latest is None else latest
+    latest = round(0.6 * (layers - 1)) if options.latest_sensor is None else options.latest_sensor
     if not 0 <= latest < layers:
         raise ProfileError(f"latest_sensor: expected a layer in 0..{layers - 1}, got {latest}")
+    quality = sensor_quality([by_group, profile.fitted.get("left_out", {})], layers)
+    best = max(quality[: latest + 1])
+    close = [layer for layer in range(latest + 1) if quality[layer] >= best - _CLOSE]
+    chosen = min(close, key=lambda layer: abs(layer - (layers - 1) / 2))
+    order = sorted(range(latest + 1), key=lambda layer: -quality[layer])
+    return chosen, [[layer, round(quality[layer], 4)] for layer in order]
 
-    left_out = [by_layer["auc"] for by_layer in profile.fitted.get("left_out", {}).values()]
+
+def sensor_quality(found: Sequence[Mapping[str, Mapping[str, Sequence[float]]]], layers: int) -> list[float]:
+    """Return each layer's quality as a sensor: the mean AUC of all groups and that of their worst quarter, averaged.
+
+    Args:
+        found: each kind of group -> name -> AUC by layer.
+    """
+    groups = [aucs for one in found for kind in one.values() for aucs in kind.values() if len(aucs) == layers]
+    quarter = math.ceil(len(groups) / 4)
 
     def quality(layer: int) -> float:
-        """Return the AUC on the worst pair, or on the worst quarter of the styles.
+        values = sorted(aucs[layer] for aucs in groups)
+        return (statistics.fmean(values) + statistics.fmean(values[:quarter])) / 2
 
-        Rates depend on a few harmless scores, and the worst style on the luck of a few dozen prompts.
-        """
-        pairs = [by_layer[layer].auc.value for by_layer in figures.values()]
-        worst = sorted(aucs[layer] for aucs in left_out)[: math.ceil(len(left_out) / 4)]
-        return min([*pairs, *([statistics.fmean(worst)] if worst else [])])
-
-    return max(range(latest + 1), key=quality)
+    return [quality(layer) for layer in range(layers)]
 
 
 def _with_sensor(profile: SteeringProfile, sensor: int | Literal["own"]) -> SteeringProfile:
@@ -283,8 +243,85 @@ def _with_sensor(profile: SteeringProfile, sensor: int | Literal["own"]) -> Stee
     return replace(profile, sensor=sensor, strength=strength)
 
 
-def _histogram(harmful: Tensor, harmless: Tensor, bins: int = 32) -> dict[str, Any]:
-    """Return counts of both classes' scores over common bins, for `steerfast inspect --plot`."""
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def _record(examples: Labelled, scores: Tensor, profile: SteeringProfile, options: CalibrateOptions) -> dict[str, Any]:
+    """Return the sets, rates, figures and histograms of a calibration, as JSON data."""
+    names = options.names or {}
+    sides = {"harmful": examples.harmful, "harmless": ~examples.harmful}
+    sources = [_by_source(examples, profile, scores[:, layer], layer) for layer in range(scores.shape[1])]
+    return {
+        "max_false_positive_rate": options.max_false_positive_rate,
+        "max_borderline_rate": options.max_borderline_rate,
+        **({} if profile.abstain is None else {"abstain_rate": options.abstain_rate}),
+        "sets": {side: describe_set(examples.select(mask).texts, names.get(side)) for side, mask in sides.items()},
+        "sources": examples.describe(),
+        "layers": {"calibration": [_figures(found) for found in sources]},
+        "by_source": {str(layer): figures_by_source(sources[layer])[DEVELOPMENT] for layer in profile.deciding_layers},
+        "histograms": {
+            "calibration": [_histogram(examples, scores[:, layer].float()) for layer in range(scores.shape[1])]
+        },
+    }
+
+
+def _by_source(examples: Labelled, profile: SteeringProfile, scores: Tensor, layer: int) -> list[SourceScores]:
+    """Return what the gate of a layer says to the prompts of each source; scores: float64 [n]."""
+    margins = (scores - float(profile.threshold[layer])).numpy()
+    lower = -math.inf if profile.abstain is None else float(profile.abstain[layer] - profile.threshold[layer])
+    found = []
+    for (source, label), places in examples.groups().items():
+        mine = margins[places]
+        undecided = None if profile.abstain is None else (mine <= 0) & (mine > lower)
+        own = [examples.examples[place] for place in places]
+        found.append(SourceScores(source, label, own, mine, {"calibrate": len(places)}, undecided))
+    return found
+
+
+def _figures(sources: Sequence[SourceScores]) -> dict[str, Any]:
+    """Return a layer's figures, each source of a label alike, with 95 % intervals."""
+    harmful = [one for one in sources if one.label == "harmful"]
+    harmless = [one for one in sources if one.label == "harmless"] or [one for one in sources if one not in harmful]
+    sides = {"harmful": harmful, "harmless": harmless}
+    return {
+        "auc": grouped_auc([one.margins for one in harmful], [one.margins for one in harmless]).to_list(),
+        "hit_rate": mean([one.fires for one in harmful]).to_list(),
+        "false_positive_rate": mean([one.fires for one in harmless]).to_list(),
+        **{f"n_{side}": sum(len(one.margins) for one in mine) for side, mine in sides.items()},
+        **{
+            f"{side}_undecided": mean([_share(one.undecided) for one in mine]).to_list()
+            for side, mine in sides.items()
+            if mine[0].undecided is not None
+        },
+    }
+
+
+def _share(flags: NDArray[np.bool_] | None) -> Estimate:
+    assert flags is not None
+    return rate(int(flags.sum()), len(flags))
+
+
+def gate_warnings(record: Mapping[str, Any]) -> list[str]:
+    """Return warnings about the gates that decide, by source; none when all is well."""
+    allowed = record["max_false_positive_rate"]
+    messages = []
+    for layer, found in record["by_source"].items():
+        for row in found["rows"]:
+            prompts = f"{row['fired']} of {row['n']} {row['label']} prompts of {row['source']!r}"
+            fired = f"the gate of layer {layer} opens for {prompts}"
+            if row["label"] == "harmful" and row["rate"][2] < _LOW_HIT_RATE:
+                messages.append(f"{fired}; extract with more prompts like these")
+            elif row["label"] == "harmless" and allowed is not None and row["exact"][0] > _MOST_OF_ALLOWED * allowed:
+                messages.append(
+                    f"{fired}, where {allowed:.1%} are allowed; extract with more harmless prompts like these"
+                )
+    return messages
+
+
+def _histogram(examples: Labelled, scores: Tensor, bins: int = 32) -> dict[str, Any]:
+    """Return counts of both classes' scores over common bins, for `steerfast inspect --plot` and `drift`."""
+    harmful = scores[examples.rows("harmful")]
+    harmless = scores[examples.rows("harmless") or examples.rows("borderline")]
     both = torch.cat([harmful, harmless])
     low, high = float(both.min()), float(both.max())
     return {

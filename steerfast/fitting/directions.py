@@ -68,7 +68,7 @@ def fit_direction(
     method: str = "lda",
     *,
     shrinkage: float | None = None,
-    means_of: tuple[Tensor, Tensor] | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Fit a gate direction from residual rows of two prompt sets.
 
@@ -81,15 +81,15 @@ def fit_direction(
     Args:
         harmful, harmless: [n1, H] and [n0, H], any float type.
         shrinkage: "lda" only: weight in [0, 1] of the identity target; None takes the Ledoit-Wolf value.
-        means_of: "lda" only: masks bool [n1] and [n0] of the rows that d is taken from; a mask without a row stands
-            for all. S is from all rows: other styles of a request show the variation to ignore.
+        weights: [n1] and [n0], positive: the weight of each row, up to one factor for all. Default: all rows alike,
+            with "pca" the only choice.
 
     Returns:
         float64 [H] on the CPU, unit norm, pointing from harmless to harmful.
 
     Raises:
         PromptError: empty, non-finite or differently wide rows; equal means; too little variation for "lda".
-        ProfileError: unknown method, or a shrinkage that is out of range or not for this method.
+        ProfileError: unknown method, weights or a shrinkage that are out of range or not for this method.
     """
     if method not in _SOLVERS and method != "lda":
         raise ProfileError(f"method: expected one of {', '.join(DIRECTION_METHODS)}, got {method!r}")
@@ -98,13 +98,26 @@ def fit_direction(
     harmful, harmless = _checked("harmful", harmful), _checked("harmless", harmless)
     if harmful.shape[1] != harmless.shape[1]:
         raise PromptError(f"harmless: expected rows as wide as harmful ({harmful.shape[1]}), got {harmless.shape[1]}")
-    return _solve(harmful, harmless, method, shrinkage, means_of)
+    if weights is not None and method == "pca":
+        raise ProfileError("weights: expected None with method 'pca', which pairs rows")
+    if weights is None:
+        weights = torch.ones(len(harmful)), torch.ones(len(harmless))
+    weight = torch.cat(
+        [_checked_weights("harmful", weights[0], harmful), _checked_weights("harmless", weights[1], harmless)]
+    )
+    return _solve(harmful, harmless, method, shrinkage, weight / weight.mean())
 
 
-def _solve(
-    harmful: Tensor, harmless: Tensor, method: str, shrinkage: float | None, means_of: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Fit a direction, in an orthonormal basis of the rows where that is smaller."""
+def _checked_weights(name: str, weight: Tensor, rows: Tensor) -> Tensor:
+    """Return the weights of one set as a float64 CPU copy [n]."""
+    weight = weight.detach().to("cpu", torch.float64)
+    if weight.shape != rows.shape[:1] or not bool(((weight > 0) & weight.isfinite()).all()):
+        raise ProfileError(f"weights: expected {len(rows)} positive numbers for {name}, got {weight.tolist()[:5]} ...")
+    return weight
+
+
+def _solve(harmful: Tensor, harmless: Tensor, method: str, shrinkage: float | None, weight: Tensor) -> Tensor:
+    """Fit a direction, in an orthonormal basis of the rows where that is smaller; weight: [n1 + n0], mean 1."""
     rows = torch.cat([harmful, harmless])
     # All methods are blind to the scale of the rows; a scale of 1 keeps squares of odd inputs in range.
     size = float(rows.abs().max())
@@ -119,16 +132,13 @@ def _solve(
         basis, triangle = torch.linalg.qr(rows.T)
         rows = triangle.T.contiguous()
     positive, negative = rows[: len(harmful)], rows[len(harmful) :]
-    difference = positive.mean(dim=0) - negative.mean(dim=0)
+    difference = _mean(positive, negative, weight, width)
     if float(torch.linalg.vector_norm(difference)) <= _ROUNDING * row_norm:
         raise PromptError("harmful and harmless: expected sets with different mean rows, got the same mean")
     if method == "lda":
-        if means_of is not None:
-            chosen = [x[mask] if mask.any() else x for x, mask in zip((positive, negative), means_of, strict=True)]
-            difference = chosen[0].mean(dim=0) - chosen[1].mean(dim=0)
-        solution = _lda(positive, negative, difference, width, shrinkage)
+        solution = _lda(positive, negative, weight, width, shrinkage)
     else:
-        solution = _SOLVERS[method](positive, negative, width)
+        solution = _SOLVERS[method](positive, negative, weight, width)
     if float(solution @ difference) < 0.0:
         solution = -solution
     return unit(solution if basis is None else basis @ solution)
@@ -138,7 +148,8 @@ def ledoit_wolf_shrinkage(centred: Tensor, width: int) -> float:
     """Return the Ledoit-Wolf weight of the identity target for rows without their mean.
 
     Args:
-        centred: float64 [n, r], coordinates of the rows in any orthonormal basis of a space that holds them.
+        centred: float64 [n, r], coordinates of the rows in any orthonormal basis of a space that holds them; each row
+            times the root of its weight, where weights have the mean 1.
         width: the full number of features H >= r; the weight depends on it, not on r.
 
     Returns:
@@ -168,11 +179,18 @@ def _checked(name: str, rows: Tensor) -> Tensor:
     return rows.detach().to("cpu", torch.float64)
 
 
-def _mean(positive: Tensor, negative: Tensor, width: int) -> Tensor:
-    return positive.mean(dim=0) - negative.mean(dim=0)
+def _means(positive: Tensor, negative: Tensor, weight: Tensor) -> list[Tensor]:
+    """Return the weighted mean row of each set."""
+    parts = zip(weight.split([len(positive), len(negative)]), (positive, negative), strict=True)
+    return [part @ rows / part.sum() for part, rows in parts]
 
 
-def _pca(positive: Tensor, negative: Tensor, width: int) -> Tensor:
+def _mean(positive: Tensor, negative: Tensor, weight: Tensor, width: int) -> Tensor:
+    first, second = _means(positive, negative, weight)
+    return first - second
+
+
+def _pca(positive: Tensor, negative: Tensor, weight: Tensor, width: int) -> Tensor:
     pairs = min(len(positive), len(negative))
     differences = positive[:pairs] - negative[:pairs]
     if not bool(differences.any()):
@@ -180,40 +198,43 @@ def _pca(positive: Tensor, negative: Tensor, width: int) -> Tensor:
     return torch.linalg.svd(differences, full_matrices=False).Vh[0]
 
 
-def _logistic(positive: Tensor, negative: Tensor, width: int) -> Tensor:
+def _logistic(positive: Tensor, negative: Tensor, weight: Tensor, width: int) -> Tensor:
     rows = torch.cat([positive, negative])
     labels = np.repeat([1, 0], [len(positive), len(negative)])
     # One scale for all features, so that the penalty does not depend on the basis: root mean square over n x H.
     scale = float(torch.linalg.vector_norm(rows)) / math.sqrt(len(rows) * width)
     # Newton steps are exact to rounding in a few rounds; the default solver stops early, depending on the basis.
-    fitted = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10).fit((rows / scale).numpy(), labels)
+    solver = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10)
+    fitted = solver.fit((rows / scale).numpy(), labels, sample_weight=weight.numpy())
     return torch.from_numpy(fitted.coef_[0])
 
 
-def _lda(positive: Tensor, negative: Tensor, difference: Tensor, width: int, shrinkage: float | None) -> Tensor:
+def _lda(positive: Tensor, negative: Tensor, weight: Tensor, width: int, shrinkage: float | None) -> Tensor:
     for name, rows in (("harmful", positive), ("harmless", negative)):
         if len(rows) < 2:
             raise PromptError(f"{name}: expected at least 2 rows for a covariance (method 'lda'), got {len(rows)}")
-    centred = torch.cat([positive - positive.mean(dim=0), negative - negative.mean(dim=0)])
-    weight = ledoit_wolf_shrinkage(centred, width) if shrinkage is None else shrinkage
+    first, second = _means(positive, negative, weight)
+    difference = first - second
+    centred = torch.cat([positive - first, negative - second]) * weight[:, None].sqrt()
+    identity = ledoit_wolf_shrinkage(centred, width) if shrinkage is None else shrinkage
     covariance = centred.T @ centred / len(centred)
     variance = float(covariance.trace())
     target = variance / width
-    covariance *= 1.0 - weight
-    covariance.diagonal().add_(weight * target)
+    covariance *= 1.0 - identity
+    covariance.diagonal().add_(identity * target)
     factor, failed = torch.linalg.cholesky_ex(covariance)
     pivots = factor.diagonal().square()
     rounding = len(pivots) * torch.finfo(torch.float64).eps * float(pivots.max())
     constant = math.sqrt(variance) <= _ROUNDING * float(torch.linalg.vector_norm(difference))
     if constant or int(failed) or not float(pivots.min()) > rounding:
         raise PromptError(
-            f"harmful and harmless: expected rows that vary (method 'lda', shrinkage {weight:.3g}), "
+            f"harmful and harmless: expected rows that vary (method 'lda', shrinkage {identity:.3g}), "
             "got a singular covariance; give more varied prompts or a larger shrinkage"
         )
     return torch.cholesky_solve(difference[:, None], factor)[:, 0]
 
 
-_SOLVERS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+_SOLVERS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
     "mean": _mean,
     "pca": _pca,
     "logistic": _logistic,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from math import inf
 from typing import Any, Literal
 
@@ -15,18 +15,23 @@ from steerfast._options import read_options
 from steerfast.errors import ArchitectureError, ProfileError, PromptError
 from steerfast.fitting.activations import Reduce, answer_mean, gate_reading, last_token, residual_rows
 from steerfast.fitting.directions import fit_direction, project, unit
-from steerfast.fitting.left_out import Masks, in_plain_style, leave_one_style_out, rates_by_layer
+from steerfast.fitting.labelled import Given, Labelled, evenly
+from steerfast.fitting.left_out import auc_by_group, leave_sources_out
+from steerfast.fitting.refusals import refusals_of
+from steerfast.fitting.row_cache import RowCache
 from steerfast.hf.generation import PromptBatch, greedy_answers
 from steerfast.hf.structure import identify
 from steerfast.judging.estimates import threshold_midpoint
 from steerfast.profile import EDITS, Gate, ModelIdentity, SteeringProfile
 from steerfast.text.encoding import encode, pad_token
-from steerfast.text.prompts import check_sets, describe_set
-from steerfast.text.styles import Prompts
+from steerfast.text.prompts import describe_set
+from steerfast.text.turns import turn_markers
 
 VECTOR_KINDS = ("alignment", "ssv", "forced", "srv")
-FORCED_REFUSAL = "I'm sorry, but I can't help with that. It could cause serious harm to people."
 _FORCED_TOKENS = 12
+_WINDOW = 128  # tokens: with a longer one, a document beside a request hides it
+_SHRINKAGE = 0.2
+_FORCED_PROMPTS = 320  # each costs an answer; their mean hardly moves with more
 
 # Before `tune` has searched: a middle band, at a total strength that moves a row by about one class difference.
 _UNTUNED_BAND = (0.35, 0.65)
@@ -41,7 +46,11 @@ class ExtractOptions:
         aligned_model: a sibling of the same geometry that refuses; the source of ``ssv`` and ``alignment``.
         gate: how directions are fitted, see `steerfast.fitting.directions.fit_direction`.
         gate_kind, sharpness, score, pooling, window: the gate, see `steerfast.profile.Gate`. Directions are fitted on
-            what it reads, ``cosine`` on unit rows.
+            what it reads, ``cosine`` on unit rows; with the pooling ``both`` on the last row beside the mean, as one
+            direction of norm 1 whose halves are the profile's pair. Default: a prompt gate that reads ``both``, of at
+            most 128 tokens.
+        turn: "auto": a mean is taken over the last user turn, which is found by the tokenizer's chat template, if it
+            has one. None: over the whole prompt.
         edit, low, high, angle: how an open gate changes a row, see `steerfast.profile.SteeringProfile`. The strength
             of ``ablate``, ``clamp`` and ``rotate`` is 1, so that the edit is complete.
         vectors: kinds of steering vectors; the first one is selected, the rest are kept for `tune`:
@@ -52,8 +61,12 @@ class ExtractOptions:
             ``srv``: the target's own mean difference (needs no sibling).
             Default: ``alignment, ssv, forced`` with a sibling, ``forced, srv`` without.
         unit_norm: scale each steering vector to norm 1 (the paper); otherwise residual-stream units.
-        refusal: the text of ``forced``; default: the aligned model's own answers, without one `FORCED_REFUSAL`.
-        shrinkage: for ``lda``: weight of the identity; default Ledoit-Wolf.
+        refusal: the texts of ``forced``, in turn, see `steerfast.fitting.refusals`; default: the aligned model's own
+            answers, without one `REFUSALS`.
+        shrinkage: for ``lda``: weight of the identity; None: Ledoit-Wolf.
+        per_source: the most prompts of a source and label that are read; None: all.
+        cache: a folder for the rows of prompts: an extraction that was interrupted goes on, and one with other options
+            for the directions reads no prompt again.
         names: names of the prompt sets in the profile (``{"harmful": ..., "harmless": ...}``).
     """
 
@@ -62,36 +75,40 @@ class ExtractOptions:
     gate_kind: Literal["prompt", "token", "always"] = "prompt"
     sharpness: float = 0.0
     score: Literal["cosine", "dot"] = "cosine"
-    pooling: Literal["last", "mean"] = "last"
-    window: int | None = None
+    pooling: Literal["last", "mean", "both"] | None = None
+    window: int | Literal["all"] | None = None
+    turn: Literal["auto"] | None = "auto"
     edit: str = "add"
     low: float = -inf
     high: float = inf
     angle: float | None = None
     vectors: Sequence[str] | None = None
     unit_norm: bool = False
-    refusal: str | None = None
-    shrinkage: float | None = None
+    refusal: str | Sequence[str] | None = None
+    shrinkage: float | None = _SHRINKAGE
     batch_size: int = 16
     padding_side: Literal["left", "right"] = "right"
+    per_source: int | None = None
+    cache: str | os.PathLike[str] | None = None
     names: dict[str, str] | None = None
     progress: bool = True
 
 
 def extract(
-    model: nn.Module, tokenizer: Any, *, harmful: Sequence[str], harmless: Sequence[str], **options: Any
+    model: nn.Module, tokenizer: Any, *, harmful: Sequence[Given], harmless: Sequence[Given], **options: Any
 ) -> SteeringProfile:
     """Fit gate directions and steering vectors for every decoder layer of `model`.
 
     Directions come from the target model's residual rows at the last prompt token of both sets (arXiv 2401.11206), or
-    at all tokens of the prompts (`pooling`); steering vectors always from single rows. The sign convention is harmless
-    -> harmful throughout.
+    at the tokens of the last user turn (`pooling`); steering vectors always from single rows. The sign convention is
+    harmless -> harmful throughout.
 
     Args:
         model, tokenizer: the target model; chat prompts are templated as generation would.
-        harmful, harmless: prompts; no prompt may be in both. `Prompts` of several styles (`restyle` makes them) are
-            also fitted with each style left out in turn; ``fitted["left_out"]`` holds the figures on that style.
-            Steering vectors come from the prompts in plain style alone, where there are any.
+        harmful, harmless: prompts or chats; no prompt may be in both. `steerfast.text.examples.Example` names their
+            sources, each of which weighs alike. Directions are also fitted with sources left out in turn;
+            ``fitted["left_out"]`` holds the figures on these. Borderline examples stand among the harmless ones.
+            Steering vectors come from bare requests alone, where there are any, not from those in a context.
         options: see `ExtractOptions`.
 
     Returns:
@@ -105,22 +122,28 @@ def extract(
         TypeError: an unknown option.
     """
     chosen = read_options("extract", ExtractOptions, options)
-    check_sets(harmful, harmless)
+    examples = Labelled.of(harmful, harmless).at_most(chosen.per_source)
     kinds = _kinds(chosen.vectors, chosen.aligned_model)
-    outline = _outline(identify(model, tokenizer), chosen)
+    outline = _outline(identify(model, tokenizer), tokenizer, chosen)
     if chosen.aligned_model is not None:
         check_sibling(outline.model, chosen.aligned_model)
-    work = _Extraction(model, tokenizer, (harmful, harmless), kinds, chosen)
+    work = _Extraction(model, tokenizer, examples, kinds, chosen)
     rows, reading = work.target_rows(outline.gate)
     vectors = work.vectors(rows)
     outline = replace(outline, norm=rows.norm(dim=2).double().mean(dim=0).float())
     return _with_vectors(work.with_gates(outline, reading), vectors, kinds, chosen)
 
 
-def _outline(identity: ModelIdentity, options: ExtractOptions) -> SteeringProfile:
+def _outline(identity: ModelIdentity, tokenizer: Any, options: ExtractOptions) -> SteeringProfile:
     """Return the profile with nothing fitted: it checks the options of gate and edit before any work."""
-    if options.pooling == "both":
-        raise ProfileError("pooling: expected 'last' or 'mean', got 'both': extract fits one direction of a layer")
+    if options.turn not in ("auto", None):
+        raise ProfileError(f"turn: expected 'auto' or None, got {options.turn!r}")
+    pooling = options.pooling or ("both" if options.gate_kind == "prompt" else "last")
+    window = options.window
+    if pooling != "last":
+        window = None if window == "all" else _WINDOW if window is None else window
+    reads_turn = options.turn == "auto" and pooling != "last"
+    turn, tail = turn_markers(tokenizer) if reads_turn else ((), 0)
     wide = torch.zeros(identity.num_layers, identity.hidden_size, dtype=torch.float32, device="cpu")
     return SteeringProfile(
         model=identity,
@@ -129,7 +152,7 @@ def _outline(identity: ModelIdentity, options: ExtractOptions) -> SteeringProfil
         vector=wide,
         strength=wide[:, 0],
         norm=wide[:, 0],
-        gate=Gate(options.gate_kind, options.score, options.sharpness, options.pooling, options.window),
+        gate=Gate(options.gate_kind, options.score, options.sharpness, pooling, window, turn, tail),  # type: ignore[arg-type]
         edit=options.edit,
         low=options.low,
         high=options.high,
@@ -138,51 +161,49 @@ def _outline(identity: ModelIdentity, options: ExtractOptions) -> SteeringProfil
 
 
 class _Extraction:
-    """Both prompt sets of one extraction, harmful first: prompts, token ids, masks of the prompts in plain style."""
+    """The examples of one extraction, harmful first, with their token ids."""
 
     def __init__(
         self,
         model: nn.Module,
         tokenizer: Any,
-        sets: tuple[Sequence[str], Sequence[str]],
+        examples: Labelled,
         kinds: Sequence[str],
         options: ExtractOptions,
     ) -> None:
         self.model, self.tokenizer, self.kinds, self.options = model, tokenizer, kinds, options
-        self.bad, self.good = Prompts(sets[0]), Prompts(sets[1])
-        room = _FORCED_TOKENS if "forced" in kinds else 0
-        self.bad_ids, self.good_ids = encode(tokenizer, self.bad, model, room=room), encode(tokenizer, self.good, model)
-        self.plain: Masks = in_plain_style(self.bad), in_plain_style(self.good)
+        self.examples = examples
+        self.ids = encode(tokenizer, examples.prompts, model, room=_FORCED_TOKENS if "forced" in kinds else 0)
+        self.bad, self.good = (examples.bare(label == "harmful") for label in ("harmful", "harmless"))
 
     def target_rows(self, gate: Gate) -> tuple[Tensor, Tensor]:
-        """Return the last rows of all prompts, and the rows that the gate reads: [n1 + n0, layers, H]."""
-        read, every = gate_reading(gate)[0], self.bad_ids + self.good_ids
+        """Return the last rows of all prompts, [n1 + n0, layers, H], and what the gate reads: as wide, or twice."""
+        read = gate_reading(gate)[0]
         if read is last_token:
-            rows = self._rows(self.model, every, "target activations")
+            rows = self._rows(self.model, self.ids, "target activations", cache=self._cache("last"))
             return rows, rows
 
         def last_and_read(hidden: Tensor, batch: PromptBatch) -> Tensor:
-            return torch.stack([last_token(hidden, batch).double(), read(hidden, batch)], dim=1)
+            readings = read(hidden, batch).view(len(hidden), -1, hidden.shape[-1])
+            return torch.cat([last_token(hidden, batch).double()[:, None], readings], dim=1)
 
-        rows, reading = self._rows(self.model, every, "target activations", last_and_read).unbind(dim=2)
-        return rows, reading
+        cache = self._cache(["last", gate.header()])
+        kept = self._rows(self.model, self.ids, "target activations", last_and_read, cache)
+        return kept[:, :, 0], kept[:, :, 1:].flatten(2)
 
     def vectors(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the steering vectors, and those that they are made of: kind -> float64 [layers, H]."""
         sibling, kinds = self.options.aligned_model, set(self.kinds)
         made: dict[str, Tensor] = {}
         if {"srv", "alignment"} & kinds:
-            bad, good = rows[: len(self.bad)], rows[len(self.bad) :]
-            made["srv"] = _mean_difference(bad[self.plain[0]], good[self.plain[1]])
+            made["srv"] = _mean_difference(rows[self.bad], rows[self.good])
         if sibling is not None and {"ssv", "alignment"} & kinds:
-            bad_ids, good_ids = compress(self.bad_ids, self.plain[0]), compress(self.good_ids, self.plain[1])
-            of_sibling = self._rows(sibling, [*bad_ids, *good_ids], "sibling activations")
-            count = int(self.plain[0].sum())
-            made["ssv"] = _mean_difference(of_sibling[:count], of_sibling[count:])
+            of_sibling = self._rows(sibling, [self.ids[i] for i in self.bad + self.good], "sibling activations")
+            made["ssv"] = _mean_difference(of_sibling[: len(self.bad)], of_sibling[len(self.bad) :])
             if "alignment" in kinds:
                 made["alignment"] = made["ssv"] - made["srv"]
         if "forced" in kinds:
-            made["forced"] = self._forced_vector(list(compress(self.bad_ids, self.plain[0])))
+            made["forced"] = self._forced_vector(evenly(self.bad, _FORCED_PROMPTS))
         for kind, vector in made.items():
             if not bool(vector.any(dim=1).all()):
                 layer = int((~vector.any(dim=1)).nonzero()[0])
@@ -192,43 +213,51 @@ class _Extraction:
         return made
 
     def with_gates(self, outline: SteeringProfile, reading: Tensor) -> SteeringProfile:
-        """Return the profile with directions, midpoint thresholds and figures on styles that were left out."""
-        options, score = self.options, gate_reading(outline.gate)[1]
-        pair = reading[: len(self.bad)], reading[len(self.bad) :]
+        """Return the profile with directions, midpoint thresholds and figures on sources that were left out."""
+        options, examples, score = self.options, self.examples, gate_reading(outline.gate)[1]
+        shrinkage = None if options.gate != "lda" and options.shrinkage == _SHRINKAGE else options.shrinkage
 
-        def fit(bad: Tensor, good: Tensor, plain: Masks) -> Tensor:
+        def fit(rows: Tensor, known: Labelled) -> Tensor:
             # A cosine gate sees only the direction of a row, so the fit sees no more than that.
-            rows = [x.double() / x.double().norm(dim=1, keepdim=True) if score == "cosine" else x for x in (bad, good)]
-            means_of = plain if options.gate == "lda" else None
-            return unit(fit_direction(rows[0], rows[1], options.gate, shrinkage=options.shrinkage, means_of=means_of))
+            rows = rows.double()
+            rows = rows / rows.norm(dim=1, keepdim=True) if score == "cosine" else rows
+            sides = known.harmful, ~known.harmful
+            weights = None if options.gate == "pca" else (known.weights[sides[0]], known.weights[sides[1]])
+            given = rows[sides[0]], rows[sides[1]]
+            return unit(fit_direction(*given, options.gate, shrinkage=shrinkage, weights=weights))
 
         directions, thresholds = [], []
         for layer in range(reading.shape[1]):
-            here = pair[0][:, layer], pair[1][:, layer]
-            directions.append(fit(*here, self.plain).float())
-            thresholds.append(threshold_midpoint(*(project(x, directions[-1], score).numpy() for x in here)))
-        left_out = leave_one_style_out(self.bad, self.good, pair, fit, score=score, progress=options.progress)
+            here = reading[:, layer]
+            directions.append(fit(here, examples).float())
+            found = project(here, directions[-1], score)
+            thresholds.append(threshold_midpoint(found[examples.harmful].numpy(), found[~examples.harmful].numpy()))
+        left_out = leave_sources_out(examples, reading, fit, score=score, progress=options.progress)
         sibling, names = options.aligned_model, options.names or {}
+        sides = {"harmful": examples.harmful, "harmless": ~examples.harmful}
         fitted = {
             "direction": options.gate,
-            "shrinkage": options.shrinkage,
+            "shrinkage": shrinkage,
             "unit_norm": options.unit_norm,
             "aligned_model": identify(sibling).name if sibling is not None else None,
-            "harmful": describe_set(self.bad, names.get("harmful")),
-            "harmless": describe_set(self.good, names.get("harmless")),
-            "left_out": {style: rates_by_layer(figures) for style, figures in left_out.items()},
+            **{side: describe_set(examples.select(mask).texts, names.get(side)) for side, mask in sides.items()},
+            "sources": examples.describe(),
+            "left_out": {} if left_out is None else auc_by_group(examples, left_out),
         }
         threshold = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
-        return replace(outline, direction=torch.stack(directions), threshold=threshold, fitted=fitted)
+        direction, *mean = torch.stack(directions).split(outline.model.hidden_size, dim=1)
+        pair = {"direction": direction.contiguous(), "mean_direction": mean[0].contiguous() if mean else None}
+        return replace(outline, **pair, threshold=threshold, fitted=fitted)
 
-    def _forced_vector(self, prompts: list[list[int]]) -> Tensor:
+    def _forced_vector(self, places: Sequence[int]) -> Tensor:
         """Return the mean row over refusals minus that over the model's own answers, float64 [layers, H]."""
         sibling, refusal = self.options.aligned_model, self.options.refusal
+        prompts = [self.ids[i] for i in places]
         if refusal is None and sibling is not None:
             refusals = self._answers(sibling, prompts, "sibling answers")
         else:
-            text = FORCED_REFUSAL if refusal is None else refusal
-            refusals = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:_FORCED_TOKENS]] * len(prompts)
+            texts = refusals_of([self.examples.prompts[i] for i in places], refusal)
+            refusals = [ids[:_FORCED_TOKENS] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         answers = self._answers(self.model, prompts, "own answers")
         triples = [(p, r, a) for p, r, a in zip(prompts, refusals, answers, strict=True) if r and a]
         if not triples:
@@ -238,8 +267,17 @@ class _Extraction:
         complied = self._rows(self.model, [p + a for p, _, a in triples], "compliance", reduce)
         return _mean_difference(refused, complied)
 
+    def _cache(self, reading: Any) -> RowCache | None:
+        folder = self.options.cache
+        return None if folder is None else RowCache.of(folder, self.model, reading)
+
     def _rows(
-        self, model: nn.Module, sequences: Sequence[Sequence[int]], description: str, reduce: Reduce = last_token
+        self,
+        model: nn.Module,
+        sequences: Sequence[Sequence[int]],
+        description: str,
+        reduce: Reduce = last_token,
+        cache: RowCache | None = None,
     ) -> Tensor:
         return residual_rows(
             model,
@@ -249,6 +287,7 @@ class _Extraction:
             padding_side=self.options.padding_side,
             pad_token_id=pad_token(self.tokenizer),
             description=description if self.options.progress else None,
+            cache=cache,
         )
 
     def _answers(self, model: nn.Module, prompts: Sequence[Sequence[int]], description: str) -> list[list[int]]:

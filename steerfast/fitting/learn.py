@@ -25,14 +25,17 @@ from steerfast._options import read_options
 from steerfast._progress import track
 from steerfast.errors import ProfileError, PromptError, SteerfastError
 from steerfast.fitting.ending import turn_ends
-from steerfast.fitting.extract import FORCED_REFUSAL, check_sibling
+from steerfast.fitting.extract import check_sibling
+from steerfast.fitting.labelled import Given, Labelled, evenly
+from steerfast.fitting.refusals import refusals_of
 from steerfast.fitting.score import check_model
 from steerfast.hf.generation import PromptBatch, batches, device_of, evaluating, greedy_answers
 from steerfast.hf.structure import find_decoder, identify
 from steerfast.judging.refusal import is_refusal_strict
 from steerfast.profile import SteeringProfile
 from steerfast.text.encoding import encode, pad_token
-from steerfast.text.prompts import check_prompts, describe_set
+from steerfast.text.examples import Prompt
+from steerfast.text.prompts import describe_set
 
 KIND = "learned"
 _PACE = 0.3  # length of the first steps, as a share of the longest vector
@@ -44,19 +47,21 @@ class LearnOptions:
 
     Args:
         aligned_model: the sibling whose greedy answers are learned, if they refuse (`is_refusal_strict`).
-        refusal: a text to learn instead. Default without a sibling: `steerfast.fitting.extract.FORCED_REFUSAL`.
+        refusal: texts to learn instead, in turn; ``{topic}`` in them is what a request is about. Default without a
+            sibling: `steerfast.fitting.refusals.REFUSALS`.
         layer: the decoder block to whose output the vector is added. Default: the sensor, which saves a second pass
             over prompts; the middle layer without one.
         positions: where the vector is added, see `SteeringProfile`; it holds for no others.
         max_norm: largest norm of the vector, as a share of the mean norm of the layer's rows.
-        steps: batches of `batch_size` prompts to learn from; prompts come round again.
+        steps: batches of `batch_size` prompts to learn from; prompts come round again. Of more prompts than that, some
+            of every source are taken.
         answer_tokens: how many tokens of an answer are learned at most.
         seed: of the order of the batches.
         names: name of the prompt set in the profile (``{"harmful": ...}``).
     """
 
     aligned_model: nn.Module | None = None
-    refusal: str | None = None
+    refusal: str | Sequence[str] | None = None
     layer: int | None = None
     positions: Literal["all", "response"] = "response"
     max_norm: float = 1.0
@@ -80,7 +85,7 @@ class LearnOptions:
 
 
 def learn(
-    profile: SteeringProfile, model: nn.Module, tokenizer: Any, *, harmful: Sequence[str], **options: Any
+    profile: SteeringProfile, model: nn.Module, tokenizer: Any, *, harmful: Sequence[Given], **options: Any
 ) -> SteeringProfile:
     """Learn the vector with which `model` answers `harmful` as its aligned sibling does, and steer with it.
 
@@ -89,7 +94,7 @@ def learn(
 
     Args:
         profile: of `model`; one that adds vectors.
-        harmful: prompts to refuse. Several styles of them teach a vector that holds for several styles.
+        harmful: prompts to refuse. Several sources and contexts teach a vector that holds for several of them.
         options: see `LearnOptions`.
 
     Returns:
@@ -106,13 +111,14 @@ def learn(
         TypeError: an unknown option.
     """
     chosen = read_options("learn", LearnOptions, options)
-    check_prompts("harmful", harmful)
+    examples = Labelled.of_one("harmful", harmful)
     check_model(profile, model, tokenizer)
     find_decoder(model).refuse_if_steered()
     layer = _layer(profile, chosen.layer)
     if chosen.aligned_model is not None:
         check_sibling(profile.model, chosen.aligned_model)
-    lessons = _lessons(model, tokenizer, harmful, chosen)
+    used = evenly(range(len(examples)), chosen.steps * chosen.batch_size)
+    lessons = _lessons(model, tokenizer, [examples.prompts[i] for i in used], chosen)
     work = [prompt + answer for prompt, answer in lessons]
     padded = batches(work, chosen.batch_size, "left", pad_token(tokenizer), torch.device("cpu"))
     starts = [len(prompt) for prompt, _ in lessons]
@@ -121,7 +127,7 @@ def learn(
     few = max(1, chosen.steps // 10)
     sibling = chosen.aligned_model
     source = {
-        **describe_set(harmful, (chosen.names or {}).get("harmful")),
+        **describe_set(examples.texts, (chosen.names or {}).get("harmful")),
         "answers": len(lessons),
         "aligned_model": identify(sibling).name if sibling is not None else None,
         "layer": layer,
@@ -152,7 +158,7 @@ def _with_learned(profile: SteeringProfile, vector: Tensor, source: dict[str, An
 
 
 def _lessons(
-    model: nn.Module, tokenizer: Any, harmful: Sequence[str], options: LearnOptions
+    model: nn.Module, tokenizer: Any, harmful: Sequence[Prompt], options: LearnOptions
 ) -> list[tuple[list[int], list[int]]]:
     """Return token ids of each prompt that is refused, and of its refusal up to the end of the turn."""
     prompts = encode(tokenizer, harmful, model, room=options.answer_tokens)
@@ -165,11 +171,11 @@ def _lessons(
         if not refused:
             raise PromptError("harmful: expected prompts that the aligned model refuses, it refuses none of them")
     else:
-        text = FORCED_REFUSAL if options.refusal is None else options.refusal
-        refusal = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not refusal:
-            raise ProfileError("refusal: expected a text, got one without a token")
-        refused = [(prompt, refusal) for prompt in prompts]
+        texts = refusals_of(harmful, options.refusal)
+        refusals = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if not all(refusals):
+            raise ProfileError("refusal: expected texts, got one without a token")
+        refused = list(zip(prompts, refusals, strict=True))
     return [(prompt, (answer + end)[: options.answer_tokens]) for prompt, answer in refused]
 
 

@@ -1,106 +1,73 @@
-"""Figures of gates on styles of prompt that were left out of their fit."""
+"""Figures of gates on sources that were left out of their fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steerfast._progress import track
 from steerfast.fitting.directions import project
-from steerfast.judging.estimates import GateFigures, figures_by_layer, threshold_at_false_positive_rate
-from steerfast.text.styles import PLAIN, Prompts
+from steerfast.fitting.labelled import Labelled
+from steerfast.judging.estimates import grouped_auc
 
-RATES = ("auc", "hit_rate", "false_positive_rate")
-FitGate = Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
-"""Fits a direction [H] to one layer's rows of both sets, [n1, H] and [n0, H], with masks of the plain ones."""
-Masks = tuple[Tensor, Tensor]
-"""Prompts of both sets: bool [n1] and [n0]."""
-
-_LEAST = 8  # prompts a side; figures on fewer say nothing
+FitGate = Callable[[Tensor, Labelled], Tensor]
+"""Fits a direction [F] to the rows of one layer, [n, F], of labelled prompts."""
 
 
-def leave_one_style_out(
-    harmful: Prompts,
-    harmless: Prompts,
-    rows: tuple[Tensor, Tensor],
-    fit: FitGate,
-    *,
-    score: str = "cosine",
-    max_false_positive_rate: float = 0.02,
-    progress: bool = False,
-) -> dict[str, list[GateFigures]]:
-    """Return figures of gates on styles they never saw: style -> figures per layer.
+def leave_sources_out(
+    examples: Labelled, rows: Tensor, fit: FitGate, *, score: str = "cosine", progress: bool = False
+) -> Tensor | None:
+    """Return each prompt's score by a direction that was fitted without its source: float64 [n, layers].
 
-    For each style that both sets have enough of, directions are fitted without its prompts and without any other
-    prompt of the same requests. Its threshold fires on `max_false_positive_rate` of the harmless prompts of the other
-    styles, each scored when it was left out itself. So neither direction nor threshold saw the style.
+    Scores are counted from the middle of the classes that the direction was fitted to, because a direction of other
+    prompts has another zero.
 
     Args:
-        rows: the rows that gates read, of both sets, [prompts, layers, H]. score: ``cosine`` or ``dot`` of such a row.
+        rows: what gates read, [n, layers, F]. score: ``cosine`` or ``dot`` of such a row.
 
     Returns:
-        Nothing for a style that shares its requests with all other prompts.
+        None where no source can be left out, see `Labelled.folds`.
     """
-    scores: dict[str, tuple[Tensor, Tensor]] = {}
-    splits = style_splits(harmful, harmless)
-    for style in track(list(splits), "styles left out", show=progress):
-        out, kept = splits[style]
-        plain = in_plain_style(harmful)[kept[0]], in_plain_style(harmless)[kept[1]]
-        layers = range(rows[0].shape[1])
-        directions = [fit(rows[0][kept[0], layer], rows[1][kept[1], layer], plain) for layer in layers]
-        scores[style] = tuple(  # type: ignore[assignment]
-            torch.stack([project(x[mask, layer], d, score) for layer, d in enumerate(directions)], dim=1)
-            for x, mask in zip(rows, out, strict=True)
-        )
-    figures: dict[str, list[GateFigures]] = {}
-    for style, (bad, good) in scores.items():
-        others = [those for name, (_, those) in scores.items() if name != style]
-        if not others:
-            continue
-        limits = [threshold_at_false_positive_rate(layer, max_false_positive_rate) for layer in torch.cat(others).T]
-        figures[style] = figures_by_layer(bad, good, limits)
-    return figures
+    folds = examples.folds()
+    if not folds:
+        return None
+    scores = torch.zeros(rows.shape[:2], dtype=torch.float64)
+    for out in track(folds, "sources left out", show=progress):
+        kept = examples.select(~out)
+        for layer in range(rows.shape[1]):
+            here = rows[~out, layer]
+            direction = fit(here, kept)
+            known = project(here, direction, score)
+            middle = sum(float(kept.weights[side] @ known[side]) for side in (kept.harmful, ~kept.harmful)) / 2
+            scores[out, layer] = project(rows[out, layer], direction, score) - middle
+    return scores
 
 
-def style_splits(harmful: Prompts, harmless: Prompts) -> dict[str, tuple[Masks, Masks]]:
-    """Return for each style masks of its prompts, and of the prompts to fit on, which make other requests.
+def auc_by_group(examples: Labelled, scores: Tensor) -> dict[str, dict[str, list[float]]]:
+    """Return the AUC of the harmful prompts of each source and of each context by layer, in few bytes.
 
-    A style is missing where either set has too few prompts of it, or too few to fit on.
+    It is taken against all harmless prompts, each source of these alike.
+
+    Args:
+        scores: [n, layers].
+
+    Returns:
+        Under ``source`` and ``context``: name -> AUC of each layer.
     """
-    splits = {}
-    for style in common_styles(harmful, harmless):
-        out = torch.tensor(harmful.in_style(style)), torch.tensor(harmless.in_style(style))
-        kept = ~_same_requests(harmful, out[0]), ~_same_requests(harmless, out[1])
-        if min(int(mask.sum()) for mask in kept) >= _LEAST:
-            splits[style] = out, kept
-    return splits
+    found: dict[str, dict[str, list[float]]] = {}
+    values = scores.numpy()
+    negatives = [places for (_, label), places in examples.groups().items() if label == "harmless"]
+    negatives = negatives or [examples.rows("borderline")]
+    for kind in ("source", "context"):
+        harmful = {name: places for (name, label), places in examples.groups(kind).items() if label == "harmful"}
+        found[kind] = {name: _auc_by_layer(values, places, negatives) for name, places in harmful.items()}
+    return found
 
 
-def in_plain_style(prompts: Prompts) -> Tensor:
-    """Return bool [n]: prompts in plain style, or all where none is."""
-    mask = torch.tensor(prompts.in_style(PLAIN))
-    return mask if bool(mask.any()) else ~mask
-
-
-def common_styles(harmful: Prompts, harmless: Prompts) -> list[str]:
-    """Return the styles that have enough prompts for figures in both sets."""
-    here, there = harmful.counts(), harmless.counts()
-    return [style for style, count in here.items() if min(count, there.get(style, 0)) >= _LEAST]
-
-
-def rates_by_layer(figures: Sequence[GateFigures]) -> dict[str, Any]:
-    """Return a style's figures in few bytes: AUC, hit rate and false-positive rate of each layer, and counts."""
-    return {
-        **{name: [round(getattr(f, name).value, 4) for f in figures] for name in RATES},
-        "n_harmful": figures[0].n_harmful,
-        "n_harmless": figures[0].n_harmless,
-    }
-
-
-def _same_requests(prompts: Prompts, out: Tensor) -> Tensor:
-    """Return bool [n]: prompts that make the same request as one in `out`."""
-    requests = {request for request, left in zip(prompts.requests, out.tolist(), strict=True) if left}
-    return torch.tensor([request in requests for request in prompts.requests])
+def _auc_by_layer(scores: NDArray[np.float64], harmful: list[int], harmless: list[list[int]]) -> list[float]:
+    layers = range(scores.shape[1])
+    return [round(grouped_auc([scores[harmful, i]], [scores[one, i] for one in harmless]).value, 4) for i in layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from steerfast.errors import ProfileError, PromptError
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.directions import project
+from steerfast.fitting.row_cache import RowCache
 from steerfast.hf.structure import identify
 from steerfast.profile import SteeringProfile
 from steerfast.text.encoding import encode, pad_token
+from steerfast.text.examples import Prompt
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def score(
     model: nn.Module,
     tokenizer: Any,
     profile: SteeringProfile,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     batch_size: int = 16,
     progress: bool = True,
@@ -70,15 +73,16 @@ def layer_scores(
     profile: SteeringProfile,
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     batch_size: int = 16,
     description: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Tensor:
     """Return every layer's gate score of each prompt, float32 [prompts, layers].
 
     Args:
-        description: text of the progress bar; None: no bar.
+        description: text of the progress bar; None: no bar. cache: a folder for the rows of prompts.
     """
     rows = residual_rows(
         model,
@@ -87,6 +91,7 @@ def layer_scores(
         batch_size=batch_size,
         pad_token_id=pad_token(tokenizer),
         description=description,
+        cache=None if cache is None else RowCache.of(cache, model, profile.gate.header()),
     )
     return row_scores(profile, rows)
 

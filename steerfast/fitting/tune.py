@@ -19,6 +19,7 @@ from steerfast._progress import track
 from steerfast._records import Records
 from steerfast.errors import ProfileError, PromptError
 from steerfast.fitting.ending import ending_vector, with_ending
+from steerfast.fitting.labelled import Given, Labelled
 from steerfast.fitting.score import check_model
 from steerfast.hf.generation import greedy_answers
 from steerfast.hf.steering import steer
@@ -27,7 +28,8 @@ from steerfast.judging.answers import judge, share
 from steerfast.judging.fluency import FluencyLimits
 from steerfast.profile import EDITS, SteeringProfile
 from steerfast.text.encoding import encode
-from steerfast.text.prompts import check_sets, describe_set
+from steerfast.text.examples import Prompt
+from steerfast.text.prompts import describe_set
 
 Positions = Literal["all", "response"]
 _SCREEN_SHARE = 3  # a first look takes a third of the harmful prompts
@@ -115,8 +117,8 @@ def tune(
     model: nn.Module,
     tokenizer: Any,
     *,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Sequence[Given],
+    harmless: Sequence[Given],
     **options: Any,
 ) -> SteeringProfile:
     """Search the setting with the most strict refusals of `harmful`, subject to fluent text and unchanged `harmless`.
@@ -139,7 +141,8 @@ def tune(
         TypeError: an unknown option.
     """
     chosen = read_options("tune", TuneOptions, options)
-    check_sets(harmful, harmless)
+    examples = Labelled.of(harmful, harmless)
+    bad, good = examples.select(examples.harmful), examples.select(~examples.harmful)
     check_model(profile, model, tokenizer)
     _check_edit(profile)
     candidates = _candidates(profile, chosen)
@@ -147,7 +150,7 @@ def tune(
     for candidate in candidates:
         if candidate.ending:
             candidate.apply(profile, ending)  # raises before any work is done
-    prompts = encode(tokenizer, harmful, model, room=chosen.max_new_tokens)
+    prompts = encode(tokenizer, bad.prompts, model, room=chosen.max_new_tokens)
     log = _TrialLog(chosen.resume, _search_settings(profile, model, prompts, chosen))
 
     def trials(candidates: Sequence[Setting], tried: Sequence[Sequence[int]], description: str) -> list[Trial]:
@@ -163,12 +166,10 @@ def tune(
     screened = trials(candidates, prompts[::_SCREEN_SHARE], "screening")  # some of every style, if they come by style
     finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
     tuned = _best(finals, chosen.min_fluent).candidate.apply(profile, ending)
-    unchanged = _unchanged(tuned, model, tokenizer, harmless, chosen)
+    unchanged = _unchanged(tuned, model, tokenizer, good.prompts, chosen)
     record = _record(finals, unchanged, len(candidates), chosen)
     names = chosen.names or {}
-    sets = {
-        role: describe_set(given, names.get(role)) for role, given in (("harmful", harmful), ("harmless", harmless))
-    }
+    sets = {role: describe_set(one.texts, names.get(role)) for role, one in (("harmful", bad), ("harmless", good))}
     return replace(tuned, candidates={}, tuned={**record, **sets})
 
 
@@ -306,7 +307,7 @@ def _try(
 
 
 def _unchanged(
-    profile: SteeringProfile, model: nn.Module, tokenizer: Any, harmless: Sequence[str], options: TuneOptions
+    profile: SteeringProfile, model: nn.Module, tokenizer: Any, harmless: Sequence[Prompt], options: TuneOptions
 ) -> float:
     """Return the share of harmless answers that are the same with and without steering."""
     prompts = encode(tokenizer, harmless, model, room=options.max_new_tokens)

@@ -6,6 +6,7 @@ A gate fires when its score is strictly above the threshold; every function here
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from steerfast.errors import ProfileError, PromptError
 _CONFIDENCE = 0.95
 # A DeLong variance below this is rounding: with n scores a side the smallest true one is about 1 / (4 n^4).
 _NO_VARIANCE = 1e-24
+_SUM_ERROR = 1e-12  # sums of weights, as shares, err by less
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,37 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> Estimate:
     Raises:
         PromptError: empty or non-finite scores.
     """
-    pos, neg = _scores("positive", positive), _scores("negative", negative)
-    n1, n0 = len(pos), len(neg)
-    ranks = rankdata(np.concatenate([pos, neg]))
-    above = (ranks[:n1] - rankdata(pos)) / n0  # per positive: share of negatives below it
-    below = 1.0 - (ranks[n1:] - rankdata(neg)) / n1  # per negative: share of positives above it
-    value = float(above.mean())
+    return grouped_auc([positive], [negative])
+
+
+def grouped_auc(positive: Sequence[ArrayLike], negative: Sequence[ArrayLike]) -> Estimate:
+    """Return `auc` where each group of a side has the same weight, whatever its size: the mean of the groups' areas.
+
+    The interval is for these groups, over their scores: DeLong's variance is a sum over groups. In place of n1 and n0
+    stand the numbers of equally weighted scores that say as much.
+
+    Args:
+        positive, negative: groups of finite scores; at least one group each, at least one score in it.
+
+    Raises:
+        PromptError: as `auc`.
+    """
+    sides = [
+        [_scores(name, scores) for scores in groups or [[]]]
+        for name, groups in (("positive", positive), ("negative", negative))
+    ]
+    found = [  # of each score the share of the other side below it
+        [np.mean([_placements(one, other) for other in others], axis=0) for one in side]
+        for side, others in (sides, reversed(sides))
+    ]
+    n1, n0 = (len(side) ** 2 / sum(1 / len(one) for one in side) for side in sides)
+    value = float(np.mean([one.mean() for one in found[0]]))
     if value <= 0.0 or value >= 1.0:
-        trials = min(n1, n0)
-        interval = binomtest(trials if value >= 1.0 else 0, trials).proportion_ci(_CONFIDENCE, method="exact")
-        return Estimate(value, float(interval.low), float(interval.high))
+        trials = int(min(n1, n0) + 1e-9)
+        return Estimate(value, *exact_interval(0 if value <= 0.0 else trials, trials))
     variance = 0.0
-    if n1 > 1 and n0 > 1:
-        variance = float(above.var(ddof=1) / n1 + below.var(ddof=1) / n0)
+    if all(len(one) > 1 for side in found for one in side):
+        variance = sum(float(one.var(ddof=1)) / len(one) / len(side) ** 2 for side in found for one in side)
     if variance < _NO_VARIANCE:
         q1, q2 = value / (2.0 - value), 2.0 * value**2 / (1.0 + value)
         spread = value * (1.0 - value) + (n1 - 1) * (q1 - value**2) + (n0 - 1) * (q2 - value**2)
@@ -70,6 +90,12 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> Estimate:
     return Estimate(value, min(value, float(expit(centre - half))), max(value, float(expit(centre + half))))
 
 
+def _placements(own: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return for each of `own` the share of `other` below it, a tie counting half."""
+    ranks = rankdata(np.concatenate([own, other]))[: len(own)]
+    return np.asarray((ranks - rankdata(own)) / len(other))
+
+
 def rate(k: int, n: int) -> Estimate:
     """Return the share k / n with its Wilson (1927) score interval; PromptError unless 0 <= k <= n and n >= 1."""
     if n < 1 or not 0 <= k <= n:
@@ -77,6 +103,26 @@ def rate(k: int, n: int) -> Estimate:
     interval = binomtest(int(k), int(n)).proportion_ci(_CONFIDENCE, method="wilson")
     value = k / n
     return Estimate(value, min(value, float(interval.low)), max(value, float(interval.high)))
+
+
+def exact_interval(k: int, n: int) -> tuple[float, float]:
+    """Return the ends of the exact (Clopper and Pearson 1934) interval of the share k / n; 0 of 100 is 0 to 3.6 %."""
+    interval = binomtest(int(k), int(n)).proportion_ci(_CONFIDENCE, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the mean of independent estimates, each with the same weight; PromptError without one.
+
+    The interval is of the variances that the single ones recover (MOVER: Zou and Donner 2008): for these sets, over
+    their prompts. It does not say what another set would give.
+    """
+    if not estimates:
+        raise PromptError("estimates: expected at least one, got none")
+    value = math.fsum(one.value for one in estimates) / len(estimates)
+    below = math.hypot(*(one.value - one.low for one in estimates)) / len(estimates)
+    above = math.hypot(*(one.high - one.value for one in estimates)) / len(estimates)
+    return Estimate(value, value - below, value + above)
 
 
 def paired_bootstrap(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimate:
@@ -106,7 +152,7 @@ def threshold_midpoint(harmful: ArrayLike, harmless: ArrayLike) -> float:
     return float(0.5 * pos.mean() + 0.5 * neg.mean())
 
 
-def threshold_at_false_positive_rate(harmless: ArrayLike, rate: float) -> float:
+def threshold_at_false_positive_rate(harmless: ArrayLike, rate: float, weights: ArrayLike | None = None) -> float:
     """Return the lowest threshold at which at most a share `rate` of the harmless scores fires (score > threshold).
 
     It is the middle of a gap between scores. With `rate` below 1 / n it is the next float32 after the largest score.
@@ -114,17 +160,23 @@ def threshold_at_false_positive_rate(harmless: ArrayLike, rate: float) -> float:
     Args:
         harmless: finite scores [n].
         rate: 0 <= rate < 1.
+        weights: positive, [n], for a share of the weight; default: each score counts alike.
 
     Raises:
-        PromptError: empty or non-finite scores.
+        PromptError: empty or non-finite scores or weights.
         ProfileError: rate out of range.
     """
     if not 0.0 <= rate < 1.0:
         raise ProfileError(f"rate: expected 0 <= rate < 1, got {rate}")
-    scores = np.sort(_scores("harmless", harmless))
-    n = len(scores)
-    # Largest count whose share is allowed; floor(rate * n) would lose one to rounding (0.29 * 100 < 29).
-    allowed = int(np.searchsorted(np.arange(n + 1) / n, rate, side="right")) - 1
+    scores = _scores("harmless", harmless)
+    order, n = np.argsort(scores, kind="stable"), len(scores)
+    weight = np.ones(n) if weights is None else _scores("weights", weights)
+    total = np.concatenate([[0.0], weight[order][::-1].cumsum()])  # of the largest scores
+    scores = scores[order]
+    # Largest count whose share is allowed; floor(rate * n) would lose one to rounding (0.29 * 100 < 29), and so would
+    # sums of weights.
+    most = rate if weights is None else rate + _SUM_ERROR
+    allowed = int(np.searchsorted(total / total[-1], most, side="right")) - 1
     edge = scores[n - 1 - allowed]
     above = scores[np.searchsorted(scores, edge, side="right") :]
     if len(above):

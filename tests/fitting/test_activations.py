@@ -16,6 +16,7 @@ from steerfast.fitting.activations import answer_mean, gate_reading, last_token,
 from steerfast.hf.generation import batches
 from steerfast.profile import Gate
 
+TURN = (13,)  # the third has one
 SEQUENCES = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20]]
 
 
@@ -92,7 +93,7 @@ def test_answer_means_look_at_no_padding() -> None:
     assert answer_mean([1, 1], 5)(hidden, batch).tolist() == [[3.0, 4.0], [10.0, 11.0]]
 
 
-MEANS = [{}, {"window": 1}, {"window": 3}, {"window": 100}]
+MEANS = [{}, {"window": 1}, {"window": 3}, {"window": 100}, {"turn": TURN}, {"turn": TURN, "tail": 1, "window": 2}]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -106,8 +107,10 @@ def test_what_a_gate_reads(tiny_llama: Any, side: Any, score: Any, fields: dict[
     direction = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     direction /= direction.norm(dim=1, keepdim=True)
     for ids, found in zip(SEQUENCES, kept.double(), strict=True):
-        rows = one_by_one(tiny_llama, ids).double()[-(gate.window or len(ids)) :]
-        rows = rows[-1:] if fields is None else rows
+        begin, end = (ids.index(TURN[0]) + 1 if gate.turn and TURN[0] in ids else 0), len(ids) - gate.tail
+        rows = one_by_one(tiny_llama, ids).double()
+        read = rows[max(begin, end - (gate.window or end)) : end]
+        rows = rows[-1:] if fields is None or not len(read) else read
         expected = (rows * direction).sum(dim=2)
         if score == "cosine":
             expected /= rows.norm(dim=2)
@@ -131,7 +134,7 @@ def test_prompt_means_look_at_no_padding_and_survive_zero_rows(huge: float, side
         (1, [[6, -8], [5, 12], [0, 0]], [[0.6, -0.8], [5 / 13, 12 / 13], [0, 0]]),
     ):
         for unit, expected in ((False, rows), (True, units)):
-            found = prompt_mean(hidden, batch, unit=unit, window=window)
+            found = prompt_mean(hidden, batch, unit=unit, gate=Gate(pooling="mean", window=window))
             assert found.dtype == torch.float64
             torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
     assert torch.equal(batch.mask, mask)

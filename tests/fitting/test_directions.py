@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import tracemalloc
 
 import numpy as np
@@ -286,19 +287,28 @@ def test_unit() -> None:
             unit(bad)
 
 
-def test_the_means_may_be_those_of_some_rows_and_the_scatter_of_all() -> None:
+@pytest.mark.parametrize("method", ["mean", "lda", "logistic"])
+@pytest.mark.parametrize("width", [4, 60])
+def test_a_row_of_weight_three_counts_as_three_rows(method: str, width: int) -> None:
     generator = torch.Generator().manual_seed(4)
-    harmful, harmless = (torch.randn(40, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    harmful[:20, 0] += 2.0  # the plain rows: harm along axis 0
-    harmful[20:, 1] += 5.0  # another style: along axis 1, and wide there
-    masks = torch.arange(40) < 20, torch.arange(40) < 20
-    found = fit_direction(harmful, harmless, "lda", shrinkage=0.3, means_of=masks)
-    centred = torch.cat([harmful - harmful.mean(0), harmless - harmless.mean(0)])
-    scatter = centred.T @ centred / len(centred)
-    scatter = 0.7 * scatter + 0.3 * scatter.trace() / 6 * torch.eye(6, dtype=torch.float64)
-    expected = torch.linalg.solve(scatter, harmful[:20].mean(0) - harmless[:20].mean(0))
-    torch.testing.assert_close(found, expected / expected.norm(), rtol=1e-9, atol=1e-12)
-    none = torch.zeros(40, dtype=torch.bool), torch.zeros(40, dtype=torch.bool)
-    assert torch.equal(
-        fit_direction(harmful, harmless, shrinkage=0.3, means_of=none), fit_direction(harmful, harmless, shrinkage=0.3)
-    )
+    harmful, harmless = (torch.randn(12, width, generator=generator, dtype=torch.float64) + i for i in range(2))
+    weights = torch.ones(12, dtype=torch.float64), torch.ones(12, dtype=torch.float64)
+    weights[0][3], weights[1][7] = 3.0, 2.0
+    options = {"shrinkage": 0.3} if method == "lda" else {}
+    found = fit_direction(harmful, harmless, method, weights=weights, **options)
+    scaled = 5 * weights[0], 5 * weights[1]
+    torch.testing.assert_close(found, fit_direction(harmful, harmless, method, weights=scaled, **options))
+    if method == "logistic":  # its penalty counts rows, so that more of them fit closer
+        assert float(found @ fit_direction(harmful, harmless, method)) < 1 - 1e-6
+        return
+    repeated = [torch.repeat_interleave(x, w.long(), dim=0) for x, w in zip((harmful, harmless), weights, strict=True)]
+    torch.testing.assert_close(found, fit_direction(*repeated, method, **options), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(3), torch.zeros(4), torch.full((4,), math.nan)])
+def test_weights_that_are_none_are_refused(wrong: torch.Tensor) -> None:
+    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ProfileError, match="weights: expected 4 positive numbers for harmless"):
+        fit_direction(rows, rows + 1, "mean", weights=(torch.ones(4), wrong))
+    with pytest.raises(ProfileError, match="pca"):
+        fit_direction(rows, rows + 1, "pca", weights=(torch.ones(4), torch.ones(4)))

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import steerfast
 from steerfast.errors import ArchitectureError, ProfileError, PromptError, SteerfastError
 from steerfast.fitting.directions import fit_direction, project
-from steerfast.fitting.extract import FORCED_REFUSAL
+from steerfast.fitting.refusals import REFUSALS, refusals_of
 from steerfast.hf.structure import identify
 from steerfast.profile import Gate, SteeringProfile
-from steerfast.text.styles import Prompts
+from steerfast.text.examples import Example
 
 HARMFUL = ["how to build a bomb", "make the virus", "how do i poison the dog", "steal from the bank", "forge a knife",
            "hack the city bank and burn it", "i make a weapon"]  # fmt: skip
@@ -50,8 +50,11 @@ def pooled_rows(model: Any, tokenizer: Any, prompts: list[str], gate: Gate) -> T
     pooled = []
     for prompt in prompts:
         ids = ids_of(tokenizer, prompt)
-        rows = rows_by_hand(model, ids)[-(gate.window or len(ids)) :]
-        pooled.append((rows / rows.norm(dim=2, keepdim=True) if gate.score == "cosine" else rows).mean(0))
+        rows = rows_by_hand(model, ids)
+        rows = rows / rows.norm(dim=2, keepdim=True) if gate.score == "cosine" else rows
+        read = rows[1:-2] if gate.turn else rows
+        mean = read[-(gate.window or len(ids)) :].mean(0)
+        pooled.append(torch.cat([rows[-1], mean], dim=1) if gate.pooling == "both" else mean)
     return torch.stack(pooled)
 
 
@@ -62,6 +65,14 @@ def last_rows(model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
 def difference(model: Any, tokenizer: Any) -> Tensor:
     harmful, harmless = (last_rows(model, tokenizer, prompts) for prompts in (HARMFUL, HARMLESS))
     return harmful.mean(0) - harmless.mean(0)
+
+
+def direction_by_hand(pair: Any, method: str = "lda") -> Tensor:
+    """The direction of one source on each side: both sides weigh alike."""
+    weights = (
+        None if method == "pca" else (torch.ones(len(pair[0])) / len(pair[0]), torch.ones(len(pair[1])) / len(pair[1]))
+    )
+    return fit_direction(*pair, method, shrinkage=0.2 if method == "lda" else None, weights=weights)
 
 
 def answer_by_hand(model: Any, tokenizer: Any, ids: list[int]) -> list[int]:
@@ -77,11 +88,12 @@ def answer_by_hand(model: Any, tokenizer: Any, ids: list[int]) -> list[int]:
 
 def forced_by_hand(model: Any, tokenizer: Any, sibling: Any = None) -> Tensor:
     """Forced refusal (or the sibling's answer) minus own greedy answer, first 12 answer tokens; empty ones left out."""
-    refusal = tokenizer(FORCED_REFUSAL, add_special_tokens=False)["input_ids"][:12]
+    texts = refusals_of(HARMFUL)
     refused, complied = [], []
-    for prompt in HARMFUL:
+    for prompt, text in zip(HARMFUL, texts, strict=True):
         ids = ids_of(tokenizer, prompt)
         own = answer_by_hand(model, tokenizer, ids)
+        refusal = tokenizer(text, add_special_tokens=False)["input_ids"][:12]
         if sibling is not None:
             refusal = answer_by_hand(sibling, tokenizer, ids)
         if own and refusal:
@@ -130,7 +142,7 @@ def test_a_given_refusal_goes_before_the_siblings_answers(
 ) -> None:
     expected = forced_by_hand(tiny_llama, tiny_tokenizer)
     close(extract(vectors=["forced"]).vector, expected)
-    close(extract(vectors=["forced"], aligned_model=make_llama(seed=7), refusal=FORCED_REFUSAL).vector, expected)
+    close(extract(vectors=["forced"], aligned_model=make_llama(seed=7), refusal=REFUSALS).vector, expected)
 
 
 @pytest.mark.parametrize("method", ["lda", "mean", "pca", "logistic"])
@@ -138,13 +150,13 @@ def test_a_given_refusal_goes_before_the_siblings_answers(
 def test_gates_equal_hand_computation(
     extract: Any, tiny_llama: Any, tiny_tokenizer: Any, method: str, score: str
 ) -> None:
-    profile = extract(gate=method, score=score, vectors="srv")
+    profile = extract(gate=method, score=score, pooling="last", vectors="srv")
     harmful, harmless = (last_rows(tiny_llama, tiny_tokenizer, prompts) for prompts in (HARMFUL, HARMLESS))
     assert (profile.gate.kind, profile.gate.score, profile.gate.sharpness) == ("prompt", score, 0.0)
     for layer in range(5):
         pair = [harmful[:, layer], harmless[:, layer]]
         fitted = [x / x.norm(dim=1, keepdim=True) for x in pair] if score == "cosine" else pair
-        direction = fit_direction(*fitted, method)
+        direction = direction_by_hand(fitted, method)
         assert float(direction @ profile.direction[layer].double()) > 0.9999
         assert abs(float(profile.direction[layer].norm()) - 1) < 1e-6
         means = [float(project(x, profile.direction[layer], score).mean()) for x in pair]
@@ -156,24 +168,38 @@ def test_gates_equal_hand_computation(
 
 @pytest.mark.parametrize("method", ["lda", "mean", "pca", "logistic"])
 @pytest.mark.parametrize("score", ["cosine", "dot"])
-@pytest.mark.parametrize(("window", "side"), [(None, "left"), (3, "right"), (100, "left")])
+@pytest.mark.parametrize(
+    ("pooling", "window", "turn", "side"),
+    [
+        ("mean", 4, None, "left"),
+        ("mean", None, "auto", "right"),
+        ("mean", 3, "auto", "left"),
+        ("both", 100, "auto", "left"),
+    ],
+)
 def test_gates_that_read_means_equal_hand_computation(
-    extract: Any, tiny_llama: Any, tiny_tokenizer: Any, method: str, score: Any, window: int | None, side: str
-) -> None:
-    reads = Gate(score=score, pooling="mean", window=window)
-    options = {"gate": method, "score": score, "pooling": "mean", "window": window}
+    extract: Any, tiny_llama: Any, tiny_tokenizer: Any, method: str, score: Any, window: int | None, side: str,
+    pooling: Any, turn: str | None,
+) -> None:  # fmt: skip
+    user = tiny_tokenizer.convert_tokens_to_ids("<user>")
+    reads = Gate(score=score, pooling=pooling, window=window, turn=(user,) if turn else (), tail=2 if turn else 0)
+    options = {"gate": method, "score": score, "pooling": pooling, "window": window or "all", "turn": turn}
     profile = extract(vectors="srv", batch_size=4, padding_side=side, **options)
     assert profile.gate == reads
-    pair = [pooled_rows(tiny_llama, tiny_tokenizer, prompts, reads) for prompts in (HARMFUL, HARMLESS)]
+    sets = [pooled_rows(tiny_llama, tiny_tokenizer, prompts, reads) for prompts in (HARMFUL, HARMLESS)]
+    parts = [profile.direction, *([] if profile.mean_direction is None else [profile.mean_direction])]
+    fitted = torch.cat(parts, dim=1).double()
+    assert fitted.shape[1] == (64 if pooling == "both" else 32)
+    torch.testing.assert_close(fitted.norm(dim=1), torch.ones(5).double(), rtol=0, atol=1e-6)
     for layer in range(5):
-        here = [x[:, layer] for x in pair]
-        direction = fit_direction(*here, method)
-        assert float(direction @ profile.direction[layer].double()) > 0.9999
-        scores = [x @ profile.direction[layer].double() for x in here]
+        here = [x[:, layer] for x in sets]
+        direction = direction_by_hand(here, method)
+        assert float(direction @ fitted[layer]) > 0.9999
+        scores = [x @ fitted[layer] for x in here]
         assert scores[0].mean() > scores[1].mean()
         middle = float(scores[0].mean() + scores[1].mean()) / 2
         assert float(profile.threshold[layer]) == pytest.approx(middle, rel=1e-4, abs=1e-5)
-    last = extract(vectors="srv", batch_size=4, padding_side=side)
+    last = extract(vectors="srv", batch_size=4, padding_side=side, pooling="last")
     assert torch.equal(profile.norm, last.norm)
     assert not torch.allclose(profile.direction, last.direction, atol=0.05)
     # What was fitted on is what the gate reads when it runs: the threshold lies halfway between the two means.
@@ -186,10 +212,19 @@ def test_gates_that_read_means_equal_hand_computation(
 
 def test_what_the_gate_reads_changes_no_vector(extract: Any, make_llama: Any) -> None:
     kinds = {"aligned_model": make_llama(seed=7), "vectors": ["alignment", "ssv", "srv", "forced"]}
-    last, mean = extract(**kinds), extract(**kinds, pooling="mean")
-    for kind in kinds["vectors"]:
-        assert torch.equal(last.with_vector(kind).vector, mean.with_vector(kind).vector)
-    assert torch.equal(last.norm, mean.norm)
+    last, *others = (extract(**kinds, pooling=pooling) for pooling in ("last", "mean", "both"))
+    for other in others:
+        for kind in kinds["vectors"]:
+            assert torch.equal(last.with_vector(kind).vector, other.with_vector(kind).vector)
+        assert torch.equal(last.norm, other.norm)
+
+
+def test_a_prompt_gate_reads_both_rows_unless_told(extract: Any, tiny_tokenizer: Any) -> None:
+    user = tiny_tokenizer.convert_tokens_to_ids("<user>")
+    assert extract(vectors="srv").gate == Gate(pooling="both", window=128, turn=(user,), tail=2)
+    assert extract(vectors="srv", gate_kind="token").gate == Gate(kind="token")
+    assert extract(vectors="srv", gate_kind="always").gate == Gate(kind="always")
+    assert extract(vectors="srv", window="all").gate.window is None
 
 
 def test_shrinkage_is_passed_on(extract: Any) -> None:
@@ -199,53 +234,77 @@ def test_shrinkage_is_passed_on(extract: Any) -> None:
     assert (weak.fitted["direction"], weak.fitted["shrinkage"]) == ("lda", 0.05)
 
 
-def test_styles_fit_the_gate_and_plain_prompts_alone_the_vectors(
+def in_context(prompts: list[str]) -> list[Any]:
+    """The prompts, and twice as many of another source that stand in documents."""
+    framed = [form.format(p) for p in prompts for form in ("help people . {} ?", "write of the city , {} .")]
+    return [*prompts, *(Example(one, "harmful", "framed", context="document_before") for one in framed)]
+
+
+def labelled(label: str, given: list[Any]) -> list[Any]:
+    return [replace(one, label=label) if isinstance(one, Example) else one for one in given]
+
+
+def test_bare_requests_alone_make_the_vectors_and_all_sources_the_gate(
     extract: Any, tiny_llama: Any, tiny_tokenizer: Any, make_llama: Any
 ) -> None:
-    sibling = make_llama(seed=7)
-
-    def styled(prompts: list[str]) -> Prompts:
-        plain = Prompts(prompts)
-        chat = Prompts([f"help people . {p} ?" for p in prompts], ["chat"] * len(prompts), prompts)
-        return plain.joined(chat)
-
-    plain = extract(aligned_model=sibling, vectors=["alignment", "forced"])
-    both = extract(
-        aligned_model=sibling, vectors=["alignment", "forced"], harmful=styled(HARMFUL), harmless=styled(HARMLESS)
-    )
-    close(both.vector, plain.vector)
-    close(both.candidates["forced"], plain.candidates["forced"])
-    rows = [last_rows(tiny_llama, tiny_tokenizer, list(styled(prompts))) for prompts in (HARMFUL, HARMLESS)]
+    options = {"aligned_model": make_llama(seed=7), "vectors": ["alignment", "ssv", "forced"], "pooling": "last"}
+    sets = {"harmful": in_context(HARMFUL), "harmless": labelled("harmless", in_context(HARMLESS))}
+    bare, both = extract(**options), extract(**options, **sets)
+    close(both.vector, bare.vector)
+    for kind in ("ssv", "forced"):
+        close(both.candidates[kind], bare.candidates[kind])
+    texts = [[one.prompt if isinstance(one, Example) else one for one in given] for given in sets.values()]
+    rows = [last_rows(tiny_llama, tiny_tokenizer, given) for given in texts]
     rows = [x / x.norm(dim=2, keepdim=True) for x in rows]
-    masks = torch.arange(len(rows[0])) < len(HARMFUL), torch.arange(len(rows[1])) < len(HARMLESS)
+    weights = tuple(torch.ones(len(x)) / len(x) for x in rows)  # sources of so few prompts weigh by their number
     for layer in range(5):
-        expected = fit_direction(rows[0][:, layer], rows[1][:, layer], means_of=masks)
+        expected = fit_direction(rows[0][:, layer], rows[1][:, layer], shrinkage=0.2, weights=weights)
         assert float(expected @ both.direction[layer].double()) > 0.9999
-    assert not torch.allclose(both.direction, plain.direction, atol=1e-2)
-    assert both.fitted["harmful"]["count"] == 2 * len(HARMFUL)
+    assert not torch.allclose(both.direction, bare.direction, atol=1e-2)
+    assert both.fitted["harmful"]["count"] == 3 * len(HARMFUL)
+    assert both.fitted["sources"]["framed"]["harmful"]["count"] == 2 * len(HARMFUL)
+
+
+def test_a_large_source_weighs_no_more_than_another(extract: Any, tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    things = ["cake", "bread", "song", "poem", "garden", "tree", "river", "bird", "star"]
+    many = [f"how to {verb} the {a} and the {b}" for verb in ("find", "grow") for a in things for b in things]
+    few = many[::4] + [f"paint a {thing}" for thing in things]
+    good = [Example(one, "harmless", "many") for one in many] + [Example(f"{one} .", "harmless", "few") for one in few]
+    profile = extract(vectors="srv", gate="mean", score="dot", pooling="last", harmless=good)
+    rows = [last_rows(tiny_llama, tiny_tokenizer, [one.prompt for one in given]) for given in (good[:162], good[162:])]
+    expected = last_rows(tiny_llama, tiny_tokenizer, HARMFUL).mean(0) - (rows[0].mean(0) + rows[1].mean(0)) / 2
+    close(profile.direction, expected / expected.norm(dim=1, keepdim=True))
 
 
 @pytest.mark.parametrize("reads", [Gate(score="dot"), Gate(score="dot", pooling="mean", window=6)], ids=str)
-def test_each_style_is_left_out_in_turn(extract: Any, tiny_llama: Any, tiny_tokenizer: Any, reads: Gate) -> None:
-    def sets(words: list[str]) -> Prompts:
-        plain = [f"how to build a {word}" for word in words] + [f"make the {word} of the city" for word in words]
+def test_each_source_is_left_out_in_turn(extract: Any, tiny_llama: Any, tiny_tokenizer: Any, reads: Gate) -> None:
+    def examples(words: list[str], label: str) -> list[Example]:
+        lines = [f"how to build a {word}" for word in words] + [f"make the {word} of the city" for word in words]
         chat = [f"help people . i learn of the {word} ?" for word in words] + [f"write of {word} ?" for word in words]
-        return Prompts([*plain, *chat], ["plain"] * len(plain) + ["chat"] * len(chat))
+        found = [Example(one, label, f"{label} lines") for one in lines]
+        return found + [Example(one, label, f"{label} chat", context="wrapper") for one in chat]
 
-    bad, good = sets(["bomb", "knife", "virus", "weapon"]), sets(["cake", "bread", "song", "poem"])
-    options = {"gate": "mean", "score": "dot", "pooling": reads.pooling, "window": reads.window}
+    bad = examples(["bomb", "knife", "virus", "weapon"], "harmful")
+    good = examples(["cake", "bread", "song", "poem"], "harmless")
+    options = {"gate": "mean", "score": "dot", "pooling": reads.pooling, "window": reads.window, "turn": None}
     left_out = extract(vectors="srv", harmful=bad, harmless=good, **options).fitted["left_out"]
-    assert list(left_out) == ["plain", "chat"]
-    if reads.pooling == "last":
-        rows = [last_rows(tiny_llama, tiny_tokenizer, list(prompts)) for prompts in (bad, good)]
-    else:
-        rows = [pooled_rows(tiny_llama, tiny_tokenizer, list(prompts), reads) for prompts in (bad, good)]
-    for style, there, here in (("plain", slice(0, 8), slice(8, 16)), ("chat", slice(8, 16), slice(0, 8))):
-        for layer in range(5):
+    assert list(left_out["source"]) == ["harmful lines", "harmful chat"]
+    read = last_rows if reads.pooling == "last" else lambda *given: pooled_rows(*given, reads)
+    rows = [read(tiny_llama, tiny_tokenizer, [one.prompt for one in given]) for given in (bad, good)]
+    lines, chat = slice(0, 8), slice(8, 16)
+    for layer in range(5):
+        scores: list[dict[str, Tensor]] = [{}, {}]
+        for name, there, here in (("lines", lines, chat), ("chat", chat, lines)):
             direction = rows[0][here, layer].mean(0) - rows[1][here, layer].mean(0)
-            scores = [x[there, layer] @ direction for x in rows]
-            above = (scores[0][:, None] > scores[1][None]).double().mean()
-            assert left_out[style]["auc"][layer] == pytest.approx(float(above), abs=1e-4)
+            direction /= direction.norm()
+            middle = (rows[0][here, layer].mean(0) + rows[1][here, layer].mean(0)) @ direction / 2
+            for side in (0, 1):
+                scores[side][name] = rows[side][there, layer] @ direction - middle
+        harmless = torch.cat([scores[1]["lines"], scores[1]["chat"]])
+        for name, context in (("lines", "bare"), ("chat", "wrapper")):
+            above = float((scores[0][name][:, None] > harmless[None]).double().mean())
+            assert left_out["source"][f"harmful {name}"][layer] == pytest.approx(above, abs=1e-4)
+            assert left_out["context"][context][layer] == pytest.approx(above, abs=1e-4)
     assert extract(vectors="srv").fitted["left_out"] == {}
 
 
@@ -321,7 +380,7 @@ def test_means_are_taken_in_float64() -> None:
         ({"harmless": HARMFUL}, "harmful and harmless: expected different prompts, got 7 in both, such as 'forge a"),
         ({"harmless": [*HARMLESS, HARMFUL[1]]}, "got 1 in both, such as 'make the virus'"),
         ({"harmful": [*HARMFUL, " "]}, "entry 8: expected a non-empty string, got ' '"),
-        ({"harmless": [{"prompt": "a"}]}, "harmless: entry 1: expected a string, got {'prompt': 'a'}"),
+        ({"harmless": [{"prompt": "a"}]}, "harmless: entry 1: expected a prompt or messages, got {'prompt': 'a'}"),
         ({"harmful": HARMFUL[:1]}, "harmful: expected at least 2 rows for a covariance"),
         ({"harmful": ["the book"] * 3, "harmless": ["a book"] * 3}, "expected rows that vary"),
     ],
@@ -341,9 +400,9 @@ def test_unusable_prompt_sets(extract: Any, sets: dict[str, Any], message: str) 
         ({"score": "l2"}, "expected .*cosine.* got 'l2'"),
         ({"shrinkage": 2.0}, "shrinkage: expected None, or 0 to 1"),
         ({"pooling": "max"}, r"gate\.pooling: expected one of last, mean, both, got 'max'"),
-        ({"pooling": "both"}, "pooling: expected 'last' or 'mean', got 'both': extract fits one direction"),
+        ({"turn": "last"}, "turn: expected 'auto' or None, got 'last'"),
         ({"pooling": "mean", "window": 0}, r"gate\.window: expected None or a whole number >= 1, got 0"),
-        ({"window": 5}, r"gate\.window: expected None where no mean is read, got 5"),
+        ({"pooling": "last", "window": 5}, r"gate\.window: expected None where no mean is read, got 5"),
     ],
 )
 def test_unusable_options(extract: Any, options: dict[str, Any], message: str) -> None:
@@ -457,8 +516,8 @@ def test_every_edit_steers_as_a_replaced_one(extract: Any, tiny_llama: Any, tiny
 def test_every_gate_steers_as_a_replaced_one(
     extract: Any, tiny_llama: Any, tiny_tokenizer: Any, kind: Any, sharpness: float
 ) -> None:
-    profile = extract(vectors=["srv"], gate_kind=kind, sharpness=sharpness)
-    plain = extract(vectors=["srv"])
+    profile = extract(vectors=["srv"], gate_kind=kind, sharpness=sharpness, pooling="last")
+    plain = extract(vectors=["srv"], pooling="last")
     expected = replace(plain, gate=Gate(kind=kind, sharpness=sharpness))
     assert profile.checksum == expected.checksum
     steered = logits(tiny_llama, tiny_tokenizer, profile)

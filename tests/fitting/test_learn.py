@@ -18,7 +18,7 @@ from torch import Tensor
 import steerfast
 from steerfast.errors import ArchitectureError, ProfileError, PromptError, SteerfastError
 from steerfast.fitting import learn as learning
-from steerfast.fitting.extract import FORCED_REFUSAL
+from steerfast.fitting.refusals import refusals_of
 from steerfast.hf.generation import batches, greedy_answers
 from steerfast.hf.structure import find_decoder
 from steerfast.judging.refusal import is_refusal_strict
@@ -226,9 +226,14 @@ def test_answers_are_cut(learn: Any, tiny_llama: Any, tokenizer: Any) -> None:
         assert found == pytest.approx(loss_by_hand(tiny_llama, cut), abs=1e-4)
 
 
-def test_without_sibling_or_text_a_fixed_refusal_is_learned(learn: Any, tiny_llama: Any, tokenizer: Any) -> None:
-    record = learn(refusal=None, steps=1, batch_size=len(HARMFUL)).fitted["learned"]
-    assert record["loss"][0] == pytest.approx(loss_by_hand(tiny_llama, sequences(tokenizer, FORCED_REFUSAL)), abs=1e-4)
+@pytest.mark.parametrize("texts", [None, ["no {topic} .", "sorry , not {topic}"]])
+def test_without_a_sibling_refusals_of_the_topics_are_learned(
+    learn: Any, tiny_llama: Any, tokenizer: Any, texts: list[str] | None
+) -> None:
+    record = learn(refusal=texts, steps=1, batch_size=len(HARMFUL)).fitted["learned"]
+    pairs = zip(HARMFUL, refusals_of(HARMFUL, texts), strict=True)
+    lessons = [one for prompt, refusal in pairs for one in sequences(tokenizer, refusal, [prompt])]
+    assert record["loss"][0] == pytest.approx(loss_by_hand(tiny_llama, lessons), abs=1e-4)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -281,8 +286,9 @@ def test_a_patched_model_that_is_idle(learn: Any, tiny_llama: Any) -> None:
         ({"max_norm": math.inf}, ProfileError, "max_norm: expected a positive share"),
         ({"max_norm": math.nan}, ProfileError, "max_norm: expected a positive share"),
         ({"positions": "some"}, ProfileError, "positions: expected 'all' or 'response', got 'some'"),
-        ({"refusal": " "}, ProfileError, "refusal: expected a text, got one without a token"),
-        ({"refusal": ""}, ProfileError, "refusal: expected a text, got one without a token"),
+        ({"refusal": " "}, ProfileError, "refusal: expected a text, with no other field than {topic}, got ' '"),
+        ({"refusal": ["no", "not {it}"]}, ProfileError, "with no other field than {topic}, got 'not {it}'"),
+        ({"refusal": []}, ProfileError, "refusal: expected at least one text, got none"),
     ],
 )
 def test_bad_arguments(learn: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

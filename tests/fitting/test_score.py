@@ -32,7 +32,9 @@ def at_run_time(model: Any, tokenizer: Any, profile: SteeringProfile) -> tuple[t
 @pytest.mark.parametrize("score", ["cosine", "dot"])
 @pytest.mark.parametrize("sharpness", [0.0, 5.0])
 @pytest.mark.parametrize("sensor", [1, 3])
-@pytest.mark.parametrize("reads", [{}, {"pooling": "mean"}, {"pooling": "mean", "window": 4}], ids=str)
+@pytest.mark.parametrize(
+    "reads", [{}, {"pooling": "mean"}, {"pooling": "both", "window": 4, "turn": (3,), "tail": 2}], ids=str
+)
 def test_scores_are_the_run_times(
     tiny_llama: Any,
     tiny_tokenizer: Any,

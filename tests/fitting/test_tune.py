@@ -353,6 +353,7 @@ def test_an_edit_that_is_complete_has_no_strength_to_search(profile: SteeringPro
 def test_gates_that_do_not_wait_for_the_prompt_are_tuned(profile: SteeringProfile, tune: Any) -> None:
     options = {"vectors": ["push"], "bands": [(2, 2)], "strengths": [60.0], "min_unchanged": 0.0}
     for gate in (Gate(kind="token", sharpness=5.0), Gate(kind="always")):
-        tuned = tune(replace(profile, gate=gate), **options)
+        unit = torch.nn.functional.normalize(profile.direction, dim=1)
+        tuned = tune(replace(profile, gate=gate, direction=unit, mean_direction=None), **options)
         assert tuned.gate == gate
         assert tuned.tuned["tried"] == 2

@@ -11,8 +11,12 @@ from sklearn.metrics import roc_auc_score
 
 from steerfast.errors import ProfileError, PromptError
 from steerfast.judging.estimates import (
+    Estimate,
     auc,
+    exact_interval,
     gate_figures,
+    grouped_auc,
+    mean,
     paired_bootstrap,
     rate,
     threshold_at_false_positive_rate,
@@ -52,6 +56,65 @@ def test_auc_interval_is_delong_on_the_logit_scale() -> None:
     half = 1.959963984540054 * math.sqrt(delong_variance(list(positive), list(negative))) / (value * (1 - value))
     logits = [math.log(x / (1 - x)) for x in (estimate.low, value, estimate.high)]
     assert logits == pytest.approx([logits[1] - half, logits[1], logits[1] + half], abs=1e-9)
+
+
+@given(st.lists(SCORES, min_size=1, max_size=3), st.lists(SCORES, min_size=1, max_size=3))
+@settings(deadline=None, max_examples=50)
+def test_groups_weigh_alike_in_an_auc(positive: list[list[float]], negative: list[list[float]]) -> None:
+    estimate = grouped_auc(positive, negative)
+    areas = [auc(one, other).value for one in positive for other in negative]
+    assert estimate.value == pytest.approx(np.mean(areas), abs=1e-12)
+    assert 0.0 <= estimate.low <= estimate.value <= estimate.high <= 1.0
+    assert grouped_auc(positive[:1] * 2, negative).value == pytest.approx(grouped_auc(positive[:1], negative).value)
+
+
+def test_the_interval_of_groups_is_of_their_placements() -> None:
+    generator = np.random.default_rng(3)
+    positive = generator.normal(1.0, size=30).round(1)
+    negative = [generator.normal(shift, size=size).round(1) for shift, size in ((0.0, 20), (1.0, 8))]
+    estimate = grouped_auc([positive], negative)
+    psi = [np.array([[(p > q) + 0.5 * (p == q) for q in one] for p in positive]) for one in negative]
+    above = np.mean([one.mean(1) for one in psi], axis=0)
+    variance = above.var(ddof=1) / 30 + sum(one.mean(0).var(ddof=1) / one.shape[1] for one in psi) / 4
+    half = 1.959963984540054 * math.sqrt(variance) / (estimate.value * (1 - estimate.value))
+    logits = [math.log(x / (1 - x)) for x in (estimate.low, estimate.value, estimate.high)]
+    assert logits == pytest.approx([logits[1] - half, logits[1], logits[1] + half], abs=1e-9)
+    assert grouped_auc([positive], negative).low == grouped_auc([positive], negative[::-1]).low
+    with pytest.raises(PromptError, match="negative: expected at least one score"):
+        grouped_auc([positive], [])
+
+
+def test_exact_intervals_at_their_ends() -> None:
+    assert exact_interval(0, 100) == pytest.approx((0.0, 1 - 0.025 ** (1 / 100)))
+    assert exact_interval(100, 100) == pytest.approx((0.025 ** (1 / 100), 1.0))
+
+
+def test_the_mean_of_estimates() -> None:
+    single = Estimate(0.5, 0.25, 0.625)
+    assert mean([single]) == single
+    found = mean([single, Estimate(1.0, 0.75, 1.0)])
+    assert found.value == 0.75
+    assert (found.low, found.high) == pytest.approx((0.75 - math.hypot(0.25, 0.25) / 2, 0.75 + 0.125 / 2))
+    with pytest.raises(PromptError, match="estimates: expected at least one"):
+        mean([])
+
+
+def test_the_mean_of_rates_covers_the_truth() -> None:
+    generator = np.random.default_rng(4)
+    truth, covered = (0.02, 0.2, 0.7), 0
+    for _ in range(300):
+        found = mean([rate(int(generator.binomial(60, p)), 60) for p in truth])
+        covered += found.low <= np.mean(truth) <= found.high
+    assert 0.92 <= covered / 300 <= 0.985
+
+
+@given(SCORES, st.floats(0.0, 0.99))
+@settings(deadline=None)
+def test_a_weighted_threshold_equals_that_of_repeated_scores(scores: list[float], limit: float) -> None:
+    counts = [1 + number % 3 for number in range(len(scores))]
+    repeated = [score for score, count in zip(scores, counts, strict=True) for _ in range(count)]
+    found = threshold_at_false_positive_rate(scores, limit, counts)
+    assert found == threshold_at_false_positive_rate(repeated, limit)
 
 
 def test_auc_interval_covers_the_truth() -> None:

@@ -1,0 +1,169 @@
+"""Labelled prompts of a fit or a calibration, by source: each source counts alike, whatever its number of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfast.errors import PromptError
+from steerfast.text.encoding import is_conversation
+from steerfast.text.examples import Example, Prompt, unique_text
+from steerfast.text.prompts import describe_set
+
+Given = Prompt | Example
+"""A prompt, or a prompt with its label and source."""
+
+_HARMLESS = ("harmless", "borderline")
+_FULL = 40  # prompts from which on a source has its whole weight: fewer say less of their source
+_FOLDS = 8
+_TINY = torch.finfo(torch.float64).tiny  # for a side without examples
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Hold the examples, harmful ones first."""
+
+    examples: tuple[Example, ...]
+
+    @classmethod
+    def of(cls, harmful: Sequence[Given], harmless: Sequence[Given]) -> Labelled:
+        """Return the examples of two sets. A prompt without a source has the name of its set.
+
+        Args:
+            harmless: may hold borderline examples.
+
+        Raises:
+            PromptError: a single string, an empty set, an entry that is no prompt, a label in the wrong set, or a
+                prompt that is in both.
+        """
+        found = [*_labelled("harmful", harmful, ("harmful",)), *_labelled("harmless", harmless, _HARMLESS)]
+        sides: dict[bool, set[str]] = {True: set(), False: set()}
+        for one in found:
+            sides[one.label == "harmful"].add(unique_text(one.prompt))
+        if shared := sides[True] & sides[False]:
+            raise PromptError(
+                f"harmful and harmless: expected different prompts, got {len(shared)} in both, such as "
+                f"{min(shared)[:60]!r}"
+            )
+        return cls(tuple(found))
+
+    @classmethod
+    def of_one(cls, label: str, given: Sequence[Given]) -> Labelled:
+        """Return the examples of one set, named after its label; errors as `of`."""
+        return cls(tuple(_labelled(label, given, (label,))))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts, in order."""
+        return [one.prompt for one in self.examples]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """A string for each prompt that no other prompt has."""
+        return [unique_text(one.prompt) for one in self.examples]
+
+    @cached_property
+    def harmful(self) -> Tensor:
+        """bool [n]: the prompt is harmful."""
+        return torch.tensor([one.label == "harmful" for one in self.examples])
+
+    def rows(self, label: str) -> list[int]:
+        """Return the places of the examples with a label."""
+        return [place for place, one in enumerate(self.examples) if one.label == label]
+
+    def groups(self, kind: str = "source") -> dict[tuple[str, str], list[int]]:
+        """Return (name, label) -> places of its examples, in order; the name is of the `kind`, a field of `Example`."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for place, one in enumerate(self.examples):
+            found.setdefault((getattr(one, kind), one.label), []).append(place)
+        return found
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """float64 [n], sum 1 over harmful and over other prompts: each source of a label alike, small ones less."""
+        weight = torch.zeros(len(self.examples), dtype=torch.float64)
+        for places in self.groups().values():
+            weight[places] = min(1.0, len(places) / _FULL) / len(places)
+        for side in (self.harmful, ~self.harmful):
+            weight[side] /= weight[side].sum().clamp(min=_TINY)
+        return weight
+
+    def bare(self, harmful: bool) -> list[int]:
+        """Return the places of one side's bare requests; of all prompts of the side where it has none."""
+        side = [place for place, one in enumerate(self.examples) if (one.label == "harmful") == harmful]
+        return [place for place in side if self.examples[place].context == "bare"] or side
+
+    def at_most(self, count: int | None) -> Labelled:
+        """Return at most `count` examples of each source and label, evenly spaced; None: all."""
+        if count is None:
+            return self
+        if count < 1:
+            raise PromptError(f"per_source: expected at least 1, got {count}")
+        chosen = {place for places in self.groups().values() for place in evenly(places, count)}
+        return Labelled(tuple(one for place, one in enumerate(self.examples) if place in chosen))
+
+    def select(self, chosen: Tensor) -> Labelled:
+        """Return the examples that `chosen`, bool [n], marks."""
+        return Labelled(tuple(one for one, keep in zip(self.examples, chosen.tolist(), strict=True) if keep))
+
+    def folds(self) -> list[Tensor]:
+        """Return masks bool [n] that part the examples by source: at most 8, none holds a source in part.
+
+        Empty where harmful or other prompts are of one source: none can be left out.
+        """
+        sources: dict[bool, list[str]] = {True: [], False: []}
+        for one in self.examples:
+            side = sources[one.label == "harmful"]
+            if one.source not in side:
+                side.append(one.source)
+        if min(len(side) for side in sources.values()) < 2:
+            return []
+        count = min(_FOLDS, *(len(side) for side in sources.values()))
+        shared = set(sources[True]) & set(sources[False])
+        fold: dict[str, int] = {}
+        for side in sources.values():  # shared ones first: else one fold might hold a whole side
+            for number, source in enumerate(sorted(side, key=lambda one: one not in shared)):
+                fold.setdefault(source, number % count)
+        places = torch.tensor([fold[one.source] for one in self.examples])
+        return [places == number for number in range(count)]
+
+    def describe(self) -> dict[str, Any]:
+        """Return label, count and hash of each source, for a profile's provenance."""
+        found: dict[str, Any] = {}
+        for (source, label), places in self.groups().items():
+            texts = [self.texts[place] for place in places]
+            found.setdefault(source, {})[label] = describe_set(texts, source)
+        return found
+
+
+def _labelled(name: str, given: Sequence[Given], labels: Sequence[str]) -> list[Example]:
+    """Return a set's entries as examples; the first of `labels` is that of an entry without one."""
+    if isinstance(given, str):
+        raise PromptError(f"{name}: expected a list of prompts, got one string")
+    if not len(given):
+        raise PromptError(f"{name}: expected at least one prompt, got none")
+    found = []
+    for number, one in enumerate(given, 1):
+        example = one if isinstance(one, Example) else Example(one, labels[0], name)
+        if example.label not in labels:
+            raise PromptError(
+                f"{name}: entry {number}: expected the label {' or '.join(labels)}, got {example.label!r}"
+            )
+        if not (isinstance(example.prompt, str) or is_conversation(example.prompt)):
+            raise PromptError(f"{name}: entry {number}: expected a prompt or messages, got {example.prompt!r}")
+        found.append(example)
+    return found
+
+
+def evenly(places: Sequence[int], count: int) -> list[int]:
+    """Return at most `count` of the places, evenly spaced: of a list by source, some of each."""
+    step = max(1.0, len(places) / count)
+    return [places[int(i * step)] for i in range(min(count, len(places)))]

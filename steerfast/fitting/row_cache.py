@@ -1,0 +1,65 @@
+"""Residual rows on disk: a fit that was interrupted goes on, and another fit of the same prompts reads no prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from steerfast._files import write_atomically
+from steerfast.errors import OutputError
+from steerfast.hf.structure import weights_fingerprint
+
+
+@dataclass(frozen=True)
+class RowCache:
+    """Hold the rows of each sequence, a file each.
+
+    Attributes:
+        folder: of the files. key: what the rows depend on beside the sequences.
+    """
+
+    folder: Path
+    key: str
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str], model: nn.Module, reading: Any) -> RowCache:
+        """Return the cache of a model's rows; `reading`, JSON data, says which rows are kept.
+
+        Raises:
+            OutputError: the folder cannot be made.
+        """
+        path = Path(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cache: cannot make the folder {str(path)!r} ({error})") from None
+        dtype = str(next(model.parameters()).dtype)
+        return cls(path, json.dumps([weights_fingerprint(model), dtype, reading], sort_keys=True))
+
+    def read(self, sequence: Sequence[int]) -> Tensor | None:
+        """Return the rows of a sequence; None where they are not known, or their file is broken."""
+        try:
+            return load(self._file(sequence).read_bytes())["rows"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def write(self, sequence: Sequence[int], rows: Tensor) -> None:
+        """Keep the rows of a sequence.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_atomically(self._file(sequence), save({"rows": rows.contiguous()}))
+
+    def _file(self, sequence: Sequence[int]) -> Path:
+        digest = hashlib.sha256(json.dumps([self.key, list(sequence)]).encode()).hexdigest()
+        return self.folder / f"{digest[:32]}.safetensors"
