@@ -19,7 +19,6 @@ MOVED = {
     "batch": "runtime.tables",
     "requests": "runtime.roster",
     "prompts": "text.prompts",
-    "styles": "text.styles",
     "tokenizer": "text.tokenizer",
     "models": "hf",
     "models.continuous": "hf.packed",

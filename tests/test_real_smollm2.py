@@ -13,11 +13,11 @@ from click.testing import CliRunner
 import steerfast
 from steerfast.cli import main
 from steerfast.evaluation.demo import shipped_profile
+from steerfast.evaluation.provenance import records, uses
 from steerfast.fitting.ending import ending_vector, with_ending
 from steerfast.hf.generation import greedy_answers
 from steerfast.hf.loading import DEMO_MODEL, export_demo_model
 from steerfast.judging.answers import judge
-from steerfast.profile import Gate
 from steerfast.text.encoding import encode
 from steerfast.text.prompts import read_prompts
 
@@ -42,20 +42,16 @@ def test_the_shipped_profile_belongs_to_the_model(real, profile):
     assert profile.model.mismatch(steerfast.hf.structure.identify(model, tokenizer)) is None
     assert profile.model.name == DEMO_MODEL
     assert profile.steered_layers
-    assert profile.calibration["layers"]["heldout"]
+    assert profile.points["strict"][profile.sensor] <= profile.points["balanced"][profile.sensor]
+    assert [row["label"] for row in profile.calibration["by_source"][str(profile.sensor)]["rows"]].count("harmful") > 1
     assert profile.tuned["refusal_strict"] > 0
 
 
 def test_no_prompt_that_made_the_profile_is_shown_in_the_demo(profile):
-    def seen(*roles):
-        return {
-            p for role in roles for label in ("harmful", "harmless") for p in read_prompts(f"steerfast:{label}_{role}")
-        }
-
-    fit = ("fit", "framed", "styles", "suffixes", "languages")
-    made_with = seen(*fit, "calibrate", "styles_calibrate", "languages_calibrate", "heldout", "tune")
-    assert not made_with & seen("demo")
-    assert profile.fitted["harmful"]["count"] == sum(len(read_prompts(f"steerfast:harmful_{role}")) for role in fit)
+    made_with = records(profile)
+    assert {one.role for one in made_with if one.known} == {"fit", "calibrate", "tune"}
+    for label in ("harmful", "harmless"):
+        assert uses(made_with, read_prompts(f"steerfast:{label}_demo")) == {}
 
 
 def test_fired_prompts_are_refused_and_the_others_are_answered_bit_for_bit(real, profile):
@@ -63,9 +59,9 @@ def test_fired_prompts_are_refused_and_the_others_are_answered_bit_for_bit(real,
     harmful = read_prompts("steerfast:harmful_demo")[:8]
     harmless = read_prompts("steerfast:harmless_demo")[:8]
     prompts = encode(tokenizer, harmful + harmless, model)
-    before = greedy_answers(model, tokenizer, prompts, 32, batch_size=16)
+    before = greedy_answers(model, tokenizer, prompts, 64, batch_size=16)
     with steerfast.steer(model, profile, tokenizer=tokenizer) as steering:
-        after = greedy_answers(model, tokenizer, prompts, 32, batch_size=16)
+        after = greedy_answers(model, tokenizer, prompts, 64, batch_size=16)
         fired = steering.fired
     order = sorted(range(16), key=lambda i: -len(prompts[i]))
     fired = dict(zip(order, fired.tolist(), strict=True))
@@ -78,7 +74,7 @@ def test_fired_prompts_are_refused_and_the_others_are_answered_bit_for_bit(real,
     judged = judge(model, tokenizer, [prompts[i] for i in hit], [after[i] for i in hit])
     # Greedy text hangs on the last bits of a matrix product, which differ between processors: one may go wrong.
     assert sum(j.refusal_strict and j.fluent for j in judged) >= len(hit) - 1
-    assert sum(len(after[i]) < 32 for i in hit) >= len(hit) - 1  # it stops where the refusal is said
+    assert sum(len(after[i]) < 64 for i in hit) >= len(hit) - 1  # it stops where the refusal is said
 
 
 @pytest.mark.slow
@@ -92,7 +88,7 @@ def test_an_ending_shortens_answers(real, profile):
         return sum(len(answer) < 48 for answer in greedy_answers(model, tokenizer, prompts, 48))
 
     before = ended()
-    unsteered = replace(profile, gate=Gate("always"), sensor="own").with_band([], 0.0)
+    unsteered = replace(profile.without_gate(), sensor="own").with_band([], 0.0)
     with steerfast.steer(model, with_ending(unsteered, vector, 8.0)):
         assert ended() >= before + 3
 
@@ -109,7 +105,7 @@ def test_a_vector_is_learned_for_a_refusal_of_ones_own(real, profile):
     assert learned.steered_layers == profile.steered_layers
     assert learned.fitted["learned"]["loss"][1] < 0.5 * learned.fitted["learned"]["loss"][0]
     prompts = encode(tokenizer, read_prompts("steerfast:harmful_demo")[:8], model)
-    with steerfast.steer(model, replace(learned, gate=Gate("always"), sensor="own")):
+    with steerfast.steer(model, replace(learned.without_gate(), sensor="own")):
         said = [tokenizer.decode(answer) for answer in greedy_answers(model, tokenizer, prompts, 24)]
     assert sum(answer == refusal for answer in said) >= 6
 

@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,11 +23,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from steerfast.profile import SteeringProfile
-    from steerfast.text.styles import Part, Prompts
+    from steerfast.text.examples import Example, Prompt
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 STDOUT = "-"
+_CORPUS = "steerfast:corpus"
 _PIPED_WIDTH = 120  # columns of a table where there is no terminal to ask
 
 
@@ -113,6 +113,12 @@ def model_options(default: str | None = None, *, required: bool = False) -> Call
     return add
 
 
+def threshold_option(command: F) -> F:
+    """Add `--threshold`, see `load_profile`."""
+    text = "A named threshold of the profile, such as strict; inspect shows them.  [default: the one in use]"
+    return value_option("--threshold", str, "NAME", text)(command)
+
+
 def batch_size_option(default: int = 16) -> Callable[[F], F]:
     """Add `--batch-size` as `batch_size`."""
     return count_option("--batch-size", default, "Prompts per forward pass.")
@@ -155,12 +161,27 @@ def list_option(name: str, metavar: str, read: Callable[[str], Any], example: st
 
 
 def fit_options(command: F) -> F:
-    """Add `--restyle`, `--output` and `--json`: all commands that make a profile have them."""
-    command = click.option(
+    """Add `--output` and `--json`: all commands that make a profile have them."""
+    return click.option(
         "--output", "-o", required=True, metavar="FILE", help="Where to write the profile (.safetensors)."
     )(json_option(command))
-    text = "Add N prompts of each set in each of the shipped styles (personas, fiction, random suffixes, ...)."
-    return value_option("--restyle", click.IntRange(min=0), "N", text, 0)(command)
+
+
+def reading_options(command: F) -> F:
+    """Add `--per-source N` and `--cache FOLDER`: how many prompts are read, and where their rows are kept."""
+    text = "Keep the rows of prompts here: go on after an interruption, and fit again without reading prompts."
+    command = value_option("--cache", str, "FOLDER", text)(command)
+    text = "The most prompts of a source and label that are read.  [default: all]"
+    return value_option("--per-source", click.IntRange(min=1), "N", text)(command)
+
+
+def labelled_option(command: F) -> F:
+    """Add `--prompts SRC`, see `read_sets`."""
+    text = (
+        "Labelled prompts or chats (harmful, borderline, harmless), added to the shipped corpus, or to --harmful and "
+        "--harmless."
+    )
+    return repeated_option("--prompts", "prompts", "SRC", text)(command)
 
 
 def edit_options(command: F) -> F:
@@ -185,43 +206,44 @@ def prompt_arguments(command: F) -> F:
 # -- inputs ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts of one or several sources, and the name of the set in a profile."""
+def read_set(option: str, sources: Iterable[str], label: str | None = None) -> list[Example]:
+    """Read and join the sources given for `option`; `label` is of rows without one."""
+    from steerfast.text.examples import read_examples
 
-    prompts: Prompts
-    name: str
-
-
-def read_set(option: str, sources: Iterable[str], restyled: int = 0, part: Part = "fit") -> PromptSet:
-    """Read and join the sources given for `option`, with `restyled` of them in each shipped style."""
-    from steerfast.text.prompts import SHIPPED_PREFIX, read_records
-    from steerfast.text.styles import PLAIN, Prompts, restyle
-
-    records, names = [], []
-    for source in sources:
-        try:
-            records += read_records(source)
-        except PromptError as error:
-            raise PromptError(f"{option}: {str(error).removeprefix('prompts: ')}") from None
-        names.append(source if source.startswith(SHIPPED_PREFIX) else Path(source).name)
-    styles = [str(record.get("style") or PLAIN) for record in records]
-    requests = [str(record.get("request") or record["prompt"]) for record in records]
-    prompts = Prompts([record["prompt"] for record in records], styles, requests)
-    return PromptSet(restyle(prompts, restyled, part=part), " + ".join(names) + (", restyled" if restyled else ""))
+    try:
+        return [one for source in sources for one in read_examples(source, label=label)]
+    except PromptError as error:
+        raise PromptError(f"{option}: {str(error).removeprefix('prompts: ')}") from None
 
 
-def read_sets(options: dict[str, Any], *roles: str, part: Part = "fit") -> None:
-    """Replace the sources of `roles` in `options` by prompts, restyled by `restyle`, and add ``names`` of the sets.
+def read_sets(options: dict[str, Any], *roles: str, split: str | None = None) -> None:
+    """Replace the sources of `roles` in `options` by examples, and add ``names`` of the sets.
 
-    Held-out sets are not restyled.
+    The examples of ``prompts`` in `options` join the role of their label. Where no role has a source, those of a
+    `split` of the shipped corpus do so, too.
     """
-    restyled, names = options.pop("restyle"), {}
+    labelled = list(options.pop("prompts", ()))
+    if split is not None and not any(options[role] for role in roles):
+        labelled.insert(0, _CORPUS)
+    more = [one for one in read_set("--prompts", labelled) if one.split in ("", split)]
+    names = {}
     for role in roles:
-        count = 0 if role.startswith("heldout_") else restyled
-        chosen = read_set("--" + role.replace("_", "-"), options[role], count, part)
-        options[role], names[role] = chosen.prompts, chosen.name
+        label = "harmful" if role == "harmful" else "harmless"
+        own = [one for one in more if (one.label == "harmful") == (role == "harmful")]
+        given = [*read_set(f"--{role}", options[role], label), *own]
+        if not given:
+            raise PromptError(f"--{role}: expected at least one prompt that is {label}, got none")
+        names[role] = " + ".join(map(_set_name, [*options[role], *labelled]))
+        if split is not None and labelled:
+            names[role] += f", {split}"
+        options[role] = given
     options["names"] = names
+
+
+def _set_name(source: str) -> str:
+    from steerfast.text.prompts import SHIPPED_PREFIX
+
+    return source if source.startswith(SHIPPED_PREFIX) else Path(source).name
 
 
 def read_names(
@@ -242,14 +264,14 @@ def read_names(
     return found
 
 
-def gather_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[str]:
+def gather_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Prompt]:
     """Return the prompts of arguments, then files; without either, the lines of standard input."""
     if arguments or files:
-        return [*arguments, *read_set("--file", files).prompts]
+        return [*arguments, *(one.prompt for one in read_set("--file", files, "harmless"))]
     if sys.stdin.isatty():
         raise click.UsageError("PROMPTS: expected arguments, --file or lines on standard input, got none")
     try:
-        prompts = [line.strip() for line in sys.stdin if line.strip()]
+        prompts: list[Prompt] = [line.strip() for line in sys.stdin if line.strip()]
     except UnicodeDecodeError as error:
         raise PromptError(f"standard input: expected text in UTF-8 ({error})") from None
     if not prompts:
@@ -257,11 +279,12 @@ def gather_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[str]:
     return prompts
 
 
-def load_profile(path: str) -> SteeringProfile:
-    """Read a profile."""
+def load_profile(path: str, threshold: str | None = None) -> SteeringProfile:
+    """Read a profile; at the threshold of `threshold_option`, if one is named."""
     from steerfast.profile import SteeringProfile
 
-    return SteeringProfile.load(path)
+    profile = SteeringProfile.load(path)
+    return profile if threshold is None else profile.at(threshold)
 
 
 def load_model(name: str, dtype: str, device: str | None) -> tuple[nn.Module, Any]:

@@ -22,6 +22,7 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
 @common.repeated_option(
     "--profile", "profiles", "[NAME=]FILE", "A profile to measure; the first also with its gate always open."
 )
+@common.threshold_option
 @common.repeated_option(
     "--other", "others", "NAME=MODEL", "Other weights that answer unsteered, such as an aligned sibling."
 )
@@ -29,7 +30,8 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
     "--system",
     "wanted",
     "NAME",
-    "unsteered, self-reminder, goal-priority, always-on, or a name given by --profile or --other; without it all.",
+    "unsteered, self-reminder, goal-priority, always-on, refusal, words, or a name given by --profile or --other; "
+    "without it all.",
 )
 @common.repeated_option(
     "--set",
@@ -68,10 +70,10 @@ def command(context: click.Context, model_name: str, **options: Any) -> None:
 
     \b
     Kinds and the sets that ship:
-      harmful     jailbreakbench, advbench, harmbench
+      harmful     jailbreakbench, strongreject, xstest_unsafe
       jailbreak   jailbreak_attacks
       harmless    self_instruct, truthfulqa_questions, harmless_demo
-      borderline  borderline
+      borderline  xstest_safe, borderline
 
     \b
     Example:
@@ -83,7 +85,7 @@ def command(context: click.Context, model_name: str, **options: Any) -> None:
     files = {f"--{name}": options[f"{name}_file"] for name in ("json", "html", "markdown")}
     inputs = [*named.values(), *(where for source in options["sources"] if (where := _file(source)))]
     common.check_outputs({**files, "--resume": options["resume"]}, inputs)
-    profiles = {name: common.load_profile(file) for name, file in named.items()}
+    profiles = {name: common.load_profile(file, options["threshold"]) for name, file in named.items()}
 
     from steerfast._files import write_atomically
     from steerfast.cli.rendering import evaluation_report

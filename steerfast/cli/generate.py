@@ -21,6 +21,7 @@ _TEMPERATURE = 0.7
 @click.argument("profile_file", metavar="PROFILE")
 @common.prompt_arguments
 @common.model_options("the model that the profile names")
+@common.threshold_option
 @common.value_option("--strength", float, "NUMBER", "Multiplies the profile's own strengths.", 1.0)
 @common.count_option("--max-new-tokens", 128, "Answer length.")
 @click.option("--sample/--greedy", default=False, show_default=True)
@@ -51,7 +52,7 @@ def command(
         if options[name] is not None and not options["sample"]:
             raise click.UsageError(f"--{name}: expected it with --sample, got it with --greedy")
     common.check_outputs({"--json": json_file}, [profile_file, *files])
-    profile = common.load_profile(profile_file)
+    profile = common.load_profile(profile_file, options.pop("threshold"))
     texts = common.gather_prompts(prompts, files)
 
     import steerfast
@@ -113,12 +114,13 @@ def _render(results: Sequence[dict[str, Any]], json_file: str | None) -> None:
     from rich.text import Text
 
     from steerfast.cli.rendering import printable
+    from steerfast.text.examples import last_request
 
     console = common.console(json_file)
     for result in results:
         shut = ("gate undecided", "bold yellow") if result.get("undecided") else ("gate shut", "bold green")
         mark = Text(*(("gate fired", "bold red") if result["fired"] else shut))
-        console.print(Text.assemble(("> ", "bold"), printable(result["prompt"]), "  [", mark, "]"))
+        console.print(Text.assemble(("> ", "bold"), printable(last_request(result["prompt"])), "  [", mark, "]"))
         said = {key: Text(printable(result[key])) for key in ("unsteered", "steered") if key in result}
         if len(said) == 1:
             console.print(said["steered"], end="\n\n")

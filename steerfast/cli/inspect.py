@@ -22,7 +22,7 @@ def command(profile_file: str, plot_file: str | None, json_file: str | None) -> 
     common.check_outputs({"--plot": plot_file, "--json": json_file}, [profile_file])
     profile = common.load_profile(profile_file)
 
-    from steerfast.cli.rendering import header, layer_table, style_table, undecided_table
+    from steerfast.cli.rendering import by_source_tables, header, layer_table, undecided_table
     from steerfast.evaluation.description import summary
 
     if plot_file is not None:
@@ -33,7 +33,7 @@ def command(profile_file: str, plot_file: str | None, json_file: str | None) -> 
     console = common.console(json_file)
     console.print(header(profile))
     console.print(layer_table(profile))
-    for table in (undecided_table(profile), style_table(profile)):
+    for table in (undecided_table(profile), *by_source_tables(profile)):
         if table is not None:
             console.print(table)
     if plot_file is not None:

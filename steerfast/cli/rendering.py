@@ -18,13 +18,16 @@ from steerfast.evaluation.description import (
     layers,
     positions,
     reading,
+    thresholds,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from steerfast.evaluation.report import ReportTable
     from steerfast.profile import SteeringProfile
 
+_SENSORS = 6  # layers shown
 _RATES = {"hit_rate": "hit", "false_positive_rate": "FPR"}
 _WORDS = {"", "sets", "gate", "style", "system"}  # columns of words; the others hold numbers
 
@@ -55,6 +58,7 @@ def header(profile: SteeringProfile) -> Table:
         "model": f"{model.name} ({model.architecture}, {model.num_layers} layers of {model.hidden_size})",
         "gate": "always open" if gate.kind == "always" else f"{gate.kind}, {reading(gate)}, {shape}",
         "sensor": "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}",
+        **({"thresholds": thresholds(profile)} if profile.points else {}),
         "edit": f"{edit(profile)}, layers {steered}, {positions(profile)}",
         "vector": profile.vector_kind + (f" (also {also})" if also else ""),
         "fitted": _fitted(profile.fitted),
@@ -127,27 +131,22 @@ def undecided_table(profile: SteeringProfile) -> Table | None:
     return table
 
 
-def style_table(profile: SteeringProfile) -> Table | None:
-    """Return the deciding gate's figures by style, left out of the fit and calibrated; None without such figures."""
-    gates = profile.deciding_layers
-    known = {
-        "left out of the fit": profile.fitted.get("left_out", {}),
-        "calibrated": profile.calibration.get("styles", {}),
-    }
-    if not gates or not any(known.values()):
-        return None
-    layer = gates[0]
-    columns = [word for what in known for word in (f"{what}\nAUC", *(f"\n{rate} %" for rate in _RATES.values()))]
-    table = _table("style", *columns, title=f"styles, at layer {layer}")
-    for style in dict.fromkeys(style for figures in known.values() for style in figures):
-        cells = []
-        for figures in known.values():
-            if (found := figures.get(style)) is None:
-                cells += ["", "", ""]
-            else:
-                cells += [f"{found['auc'][layer]:.3f}", *(f"{100 * found[key][layer]:.1f}" for key in _RATES)]
-        table.add_row(escape(style), *cells)
-    return table
+def calibration_tables(profile: SteeringProfile) -> Iterator[Table]:
+    """Yield what a calibration found: the layers it compared, the deciding gates, and their figures by source."""
+    if tried := profile.calibration.get("sensors"):
+        table = _table("", *(str(layer) for layer, _ in tried[:_SENSORS]), title="layers as a sensor, best first")
+        table.add_row("quality", *(f"{quality:.4f}" for _, quality in tried[:_SENSORS]))
+        yield table
+    yield gate_table(profile)
+    if (band := undecided_table(profile)) is not None:
+        yield band
+    yield from by_source_tables(profile)
+
+
+def by_source_tables(profile: SteeringProfile) -> Iterator[Table]:
+    """Yield the calibration's figures by source of each deciding layer."""
+    for layer, found in profile.calibration.get("by_source", {}).items():
+        yield source_table(found["rows"], f"layer {layer} on its calibration, by source")
 
 
 def _set(described: Mapping[str, Any] | None) -> str:
@@ -296,6 +295,47 @@ def serving_report(lines: Sequence[Mapping[str, Any]], console: Console) -> None
         f"{first['measured']} rounds; ratios to stock in the same round. control is a second stock server.",
         markup=False,
     )
+
+
+def report_table(found: ReportTable) -> Table:
+    """Return a table of a report for a terminal, intervals in brackets."""
+    heads = [f"{group}\n{name}" if any(group for group, _ in found.columns) else name for group, name in found.columns]
+    table = _table("", *map(escape, heads), title=escape(found.title))
+    for column in table.columns:
+        column.overflow = "fold"  # a name is shown whole
+    for row in found.rows:
+        cells = [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in row.cells]
+        table.add_row(escape(row.name), *map(escape, cells))
+    return table
+
+
+def source_table(rows: Sequence[Mapping[str, Any]], title: str = "sources") -> Table:
+    """Return figures of sources, a line each: ``rows`` of `steerfast.evaluation.gates.figures_by_source`."""
+    from steerfast.evaluation.report import of_sources
+
+    return report_table(of_sources({"": rows}, title))
+
+
+def gate_figures_report(report: Mapping[str, Any], console: Console) -> None:
+    """Print a result of `steerfast.evaluation.gates.gate_report`."""
+    from steerfast.evaluation.report import gate_tables
+
+    for table in gate_tables(report):
+        console.print(report_table(table))
+    console.print(
+        "Fires with Wilson intervals, AUC with DeLong's, over prompts, of 95 %. AUC is against the harmless sources, "
+        "each with the same weight.",
+        markup=False,
+    )
+    if (found := report.get("baseline")) is not None:
+        steps = "; ".join(
+            f"{step}: {found[step]['prompts']} prompts of {found[step]['sources']} sources"
+            for step in ("fit", "calibrate")
+        )
+        limit = found["max_false_positive_rate"]
+        console.print(
+            f"words: TF-IDF and logistic regression of the corpus, {limit:.2%} false positives ({steps})", markup=False
+        )
 
 
 def evaluation_report(result: Mapping[str, Any], console: Console) -> None:

@@ -14,6 +14,7 @@ from steerfast.cli import common
 @click.argument("profile_file", metavar="PROFILE")
 @common.prompt_arguments
 @common.model_options("the model that the profile names")
+@common.threshold_option
 @common.batch_size_option()
 @common.json_option
 def command(
@@ -29,7 +30,7 @@ def command(
       steerfast score safety.safetensors --file steerfast:harmful_demo --json scores.json
     """
     common.check_outputs({"--json": json_file}, [profile_file, *files])
-    profile = common.load_profile(profile_file)
+    profile = common.load_profile(profile_file, options.pop("threshold"))
     texts = common.gather_prompts(prompts, files)
 
     import steerfast
@@ -60,6 +61,8 @@ def _table(results: Sequence[dict[str, Any]]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
+    from steerfast.text.examples import last_request
+
     table = Table()
     for column in ("fired", "score", "threshold", "layer"):
         table.add_column(column, justify="left" if column == "fired" else "right", no_wrap=True)
@@ -70,6 +73,6 @@ def _table(results: Sequence[dict[str, Any]]) -> Any:
             f"{result['score']:.4f}",
             f"{result['threshold']:.4f}",
             str(result["layer"]),
-            escape(" ".join(str(result["prompt"]).split())),
+            escape(" ".join(last_request(result["prompt"]).split())),
         )
     return table

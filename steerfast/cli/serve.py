@@ -30,6 +30,12 @@ class VllmCommand(click.Command):
     metavar="NAME[,NAME]",
     help="The profile, or stack, that steers requests that name none.  [default: no steering]",
 )
+@common.value_option(
+    "--threshold",
+    str,
+    "NAME",
+    "The named threshold of requests that name none, such as strict.  [default: the one in use]",
+)
 @click.option("--locked", is_flag=True, help="The default steers all requests; they cannot change it.")
 @common.value_option(
     "--max-strength",
@@ -75,7 +81,8 @@ def command(
     """Serve MODEL, a hub id or folder, over HTTP with vLLM, steering each request as it asks.
 
     A request says {"vllm_xargs": {"steering": NAME, "steering_strength": 0.8}}, or "off"; a stack is "NAME,NAME".
-    "NAME:observe" lets the gate decide and report, and edits nothing.
+    "NAME:observe" lets the gate decide and report, and edits nothing. "steering_threshold": "strict" decides by
+    another named threshold of the profile.
 
     \b
     Example:
@@ -95,7 +102,9 @@ def command(
     if options["locked"] and default is None:
         raise click.UsageError("--locked: expected --default, the profile to lock requests to, got none")
     for file in files.values():
-        common.load_profile(file)
+        profile = common.load_profile(file)
+        if options["threshold"] is not None and profile.points:
+            profile.at(options["threshold"])
 
     from steerfast.hf.loading import checkpoint
     from steerfast.vllm.admin import KEY_VARIABLE

@@ -37,11 +37,11 @@ def probe(url: str, key: str | None = None) -> Probe:
     Args:
         key: vLLM's ``--api-key``, where the server has one.
     """
-    status, text = _ask(url, "/version", key)
+    status, text = ask(url, "/version", key)
     if not status:
         return Probe(url, UNREACHABLE, text)
     version = _field(text, "version")
-    shown = _INFO.search(_ask(url, "/metrics", key)[1])
+    shown = _INFO.search(ask(url, "/metrics", key)[1])
     info = None if shown is None else dict(_LABEL.findall(shown[1]))
     verdict, reason = _refusal(url, key)
     if verdict is None:
@@ -52,14 +52,14 @@ def probe(url: str, key: str | None = None) -> Probe:
 
 def _refusal(url: str, key: str | None) -> tuple[str | None, str]:
     """Return the verdict of requests for a wrong profile, and the reason; None: the server answered neither way."""
-    model = _field(_ask(url, "/v1/models", key)[1], "data", 0, "id")
+    model = _field(ask(url, "/v1/models", key)[1], "data", 0, "id")
     asked = {"model": model, "max_tokens": 1, "vllm_xargs": {"steering": _WRONG}}
     reason = ""
     for path, prompt in (
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
         ("/v1/completions", {"prompt": "hi"}),
     ):
-        status, text = _ask(url, path, key, {**asked, **prompt})
+        status, text = ask(url, path, key, {**asked, **prompt})
         if status == 400 and "steering: expected" in text:
             return STEERED, f"{path} refuses a wrong profile"
         if status == 200:
@@ -68,7 +68,7 @@ def _refusal(url: str, key: str | None) -> tuple[str | None, str]:
     return None, reason
 
 
-def _ask(url: str, path: str, key: str | None, body: Any = None) -> tuple[int, str]:
+def ask(url: str, path: str, key: str | None = None, body: Any = None) -> tuple[int, str]:
     """Return status and text of a request; status 0 and the reason where nothing answers."""
     headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
     data = None if body is None else json.dumps(body).encode()

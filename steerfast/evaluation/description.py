@@ -30,13 +30,21 @@ def reading(gate: Gate) -> str:
         return gate.score
     name = "last and mean" if gate.pooling == "both" else gate.pooling
     rows = "" if gate.window is None else f" of {gate.window} tokens"
-    return f"{name} {gate.score}{rows}" + (f" from token {gate.offset}" if gate.offset else "")
+    return f"{name} {gate.score}{rows}" + (" of the last user turn" if gate.turn else "")
 
 
 def positions(profile: SteeringProfile) -> str:
     """Return the rows that are edited: ``positions all, 24 answer tokens``."""
     end = "" if profile.answer_tokens is None else f", {profile.answer_tokens} answer tokens"
     return f"positions {profile.positions}{end}"
+
+
+def thresholds(profile: SteeringProfile) -> str:
+    """Return the named thresholds of the first deciding gate, lowest first, and the one in use."""
+    layer = (profile.deciding_layers or [0])[0]
+    values = sorted((float(threshold[layer]), name) for name, threshold in profile.points.items())
+    listed = ", ".join(f"{name} {value:.4f}" for value, name in values)
+    return f"{listed} at layer {layer}; in use: {profile.point or f'{float(profile.threshold[layer]):.4f}'}"
 
 
 def edit(profile: SteeringProfile) -> str:
@@ -81,6 +89,8 @@ def summary(profile: SteeringProfile) -> dict[str, Any]:
             for kind in EDITS.values()
             for name, value in kind.given(profile).items()
         },
+        "threshold": profile.point,
+        "thresholds": {name: threshold.tolist() for name, threshold in profile.points.items()},
         "sensor": profile.sensor,
         "positions": profile.positions,
         "answer_tokens": profile.answer_tokens,

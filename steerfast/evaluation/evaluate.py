@@ -24,6 +24,7 @@ from steerfast._versions import installed_version
 from steerfast.errors import PromptError
 from steerfast.evaluation.harness import run_task
 from steerfast.evaluation.pieces import Pieces
+from steerfast.evaluation.provenance import uses, words
 from steerfast.evaluation.sets import EvalSet
 from steerfast.evaluation.summary import (
     ATTACKS,
@@ -33,21 +34,23 @@ from steerfast.evaluation.summary import (
     figures,
     gate,
     gate_figures,
-    pooled,
+    margins,
+    strength_figures,
 )
 from steerfast.evaluation.systems import UNSTEERED, System, as_it_is
 from steerfast.evaluation.timing import compare, milliseconds_per_token
+from steerfast.evaluation.timing import milliseconds as milliseconds_of
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.score import check_model, row_scores
 from steerfast.hf.generation import PromptBatch, device_of, greedy_answers
 from steerfast.hf.loading import load_model
 from steerfast.hf.steering import Steering
 from steerfast.hf.structure import find_decoder, identify, weights_fingerprint
+from steerfast.judging.by_source import DEVELOPMENT, VALIDATION
 from steerfast.judging.fluency import FluencyLimits, answer_perplexity, is_fluent, repetition
 from steerfast.judging.judges import Judge, agreement
-from steerfast.profile import Gate, SteeringProfile
+from steerfast.profile import Gate
 from steerfast.text.encoding import context_of, encode, pad_token
-from steerfast.text.prompts import SHIPPED, SHIPPED_PREFIX, shipped_records
 
 _LATENCY_PAIRS, _LATENCY_TOKENS = 8, 16
 
@@ -118,27 +121,32 @@ def evaluate(
     work = _Evaluation(model, tokenizer, judges, given)
     sets, left_out = work.plan(systems, sets)
     points = _at_strengths(systems, given.strengths)
-    work.measure(systems, [point for _, point in points], sets)
+    work.measure(systems, [at for _, at in points], sets)
     names = [judge.name for judge in judges]
     cells = {system.name: work.cells[system.name] for system in systems}
     return {
         "model": identify(model).name,
         "settings": _settings(model, names, given),
-        "sets": {one.name: {**one.to_dict(), "also_fitted_by": seen[one.name]} for one in sets},
+        "sets": {one.name: {**one.to_dict(), **_use(seen[one.name])} for one in sets},
         "agreement": work.agreements(systems, sets),
         "systems": {system.name: work.row(system, sets, names) for system in systems},
         "gates": {
             system.name: gate(system.profile, sets, work.scores[system.name])
             for system in systems
-            if system.name in work.scores and system.profile is not None
+            if system.name in work.scores and system.profile is not None and not system.canned
         },
         "frontier": [
-            {"system": first, "strength": point.strength, **pooled(sets, work.cells[point.name], names[0])}
-            for first, point in points
+            {"system": first, "strength": at.strength, **strength_figures(sets, work.cells[at.name], names[0])}
+            for first, at in points
         ],
         "examples": examples(sets, cells, names[0]),
         "left_out": left_out,
     }
+
+
+def _use(seen: list[str]) -> dict[str, Any]:
+    """Return what a set is to the profiles, by what its prompts did (`seen_by`)."""
+    return {"use": DEVELOPMENT if seen else VALIDATION, "also_fitted_by": seen}
 
 
 def _settings(model: nn.Module, judges: Sequence[str], given: EvaluateOptions) -> dict[str, Any]:
@@ -162,7 +170,7 @@ def check(
     """Refuse wrong input before any work.
 
     Returns:
-        `seen_by` of each set; empty lists unless `force`.
+        `seen_by` of each set; without `force` the words' alone, which are a baseline and refuse no set.
 
     Raises:
         PromptError: as `evaluate`.
@@ -175,54 +183,35 @@ def check(
             raise PromptError(f"{what}: expected one of each name, got two called {twice[0]!r}")
     if systems[0].name != UNSTEERED:
         raise PromptError(f"systems: expected {UNSTEERED!r} as the first one, got {systems[0].name!r}")
-    seen = {one.name: seen_by(systems, one) for one in sets}
-    for name, users in seen.items():
-        if users and not force:
+    for one in [] if force else sets:
+        if users := seen_by([system for system in systems if system.words is None], one):
             raise PromptError(
-                f"sets: expected prompts that no profile was made with, got {name!r}: {'; '.join(users)} (force takes "
-                "them all the same, and marks them)"
+                f"sets: expected prompts that no profile was made with, got {one.name!r}: {'; '.join(users)} (force "
+                "takes them all the same, and marks them)"
             )
-    return seen
+    return {one.name: seen_by(systems, one) for one in sets}
 
 
 def seen_by(systems: Sequence[System], one: EvalSet) -> list[str]:
-    """List the profiles that prompts of a set fitted, calibrated or tuned, in words; each entry starts with a count.
-
-    A profile records names and hashes of its sets. The hash identifies a whole set. Single prompts can be found only if
-    the profile's set ships with the package.
-    """
-    found = []
-    prompts = set(one.prompts)
+    """List the systems that prompts of a set fitted, calibrated or tuned, in words; each entry starts with a count."""
+    found: list[str] = []
     checked: list[Any] = []
     for system in systems:
-        made_with = [] if system.profile is None else _made_with(system.profile)
+        made_with = system.made_with
         if made_with in checked:  # the same profile without its gate
             continue
         checked.append(made_with)
-        for role, described in made_with:
-            seen = prompts if described["sha256"] == one.digest else prompts & _shipped(str(described.get("name")))
-            if seen:
-                found.append(f"{len(seen)} of {len(prompts)} prompts {role} the profile of {system.name!r}")
+        if seen := uses(made_with, one.prompts, one.digest):
+            what = f"{system.name!r}" if system.words is not None else f"the profile of {system.name!r}"
+            found += [f"{words({role: count}, len(one.items))} {what}" for role, count in seen.items()]
     return found
-
-
-def _made_with(profile: SteeringProfile) -> list[tuple[str, Mapping[str, Any]]]:
-    parts = {"fitted": profile.fitted, "calibrated": profile.calibration.get("sets", {}), "tuned": profile.tuned}
-    sets = [(role, value) for role, described in parts.items() for value in described.values()]
-    return [(role, value) for role, value in sets if isinstance(value, Mapping) and "sha256" in value]
-
-
-def _shipped(names: str) -> set[str]:
-    """Return the prompts of the shipped sets among `names`; those of another release are unknown."""
-    known = [name.removeprefix(SHIPPED_PREFIX) for name in names.split(" + ") if name.startswith(SHIPPED_PREFIX)]
-    return {record["prompt"] for name in known if name in SHIPPED for record in shipped_records(name)}
 
 
 def _at_strengths(systems: Sequence[System], strengths: Sequence[float]) -> list[tuple[str, System]]:
     """Return the first system with a profile at each strength, ascending, each beside the system's name."""
     return [
         (first.name, replace(first, name=f"{first.name}@{strength:g}", strength=strength))
-        for first in [system for system in systems if system.profile is not None][:1]
+        for first in [system for system in systems if system.profile is not None and not system.canned][:1]
         for strength in sorted({*strengths})
     ]
 
@@ -283,8 +272,11 @@ class _Evaluation:
             loaded = (self.model, self.tokenizer) if path is None else options.load(path)
             together = list(group)
             for system in together:
-                self._answer(system, sets, *loaded)
-                self._run_tasks(system, *loaded)
+                if system.canned:
+                    self._refuse(system, sets)
+                else:
+                    self._answer(system, sets, *loaded)
+                    self._run_tasks(system, *loaded)
             if options.latency:
                 self._time(together, sets, *loaded)
         for point in points:
@@ -298,8 +290,8 @@ class _Evaluation:
         name = system.name
         base = None if name == UNSTEERED else self.cells[UNSTEERED]
         row = {"title": system.title, **figures(sets, self.cells[name], base, judges, self.options.seed)}
-        if name in self.scores and system.profile is not None:
-            found = gate_figures(system.profile, sets, self.scores[name])
+        if (above := self._margins(system, sets)) is not None:
+            found = gate_figures(sets, above, system.profile, self.scores.get(name, {}))
             row = {**row, **found, "intervals": {**row["intervals"], **found["intervals"]}}
         if name in self.tasks:
             row["tasks"] = self.tasks[name]["values"]
@@ -327,6 +319,14 @@ class _Evaluation:
             for system, by_set in found.items()
         }
 
+    def _margins(self, system: System, sets: Sequence[EvalSet]) -> dict[str, Any] | None:
+        """Return set -> distances above the threshold, float64 [items]; None for a system that decides nothing."""
+        if system.words is not None:
+            return {one.name: system.words.margins(one.prompts) for one in sets}
+        if not system.gated:
+            return None
+        return {one.name: margins(system.steered_by, self.scores[system.name][one.name]) for one in sets}
+
     def _gate_scores(self, system: System, ids: list[list[int]], rows: dict[Gate, Tensor]) -> list[Any]:
         profile = system.steered_by
         if profile.gate not in rows:
@@ -352,6 +352,16 @@ class _Evaluation:
             cell = SetAnswers(tokens, texts, [] if system.profile is None else fired)
             self.cells.setdefault(system.name, {})[name] = cell
 
+    def _refuse(self, system: System, sets: Sequence[EvalSet]) -> None:
+        """Take the canned answer where the system fires, and elsewhere the unsteered one; nothing is generated."""
+        above = self._margins(system, sets) or {}
+        canned = self.tokenizer(system.canned, add_special_tokens=False)["input_ids"]
+        for one in sets:
+            plain, fired = self.cells[UNSTEERED][one.name], (above[one.name] > 0).tolist()
+            tokens = [canned if fires else own for fires, own in zip(fired, plain.tokens, strict=True)]
+            texts = [system.canned if fires else own for fires, own in zip(fired, plain.texts, strict=True)]
+            self.cells.setdefault(system.name, {})[one.name] = SetAnswers(tokens, texts, fired)
+
     def _run_tasks(self, system: System, model: nn.Module, tokenizer: Any) -> None:
         """Run the harness's tasks, unless the system rewords prompts: those of a task are the harness's."""
         if system.defence is not as_it_is or not self.options.tasks:
@@ -370,23 +380,33 @@ class _Evaluation:
 
     def _time(self, systems: Sequence[System], sets: Sequence[EvalSet], model: nn.Module, tokenizer: Any) -> None:
         """Time systems of one model in turns with the unsteered target, on the prompts that open most gates."""
-        gated = [self.cells[system.name] for system in systems if system.gated]
+        gated = [self.cells[system.name] for system in systems if system.gated and not system.canned]
         asked = [
-            (sum(cells[one.name].fired[place] for cells in gated), item.prompt)
+            (sum(cells[one.name].fired[place] for cells in gated), one.name, place, item.prompt)
             for kinds in (ATTACKS, HARMLESS)
             for one in sets
             if one.kind in kinds
             for place, item in enumerate(one.items)
         ]
-        chosen = [prompt for _, prompt in sorted(asked, key=lambda pair: -pair[0])[:_LATENCY_PAIRS]]
-        runs = {"": (System(UNSTEERED, ""), self.model, encode(self.tokenizer, chosen))}
+        chosen = sorted(asked, key=lambda entry: -entry[0])[:_LATENCY_PAIRS]
+        runs = {"": (System(UNSTEERED, ""), self.model, encode(self.tokenizer, [prompt for *_, prompt in chosen]))}
         for one in systems:
-            runs[one.name] = (one, model, encode(tokenizer, [one.defence(prompt) for prompt in chosen]))
+            runs[one.name] = (one, model, encode(tokenizer, [one.defence(prompt) for *_, prompt in chosen]))
 
         def milliseconds(run: tuple[System, nn.Module, list[list[int]]], turn: int) -> float:
             system, model, prompts = run
-            with system.on(model):
-                return milliseconds_per_token(model, prompts[turn % len(prompts)], _LATENCY_TOKENS)
+            _, name, place, prompt = chosen[turn % len(chosen)]
+            ids, tokens = prompts[turn % len(chosen)], _LATENCY_TOKENS
+            fires = bool(system.canned) and self.cells[system.name][name].fired[place]
+            decided = 0.0
+            if system.words is not None:
+                reads = functools.partial(system.words.margins, [prompt])
+                decided = milliseconds_of(reads, device_of(model))
+                if fires:
+                    return decided / tokens
+            with system.on(model):  # a gate that fires has read the prompt, and decodes nothing
+                length = 1 if fires else tokens
+                return milliseconds_per_token(model, ids, length) * length / tokens + decided / tokens
 
         def work() -> list[Any]:
             calls = {name: functools.partial(milliseconds, run) for name, run in runs.items()}
@@ -423,7 +443,7 @@ class _Evaluation:
         for system, one, judge in track(work, "judging", show=self.options.progress):
             cell = self.cells[system.name].get(one.name)
             if cell is not None:
-                cell.refused[judge.name] = judge(one.prompts, cell.texts)
+                cell.refused[judge.name] = judge(one.texts, cell.texts)
 
     def agreements(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> dict[str, Any]:
         """Return set -> pair of judges -> agreement over the answers of all systems."""

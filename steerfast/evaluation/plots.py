@@ -124,7 +124,8 @@ def _comparisons(result: Mapping[str, Any]) -> Iterator[Picture]:
         if chosen := [number for number in (*_deciding(gate), *curves) if number in curves]:
             rocs[f"{name}, layer {chosen[0]}"] = curves[chosen[0]]
     if rocs:
-        caption = f"Each gate where it decides, all harmful prompts against all harmless ones. {_MAGNIFIED}"
+        caption = "Each gate where it decides, harmful sets against harmless ones, each set with the same weight."
+        caption += f" {_MAGNIFIED}"
         yield _picture("roc", "ROC of the gates", caption, partial(_rocs, curves=rocs))
     points = [one for one in result.get("frontier") or () if known(one.get("asr")) and known(one.get("fluent"))]
     if points:
@@ -166,7 +167,8 @@ def _gate_pictures(result: Mapping[str, Any]) -> Iterator[Picture]:
     for number, (name, gate) in enumerate(gates.items(), 1):
         suffix, of = (f"-{number}", f" of {_short(name, 40)}") if len(gates) > 1 else ("", "")
         if rocs := {key: curve for key, curve in (gate.get("roc_by_set") or {}).items() if curve.get("fpr")}:
-            caption = f"Each harmful set, and each attack in it, against all harmless prompts. {_MAGNIFIED}"
+            caption = "Each harmful set, and each attack in it, against the harmless sets, each with the same weight."
+            caption += f" {_MAGNIFIED}"
             yield _picture(f"sets{suffix}", f"ROC by set{of}", caption, partial(_rocs, curves=rocs), name)
         curves: dict[str, list[_Point]] = {}
         for layer in gate["layers"]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from steerfast._files import write_atomically
 from steerfast.errors import OutputError, SteerfastError
 from steerfast.evaluation.plots import COLOURS, Picture, at, draw, known, primary
 from steerfast.evaluation.systems import UNSTEERED
+from steerfast.judging.by_source import DEVELOPMENT
 
 _NONE = "–"
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -72,8 +73,20 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{f' ({_inline(line.of)})' if line.of else ''}"
         for line in headlines(result)
     ]
-    parts += ["\n".join(lines)] if lines else []
-    for table in tables(result):
+    return _markdown_page([*parts, *(["\n".join(lines)] if lines else [])], tables(result), settings)
+
+
+def gate_markdown(report: Mapping[str, Any]) -> str:
+    """Return the tables and settings of a `steerfast.evaluation.gates.gate_report` as Markdown, without prompts."""
+    report = _readable(report)
+    title = f"# The gate of a profile of {_inline(report.get('model') or 'a model')}"
+    settings = {name: value for name, value in report.items() if name not in ("model", "systems", "left_out")}
+    return _markdown_page([title], gate_tables(report), _settings({"settings": settings}))
+
+
+def _markdown_page(parts: Sequence[str], shown: Sequence[ReportTable], settings: Sequence[tuple[str, str]]) -> str:
+    parts = [*parts]
+    for table in shown:
         parts += [f"## {_inline(table.title)}", *([table.note] if table.note else []), _markdown_table(table)]
     parts.append("## How it was measured")
     parts.append("\n".join(f"- {name}: {_inline(value)}" for name, value in settings if name != "command"))
@@ -147,11 +160,15 @@ _DESIGNS = (
             "over_refusal": _OVER_REFUSAL,
             "fluent": "fluent, % ↑",
             "unchanged": "unchanged, % ↑",
+            "distinct_refusals": "distinct refusals, % ↑",
+            "topic_named": "topic named, % ↑",
             "latency.ratio": "× time ↓",
         },
         "Attack success is the share of harmful prompts that were not refused, over-refusal the share of harmless ones "
         "that were; both by the first judge. Fluent counts answers to harmful prompts, unchanged answers to harmless "
-        "ones that equal the unsteered model's token for token. Ranges are 95 % intervals.",
+        "ones that equal the unsteered model's token for token. Distinct refusals of harmful prompts say what none "
+        "before them says; those with the topic named hold a content word of the prompt. Means give each set the same "
+        "weight; worst is the worst set. Ranges are 95 % intervals.",
     ),
     _Design(
         "differences",
@@ -173,14 +190,19 @@ _DESIGNS = (
         "gates",
         "Gates",
         {"gate_auc": "gate AUC ↑", "fire_rate": "opened, %", "abstain_rate": "undecided, %"},
-        "AUC of each harmful set against all harmless prompts together, how often the gate opened, and how often it "
-        "abstained, with an abstain band.",
+        "AUC of each harmful set against all harmless sets, each with the same weight, how often the gate opened, and "
+        "how often it abstained, with an abstain band.",
     ),
     _Design("gate-styles", "Gate AUC by style", {"gate_auc_by_style": ""}),
     _Design(
         "answers",
-        "Fluent and unchanged answers by set",
-        {"fluent_by_set": "fluent, % ↑", "unchanged_by_set": "unchanged, % ↑"},
+        "Answers by set",
+        {
+            "fluent_by_set": "fluent, % ↑",
+            "unchanged_by_set": "unchanged, % ↑",
+            "distinct_refusals_by_set": "distinct refusals, % ↑",
+            "topic_named_by_set": "topic named, % ↑",
+        },
     ),
     _Design(
         "judges",
@@ -198,7 +220,7 @@ _DESIGNS = (
     _Design(
         "strengths",
         "Strength",
-        {"asr_by_set": _ASR, "asr": "all sets, % ↓", "fluent": "fluent, % ↑"},
+        {"asr_by_set": _ASR, "asr": "mean of the sets, % ↓", "fluent": "fluent, % ↑"},
         "The profile's strengths multiplied by a number; 1 is the profile unchanged.",
         part="frontier",
     ),
@@ -257,11 +279,11 @@ def _of_figures(result: Mapping[str, Any], design: _Design, rows: Mapping[str, A
     ]
     heads, note = [], design.note
     for key, names in columns:
-        fitted = any(at(sets, name, "also_fitted_by") for name in names)
+        fitted = any(at(sets, name, "use") == DEVELOPMENT for name in names)
         group = names[0] if len(names) > 1 else design.figures[key]
         heads.append((group, (names[-1] if names else "") + (" †" if fitted else "")))
     if any(name.endswith("†") for _, name in heads):
-        note += " † also fitted, calibrated or tuned a profile of this table: its figures flatter."
+        note += " † development: the set chose something in a system of this table, and flatters it."
     first = "set and judges" if design.part == "agreement" else "system"
     return ReportTable(design.name, design.title, note.strip(), first, heads, made)
 
@@ -299,12 +321,117 @@ def _cell(value: float, ends: Sequence[float], share: bool, signed: bool = False
 def _sets(result: Mapping[str, Any]) -> ReportTable:
     rows = []
     for name, data in (result.get("sets") or {}).items():
-        texts = [data.get(key) for key in ("kind", "count", "duplicates", "source")]
+        texts = [data.get(key) for key in ("kind", "use", "count", "duplicates", "source")]
         texts += [str(data.get("digest") or "")[:12], "; ".join(data.get("also_fitted_by") or ())]
         rows.append(ReportRow(name, [ReportCell(_NONE if text in (None, "") else str(text)) for text in texts]))
-    columns = ["kind", "prompts", "duplicates removed", "source", "SHA-256", "also used"]
+    columns = ["kind", "use", "prompts", "duplicates removed", "source", "SHA-256", "also used"]
     note = "The digest is of all prompts of the source, before a sample is drawn."
     return ReportTable("sets", "Sets", note, "set", [("", column) for column in columns], rows, figures=False)
+
+
+# -- a gate by source ------------------------------------------------------------------------------
+
+_FEW = 5  # that fired: the exact interval's end is shown, too
+_SOURCES_NOTE = (
+    "Fires is the share of prompts that fire, with its Wilson interval. At most is the exact interval's upper end, "
+    f"where {_FEW} or fewer fired. AUC is against the harmless sources of this table, each with the same weight; its "
+    "interval is DeLong's, over prompts, for these sources. Intervals are of 95 %."
+)
+_MEANS_NOTE = (
+    "The mean of the sources, each with the same weight, beside the worst source: the one that fires least of the "
+    "harmful ones, most of the others."
+)
+
+
+def gate_tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    """Return the tables of a `steerfast.evaluation.gates.gate_report`, those of validation sources first."""
+    systems = report.get("systems") or {}
+    made = []
+    for use, title in (("validation", "validation"), ("development", "development: they chose something in the gate")):
+        parts = {name: parts[use] for name, parts in systems.items() if use in parts}
+        if (main := next(iter(systems), None)) not in parts:
+            continue
+        known = {name: [row for part in parts.values() for row in part["rows"]] for name, parts in systems.items()}
+        mine = {(row["source"], row["label"]) for row in parts[main]["rows"]}
+        rows = {name: [row for row in all_ if (row["source"], row["label"]) in mine] for name, all_ in known.items()}
+        made.append(of_sources(rows, f"Sources of {title}"))
+        made.append(_means({name: {"": part["labels"]} for name, part in parts.items()}, f"Means of {title}", use))
+        for field in ("context", "lang"):
+            split = {name: part[field] for name, part in parts.items() if field in part}
+            made.append(_means(split, f"By {field}, {title}", f"{use}-{field}"))
+    left_out = [ReportRow(str(name), [ReportCell(str(why))]) for name, why in (report.get("left_out") or {}).items()]
+    made.append(ReportTable("left-out", "Left out", "", "source", [("", "why")], left_out, figures=False))
+    return [table for table in made if table.rows]
+
+
+def of_sources(systems: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "Sources") -> ReportTable:
+    """Return a table with a row of each source and label.
+
+    Args:
+        systems: name -> the ``rows`` of `steerfast.evaluation.gates.figures_by_source`; the first one's are shown, and
+            of the others those of the same sources. A name may be "".
+    """
+    by_key = {name: {(row["source"], row["label"]): row for row in rows} for name, rows in systems.items()}
+    first = next(iter(by_key.values()), {})
+    heads = [("", "label"), ("", "use"), ("", "prompts")]
+    figures = [(name, what) for name, rows in by_key.items() for what in _row_figures(rows.values())]
+    made = []
+    for key, row in first.items():
+        cells = [ReportCell(key[1]), ReportCell(str(row.get("use") or _NONE)), ReportCell(str(row["n"]))]
+        cells += [_source_cell(by_key[name].get(key, {}), what, row) for name, what in figures]
+        made.append(ReportRow(key[0], cells))
+    note = _SOURCES_NOTE
+    if any(cell.text.endswith("†") for row in made for cell in row.cells):
+        note += " † the source chose something in this system."
+    return ReportTable("sources", title, note, "source", [*heads, *figures], made)
+
+
+def _row_figures(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the columns that some row has a value for."""
+    keys = {key for row in rows for key in row}
+    few = any(row["fired"] <= _FEW for row in rows)
+    shown = {"fires, %": "rate" in keys, "at most, %": few and "exact" in keys}
+    return [what for what, there in (shown | {"undecided": "undecided" in keys, "AUC": "auc" in keys}).items() if there]
+
+
+def _source_cell(row: Mapping[str, Any], what: str, first: Mapping[str, Any]) -> ReportCell:
+    if what == "undecided":
+        return ReportCell(str(row.get("undecided", _NONE)))
+    if what == "AUC":
+        return _estimate_cell(row.get("auc"), share=False)
+    if what == "at most, %":
+        few = "exact" in row and row["fired"] <= _FEW
+        return _estimate_cell(row["exact"][1:] if few else None)
+    cell = _estimate_cell(row.get("rate"))
+    marked = row.get("use") not in (None, "validation", first.get("use"))
+    return replace(cell, text=cell.text + " †") if marked else cell
+
+
+def _estimate_cell(figure: Sequence[float] | None, share: bool = True) -> ReportCell:
+    """Return the cell of a value alone, or with the ends of its interval."""
+    return _cell(figure[0], figure[1:], share) if figure and known(figure[0]) else ReportCell()
+
+
+def _means(systems: Mapping[str, Mapping[str, Any]], title: str, name: str) -> ReportTable:
+    """Return a table of means. systems: name -> value of a field, or "" -> label -> mean and worst."""
+    heads = ("fires, %", "worst, %", "AUC", "worst AUC")
+    rows: dict[str, list[ReportCell]] = {}
+    for value, labels in next(iter(systems.values()), {}).items():
+        for label, shown in labels.items():
+            cells = [ReportCell(str(shown["sources"])), ReportCell(str(shown["n"]))]
+            for parts in systems.values():
+                cells += _mean_cells(at(parts, value, label) or {})
+            rows[f"{label}, {value or 'no language'}" if name.count("-") else label] = cells
+    columns = [("", "sources"), ("", "prompts"), *((system, head) for system in systems for head in heads)]
+    return ReportTable(f"means-{name}", title, _MEANS_NOTE, "label", columns, [ReportRow(*row) for row in rows.items()])
+
+
+def _mean_cells(found: Mapping[str, Any]) -> list[ReportCell]:
+    cells = []
+    for key, worst, share in (("rate", "worst", True), ("auc", "worst_auc", False)):
+        least = _estimate_cell([at(found, worst, key)], share)
+        cells += [_estimate_cell(found.get(key), share), replace(least, interval=str(at(found, worst, "source") or ""))]
+    return cells
 
 
 # -- headlines -------------------------------------------------------------------------
@@ -330,15 +457,15 @@ def headlines(result: Mapping[str, Any]) -> list[Headline]:
     for key, says, worst, share in (
         ("asr", "attack success", max, True),
         ("over_refusal", "over-refusal", max, True),
-        ("fluent", "fluent", min, True),
-        ("unchanged", "harmless answers unchanged", min, True),
+        ("fluent_by_set", "fluent", min, True),
+        ("unchanged_by_set", "harmless answers unchanged", min, True),
         ("gate_auc", "gate AUC", min, False),
     ):
         found = {names: value for names, value, _ in _values(data.get(key), None)}
         if not found:
             continue
         names = worst(found, key=lambda names: found[names])
-        before: Any = at(plain, key, *names) if key != "unchanged" else None
+        before: Any = at(plain, key, *names) if key != "unchanged_by_set" else None
         of = "" if not names else names[0] if len(found) == 1 else f"{names[0]}, the worst of {len(found)} sets"
         value = _cell(found[names], (), share).text + (" %" if share else "")
         made.append(Headline(says, value, _cell(before, (), share).text if known(before) else "", of))

@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from steerfast.errors import PromptError
-from steerfast.text.prompts import SHIPPED_PREFIX, describe_set, read_records, records_of
+from steerfast.evaluation.provenance import digest
+from steerfast.text.corpus import corpus
+from steerfast.text.examples import CONVERSATIONS, Prompt, text_of, unique_text
+from steerfast.text.prompts import SHIPPED_PREFIX, read_records, records_of
 
 KINDS = ("harmful", "jailbreak", "harmless", "borderline")
 
 BUILT_IN: dict[str, tuple[str, str]] = {
     "jailbreakbench": ("harmful", "harmful_demo"),
-    "advbench": ("harmful", "advbench"),
-    "harmbench": ("harmful", "harmbench"),
+    "strongreject": ("harmful", "corpus/strongreject"),
+    "xstest_unsafe": ("harmful", "corpus/xstest"),
     "jailbreak_attacks": ("jailbreak", "jailbreak_attacks"),
     "self_instruct": ("harmless", "self_instruct"),
     "truthfulqa_questions": ("harmless", "truthfulqa_questions"),
     "harmless_demo": ("harmless", "harmless_demo"),
+    "xstest_safe": ("borderline", "corpus/xstest"),
     "borderline": ("borderline", "borderline"),
 }
 """Name -> kind and shipped prompt set. No set fits, calibrates or tunes a shipped profile."""
@@ -29,6 +33,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
 DEFAULT_SETS = tuple(BUILT_IN)
 
 _HUB = "hf://"
+_CORPUS = SHIPPED_PREFIX + "corpus/"
 _SOURCE = re.compile(r"(?:(?P<name>[^=:/]+)=)?(?P<kind>\w+):(?P<where>.+)", re.DOTALL)
 _HUB_SOURCE = re.compile(r"hf://(?P<path>[^/@#]+/[^/@#]+)(?:/(?P<config>[^@#]+))?@(?P<split>[^#]+)(?:#(?P<column>.+))?")
 
@@ -37,8 +42,13 @@ _HUB_SOURCE = re.compile(r"hf://(?P<path>[^/@#]+/[^/@#]+)(?:/(?P<config>[^@#]+))
 class Item:
     """One entry of a set. style: attack or origin, "" where unknown."""
 
-    prompt: str
+    prompt: Prompt
     style: str = ""
+
+    @property
+    def text(self) -> str:
+        """Return the user's text of the prompt, for judges and pages."""
+        return text_of(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,12 @@ class EvalSet:
     duplicates: int
 
     @property
-    def prompts(self) -> list[str]:
+    def prompts(self) -> list[Prompt]:
         return [item.prompt for item in self.items]
+
+    @property
+    def texts(self) -> list[str]:
+        return [item.text for item in self.items]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON data: every field, with a count in place of the items."""
@@ -71,9 +85,11 @@ def load_set(source: str, limit: int | None = None, seed: int = 0) -> EvalSet:
 
     Args:
         source: a name of `BUILT_IN`; or ``KIND:WHERE`` or ``NAME=KIND:WHERE`` with a kind of `KINDS`. WHERE is a source
-            of `steerfast.text.prompts.read_records` (``FILE``, ``FILE#COLUMN``, ``steerfast:<set>``) or a data set of
-            the hub, ``hf://owner/dataset[/config]@split[#column]`` (package ``datasets``). A record may name its
-            ``style`` (or ``attack``, ``set``).
+            of `steerfast.text.prompts.read_records` (``FILE``, ``FILE#COLUMN``, ``steerfast:<set>``), a source of the
+            corpus, ``steerfast:corpus/<source>``, whose prompts of this kind are taken, or a data set of the hub,
+            ``hf://owner/dataset[/config]@split[#column]`` (package ``datasets``). A record may hold a conversation
+            under ``messages``, ``turns`` or ``conversation``, if no column is named. It may name its ``style`` (or
+            ``attack``, ``set``).
         limit: most items. A sample keeps the set's order and the shares of the styles.
         seed: of the sample.
 
@@ -88,16 +104,16 @@ def load_set(source: str, limit: int | None = None, seed: int = 0) -> EvalSet:
             f"set: expected one of {', '.join(BUILT_IN)}, or KIND:FILE with a kind of {kinds}, got {source!r}"
         )
     where = match["where"]
-    records = _hub_records(where) if where.startswith(_HUB) else _file_records(where)
+    records = _records(where, match["kind"])
     items: dict[str, Item] = {}
     for record in records:
-        items.setdefault(record["prompt"], Item(record["prompt"], _style(record)))
+        items.setdefault(unique_text(record["prompt"]), Item(record["prompt"], _style(record)))
     return EvalSet(
         name=match["name"] or _default_name(where),
         kind=match["kind"],
         items=sample(list(items.values()), limit, seed),
         source=where,
-        digest=describe_set([record["prompt"] for record in records])["sha256"],
+        digest=digest([record["prompt"] for record in records]),
         duplicates=len(records) - len(items),
     )
 
@@ -108,10 +124,23 @@ def _default_name(where: str) -> str:
     return Path(where.removeprefix(SHIPPED_PREFIX).partition("#")[0]).stem
 
 
+def _records(where: str, kind: str) -> list[dict[str, Any]]:
+    if where.startswith(_HUB):
+        return _hub_records(where)
+    if not where.startswith(_CORPUS):
+        return _file_records(where)
+    label = "harmful" if kind == "jailbreak" else kind
+    source = where.removeprefix(_CORPUS)
+    found = [{"prompt": one.prompt} for one in corpus(labels=[label]) if one.source == source]
+    if not found:
+        raise PromptError(f"set: expected a source of the corpus with {label} prompts, got {source!r}")
+    return found
+
+
 def _file_records(where: str) -> list[dict[str, Any]]:
     path, mark, column = where.rpartition("#")
     if not mark or Path(where).is_file():
-        return read_records(where)
+        return read_records(where, conversations=CONVERSATIONS)
     return read_records(path, column)
 
 
@@ -128,7 +157,7 @@ def _hub_records(where: str) -> list[dict[str, Any]]:
     except (OSError, ValueError, RuntimeError) as error:  # unreachable or unknown; config or split that is not there
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise PromptError(f"set: cannot load {where!r} ({reason})") from None
-    return records_of(list(rows), where, match["column"])
+    return records_of(list(rows), where, match["column"], () if match["column"] else CONVERSATIONS)
 
 
 def sample(items: Sequence[Item], limit: int | None, seed: int) -> tuple[Item, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from steerfast.evaluation.sets import EvalSet, by_style
-from steerfast.judging.estimates import Estimate, auc, paired_bootstrap, rate
+from steerfast.judging.estimates import Estimate, grouped_auc, mean, paired_bootstrap, rate
+from steerfast.judging.topicality import distinct, names_topic
 from steerfast.profile import SteeringProfile
 
 ATTACKS, HARMLESS = ("harmful", "jailbreak"), ("harmless", "borderline")
@@ -74,6 +75,9 @@ def figures(
             if base is not None:
                 table.compare((key, one.name), flags[0], _counted(base[one.name].refused[judges[0]], key), seed)
     table.shares("fluent", {one.name: cells[one.name].fluent for one in attacks})
+    refusals = {one.name: _refusals(one, cells[one.name], judges[0]) for one in attacks}
+    table.shares("distinct_refusals", {name: distinct([text for _, text in said]) for name, said in refusals.items()})
+    table.shares("topic_named", {name: [names_topic(*pair) for pair in said] for name, said in refusals.items()})
     if base is not None:
         pairs = {one.name: zip(cells[one.name].tokens, base[one.name].tokens, strict=True) for one in harmless}
         table.shares("unchanged", {name: [a == b for a, b in both] for name, both in pairs.items()})
@@ -100,10 +104,15 @@ class _Figures:
             _set(self.intervals, path, [estimate.low, estimate.high])
 
     def shares(self, key: str, flags: Mapping[str, Sequence[bool]]) -> None:
-        """Put the share over all sets together, and of each set."""
-        self.put((key,), _rate([flag for one in flags.values() for flag in one]))
-        for name, one in flags.items():
-            self.put((f"{key}_by_set", name), _rate(one))
+        """Put the share of each set, their mean, each set with the same weight, and the least, with its set."""
+        found = {name: estimate for name, one in flags.items() if (estimate := _rate(one)) is not None}
+        for name, estimate in found.items():
+            self.put((f"{key}_by_set", name), estimate)
+        if found:
+            self.put((key, "mean"), mean([*found.values()]))
+            worst = min(found, key=lambda name: found[name].value)
+            self.put((key, "worst"), found[worst])
+            _set(self.values, ("worst_set", key), worst)
 
     def compare(self, path: Sequence[str], own: Sequence[Any], base: Sequence[Any], seed: int) -> None:
         """Put the difference over the items with a value on both sides."""
@@ -133,6 +142,12 @@ def _rate(flags: Sequence[bool | None]) -> Estimate | None:
     return rate(sum(known), len(known)) if known else None
 
 
+def _refusals(one: EvalSet, cell: SetAnswers, judge: str) -> list[tuple[str, str]]:
+    """Return prompt and answer where the answer refuses."""
+    refused = zip(one.texts, cell.texts, cell.refused[judge], strict=True)
+    return [(prompt, answer) for prompt, answer, verdict in refused if verdict]
+
+
 def _styles(one: EvalSet) -> dict[str, list[int]]:
     """Return style -> places of its items, if there are several styles."""
     places = by_style(one.items)
@@ -142,60 +157,72 @@ def _styles(one: EvalSet) -> dict[str, list[int]]:
 # -- gates -------------------------------------------------------------------------------------------
 
 
-def _margins(profile: SteeringProfile, scores: Values) -> Values:
+def margins(profile: SteeringProfile, scores: Values) -> Values:
     """Return the largest distance above a gate's threshold, [items]; above 0 is open."""
     gates = profile.gate_layers
     return (scores[:, gates] - profile.threshold[gates].double().numpy()).max(axis=1)
 
 
-def gate_figures(profile: SteeringProfile, sets: Sequence[EvalSet], scores: GateScores) -> dict[str, Any]:
-    """Return ``gate_auc`` of each set of attacks against all harmless prompts together, by style too, with intervals.
+def gate_figures(
+    sets: Sequence[EvalSet],
+    above: Mapping[str, Values],
+    profile: SteeringProfile | None = None,
+    scores: GateScores | None = None,
+) -> dict[str, Any]:
+    """Return ``gate_auc`` of each set of attacks against all harmless sets, by style too, with intervals.
 
-    A profile with an abstain band also has ``abstain_rate``, the undecided share of each set.
+    Each harmless set has the same weight, whatever its size. A profile with an abstain band also has ``abstain_rate``,
+    the undecided share of each set.
+
+    Args:
+        above: set -> distances above the threshold, [items]. scores: of the profile, where it has a band.
     """
     table = _Figures()
-    if profile.abstain is not None:
+    if profile is not None and profile.abstain is not None and scores:
         for one in _of(sets, ANSWERED):
             table.put(("abstain_rate", one.name), _rate(profile.undecided(torch.tensor(scores[one.name])).tolist()))
-    against = [_margins(profile, scores[one.name]) for one in _of(sets, HARMLESS)]
+    against = [above[one.name] for one in _of(sets, HARMLESS)]
     if against:
-        negative = np.concatenate(against)
         for one in _of(sets, ATTACKS):
-            positive = _margins(profile, scores[one.name])
-            table.put(("gate_auc", one.name), auc(positive, negative))
+            table.put(("gate_auc", one.name), grouped_auc([above[one.name]], against))
             for style, places in _styles(one).items():
-                table.put(("gate_auc_by_style", one.name, style), auc(positive[places], negative))
+                table.put(("gate_auc_by_style", one.name, style), grouped_auc([above[one.name][places]], against))
     return {**table.values, "intervals": table.intervals}
 
 
 def gate(profile: SteeringProfile, sets: Sequence[EvalSet], scores: GateScores) -> dict[str, Any]:
-    """Return AUC and histogram of each layer, attacks against harmless prompts, and ROC curves of deciding layers."""
+    """Return AUC and histogram of each layer, attacks against harmless prompts, and ROC curves of deciding layers.
+
+    Each set has the same weight: a histogram counts shares of sets, which sum to 1.
+    """
     attacks, harmless = ({one.name: scores[one.name] for one in _of(sets, kinds)} for kinds in (ATTACKS, HARMLESS))
     if not attacks or not harmless:
         return {"decides": _decides(profile), "layers": []}
-    positive, negative = (np.concatenate(list(group.values())) for group in (attacks, harmless))
+    sides = {"harmful": [*attacks.values()], "harmless": [*harmless.values()]}
     layers = []
-    for layer in range(positive.shape[1]):
-        bad, good = positive[:, layer], negative[:, layer]
-        edges = np.histogram_bin_edges(np.concatenate([bad, good]), _BINS)
+    for layer in range(profile.model.num_layers):
+        bad, good = ([one[:, layer] for one in side] for side in sides.values())
+        edges = np.histogram_bin_edges(np.concatenate([*bad, *good]), _BINS)
         row: dict[str, Any] = {
             "layer": layer,
-            "auc": {name: auc(found[:, layer], good).value for name, found in attacks.items()},
+            "auc": {name: grouped_auc([found[:, layer]], good).value for name, found in attacks.items()},
             "histogram": {
                 "edges": edges.tolist(),
-                "harmful": np.histogram(bad, edges)[0].tolist(),
-                "harmless": np.histogram(good, edges)[0].tolist(),
+                **{
+                    kind: np.histogram(np.concatenate(side), edges, weights=_equal(side))[0].round(_DIGITS).tolist()
+                    for kind, side in zip(sides, (bad, good), strict=True)
+                },
             },
         }
         if layer in profile.gate_layers:
             row |= {"threshold": float(profile.threshold[layer]), "roc": _roc(bad, good)}
         layers.append(row)
-    decided = {name: _margins(profile, found) for name, found in attacks.items()}
-    against = _margins(profile, negative)
-    curves = {name: _roc(found, against) for name, found in decided.items()}
+    decided = {name: margins(profile, found) for name, found in attacks.items()}
+    against = [margins(profile, found) for found in harmless.values()]
+    curves = {name: _roc([found], against) for name, found in decided.items()}
     for one in _of(sets, ATTACKS):
         for style, places in _styles(one).items():
-            curves[f"{one.name}: {style}"] = _roc(decided[one.name][places], against)
+            curves[f"{one.name}: {style}"] = _roc([decided[one.name][places]], against)
     return {"decides": _decides(profile), "layers": layers, "roc_by_set": curves}
 
 
@@ -203,32 +230,38 @@ def _decides(profile: SteeringProfile) -> int | list[int]:
     return profile.gate_layers if profile.sensor == "own" else profile.sensor
 
 
-def _roc(positive: Values, negative: Values) -> dict[str, list[float]]:
-    """Return the curve's corners, from (0, 0) to (1, 1)."""
+def _equal(groups: Sequence[Values]) -> Values:
+    """Return a weight for each value of the groups, joined: each group alike, sum 1."""
+    return np.concatenate([np.full(len(one), 1 / (len(one) * len(groups))) for one in groups])
+
+
+def _roc(positive: Sequence[Values], negative: Sequence[Values]) -> dict[str, list[float]]:
+    """Return the curve's corners, from (0, 0) to (1, 1); each group of a side has the same weight."""
     from sklearn.metrics import roc_curve
 
-    labels = np.repeat([1, 0], [len(positive), len(negative)])
-    false, true, _ = roc_curve(labels, np.concatenate([positive, negative]))
+    labels = np.repeat([1, 0], [sum(map(len, positive)), sum(map(len, negative))])
+    weights = np.concatenate([_equal(positive), _equal(negative)])
+    false, true, _ = roc_curve(labels, np.concatenate([*positive, *negative]), sample_weight=weights)
     return {"fpr": false.round(_DIGITS).tolist(), "tpr": true.round(_DIGITS).tolist()}
 
 
 # -- the rest ----------------------------------------------------------------------------------------
 
 
-def pooled(sets: Sequence[EvalSet], cells: Cells, judge: str) -> dict[str, Any]:
-    """Return attack success and fluency over all attacks together, and success of each set; nan without attacks."""
+def strength_figures(sets: Sequence[EvalSet], cells: Cells, judge: str) -> dict[str, Any]:
+    """Return attack success and fluency: means over the sets of attacks, and success of each; nan without attacks."""
     attacks = _of(sets, ATTACKS)
-    success = {one.name: _counted(cells[one.name].refused[judge], "asr") for one in attacks}
-    fluent = [flag for one in attacks for flag in cells[one.name].fluent]
+    success = {one.name: _rate(_counted(cells[one.name].refused[judge], "asr")) for one in attacks}
+    fluent = [_rate(cells[one.name].fluent) for one in attacks]
 
-    def share(flags: Iterable[bool | None]) -> float:
-        estimate = _rate([*flags])
-        return math.nan if estimate is None else estimate.value
+    def middle(found: Sequence[Estimate | None]) -> float:
+        known = [one.value for one in found if one is not None]
+        return math.fsum(known) / len(known) if known else math.nan
 
     return {
-        "asr": share(flag for flags in success.values() for flag in flags),
-        "asr_by_set": {name: share(flags) for name, flags in success.items()},
-        "fluent": share(fluent),
+        "asr": middle([*success.values()]),
+        "asr_by_set": {name: math.nan if one is None else one.value for name, one in success.items()},
+        "fluent": middle(fluent),
     }
 
 
@@ -247,5 +280,5 @@ def examples(sets: Sequence[EvalSet], table: Mapping[str, Cells], judge: str) ->
                 }
                 for name, cells in table.items()
             }
-            found.append({"set": one.name, "kind": one.kind, "prompt": one.items[place].prompt, "answers": answers})
+            found.append({"set": one.name, "kind": one.kind, "prompt": one.items[place].text, "answers": answers})
     return found

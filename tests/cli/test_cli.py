@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,20 @@ from steerfast import _native
 from steerfast.cli import common
 from steerfast.cli.generate import _render
 from steerfast.cli.rendering import layer_ranges
-from steerfast.fitting.calibrate import StyleWarning
+from steerfast.fitting.calibrate import GateWarning
 from steerfast.hf.loading import load_model
 from steerfast.kernels import selftest
 from steerfast.kernels.contract import Kinds
 from steerfast.profile import Gate, SteeringProfile
-from steerfast.text.styles import style_names
+from steerfast.text import corpus
+from steerfast.text.examples import Example
 
 torch.set_num_threads(1)
 
 LAYERS, HIDDEN = 6, 32
 # All but serve, which has no result to write as JSON; see test_serve.py.
 COMMANDS = (
-    "demo", "extract", "calibrate", "learn", "tune", "score", "inspect", "generate", "eval", "guard", "bench",
+    "demo", "extract", "calibrate", "learn", "tune", "score", "inspect", "drift", "generate", "eval", "guard", "bench",
     "convert", "doctor",
 )  # fmt: skip
 HARMFUL = [
@@ -45,6 +46,7 @@ HARMFUL = [
 HARMLESS = [
     f"how to {verb} a {thing}" for verb in ("bake", "paint", "buy") for thing in ("cake", "house", "pie", "hat")
 ]
+RATE = ("--max-false-positive-rate", 0.1)  # the files hold too few prompts for a smaller one
 CHAT = "{% for m in messages %}<user>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 
 
@@ -87,12 +89,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.txt").write_text("\n".join(HARMFUL[:6]))
     (folder / "bad.json").write_text(json.dumps([{"prompt": prompt} for prompt in HARMFUL[6:]]))
     (folder / "good.txt").write_text("\n".join(HARMLESS))
-    (folder / "bad2.txt").write_text("\n".join(prompt.upper() for prompt in HARMFUL))
-    (folder / "good2.txt").write_text("\n".join(prompt.upper() for prompt in HARMLESS))
-    done("extract", *model(folder), *sets(folder), "--output", folder / "extracted.safetensors")
+    labelled = [
+        ("harmful", "forum", HARMFUL),
+        ("harmless", "tickets", HARMLESS),
+        ("borderline", "edge", ["how to bomb a pie"]),
+    ]
+    records = [
+        {"prompt": prompt.upper(), "label": label, "source": source}
+        for label, source, given in labelled
+        for prompt in given
+    ]
+    (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, records)))
+    done("extract", *model(folder), *sets(folder), "--pooling", "last", "--output", folder / "extracted.safetensors")
     done(
-        "calibrate", folder / "extracted.safetensors", *sets(folder),
-        "--heldout-harmful", folder / "bad2.txt", "--heldout-harmless", folder / "good2.txt",
+        "calibrate", folder / "extracted.safetensors", *sets(folder), *RATE, "--prompts", folder / "labelled.jsonl",
         "--latest-sensor", 3, "--output", folder / "calibrated.safetensors",
     )  # fmt: skip
     return folder
@@ -110,6 +120,18 @@ run, done, failed = _COMMAND.run, _COMMAND.done, _COMMAND.failed
 
 def model(work: Path, name: str = "model") -> tuple[object, ...]:
     return "--model", work / name
+
+
+@pytest.fixture
+def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the corpus that ships, which these models would read for minutes."""
+    found = [
+        Example(f"{prompt} {split}", label, f"{label}_{i % 2}", split)
+        for split in ("fit", "calibrate")
+        for label, prompts in (("harmful", HARMFUL), ("harmless", HARMLESS))
+        for i, prompt in enumerate(prompts)
+    ]
+    monkeypatch.setattr(corpus, "corpus", lambda *_, **__: found)
 
 
 def sets(work: Path) -> tuple[object, ...]:
@@ -194,12 +216,12 @@ def test_only_steerfast_warnings_are_shown(monkeypatch: pytest.MonkeyPatch, work
     load = common.load_profile
 
     def warn(path: str) -> SteeringProfile:
-        warnings.warn("style,\nnot harm", StyleWarning, stacklevel=1)
+        warnings.warn("few prompts,\nof a source", GateWarning, stacklevel=1)
         warnings.warn("noise", UserWarning, stacklevel=1)
         return load(path)
 
     monkeypatch.setattr(common, "load_profile", warn)
-    assert done("inspect", work / "calibrated.safetensors").stderr == "steerfast: warning: style, not harm\n"
+    assert done("inspect", work / "calibrated.safetensors").stderr == "steerfast: warning: few prompts, of a source\n"
 
 
 # ---- extract, calibrate, learn, tune --------------------------------------------------------------------
@@ -243,25 +265,25 @@ def test_extract_makes_every_edit_and_gate(work: Path, tmp_path: Path) -> None:
 
 def test_a_gate_that_reads_a_mean_is_made_shown_and_used(work: Path, tmp_path: Path) -> None:
     made, calibrated = tmp_path / "made.safetensors", tmp_path / "calibrated.safetensors"
-    done("extract", *model(work), *sets(work), "--vectors", "srv", "--pooling", "mean", "-o", made)
-    assert SteeringProfile.load(made).gate == Gate(pooling="mean")
-    assert "prompt, mean cosine, hard" in done("inspect", made).stdout
+    done("extract", *model(work), *sets(work), "--vectors", "srv", "--pooling", "mean", "--whole-prompt", "-o", made)
+    assert SteeringProfile.load(made).gate == Gate(pooling="mean", window=128)
+    assert "prompt, mean cosine of 128 tokens, hard" in done("inspect", made).stdout
     result = done(
         "extract", *model(work), *sets(work), "--vectors", "srv", "--pooling", "mean", "--window", 12, "-o", made,
         "--json", tmp_path / "p.json",
     )  # fmt: skip
-    assert "prompt, mean cosine of 12 tokens, hard" in result.stdout
+    assert "prompt, mean cosine of 12 tokens of the last user turn, hard" in result.stdout
     gate = SteeringProfile.load(made).gate
-    assert gate == Gate(pooling="mean", window=12)
-    assert json.loads((tmp_path / "p.json").read_text())["gate"] == asdict(gate)
+    assert gate == Gate(pooling="mean", window=12, turn=(2,), tail=2)
+    assert Gate(**json.loads((tmp_path / "p.json").read_text())["gate"]) == gate
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", StyleWarning)
+        warnings.simplefilter("ignore", GateWarning)
         done("calibrate", made, *sets(work), "--sensor", 3, "--max-false-positive-rate", 0.3, "-o", calibrated)
     profile = SteeringProfile.load(calibrated).with_band([5], 8.0)
     assert profile.gate == gate
     profile.save(calibrated)
     shown = done("inspect", calibrated, "--plot", tmp_path / "p.svg").stdout
-    assert "prompt, mean cosine of 12 tokens, hard" in shown
+    assert "prompt, mean cosine of 12 tokens of the last user turn, hard" in " ".join(shown.split())
     prompts = [*HARMFUL[:3], *HARMLESS[:3]]
     done("score", calibrated, *prompts, "--json", tmp_path / "s.json")
     fired = [one["fired"] for one in json.loads((tmp_path / "s.json").read_text())["results"]]
@@ -274,61 +296,117 @@ def test_what_a_gate_cannot_read(work: Path, tmp_path: Path) -> None:
     made = ("extract", *model(work), *sets(work), "--vectors", "srv", "-o", tmp_path / "p.safetensors")
     assert "--pooling" in failed(2, *made, "--pooling", "max")
     assert "--window" in failed(2, *made, "--pooling", "mean", "--window", 0)
-    assert "gate.window: expected None where no mean is read, got 5" in failed(1, *made, "--window", 5)
+    last = (*made, "--pooling", "last")
+    assert "gate.window: expected None where no mean is read, got 5" in failed(1, *last, "--window", 5)
     assert not (tmp_path / "p.safetensors").exists()
 
 
 def test_extract_refusal_text_changes_the_forced_vector(work: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
-    done("extract", *model(work), *sets(work), "--vectors", "forced", "--refusal", "No way, never.", "-o", path)
+    forced = ("--vectors", "forced", "--pooling", "last", "--refusal", "No way, never.")
+    done("extract", *model(work), *sets(work), *forced, "-o", path)
     one, other = SteeringProfile.load(path), SteeringProfile.load(work / "extracted.safetensors")
     assert one.vector_kind == other.vector_kind == "forced"
     assert not torch.equal(one.vector, other.vector)
     assert torch.equal(one.direction, other.direction)
 
 
-def test_styles_are_left_out_calibrated_and_shown(work: Path, tmp_path: Path) -> None:
+def test_sources_are_left_out_calibrated_and_shown(work: Path, tmp_path: Path) -> None:
+    """Labelled prompts beside those of --harmful and --harmless: two sources on each side."""
     fitted, calibrated = tmp_path / "fitted.safetensors", tmp_path / "calibrated.safetensors"
-    done("extract", *model(work), *sets(work), "--vectors", "srv", "--restyle", 8, "-o", fitted)
+    both = (*sets(work), "--prompts", work / "labelled.jsonl")
+    done("extract", *model(work), *both, "--vectors", "srv", "-o", fitted)
     profile = SteeringProfile.load(fitted)
-    assert profile.fitted["harmful"]["count"] == len(HARMFUL) + 8 * len(style_names())
-    assert profile.fitted["harmful"]["name"] == "bad.txt + bad.json, restyled"
-    assert sorted(profile.fitted["left_out"]) == sorted(style_names())  # plain shares its requests with all of them
-    (tmp_path / "chat.json").write_text(
-        json.dumps([{"prompt": f"hi! {p}", "style": "chat", "request": p} for p in HARMFUL])
-    )
+    assert profile.gate.pooling == "both"
+    assert profile.fitted["harmful"]["count"] == 2 * len(HARMFUL)
+    assert profile.fitted["harmful"]["name"] == "bad.txt + bad.json + labelled.jsonl, fit"
+    assert {source: list(labels) for source, labels in profile.fitted["sources"].items()} == {
+        "bad": ["harmful"], "forum": ["harmful"], "good": ["harmless"], "tickets": ["harmless"], "edge": ["borderline"],
+    }  # fmt: skip
+    assert list(profile.fitted["left_out"]["source"]) == ["bad", "forum"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", StyleWarning)
-        result = done(
-            "calibrate", fitted, *sets(work), "--harmful", tmp_path / "chat.json", "--restyle", 8, "--sensor", 2,
-            "-o", calibrated,
-        )  # fmt: skip
-    styles = SteeringProfile.load(calibrated).calibration["styles"]
-    assert sorted(styles) == sorted(["plain", *style_names()])  # no harmless prompt is in the style chat
-    assert f"{styles['persona']['auc'][2]:.3f}" in result.stdout
+        warnings.simplefilter("ignore", GateWarning)
+        result = done("calibrate", fitted, *both, *RATE, "--max-borderline-rate", 0.5, "-o", calibrated)
+    calibration = SteeringProfile.load(calibrated).calibration
+    assert calibration["max_borderline_rate"] == 0.5
     shown = done("inspect", calibrated).stdout
-    assert "left out of the fit" in shown
-    assert all(style in shown for style in style_names())
-    assert "left out of the fit" not in done("inspect", work / "calibrated.safetensors").stdout
+    for text in (result.stdout, shown):
+        assert all(source in text for source in ("bad", "forum", "good", "tickets", "edge"))
+    assert "layers as a sensor, best first" in result.stdout
+    assert all(f"{quality:.4f}" in result.stdout for _, quality in calibration["sensors"])
 
 
-def test_calibrate_reports_the_sensor_on_both_pairs_of_sets(work: Path, tmp_path: Path) -> None:
+def test_labelled_prompts_of_another_split_are_left_out(work: Path, tmp_path: Path) -> None:
+    records = [
+        {"prompt": f"{prompt} {split}", "label": label, "split": split}
+        for split in ("fit", "validate")
+        for label, prompts in (("unsafe", HARMFUL), ("safe", HARMLESS))
+        for prompt in prompts
+    ]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, records)))
+    path = tmp_path / "p.safetensors"
+    given = ("--harmful", work / "bad.txt", "--prompts", tmp_path / "all.jsonl")
+    done("extract", *model(work), *given, "--vectors", "srv", "-o", path)
+    fitted = SteeringProfile.load(path).fitted
+    assert (fitted["harmful"]["count"], fitted["harmless"]["count"]) == (6 + len(HARMFUL), len(HARMLESS))
+
+
+def test_the_corpus_is_the_default_and_prompts_join_it(work: Path, tmp_path: Path, small_corpus: None) -> None:
+    path = tmp_path / "p.safetensors"
+    done("extract", *model(work), "--prompts", work / "labelled.jsonl", "--vectors", "srv", "-o", path)
+    fitted = SteeringProfile.load(path).fitted
+    assert sorted(fitted["sources"]) == [
+        "edge",
+        "forum",
+        "harmful_0",
+        "harmful_1",
+        "harmless_0",
+        "harmless_1",
+        "tickets",
+    ]
+    assert fitted["harmful"]["name"] == "steerfast:corpus + labelled.jsonl, fit"
+    done("calibrate", path, *RATE, "--sensor", 2, "-o", path)
+    sets = SteeringProfile.load(path).calibration["sets"]
+    assert {role: (one["name"], one["count"]) for role, one in sets.items()} == {
+        "harmful": ("steerfast:corpus, calibrate", len(HARMFUL)),
+        "harmless": ("steerfast:corpus, calibrate", len(HARMLESS)),
+    }
+
+
+def test_calibrating_on_traffic_keeps_the_sensor(work: Path, tmp_path: Path, small_corpus: None) -> None:
+    path, traffic = tmp_path / "p.safetensors", tmp_path / "traffic.jsonl"
+    traffic.write_text("\n".join(json.dumps({"prompt": f"{prompt} now"}) for prompt in HARMLESS))
+    replace(SteeringProfile.load(work / "extracted.safetensors"), sensor=1).save(path)
+    done("calibrate", path, "--on", traffic, *RATE, "-o", path)
+    profile = SteeringProfile.load(path)
+    assert profile.sensor == 1
+    described = profile.calibration["sets"]
+    assert described["harmful"]["name"] == "steerfast:corpus, calibrate"
+    assert (described["harmless"]["name"], described["harmless"]["count"]) == (str(traffic), len(HARMLESS))
+    assert list(profile.calibration["sources"]) == ["harmful_0", "harmful_1", "traffic"]
+    rows = profile.calibration["by_source"]["1"]["rows"]
+    assert next(row["fired"] for row in rows if row["source"] == "traffic") <= 0.1 * len(HARMLESS)
+
+
+def test_too_few_harmless_prompts_for_the_rate(work: Path, tmp_path: Path) -> None:
+    line = failed(1, "calibrate", work / "extracted.safetensors", *sets(work), "-o", tmp_path / "p.safetensors")
+    assert "harmless: expected at least 100 prompts for a rate of 1.00%, got 12" in line
+
+
+def test_calibrate_reports_the_sensor(work: Path, tmp_path: Path) -> None:
     result = done(
-        "calibrate", work / "extracted.safetensors", *sets(work), "--heldout-harmful", work / "bad2.txt",
-        "--heldout-harmless", work / "good2.txt", "--sensor", 2, "--max-false-positive-rate", 0.25,
+        "calibrate", work / "extracted.safetensors", *sets(work), "--sensor", 2, "--max-false-positive-rate", 0.25,
         "--output", tmp_path / "p.safetensors", "--json", "-",
     )  # fmt: skip
     data = json.loads(result.stdout)
     assert data["sensor"] == 2
     assert data["calibration"]["max_false_positive_rate"] == 0.25
-    assert data["calibration"]["sets"]["heldout_harmful"]["name"] == "bad2.txt"
+    assert data["calibration"]["sets"]["harmful"]["name"] == "bad.txt + bad.json"
     layer = data["layers"][2]
     assert layer["sensor"] is True
-    for pair in ("calibration", "heldout"):
-        value, low, high = layer[pair]["auc"]
-        assert 0 <= low <= value <= high <= 1
-        assert f"{value:.3f} ({low:.3f}-{high:.3f})" in result.stderr
-    assert "held-out" in result.stderr
+    value, low, high = layer["calibration"]["auc"]
+    assert 0 <= low <= value <= high <= 1
+    assert f"{value:.3f} ({low:.3f}-{high:.3f})" in result.stderr
     assert "embedding_sketch" not in data["model"]
     assert "histograms" not in data["calibration"]
 
@@ -336,8 +414,8 @@ def test_calibrate_reports_the_sensor_on_both_pairs_of_sets(work: Path, tmp_path
 def test_calibrate_makes_a_band_that_everybody_tells_of(work: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     result = done(
-        "calibrate", work / "extracted.safetensors", *sets(work), "--heldout-harmful", work / "bad2.txt",
-        "--heldout-harmless", work / "good2.txt", "--sensor", 2, "--abstain-rate", 0.6, "--output", path, "--json", "-",
+        "calibrate", work / "extracted.safetensors", *sets(work), *RATE, "--sensor", 2, "--abstain-rate", 0.6,
+        "--output", path, "--json", "-",
     )  # fmt: skip
     profile, data = SteeringProfile.load(path), json.loads(result.stdout)
     assert profile.abstain is not None
@@ -350,12 +428,11 @@ def test_calibrate_makes_a_band_that_everybody_tells_of(work: Path, tmp_path: Pa
     )
     shown = done("inspect", path, "--plot", tmp_path / "p.png").stdout
     for text in (result.stderr, shown):
-        assert "at most 1.00% false positives, 60.00% with the undecided" in text
+        assert "at most 10.00% false positives, 60.00% with the undecided" in text
         assert f"{low:.4f} │ {high:.4f} │ calibration" in text
-        for pair in ("calibration", "heldout"):
-            for label in ("harmful", "harmless"):
-                value, least, most = data["layers"][2][pair][f"{label}_undecided"]
-                assert f"{value:.1%} ({least:.1%}-{most:.1%})" in text
+        for label in ("harmful", "harmless"):
+            value, least, most = data["layers"][2]["calibration"][f"{label}_undecided"]
+            assert f"{value:.1%} ({least:.1%}-{most:.1%})" in text
     told = done("score", path, *HARMFUL, *HARMLESS, "--json", tmp_path / "s.json").stdout
     scored = json.loads((tmp_path / "s.json").read_text())["results"]
     for one in scored:
@@ -382,27 +459,15 @@ def test_inspect_shows_a_band_that_was_not_calibrated(work: Path, tmp_path: Path
     assert json.loads((tmp_path / "p.json").read_text())["layers"][1]["abstain"] is None
 
 
-def test_calibrate_midpoint_in_place_without_heldout_warns(work: Path, tmp_path: Path) -> None:
+def test_calibrate_midpoint_in_place(work: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     path.write_bytes((work / "extracted.safetensors").read_bytes())
-    result = done("calibrate", path, *sets(work), "--midpoint", "--sensor", "own", "--output", path)
-    assert result.stderr.startswith("steerfast: warning: the gate was not tried on prompts of another style")
-    assert result.stderr.count("\n") == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GateWarning)
+        done("calibrate", path, *sets(work), "--midpoint", "--sensor", "own", "--output", path)
     profile = SteeringProfile.load(path)
-    assert profile.sensor == "own"
+    assert (profile.sensor, profile.points) == ("own", {})
     assert profile.calibration["max_false_positive_rate"] is None
-
-
-def test_calibrate_uses_the_shipped_sets_by_default(work: Path, tmp_path: Path) -> None:
-    path = tmp_path / "p.safetensors"
-    done("calibrate", work / "extracted.safetensors", "--output", path)
-    names = {role: data["name"] for role, data in SteeringProfile.load(path).calibration["sets"].items()}
-    assert names == {
-        "harmful": "steerfast:harmful_calibrate",
-        "harmless": "steerfast:harmless_calibrate",
-        "heldout_harmful": "steerfast:harmful_heldout",
-        "heldout_harmless": "steerfast:harmless_heldout",
-    }
 
 
 def test_learn_adds_a_vector_that_tune_can_try(work: Path, tmp_path: Path) -> None:
@@ -556,7 +621,7 @@ def test_inspect_tells_all_layers_and_draws(work: Path, tmp_path: Path) -> None:
     assert [layer["layer"] for layer in data["layers"]] == list(range(LAYERS))
     assert [layer["layer"] for layer in data["layers"] if layer["sensor"]] == [profile.sensor]
     assert data["layers"][0]["vector_norm"] == pytest.approx(float(profile.vector[0].norm()))
-    assert {"auc", "hit_rate", "false_positive_rate"} <= set(data["layers"][0]["heldout"])
+    assert {"auc", "hit_rate", "false_positive_rate"} <= set(data["layers"][0]["calibration"])
     assert result.stdout.count("sensor") == 2  # the header's line and the layer's mark
     assert f"{data['layers'][4]['threshold']:.4f}" in result.stdout
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -762,7 +827,7 @@ def test_prompt_files_that_cannot_be_used(work: Path, tmp_path: Path) -> None:
     assert "--harmful: cannot read" in failed(1, *common, "--harmful", tmp_path / "bad.json")
     assert "--harmful: expected at least one prompt" in failed(1, *common, "--harmful", tmp_path / "empty.txt")
     assert "--harmful: expected a .txt" in failed(1, *common, "--harmful", tmp_path / "notes.md")
-    assert "--harmful: expected one of advbench, " in failed(1, *common, "--harmful", "steerfast:nothing")
+    assert "--harmful: expected one of borderline, " in failed(1, *common, "--harmful", "steerfast:nothing")
     assert "in both" in failed(1, *common, "--harmful", work / "good.txt")
     profile = work / "calibrated.safetensors"
     assert "--file: expected a file at" in failed(1, "score", profile, "--file", tmp_path / "no.txt")
@@ -808,9 +873,9 @@ def test_tune_band_beyond_the_model(work: Path, tmp_path: Path) -> None:
 def test_options_that_exclude_each_other(work: Path, tmp_path: Path) -> None:
     calibrate = ("calibrate", work / "extracted.safetensors", *sets(work), "-o", tmp_path / "p.safetensors")
     assert "--midpoint" in failed(2, *calibrate, "--midpoint", "--max-false-positive-rate", 0.1)
-    assert "--heldout-harmless" in failed(2, *calibrate, "--heldout-harmful", work / "bad2.txt")
+    assert "--on" in failed(2, *calibrate, "--on", work / "good.txt")
     assert "--sensor" in failed(2, *calibrate, "--sensor", "best")
-    assert "0..5" in failed(1, *calibrate, "--sensor", "6")
+    assert "0..5" in failed(1, *calibrate, *RATE, "--sensor", "6")
     generate = ("generate", work / "calibrated.safetensors", "hello")
     assert "--temperature" in failed(2, *generate, "--temperature", 0.5)
     assert "--seed" in failed(2, *generate, "--seed", 1)

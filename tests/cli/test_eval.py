@@ -62,14 +62,14 @@ def test_the_table_the_report_and_the_data(work: Path) -> None:
     more = ("--other", f"sibling={work / 'sibling'}", "--strengths", "0,0.5", "--no-latency", "--batch-size", 2)
     text = done(*quick(work, *outputs, *more)).stdout
     result = json.loads((work / "e.json").read_text())
-    systems = ["unsteered", "self-reminder", "goal-priority", "ours", "always-on", "sibling"]
+    systems = ["unsteered", "self-reminder", "goal-priority", "ours", "always-on", "refusal", "words", "sibling"]
     assert list(result["systems"]) == systems
     for name in systems:
         assert name in text
         assert f"{100 * result['systems'][name]['asr']['new']:.1f}" in text
     assert result["sets"]["new"] | {"digest": ""} == {
         "kind": "harmful", "count": 3, "duplicates": 1, "source": str(work / "new.txt"), "digest": "",
-        "also_fitted_by": [],
+        "use": "validation", "also_fitted_by": [],
     }  # fmt: skip
     assert list(result["sets"]) == ["new", "plain"]
     settings = result["settings"]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from command_line import CommandLine
 
 from steerfast.errors import SteerfastError
@@ -89,6 +90,17 @@ def test_everything(profile: Path, started: dict[str, Any], tmp_path: Path) -> N
         "--port", "8001", "--additional-config", '{"other": 1}', "--served-model-name", "mine",
     ]  # fmt: skip
     assert (started["admin"], started["key"]) == (True, "k3y")
+
+
+def test_a_threshold_is_one_of_the_profiles(
+    tiny_llama: Any, make_profile: Callable[..., Any], profile: Path, started: dict[str, Any], tmp_path: Path
+) -> None:
+    make_profile(tiny_llama, layers=[2], points={"strict": torch.zeros(5)}).save(tmp_path / "points.safetensors")
+    both = ("model", "--profile", f"plain={profile}", "--profile", f"safety={tmp_path / 'points.safetensors'}")
+    assert "threshold: expected one of strict, got 'lax'" in failed(1, *both, "--threshold", "lax")
+    assert not started
+    assert run(*both, "--threshold", "strict").exit_code == 0
+    assert started["steering"]["threshold"] == "strict"
 
 
 def test_admin_key_from_the_environment(

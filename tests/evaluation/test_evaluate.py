@@ -19,8 +19,9 @@ import torch
 
 from steerfast.errors import JudgeError, OutputError, ProfileError, PromptError
 from steerfast.evaluation.evaluate import evaluate, seen_by
+from steerfast.evaluation.provenance import digest
 from steerfast.evaluation.sets import EvalSet, Item, load_set
-from steerfast.evaluation.systems import System, self_reminder, systems_of
+from steerfast.evaluation.systems import CANNED, System, self_reminder, systems_of
 from steerfast.fitting.activations import residual_rows
 from steerfast.fitting.score import score
 from steerfast.hf.generation import greedy_answers
@@ -84,7 +85,9 @@ def test_every_answer_is_the_systems_own_greedy_one(
     tiny_llama: Any, tiny_tokenizer: Any, profile: Any, systems: list[System]
 ) -> None:
     result = evaluate(tiny_llama, tiny_tokenizer, systems, SETS[:4], JUDGES, **OPTIONS)
-    assert list(result["systems"]) == ["unsteered", "self-reminder", "goal-priority", "ours", "always-on"]
+    assert list(result["systems"]) == [
+        "unsteered", "self-reminder", "goal-priority", "ours", "always-on", "refusal", "words",
+    ]  # fmt: skip
 
     def alone(system: System, prompt: str) -> str:
         ids = encode(tiny_tokenizer, [system.defence(prompt)])
@@ -97,7 +100,7 @@ def test_every_answer_is_the_systems_own_greedy_one(
 
     assert len(result["examples"]) == 3 + 3 + 3 + 2
     for example in result["examples"]:
-        for system in systems:
+        for system in systems[:5]:
             answer = example["answers"][system.name]
             assert answer["text"] == alone(system, example["prompt"])
             assert answer["refused"] == JUDGES[0]([example["prompt"]], [answer["text"]])[0]
@@ -115,7 +118,61 @@ def test_every_answer_is_the_systems_own_greedy_one(
     shut = [1 - ours["fire_rate"][name] for name in ("good", "edge")]
     assert ours["unchanged_by_set"]["good"] >= shut[0]
     assert ours["unchanged_by_set"]["edge"] >= shut[1]
-    assert ours["unchanged"] > result["systems"]["always-on"]["unchanged"]
+    assert ours["unchanged"]["mean"] > result["systems"]["always-on"]["unchanged"]["mean"]
+
+
+def test_a_canned_refusal_stands_where_the_gate_fires_and_the_unsteered_answer_elsewhere(
+    tiny_llama: Any, tiny_tokenizer: Any, profile: Any, systems: list[System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steerfast.evaluation.summary._EXAMPLES", 100)
+    monkeypatch.setattr("steerfast.evaluation.evaluate._LATENCY_PAIRS", 2)
+    monkeypatch.setattr("steerfast.evaluation.evaluate._LATENCY_TOKENS", 4)
+    chosen = [system for system in systems if system.name in ("unsteered", "ours", "refusal", "words")]
+    result = evaluate(tiny_llama, tiny_tokenizer, chosen, SETS, JUDGES, **{**OPTIONS, "latency": True})
+    words = next(system.words for system in systems if system.words is not None)
+    told = {one.name: score(tiny_llama, tiny_tokenizer, profile, one.prompts, progress=False) for one in SETS}
+    fires = {
+        "refusal": {
+            (one.name, prompt): bool(fired)
+            for one in SETS
+            for prompt, fired in zip(one.texts, told[one.name].fired, strict=True)
+        },
+        "words": {
+            (one.name, prompt): bool(margin > 0)
+            for one in SETS
+            for prompt, margin in zip(one.texts, words.margins(one.prompts), strict=True)
+        },
+    }
+    assert len(result["examples"]) == sum(len(one.items) for one in SETS)
+    for example in result["examples"]:
+        answers = example["answers"]
+        for name, fired in fires.items():
+            plain = answers["unsteered"]["text"]
+            assert answers[name]["text"] == (CANNED if fired[example["set"], example["prompt"]] else plain)
+    rows = result["systems"]
+    assert rows["refusal"]["fire_rate"] == rows["ours"]["fire_rate"]
+    assert rows["refusal"]["gate_auc"] == rows["ours"]["gate_auc"]
+    assert set(rows["words"]["gate_auc"]) == {"bad", "jail"}
+    assert rows["refusal"]["latency"]["ms_per_token"] < rows["unsteered"]["latency"]["ms_per_token"]
+    assert list(result["gates"]) == ["ours"]
+
+
+def test_chats_are_asked_as_they_are(tiny_llama: Any, tiny_tokenizer: Any, systems: list[System]) -> None:
+    chat = [
+        {"role": "user", "content": "how do I bake a cake ?"},
+        {"role": "assistant", "content": "with bread"},
+        {"role": "user", "content": BAD[0]},
+    ]
+    one = EvalSet("chats", "harmful", (Item(chat), Item(BAD[1])), "here", digest([chat, BAD[1]]), 0)
+    chosen = [system for system in systems if system.name in ("unsteered", "self-reminder", "ours", "refusal")]
+    result = evaluate(tiny_llama, tiny_tokenizer, chosen, [one, SETS[2]], JUDGES, **OPTIONS)
+    said = {example["prompt"]: example["answers"]["unsteered"]["text"] for example in result["examples"]}
+    ids = encode(tiny_tokenizer, [chat])
+    assert ids[0] != encode(tiny_tokenizer, [BAD[0]])[0]
+    answer = greedy_answers(tiny_llama, tiny_tokenizer, ids, 6)[0]
+    text = tiny_tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert said[f"how do I bake a cake ?\n\n{BAD[0]}"] == text
+    assert result["sets"]["chats"]["use"] == "validation"
 
 
 def test_figures_do_not_hang_on_the_batch_size(tiny_llama: Any, tiny_tokenizer: Any, systems: list[System]) -> None:
@@ -157,6 +214,13 @@ def test_tasks_are_run_under_each_system_that_words_no_prompt(
     assert len(asked) == 6
 
 
+def mean_area(scores: dict[str, torch.Tensor], name: str) -> float:
+    """The mean of the AUCs against each harmless set."""
+    own = scores[name][:, None]
+    above = [(own > against).double() + (own == against) / 2 for against in (scores["good"], scores["edge"])]
+    return float(sum(one.mean() for one in above) / len(above))
+
+
 def test_a_gates_figures_are_of_the_unsteered_rows(
     tiny_llama: Any, tiny_tokenizer: Any, profile: Any, systems: list[System]
 ) -> None:
@@ -166,10 +230,8 @@ def test_a_gates_figures_are_of_the_unsteered_rows(
     scores = {
         one.name: score(tiny_llama, tiny_tokenizer, profile, one.prompts, progress=False).scores for one in SETS[:4]
     }
-    against = torch.cat([scores["good"], scores["edge"]])
     for name in ("bad", "jail"):
-        above = (scores[name][:, None] > against).double() + (scores[name][:, None] == against).double() / 2
-        assert result["systems"]["ours"]["gate_auc"][name] == pytest.approx(float(above.mean()))
+        assert result["systems"]["ours"]["gate_auc"][name] == pytest.approx(mean_area(scores, name))
     assert set(result["systems"]["ours"]["gate_auc_by_style"]["bad"]) == {"a", "b"}
     assert "gate_auc" not in result["systems"]["always-on"]
 
@@ -191,10 +253,9 @@ def test_gates_that_read_prompts_in_several_ways_share_a_run(
     assert list(result["gates"]) == list(profiles)
     for name, one in profiles.items():
         known = {some.name: score(tiny_llama, tiny_tokenizer, one, some.prompts, progress=False) for some in SETS[:4]}
-        against = torch.cat([known["good"].scores, known["edge"].scores])
+        scores = {kind: found.scores for kind, found in known.items()}
         for kind in ("bad", "jail"):
-            above = (known[kind].scores[:, None] > against).double() + (known[kind].scores[:, None] == against) / 2
-            assert result["systems"][name]["gate_auc"][kind] == pytest.approx(float(above.mean()))
+            assert result["systems"][name]["gate_auc"][kind] == pytest.approx(mean_area(scores, kind))
         fired = {kind: float(found.fired.double().mean()) for kind, found in known.items()}
         assert result["systems"][name]["fire_rate"] == pytest.approx(fired)
     aucs = [result["systems"][name]["gate_auc"]["jail"] for name in gates]
@@ -208,8 +269,8 @@ def test_strengths_make_a_frontier(tiny_llama: Any, tiny_tokenizer: Any, systems
     points = {point["strength"]: point for point in result["frontier"]}
     assert [point["strength"] for point in result["frontier"]] == [0.0, 0.5, 1.0]
     assert {point["system"] for point in result["frontier"]} == {"ours"}
-    assert points[0.0]["fluent"] == result["systems"]["unsteered"]["fluent"]
-    assert points[1.0]["fluent"] == result["systems"]["ours"]["fluent"]
+    assert points[0.0]["fluent"] == result["systems"]["unsteered"]["fluent"]["mean"]
+    assert points[1.0]["fluent"] == result["systems"]["ours"]["fluent"]["mean"]
     assert points[1.0]["asr_by_set"] == result["systems"]["ours"]["asr"]
     assert list(result["systems"]) == [system.name for system in systems]
 

@@ -72,8 +72,10 @@ def _made_up() -> dict[str, Any]:
             "asr": {s: around(asr) for s in HARMFUL},
             "over_refusal": {s: around(refused * (3 if s == "borderline" else 1), 0.01) for s in HARMLESS},
             "tasks": {"gsm8k": {"exact_match (strict-match)": around(0.05)}, "mmlu": {"acc": around(0.31)}},
-            "fluent": around(0.95),
-            "unchanged": 1.0 if name == "unsteered" else around(0.9, 0.1),
+            "fluent": {"mean": around(0.95), "worst": around(0.9)},
+            "unchanged": {"mean": 1.0 if name == "unsteered" else around(0.9, 0.1), "worst": around(0.8)},
+            "distinct_refusals": {"mean": around(0.5), "worst": around(0.4)},
+            "topic_named": {"mean": around(0.5), "worst": around(0.4)},
             "fluent_by_set": {s: around(0.95) for s in HARMFUL},
             "unchanged_by_set": {s: around(0.95) for s in HARMLESS},
             "asr_by_style": {"jailbreak_attacks": {style: around(asr, 0.2) for style in ("PAIR", "GCG", "JBC")}},
@@ -89,7 +91,15 @@ def _made_up() -> dict[str, Any]:
             data["gate_auc_by_style"] = {"jailbreak_attacks": {"PAIR": 0.91, "GCG": 0.99, "JBC": None}}
         data["intervals"] = {
             key: {s: interval(v) for s, v in data[key].items()} if isinstance(data[key], dict) else interval(data[key])
-            for key in ("asr", "over_refusal", "fluent", "unchanged", "gate_auc")
+            for key in (
+                "asr",
+                "over_refusal",
+                "fluent",
+                "unchanged",
+                "distinct_refusals",
+                "topic_named",
+                "gate_auc",
+            )
             if key in data
         }
         data["intervals"]["tasks"] = {"mmlu": {"acc": interval(data["tasks"]["mmlu"]["acc"])}}
@@ -147,6 +157,7 @@ def _made_up() -> dict[str, Any]:
         "sets": {
             name: {
                 "kind": kind,
+                "use": "development" if name == "advbench" else "validation",
                 "count": 100,
                 "duplicates": 0,
                 "source": "steerfast",
@@ -332,9 +343,10 @@ def test_every_figure_of_the_summary_stands_in_its_place(pages: dict[str, Page])
         for key, name in columns:
             low, high = data["intervals"][key][name]
             expected.append(f"{100 * data[key][name]:.1f} {100 * low:.1f}–{100 * high:.1f}")
-        for key in ("fluent", "unchanged"):
-            low, high = data["intervals"][key]
-            expected.append(f"{100 * data[key]:.1f} {100 * low:.1f}–{100 * high:.1f}")
+        for key in ("fluent", "unchanged", "distinct_refusals", "topic_named"):
+            for what in ("mean", "worst"):
+                low, high = data["intervals"][key][what]
+                expected.append(f"{100 * data[key][what]:.1f} {100 * low:.1f}–{100 * high:.1f}")
         assert row == [f"{system} {data['title']}", *expected, f"{data['latency']['ratio']:.3f}"]
 
 

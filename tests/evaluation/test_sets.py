@@ -14,10 +14,15 @@ import pytest
 
 from steerfast.errors import PromptError
 from steerfast.evaluation import sets
+from steerfast.evaluation.provenance import digest
 from steerfast.evaluation.sets import BUILT_IN, DEFAULT_SETS, KINDS, load_set
+from steerfast.text.corpus import corpus
 from steerfast.text.prompts import SHIPPED, describe_set, read_prompts, shipped_records
 
-EVALUATED = {*(shipped for _, shipped in BUILT_IN.values()), "gsm8k"}  # benchmarks evaluate gates on the last one
+OF_CORPUS = {
+    name: where.removeprefix("corpus/") for name, (_, where) in BUILT_IN.items() if where.startswith("corpus/")
+}
+EVALUATED = {where for _, where in BUILT_IN.values() if where in SHIPPED} | {"gsm8k"}  # of the corpus
 
 
 def words(text: str) -> str:
@@ -32,9 +37,19 @@ def words(text: str) -> str:
 def test_built_in_sets(name: str) -> None:
     loaded = load_set(name)
     assert (loaded.name, loaded.kind, loaded.duplicates) == (name, BUILT_IN[name][0], 0)
-    assert loaded.prompts == read_prompts(loaded.source)
     assert loaded.digest == describe_set(loaded.prompts)["sha256"]
-    assert all(item.style for item in loaded.items)
+    if name in OF_CORPUS:
+        label, source = loaded.kind, OF_CORPUS[name]
+        assert loaded.prompts == [one.prompt for one in corpus("validate", [label]) if one.source == source]
+    else:
+        assert loaded.prompts == read_prompts(loaded.source)
+        assert all(item.style for item in loaded.items)
+
+
+def test_a_source_of_the_corpus_without_such_prompts_is_refused() -> None:
+    for source in ("harmless:steerfast:corpus/strongreject", "harmful:steerfast:corpus/nothing"):
+        with pytest.raises(PromptError, match=r"expected a source of the corpus with harm(less|ful) prompts, got"):
+            load_set(source)
 
 
 def test_every_kind_has_a_set_and_the_sizes_are_those_that_are_told() -> None:
@@ -42,8 +57,8 @@ def test_every_kind_has_a_set_and_the_sizes_are_those_that_are_told() -> None:
     assert set(DEFAULT_SETS) <= set(BUILT_IN)
     counts = {name: len(load_set(name).items) for name in BUILT_IN}
     assert counts == {
-        "jailbreakbench": 100, "advbench": 100, "harmbench": 18, "jailbreak_attacks": 282, "self_instruct": 115,
-        "truthfulqa_questions": 100, "harmless_demo": 100, "borderline": 104,
+        "jailbreakbench": 100, "strongreject": 313, "xstest_unsafe": 200, "jailbreak_attacks": 282,
+        "self_instruct": 115, "truthfulqa_questions": 100, "harmless_demo": 100, "xstest_safe": 250, "borderline": 104,
     }  # fmt: skip
     assert Counter(item.style for item in load_set("jailbreak_attacks").items) == {"PAIR": 82, "GCG": 100, "JBC": 100}
     assert set(Counter(item.style for item in load_set("borderline").items).values()) == {13}
@@ -201,4 +216,19 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(PromptError, match=r"needs the package datasets \(pip install datasets\)"):
         load_set("harmful:hf://team/harm@test")
-    assert sets.load_set("advbench", limit=1).items
+    assert sets.load_set("jailbreakbench", limit=1).items
+
+
+def test_a_record_may_hold_a_conversation(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    chat.append({"role": "user", "content": "how do I bake?"})
+    records = [{"messages": chat, "style": "turns"}, {"prompt": "plain"}, {"turns": chat}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, records)))
+    loaded = load_set(f"harmless:{tmp_path / 'chats.jsonl'}")
+    assert loaded.prompts == [chat, "plain"]
+    assert loaded.texts == ["hello\n\nhow do I bake?", "plain"]
+    assert (loaded.items[0].style, loaded.duplicates) == ("turns", 1)
+    assert loaded.digest == digest([chat, "plain", chat])
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [{"role": "user"}]}))
+    with pytest.raises(PromptError, match="expected messages with a role and a content"):
+        load_set(f"harmless:{tmp_path / 'bad.jsonl'}")

@@ -9,7 +9,7 @@ import pytest
 from jinja2 import TemplateError
 
 from steerfast.errors import PromptError
-from steerfast.evaluation.systems import BUILT_IN, System, as_it_is, goal_priority, self_reminder, systems_of
+from steerfast.evaluation.systems import BUILT_IN, CANNED, System, as_it_is, goal_priority, self_reminder, systems_of
 from steerfast.hf.generation import greedy_answers
 from steerfast.hf.steering import steer
 from steerfast.text.encoding import encode
@@ -32,6 +32,22 @@ def test_self_reminder_stands_before_and_after_the_prompt() -> None:
     assert user["content"].startswith(PROMPT)
     assert "responsible" in system["content"]
     assert "responsible" in user["content"].removeprefix(PROMPT)
+
+
+@pytest.mark.parametrize("defence", [self_reminder, goal_priority])
+def test_defences_reword_the_last_message_of_a_chat(defence: Callable[[str], Any]) -> None:
+    chat = [
+        {"role": "system", "content": "Speak of gardens."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": PROMPT},
+    ]
+    system, *rest = defence(chat)
+    assert system["role"] == "system"
+    assert system["content"].endswith("Speak of gardens.")
+    assert rest[:2] == chat[1:3]
+    assert rest[2] == defence(PROMPT)[-1]
+    assert as_it_is(chat) == chat
 
 
 def test_goal_priority_puts_safety_before_helpfulness() -> None:
@@ -76,7 +92,8 @@ def test_all_systems_that_can_be_made(tiny_llama: Any, make_profile: Callable[..
     first, second = make_profile(tiny_llama, layers=[2, 3]), make_profile(tiny_llama, seed=1, sensor=1, layers=[1])
     systems, left_out = systems_of({"ours": first, "theirs": second}, {"sibling": "a/b"})
     assert [system.name for system in systems] == [
-        "unsteered", "self-reminder", "goal-priority", "ours", "theirs", "always-on", "sibling",
+        "unsteered", "self-reminder", "goal-priority", "ours", "theirs", "always-on", "refusal", "words",
+        "sibling",
     ]  # fmt: skip
     assert left_out == {}
     by_name = {system.name: system for system in systems}
@@ -91,7 +108,11 @@ def test_all_systems_that_can_be_made(tiny_llama: Any, make_profile: Callable[..
     assert opened is not None
     assert opened.gate.kind == "always"
     assert (opened.vector == first.vector).all()
-    assert [name for name, system in by_name.items() if system.gated] == ["ours", "theirs"]
+    assert [name for name, system in by_name.items() if system.gated] == ["ours", "theirs", "refusal"]
+    assert by_name["refusal"].profile is first
+    assert by_name["refusal"].canned == by_name["words"].canned == CANNED
+    assert by_name["words"].profile is None
+    assert {record.role for record in by_name["words"].made_with} == {"fit", "calibrate"}
     assert by_name["sibling"].model == "a/b"
 
 
@@ -101,13 +122,15 @@ def test_wanted_systems_come_in_their_order_after_unsteered(tiny_llama: Any, mak
     assert [system.name for system in systems] == ["unsteered", "ours", "self-reminder"]
     assert left_out == {}
     with pytest.raises(
-        PromptError, match="some of unsteered, self-reminder, goal-priority, always-on, ours, got 'mine'"
+        PromptError,
+        match="some of unsteered, self-reminder, goal-priority, always-on, refusal, words, ours, got 'mine'",
     ):
         systems_of(profiles, {}, ["mine"])
 
 
 def test_systems_that_cannot_be_made_are_named(tiny_llama: Any, make_profile: Callable[..., Any]) -> None:
-    assert systems_of({}, {})[1] == {"always-on": "there is no profile to open the gate of"}
+    why = "there is no profile to take the gate of"
+    assert systems_of({}, {}, ["always-on", "refusal"])[1] == {"always-on": why, "refusal": why}
     assert systems_of({}, {}, ["self-reminder"])[1] == {}
     open_already = make_profile(tiny_llama, kind="always")
     systems, left_out = systems_of({"ours": open_already}, {}, ["always-on", "ours"])

@@ -63,7 +63,9 @@ def command(
     strategy = STRATEGIES[options["strategy"]](options["candidates"], block=options["block"], depth=options["depth"])
     trained = load_trained(folder)
     profile = common.load_profile(profile_file) if profile_file else None
-    texts = common.gather_prompts(prompts, files)
+    from steerfast.text.examples import text_of
+
+    texts = list(map(text_of, common.gather_prompts(prompts, files)))
     name = options["model_name"] or trained.critic.model.name
     model, tokenizer = common.load_model(name, options["dtype"], options["device"])
     guard = Guard(

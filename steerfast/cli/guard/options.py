@@ -58,8 +58,10 @@ def guard_options(command: F) -> F:
 def prompt_sets(harmful: Sequence[str], harmless: Sequence[str], count: int | None, seed: int) -> dict[str, list[str]]:
     """Return the prompts of both kinds, `count` of each."""
     from steerfast.guard.recipe import pick
+    from steerfast.text.examples import text_of
 
+    sources = {"harmful": harmful, "harmless": harmless}
     return {
-        "harmful": pick(common.read_set("--harmful", harmful).prompts, count, seed),
-        "harmless": pick(common.read_set("--harmless", harmless).prompts, count, seed),
+        role: pick([text_of(one.prompt) for one in common.read_set(f"--{role}", given, role)], count, seed)
+        for role, given in sources.items()
     }

@@ -1,0 +1,139 @@
+"""`steerfast drift`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from steerfast.cli import common
+from steerfast.errors import SteerfastError
+
+if TYPE_CHECKING:
+    from steerfast.evaluation.drift import Drift, Live
+    from steerfast.profile import SteeringProfile
+
+_STATUS = {"pass": 0, "stale": 1, "inconclusive": 3}
+_SOURCES = ("scores", "metrics", "prompts")
+
+
+class _WrongInput(click.ClickException):
+    exit_code = 2  # so that 1 means one thing
+
+
+@click.command("drift")
+@click.argument("profile_file", metavar="PROFILE")
+@click.option("--scores", metavar="FILE", help="Scores as JSON or JSON Lines, such as `steerfast score --json` writes.")
+@click.option("--metrics", metavar="FILE|URL", help="A vLLM server's metrics: its address, or a page that was kept.")
+@common.value_option(
+    "--name", str, "NAME", "With --metrics: the profile's name on the server.  [default: its only one]"
+)
+@common.set_option("--prompts", note="Prompts to score here, with --model and --dtype as served")
+@common.model_options("the model that the profile names")
+@common.batch_size_option()
+@common.threshold_option
+@common.value_option("--tolerance", float, "NUMBER", "The calibrated share that fires may grow by this factor.", 1.0)
+@common.value_option("--distance", float, "NUMBER", "How far scores may move, 0 to 1: the Kolmogorov distance.", 0.2)
+@common.json_option
+@click.pass_context
+def command(context: click.Context, profile_file: str, json_file: str | None, **options: Any) -> None:
+    """Say whether a gate's calibration still fits the traffic, or another way of serving.
+
+    Live scores are compared with those of the harmless prompts of the calibration: the share
+    that fires, and the distribution. Attacks fire, too: look at what fired before you calibrate.
+
+    \b
+    Example:
+      steerfast drift safety.safetensors --scores scores.json
+      steerfast drift safety.safetensors --metrics http://localhost:8000 --name safety
+      steerfast drift safety.safetensors --prompts my_traffic.jsonl --dtype bfloat16
+
+    Exit status: 0 pass, 1 stale, 2 wrong usage or input, 3 inconclusive: too few scores.
+    """
+    given = [source for source in _SOURCES if options[source]]
+    if len(given) != 1:
+        raise click.UsageError(f"expected one of --scores, --metrics and --prompts, got {len(given)}")
+    if options["name"] is not None and given != ["metrics"]:
+        raise click.UsageError("--name: expected it with --metrics, got it without")
+    common.check_outputs({"--json": json_file}, [profile_file])
+    try:
+        profile = common.load_profile(profile_file, options.pop("threshold"))
+        found = _compare(profile, options)
+    except (SteerfastError, OSError) as error:
+        raise _WrongInput(str(error)) from error
+    common.write_json(json_file, {"profile": profile_file, **found.to_dict()})
+    _render(found, json_file)
+    context.exit(_STATUS[found.verdict])
+
+
+def _compare(profile: SteeringProfile, options: dict[str, Any]) -> Drift:
+    from steerfast.evaluation.drift import Limits, calibrated, compare, live_scores, read_metrics, read_scores
+
+    limits = Limits(options.pop("tolerance"), options.pop("distance"))
+    known = calibrated(profile)
+    scores, metrics, name, prompts = (options.pop(key) for key in ("scores", "metrics", "name", "prompts"))
+    if metrics is not None:
+        return compare(profile, read_metrics(_page(metrics), name), limits)
+    if scores is not None:
+        found = read_scores(_text("--scores", scores), known.layer)
+    else:
+        import steerfast
+
+        texts = [one.prompt for one in common.read_set("--prompts", prompts, "harmless")]
+        model, tokenizer = common.take_model(options, profile.model.name)
+        found = steerfast.score(model, tokenizer, profile, texts, **options).scores.tolist()
+    live: Live = live_scores(found, float(profile.threshold[known.layer]), known.scores.edges)
+    return compare(profile, live, limits)
+
+
+def _page(source: str) -> str:
+    """Return a page of metrics."""
+    if not source.startswith(("http://", "https://")):
+        return _text("--metrics", source)
+    from steerfast.cli.server_probe import ask
+
+    url = source.rstrip("/").removesuffix("/metrics")
+    status, text = ask(url, "/metrics")
+    if status != 200:
+        raise SteerfastError(
+            f"--metrics: expected a page at {url}/metrics, got {f'status {status}' if status else text}"
+        )
+    return text
+
+
+def _text(option: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SteerfastError(f"{option}: expected a text file, got {path!r} ({error})") from None
+
+
+def _render(found: Drift, json_file: str | None) -> None:
+    from rich.table import Table
+
+    def share(rate: Any) -> str:
+        return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
+
+    table = Table(title=f"layer {found.layer}, threshold {found.threshold:.4f}", title_justify="left")
+    for column in ("", "calibrated", "live"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("prompts", str(found.prompts), str(found.requests))
+    table.add_row("fires, % (95 % interval)", share(found.calibrated), share(found.live))
+    if found.distance is not None:
+        table.add_row("distance of the scores (by chance at most)", "", f"{found.distance:.3f} ({found.chance:.2g})")
+    console = common.console(json_file)
+    console.print(table)
+    console.print(f"{found.verdict}: {_sentence(found)}", markup=False, soft_wrap=True)
+
+
+def _sentence(found: Drift) -> str:
+    """Return the verdict's reason, and what to do."""
+    if found.verdict == "stale":
+        why = "; ".join(found.reasons)
+        return f"this traffic is not the calibration's: {why}. Next: steerfast calibrate --harmless my_traffic.jsonl"
+    if found.verdict == "pass":
+        return "the threshold fits this traffic."
+    if found.needed is None:
+        return f"{found.prompts} prompts are too few in the calibration: calibrate with more, or allow more drift."
+    return f"a verdict needs {found.needed} requests, got {found.requests}."
