@@ -131,7 +131,7 @@ def _sentence(found: Drift) -> str:
     """Return the verdict's reason, and what to do."""
     if found.verdict == "stale":
         why = "; ".join(found.reasons)
-        return f"this traffic is not the calibration's: {why}. Next: steerfast calibrate --harmless my_traffic.jsonl"
+        return f"this traffic is not the calibration's: {why}. Next: steerfast calibrate --on my_traffic.jsonl"
     if found.verdict == "pass":
         return "the threshold fits this traffic."
     if found.needed is None:
