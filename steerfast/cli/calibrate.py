@@ -98,6 +98,8 @@ def _read(options: dict[str, Any]) -> None:
         return
     if options["prompts"] or options["harmful"] or options["harmless"]:
         raise click.UsageError("--on: expected it without --prompts, --harmful and --harmless, got both")
+    if options["sensor"] not in ("auto", "keep"):
+        raise click.UsageError("--sensor: expected it without --on, which keeps the sensor, got both")
     common.read_sets(options, "harmful", "harmless", split="calibrate")
     options["harmless"] = common.read_set("--on", traffic, "harmless")
     options["names"]["harmless"] = " + ".join(traffic)

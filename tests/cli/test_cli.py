@@ -874,6 +874,8 @@ def test_options_that_exclude_each_other(work: Path, tmp_path: Path) -> None:
     calibrate = ("calibrate", work / "extracted.safetensors", *sets(work), "-o", tmp_path / "p.safetensors")
     assert "--midpoint" in failed(2, *calibrate, "--midpoint", "--max-false-positive-rate", 0.1)
     assert "--on" in failed(2, *calibrate, "--on", work / "good.txt")
+    alone = ("calibrate", work / "extracted.safetensors", "--on", work / "good.txt", "-o", tmp_path / "p.safetensors")
+    assert "--sensor: expected it without --on" in failed(2, *alone, "--sensor", 2)
     assert "--sensor" in failed(2, *calibrate, "--sensor", "best")
     assert "0..5" in failed(1, *calibrate, *RATE, "--sensor", "6")
     generate = ("generate", work / "calibrated.safetensors", "hello")
