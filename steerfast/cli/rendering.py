@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _SENSORS = 6  # layers shown
 _RATES = {"hit_rate": "hit", "false_positive_rate": "FPR"}
-_WORDS = {"", "sets", "gate", "style", "system"}  # columns of words; the others hold numbers
+_WORDS = {"", "sets", "gate", "system"}  # columns of words; the others hold numbers
 
 
 def _table(*columns: str, no_wrap: bool = False, **options: Any) -> Table:

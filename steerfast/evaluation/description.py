@@ -59,7 +59,7 @@ def gate_figures(profile: SteeringProfile) -> dict[str, Sequence[Mapping[str, An
 
 
 def layers(profile: SteeringProfile) -> list[dict[str, Any]]:
-    """Return JSON data of every layer; figures as `GateFigures.to_dict` if calibrated."""
+    """Return JSON data of every layer; figures of its calibration, if there is one."""
     lengths = profile.vector.norm(dim=1)
     return [
         {

@@ -20,12 +20,12 @@ from steerfast.evaluation.provenance import Record, records, uses, words
 from steerfast.fitting.labelled import Labelled
 from steerfast.fitting.score import score
 from steerfast.hf.structure import identify
-from steerfast.judging.by_source import Key, SourceScores, figures_by_source
+from steerfast.judging.by_source import Key, figures_by_source, scores_by_source
 from steerfast.judging.words import WordClassifier
 from steerfast.profile import SteeringProfile
 from steerfast.text.corpus import corpus
 from steerfast.text.encoding import context_of, encode
-from steerfast.text.examples import LABELS, Example, unique_text
+from steerfast.text.examples import LABELS, Example, grouped, unique_text
 
 GATE, WORDS = "gate", "words"
 RATE = 0.01  # of false positives, for a baseline of a profile that records none
@@ -58,15 +58,16 @@ def gate_report(
     """
     seen, groups = check_sources(profile, examples, force), _groups(examples)
     kept, left_out = _fitting(groups, model, tokenizer)
-    prompts: list[Any] = [one.prompt for group in kept.values() for one in group]
+    prompts = [one.prompt for one in kept]
     found = score(model, tokenizer, profile, prompts, batch_size=batch_size, progress=progress)
     margins = (found.scores - profile.threshold[found.layer]).double().numpy()
     undecided = None if profile.abstain is None else found.undecided.numpy()
-    systems: dict[str, Any] = {GATE: figures_by_source(_split(kept, margins, seen, undecided))}
+    systems: dict[str, Any] = {GATE: figures_by_source(scores_by_source(kept, margins, seen, undecided))}
     result: dict[str, Any] = {}
     if baseline:
         classifier, made_with, result["baseline"] = word_baseline(profile)
-        systems[WORDS] = figures_by_source(_split(kept, classifier.margins(prompts), _seen(made_with, groups)))
+        found_by_words = scores_by_source(kept, classifier.margins(prompts), _seen(made_with, groups))
+        systems[WORDS] = figures_by_source(found_by_words)
     return {
         "model": identify(model).name,
         "profile": profile.checksum,
@@ -80,12 +81,10 @@ def gate_report(
 
 def _groups(examples: Sequence[Example]) -> dict[Key, list[Example]]:
     """Return the examples of each source and label: harmful ones first, in the order given."""
-    found: dict[Key, list[Example]] = {}
-    for label in LABELS:
-        for one in examples:
-            if one.label == label:
-                found.setdefault((one.source, label), []).append(one)
-    return found
+    places = grouped(examples)
+    return {
+        key: [examples[place] for place in places[key]] for key in sorted(places, key=lambda key: LABELS.index(key[1]))
+    }
 
 
 def _seen(made_with: Sequence[Record], groups: Mapping[Key, Sequence[Example]]) -> dict[Key, dict[str, int]]:
@@ -116,9 +115,9 @@ def check_sources(profile: SteeringProfile, examples: Sequence[Example], force: 
 
 def _fitting(
     groups: Mapping[Key, Sequence[Example]], model: nn.Module, tokenizer: Any
-) -> tuple[dict[Key, list[Example]], dict[str, str]]:
+) -> tuple[list[Example], dict[str, str]]:
     """Return the examples that fit the model's context, each prompt once; and source -> what is missing."""
-    kept: dict[Key, list[Example]] = {}
+    kept: list[Example] = []
     left_out: dict[str, str] = {}
     most = context_of(model)
     for (source, label), group in groups.items():
@@ -128,26 +127,10 @@ def _fitting(
         reasons = ("come twice", len(group) - len(single)), ("do not fit the model's context", len(single) - len(short))
         if said := [f"{count} of {len(group)} {label} prompts {why}" for why, count in reasons if count]:
             left_out[source] = "; ".join([*([left_out[source]] if source in left_out else []), *said])
-        if short:
-            kept[source, label] = short
+        kept += short
     if not kept:
         raise PromptError("prompts: expected some that fit the model's context, got none")
     return kept, left_out
-
-
-def _split(
-    groups: Mapping[Key, Sequence[Example]],
-    margins: NDArray[np.float64],
-    seen: Mapping[Key, Mapping[str, int]],
-    undecided: NDArray[np.bool_] | None = None,
-) -> list[SourceScores]:
-    """Part values [prompts] of all groups, in their order."""
-    found, start = [], 0
-    for key, group in groups.items():
-        mine = slice(start, start := start + len(group))
-        band = None if undecided is None else undecided[mine]
-        found.append(SourceScores(*key, group, margins[mine], seen[key], band))
-    return found
 
 
 # -- the baseline ------------------------------------------------------------------------------------

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,16 +36,22 @@ def prompt_mean(hidden: Tensor, batch: PromptBatch, *, unit: bool, gate: Gate = 
 
     Default: of all rows.
     """
+    read = _mean_places(batch, gate).to(hidden.device)
+    rows = _unit(hidden) if unit else hidden.float()
+    # Padding rows may hold NaN, so they are replaced: weight 0 would not remove them.
+    return torch.where(read[..., None], rows, 0).sum(1, dtype=torch.float64) / read.sum(1, keepdim=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _mean_places(batch: PromptBatch, gate: Gate) -> Tensor:
+    """Return which rows of a batch a gate takes its mean of, bool [N, T]; all layers of a batch ask in turn."""
     span = EditSpan(mean_rows=mean_rows(gate), turn=gate.turn, tail=gate.tail)
     read = torch.zeros_like(batch.mask, dtype=torch.bool)
     for row, ids, mask in zip(read, batch.ids, batch.mask, strict=True):
         places = mask.nonzero()[:, 0]
         first, until, _ = span.read(len(places), ids[places].cpu().numpy())
         row[places[first:until]] = True
-    read = read.to(hidden.device)
-    rows = _unit(hidden) if unit else hidden.float()
-    # Padding rows may hold NaN, so they are replaced: weight 0 would not remove them.
-    return torch.where(read[..., None], rows, 0).sum(1, dtype=torch.float64) / read.sum(1, keepdim=True)
+    return read
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ def gate_reading(gate: Gate) -> tuple[Reduce, Literal["cosine", "dot"]]:
     if gate.pooling == "last":
         return last_token, gate.score
     unit = gate.score == "cosine"
-    mean = partial(prompt_mean, unit=unit, gate=gate)
+    mean = functools.partial(prompt_mean, unit=unit, gate=gate)
     if gate.pooling == "mean":
         return mean, "dot"
 

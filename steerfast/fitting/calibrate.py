@@ -20,15 +20,8 @@ from steerfast.errors import ProfileError, PromptError
 from steerfast.fitting.labelled import Given, Labelled
 from steerfast.fitting.left_out import auc_by_group
 from steerfast.fitting.score import check_model, layer_scores
-from steerfast.judging.by_source import DEVELOPMENT, SourceScores, figures_by_source
-from steerfast.judging.estimates import (
-    Estimate,
-    grouped_auc,
-    mean,
-    rate,
-    threshold_at_false_positive_rate,
-    threshold_midpoint,
-)
+from steerfast.judging.by_source import DEVELOPMENT, SourceScores, figures_by_source, scores_by_source
+from steerfast.judging.estimates import grouped_auc, mean, threshold_at_false_positive_rate, threshold_midpoint
 from steerfast.profile import SteeringProfile
 from steerfast.text.prompts import describe_set
 
@@ -267,15 +260,11 @@ def _record(examples: Labelled, scores: Tensor, profile: SteeringProfile, option
 
 def _by_source(examples: Labelled, profile: SteeringProfile, scores: Tensor, layer: int) -> list[SourceScores]:
     """Return what the gate of a layer says to the prompts of each source; scores: float64 [n]."""
-    margins = (scores - float(profile.threshold[layer])).numpy()
-    lower = -math.inf if profile.abstain is None else float(profile.abstain[layer] - profile.threshold[layer])
-    found = []
-    for (source, label), places in examples.groups().items():
-        mine = margins[places]
-        undecided = None if profile.abstain is None else (mine <= 0) & (mine > lower)
-        own = [examples.examples[place] for place in places]
-        found.append(SourceScores(source, label, own, mine, {"calibrate": len(places)}, undecided))
-    return found
+    margins, undecided = (scores - float(profile.threshold[layer])).numpy(), None
+    if profile.abstain is not None:
+        undecided = (margins <= 0) & (margins > float(profile.abstain[layer] - profile.threshold[layer]))
+    seen = {key: {"calibrate": len(places)} for key, places in examples.groups().items()}
+    return scores_by_source(examples.examples, margins, seen, undecided)
 
 
 def _figures(sources: Sequence[SourceScores]) -> dict[str, Any]:
@@ -289,16 +278,11 @@ def _figures(sources: Sequence[SourceScores]) -> dict[str, Any]:
         "false_positive_rate": mean([one.fires for one in harmless]).to_list(),
         **{f"n_{side}": sum(len(one.margins) for one in mine) for side, mine in sides.items()},
         **{
-            f"{side}_undecided": mean([_share(one.undecided) for one in mine]).to_list()
+            f"{side}_undecided": mean(shares).to_list()
             for side, mine in sides.items()
-            if mine[0].undecided is not None
+            if (shares := [one.abstains for one in mine if one.abstains is not None])
         },
     }
-
-
-def _share(flags: NDArray[np.bool_] | None) -> Estimate:
-    assert flags is not None
-    return rate(int(flags.sum()), len(flags))
 
 
 def gate_warnings(record: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steerfast.errors import PromptError
 from steerfast.text.encoding import is_conversation
-from steerfast.text.examples import Example, Prompt, unique_text
+from steerfast.text.examples import Example, Prompt, grouped, unique_text
 from steerfast.text.prompts import describe_set
 
 Given = Prompt | Example
@@ -80,11 +80,8 @@ class Labelled:
         return [place for place, one in enumerate(self.examples) if one.label == label]
 
     def groups(self, kind: str = "source") -> dict[tuple[str, str], list[int]]:
-        """Return (name, label) -> places of its examples, in order; the name is of the `kind`, a field of `Example`."""
-        found: dict[tuple[str, str], list[int]] = {}
-        for place, one in enumerate(self.examples):
-            found.setdefault((getattr(one, kind), one.label), []).append(place)
-        return found
+        """See `steerfast.text.examples.grouped`."""
+        return grouped(self.examples, kind)
 
     @cached_property
     def weights(self) -> Tensor:

@@ -15,7 +15,7 @@ from steerfast._progress import track
 from steerfast.text.encoding import pad_token
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptBatch:
     """Hold N padded prompts.
 

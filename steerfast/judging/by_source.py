@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steerfast.judging.estimates import Estimate, exact_interval, grouped_auc, mean, rate
-from steerfast.text.examples import LABELS, Example
+from steerfast.text.examples import LABELS, Example, grouped
 
 VALIDATION, DEVELOPMENT = "validation", "development"
 """What a source is to a profile: it chose nothing, or something."""
@@ -42,6 +42,10 @@ class SourceScores:
     def fires(self) -> Estimate:
         return rate(int((self.margins > 0).sum()), len(self.margins))
 
+    @property
+    def abstains(self) -> Estimate | None:
+        return None if self.undecided is None else rate(int(self.undecided.sum()), len(self.undecided))
+
     def where(self, field: str, value: str) -> SourceScores | None:
         """Return the prompts with a value of `context` or `lang`; None without one."""
         chosen = np.array([getattr(one, field) == value for one in self.examples])
@@ -50,6 +54,25 @@ class SourceScores:
         kept = [one for one, keep in zip(self.examples, chosen, strict=True) if keep]
         undecided = None if self.undecided is None else self.undecided[chosen]
         return replace(self, examples=kept, margins=self.margins[chosen], undecided=undecided)
+
+
+def scores_by_source(
+    examples: Sequence[Example],
+    margins: NDArray[np.float64],
+    seen: Mapping[Key, Mapping[str, int]],
+    undecided: NDArray[np.bool_] | None = None,
+) -> list[SourceScores]:
+    """Part what a gate says to examples; margins, undecided: [n], in their order."""
+    return [
+        SourceScores(
+            *key,
+            [examples[place] for place in places],
+            margins[places],
+            seen[key],
+            None if undecided is None else undecided[places],
+        )
+        for key, places in grouped(examples).items()
+    ]
 
 
 def figures_by_source(sources: Sequence[SourceScores]) -> dict[str, Any]:

@@ -186,50 +186,6 @@ def threshold_at_false_positive_rate(harmless: ArrayLike, rate: float, weights: 
     return float(np.nextafter(np.float32(edge), np.float32(np.inf)))
 
 
-@dataclass(frozen=True)
-class GateFigures:
-    """Figures of one gate on two prompt sets; the two rates are the shares of each set that fire."""
-
-    auc: Estimate
-    hit_rate: Estimate
-    false_positive_rate: Estimate
-    harmful_mean: float
-    harmless_mean: float
-    n_harmful: int
-    n_harmless: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain lists and numbers, for JSON."""
-        return {name: value.to_list() if isinstance(value, Estimate) else value for name, value in vars(self).items()}
-
-
-def gate_figures(harmful_scores: ArrayLike, harmless_scores: ArrayLike, threshold: float) -> GateFigures:
-    """Return figures of a gate that fires above `threshold`; scores [n1] and [n0], finite, not empty."""
-    pos, neg = _scores("harmful_scores", harmful_scores), _scores("harmless_scores", harmless_scores)
-    return GateFigures(
-        auc=auc(pos, neg),
-        hit_rate=rate(int((pos > threshold).sum()), len(pos)),
-        false_positive_rate=rate(int((neg > threshold).sum()), len(neg)),
-        harmful_mean=float(pos.mean()),
-        harmless_mean=float(neg.mean()),
-        n_harmful=len(pos),
-        n_harmless=len(neg),
-    )
-
-
-def figures_by_layer(harmful: ArrayLike, harmless: ArrayLike, thresholds: ArrayLike) -> list[GateFigures]:
-    """Return `gate_figures` of each layer: scores [n1, layers] and [n0, layers], thresholds [layers]."""
-    columns = zip(np.asarray(harmful).T, np.asarray(harmless).T, np.asarray(thresholds), strict=True)
-    return [gate_figures(bad, good, float(limit)) for bad, good, limit in columns]
-
-
-def undecided_rates(scores: ArrayLike, abstain: ArrayLike, thresholds: ArrayLike) -> list[Estimate]:
-    """Return each layer's share of scores [n, layers] in its band: above `abstain` [layers], at most `thresholds`."""
-    found = np.asarray(scores)
-    within = (found > np.asarray(abstain)) & (found <= np.asarray(thresholds))
-    return [rate(int(count), len(found)) for count in within.sum(axis=0)]
-
-
 def _scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0:

@@ -85,6 +85,14 @@ def _example(row: Mapping[str, Any], source: str, default: str | None, place: st
     return Example(row["prompt"], _label(given, f"{place}: label"), split=split, **{"source": source, **kept})
 
 
+def grouped(examples: Sequence[Example], field: str = "source") -> dict[tuple[str, str], list[int]]:
+    """Return (value, label) -> places of its examples, in order; the value is of a field of `Example`."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for place, one in enumerate(examples):
+        found.setdefault((getattr(one, field), one.label), []).append(place)
+    return found
+
+
 def _label(given: Any, place: str) -> str:
     """Return one of `LABELS` for a label as users write it; JSON's true and 1 are harmful."""
     text = str(int(given) if isinstance(given, (bool, float)) and given in (0, 1) else given).strip().lower()

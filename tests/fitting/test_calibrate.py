@@ -30,7 +30,7 @@ from steerfast.fitting.calibrate import (
 )
 from steerfast.fitting.labelled import Labelled
 from steerfast.fitting.score import layer_scores
-from steerfast.judging.estimates import gate_figures, threshold_at_false_positive_rate
+from steerfast.judging.estimates import auc, rate, threshold_at_false_positive_rate
 from steerfast.profile import SteeringProfile
 from steerfast.text.examples import LABELS, Example
 
@@ -164,7 +164,14 @@ def test_figures_are_those_of_the_sets(
     pair = [scores(profile, model, tiny_tokenizer, sets[label]) for label in ("harmful", "harmless")]
     assert list(result.calibration["layers"]) == ["calibration"]
     for layer, threshold in enumerate(result.threshold.tolist()):
-        expected = gate_figures(pair[0][:, layer].numpy(), pair[1][:, layer].numpy(), threshold).to_dict()
+        bad, good = (one[:, layer].numpy() for one in pair)
+        expected = {
+            "auc": auc(bad, good).to_list(),
+            "hit_rate": rate(int((bad > threshold).sum()), len(bad)).to_list(),
+            "false_positive_rate": rate(int((good > threshold).sum()), len(good)).to_list(),
+            "n_harmful": len(bad),
+            "n_harmless": len(good),
+        }
         found = result.calibration["layers"]["calibration"][layer]
         assert set(found) == {"auc", "hit_rate", "false_positive_rate", "n_harmful", "n_harmless"}
         for name, figure in found.items():

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -14,7 +13,6 @@ from steerfast.judging.estimates import (
     Estimate,
     auc,
     exact_interval,
-    gate_figures,
     grouped_auc,
     mean,
     paired_bootstrap,
@@ -221,17 +219,6 @@ def test_threshold_midpoint() -> None:
     assert threshold_midpoint([2.0, 4.0], [0.0, 0.0, 3.0]) == 2.0
 
 
-def test_gate_figures_count_strictly_and_survive_json() -> None:
-    figures = gate_figures([0.1, 0.5, 0.9, 0.9], [0.5, 0.2, 0.6], 0.5)
-    assert figures.hit_rate == rate(2, 4)
-    assert figures.false_positive_rate == rate(1, 3)
-    assert figures.auc == auc([0.1, 0.5, 0.9, 0.9], [0.5, 0.2, 0.6])
-    assert figures.harmful_mean == pytest.approx(0.6)
-    assert figures.harmless_mean == pytest.approx(1.3 / 3)
-    assert (figures.n_harmful, figures.n_harmless) == (4, 3)
-    assert json.loads(json.dumps(figures.to_dict()))["auc"] == figures.auc.to_list()
-
-
 @pytest.mark.parametrize("bad", [[], [math.nan], [1.0, math.inf], [[1.0]]])
 def test_unusable_scores_are_refused(bad: list[float]) -> None:
     good = [0.0, 1.0]
@@ -240,7 +227,6 @@ def test_unusable_scores_are_refused(bad: list[float]) -> None:
         lambda: auc(good, bad),
         lambda: threshold_midpoint(good, bad),
         lambda: threshold_at_false_positive_rate(bad, 0.1),
-        lambda: gate_figures(good, bad, 0.5),
     ):
         with pytest.raises(PromptError, match="expected"):
             call()
