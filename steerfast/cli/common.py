@@ -219,13 +219,18 @@ def read_set(option: str, sources: Iterable[str], label: str | None = None) -> l
 def read_sets(options: dict[str, Any], *roles: str, split: str | None = None) -> None:
     """Replace the sources of `roles` in `options` by examples, and add ``names`` of the sets.
 
-    The examples of ``prompts`` in `options` join the role of their label. Where no role has a source, those of a
-    `split` of the shipped corpus do so, too.
+    The examples of ``prompts`` in `options` join the role of their label; of a `split` see `own_examples`. Where no
+    role has a source, that split of the shipped corpus does so, too.
     """
     labelled = list(options.pop("prompts", ()))
-    if split is not None and not any(options[role] for role in roles):
-        labelled.insert(0, _CORPUS)
-    more = [one for one in read_set("--prompts", labelled) if one.split in ("", split)]
+    more = read_set("--prompts", labelled)
+    if split is not None:
+        more = _of_split(more, split)
+        if not any(options[role] for role in roles):
+            from steerfast.text.corpus import corpus
+
+            labelled.insert(0, _CORPUS)
+            more = [*corpus(split), *more]
     names = {}
     for role in roles:
         label = "harmful" if role == "harmful" else "harmless"
@@ -238,6 +243,18 @@ def read_sets(options: dict[str, Any], *roles: str, split: str | None = None) ->
             names[role] += f", {split}"
         options[role] = given
     options["names"] = names
+
+
+def _of_split(given: Sequence[Example], split: str) -> list[Example]:
+    """Return the user's examples of a split; a line on standard error counts those that another split knows."""
+    from steerfast.text.splits import own_examples
+
+    if not given:
+        return []
+    kept, left_out = own_examples(given, split)
+    if left_out:
+        click.echo(f"--prompts: left out {left_out} near-duplicates of prompts of another split", err=True)
+    return kept
 
 
 def _set_name(source: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import torch
 from command_line import CommandLine
@@ -29,7 +30,7 @@ from steerfast.hf.loading import load_model
 from steerfast.kernels import selftest
 from steerfast.kernels.contract import Kinds
 from steerfast.profile import Gate, SteeringProfile
-from steerfast.text import corpus
+from steerfast.text import corpus, splits
 from steerfast.text.examples import Example
 
 torch.set_num_threads(1)
@@ -92,7 +93,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labelled = [
         ("harmful", "forum", HARMFUL),
         ("harmless", "tickets", HARMLESS),
-        ("borderline", "edge", ["how to bomb a pie"]),
+        ("borderline", "edge", [f"how to bomb a {thing}" for thing in ("pie", "cake", "hat")]),
     ]
     records = [
         {"prompt": prompt.upper(), "label": label, "source": source}
@@ -114,6 +115,12 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "250")
 
 
+@pytest.fixture(autouse=True)
+def _repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A near-duplicate is an equal prompt: the prompts of these tests differ in a word."""
+    monkeypatch.setattr(splits, "near_duplicates", lambda texts, others: np.isin(texts, others))
+
+
 _COMMAND = CommandLine()
 run, done, failed = _COMMAND.run, _COMMAND.done, _COMMAND.failed
 
@@ -131,7 +138,8 @@ def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
         for label, prompts in (("harmful", HARMFUL), ("harmless", HARMLESS))
         for i, prompt in enumerate(prompts)
     ]
-    monkeypatch.setattr(corpus, "corpus", lambda *_, **__: found)
+    for module in (corpus, splits):
+        monkeypatch.setattr(module, "corpus", lambda split: [one for one in found if one.split in split])
 
 
 def sets(work: Path) -> tuple[object, ...]:
@@ -318,7 +326,7 @@ def test_sources_are_left_out_calibrated_and_shown(work: Path, tmp_path: Path) -
     done("extract", *model(work), *both, "--vectors", "srv", "-o", fitted)
     profile = SteeringProfile.load(fitted)
     assert profile.gate.pooling == "both"
-    assert profile.fitted["harmful"]["count"] == 2 * len(HARMFUL)
+    assert profile.fitted["harmful"]["count"] == len(HARMFUL) + len(HARMFUL) * 2 // 3
     assert profile.fitted["harmful"]["name"] == "bad.txt + bad.json + labelled.jsonl, fit"
     assert {source: list(labels) for source, labels in profile.fitted["sources"].items()} == {
         "bad": ["harmful"], "forum": ["harmful"], "good": ["harmless"], "tickets": ["harmless"], "edge": ["borderline"],
@@ -338,17 +346,18 @@ def test_sources_are_left_out_calibrated_and_shown(work: Path, tmp_path: Path) -
 
 def test_labelled_prompts_of_another_split_are_left_out(work: Path, tmp_path: Path) -> None:
     records = [
-        {"prompt": f"{prompt} {split}", "label": label, "split": split}
-        for split in ("fit", "validate")
+        {"prompt": prompt, "label": label, "split": ("fit", "validate")[number % 2]}
         for label, prompts in (("unsafe", HARMFUL), ("safe", HARMLESS))
-        for prompt in prompts
+        for number, prompt in enumerate(prompts)
     ]
-    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, records)))
+    repeated = {**next(one for one in records if one["split"] == "validate"), "split": "fit"}
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, [*records, repeated])))
     path = tmp_path / "p.safetensors"
     given = ("--harmful", work / "bad.txt", "--prompts", tmp_path / "all.jsonl")
-    done("extract", *model(work), *given, "--vectors", "srv", "-o", path)
+    result = done("extract", *model(work), *given, "--vectors", "srv", "-o", path)
+    assert "--prompts: left out 1 near-duplicates of prompts of another split" in result.stderr
     fitted = SteeringProfile.load(path).fitted
-    assert (fitted["harmful"]["count"], fitted["harmless"]["count"]) == (6 + len(HARMFUL), len(HARMLESS))
+    assert (fitted["harmful"]["count"], fitted["harmless"]["count"]) == (6 + len(HARMFUL) // 2, len(HARMLESS) // 2)
 
 
 def test_the_corpus_is_the_default_and_prompts_join_it(work: Path, tmp_path: Path, small_corpus: None) -> None:
@@ -569,7 +578,7 @@ def test_score_of_own_gates_names_the_layer_that_speaks(work: Path, tmp_path: Pa
 
 def test_generate_says_which_gates_fired_and_compares(work: Path, tmp_path: Path) -> None:
     profile = SteeringProfile.load(work / "calibrated.safetensors").with_band([5], 8.0)
-    profile.save(tmp_path / "strong.safetensors")
+    replace(profile, threshold=torch.full_like(profile.threshold, -0.2), points={}).save(tmp_path / "strong.safetensors")
     prompts = [HARMLESS[0], HARMFUL[0], HARMLESS[1] + " " * 3 + "please", HARMFUL[7], HARMLESS[5]]
     done("score", tmp_path / "strong.safetensors", *prompts, "--json", tmp_path / "s.json")
     fired = [r["fired"] for r in json.loads((tmp_path / "s.json").read_text())["results"]]
