@@ -578,7 +578,8 @@ def test_score_of_own_gates_names_the_layer_that_speaks(work: Path, tmp_path: Pa
 
 def test_generate_says_which_gates_fired_and_compares(work: Path, tmp_path: Path) -> None:
     profile = SteeringProfile.load(work / "calibrated.safetensors").with_band([5], 8.0)
-    replace(profile, threshold=torch.full_like(profile.threshold, -0.2), points={}).save(tmp_path / "strong.safetensors")
+    between = torch.full_like(profile.threshold, -0.2)
+    replace(profile, threshold=between, points={}).save(tmp_path / "strong.safetensors")
     prompts = [HARMLESS[0], HARMFUL[0], HARMLESS[1] + " " * 3 + "please", HARMFUL[7], HARMLESS[5]]
     done("score", tmp_path / "strong.safetensors", *prompts, "--json", tmp_path / "s.json")
     fired = [r["fired"] for r in json.loads((tmp_path / "s.json").read_text())["results"]]
