@@ -114,7 +114,8 @@ class Labelled:
     def folds(self) -> list[Tensor]:
         """Return masks bool [n] that part the examples by source: at most 8, none holds a source in part.
 
-        Empty where harmful or other prompts are of one source: none can be left out.
+        Empty where no source can be left out: harmful or other prompts are of one source, or a fold would leave fewer
+        than two of them.
         """
         sources: dict[bool, list[str]] = {True: [], False: []}
         for one in self.examples:
@@ -130,7 +131,9 @@ class Labelled:
             for number, source in enumerate(sorted(side, key=lambda one: one not in shared)):
                 fold.setdefault(source, number % count)
         places = torch.tensor([fold[one.source] for one in self.examples])
-        return [places == number for number in range(count)]
+        found = [places == number for number in range(count)]
+        left = min(int((side & ~out).sum()) for out in found for side in (self.harmful, ~self.harmful))
+        return found if left > 1 else []
 
     def describe(self) -> dict[str, Any]:
         """Return label, count and hash of each source, for a profile's provenance."""

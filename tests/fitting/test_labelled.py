@@ -116,6 +116,7 @@ def test_folds_part_the_sources_and_leave_both_sides_something(kinds: list[tuple
     sides = [{one.source for one in examples.examples if (one.label == "harmful") == bad} for bad in (True, False)]
     if min(map(len, sides)) < 2:
         assert folds == []
+    if not folds:
         return
     assert 2 <= len(folds) <= 8
     assert torch.equal(torch.stack(folds).sum(dim=0), torch.ones(len(examples), dtype=torch.int64))
@@ -124,14 +125,22 @@ def test_folds_part_the_sources_and_leave_both_sides_something(kinds: list[tuple
         kept = examples.select(~out)
         assert inside
         assert not inside & {one.source for one in kept.examples}
-        assert bool(kept.harmful.any())
-        assert not bool(kept.harmful.all())
+        assert int(kept.harmful.sum()) > 1
+        assert int((~kept.harmful).sum()) > 1
 
 
 def test_sources_of_both_labels_do_not_take_a_whole_side_along() -> None:
-    examples = made([("harmful", "a"), ("harmful", "b"), ("harmful", "c"), ("harmless", "a"), ("harmless", "c")])
+    examples = made([*(("harmful", one) for one in "abcabc"), *(("harmless", one) for one in "acac")])
+    assert len(examples.folds()) == 2
     for out in examples.folds():
         assert set(examples.select(~out).harmful.tolist()) == {True, False}
+
+
+@pytest.mark.parametrize(("second", "count"), [(1, 0), (2, 2)])
+def test_a_fold_leaves_two_prompts_of_each_side(second: int, count: int) -> None:
+    harmless = [("harmless", "a")] * 5 + [("harmless", "b")] * second
+    examples = made([*(("harmful", one) for one in "ccdd"), *harmless])
+    assert len(examples.folds()) == count
 
 
 @pytest.mark.parametrize("kinds", ["one, two, two", "one, one, two", "one, one, one"])
