@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from steerfast._options import read_options
 from steerfast._progress import track
-from steerfast.errors import ProfileError, PromptError, SteerfastError
+from steerfast.errors import ArchitectureError, ProfileError, PromptError, SteerfastError
 from steerfast.fitting.ending import turn_ends
-from steerfast.fitting.extract import check_sibling
 from steerfast.fitting.labelled import Given, Labelled, evenly
 from steerfast.fitting.refusals import refusals_of
 from steerfast.fitting.score import check_model
@@ -106,7 +105,7 @@ def learn(
         PromptError: no prompt or one that is too long, or a sibling that refuses none.
         ProfileError: another model's profile, another edit than an addition, a layer or number out of range, no norm
             of the layer's rows, a sibling and a refusal, no token that ends a turn.
-        ArchitectureError: a sibling of another geometry.
+        ArchitectureError: a sibling with fewer tokens than the tokenizer. Its shape may differ, its tokens may not.
         SteerfastError: a steered model, or one whose loss is not finite.
         TypeError: an unknown option.
     """
@@ -116,7 +115,7 @@ def learn(
     find_decoder(model).refuse_if_steered()
     layer = _layer(profile, chosen.layer)
     if chosen.aligned_model is not None:
-        check_sibling(profile.model, chosen.aligned_model)
+        _check_tokens(tokenizer, chosen.aligned_model)
     used = evenly(range(len(examples)), chosen.steps * chosen.batch_size)
     lessons = _lessons(model, tokenizer, [examples.prompts[i] for i in used], chosen)
     work = [prompt + answer for prompt, answer in lessons]
@@ -137,6 +136,16 @@ def learn(
         "loss": [round(fmean(part), 4) for part in (losses[:few], losses[-few:])],
     }
     return _with_learned(profile, vector, source)
+
+
+def _check_tokens(tokenizer: Any, aligned_model: nn.Module) -> None:
+    """Raise ArchitectureError for a sibling that lacks tokens: it has another tokenizer, and answers nonsense."""
+    known = find_decoder(aligned_model).backbone.get_input_embeddings().num_embeddings
+    if known < len(tokenizer):
+        raise ArchitectureError(
+            f"aligned_model: expected the {len(tokenizer)} tokens of the model's tokenizer, got {known}; "
+            "take a sibling with the same tokenizer"
+        )
 
 
 def _with_learned(profile: SteeringProfile, vector: Tensor, source: dict[str, Any]) -> SteeringProfile:

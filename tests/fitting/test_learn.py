@@ -303,8 +303,10 @@ def test_bad_models_and_profiles(
         learn(profile=replace(profile, edit="ablate"))
     with pytest.raises(ProfileError, match="expected one with the norm of its rows, got none for layer 2"):
         learn(profile=replace(profile, norm=torch.zeros(5)))
-    with pytest.raises(ArchitectureError, match="aligned_model: expected the geometry"):
-        learn(refusal=None, aligned_model=make_llama(num_hidden_layers=3))
+    with pytest.raises(ArchitectureError, match=r"aligned_model: expected the \d+ tokens .* got 16; take a sibling"):
+        learn(refusal=None, aligned_model=make_llama(vocab_size=16))
+    with pytest.raises(PromptError, match="refuses none of them"):  # its shape may be another
+        learn(refusal=None, aligned_model=make_llama(num_hidden_layers=3, hidden_size=64))
     with pytest.raises(ProfileError, match="with other weights"):
         learn(model=make_llama(seed=1))
     broken = copy.deepcopy(tiny_llama)
