@@ -106,7 +106,7 @@ def extract(
     Args:
         model, tokenizer: the target model; chat prompts are templated as generation would.
         harmful, harmless: prompts or chats; no prompt may be in both. `steerfast.text.examples.Example` names their
-            sources, each of which weighs alike. Directions are also fitted with sources left out in turn;
+            sources, which weigh as `Labelled.weights` says. Directions are also fitted with sources left out in turn;
             ``fitted["left_out"]`` holds the figures on these. Borderline examples stand among the harmless ones.
             Steering vectors come from bare requests alone, where there are any, not from those in a context.
         options: see `ExtractOptions`.

@@ -20,6 +20,7 @@ Given = Prompt | Example
 
 _HARMLESS = ("harmless", "borderline")
 _FULL = 40  # prompts from which on a source has its whole weight: fewer say less of their source
+_BORDERLINE = 0.2  # weight of a borderline source: traffic is harmless, and a direction away from both finds less
 _FOLDS = 8
 _TINY = torch.finfo(torch.float64).tiny  # for a side without examples
 
@@ -85,10 +86,14 @@ class Labelled:
 
     @cached_property
     def weights(self) -> Tensor:
-        """float64 [n], sum 1 over harmful and over other prompts: each source of a label alike, small ones less."""
+        """float64 [n], sum 1 over harmful and over other prompts: each source of a label alike, small ones less.
+
+        A borderline source has a fifth of a harmless one's weight.
+        """
         weight = torch.zeros(len(self.examples), dtype=torch.float64)
-        for places in self.groups().values():
-            weight[places] = min(1.0, len(places) / _FULL) / len(places)
+        for (_, label), places in self.groups().items():
+            share = _BORDERLINE if label == "borderline" else 1.0
+            weight[places] = share * min(1.0, len(places) / _FULL) / len(places)
         for side in (self.harmful, ~self.harmful):
             weight[side] /= weight[side].sum().clamp(min=_TINY)
         return weight

@@ -89,10 +89,16 @@ def test_sources_weigh_alike_whatever_their_size() -> None:
 
 
 def test_sources_of_few_prompts_weigh_less() -> None:
-    examples = sized(harmful_ten=10, harmful_forty=40, harmless_one=1, borderline_twenty=20)
+    examples = sized(harmful_ten=10, harmful_forty=40, harmless_one=1, harmless_twenty=20)
     share = {name: float(examples.weights[places].sum()) for (name, _), places in examples.groups().items()}
     assert share["harmful_ten"] == pytest.approx(share["harmful_forty"] / 4)
-    assert share["harmless_one"] == pytest.approx(share["borderline_twenty"] / 20)
+    assert share["harmless_one"] == pytest.approx(share["harmless_twenty"] / 20)
+
+
+def test_a_borderline_source_weighs_a_fifth_of_a_harmless_one() -> None:
+    examples = sized(harmful=1, harmless=50, borderline=70)
+    share = {label: float(examples.weights[places].sum()) for (_, label), places in examples.groups().items()}
+    assert share["borderline"] == pytest.approx(share["harmless"] / 5)
 
 
 @given(kinds_of_both)
