@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from steerfast.fitting.labelled import Labelled
+from steerfast.text.examples import Example
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -143,3 +146,42 @@ def test_bars_read_the_lines_of_engines_and_servers(neighbours: Any) -> None:
     found = {name: values for name, _, values, _ in bars.bars(bars.Results([], [], [], serving=lines), cuda=False)}
     assert found["idle server over stock, least of the rounds"] == [(0.99, "m")]
     assert found["steered server over stock"] == [(1.015, "m")]
+
+
+def labelled_rows(shift: float) -> tuple[Labelled, torch.Tensor]:
+    """Return prompts of two harmful and two harmless sources, and rows in which the first column tells them apart."""
+    examples = Labelled.of(
+        [Example(f"{source} {i}", "harmful", source) for source in "ab" for i in range(40)],
+        [
+            *(Example(f"edge {i}", "borderline", "a") for i in range(40)),
+            *(Example(f"{source} {i}", "harmless", source) for source in "cd" for i in range(40)),
+        ],
+    )
+    rows = torch.randn(len(examples), 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[:, 0] += shift * examples.harmful
+    return examples, rows
+
+
+@pytest.mark.parametrize(("shift", "low", "high"), [(8.0, 0.999, 1.0), (0.0, 0.35, 0.65)])
+def test_a_ceiling_is_what_the_rows_tell_and_no_more(neighbours: Any, shift: float, low: float, high: float) -> None:
+    examples, rows = labelled_rows(shift)
+    found = neighbours("ceiling").ceilings(examples, rows, rows[:, 0])
+    assert [(row["source"], row["against"], row["n"]) for row in found] == [
+        ("a", "harmless sources", [40, 80]),
+        ("a", "its borderline prompts", [40, 40]),
+        ("b", "harmless sources", [40, 80]),
+    ]
+    for row in found:
+        assert low <= row["ceiling"][0] <= high
+        assert row["auc"][1] <= row["auc"][0] <= row["auc"][2]
+
+
+def test_no_prompt_scores_itself(neighbours: Any) -> None:
+    _, rows = labelled_rows(1.0)
+    harmful, others = list(range(80)), [list(range(80, 200))]
+    scores = neighbours("ceiling").crossed(rows, harmful, others)
+    rows[0] += 1000
+    again = neighbours("ceiling").crossed(rows, harmful, others)
+    same_fold = harmful[5::5] + others[0][::5]
+    assert torch.equal(scores[same_fold], again[same_fold])
+    assert not torch.equal(scores[harmful[1:5]], again[harmful[1:5]])
