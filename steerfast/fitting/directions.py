@@ -217,18 +217,29 @@ def _lda(positive: Tensor, negative: Tensor, weight: Tensor, width: int, shrinka
     difference = first - second
     centred = torch.cat([positive - first, negative - second]) * weight[:, None].sqrt()
     identity = ledoit_wolf_shrinkage(centred, width) if shrinkage is None else shrinkage
-    covariance = centred.T @ centred / len(centred)
+    return solve_lda(centred.T @ centred / len(centred), difference, width, identity)
+
+
+def solve_lda(covariance: Tensor, difference: Tensor, width: int, shrinkage: float) -> Tensor:
+    """Return S^-1 d, float64 [r], of the covariance within the classes and the difference of their means.
+
+    Args:
+        covariance: float64 [r, r], in an orthonormal basis of a space that holds the rows; it is overwritten.
+        width: the full number of features H >= r. shrinkage: weight of the identity target.
+
+    Raises:
+        PromptError: the covariance is singular.
+    """
     variance = float(covariance.trace())
-    target = variance / width
-    covariance *= 1.0 - identity
-    covariance.diagonal().add_(identity * target)
+    covariance *= 1.0 - shrinkage
+    covariance.diagonal().add_(shrinkage * variance / width)
     factor, failed = torch.linalg.cholesky_ex(covariance)
     pivots = factor.diagonal().square()
     rounding = len(pivots) * torch.finfo(torch.float64).eps * float(pivots.max())
     constant = math.sqrt(variance) <= _ROUNDING * float(torch.linalg.vector_norm(difference))
     if constant or int(failed) or not float(pivots.min()) > rounding:
         raise PromptError(
-            f"harmful and harmless: expected rows that vary (method 'lda', shrinkage {identity:.3g}), "
+            f"harmful and harmless: expected rows that vary (method 'lda', shrinkage {shrinkage:.3g}), "
             "got a singular covariance; give more varied prompts or a larger shrinkage"
         )
     return torch.cholesky_solve(difference[:, None], factor)[:, 0]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from steerfast._options import read_options
 from steerfast.errors import ArchitectureError, ProfileError, PromptError
 from steerfast.fitting.activations import Reduce, answer_mean, gate_reading, last_token, residual_rows
-from steerfast.fitting.directions import fit_direction, project, unit
+from steerfast.fitting.directions import fit_direction, project
 from steerfast.fitting.labelled import Given, Labelled, evenly
+from steerfast.fitting.lda_folds import lda_without
 from steerfast.fitting.left_out import auc_by_group, leave_sources_out
 from steerfast.fitting.refusals import refusals_of
 from steerfast.fitting.row_cache import RowCache
@@ -217,14 +218,21 @@ class _Extraction:
         options, examples, score = self.options, self.examples, gate_reading(outline.gate)[1]
         shrinkage = None if options.gate != "lda" and options.shrinkage == _SHRINKAGE else options.shrinkage
 
-        def fit(rows: Tensor, known: Labelled) -> Tensor:
+        def seen(rows: Tensor) -> Tensor:
             # A cosine gate sees only the direction of a row, so the fit sees no more than that.
             rows = rows.double()
-            rows = rows / rows.norm(dim=1, keepdim=True) if score == "cosine" else rows
+            return rows / rows.norm(dim=1, keepdim=True) if score == "cosine" else rows
+
+        def fit(rows: Tensor, known: Labelled) -> Tensor:
             sides = known.harmful, ~known.harmful
             weights = None if options.gate == "pca" else (known.weights[sides[0]], known.weights[sides[1]])
-            given = rows[sides[0]], rows[sides[1]]
-            return unit(fit_direction(*given, options.gate, shrinkage=shrinkage, weights=weights))
+            given = seen(rows[sides[0]]), seen(rows[sides[1]])
+            return fit_direction(*given, options.gate, shrinkage=shrinkage, weights=weights)
+
+        def fit_without(rows: Tensor, known: Labelled, folds: Sequence[Tensor]) -> Sequence[Tensor]:
+            if options.gate == "lda" and shrinkage is not None:
+                return lda_without(seen(rows), known.harmful, known.weights, folds, shrinkage)
+            return [fit(rows[~out], known.select(~out)) for out in folds]
 
         directions, thresholds = [], []
         for layer in range(reading.shape[1]):
@@ -232,7 +240,7 @@ class _Extraction:
             directions.append(fit(here, examples).float())
             found = project(here, directions[-1], score)
             thresholds.append(threshold_midpoint(found[examples.harmful].numpy(), found[~examples.harmful].numpy()))
-        left_out = leave_sources_out(examples, reading, fit, score=score, progress=options.progress)
+        left_out = leave_sources_out(examples, reading, fit_without, score=score, progress=options.progress)
         sibling, names = options.aligned_model, options.names or {}
         sides = {"harmful": examples.harmful, "harmless": ~examples.harmful}
         fitted = {

@@ -140,7 +140,8 @@ def learn(
 
 def _check_tokens(tokenizer: Any, aligned_model: nn.Module) -> None:
     """Raise ArchitectureError for a sibling that lacks tokens: it has another tokenizer, and answers nonsense."""
-    known = find_decoder(aligned_model).backbone.get_input_embeddings().num_embeddings
+    embeddings: Any = aligned_model.get_input_embeddings()  # type: ignore[operator]
+    known = embeddings.num_embeddings
     if known < len(tokenizer):
         raise ArchitectureError(
             f"aligned_model: expected the {len(tokenizer)} tokens of the model's tokenizer, got {known}; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,12 +14,12 @@ from steerfast.fitting.directions import project
 from steerfast.fitting.labelled import Labelled
 from steerfast.judging.estimates import grouped_auc
 
-FitGate = Callable[[Tensor, Labelled], Tensor]
-"""Fits a direction [F] to the rows of one layer, [n, F], of labelled prompts."""
+FitWithout = Callable[[Tensor, Labelled, Sequence[Tensor]], Sequence[Tensor]]
+"""Fits directions [F] to the rows of one layer, [n, F], of labelled prompts: one without each fold, a mask bool [n]."""
 
 
 def leave_sources_out(
-    examples: Labelled, rows: Tensor, fit: FitGate, *, score: str = "cosine", progress: bool = False
+    examples: Labelled, rows: Tensor, fit: FitWithout, *, score: str = "cosine", progress: bool = False
 ) -> Tensor | None:
     """Return each prompt's score by a direction that was fitted without its source: float64 [n, layers].
 
@@ -36,15 +36,18 @@ def leave_sources_out(
     if not folds:
         return None
     scores = torch.zeros(rows.shape[:2], dtype=torch.float64)
-    for out in track(folds, "sources left out", show=progress):
-        kept = examples.select(~out)
-        for layer in range(rows.shape[1]):
-            here = rows[~out, layer]
-            direction = fit(here, kept)
-            known = project(here, direction, score)
-            middle = sum(float(kept.weights[side] @ known[side]) for side in (kept.harmful, ~kept.harmful)) / 2
-            scores[out, layer] = project(rows[out, layer], direction, score) - middle
+    for layer in track(range(rows.shape[1]), "sources left out", show=progress):
+        here = rows[:, layer]
+        for out, direction in zip(folds, fit(here, examples, folds), strict=True):
+            found = project(here, direction, score)
+            scores[out, layer] = found[out] - _middle(examples, found, ~out)
     return scores
+
+
+def _middle(examples: Labelled, scores: Tensor, kept: Tensor) -> float:
+    """Return the middle of the classes' weighted means, over the prompts that `kept`, bool [n], marks."""
+    sides = examples.harmful & kept, ~examples.harmful & kept
+    return sum(float(examples.weights[side] @ scores[side] / examples.weights[side].sum()) for side in sides) / 2
 
 
 def auc_by_group(examples: Labelled, scores: Tensor) -> dict[str, dict[str, list[float]]]:
