@@ -167,12 +167,16 @@ def fit_options(command: F) -> F:
     )(json_option(command))
 
 
+def cache_option(command: F) -> F:
+    """Add `--cache FOLDER`, where the rows of prompts are kept."""
+    text = "Keep the rows of prompts here: go on after an interruption, and another time read no prompt."
+    return value_option("--cache", str, "FOLDER", text)(command)
+
+
 def reading_options(command: F) -> F:
     """Add `--per-source N` and `--cache FOLDER`: how many prompts are read, and where their rows are kept."""
-    text = "Keep the rows of prompts here: go on after an interruption, and fit again without reading prompts."
-    command = value_option("--cache", str, "FOLDER", text)(command)
     text = "The most prompts of a source and label that are read.  [default: all]"
-    return value_option("--per-source", click.IntRange(min=1), "N", text)(command)
+    return value_option("--per-source", click.IntRange(min=1), "N", text)(cache_option(command))
 
 
 def labelled_option(command: F) -> F:

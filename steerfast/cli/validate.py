@@ -29,6 +29,7 @@ _SHARE = click.FloatRange(0, 1)
 @common.value_option("--max-fires", _SHARE, "SHARE", "Fail if the gate fires more often on the worst harmless source.")
 @common.value_option("--min-auc", _SHARE, "AUC", "Fail if the AUC of the worst harmful source is lower.")
 @common.batch_size_option()
+@common.cache_option
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the tables as Markdown.")
 @common.json_option
 def command(

@@ -45,11 +45,15 @@ def score(
     *,
     batch_size: int = 16,
     progress: bool = True,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Scores:
     """Score prompts with the profile's gates; nothing is steered.
 
     Scores are of the unsteered residual stream. With one sensor they equal the run-time's; with ``sensor="own"`` a
     gate above a layer that fired reads an edited row at run time and may differ.
+
+    Args:
+        cache: a folder for the rows of prompts, see `layer_scores`.
 
     Raises:
         ProfileError: the profile belongs to another model, or has no gate.
@@ -62,7 +66,9 @@ def score(
     if not gates:
         raise ProfileError("profile: expected a gate to score, got one with gate.kind='always' or no steered layer")
     description = "scores" if progress else None
-    by_layer = layer_scores(profile, model, tokenizer, prompts, batch_size=batch_size, description=description)
+    by_layer = layer_scores(
+        profile, model, tokenizer, prompts, batch_size=batch_size, description=description, cache=cache
+    )
     margins = by_layer[:, gates] - profile.threshold[gates]
     layer = torch.tensor(gates)[margins.argmax(dim=1)]
     scores = by_layer.gather(1, layer[:, None])[:, 0]

@@ -50,6 +50,16 @@ def test_the_table_the_page_and_the_data(work: Path, monkeypatch: pytest.MonkeyP
     done(*given(work), "--max-fires", 1, "--min-auc", 0)
 
 
+def test_rows_are_kept_for_another_time(work: Path) -> None:
+    found = []
+    for name in ("first", "second"):
+        done(*given(work), "--cache", work / "rows", "--json", work / f"{name}.json")
+        files = {path.name: path.stat().st_mtime_ns for path in (work / "rows").iterdir()}
+        found.append((files, (work / f"{name}.json").read_text()))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == len(ROWS)
+
+
 def test_limits_are_of_the_worst_source(work: Path) -> None:
     for option, says in ((("--max-fires", 0.5), "--max-fires: expected at most 0.5, got 1.0000 on 'good'"),):
         result = _COMMAND.run(*given(work), *option)
