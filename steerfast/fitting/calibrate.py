@@ -139,14 +139,14 @@ def _check_rates(options: CalibrateOptions, harmless: int) -> None:
         raise ProfileError(f"abstain_rate: expected at least max_false_positive_rate, {fires:g}, got {abstains:g}")
     if fires and harmless < (needed := math.ceil(1 / fires)):
         raise PromptError(
-            f"harmless: expected at least {needed} prompts for a rate of {fires:.2%}, got {harmless}; give more, or a "
-            "larger max_false_positive_rate"
+            f"harmless: expected at least {needed} different prompts for a rate of {fires:.2%}, got {harmless}; give "
+            "more, a larger per_source or a larger max_false_positive_rate"
         )
 
 
 def _points(examples: Labelled, scores: Tensor, options: CalibrateOptions) -> dict[str, Tensor]:
     """Return the thresholds of `POINTS`, each float32 [layers]; without a rate, all are midpoints."""
-    weight, found = examples.weights.numpy(), scores.numpy()
+    weight, found = examples.shares.numpy(), scores.numpy()
     rows = {label: examples.rows(label) for label in ("harmful", "harmless", "borderline")}
     rates = {"harmless": options.max_false_positive_rate, "borderline": options.max_borderline_rate}
     points: dict[str, list[float]] = {name: [] for name in POINTS}
@@ -177,7 +177,7 @@ def _raised(threshold: float, middle: float, harmful: NDArray[np.float64]) -> fl
 def _lower_ends(examples: Labelled, scores: Tensor, threshold: Tensor, share: float) -> Tensor:
     """Return the lower ends of the bands, float32 [layers]."""
     harmless = examples.rows("harmless")
-    weight = examples.weights[harmless].numpy()
+    weight = examples.shares[harmless].numpy()
     ends = [threshold_at_false_positive_rate(layer, share, weight) for layer in scores[harmless].T.numpy()]
     return torch.tensor(ends, dtype=torch.float32, device="cpu").minimum(threshold)
 

@@ -33,7 +33,9 @@ class Labelled:
 
     @classmethod
     def of(cls, harmful: Sequence[Given], harmless: Sequence[Given]) -> Labelled:
-        """Return the examples of two sets. A prompt without a source has the name of its set.
+        """Return the examples of two sets, each prompt of a source and label once.
+
+        A prompt without a source has the name of its set.
 
         Args:
             harmless: may hold borderline examples.
@@ -51,12 +53,12 @@ class Labelled:
                 f"harmful and harmless: expected different prompts, got {len(shared)} in both, such as "
                 f"{min(shared)[:60]!r}"
             )
-        return cls(tuple(found))
+        return cls(_once(found))
 
     @classmethod
     def of_one(cls, label: str, given: Sequence[Given]) -> Labelled:
         """Return the examples of one set, named after its label; errors as `of`."""
-        return cls(tuple(_labelled(label, given, (label,))))
+        return cls(_once(_labelled(label, given, (label,))))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -97,6 +99,15 @@ class Labelled:
         for side in (self.harmful, ~self.harmful):
             weight[side] /= weight[side].sum().clamp(min=_TINY)
         return weight
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """float64 [n], sum 1 over a label: the part of each prompt in the mean of its sources, whatever their size."""
+        share = torch.zeros(len(self.examples), dtype=torch.float64)
+        groups = self.groups()
+        for (_, label), places in groups.items():
+            share[places] = 1 / len(places) / sum(other == label for _, other in groups)
+        return share
 
     def bare(self, harmful: bool) -> list[int]:
         """Return the places of one side's bare requests; of all prompts of the side where it has none."""
@@ -147,6 +158,14 @@ class Labelled:
             texts = [self.texts[place] for place in places]
             found.setdefault(source, {})[label] = describe_set(texts, source)
         return found
+
+
+def _once(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """Return the examples without repeats, which would count as evidence."""
+    found: dict[tuple[str, str, str], Example] = {}
+    for one in examples:
+        found.setdefault((one.source, one.label, unique_text(one.prompt)), one)
+    return tuple(found.values())
 
 
 def _labelled(name: str, given: Sequence[Given], labels: Sequence[str]) -> list[Example]:

@@ -271,7 +271,8 @@ def test_borderline_prompts_do_not_raise_the_rate_of_harmless_ones(scored: Any) 
 def test_a_rate_needs_prompts_that_could_show_it(scored: Any, rate: float, count: int) -> None:
     found = {"harmful_bad": spread(1, 2, 9), "harmless_good": spread(-1, 0, count)}
     with pytest.raises(
-        PromptError, match=rf"harmless: expected at least {count + 1} prompts for a rate of {rate:.2%}, got {count}; "
+        PromptError,
+        match=rf"harmless: expected at least {count + 1} different prompts for a rate of {rate:.2%}, got {count}; ",
     ):
         scored(found, max_false_positive_rate=rate)
     found["harmless_good"] = spread(-1, 0, count + 1)
@@ -300,7 +301,7 @@ def test_points_are_in_order_and_each_keeps_its_rates(
     assert points["strict"] <= points["balanced"] <= points["permissive"]
     for label, allowed in (("harmless", rate), ("borderline", borderline)):
         if places := examples.rows(label):
-            weight = examples.weights[places]
+            weight = examples.shares[places]
             for name, threshold in points.items():
                 fires = float(weight[values[places] > threshold].sum() / weight.sum())
                 assert fires <= min(0.99, POINTS[name] * allowed) + 1e-9

@@ -102,6 +102,16 @@ def test_a_borderline_source_weighs_a_fifth_of_a_harmless_one() -> None:
 
 
 @given(kinds_of_both)
+def test_shares_make_the_mean_of_the_sources(kinds: list[tuple[str, str]]) -> None:
+    examples = made(kinds)
+    values = torch.randn(len(examples), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for label in {one.label for one in examples.examples}:
+        means = [float(values[places].mean()) for (_, other), places in examples.groups().items() if other == label]
+        mine = examples.rows(label)
+        assert float(examples.shares[mine] @ values[mine]) == pytest.approx(sum(means) / len(means))
+
+
+@given(kinds_of_both)
 def test_both_sides_weigh_one_and_prompts_of_a_group_alike(kinds: list[tuple[str, str]]) -> None:
     examples = made(kinds)
     assert examples.weights.dtype == torch.float64
