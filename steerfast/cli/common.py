@@ -250,14 +250,14 @@ def read_sets(options: dict[str, Any], *roles: str, split: str | None = None) ->
 
 
 def _of_split(given: Sequence[Example], split: str) -> list[Example]:
-    """Return the user's examples of a split; a line on standard error counts those that another split knows."""
+    """Return the user's examples of a split; a line on standard error counts them, and those that another knows."""
     from steerfast.text.splits import own_examples
 
     if not given:
         return []
     kept, left_out = own_examples(given, split)
-    if left_out:
-        click.echo(f"--prompts: left out {left_out} near-duplicates of prompts of another split", err=True)
+    repeats = f", without {left_out} near-duplicates of prompts of another split" if left_out else ""
+    click.echo(f"--prompts: {len(kept)} of {len(given)} prompts are of the split {split}{repeats}", err=True)
     return kept
 
 

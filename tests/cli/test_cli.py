@@ -355,7 +355,8 @@ def test_labelled_prompts_of_another_split_are_left_out(work: Path, tmp_path: Pa
     path = tmp_path / "p.safetensors"
     given = ("--harmful", work / "bad.txt", "--prompts", tmp_path / "all.jsonl")
     result = done("extract", *model(work), *given, "--vectors", "srv", "-o", path)
-    assert "--prompts: left out 1 near-duplicates of prompts of another split" in result.stderr
+    says = f"{len(HARMFUL)} of {len(records) + 1} prompts are of the split fit, without 1 near-duplicates"
+    assert f"--prompts: {says} of prompts of another split" in result.stderr
     fitted = SteeringProfile.load(path).fitted
     assert (fitted["harmful"]["count"], fitted["harmless"]["count"]) == (6 + len(HARMFUL) // 2, len(HARMLESS) // 2)
 
@@ -399,7 +400,7 @@ def test_calibrating_on_traffic_keeps_the_sensor(work: Path, tmp_path: Path, sma
 
 def test_too_few_harmless_prompts_for_the_rate(work: Path, tmp_path: Path) -> None:
     line = failed(1, "calibrate", work / "extracted.safetensors", *sets(work), "-o", tmp_path / "p.safetensors")
-    assert "harmless: expected at least 100 prompts for a rate of 1.00%, got 12" in line
+    assert "harmless: expected at least 100 different prompts for a rate of 1.00%, got 12" in line
 
 
 def test_calibrate_reports_the_sensor(work: Path, tmp_path: Path) -> None:

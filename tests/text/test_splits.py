@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,14 +26,27 @@ rows = st.lists(
 
 @settings(max_examples=50, deadline=None)
 @given(rows)
-def test_a_third_of_the_rows_without_a_split_calibrates(examples: list[Example]) -> None:
+def test_a_prompt_is_in_one_split_whatever_stands_beside_it(examples: list[Example]) -> None:
     parted = part(examples)
     assert [one.prompt for one in parted] == [one.prompt for one in examples]
     assert all(new.split == old.split for new, old in zip(parted, examples, strict=True) if old.split)
-    free = [new for new, old in zip(parted, examples, strict=True) if not old.split]
-    for group, count in Counter((one.source, one.label) for one in free).items():
-        mine = Counter(one.split for one in free if (one.source, one.label) == group)
-        assert mine == Counter({"fit": count - count // 3, "calibrate": count // 3})
+    assert part(examples[::-1]) == parted[::-1]
+    for one in parted:
+        assert part([replace(one, split="", source="another", label="harmful")])[0].split == (
+            part([replace(one, split="")])[0].split
+        )
+
+
+def test_a_third_of_the_rows_without_a_split_calibrates() -> None:
+    counts = Counter(one.split for one in part([Example(str(i), "harmless", "mine") for i in range(3000)]))
+    assert set(counts) == {"fit", "calibrate"}
+    assert 900 < counts["calibrate"] < 1100
+
+
+def test_chats_without_text_of_the_user_are_not_alike() -> None:
+    chats = [[{"role": "human", "content": f"Plan evening {i} of nine near Tromsø."}] for i in range(2)]
+    mine = [Example(chats[0], "harmless", "mine", "calibrate"), Example(chats[1], "harmless", "mine", "calibrate")]
+    assert own_examples(mine, "calibrate") == (mine, 0)
 
 
 def test_what_another_split_knows_is_left_out() -> None:
