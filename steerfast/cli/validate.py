@@ -43,7 +43,7 @@ def command(
 ) -> None:
     """Measure a profile's gate by source of prompts, on sources that chose nothing in it; nothing is answered.
 
-    A source that fitted, calibrated or tuned the profile is refused.
+    A source that fitted, calibrated or tuned the profile is refused. Of rows with a split, those of validate count.
 
     \b
     Example:
@@ -61,7 +61,10 @@ def command(
     from steerfast.text.corpus import corpus
     from steerfast.text.examples import read_examples
 
-    examples = [one for source in sources for one in read_examples(source)] or corpus("validate")
+    given = [one for source in sources for one in read_examples(source)] or corpus("validate")
+    examples = given if options["force"] else [one for one in given if one.split in ("", "validate")]
+    if left_out := len(given) - len(examples):
+        click.echo(f"--prompts: left out {left_out} of {len(given)} prompts, which are of another split", err=True)
     check_sources(profile, examples, options["force"])
     model, tokenizer = common.take_model(options, profile.model.name)
     report = gate_report(profile, model, tokenizer, examples, **options)

@@ -91,7 +91,12 @@ def _groups(examples: Sequence[Example]) -> dict[Key, list[Example]]:
 
 
 def _seen(made_with: Sequence[Record], groups: Mapping[Key, Sequence[Example]]) -> dict[Key, dict[str, int]]:
-    return {key: uses(made_with, [one.prompt for one in group]) for key, group in groups.items()}
+    """Return how many prompts of a group chose something; for rows of the split validate a source's name is no sign."""
+    found: dict[Key, dict[str, int]] = {}
+    for (source, label), group in groups.items():
+        named = None if all(one.split == "validate" for one in group) else source
+        found[source, label] = uses(made_with, [one.prompt for one in group], source=named)
+    return found
 
 
 def check_sources(profile: SteeringProfile, examples: Sequence[Example], force: bool = False) -> dict[Key, Any]:

@@ -26,11 +26,16 @@ def digest(prompts: Iterable[Prompt]) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """A set that chose something. role: of `DID`. sha256: of the whole set. known: its prompts, as far as they ship."""
+    """A set that chose something.
+
+    role: of `DID`. sha256: of the whole set. known: its prompts, as far as they ship. source: its name, where it is a
+    source and its prompts are not known.
+    """
 
     role: str
     sha256: str
     known: frozenset[str] = field(repr=False)
+    source: str | None = None
 
     @classmethod
     def of(cls, role: str, prompts: Sequence[Prompt]) -> Record:
@@ -42,10 +47,15 @@ def records(profile: SteeringProfile) -> list[Record]:
     """Return the sets that a profile records, by source or by label."""
     parts = {"fit": profile.fitted, "calibrate": profile.calibration, "tune": profile.tuned}
     return [
-        Record(role, str(found["sha256"]), _shipped(str(found.get("name")), label))
+        _record(role, label, found, str(found.get("name")), part.get("sources", {}))
         for role, part in parts.items()
         for label, found in _described(part)
     ]
+
+
+def _record(role: str, label: str, found: Mapping[str, Any], name: str, sources: Mapping[str, Any]) -> Record:
+    known = _shipped(name, label)
+    return Record(role, str(found["sha256"]), known, name if name in sources and not known else None)
 
 
 def _described(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -68,18 +78,21 @@ def _shipped(names: str, label: str) -> frozenset[str]:
     return frozenset(record["prompt"] for name in known if name in SHIPPED for record in shipped_records(name))
 
 
-def uses(made_with: Sequence[Record], prompts: Sequence[Prompt], sha256: str | None = None) -> dict[str, int]:
+def uses(
+    made_with: Sequence[Record], prompts: Sequence[Prompt], sha256: str | None = None, source: str | None = None
+) -> dict[str, int]:
     """Return how many of the prompts fitted, calibrated or tuned: role -> prompts, without zeros.
 
     Args:
         sha256: of the whole set that the prompts are from; default: of the prompts.
+        source: of the prompts. All count where a set of this source chose something and its prompts are not known.
     """
     texts = [unique_text(prompt) for prompt in prompts]
     sha256 = digest(prompts) if sha256 is None else sha256
     found = {}
     for role in DID:
         mine = [one for one in made_with if one.role == role]
-        whole = any(one.sha256 == sha256 for one in mine)
+        whole = any(one.sha256 == sha256 or (source is not None and one.source == source) for one in mine)
         count = sum(whole or any(one in record.known for record in mine) for one in texts)
         if count:
             found[role] = count

@@ -60,6 +60,24 @@ def test_rows_are_kept_for_another_time(work: Path) -> None:
     assert len(found[0][0]) == len(ROWS)
 
 
+def test_a_source_that_fitted_is_refused_by_its_name_and_rows_of_its_other_splits_are_left_out(work: Path) -> None:
+    """Of a source that was parted, a profile knows the hash of one part alone."""
+    rows = [
+        {**row, "prompt": row["prompt"] + " again", "source": "bad" if row["label"] == "harmful" else "good"}
+        for row in ROWS
+    ]
+    (work / "again.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--model", work / "model", "--no-baseline", "--prompts", work / "again.jsonl")
+    assert "got 'bad' (3 of 3 prompts fitted)" in failed(1, work / "fitted.safetensors", *options)
+    parted = [{**row, "split": ("validate", "validate", "fit")[i % 3]} for i, row in enumerate(rows)]
+    (work / "again.jsonl").write_text("\n".join(map(json.dumps, parted)))
+    result = _COMMAND.run(work / "fitted.safetensors", *options, "--json", work / "g.json")
+    assert result.exit_code == 0, result.stderr
+    assert f"--prompts: left out {len(ROWS) // 3} of {len(ROWS)} prompts, which are of another split" in result.stderr
+    shown = json.loads((work / "g.json").read_text())["systems"]["gate"]["validation"]["rows"]
+    assert sum(row["n"] for row in shown) == len(ROWS) - len(ROWS) // 3
+
+
 def test_limits_are_of_the_worst_source(work: Path) -> None:
     for option, says in ((("--max-fires", 0.5), "--max-fires: expected at most 0.5, got 1.0000 on 'good'"),):
         result = _COMMAND.run(*given(work), *option)

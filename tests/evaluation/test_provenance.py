@@ -22,7 +22,10 @@ def test_flat_and_nested_records_are_found(tiny_llama: Any, make_profile: Callab
     profile = make_profile(
         tiny_llama,
         fitted={"harmful": mine, "sources": {"aart": {"harmful": of_source("aart")}}, "shrinkage": 0.3},
-        calibration={"sets": {"harmless": describe_set(["c"])}, "sources": {"own": {"harmless": describe_set(["d"])}}},
+        calibration={
+            "sets": {"harmless": describe_set(["c"])},
+            "sources": {"own": {"harmless": describe_set(["d"], "own")}},
+        },
         tuned={"harmful": describe_set(["e"], "steerfast:harmful_tune, restyled"), "refusal": 0.5},
     )
     found = records(profile)
@@ -34,6 +37,9 @@ def test_flat_and_nested_records_are_found(tiny_llama: Any, make_profile: Callab
     assert uses(found, [*ship, "new"]) == {"fit": 3}
     assert uses(found, [*read_prompts("steerfast:harmful_tune")[:2], "new"]) == {"tune": 2}
     assert uses(found, ["x"], mine["sha256"]) == {"fit": 1}  # a sample of the set
+    assert uses(found, ["x", "y"], source="own") == {"calibrate": 2}  # of it, these prompts may have been
+    assert uses(found, ["x", "y"], source="mine.txt") == {}  # a file, not a source
+    assert uses(found, ["x", "y"], source="aart") == {}  # its prompts are known
 
 
 def test_a_source_that_only_shares_a_label_is_another(tiny_llama: Any, make_profile: Callable[..., Any]) -> None:
