@@ -130,8 +130,8 @@ def calibrated(profile: SteeringProfile) -> Calibrated:
         histogram = profile.calibration["histograms"]["calibration"][layer]
         counts = np.asarray(histogram["harmless"], dtype=np.int64)
         edges = np.linspace(histogram["low"], histogram["high"], len(counts) + 1)
-        recorded = profile.calibration["layers"]["calibration"][layer]["false_positive_rate"][0]
-    except (KeyError, IndexError, TypeError, ValueError):
+        recorded = float(profile.calibration["layers"]["calibration"][layer]["false_positive_rate"][0])
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         raise ProfileError("profile: expected a histogram of its calibration, got none (run calibrate)") from None
     if counts.ndim != 1 or not counts.sum() or (counts < 0).any() or not edges[0] <= edges[-1]:
         raise ProfileError("profile: expected a histogram of harmless scores, got an empty or a broken one")
@@ -168,12 +168,19 @@ def read_scores(text: str, layer: int) -> list[float]:
     for number, entry in enumerate(entries, 1):
         record = entry if isinstance(entry, Mapping) else {"score": entry}
         score = record.get("score")
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not _finite(score):
             raise PromptError(f"scores: expected a finite number, or a record with one as score, as entry {number}")
         if record.get("layer", layer) != layer:
             raise PromptError(f"scores: expected scores of layer {layer}, which decides, got layer {record['layer']}")
         scores.append(float(score))
     return scores
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False
 
 
 def _entries(text: str) -> list[Any]:
@@ -202,16 +209,17 @@ def read_metrics(text: str, name: str | None = None) -> Live:
             continue
         kept = profiles.setdefault(found["profile"], {"buckets": {}})
         if metric == "gate_score_bucket":
-            kept["buckets"][float(found["le"])] = _count(value)
-        else:
-            kept[metric] = value
+            edge = _edge(found.get("le"))
+            kept["buckets"][edge] = kept["buckets"].get(edge, 0) + _count(value)
+        elif metric.endswith("_total"):
+            kept[metric] = kept.get(metric, 0) + _count(value)  # a page may have a series of each instance
     names = ", ".join(sorted(profiles)) or "none"
     if name is None and len(profiles) != 1:
         raise PromptError(f"metrics: expected one profile, or its name, got {names}")
     if name is not None and name not in profiles:
         raise PromptError(f"metrics: expected a profile of {names}, got {name!r}")
     one = profiles[name or next(iter(profiles))]
-    requests, fired = (_count(one.get(f"gate_{what}_total", "0")) for what in ("evaluations", "firings"))
+    requests, fired = (one.get(f"gate_{what}_total", 0) for what in ("evaluations", "firings"))
     if not 0 <= fired <= requests or not requests:
         raise PromptError(f"metrics: expected requests that the gate decided on, got {requests}, {fired} of them fired")
     return Live(requests, fired, _buckets(one["buckets"]))
@@ -222,6 +230,13 @@ def _buckets(buckets: Mapping[float, int]) -> Cumulative | None:
     edges = np.array(sorted(edge for edge in buckets if math.isfinite(edge)))
     count = buckets.get(math.inf, 0)
     return Cumulative(edges, np.array([buckets[edge] for edge in edges], dtype=np.int64), count) if count else None
+
+
+def _edge(text: str | None) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        raise PromptError(f"metrics: expected buckets with a number as le, got {text!r}") from None
 
 
 def _count(value: str) -> int:

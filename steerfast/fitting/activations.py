@@ -119,7 +119,8 @@ def residual_rows(
     decoder.refuse_if_steered()
     accepted = inspect.signature(decoder.backbone.forward).parameters
     device = device_of(model)
-    known = {} if cache is None else {i: cache.read(sequence) for i, sequence in enumerate(sequences)}
+    size = len(decoder.layers), decoder.hidden_size
+    known = {} if cache is None else {i: cache.read(sequence, *size) for i, sequence in enumerate(sequences)}
     kept = [([i], row[None]) for i, row in known.items() if row is not None]
     missing = [i for i in range(len(sequences)) if known.get(i) is None]
     asked = [sequences[i] for i in missing]
@@ -139,7 +140,8 @@ def residual_rows(
                 kept.append((batch.indices, torch.stack([row.float().cpu() for row in captured], dim=1)))
             if cache is not None:
                 for i, row in zip(*kept[-1], strict=True):
-                    cache.write(sequences[i], row)
+                    if bool(row.isfinite().all()):
+                        cache.write(sequences[i], row)
     if not kept:
         return torch.empty(0, len(decoder.layers), decoder.hidden_size, dtype=torch.float32, device="cpu")
     rows = kept[0][1].new_empty(len(sequences), *kept[0][1].shape[1:])

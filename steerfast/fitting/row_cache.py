@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -45,12 +46,14 @@ class RowCache:
         dtype = str(next(model.parameters()).dtype)
         return cls(path, json.dumps([weights_fingerprint(model), dtype, reading], sort_keys=True))
 
-    def read(self, sequence: Sequence[int]) -> Tensor | None:
-        """Return the rows of a sequence; None where they are not known, or their file is broken."""
+    def read(self, sequence: Sequence[int], layers: int, hidden_size: int) -> Tensor | None:
+        """Return the rows of a sequence, float32 [layers, ..., H]; None where their file is missing, broken or odd."""
         try:
-            return load(self._file(sequence).read_bytes())["rows"]
+            rows = load(self._file(sequence).read_bytes())["rows"]
         except (OSError, SafetensorError, KeyError):
             return None
+        fits = rows.dim() in (2, 3) and (len(rows), rows.shape[-1]) == (layers, hidden_size)
+        return rows if fits and rows.dtype == torch.float32 and bool(rows.isfinite().all()) else None
 
     def write(self, sequence: Sequence[int], rows: Tensor) -> None:
         """Keep the rows of a sequence.

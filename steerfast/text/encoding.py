@@ -32,7 +32,7 @@ def encode(
         if not is_conversation(chat):
             raise PromptError(f"prompts: entry {number}: expected a non-empty string, got {prompt!r}")
         if getattr(tokenizer, "chat_template", None):
-            ids = _templated(tokenizer, chat)
+            ids = _checked(tokenizer, chat, number)
         else:
             ids = tokenizer(_joined(chat))["input_ids"]
         if limit is not None and len(ids) > limit:
@@ -52,6 +52,19 @@ def is_conversation(chat: Any) -> bool:
 def _is_message(message: Any) -> bool:
     content = message.get("content") if isinstance(message, Mapping) and message.get("role") else None
     return isinstance(content, str) and bool(content.strip())
+
+
+def _checked(tokenizer: Any, chat: Conversation, number: int) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        ids = _templated(tokenizer, chat)
+    except TemplateError as error:
+        roles = ", ".join(str(message["role"]) for message in chat)
+        raise PromptError(f"prompts: entry {number}: the chat template refuses its roles, {roles}: {error}") from None
+    if not len(ids):
+        raise PromptError(f"prompts: entry {number}: the chat template gives no token; mend the tokenizer's template")
+    return ids
 
 
 def _templated(tokenizer: Any, chat: Conversation) -> list[int]:

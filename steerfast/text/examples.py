@@ -78,6 +78,8 @@ def _example(row: Mapping[str, Any], source: str, default: str | None, place: st
                 "for all rows: read_examples(..., label='harmless')"
             )
         given = default
+    if row.get("tools"):
+        raise PromptError(f"{place}: tools: expected none, put them into a system message as your server renders them")
     split = row.get("split") or ""
     if split not in ("", *SPLITS):
         raise PromptError(f"{place}: split: expected {', '.join(SPLITS)} or none, got {split!r}")

@@ -106,9 +106,15 @@ def _csv(path: Path, keys: Sequence[str]) -> Iterable[Any]:
     if not rows:
         return []
     header = [cell.strip().lower() for cell in rows[0]]
+    for number, row in enumerate(rows, 1):
+        if len(row) > len(header):
+            raise PromptError(
+                f"prompts: row {number} of {str(path)!r}: expected {len(header)} cells as in the first row, got "
+                f"{len(row)}; put text with a comma in double quotes"
+            )
     if any(key in header for key in keys):
         return [dict(zip(header, row, strict=False)) for row in rows[1:]]
-    if len(rows[0]) == 1 and keys is _KEYS:
+    if len(rows[0]) == 1 and keys is _KEYS and not {";", "\t"} & set(rows[0][0]):
         return [row[0] for row in rows]
     raise PromptError(f"prompts: expected a column named {', '.join(keys)} in {str(path)!r}, got {', '.join(rows[0])}")
 

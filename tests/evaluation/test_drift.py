@@ -190,6 +190,7 @@ def test_scores_come_in_several_forms() -> None:
         ("[0.5, NaN]", "expected a finite number, or a record with one as score, as entry 2"),
         ("[Infinity]", "as entry 1"),
         ('{"score": null}', "as entry 1"),
+        (f"[0.5, 1{'0' * 400}]", "as entry 2"),
         ("[true]", "as entry 1"),
         ('["0.5"]', "as entry 1"),
         ('{"results": [{"prompt": "x"}]}', "as entry 1"),
@@ -237,6 +238,19 @@ def test_a_servers_histogram_is_coarser_and_never_calls_more_stale() -> None:
         assert found.distance <= exact.distance + 0.05
 
 
+def test_series_of_several_instances_add_up() -> None:
+    scores = draw(7, 300)
+    pages = [
+        page(part).replace('profile="', f'instance="{i}",profile="')
+        for i, part in enumerate((scores[:90], scores[90:]))
+    ]
+    both, whole = read_metrics("\n".join(pages)), read_metrics(page(scores))
+    assert (both.requests, both.fired) == (whole.requests, whole.fired)
+    assert both.scores is not None
+    assert whole.scores is not None
+    assert both.scores.below.tolist() == whole.scores.below.tolist()
+
+
 def test_counts_alone_are_compared_by_their_share() -> None:
     counts = (
         'steerfast_gate_evaluations_total{{profile="safety"}} 1000\nsteerfast_gate_firings_total{{profile="safety"}} {}'
@@ -258,6 +272,8 @@ def test_counts_alone_are_compared_by_their_share() -> None:
         (page(draw(1, 9)), "tone", "expected a profile of safety, got 'tone'"),
         (page(draw(1, 0)), None, "expected requests that the gate decided on, got 0, 0 of them fired"),
         ('steerfast_gate_evaluations_total{profile="a"} NaN', None, "expected a count, got 'NaN'"),
+        ('steerfast_gate_score_bucket{profile="a"} 1', None, "expected buckets with a number as le, got None"),
+        ('steerfast_gate_score_bucket{le="x",profile="a"} 1', None, "expected buckets with a number as le, got 'x'"),
     ],
 )
 def test_a_page_without_this_profile_is_refused(text: str, name: str | None, says: str) -> None:

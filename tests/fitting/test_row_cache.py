@@ -97,7 +97,16 @@ def test_rows_of_something_else_are_not_taken(model: Any, tmp_path: Path, change
     assert torch.equal(found, residual_rows(model, sequences, batch_size=2))
 
 
-@pytest.mark.parametrize("content", [b"", b"no tensors", "half", "another name"])
+ODD = {
+    "another name": {"row": torch.zeros(5, 32)},
+    "another width": {"rows": torch.zeros(5, 16)},
+    "another depth": {"rows": torch.zeros(4, 32)},
+    "whole numbers": {"rows": torch.zeros(5, 32, dtype=torch.int64)},
+    "not finite": {"rows": torch.full((5, 32), torch.nan)},
+}
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", "half", *ODD])
 def test_a_broken_file_is_computed_again(model: Any, tmp_path: Path, content: bytes | str) -> None:
     from safetensors.torch import save
 
@@ -105,7 +114,7 @@ def test_a_broken_file_is_computed_again(model: Any, tmp_path: Path, content: by
     broken, whole = RowCache.of(tmp_path, model, "last")._file(SEQUENCES[2]), b""
     whole = broken.read_bytes()
     if isinstance(content, str):
-        content = whole[: len(whole) // 2] if content == "half" else save({"row": torch.zeros(5, 32)})
+        content = whole[: len(whole) // 2] if content == "half" else save(ODD[content])
     broken.write_bytes(content)
     with counted(model) as read:
         assert torch.equal(rows(model, tmp_path, batch_size=1), expected)

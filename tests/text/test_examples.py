@@ -79,6 +79,10 @@ BAD = {
     "unknown label": ([{"prompt": "b", "label": "bad"}], "entry 1 of .*: label: expected harmful, .*, got 'bad'"),
     "number": ([{"prompt": "b", "label": 2}], "label: expected .*, got 2"),
     "split": ([{"prompt": "b", "label": 0, "split": "test"}], "split: expected fit, .* or none, got 'test'"),
+    "tools": (
+        [{"prompt": "b", "label": 0, "tools": [{}]}],
+        "entry 1 of .*: tools: expected none, put them into a system",
+    ),
     "no role": ([{"messages": [{"content": "a"}], "label": 0}], "expected messages with a role and a content"),
     "empty message": ([{"turns": [{"role": "user", "content": " "}], "label": 0}], "expected messages with a role"),
     "text as messages": ([{"messages": "a", "label": 0}], "expected messages with a role and a content, got 'a'"),

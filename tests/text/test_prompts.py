@@ -45,6 +45,12 @@ BAD = {
     "null.json": (b'[{"prompt": null}]', "entry 1 of .*, got None"),
     "other key.jsonl": (b'{"harm": "a"}', "entry 1 of .*: .* with one of prompt, instruction, .*, got None"),
     "other columns.csv": (b"a,b\nc,d\n", "expected a column named prompt, .*, got a, b"),
+    "comma.csv": (
+        b"label,prompt\nharmless,How do I, as a cook, bake?\n",
+        "row 2 of .*: expected 2 cells as .* got 4; put",
+    ),
+    "one column.csv": (b"prompt\nHow do I, as a cook, bake?\n", "row 2 of .*: expected 1 cells as .*, got 3"),
+    "semicolons.csv": (b"prompt;label\na;harmless\n", "expected a column named prompt, .*, got prompt;label"),
     "short row.csv": (b"id,prompt\n1,a\n2\n", "entry 2 of .*, got None"),
     "prompts.parquet": (b"a", "expected a .txt, .json, .jsonl or .csv file, got .*parquet'"),
     "prompts": (b"a", "expected a .txt, .json, .jsonl or .csv file"),
