@@ -13,12 +13,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from steerfast.errors import ProfileError, PromptError
-from steerfast.evaluation.gates import gate_report, word_baseline
+from steerfast.evaluation.demo import shipped_profile
+from steerfast.evaluation.gates import check_sources, gate_report, word_baseline
 from steerfast.evaluation.provenance import digest
 from steerfast.evaluation.report import gate_markdown, gate_tables
 from steerfast.fitting.score import score
 from steerfast.judging.by_source import SourceScores, figures_by_source
 from steerfast.judging.estimates import exact_interval, grouped_auc, mean, rate
+from steerfast.profile import SteeringProfile
 from steerfast.text.corpus import corpus
 from steerfast.text.examples import Example
 
@@ -204,3 +206,10 @@ def test_tables_show_the_exact_bound_where_few_fired_and_mark_development() -> N
     assert "## Means of validation" in page
     assert "| harmless | 2 | 8 | 25.0" in page
     assert "- max false positive rate: 0.01" in page
+
+
+def test_what_validates_chose_nothing_in_the_shipped_profile() -> None:
+    profile = SteeringProfile.load(shipped_profile())
+    assert not any(check_sources(profile, corpus("validate")).values())
+    with pytest.raises(PromptError, match=r"got .*'aart' \(\d+ of 137 prompts fitted\)"):
+        check_sources(profile, corpus("fit"))
