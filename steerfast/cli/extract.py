@@ -9,6 +9,14 @@ import click
 from steerfast.cli import common
 
 
+def _window(value: str) -> int | str:
+    if value == "all":
+        return value
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter(f"expected all or a number of at least 1, got {value!r}")
+
+
 @click.command("extract")
 @common.model_options(required=True)
 @common.labelled_option
@@ -37,9 +45,9 @@ from steerfast.cli import common
 )
 @common.value_option(
     "--window",
-    click.IntRange(min=1),
+    _window,
     "TOKENS",
-    "For --pooling mean and both: how many of the last of these tokens.  [default: 128]",
+    "For --pooling mean and both: how many of the last of these tokens, or all.  [default: 128]",
 )
 @click.option("--whole-prompt", is_flag=True, help="Take the mean over the whole prompt, its template included.")
 @common.edit_options

@@ -283,6 +283,9 @@ def test_a_gate_that_reads_a_mean_is_made_shown_and_used(work: Path, tmp_path: P
     assert "prompt, mean cosine of 12 tokens of the last user turn, hard" in result.stdout
     gate = SteeringProfile.load(made).gate
     assert gate == Gate(pooling="mean", window=12, turn=(2,), tail=2)
+    whole = tmp_path / "whole.safetensors"
+    done("extract", *model(work), *sets(work), "--vectors", "srv", "--window", "all", "-o", whole)
+    assert SteeringProfile.load(whole).gate.window is None
     assert Gate(**json.loads((tmp_path / "p.json").read_text())["gate"]) == gate
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GateWarning)
