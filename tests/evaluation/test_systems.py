@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from jinja2 import TemplateError
 
 from steerfast.errors import PromptError
 from steerfast.evaluation.systems import BUILT_IN, CANNED, System, as_it_is, goal_priority, self_reminder, systems_of
@@ -71,8 +70,11 @@ def test_a_template_without_a_system_role_reads_the_system_message_first(
     joined = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
     assert encode(tiny_tokenizer, [self_reminder(PROMPT)]) == encode(tiny_tokenizer, [[joined]])
     monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ raise_exception('none of it') }}")
-    with pytest.raises(TemplateError, match="none of it"):
+    with pytest.raises(PromptError, match="entry 1: the chat template refuses its roles, system, user: none of it"):
         encode(tiny_tokenizer, [self_reminder(PROMPT)])
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ '' }}")
+    with pytest.raises(PromptError, match="entry 1: the chat template gives no token"):
+        encode(tiny_tokenizer, [PROMPT])
 
 
 def test_without_a_template_messages_follow_each_other(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -382,7 +382,11 @@ def test_means_are_taken_in_float64() -> None:
         ({"harmful": [*HARMFUL, " "]}, "entry 8: expected a non-empty string, got ' '"),
         ({"harmless": [{"prompt": "a"}]}, "harmless: entry 1: expected a prompt or messages, got {'prompt': 'a'}"),
         ({"harmful": HARMFUL[:1]}, "harmful: expected at least 2 rows for a covariance"),
-        ({"harmful": ["the book"] * 3, "harmless": ["a book"] * 3}, "expected rows that vary"),
+        ({"harmful": ["the book"] * 3}, "harmful: expected at least 2 rows"),  # a repeat is none
+        (
+            {"harmful": [f"the{gap}book" for gap in (" ", "  ")], "harmless": [f"a{gap}book" for gap in (" ", "  ")]},
+            "expected rows that vary",
+        ),
     ],
 )
 def test_unusable_prompt_sets(extract: Any, sets: dict[str, Any], message: str) -> None:
