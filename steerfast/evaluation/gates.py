@@ -7,7 +7,6 @@ worst one beside it.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -40,16 +39,14 @@ def gate_report(
     *,
     baseline: bool = True,
     force: bool = False,
-    batch_size: int = 16,
-    progress: bool = True,
-    cache: str | os.PathLike[str] | None = None,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Measure a profile's gate on labelled prompts, by source; nothing is steered and nothing is answered.
 
     Args:
         baseline: also measure a `WordClassifier`, fitted on the gate's sources of the corpus (`word_baseline`).
         force: take sources that chose something in the profile, and mark them as development.
-        cache: a folder for the rows of prompts.
+        reading: ``batch_size``, ``progress`` and ``cache`` of `score`.
 
     Returns:
         JSON data: under ``systems`` for the gate, and for the baseline, the `figures_by_source`; under ``left_out`` the
@@ -62,7 +59,7 @@ def gate_report(
     seen, groups = check_sources(profile, examples, force), _groups(examples)
     kept, left_out = _fitting(groups, model, tokenizer)
     prompts = [one.prompt for one in kept]
-    found = score(model, tokenizer, profile, prompts, batch_size=batch_size, progress=progress, cache=cache)
+    found = score(model, tokenizer, profile, prompts, **reading)
     margins = (found.scores - profile.threshold[found.layer]).double().numpy()
     undecided = None if profile.abstain is None else found.undecided.numpy()
     systems: dict[str, Any] = {GATE: figures_by_source(scores_by_source(kept, margins, seen, undecided))}
