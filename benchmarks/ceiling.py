@@ -21,19 +21,17 @@ from torch import Tensor
 
 import steerfast
 from steerfast._files import write_atomically
-from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.directions import fit_direction
+from steerfast.fitting.extract import ExtractOptions
 from steerfast.fitting.labelled import Labelled
-from steerfast.fitting.row_cache import RowCache
-from steerfast.fitting.score import row_scores
+from steerfast.fitting.score import gate_rows, row_scores
 from steerfast.hf.loading import load_model
 from steerfast.judging.estimates import grouped_auc
 from steerfast.text.corpus import corpus
-from steerfast.text.encoding import encode, pad_token
 from steerfast.text.examples import read_examples
 
 FOLDS = 5
-SHRINKAGE = 0.2  # as `extract`
+SHRINKAGE = ExtractOptions.shrinkage
 
 
 @click.command(help=__doc__)
@@ -47,14 +45,7 @@ def main(profile_file: str, prompts: str | None, cache: str | None, json_file: s
     given = corpus("validate") if prompts is None else read_examples(prompts)
     harmful, others = ([one for one in given if (one.label == "harmful") == bad] for bad in (True, False))
     examples = Labelled.of(harmful, others)
-    rows = residual_rows(
-        model,
-        encode(tokenizer, examples.prompts, model),
-        reduce=gate_reading(profile.gate)[0],
-        pad_token_id=pad_token(tokenizer),
-        description="rows",
-        cache=None if cache is None else RowCache.of(cache, model, profile.gate.header()),
-    )
+    rows = gate_rows(profile, model, tokenizer, examples.prompts, description="rows", cache=cache)
     sensor = profile.gate_layers[0]
     scores = row_scores(profile, rows)[:, sensor]
     found = ceilings(examples, rows[:, sensor].flatten(1).double(), scores)
@@ -109,8 +100,7 @@ def crossed(rows: Tensor, harmful: Sequence[int], others: Sequence[Sequence[int]
 
 def _parted(places: Sequence[int], fold: int) -> tuple[list[int], list[int]]:
     """Return the places that stay, and every fifth, which is out."""
-    out = list(places[fold::FOLDS])
-    return [place for place in places if place not in out], out
+    return [place for i, place in enumerate(places) if i % FOLDS != fold], list(places[fold::FOLDS])
 
 
 if __name__ == "__main__":

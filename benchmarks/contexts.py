@@ -121,7 +121,7 @@ def main(
     profile = steerfast.SteeringProfile.load(profile_file)
     model, tokenizer = load_model(name or profile.model.name)
     requests = {
-        label: taken([last_request(one.prompt) for one in read_examples(source, label=label)], count)
+        label: evenly([last_request(one.prompt) for one in read_examples(source, label=label)], count)
         for label, source in (("harmful", harmful), ("harmless", harmless))
     }
     rows = []
@@ -135,7 +135,7 @@ def main(
     given = [] if languages is None else read_examples(languages)
     for lang in dict.fromkeys(one.lang for one in given):
         mine = [one for one in given if one.lang == lang]
-        chosen = [one for label in requests for one in taken([one for one in mine if one.label == label], count)]
+        chosen = [one for label in requests for one in evenly([one for one in mine if one.label == label], count)]
         rows.append(measured(profile, model, tokenizer, f"language {lang}", chosen))
     text = "".join(json.dumps({"profile": profile.checksum, "model": profile.model.name, **row}) + "\n" for row in rows)
     if json_file is not None:
@@ -143,10 +143,6 @@ def main(
     click.echo("| context | harmful fires | harmless fires |\n|---|--:|--:|")
     for row in rows:
         click.echo(f"| {row['context']} | {shown(row.get('harmful'))} | {shown(row.get('harmless'))} |")
-
-
-def taken(found: Sequence[Any], count: int) -> list[Any]:
-    return [found[place] for place in evenly(range(len(found)), count)]
 
 
 def measured(profile: Any, model: Any, tokenizer: Any, context: str, examples: Sequence[Example]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from steerfast.cli import common
-from steerfast.errors import PromptError
 
 
 def _sensor(value: str) -> int | str:
@@ -103,8 +102,6 @@ def _read(options: dict[str, Any]) -> None:
         raise click.UsageError("--sensor: expected it without --on, which keeps the sensor, got both")
     common.read_sets(options, "harmful", "harmless", split="calibrate")
     given = common.read_set("--on", traffic, "harmless")
-    options["harmless"] = [one for one in given if one.split in ("", "calibrate")]
-    if not options["harmless"]:
-        raise PromptError(f"--on: expected prompts of the split calibrate, or without one, got none of {len(given)}")
+    options["harmless"] = common.in_split("--on", given, "calibrate")
     options["names"]["harmless"] = " + ".join(traffic)
     options["sensor"] = "keep"

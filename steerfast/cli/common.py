@@ -249,6 +249,20 @@ def read_sets(options: dict[str, Any], *roles: str, split: str | None = None) ->
     options["names"] = names
 
 
+def in_split(option: str, given: Sequence[Example], split: str) -> list[Example]:
+    """Return the examples of a split or without one; a line on standard error counts those of another.
+
+    Raises:
+        PromptError: all are of another split.
+    """
+    kept = [one for one in given if one.split in ("", split)]
+    if not kept:
+        raise PromptError(f"{option}: expected prompts of the split {split}, or without one, got none of {len(given)}")
+    if left_out := len(given) - len(kept):
+        click.echo(f"{option}: left out {left_out} of {len(given)} prompts, which are of another split", err=True)
+    return kept
+
+
 def _of_split(given: Sequence[Example], split: str) -> list[Example]:
     """Return the user's examples of a split; a line on standard error counts them, and those that another knows."""
     from steerfast.text.splits import own_examples

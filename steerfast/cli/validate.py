@@ -62,9 +62,7 @@ def command(
     from steerfast.text.examples import read_examples
 
     given = [one for source in sources for one in read_examples(source)] or corpus("validate")
-    examples = given if options["force"] else [one for one in given if one.split in ("", "validate")]
-    if left_out := len(given) - len(examples):
-        click.echo(f"--prompts: left out {left_out} of {len(given)} prompts, which are of another split", err=True)
+    examples = given if options["force"] else common.in_split("--prompts", given, "validate")
     check_sources(profile, examples, options["force"])
     model, tokenizer = common.take_model(options, profile.model.name)
     report = gate_report(profile, model, tokenizer, examples, **options)

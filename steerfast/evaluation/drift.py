@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta, binomtest
+from scipy.stats import beta
 
 from steerfast.errors import ProfileError, PromptError
-from steerfast.judging.estimates import Estimate
+from steerfast.judging.estimates import Estimate, exact_interval
 from steerfast.profile import SteeringProfile
 
 __all__ = [
@@ -295,8 +295,7 @@ def compare(profile: SteeringProfile, live: Live, limits: Limits | None = None) 
 
 
 def _share(k: int, n: int) -> Estimate:
-    interval = binomtest(k, n).proportion_ci(_CONFIDENCE, method="exact")
-    return Estimate(k / n, float(interval.low), float(interval.high))
+    return Estimate(k / n, *exact_interval(k, n))
 
 
 def _distance(one: Cumulative, other: Cumulative) -> float:

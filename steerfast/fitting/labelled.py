@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from steerfast.errors import PromptError
 from steerfast.text.encoding import is_conversation
 from steerfast.text.examples import Example, Prompt, grouped, unique_text
 from steerfast.text.prompts import describe_set
+
+T = TypeVar("T")
 
 Given = Prompt | Example
 """A prompt, or a prompt with its label and source."""
@@ -187,7 +189,7 @@ def _labelled(name: str, given: Sequence[Given], labels: Sequence[str]) -> list[
     return found
 
 
-def evenly(places: Sequence[int], count: int) -> list[int]:
-    """Return at most `count` of the places, evenly spaced: of a list by source, some of each."""
-    step = max(1.0, len(places) / count)
-    return [places[int(i * step)] for i in range(min(count, len(places)))]
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """Return at most `count` of the items, evenly spaced: of a list by source, some of each."""
+    step = max(1.0, len(items) / count)
+    return [items[int(i * step)] for i in range(min(count, len(items)))]

@@ -116,8 +116,7 @@ def learn(
     layer = _layer(profile, chosen.layer)
     if chosen.aligned_model is not None:
         _check_tokens(tokenizer, chosen.aligned_model)
-    used = evenly(range(len(examples)), chosen.steps * chosen.batch_size)
-    lessons = _lessons(model, tokenizer, [examples.prompts[i] for i in used], chosen)
+    lessons = _lessons(model, tokenizer, evenly(examples.prompts, chosen.steps * chosen.batch_size), chosen)
     work = [prompt + answer for prompt, answer in lessons]
     padded = batches(work, chosen.batch_size, "left", pad_token(tokenizer), torch.device("cpu"))
     starts = [len(prompt) for prompt, _ in lessons]

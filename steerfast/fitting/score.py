@@ -53,7 +53,7 @@ def score(
     gate above a layer that fired reads an edited row at run time and may differ.
 
     Args:
-        cache: a folder for the rows of prompts, see `layer_scores`.
+        cache: a folder for the rows of prompts, see `gate_rows`.
 
     Raises:
         ProfileError: the profile belongs to another model, or has no gate.
@@ -76,6 +76,13 @@ def score(
 
 
 def layer_scores(
+    profile: SteeringProfile, model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], **reading: Any
+) -> Tensor:
+    """Return every layer's gate score of each prompt, float32 [prompts, layers]; `reading`: options of `gate_rows`."""
+    return row_scores(profile, gate_rows(profile, model, tokenizer, prompts, **reading))
+
+
+def gate_rows(
     profile: SteeringProfile,
     model: nn.Module,
     tokenizer: Any,
@@ -85,12 +92,12 @@ def layer_scores(
     description: str | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Tensor:
-    """Return every layer's gate score of each prompt, float32 [prompts, layers].
+    """Return what a profile's gates read of each prompt, as `row_scores` takes it.
 
     Args:
         description: text of the progress bar; None: no bar. cache: a folder for the rows of prompts.
     """
-    rows = residual_rows(
+    return residual_rows(
         model,
         encode(tokenizer, prompts, model),
         reduce=gate_reading(profile.gate)[0],
@@ -99,7 +106,6 @@ def layer_scores(
         description=description,
         cache=None if cache is None else RowCache.of(cache, model, profile.gate.header()),
     )
-    return row_scores(profile, rows)
 
 
 def row_scores(profile: SteeringProfile, rows: Tensor) -> Tensor:

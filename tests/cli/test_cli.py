@@ -401,6 +401,19 @@ def test_calibrating_on_traffic_keeps_the_sensor(work: Path, tmp_path: Path, sma
     assert next(row["fired"] for row in rows if row["source"] == "traffic") <= 0.1 * len(HARMLESS)
 
 
+def test_traffic_of_another_split_sets_no_threshold(work: Path, tmp_path: Path, small_corpus: None) -> None:
+    path, traffic = tmp_path / "p.safetensors", tmp_path / "traffic.jsonl"
+    rows = [{"prompt": prompt, "split": split} for split, prompt in zip(("", "fit"), HARMLESS, strict=False)]
+    rows += [{"prompt": f"{prompt} now"} for prompt in HARMLESS]
+    traffic.write_text("\n".join(map(json.dumps, rows)))
+    given = ("calibrate", work / "extracted.safetensors", "--on", traffic, *RATE, "-o", path)
+    result = done(*given)
+    assert f"--on: left out 1 of {len(rows)} prompts, which are of another split" in result.stderr
+    assert SteeringProfile.load(path).calibration["sets"]["harmless"]["count"] == len(rows) - 1
+    traffic.write_text(json.dumps(rows[1]))
+    assert "--on: expected prompts of the split calibrate, or without one, got none of 1" in failed(1, *given)
+
+
 def test_too_few_harmless_prompts_for_the_rate(work: Path, tmp_path: Path) -> None:
     line = failed(1, "calibrate", work / "extracted.safetensors", *sets(work), "-o", tmp_path / "p.safetensors")
     assert "harmless: expected at least 100 different prompts for a rate of 1.00%, got 12" in line
