@@ -136,8 +136,10 @@ def calibrated(profile: SteeringProfile) -> Calibrated:
     if counts.ndim != 1 or not counts.sum() or (counts < 0).any() or not edges[0] <= edges[-1]:
         raise ProfileError("profile: expected a histogram of harmless scores, got an empty or a broken one")
     scores = Cumulative(edges, np.concatenate([[0], counts.cumsum()]), int(counts.sum()))
-    least, most = (1 - share[0] for share in reversed(scores.bounds(profile.threshold[[layer]].double().numpy())))
-    known = least - 1e-9 <= recorded <= most + 1e-9  # the record is of the threshold that calibrate set
+    threshold = profile.threshold[layer]
+    least, most = (1 - share[0] for share in reversed(scores.bounds(threshold.double().reshape(1).numpy())))
+    balanced = profile.points.get("balanced", profile.threshold)[layer]  # the record is of this threshold
+    known = bool(threshold == balanced) and least - 1e-9 <= recorded <= most + 1e-9
     return Calibrated(layer, round((recorded if known else most) * scores.count), scores)
 
 

@@ -160,6 +160,18 @@ def test_another_threshold_has_another_rate() -> None:
         assert (found.verdict, found.threshold) == (PASS, float(threshold[1]))
 
 
+def test_a_threshold_in_the_bin_of_the_recorded_one_has_another_rate() -> None:
+    """The record is of ``balanced``; the share of a higher threshold is bounded by that of its bin."""
+    scores = draw(0, 500)
+    above = torch.full((2,), THRESHOLD + 1e-3)
+    pointed = replace(PROFILE, points={"balanced": torch.full((2,), THRESHOLD), "permissive": above})
+    edges = calibrated(pointed).scores.edges
+    assert np.searchsorted(edges, THRESHOLD) == np.searchsorted(edges, THRESHOLD + 1e-3)
+    assert calibrated(pointed).fired == (scores > THRESHOLD).sum()
+    lower_edge = edges[np.searchsorted(edges, THRESHOLD) - 1]
+    assert calibrated(pointed.at("permissive")).fired == (scores >= lower_edge).sum()
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("tolerance", 0.9), ("tolerance", math.nan), ("distance", 0.0), ("distance", 1.0)]
 )
