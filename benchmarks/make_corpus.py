@@ -29,8 +29,11 @@ from steerfast.text.examples import LABELS, SPLITS, Example, Prompt, read_exampl
 from steerfast.text.prompts import read_prompts, read_records, shipped_records
 
 TABLE = Path(__file__).parent / "corpus" / "sources.json"
-CONTEXTS = ("system", "turns", "document_before", "system", "refused", "json", "document_after", "tools", "wrapper")
-SHARE = 0.14  # rows in a context, over rows as they are
+CONTEXTS = (
+    *("system", "turns", "document_before", "json", "wrapper", "document_after"),
+    *("system", "refused", "document_before", "json", "wrapper", "tools"),
+)
+SHARE = 0.2  # rows in a context, over rows as they are
 SHORT = 600  # characters of a request that is set into a context
 MOST = 100  # rows of a source, if it names no other number
 LONGEST = 2500  # characters of a prompt, if its source names no other limit

@@ -47,7 +47,7 @@ def _window(value: str) -> int | str:
     "--window",
     _window,
     "TOKENS",
-    "For --pooling mean and both: how many of the last of these tokens, or all.  [default: 128]",
+    "For --pooling mean and both: how many of the last of these tokens, or all.  [default: 32]",
 )
 @click.option("--whole-prompt", is_flag=True, help="Take the mean over the whole prompt, its template included.")
 @common.edit_options

@@ -30,7 +30,7 @@ from steerfast.text.turns import turn_markers
 
 VECTOR_KINDS = ("alignment", "ssv", "forced", "srv")
 _FORCED_TOKENS = 12
-_WINDOW = 128  # tokens: with a longer one, a document beside a request hides it
+_WINDOW = 32  # tokens, about a request: with more, the text before a request hides it
 _SHRINKAGE = 0.2
 _FORCED_PROMPTS = 320  # each costs an answer; their mean hardly moves with more
 
@@ -49,7 +49,7 @@ class ExtractOptions:
         gate_kind, sharpness, score, pooling, window: the gate, see `steerfast.profile.Gate`. Directions are fitted on
             what it reads, ``cosine`` on unit rows; with the pooling ``both`` on the last row beside the mean, as one
             direction of norm 1 whose halves are the profile's pair. Default: a prompt gate that reads ``both``, of at
-            most 128 tokens.
+            most 32 tokens.
         turn: "auto": a mean is taken over the last user turn, which is found by the tokenizer's chat template, if it
             has one. None: over the whole prompt.
         edit, low, high, angle: how an open gate changes a row, see `steerfast.profile.SteeringProfile`. The strength

@@ -221,7 +221,7 @@ def test_what_the_gate_reads_changes_no_vector(extract: Any, make_llama: Any) ->
 
 def test_a_prompt_gate_reads_both_rows_unless_told(extract: Any, tiny_tokenizer: Any) -> None:
     user = tiny_tokenizer.convert_tokens_to_ids("<user>")
-    assert extract(vectors="srv").gate == Gate(pooling="both", window=128, turn=(user,), tail=2)
+    assert extract(vectors="srv").gate == Gate(pooling="both", window=32, turn=(user,), tail=2)
     assert extract(vectors="srv", gate_kind="token").gate == Gate(kind="token")
     assert extract(vectors="srv", gate_kind="always").gate == Gate(kind="always")
     assert extract(vectors="srv", window="all").gate.window is None

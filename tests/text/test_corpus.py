@@ -19,7 +19,7 @@ import steerfast.text.corpus as module
 from steerfast.errors import PromptError
 from steerfast.text.corpus import FILE, compose, corpus, corpus_sources
 from steerfast.text.duplicates import near_duplicates
-from steerfast.text.examples import LABELS, SPLITS, Example, last_request, read_examples, text_of
+from steerfast.text.examples import LABELS, SPLITS, Example, last_request, read_examples, text_of, unique_text
 
 ROOT = Path(__file__).parents[2]
 PERMISSIVE = {"MIT", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0"}
@@ -86,6 +86,19 @@ def test_contexts_of_the_splits_share_no_piece() -> None:
         assert shared == [], context
 
 
+def test_the_contexts_that_judge_a_gate_are_none_of_the_corpus() -> None:
+    pool = module._file()[1]
+    known = {
+        unique_text(compose("Hi", context, piece))
+        for pieces in pool.values()
+        for context in module._COMPOSERS
+        for piece in pieces[context.partition("_")[0]]
+    }
+    judging = {name: unique_text(place("Hi")) for name, place in load("contexts").contexts().items()}
+    assert len(known) > 100
+    assert [name for name, text in judging.items() if text in known] == []
+
+
 def test_prompts_are_texts_or_conversations() -> None:
     for example in corpus():
         assert last_request(example.prompt).strip(), example
@@ -144,7 +157,12 @@ def test_an_unknown_context_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_corpus", ROOT / "benchmarks/make_corpus.py")
+    return load("make_corpus")
+
+
+def load(name: str) -> ModuleType:
+    """Return a script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
@@ -245,14 +263,14 @@ def test_the_script_writes_a_corpus(make: Make, monkeypatch: pytest.MonkeyPatch,
     assert make()[1] == first  # bit for bit
     counts = {"drawn": 6, "near-duplicates": 0, "kept": 4, "in a context": 1, "labels": {"borderline": 5}}
     assert report["sources"]["acts"] == counts
-    counts = {"drawn": 10, "near-duplicates": 1, "kept": 9, "in a context": 1, "labels": {"harmless": 10}}
+    counts = {"drawn": 10, "near-duplicates": 1, "kept": 9, "in a context": 2, "labels": {"harmless": 11}}
     assert report["sources"]["asks"] == counts
-    assert report["total"] == {"rows": 16, "bytes": len(first)}
+    assert report["total"] == {"rows": 17, "bytes": len(first)}
     monkeypatch.setattr(module, "FILE", folder / "out.xz")
     try:
         for cached in (module._file, module._examples):
             cached.cache_clear()
-        assert Counter(e.source for e in corpus()) == {"acts": 5, "asks": 10, "judge": 1, "attacks": 100}
+        assert Counter(e.source for e in corpus()) == {"acts": 5, "asks": 11, "judge": 1, "attacks": 100}
         assert "violins" not in " ".join(text_of(e.prompt) for e in corpus("calibrate"))
         assert "password" not in " ".join(text_of(e.prompt) for e in corpus("fit"))
     finally:
