@@ -53,7 +53,7 @@ def without_thought(text: str) -> str:
 
 def plain(text: str) -> str:
     """Return the folded answer without thought, markup, a label such as "Answer:" and quotation marks around all."""
-    text = _MARKS.sub("", fold(without_thought(text))).strip()
+    text = _MARKS.sub("", re.sub(r"\n\s*\n", "\n\n", fold(without_thought(text)))).strip()
     text = text[found.end() :] if (found := _LABEL.match(text)) else text
     whole = _WHOLE.fullmatch(text)
     return whole[1] or whole[2] if whole else text

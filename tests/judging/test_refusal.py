@@ -227,8 +227,8 @@ def test_judges_take_any_text(text: str) -> None:
 )
 def test_judges_stay_fast_on_loops(piece: str) -> None:
     text = "I can't " + piece * (8000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     is_refusal_strict(text)
     is_refusal_keyword(text)
     is_refusal_keyword(text.replace("I can't", ""))
-    assert time.perf_counter() - start < 4.0
+    assert time.process_time() - start < 2.0
