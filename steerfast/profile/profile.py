@@ -20,7 +20,7 @@ from steerfast._files import checked_bytes, content_checksum, read_checked, writ
 from steerfast.errors import ProfileError
 from steerfast.kernels.edit_kinds import EDITS
 from steerfast.profile import file, hub
-from steerfast.profile.checks import check_instance, check_one_of, check_tensor, is_count, is_layer, is_number
+from steerfast.profile.checks import check_instance, check_one_of, check_tensor, is_count, is_layer, is_real
 from steerfast.profile.gate import Gate
 from steerfast.profile.identity import ModelIdentity
 
@@ -307,7 +307,7 @@ class SteeringProfile:
 
     def __mul__(self, factor: Any) -> SteeringProfile:
         """Return the same profile with `factor` times its strengths. Gates stay."""
-        if not is_number(factor):
+        if not is_real(factor):
             return NotImplemented
         return replace(self, strength=(self.strength.double() * factor).float())
 
@@ -404,9 +404,9 @@ class SteeringProfile:
                 raise ProfileError(f"vectors[{layer}]: expected a tensor [{model.hidden_size}], got {shape}")
             rows[layer] = vector.detach().to("cpu", torch.float32)
             value = strength.get(layer, 0.0) if isinstance(strength, Mapping) else strength
-            if not is_number(value):
+            if not is_real(value):
                 raise ProfileError(f"strength: expected a number of each layer, got {value!r}")
-            strengths[layer] = value
+            strengths[layer] = torch.tensor(value, dtype=torch.float64)  # infinite where float32 cannot hold it
         plain: dict[str, Any] = {"direction": zeros, "threshold": zeros[:, 0].clone(), "norm": zeros[:, 0].clone()}
         plain |= {"gate": Gate("always"), "vector_kind": "given", **fields}
         return cls(model=model, vector=rows, strength=strengths, **plain)

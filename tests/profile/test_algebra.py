@@ -118,8 +118,9 @@ def test_what_cannot_be_composed() -> None:
         a + a + a + a + a
     with pytest.raises(ProfileError, match="stack: entry 1: expected a profile, got str"):
         ProfileStack([a, "b"])  # type: ignore[list-item]
-    with pytest.raises(ProfileError, match="strength: expected finite numbers, got"):
-        a * float("inf")
+    for factor in (float("inf"), float("nan"), 1e39):
+        with pytest.raises(ProfileError, match="strength: expected finite numbers, got"):
+            a * factor
     for wrong in ("2", None, [1.0]):
         with pytest.raises(TypeError):
             a * wrong
