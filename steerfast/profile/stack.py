@@ -49,6 +49,9 @@ class ProfileStack(tuple[SteeringProfile, ...]):
     def __sub__(self, other: Any) -> ProfileStack:
         return self + -other if _is_given(other) else NotImplemented
 
+    def __rsub__(self, other: Any) -> ProfileStack:
+        return other + -self if _is_given(other) else NotImplemented
+
     def __mul__(self, factor: Any) -> ProfileStack:
         return ProfileStack(profile * factor for profile in self)
 

@@ -76,6 +76,8 @@ def test_a_stack_keeps_its_order(order: list[int]) -> None:
     assert [one.checksum for one in 0.5 * (a + b)] == [(a * 0.5).checksum, (b * 0.5).checksum]
     assert [one.checksum for one in -(a + b)] == [(-a).checksum, (-b).checksum]
     assert [one.checksum for one in a - b] == [a.checksum, (-b).checksum]
+    assert [one.checksum for one in a - (b + c)] == [a.checksum, (-b).checksum, (-c).checksum]
+    assert [one.checksum for one in (a + b) - c] == [a.checksum, b.checksum, (-c).checksum]
     for copied in (copy.copy(a + b), pickle.loads(pickle.dumps(a + b))):
         assert type(copied) is ProfileStack
         assert [one.checksum for one in copied] == [a.checksum, b.checksum]
