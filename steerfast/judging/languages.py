@@ -48,7 +48,8 @@ def _keywords(listed: str) -> tuple[str, ...]:
 
 
 _STOP = r"(?=\s*(?:[.!,;:]|$))"
-_GAP = r"[^.!?\n]{0,60}?"
+# Between the words of a decline: no other clause, unless commas enclose a short one.
+_GAP = r"(?:[^.!?,;\n]{0,60}?|[^.!?,;\n]{0,20},[^.!?,;\n]{1,30},[^.!?,;\n]{0,30}?)"
 _FAR = r"[^。！？!?\n]{0,24}?"
 
 # -- English ---------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ _ENGLISH = Language(
     ),
     # Nothing, a clause, an apology, or "as an AI model".
     compiled(
-        r"(?:^|[,;:*•\u2013\u2014-]|\b(?:but|and|so|yet|however|therefore|because|since|sorry|apologi[sz]e|apologies|"
+        r"(?:^[^\w\"]*|[,;:\u2013\u2014-]|\b(?:but|and|so|yet|however|therefore|because|since|sorry|apologi[sz]e|apologies|"
         r"afraid|regret|unfortunately|model|assistant|ai|chatbot|no|"
         r"(?:sorry|afraid|regret|say|apologi[sz]e|inform\s+you|tell\s+you|means)\s+that|"
         r"it\s+(?:is|would(?:\s+be)?)|it's|this\s+is|would|my\s+(?:\w+\s+){1,3}))\s*$"
@@ -346,7 +347,7 @@ _ARABIC = Language(
     r"(?:إليك|فيما\s+يلي|الخطوة\s+(?:1|الأولى))",
 )
 _HI_ACT = r"(?:मदद|सहायता|जानकारी|उत्तर|जवाब|प्रदान|दे|लिख|बना|बता|समझा|कर|शामिल|अनुरोध|पूरा|साझा|सिखा|समर्थन|निर्देश)"
-_HI_NOT = rf"(?:{_HI_ACT}[^।!?\n]{{0,30}}?नहीं\s+(?:{_HI_ACT}\S*\s+)?|नहीं\s+{_HI_ACT}\S*\s+)"
+_HI_NOT = rf"(?:{_HI_ACT}[^।!?\n]{{0,30}}?नहीं\s+(?:{_HI_ACT}\S*\s+)?|(?<!इंतज़ार\s)(?<!इंतजार\s)नहीं\s+{_HI_ACT}\S*\s+)"
 _HINDI = Language(
     "hi",
     _keywords("""
