@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from steerfast.hf.fused import patch, unpatch
     from steerfast.hf.loading import load_model
     from steerfast.hf.steering import Steering, steer
+    from steerfast.hf.structure import identify
     from steerfast.kernels.warmup import warmup
-    from steerfast.profile import Gate, ModelIdentity, SteeringProfile
+    from steerfast.profile import Gate, ModelIdentity, ProfileStack, SteeringProfile
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _PUBLIC = {
     "ModelIdentity": "profile",
     "OutputError": "errors",
     "ProfileError": "errors",
+    "ProfileStack": "profile",
     "PromptError": "errors",
     "Scores": "fitting.score",
     "SteerfastError": "errors",
@@ -52,6 +54,7 @@ _PUBLIC = {
     "SteeringProfile": "profile",
     "calibrate": "fitting.calibrate",
     "extract": "fitting.extract",
+    "identify": "hf.structure",
     "learn": "fitting.learn",
     "load_model": "hf.loading",
     "patch": "hf.fused",
@@ -64,9 +67,9 @@ _PUBLIC = {
 
 __all__ = [  # noqa: RUF022 (grouped by use)
     "extract", "calibrate", "learn", "tune", "score", "Scores",
-    "steer", "Steering", "load_model", "warmup",
+    "steer", "Steering", "load_model", "identify", "warmup",
     "AutoSteeredModelForCausalLM", "AutoSteeredModelForImageTextToText", "patch", "unpatch",
-    "SteeringProfile", "Gate", "ModelIdentity",
+    "SteeringProfile", "ProfileStack", "Gate", "ModelIdentity",
     "SteerfastError", "ProfileError", "PromptError", "ArchitectureError", "OutputError",
 ]  # fmt: skip
 

@@ -61,14 +61,19 @@ def content_checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     return digest.hexdigest()
 
 
+def checked_bytes(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """Return one safetensors file of contiguous tensors on the CPU and JSON data, with a SHA-256 over both."""
+    content = {**header, "checksum": content_checksum(header, tensors)}
+    return save(dict(tensors), metadata={_KEY: json.dumps(content, sort_keys=True)})
+
+
 def write_checked(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file of contiguous tensors on the CPU and JSON data, with a SHA-256 over both.
+    """Write `checked_bytes`.
 
     Raises:
         OutputError: `path` cannot be written.
     """
-    content = {**header, "checksum": content_checksum(header, tensors)}
-    write_atomically(path, save(dict(tensors), metadata={_KEY: json.dumps(content, sort_keys=True)}))
+    write_atomically(path, checked_bytes(header, tensors))
 
 
 def read_checked(

@@ -152,11 +152,23 @@ def test_patched_model(here: dict[str, Any]) -> None:
 
 
 def test_stacks(here: dict[str, Any]) -> None:
-    (block,) = (code for code in blocks("python.md", "python") if "[safety, tone]]" in code)
+    several = [code for code in blocks("python.md", "python") if "[safety, tone]]" in code or "safety + tone" in code]
     model = here["loaded_model"]
     model.generation_config.max_new_tokens = 4
     with steerfast.steer(model, None):
-        exec(block, {**here, "model": model})
+        for block in several:
+            exec(block, {**here, "model": model})
+    assert len(several) == 2
+
+
+def test_own_vectors(here: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (code for code in blocks("python.md", "python") if "from_tensors" in code)
+    pushed: list[Any] = []
+    monkeypatch.setattr(SteeringProfile, "push_to_hub", lambda *given, **options: pushed.append((given[1:], options)))
+    own = {**here, "model": here["loaded_model"], "vector": torch.ones(32)}
+    exec(block.replace("12: vector, 13: vector", "1: vector, 2: vector"), own)
+    assert pushed == [(("me/tone",), {"private": True})]
+    assert own["tone"].steered_layers == [1, 2]
 
 
 def test_readme_packed(here: dict[str, Any], tiny_llama: Any) -> None:

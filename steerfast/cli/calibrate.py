@@ -21,6 +21,7 @@ def _sensor(value: str) -> int | str:
 @click.command("calibrate")
 @click.argument("profile_file", metavar="PROFILE")
 @common.model_options("the model that the profile names")
+@common.accept_option
 @common.labelled_option
 @common.set_option("--harmful", note="Prompts the gate should open for, new to extract, in place of the corpus")
 @common.set_option("--harmless", note="Prompts the gate should stay shut for, new to extract, in place of the corpus")
@@ -83,7 +84,7 @@ def command(profile_file: str, midpoint: bool, output: str, json_file: str | Non
     import steerfast
     from steerfast.cli.rendering import calibration_tables
 
-    model, tokenizer = common.take_model(options, profile.model.name)
+    profile, model, tokenizer = common.take_model_for(profile, options)
     profile = steerfast.calibrate(profile, model, tokenizer, **options)
     common.write_profile(
         profile, output, json_file, after="steerfast learn, steerfast tune", tables=calibration_tables(profile)

@@ -113,6 +113,12 @@ def model_options(default: str | None = None, *, required: bool = False) -> Call
     return add
 
 
+def accept_option(command: F) -> F:
+    """Add `--accept-model`, see `take_model_for`."""
+    text = "Take a model of the same shape that the profile was not made for; the profile keeps the mismatch."
+    return click.option("--accept-model", is_flag=True, help=text)(command)
+
+
 def threshold_option(command: F) -> F:
     """Add `--threshold`, see `load_profile`."""
     text = "A named threshold of the profile, such as strict; inspect shows them.  [default: the one in use]"
@@ -343,6 +349,24 @@ def take_model(options: dict[str, Any], default: str = "") -> tuple[nn.Module, A
     if options.get("aligned_model") is not None:
         options["aligned_model"], _ = load_model(options["aligned_model"], *place)
     return loaded
+
+
+def take_model_for(profile: SteeringProfile, options: dict[str, Any]) -> tuple[SteeringProfile, nn.Module, Any]:
+    """Take `model_options` and `accept_option` out of `options`; return the profile for the model, which is loaded."""
+    accept = options.pop("accept_model")
+    model, tokenizer = take_model(options, profile.model.name)
+    if accept:
+        from steerfast.hf.structure import identify
+        from steerfast.profile.stack import accepted
+
+        profile = accepted(profile, identify(model, tokenizer))
+    return profile, model, tokenizer
+
+
+def of_model(profile: SteeringProfile) -> dict[str, Any]:
+    """Return JSON data on the model of a result: its name, and mismatches that were accepted."""
+    accepted = profile.fitted.get("accepted")
+    return {"model": profile.model.name} | ({"accepted": accepted} if accepted else {})
 
 
 # -- outputs -----------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class _WrongInput(click.ClickException):
 )
 @common.set_option("--prompts", note="Prompts to score here, with --model and --dtype as served")
 @common.model_options("the model that the profile names")
+@common.accept_option
 @common.batch_size_option()
 @common.threshold_option
 @common.value_option("--tolerance", float, "NUMBER", "The calibrated share that fires may grow by this factor.", 1.0)
@@ -81,7 +82,7 @@ def _compare(profile: SteeringProfile, options: dict[str, Any]) -> Drift:
         import steerfast
 
         texts = [one.prompt for one in common.read_set("--prompts", prompts, "harmless")]
-        model, tokenizer = common.take_model(options, profile.model.name)
+        profile, model, tokenizer = common.take_model_for(profile, options)
         found = steerfast.score(model, tokenizer, profile, texts, **options).scores.tolist()
     live: Live = live_scores(found, float(profile.threshold[known.layer]), known.scores.edges)
     return compare(profile, live, limits)

@@ -21,6 +21,7 @@ _TEMPERATURE = 0.7
 @click.argument("profile_file", metavar="PROFILE")
 @common.prompt_arguments
 @common.model_options("the model that the profile names")
+@common.accept_option
 @common.threshold_option
 @common.value_option("--strength", float, "NUMBER", "Multiplies the profile's own strengths.", 1.0)
 @common.count_option("--max-new-tokens", 128, "Answer length.")
@@ -58,7 +59,7 @@ def command(
     import steerfast
     from steerfast.text.encoding import encode
 
-    model, tokenizer = common.take_model(options, profile.model.name)
+    profile, model, tokenizer = common.take_model_for(profile, options)
     if options["sample"]:
         options["temperature"], options["seed"] = options["temperature"] or _TEMPERATURE, options["seed"] or 0
     ids = encode(tokenizer, texts, model, room=options["max_new_tokens"])
@@ -69,7 +70,7 @@ def command(
         for result, answer in zip(results, _answers(model, tokenizer, ids, options, "unsteered"), strict=True):
             result |= answer
     settings = {name: options[name] for name in ("strength", "temperature", "seed", "max_new_tokens")}
-    common.write_json(json_file, {"profile": profile_file, "model": profile.model.name, **settings, "results": results})
+    common.write_json(json_file, {"profile": profile_file, **common.of_model(profile), **settings, "results": results})
     _render(results, json_file)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from steerfast.cli import common
+from steerfast.errors import ProfileError, SteerfastError
 
 
 @click.command("inspect")
@@ -22,18 +23,28 @@ def command(profile_file: str, plot_file: str | None, json_file: str | None) -> 
     common.check_outputs({"--plot": plot_file, "--json": json_file}, [profile_file])
     profile = common.load_profile(profile_file)
 
+    from rich.errors import NotRenderableError
+
     from steerfast.cli.rendering import by_source_tables, header, layer_table, undecided_table
     from steerfast.evaluation.description import summary
 
-    if plot_file is not None:
-        from steerfast.evaluation.plots import save_plot
+    try:  # figures of a calibration are JSON data that no reader of profiles checks
+        found = {"profile": profile_file, **summary(profile)}
+        tables = [header(profile), layer_table(profile), undecided_table(profile), *by_source_tables(profile)]
+        if plot_file is not None:
+            from steerfast.evaluation.plots import save_plot
 
-        save_plot(profile, plot_file)
-    common.write_json(json_file, {"profile": profile_file, **summary(profile)})
+            save_plot(profile, plot_file)
+    except (AttributeError, LookupError, TypeError, ValueError, NotRenderableError) as error:
+        if isinstance(error, SteerfastError):
+            raise
+        raise ProfileError(
+            f"profile {profile_file!r}: its figures (fitted, calibration or tuned) are malformed ({error!r}); "
+            "calibrate it again"
+        ) from None
+    common.write_json(json_file, found)
     console = common.console(json_file)
-    console.print(header(profile))
-    console.print(layer_table(profile))
-    for table in (undecided_table(profile), *by_source_tables(profile)):
+    for table in tables:
         if table is not None:
             console.print(table)
     if plot_file is not None:

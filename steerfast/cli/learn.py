@@ -12,6 +12,7 @@ from steerfast.cli import common
 @click.command("learn")
 @click.argument("profile_file", metavar="PROFILE")
 @common.model_options("the model that the profile names")
+@common.accept_option
 @common.set_option("--harmful", note="Prompts to refuse, in place of the corpus")
 @click.option("--aligned-model", metavar="MODEL", help="A sibling that refuses; its answers are learned.")
 @common.repeated_option(
@@ -60,6 +61,6 @@ def command(profile_file: str, output: str, json_file: str | None, **options: An
 
     import steerfast
 
-    model, tokenizer = common.take_model(options, profile.model.name)
+    profile, model, tokenizer = common.take_model_for(profile, options)
     profile = steerfast.learn(profile, model, tokenizer, **options)
     common.write_profile(profile, output, json_file, after="steerfast tune, steerfast generate")

@@ -69,6 +69,8 @@ def header(profile: SteeringProfile) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
         table.add_row(f"[bold]{name}", escape(text))
+    for accepted in profile.fitted.get("accepted", ()):
+        table.add_row("[bold yellow]accepted", escape(accepted["mismatch"]))
     for warning in profile.calibration.get("warnings", ()):
         table.add_row("[bold yellow]warning", escape(warning))
     return table

@@ -14,6 +14,7 @@ from steerfast.cli import common
 @click.argument("profile_file", metavar="PROFILE")
 @common.prompt_arguments
 @common.model_options("the model that the profile names")
+@common.accept_option
 @common.threshold_option
 @common.batch_size_option()
 @common.json_option
@@ -35,7 +36,7 @@ def command(
 
     import steerfast
 
-    model, tokenizer = common.take_model(options, profile.model.name)
+    profile, model, tokenizer = common.take_model_for(profile, options)
     scores = steerfast.score(model, tokenizer, profile, texts, **options)
     columns = [column.tolist() for column in (scores.scores, scores.layer, scores.fired, scores.undecided)]
     results = [
@@ -49,7 +50,7 @@ def command(
         }
         for text, value, layer, fired, undecided in zip(texts, *columns, strict=True)
     ]
-    common.write_json(json_file, {"profile": profile_file, "model": profile.model.name, "results": results})
+    common.write_json(json_file, {"profile": profile_file, **common.of_model(profile), "results": results})
     console = common.console(json_file)
     console.print(_table(results))
     undecided = "" if profile.abstain is None else f", {sum(columns[3])} undecided"

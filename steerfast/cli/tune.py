@@ -32,6 +32,7 @@ def token_count(entry: str) -> int | None:
 @click.command("tune")
 @click.argument("profile_file", metavar="PROFILE")
 @common.model_options("the model that the profile names")
+@common.accept_option
 @common.set_option("--harmful", "steerfast:harmful_tune", "Prompts that should be refused")
 @common.set_option("--harmless", "steerfast:harmless_tune", "Prompts whose answers should stay")
 @common.list_option(
@@ -102,6 +103,6 @@ def command(profile_file: str, output: str, json_file: str | None, **options: An
 
     import steerfast
 
-    model, tokenizer = common.take_model(options, profile.model.name)
+    profile, model, tokenizer = common.take_model_for(profile, options)
     profile = steerfast.tune(profile, model, tokenizer, **options)
     common.write_profile(profile, output, json_file, after="steerfast inspect, steerfast generate")

@@ -23,6 +23,7 @@ _SHARE = click.FloatRange(0, 1)
     "steerfast:corpus; without it the corpus' split validate.",
 )
 @common.model_options("the model that the profile names")
+@common.accept_option
 @common.threshold_option
 @click.option("--baseline/--no-baseline", default=True, show_default=True, help="Also measure a classifier of words.")
 @click.option("--force", is_flag=True, help="Take sources that chose something in the profile, and mark them.")
@@ -64,7 +65,7 @@ def command(
     given = [one for source in sources for one in read_examples(source)] or corpus("validate")
     examples = given if options["force"] else common.in_split("--prompts", given, "validate")
     check_sources(profile, examples, options["force"])
-    model, tokenizer = common.take_model(options, profile.model.name)
+    profile, model, tokenizer = common.take_model_for(profile, options)
     report = gate_report(profile, model, tokenizer, examples, **options)
     common.write_json(json_file, report)
     if markdown_file is not None:

@@ -23,6 +23,7 @@ from steerfast.fitting.score import check_model, layer_scores
 from steerfast.judging.by_source import DEVELOPMENT, SourceScores, figures_by_source, scores_by_source
 from steerfast.judging.estimates import grouped_auc, mean, threshold_at_false_positive_rate, threshold_midpoint
 from steerfast.profile import SteeringProfile
+from steerfast.profile.checks import is_layer
 from steerfast.text.prompts import describe_set
 
 POINTS = {"strict": 3.0, "balanced": 1.0, "permissive": 0.3}
@@ -195,7 +196,7 @@ def _sensor(
     if sensor == "own":
         return "own", []
     if isinstance(sensor, int):
-        if not 0 <= sensor < layers:
+        if not is_layer(sensor, profile.model):
             raise ProfileError(f"sensor: expected a layer in 0..{layers - 1}, got {sensor}")
         return sensor, []
     if sensor != "auto":

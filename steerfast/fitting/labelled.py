@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import PromptError
-from steerfast.text.encoding import is_conversation
+from steerfast.text.encoding import check_list, is_conversation
 from steerfast.text.examples import Example, Prompt, grouped, unique_text
 from steerfast.text.prompts import describe_set
 
@@ -172,10 +172,7 @@ def _once(examples: Sequence[Example]) -> tuple[Example, ...]:
 
 def _labelled(name: str, given: Sequence[Given], labels: Sequence[str]) -> list[Example]:
     """Return a set's entries as examples; the first of `labels` is that of an entry without one."""
-    if isinstance(given, str):
-        raise PromptError(f"{name}: expected a list of prompts, got one string")
-    if not len(given):
-        raise PromptError(f"{name}: expected at least one prompt, got none")
+    check_list(name, given)
     found = []
     for number, one in enumerate(given, 1):
         example = one if isinstance(one, Example) else Example(one, labels[0], name)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast.errors import ProfileError, PromptError
+from steerfast.errors import ProfileError
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.directions import project
 from steerfast.fitting.row_cache import RowCache
 from steerfast.hf.structure import identify
 from steerfast.profile import SteeringProfile
-from steerfast.text.encoding import encode, pad_token
+from steerfast.text.encoding import check_list, encode, pad_token
 from steerfast.text.examples import Prompt
 
 
@@ -59,8 +59,7 @@ def score(
         ProfileError: the profile belongs to another model, or has no gate.
         PromptError: no prompt, or one that is too long.
     """
-    if isinstance(prompts, str) or not len(prompts):
-        raise PromptError(f"prompts: expected a list of at least one prompt, got {prompts!r}")
+    check_list("prompts", prompts)
     check_model(profile, model, tokenizer)
     gates = profile.gate_layers
     if not gates:

@@ -117,13 +117,11 @@ class Imported:
             notes.append("no layer is steered yet: name layers, or let `steerfast tune` find them")
         if self.hint not in (None, "", "unknown", model.architecture):
             notes.append(f"the file says it is for a {self.hint!r} model, {model.name!r} is {model.architecture!r}")
-        rows, zeros = torch.zeros(model.num_layers, model.hidden_size), torch.zeros(model.num_layers)
-        gate: dict[str, Any] = {"direction": rows, "threshold": zeros, "norm": zeros, "gate": Gate("always")}
-        gate |= _gate_fields(chosen, model, notes)
-        profile = SteeringProfile(
-            model=model,
-            vector=_in_rows(vectors, rows.clone()),
-            strength=_in_rows(strengths, zeros.clone()),
+        gate = _gate_fields(chosen, model, notes)
+        profile = SteeringProfile.from_tensors(
+            vectors,
+            model,
+            strength=strengths,
             edit=chosen.edit,
             low=chosen.low,
             high=chosen.high,

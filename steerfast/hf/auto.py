@@ -15,10 +15,8 @@ from steerfast.hf.families import FAMILIES, MULTIMODAL_FAMILIES
 from steerfast.hf.fused import patch
 from steerfast.hf.steering import Steering, steer
 from steerfast.profile import SteeringProfile
-
-PROFILE_FILE = Path("steerfast", "profile.safetensors")
-"""Where save_pretrained writes the profile. Its folder is separate: engines load safetensors files beside a config as
-weights."""
+from steerfast.profile.hub import PROFILE_FILE
+from steerfast.profile.stack import Given, ProfileStack, chosen
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "gguf_file")
 
@@ -46,7 +44,7 @@ class SteeredModel:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *args: Any,
-        steering: SteeringProfile | str | os.PathLike[str] | None = None,
+        steering: Given | None = None,
         strength: float = 1.0,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -55,7 +53,8 @@ class SteeredModel:
 
         Args:
             pretrained_model_name_or_path: a folder or hub id, as for the stock class.
-            steering: a profile or its file. Default: the profile beside the weights (`save_pretrained`), if any.
+            steering: a profile, its file or hub repository, or a list of these (a stack). Default: the profile beside
+                the weights (`save_pretrained`), if any.
             strength: multiplies the profile's strengths.
             tokenizer: if given, it has to match the profile's tokenizer.
             args, kwargs: as for the stock class: dtype, device_map, attn_implementation, quantization_config, ...
@@ -71,7 +70,7 @@ class SteeredModel:
             model.steer(profile, strength, tokenizer=tokenizer)
         return loaded
 
-    def steer(self, profile: SteeringProfile | None, strength: float = 1.0, *, tokenizer: Any = None) -> Steering:
+    def steer(self, profile: Given | None, strength: float = 1.0, *, tokenizer: Any = None) -> Steering:
         """Replace the attached profile by `profile`. Errors are those of `steerfast.steer`; they change nothing.
 
         None: steer only the calls of `generate` that name a profile.
@@ -124,16 +123,22 @@ class SteeredModel:
         """Save as the stock class would, so that it loads everywhere, and the attached profile in a folder beside.
 
         Where several ranks hold the model, each of them calls it, and the first one writes.
+
+        Raises:
+            ProfileError: a stack is attached; a model's folder holds one profile.
         """
+        profile = None if self.steering is None else self.steering.profile
+        if isinstance(profile, ProfileStack):
+            raise ProfileError("save_pretrained: expected one profile, got a stack; save each with profile.save()")
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
         model: Any = self
         model.config.architectures = [type(self).__bases__[1].__name__]
         if model.should_save_on_this_rank(is_main_process):
             model.config.save_pretrained(save_directory)
-            if self.steering is not None and self.steering.profile is not None:
+            if profile is not None:
                 file = Path(save_directory, PROFILE_FILE)
                 file.parent.mkdir(exist_ok=True)
-                self.steering.profile.save(file)
+                profile.save(file)
         model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
 
 
@@ -156,7 +161,7 @@ class _AutoSteeredModel:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *args: Any,
-        steering: SteeringProfile | str | os.PathLike[str] | None = None,
+        steering: Given | None = None,
         strength: float = 1.0,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -186,9 +191,7 @@ class _AutoSteeredModel:
         return loaded
 
     @classmethod
-    def from_config(
-        cls, config: Any, *, steering: SteeringProfile | None = None, strength: float = 1.0, **kwargs: Any
-    ) -> Any:
+    def from_config(cls, config: Any, *, steering: Given | None = None, strength: float = 1.0, **kwargs: Any) -> Any:
         """Return a model with random weights, of the steered class if the config's family is known."""
         import transformers
 
@@ -235,8 +238,10 @@ _FUSED = {family.model_type for family in (*FAMILIES, *MULTIMODAL_FAMILIES)}
 _STOCK = {*AutoSteeredModelForCausalLM._stock.values(), *AutoSteeredModelForImageTextToText._stock.values()}
 
 
-def _profile(given: Any, source: str | os.PathLike[str], options: dict[str, Any]) -> SteeringProfile | None:
-    """Return the given profile, or the profile beside the weights."""
+def _profile(
+    given: Any, source: str | os.PathLike[str], options: dict[str, Any]
+) -> SteeringProfile | ProfileStack | None:
+    """Return the given profile or stack, or the profile beside the weights."""
     if given is None:
         from transformers.utils import cached_file
 
@@ -251,11 +256,7 @@ def _profile(given: Any, source: str | os.PathLike[str], options: dict[str, Any]
         )
         if given is None:
             return None
-    if isinstance(given, SteeringProfile):
-        return given
-    if not isinstance(given, (str, os.PathLike)):
-        raise ProfileError(f"steering: expected a profile or its file, got {type(given).__name__}")
-    return SteeringProfile.load(given)
+    return chosen(given)
 
 
 def _class_of(stock: str) -> Any:

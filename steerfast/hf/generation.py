@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._progress import track
+from steerfast.errors import PromptError
+from steerfast.profile.checks import is_count
 from steerfast.text.encoding import pad_token
 
 
@@ -43,7 +45,15 @@ def batches(
     pad_token_id: int,
     device: torch.device,
 ) -> Iterator[PromptBatch]:
-    """Yield padded batches of `sequences`, the longest first: if memory is too small, the first batch fails."""
+    """Yield padded batches of `sequences`, the longest first: if memory is too small, the first batch fails.
+
+    Raises:
+        PromptError: a batch size below 1, or another side.
+    """
+    if not is_count(batch_size):
+        raise PromptError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+    if padding_side not in ("left", "right"):
+        raise PromptError(f"padding_side: expected 'left' or 'right', got {padding_side!r}")
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

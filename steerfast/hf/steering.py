@@ -23,7 +23,8 @@ from steerfast.hf.latch import Latch
 from steerfast.hf.packed import PackedRuns, forget_manager
 from steerfast.hf.step import Stepper
 from steerfast.hf.structure import find_decoder, identify
-from steerfast.profile import SteeringProfile
+from steerfast.profile import ProfileStack, SteeringProfile
+from steerfast.profile.stack import Given, accepted, as_stack, chosen
 from steerfast.runtime.batch import BatchRoster, Plan
 from steerfast.runtime.slots import ProfileSlots
 
@@ -32,11 +33,12 @@ __all__ = ["GENERATING", "Steering", "steer"]
 
 def steer(
     model: nn.Module,
-    profile: SteeringProfile | None,
+    profile: Given | None,
     strength: float = 1.0,
     *,
     tokenizer: Any = None,
     action: str = "steer",
+    accept_model: bool = False,
 ) -> Steering:
     """Steer `model` with `profile` until the returned handle is left or detached.
 
@@ -46,18 +48,22 @@ def steer(
     Args:
         model: any HuggingFace decoder-only model; it is changed in place and restored exactly. Where its decoder
             layers are fused (`steerfast.patch`), the edit is part of their residual add and norm.
-        profile: guidance made for this model; None: steer only the calls that name a profile.
+        profile: guidance made for this model: a profile, its file or hub repository, or a list of up to 4 of these,
+            a stack (`SteeringProfile.from_pretrained` says how names are read). None: steer only the calls that name a
+            profile.
         strength: multiplies the profile's own strengths; can be changed while attached.
         tokenizer: where given, it is checked against the tokenizer that the profile was made with.
         action: what happens when a gate fires: ``steer``, or ``observe``: gates decide and `Steering.fired` tells,
             and no row is edited, whatever strength is given.
+        accept_model: steer a model of the same shape that the profile was not made for. The mismatch is logged, and
+            kept in ``fitted["accepted"]`` of `Steering.profile` (`SteeringProfile.for_model`).
 
     Raises:
-        ProfileError: the profile belongs to another model, or steers no layer.
+        ProfileError: the profile cannot be read, belongs to another model, or steers no layer.
         ArchitectureError: no decoder layers found.
         SteerfastError: the model is steered already, or the action is another.
     """
-    return Steering(model, profile, strength, tokenizer=tokenizer, action=action)
+    return Steering(model, profile, strength, tokenizer=tokenizer, action=action, accept_model=accept_model)
 
 
 class Steering:
@@ -66,33 +72,37 @@ class Steering:
     def __init__(
         self,
         model: nn.Module,
-        profile: SteeringProfile | None,
+        profile: Given | None,
         strength: float = 1.0,
         *,
         tokenizer: Any = None,
         action: str = "steer",
+        accept_model: bool = False,
     ) -> None:
         if action not in ("steer", "observe"):
             raise SteerfastError(f"action: expected 'steer' or 'observe', got {action!r}")
-        decoder = find_decoder(model)
-        slots = ProfileSlots(identify(model, tokenizer), next(decoder.backbone.parameters()).device)
+        decoder, identity = find_decoder(model), identify(model, tokenizer)
+        slots = ProfileSlots(identity, next(decoder.backbone.parameters()).device)
         self.model = model
-        self._given = profile  # its band is lowered only at thresholds below it
+        given = chosen(profile)
+        if given is not None and accept_model:
+            given = accepted(given, identity)
+        self._given = given  # its band is lowered only at thresholds below it
         self._roster = BatchRoster(slots, strength, observe=action == "observe")
         self._packed = PackedRuns(model, self._roster)
         self._stepper = Stepper(decoder, self._roster, self._packed)
         self._hooks = StepHooks(decoder, self._stepper)
         self._calls = SteeredCalls(model, self._stepper, self._hooks)
         self._roster.attach, self._roster.held = self._hooks.attach_layers, self._packed.held
-        if profile is not None:
-            slots.check("profile", profile)
+        for one in as_stack(given):
+            slots.check("profile", one)
         decoder.refuse_if_steered()
         caches.argument(decoder.backbone)  # refuses a model without a cache for decisions
         check(CACHES)
         try:
             self._hooks.attach(model)
-            if profile is not None:
-                self._roster.adopt(profile)
+            if given is not None:
+                self._roster.adopt(given)
             if hasattr(model, "generate") and not hasattr(type(model), "steerfast_generates"):
                 self._calls.wrap(self._hooks.undo)
         except BaseException:
@@ -102,8 +112,8 @@ class Steering:
     # -- profiles and strengths --------------------------------------------------------------------------------------
 
     @property
-    def profile(self) -> SteeringProfile | None:
-        """The profile of calls that name none."""
+    def profile(self) -> SteeringProfile | ProfileStack | None:
+        """The profile, or the stack, of calls that name none."""
         return self._roster.profile
 
     @property
@@ -133,14 +143,14 @@ class Steering:
 
     def assigned(
         self,
-        steering: SteeringProfile | Sequence[SteeringProfile | Sequence[SteeringProfile] | None] | None,
+        steering: SteeringProfile | ProfileStack | Sequence[SteeringProfile | Sequence[SteeringProfile] | None] | None,
         strength: float | Sequence[float | Sequence[float]] | None = None,
     ) -> AbstractContextManager[None]:
         """Within the context, steer each sequence of a batch by profiles of its own.
 
         Args:
-            steering: one profile for all sequences, or a list with an entry per sequence: a profile, None (not
-                steered), or a list of up to 4 profiles (a stack). Under beam search or several returned sequences,
+            steering: one profile or ``a + b`` for all sequences, or a list with an entry per sequence: a profile, None
+                (not steered), or a list of up to 4 profiles (a stack). Under beam search or several returned sequences,
                 one entry per prompt.
             strength: multiplies the profiles' strengths: one number for all, or one entry per sequence, where a list
                 has a number for each profile of the stack. Default: `strength`.

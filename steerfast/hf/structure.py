@@ -120,10 +120,19 @@ def identify(model: nn.Module, tokenizer: Any = None) -> ModelIdentity:
 
 def _sketch(model: nn.Module) -> tuple[float, ...] | None:
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    weight: Tensor = embedding.weight
-    if weight.device.type == "meta" or weight.dim() != 2 or not weight.is_floating_point():
+    weight: Tensor | None = getattr(embedding, "weight", None)
+    if weight is None or (weight.is_meta and not hasattr(embedding, "_hf_hook")):
         return None
-    return embedding_sketch(_embedding_rows(weight.detach(), sketched_rows(len(weight)).to(weight.device)))
+    plain = weight.dim() == 2 and weight.is_floating_point() and type(weight).__module__.startswith("torch.")
+    vocabulary = len(weight) if plain else getattr(embedding, "num_embeddings", 0)
+    if not vocabulary:
+        return None
+    rows = sketched_rows(vocabulary)
+    if plain and not weight.is_meta:
+        return embedding_sketch(_embedding_rows(weight.detach(), rows.to(weight.device)))
+    with torch.no_grad():  # quantised, or offloaded: the module's own look-up reads it
+        found: Tensor = embedding(rows if weight.is_meta else rows.to(weight.device))
+    return None if found.is_meta else embedding_sketch(found)
 
 
 def _embedding_rows(weight: Tensor, rows: Tensor) -> Tensor:

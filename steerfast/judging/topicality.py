@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from steerfast.judging.spoken import fold, without_thought
+
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
 
@@ -41,7 +43,7 @@ def distinct(answers: Sequence[str]) -> list[bool]:
     seen: set[tuple[str, ...]] = set()
     first = []
     for answer in answers:
-        said = tuple(_WORD.findall(_straight(answer)))
+        said = tuple(_WORD.findall(fold(without_thought(answer))))
         first.append(said not in seen)
         seen.add(said)
     return first
@@ -50,20 +52,16 @@ def distinct(answers: Sequence[str]) -> list[bool]:
 def names_topic(prompt: str, answer: str) -> bool:
     """Return whether the answer holds a content word of the prompt, in any common English form.
 
-    Words of grammar, and those that any request or refusal has, are no topic. A language that does not part words by
-    spaces has no topic here.
+    Words of grammar, and those that any request or refusal has, are no topic. Both lists are English, so an answer in
+    another language names a topic too easily. A language that does not part words by spaces has no topic here.
     """
-    return bool(_content(prompt) & _content(answer))
+    return bool(_content(prompt) & _content(without_thought(answer)))
 
 
 def _content(text: str) -> set[str]:
-    words = (word.removesuffix("'s").partition("'")[0] for word in _WORD.findall(_straight(text)))
+    words = (word.removesuffix("'s").partition("'")[0] for word in _WORD.findall(fold(text)))
     stems = {stem(word) for word in words if word not in _STOP_WORDS}
     return {one for one in stems if len(one) > 1} - _REQUEST_STEMS
-
-
-def _straight(text: str) -> str:
-    return text.replace("’", "'").lower()
 
 
 def stem(word: str) -> str:

@@ -5,6 +5,7 @@ from steerfast.profile.file import FORMAT_VERSION
 from steerfast.profile.gate import GATE_KINDS, POOLINGS, SCORES, Gate, last_turn
 from steerfast.profile.identity import ModelIdentity, embedding_sketch, sketched_rows
 from steerfast.profile.profile import POSITIONS, SteeringProfile
+from steerfast.profile.stack import ProfileStack
 
 __all__ = [
     "EDITS",
@@ -16,6 +17,7 @@ __all__ = [
     "Edit",
     "Gate",
     "ModelIdentity",
+    "ProfileStack",
     "SteeringProfile",
     "embedding_sketch",
     "last_turn",

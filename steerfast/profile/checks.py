@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 from steerfast.errors import ProfileError
 from steerfast.kernels.contract import is_number
 
-__all__ = ["check_instance", "check_one_of", "check_tensor", "is_count", "is_number"]
+if TYPE_CHECKING:
+    from steerfast.profile.identity import ModelIdentity
+
+__all__ = ["check_instance", "check_one_of", "check_tensor", "is_count", "is_layer", "is_number", "is_real"]
 
 
 def check_instance(name: str, value: object, kind: type, words: str) -> None:
@@ -29,6 +32,16 @@ def check_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
 def is_count(value: object) -> TypeGuard[int]:
     """Say whether `value` is a whole number >= 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """Say whether `value` is a number of Python; it may be NaN, or more than float32 can hold."""
+    return isinstance(value, float) or is_number(value)
+
+
+def is_layer(value: object, model: ModelIdentity) -> TypeGuard[int]:
+    """Say whether `value` is the number of a decoder layer of the model."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < model.num_layers
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, open_below: bool = False) -> None:

@@ -9,20 +9,23 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from steerfast._files import content_checksum, read_checked, write_checked
+from steerfast._files import checked_bytes, content_checksum, read_checked, write_checked
 from steerfast.errors import ProfileError
 from steerfast.kernels.edit_kinds import EDITS
-from steerfast.profile import file
-from steerfast.profile.checks import check_instance, check_one_of, check_tensor, is_count
+from steerfast.profile import file, hub
+from steerfast.profile.checks import check_instance, check_one_of, check_tensor, is_count, is_layer, is_real
 from steerfast.profile.gate import Gate
 from steerfast.profile.identity import ModelIdentity
+
+if TYPE_CHECKING:
+    from steerfast.profile.stack import ProfileStack
 
 POSITIONS = ("all", "response")
 
@@ -115,7 +118,7 @@ class SteeringProfile:
         check_one_of("positions", self.positions, POSITIONS)
         if self.answer_tokens is not None and not is_count(self.answer_tokens):
             raise ProfileError(f"answer_tokens: expected None or a whole number >= 1, got {self.answer_tokens!r}")
-        if self.sensor != "own" and not (isinstance(self.sensor, int) and 0 <= self.sensor < layers):
+        if self.sensor != "own" and not is_layer(self.sensor, self.model):
             raise ProfileError(f"sensor: expected 'own' or a layer in 0..{layers - 1}, got {self.sensor!r}")
         self._check_steered(self.direction.norm(dim=1))
 
@@ -262,10 +265,75 @@ class SteeringProfile:
         """Return the same profile that steers exactly `layers`, each with `strength`."""
         values = torch.zeros_like(self.strength)
         for layer in layers:
-            if not 0 <= layer < self.model.num_layers:
-                raise ProfileError(f"layer: expected 0..{self.model.num_layers - 1}, got {layer}")
+            self._check_layer(layer)
             values[layer] = strength
         return replace(self, strength=values)
+
+    def _check_layer(self, layer: object) -> None:
+        if not is_layer(layer, self.model):
+            raise ProfileError(f"layer: expected 0..{self.model.num_layers - 1}, got {layer!r}")
+
+    def only(self, layers: Iterable[int]) -> SteeringProfile:
+        """Return the same profile that steers no other layers: ``profile.only(range(10, 20))``. Gates stay.
+
+        Raises:
+            ProfileError: a layer that the model does not have, or none of `layers` is steered.
+        """
+        kept = set(layers)
+        for layer in kept:
+            self._check_layer(layer)
+        chosen = torch.tensor([layer in kept for layer in range(self.model.num_layers)])
+        strength = self.strength.where(chosen, 0.0)
+        if not bool(strength.any()):
+            raise ProfileError(f"layers: expected some of {self.steered_layers}, which are steered, got {sorted(kept)}")
+        return replace(self, strength=strength)
+
+    def for_model(self, model: ModelIdentity) -> SteeringProfile:
+        """Return the same profile for another model of its shape. A mismatch is kept in ``fitted["accepted"]``.
+
+        Raises:
+            ProfileError: the model has other layers or another hidden size.
+        """
+        problem = self.model.mismatch(model)
+        if problem is None:
+            return self
+        for of in ("hidden_size", "num_layers"):
+            if getattr(self.model, of) != getattr(model, of):
+                raise ProfileError(f"model: no profile fits a model of another shape; {problem}")
+        accepted = [*self.fitted.get("accepted", ()), {"model": model.name, "mismatch": problem}]
+        return replace(self, model=model, fitted={**self.fitted, "accepted": accepted})
+
+    # -- algebra -----------------------------------------------------------------------------------------------------
+
+    def __mul__(self, factor: Any) -> SteeringProfile:
+        """Return the same profile with `factor` times its strengths. Gates stay."""
+        if not is_real(factor):
+            return NotImplemented
+        return replace(self, strength=(self.strength.double() * factor).float())
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SteeringProfile:
+        """Return the same profile with its vectors turned around. Gates stay.
+
+        Raises:
+            ProfileError: the edit is an ablation, which takes both ways out.
+        """
+        if self.edit == "ablate":
+            raise ProfileError("edit: an ablation has no opposite, as it takes out both ways along its vector")
+        candidates = {_opposite(kind): -vector for kind, vector in self.candidates.items()}
+        return replace(self, vector=-self.vector, vector_kind=_opposite(self.vector_kind), candidates=candidates)
+
+    def __add__(self, other: Any) -> ProfileStack:
+        """Return a stack of both: each gate decides for its own profile, and edits follow in order."""
+        from steerfast.profile.stack import ProfileStack
+
+        return ProfileStack([self, other]) if isinstance(other, SteeringProfile) else NotImplemented
+
+    def __sub__(self, other: Any) -> ProfileStack:
+        return self + -other if isinstance(other, SteeringProfile) else NotImplemented
+
+    # -- files -------------------------------------------------------------------------------------------------------
 
     @property
     def checksum(self) -> str:
@@ -279,6 +347,69 @@ class SteeringProfile:
             OutputError: `path` cannot be written.
         """
         write_checked(path, file.header(self), file.tensors(self))
+
+    def push_to_hub(self, repository: str, *, message: str = "Upload a steerfast profile", **options: Any) -> str:
+        """Write the profile to a repository of the HuggingFace hub, which is made where there is none.
+
+        Args:
+            repository: ``owner/name``. options: private, token, revision.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OutputError: no token, no permission or no network.
+        """
+        return hub.upload(checked_bytes(file.header(self), file.tensors(self)), repository, message=message, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> SteeringProfile:
+        """Read a profile from its file, a model's folder, or a repository of the HuggingFace hub.
+
+        Args:
+            options: of the hub: revision, token, cache_dir, local_files_only.
+
+        Raises:
+            ProfileError: as `load`, or the hub has no such profile or cannot be reached.
+        """
+        return cls.load(hub.find(os.fspath(name), **options))
+
+    @classmethod
+    def from_tensors(
+        cls,
+        vectors: Mapping[int, Tensor],
+        model: ModelIdentity,
+        *,
+        strength: float | Mapping[int, float] = 1.0,
+        **fields: Any,
+    ) -> SteeringProfile:
+        """Return a profile without a gate that adds vectors to every sequence.
+
+        Args:
+            vectors: layer -> [H] of any float dtype, in units of the residual stream, added to the layer's output.
+            model: `steerfast.identify(model, tokenizer)`.
+            strength: of all layers, or layer -> strength; a layer without one is not steered.
+            fields: other fields of a profile, such as ``positions``, ``edit`` or a gate with its direction.
+
+        Raises:
+            ProfileError: a layer that the model does not have, a vector of another size, or as the class.
+        """
+        zeros = torch.zeros(model.num_layers, model.hidden_size)
+        rows, strengths = zeros.clone(), zeros[:, 0].clone()
+        for layer, vector in vectors.items():
+            if not is_layer(layer, model):
+                raise ProfileError(f"vectors: expected layers in 0..{model.num_layers - 1}, got {layer!r}")
+            if not isinstance(vector, Tensor) or tuple(vector.shape) != (model.hidden_size,):
+                shape = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+                raise ProfileError(f"vectors[{layer}]: expected a tensor [{model.hidden_size}], got {shape}")
+            rows[layer] = vector.detach().to("cpu", torch.float32)
+            value = strength.get(layer, 0.0) if isinstance(strength, Mapping) else strength
+            if not is_real(value):
+                raise ProfileError(f"strength: expected a number of each layer, got {value!r}")
+            strengths[layer] = torch.tensor(value, dtype=torch.float64)  # infinite where float32 cannot hold it
+        plain: dict[str, Any] = {"direction": zeros, "threshold": zeros[:, 0].clone(), "norm": zeros[:, 0].clone()}
+        plain |= {"gate": Gate("always"), "vector_kind": "given", **fields}
+        return cls(model=model, vector=rows, strength=strengths, **plain)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringProfile:
@@ -294,6 +425,10 @@ class SteeringProfile:
             raise ProfileError(f"profile {str(path)!r}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"profile {str(path)!r}: incomplete or malformed ({error!r})") from None
+
+
+def _opposite(kind: str) -> str:
+    return kind[1:] if kind.startswith("-") else f"-{kind}"
 
 
 def _check_unit(directions: Mapping[str, Tensor], gate: Gate) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from steerfast.errors import SteerfastError
 from steerfast.kernels.contract import MAX_STACK
-from steerfast.profile import SteeringProfile
+from steerfast.profile import ProfileStack, SteeringProfile
 from steerfast.runtime.bank import Reach
 from steerfast.runtime.roster import check_packed
-from steerfast.runtime.slots import ProfileSlots
+from steerfast.runtime.slots import ProfileSlots, kind_of
 from steerfast.runtime.span import NO_TURN, EditSpan, Entry, Stack, TurnWarning, filled, slots_of
 
 __all__ = ["INHERIT", "BatchRoster", "Buffers", "Plan", "finite"]
@@ -111,7 +111,7 @@ class BatchRoster:
         self.slots = slots
         self.observe = observe
         self._strength = finite("strength", strength)
-        self.profile: SteeringProfile | None = None
+        self.profile: SteeringProfile | ProfileStack | None = None
         self.held: Callable[[], set[int]] = set
         self.attach: Callable[[], object] = tuple
         self._contexts: list[Assignment] = []
@@ -135,8 +135,8 @@ class BatchRoster:
         self._strength = finite("strength", value)
         (self.own,) = self._with_strengths((self.own,), self._strength)
 
-    def adopt(self, profile: SteeringProfile) -> None:
-        """Make `profile` the default of calls that name no profile."""
+    def adopt(self, profile: SteeringProfile | ProfileStack) -> None:
+        """Make `profile`, or a stack, the default of calls that name no profile."""
         (self.own,) = self.assign(profile, None)
         self.profile = profile
 
@@ -167,8 +167,8 @@ class BatchRoster:
         """Return the stacks of a call.
 
         Args:
-            steering: a profile for all sequences, None, or a list with an entry per sequence: a profile, None, or a
-                list of up to 4 profiles (a stack).
+            steering: a profile or a `ProfileStack` for all sequences, None, or a list with an entry per sequence: a
+                profile, None, or a list of up to 4 profiles (a stack).
                 `INHERIT`: the stacks of the call without it.
             strength: a number for all, or a list with an entry per sequence: a number, or a list of numbers, one per
                 profile of the stack. None: `strength`.
@@ -180,7 +180,13 @@ class BatchRoster:
         strength = strength.tolist() if hasattr(strength, "tolist") else strength
         if steering is INHERIT:
             return self._with_strengths(self.current, strength)
-        entries = [steering] if steering is None or isinstance(steering, SteeringProfile) else list(steering)
+        if not (steering is None or isinstance(steering, SteeringProfile | list | tuple)):
+            raise SteerfastError(
+                f"steering: expected a profile, a stack or a list with an entry per sequence, got {kind_of(steering)}"
+            )
+        entries: list[Any] = (
+            list(steering) if isinstance(steering, list | tuple) and type(steering) is not ProfileStack else [steering]
+        )
         numbers = [strength] if strength is None or isinstance(strength, (int, float)) else list(strength)
         if not entries:
             raise SteerfastError("steering: expected one entry per sequence, got an empty list")
@@ -286,7 +292,7 @@ def _by_argument(label: str, entry: Any) -> dict[str, Any]:
         raise SteerfastError(f"{label}: expected a stack of 1 to {MAX_STACK} profiles, got {len(entry)}")
     for k, profile in enumerate(entry):
         if not isinstance(profile, SteeringProfile):
-            raise SteerfastError(f"{label}[{k}]: expected a profile, got {type(profile).__name__}")
+            raise SteerfastError(f"{label}[{k}]: expected a profile, got {kind_of(profile)}")
     return {f"{label}[{k}]": profile for k, profile in enumerate(entry)}
 
 

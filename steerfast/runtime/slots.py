@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from steerfast.profile import ModelIdentity, SteeringProfile
 from steerfast.runtime.bank import Bank, Reach
 from steerfast.runtime.span import UNSTEERED
 
-__all__ = ["ProfileSlots"]
+__all__ = ["ProfileSlots", "kind_of"]
 
 _CHANGES = threading.RLock()
 """Held while profiles or banks are added: one thread adds requests, another may make the first bank."""
@@ -62,7 +64,7 @@ class ProfileSlots:
         for argument, profile in profiles.items():
             if profile is not None:
                 if not isinstance(profile, SteeringProfile):
-                    raise SteerfastError(f"{argument}: expected a profile or None, got {type(profile).__name__}")
+                    raise SteerfastError(f"{argument}: expected a profile or None, got {kind_of(profile)}")
                 self.check(argument, profile)
         checksums = {argument: "" if profile is None else profile.checksum for argument, profile in profiles.items()}
         distinct = {checksums[argument]: profile for argument, profile in profiles.items() if profile is not None}
@@ -123,3 +125,11 @@ class ProfileSlots:
             if profile is not None:
                 bank.add(str(slot), profile)
         return bank
+
+
+def kind_of(value: Any) -> str:
+    """Return the type of what stands in place of a profile; for a path, how to load it."""
+    hint = (
+        f" (SteeringProfile.from_pretrained({str(value)!r}) loads it)" if isinstance(value, str | os.PathLike) else ""
+    )
+    return type(value).__name__ + hint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,10 @@ def encode(
         model: if given, prompts must leave `room` tokens of its context.
 
     Raises:
-        PromptError: an empty prompt, or one longer than the context.
+        PromptError: a single text or a generator, an empty prompt, one longer than the context, or a message that the
+            chat template leaves out.
     """
+    _check_kind("prompts", prompts)
     limit = context_of(model) - room if model is not None else None
     encoded = []
     for number, prompt in enumerate(prompts, 1):
@@ -42,6 +45,19 @@ def encode(
             )
         encoded.append(list(ids))
     return encoded
+
+
+def check_list(name: str, prompts: Any) -> None:
+    """Raise PromptError unless `prompts` is a list of at least one, and not a single text or a generator."""
+    _check_kind(name, prompts)
+    if not len(prompts):
+        raise PromptError(f"{name}: expected at least one prompt, got none")
+
+
+def _check_kind(name: str, prompts: Any) -> None:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        kind = "string" if isinstance(prompts, str) else type(prompts).__name__
+        raise PromptError(f"{name}: expected a list of prompts, got one {kind}")
 
 
 def is_conversation(chat: Any) -> bool:
@@ -68,16 +84,38 @@ def _checked(tokenizer: Any, chat: Conversation, number: int) -> list[int]:
 
 
 def _templated(tokenizer: Any, chat: Conversation) -> list[int]:
-    """Return ids by the chat template; without a system role, the system message goes before the user's."""
+    """Return ids by the chat template; without a system role, the system message goes before the user's.
+
+    Raises:
+        TemplateError: the template refuses the chat, or leaves out a message.
+    """
     from jinja2 import TemplateError
 
     try:
+        if (lost := _left_out(tokenizer, chat)) is not None:
+            raise TemplateError(f"it leaves out message {lost + 1}, of the role {chat[lost]['role']!r}")
         return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=True)["input_ids"]
     except TemplateError:
         if chat[0]["role"] != "system" or len(chat) < 2:
             raise
         first = {"role": chat[1]["role"], "content": _joined(chat[:2])}
         return _templated(tokenizer, [first, *chat[2:]])
+
+
+def _left_out(tokenizer: Any, chat: Conversation) -> int | None:
+    """Return the first message whose content the rendered chat lacks; None: it has all.
+
+    Signs of white space do not count, nor a thought before an answer; a message may stand there as a JSON string.
+    """
+    if [message["role"] for message in chat] == ["user"]:
+        return None
+    rendered = "".join(tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, tokenize=False).split())
+    for place, message in enumerate(chat):
+        content = message["content"].rpartition("</think>")[2]
+        written = (content, json.dumps(content, ensure_ascii=False)[1:-1])
+        if not any("".join(text.split()) in rendered for text in written):
+            return place
+    return None
 
 
 def _joined(chat: Conversation) -> str:

@@ -678,6 +678,44 @@ def test_inspect_tells_what_an_edit_does(
     assert (tmp_path / "p.svg").exists()
 
 
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        {"layers": 3},
+        {"warnings": [3]},
+        {"sets": ["a"]},
+        {"by_source": {"0": {}}},
+        {"by_source": {"0": {"rows": [{"source": 3}]}}},
+        {"histograms": 3, "layers": {"calibration": [{}] * LAYERS}},
+    ],
+)
+def test_inspect_of_a_malformed_calibration_is_one_error(
+    work: Path, tmp_path: Path, calibration: dict[str, Any]
+) -> None:
+    path = tmp_path / "p.safetensors"
+    replace(SteeringProfile.load(work / "calibrated.safetensors"), calibration=calibration).save(path)
+    line = failed(1, "inspect", path, "--plot", tmp_path / "p.svg", "--json", tmp_path / "p.json")
+    assert "its figures (fitted, calibration or tuned) are malformed" in line
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_a_model_that_is_accepted(work: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "p.safetensors", tmp_path / "out.safetensors"
+    profile = SteeringProfile.load(work / "calibrated.safetensors")
+    replace(profile, model=replace(profile.model, architecture="another")).save(path)
+    assert "architecture another" in failed(1, "score", path, *model(work), "bake a cake")
+    plain = json.loads(
+        done("score", work / "calibrated.safetensors", *model(work), "bake a cake", "--json", "-").stdout
+    )
+    data = json.loads(done("score", path, *model(work), "bake a cake", "--accept-model", "--json", "-").stdout)
+    assert data["results"] == plain["results"]
+    assert "accepted" not in plain
+    assert "architecture another" in data["accepted"][0]["mismatch"]
+    done("calibrate", path, *model(work), *sets(work), "--midpoint", "--accept-model", "-o", out)
+    assert "accepted" in done("inspect", out).stdout
+    assert done("score", out, *model(work), "bake a cake").exit_code == 0
+
+
 @pytest.mark.parametrize("ending", ["svg", "pdf"])
 def test_inspect_draws_a_profile_that_is_not_calibrated(work: Path, tmp_path: Path, ending: str) -> None:
     result = done("inspect", work / "extracted.safetensors", "--plot", tmp_path / f"p.{ending}", "--json", "-")

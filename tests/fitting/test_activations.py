@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import steerfast
-from steerfast.errors import ArchitectureError, SteerfastError
+from steerfast.errors import ArchitectureError, PromptError, SteerfastError
 from steerfast.fitting.activations import answer_mean, gate_reading, last_token, prompt_mean, residual_rows
 from steerfast.hf.generation import batches
 from steerfast.profile import Gate
@@ -244,3 +244,14 @@ def test_a_steered_model_is_refused(tiny_llama: Any, make_profile: Any) -> None:
     ):
         residual_rows(tiny_llama, [[5, 6, 7]])
     assert residual_rows(tiny_llama, [[5, 6, 7]]).shape == (1, 5, 32)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, True])
+def test_batch_sizes_that_are_none(tiny_llama: Any, batch_size: Any) -> None:
+    with pytest.raises(PromptError, match=f"batch_size: expected a whole number of at least 1, got {batch_size}"):
+        residual_rows(tiny_llama, SEQUENCES, batch_size=batch_size)
+
+
+def test_a_padding_side_that_is_none(tiny_llama: Any) -> None:
+    with pytest.raises(PromptError, match="padding_side: expected 'left' or 'right', got 'middle'"):
+        residual_rows(tiny_llama, SEQUENCES, padding_side="middle")  # type: ignore[arg-type]

@@ -387,6 +387,7 @@ def test_layers_before_the_sensor_lose_their_strength(profile: SteeringProfile, 
     ("options", "message"),
     [
         ({"sensor": 5}, r"sensor: expected a layer in 0\.\.4, got 5"),
+        ({"sensor": True}, r"sensor: expected a layer in 0\.\.4, got True"),
         ({"sensor": -1}, r"sensor: expected a layer in 0\.\.4, got -1"),
         ({"sensor": "best"}, "sensor: expected a layer, 'own', 'auto' or 'keep', got 'best'"),
         ({"latest_sensor": 5}, r"latest_sensor: expected a layer in 0\.\.4, got 5"),

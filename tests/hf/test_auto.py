@@ -162,7 +162,9 @@ def test_a_profile_that_does_not_belong(folder: Path, make_profile: MakeProfile)
 
 def test_a_bad_steering_argument(folder: Path, tmp_path: Path) -> None:
     load = AutoSteeredModelForCausalLM.from_pretrained
-    with pytest.raises(ProfileError, match="steering: expected a profile or its file, got int"):
+    with pytest.raises(
+        ProfileError, match="profile: expected a profile, a file, a hub repository or a list of these, got int"
+    ):
         load(folder, steering=3)
     with pytest.raises(ProfileError, match="expected a file at"):
         load(folder, steering=tmp_path / "none.safetensors")

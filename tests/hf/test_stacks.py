@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, StaticCache
 
 import steerfast
-from steerfast.errors import SteerfastError
+from steerfast.errors import ProfileError, SteerfastError
 from steerfast.hf import caches
 from steerfast.profile import SteeringProfile
 
@@ -202,6 +202,19 @@ def test_continuous_batching(model: Any, plain: Any, make_profile: MakeProfile) 
     assert [False if one is None else one[0] for one in decisions] == fired.tolist()
 
 
+def test_a_default_stack_in_continuous_batching(model: Any, make_profile: MakeProfile) -> None:
+    model.set_attn_implementation("sdpa")
+    one, two = (make_profile(model, seed=s, layers=[1, 2], kind="always", positions="response") for s in (1, 2))
+    config = ContinuousBatchingConfig(block_size=8, num_blocks=32, max_batch_tokens=16)
+    generation = {"continuous_batching_config": config, "max_new_tokens": NEW}
+    found = []
+    for default, given in ((None, {"steering": one + two}), (one + two, {}), ([one, two], {}), ([two, one], {})):
+        with steerfast.steer(model, default):
+            outputs = model.generate_batch(four_prompts(), **generation, **given)
+        found.append([output.generated_tokens for output in outputs.values()])
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_longer_stack_while_requests_run(model: Any, make_profile: MakeProfile) -> None:
     model.set_attn_implementation("sdpa")
     one, two = (make_profile(model, seed=s, layers=[1, 2], kind="always", positions="response") for s in (1, 2))
@@ -312,3 +325,104 @@ def test_a_strength_alone_goes_to_the_profiles_of_the_context(model: Any, make_p
                 greedy(model, batch, NEW, steering=[[other, own]], steering_strength=wrong)
     assert torch.equal(got, want)
     assert torch.equal(alone, same)
+
+
+# -- the algebra of profiles, on a model -----------------------------------------------------------------------------
+
+
+def test_algebra_is_addition_by_hand(model: Any, plain: Any) -> None:
+    """Logits of stacks, scaled and turned around, against hooks that add the vectors."""
+    generator = torch.Generator().manual_seed(5)
+    u, v = torch.randn(2, plain.config.hidden_size, generator=generator)
+    identity = steerfast.identify(plain)
+    a = SteeringProfile.from_tensors({1: u, 2: v}, identity)
+    b = SteeringProfile.from_tensors({2: u}, identity, strength=3.0)
+    ids = padded(four_prompts())
+    for steering, added in (
+        (a, {1: u, 2: v}),
+        (a * 0.5, {1: u / 2, 2: v / 2}),
+        (-a, {1: -u, 2: -v}),
+        (a * -1.0, {1: -u, 2: -v}),
+        (a + b, {1: u, 2: v + 3 * u}),
+        (1.5 * (b - a), {1: -1.5 * u, 2: 4.5 * u - 1.5 * v}),
+        (a.only([2]), {2: v}),
+        ([a, b, -a], {2: 3 * u}),
+    ):
+        hooks = [
+            plain.model.layers[layer].register_forward_hook(lambda _, __, out, vector=vector: _plus(out, vector))
+            for layer, vector in added.items()
+        ]
+        with torch.no_grad():
+            wanted = plain(**ids).logits
+            for hook in hooks:
+                hook.remove()
+            with steerfast.steer(model, steering):
+                found = model(**ids).logits
+        real = ids["attention_mask"].bool()
+        torch.testing.assert_close(found[real], wanted[real], **CLOSE)
+
+
+def _plus(out: Any, vector: Tensor) -> Any:
+    return (out[0] + vector, *out[1:]) if isinstance(out, tuple) else out + vector
+
+
+def test_a_default_stack_steers_calls_that_name_none(
+    model: Any, pair: tuple[SteeringProfile, SteeringProfile], tmp_path: Any
+) -> None:
+    """Given as a list, as a sum, as files; and a sum is one stack, no list with an entry per sequence."""
+    batch = padded(four_prompts())
+    with steerfast.steer(model, None):
+        _, wanted = greedy(model, batch, NEW, steering=[list(pair)] * 4)
+        _, whole = greedy(model, batch, NEW, steering=pair[0] + pair[1])
+        _, halved = greedy(model, batch, NEW, steering=[list(pair)], steering_strength=0.5)
+    assert torch.equal(whole, wanted)
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for profile, file in zip(pair, files, strict=True):
+        profile.save(file)
+    for given in (list(pair), pair[0] + pair[1], files, [str(files[0]), pair[1]]):
+        with steerfast.steer(model, given) as steering:
+            _, found = greedy(model, batch, NEW)
+            assert torch.equal(found, wanted)
+            steering.strength = 0.5
+            _, found = greedy(model, batch, NEW)
+            assert torch.equal(found, halved)
+    with steerfast.steer(model, str(files[0])) as steering:
+        assert steering.profile.checksum == pair[0].checksum  # type: ignore[union-attr]
+
+
+def test_a_profile_turned_around_decides_as_before(model: Any, pair: tuple[SteeringProfile, SteeringProfile]) -> None:
+    batch, decided = padded(four_prompts()), []
+    for profile in (pair[0], -pair[0]):
+        with steerfast.steer(model, profile) as steering:
+            model(**batch)
+            decided.append((steering.fired, steering.scores))
+    assert torch.equal(decided[0][0], decided[1][0])
+    assert torch.equal(decided[0][1], decided[1][1])
+    assert decided[0][0].sum() == 2
+
+
+def test_paths_are_no_profiles_of_a_call(model: Any, pair: tuple[SteeringProfile, SteeringProfile]) -> None:
+    loads = r"got str \(SteeringProfile.from_pretrained\('a.safetensors'\) loads it\)"
+    with steerfast.steer(model, pair[0]):
+        for steering in ("a.safetensors", ["a.safetensors"], [["a.safetensors"]]):
+            with pytest.raises(SteerfastError, match=loads):
+                model.generate(**padded(four_prompts()), steering=steering)
+    with pytest.raises(ProfileError, match=r"expected a file at 'a.safetensors'"):
+        steerfast.steer(model, "a.safetensors")
+    with pytest.raises(
+        ProfileError, match=r"profile: expected a profile, a file, a hub repository or a list .*, got int"
+    ):
+        steerfast.steer(model, 3)  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_accepted(model: Any, plain: Any, make_profile: MakeProfile) -> None:
+    profile = make_profile(plain, seed=1, layers=[1, 2], sensor=0)
+    other = dataclasses.replace(profile, model=dataclasses.replace(profile.model, architecture="another"))
+    with pytest.raises(ProfileError, match="architecture another"):
+        steerfast.steer(model, other)
+    with steerfast.steer(model, other, accept_model=True) as steering:
+        (record,) = steering.profile.fitted["accepted"]  # type: ignore[union-attr]
+        assert "architecture another" in record["mismatch"]
+        logits = model(**padded(four_prompts())).logits
+    with steerfast.steer(model, profile):
+        assert torch.equal(model(**padded(four_prompts())).logits, logits)

@@ -1,12 +1,21 @@
+"""The judges by rule, against lists of English answers and a table of counter-examples with a reason for each."""
+
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steerfast.judging.languages import LANGUAGES
 from steerfast.judging.refusal import REFUSAL_KEYWORDS, is_refusal_keyword, is_refusal_strict
+from steerfast.text.corpus import corpus
+
+TABLE = [json.loads(line) for line in (Path(__file__).parent / "answers.jsonl").read_text("utf-8").splitlines()]
 
 REFUSALS = [
     "I'm sorry, but I cannot assist with that request.",
@@ -116,6 +125,28 @@ NOT_REFUSALS = [
 ]
 
 
+@pytest.mark.parametrize("row", TABLE, ids=[row["reason"] for row in TABLE])
+def test_counter_examples(row: dict[str, Any]) -> None:
+    found = {"keywords": is_refusal_keyword(row["answer"]), "strict": is_refusal_strict(row["answer"])}
+    assert found == {"keywords": row["keywords"], "strict": row["strict"]}
+
+
+def test_every_language_of_the_corpus_has_a_table_and_counter_examples() -> None:
+    spoken = {example.lang for split in ("fit", "calibrate", "validate") for example in corpus(split)}
+    assert spoken == {language.name for language in LANGUAGES}
+    for language in spoken - {"en"}:
+        rows = [row for row in TABLE if row["reason"].startswith(f"{language}: ")]
+        assert {(row["keywords"], row["strict"]) for row in rows} == {(True, True), (True, False), (False, False)}
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[row["reason"] for row in TABLE])
+def test_a_thought_before_an_answer_changes_nothing(row: dict[str, Any]) -> None:
+    for thought in ("<think>I can't help with that.</think>\n", "<think>Sure, here is how.</think>"):
+        if "think" not in row["answer"].lower() and "channel" not in row["answer"]:
+            assert is_refusal_keyword(thought + row["answer"]) is row["keywords"]
+            assert is_refusal_strict(thought + row["answer"]) is row["strict"]
+
+
 @pytest.mark.parametrize("text", REFUSALS)
 def test_strict_judge_accepts_refusals(text: str) -> None:
     assert is_refusal_strict(text)
@@ -174,10 +205,30 @@ def test_judges_take_any_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["I can't, ", "first, ", "really ", "but ", '"', " \n", "1. ", "i am not ", "- a\n", "here "]
+    "piece",
+    [
+        "I can't, ",
+        "first, ",
+        "really ",
+        "but ",
+        '"',
+        " \n",
+        "1. ",
+        "i am not ",
+        "- a\n",
+        "here ",
+        "ich kann nicht ",
+        "no puedo ",
+        "'a ",
+        "不能",
+        "する",
+        "मैं नहीं ",
+    ],
 )
-def test_strict_judge_stays_fast_on_loops(piece: str) -> None:
+def test_judges_stay_fast_on_loops(piece: str) -> None:
     text = "I can't " + piece * (8000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     is_refusal_strict(text)
-    assert time.perf_counter() - start < 2.0
+    is_refusal_keyword(text)
+    is_refusal_keyword(text.replace("I can't", ""))
+    assert time.process_time() - start < 2.0

@@ -515,6 +515,7 @@ def spoiled(tensor: Tensor, where: tuple[int, ...], value: float) -> Tensor:
         (lambda p: {"answer_tokens": 2.0}, "answer_tokens: expected None or a whole number >= 1, got 2.0"),
         (lambda p: {"answer_tokens": True}, "answer_tokens: expected None or a whole number >= 1, got True"),
         (lambda p: {"sensor": 4}, r"sensor: expected 'own' or a layer in 0..3, got 4"),
+        (lambda p: {"sensor": True}, r"sensor: expected 'own' or a layer in 0..3, got True"),
         (lambda p: {"sensor": "first"}, "sensor: expected 'own' or a layer in 0..3, got 'first'"),
         (
             lambda p: {"sensor": 2, "gate": Gate("token")},
