@@ -24,6 +24,7 @@ _COMMANDS = (
     "bench-serve",
     "serve",
     "convert",
+    "bake",
     "doctor",
 )
 

@@ -1,0 +1,61 @@
+"""`steerfast bake`."""
+
+from __future__ import annotations
+
+import click
+
+from steerfast.cli import common
+from steerfast.cli.group import say
+
+
+@click.command("bake")
+@click.argument("profile_file", metavar="PROFILE")
+@click.argument("target", metavar="OUTPUT")
+@common.model_options("the model that the profile names")
+@click.option("--without-gate", is_flag=True, help="Drop the gate: steer everything, harmless prompts too.")
+@common.json_option
+def command(
+    profile_file: str,
+    target: str,
+    model_name: str | None,
+    dtype: str,
+    device: str | None,
+    without_gate: bool,
+    json_file: str | None,
+) -> None:
+    """Write a profile that adds as biases of the model, for engines that cannot steer (.safetensors).
+
+    A bias acts on every token of every request. A gate, positions and edits that depend on the row are refused;
+    docs/formats.md says why an ablation is.
+
+    \b
+    Example:
+      steerfast bake tone.safetensors biases.safetensors --model MODEL
+      steerfast bake safety.safetensors biases.safetensors --model MODEL --without-gate
+    """
+    common.check_outputs({"OUTPUT": target, "--json": json_file}, [profile_file])
+    profile = common.load_profile(profile_file)
+    gated = profile.gate.kind != "always"
+    if gated and not without_gate:
+        raise click.UsageError(
+            f"--without-gate: a bias has no gate, and the profile's is of the kind {profile.gate.kind}: give this "
+            "option to steer everything"
+        )
+    from safetensors.torch import save
+
+    from steerfast._files import write_atomically
+    from steerfast.hf.bake import bake
+
+    model, _ = common.load_model(model_name or profile.model.name, dtype, device)
+    baked = bake(model, profile.without_gate() if gated else profile)
+    write_atomically(target, save(baked.tensors, metadata={"format": "pt"}))
+    notes = ["the gate is lost: everything will be steered"] if gated else []
+    if baked.option is not None:
+        notes.append(f"an engine reads the biases where the model's config.json has {baked.option!r}: true")
+    elif not baked.readable:
+        notes.append(f"{type(model).__name__} has no option for these biases: set them in code, engines skip them")
+    for note in notes:
+        say(f"note: {note}")
+    result = {"profile": profile_file, "output": target, "tensors": sorted(baked.tensors), "option": baked.option}
+    common.write_json(json_file, {**result, "gate_lost": gated, "notes": notes})
+    common.console(json_file).print(f"wrote {target}", markup=False)
