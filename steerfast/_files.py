@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from steerfast.errors import OutputError, SteerfastError
 
 _KEY = "steerfast"  # of the safetensors metadata that holds the header
 _MOST_LEVELS = 100  # of a header; a file of ours has some five
+_MOST_HEADER = 8 << 20  # bytes; a profile with figures of every layer and source has 0.2 MB
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -49,6 +51,28 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError):
             raise OutputError(f"output: cannot write {str(target)!r} ({error.strerror})") from None
         raise
+
+
+def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder of files, whole or not at all.
+
+    Raises:
+        OutputError: it exists, or cannot be written.
+    """
+    if target.exists():
+        raise OutputError(f"output: expected a folder that is not there yet, got {str(target)!r}")
+    made: str | None = None
+    try:
+        made = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")
+        for name, data in files.items():
+            (Path(made) / name).write_bytes(data)
+        os.chmod(made, 0o755)
+        os.rename(made, target)
+    except OSError as error:
+        raise OutputError(f"output: cannot write {str(target)!r} ({error.strerror})") from None
+    finally:
+        if made is not None and os.path.isdir(made):
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def content_checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -91,6 +115,12 @@ def read_checked(
     if not source.is_file():
         raise error(f"{kind}: expected a file at {str(source)!r}, found {'a folder' if source.is_dir() else 'none'}")
     try:
+        with source.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > _MOST_HEADER:
+            raise error(
+                f"{kind} {str(source)!r}: expected a header of at most {_MOST_HEADER >> 20} MiB, got {size} bytes"
+            )
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
@@ -111,11 +141,33 @@ def read_checked(
     return header, tensors
 
 
+def read_safetensors(path: Path, *, header_alone: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return metadata and tensors of a safetensors file; with `header_alone` no tensors.
+
+    Raises:
+        SafetensorError, OSError, ValueError: not readable, or a header that is too large to parse.
+    """
+    with path.open("rb") as start:
+        size = int.from_bytes(start.read(8), "little")
+    if size > _MOST_HEADER:
+        raise ValueError(f"expected a header of at most {_MOST_HEADER >> 20} MiB, got {size} bytes")
+    with safe_open(path, framework="pt") as file:
+        names = [] if header_alone else file.keys()
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+
+
 def is_checked(path: str | os.PathLike[str]) -> bool:
     """Return whether `write_checked` wrote a file, of any kind; only its header is read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return _KEY in (file.metadata() or {})
+        return _KEY in read_safetensors(Path(path), header_alone=True)[0]
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
+def is_foreign(path: Path) -> bool:
+    """Return whether a file is a whole safetensors file that `write_checked` did not write."""
+    try:
+        return _KEY not in read_safetensors(path, header_alone=True)[0]
     except (SafetensorError, OSError, ValueError):
         return False
 

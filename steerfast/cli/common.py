@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from steerfast.cli.group import say
+from steerfast.cli.group import printable, say
 from steerfast.cli.lazy_choice import LazyChoice, edit_names
 from steerfast.errors import OutputError, PromptError
 
@@ -404,12 +404,24 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str] = ())
 
 def console(json_file: str | None = None) -> Console:
     """Return a console on standard output, or on stderr where standard output carries the JSON."""
-    from rich.console import Console
-
-    made = Console(stderr=json_file == STDOUT, highlight=False)
+    made = _console_class()(stderr=json_file == STDOUT, highlight=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _PIPED_WIDTH
     return made
+
+
+def _console_class() -> type[Console]:
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Printable(Console):
+        """Print text of files without characters that move a terminal's cursor or change its colours."""
+
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    return Printable
 
 
 def write_profile(

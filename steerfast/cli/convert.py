@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from steerfast.cli import common
+from steerfast.cli.group import say
 from steerfast.cli.lazy_choice import LazyChoice
 from steerfast.cli.tune import band
 
@@ -85,8 +86,7 @@ def command(
       steerfast convert safety.safetensors safety.gguf
       steerfast convert safety.safetensors safety.json --to vllm-lens
     """
-    ends_as_profile = Path(source).suffix == ".safetensors"
-    exports = source_format == _PROFILE or (source_format is None and ends_as_profile)
+    exports = source_format == _PROFILE or (source_format is None and _is_profile(source))
     target_format = target_format or _OF_ENDING.get(Path(target).suffix)
     _check_usage(exports, target, target_format, condition, options)
     inputs = [file for file in (source, options["like"], None if exports else condition) if file]
@@ -107,11 +107,19 @@ def command(
     else:
         notes += formats.write(profile, target, str(target_format), condition=condition if exports else None)
     for note in notes:
-        click.echo(f"steerfast: note: {note}", err=True)
+        say(f"note: {note}")
     result = {"input": source, "output": target, "from": source_format, "to": target_format, "gate": gate}
     lost = {"gate_lost": target_format != _PROFILE and gate != "always" and not (exports and condition)}
     common.write_json(json_file, {**result, **lost, "layers": profile.steered_layers, "notes": notes})
     common.console(json_file).print(f"wrote {target}", markup=False)
+
+
+def _is_profile(source: str) -> bool:
+    if Path(source).suffix != ".safetensors":
+        return False
+    from steerfast import formats
+
+    return formats.is_profile(source)
 
 
 def _check_usage(
@@ -147,17 +155,17 @@ def _imported(
 
     found = formats.read(source, source_format)
     gate: Any = None
-    if condition:
-        gate = formats.condition_of(formats.read(condition), options["condition_layer"], options["threshold"])
-        gate = gate if options["fires"] == "above" else gate.below()
     if options["like"]:
         like = common.load_profile(options["like"])
-        model, gate = like.model, like if options["keep_gate"] else gate
+        model, gate = like.model, like if options["keep_gate"] else None
     else:
         from steerfast.hf.structure import identify
 
         loaded = common.load_model(options["model_name"], options["dtype"], options["device"])
         model = identify(*loaded)
+    if condition:
+        gate = formats.condition_of(formats.read(condition), options["condition_layer"], options["threshold"], model)
+        gate = gate if options["fires"] == "above" else gate.below()
     bands = options["layers"]
     layers = None if bands is None else [layer for first, last in bands for layer in range(first, last + 1)]
     same = ("strength", "edit", "low", "high", "angle", "gate_kind", "sharpness")

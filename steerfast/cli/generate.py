@@ -114,15 +114,14 @@ def _render(results: Sequence[dict[str, Any]], json_file: str | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from steerfast.cli.rendering import printable
     from steerfast.text.examples import last_request
 
     console = common.console(json_file)
     for result in results:
         shut = ("gate undecided", "bold yellow") if result.get("undecided") else ("gate shut", "bold green")
         mark = Text(*(("gate fired", "bold red") if result["fired"] else shut))
-        console.print(Text.assemble(("> ", "bold"), printable(last_request(result["prompt"])), "  [", mark, "]"))
-        said = {key: Text(printable(result[key])) for key in ("unsteered", "steered") if key in result}
+        console.print(Text.assemble(("> ", "bold"), last_request(result["prompt"]) or "(empty)", "  [", mark, "]"))
+        said = {key: Text(result[key] or "(empty)") for key in ("unsteered", "steered") if key in result}
         if len(said) == 1:
             console.print(said["steered"], end="\n\n")
             continue

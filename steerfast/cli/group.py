@@ -90,4 +90,9 @@ def _show_warning(message: Warning | str, category: type[Warning], *args: Any, *
 
 def say(message: str) -> None:
     """Print one line on stderr."""
-    click.echo("steerfast: " + " ".join(message.split()), err=True)
+    click.echo("steerfast: " + printable(" ".join(message.split())), err=True)
+
+
+def printable(text: str) -> str:
+    """Return text without characters that move a terminal's cursor or change its colours; lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)

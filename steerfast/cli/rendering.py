@@ -44,11 +44,6 @@ def _range(figure: Sequence[float], form: str) -> str:
     return f"{value} ({low}-{high})"
 
 
-def printable(answer: str) -> str:
-    """Return an answer without characters that move a terminal's cursor or change its colours."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in answer) or "(empty)"
-
-
 def header(profile: SteeringProfile) -> Table:
     """Return a table of the profile's parts and provenance, a line each."""
     model, gate = profile.model, profile.gate
@@ -68,11 +63,11 @@ def header(profile: SteeringProfile) -> Table:
     }
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
-        table.add_row(f"[bold]{name}", escape(text))
+        table.add_row(f"[bold]{name}", escape(" ".join(text.split())))  # a name may hold line breaks
     for accepted in profile.fitted.get("accepted", ()):
-        table.add_row("[bold yellow]accepted", escape(accepted["mismatch"]))
+        table.add_row("[bold yellow]accepted", escape(" ".join(str(accepted["mismatch"]).split())))
     for warning in profile.calibration.get("warnings", ()):
-        table.add_row("[bold yellow]warning", escape(warning))
+        table.add_row("[bold yellow]warning", escape(" ".join(str(warning).split())))
     return table
 
 

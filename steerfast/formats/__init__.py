@@ -10,25 +10,41 @@ a profile cannot hold is refused. Layer numbers become 0-based decoder blocks wh
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from steerfast._files import write_atomically
-from steerfast.errors import OutputError, ProfileError
-from steerfast.formats.base import Condition, Format, Imported, ImportOptions, Malformed, content, export_rows
-from steerfast.formats.gguf import EASYSTEER, GGUF
+from steerfast._files import is_foreign, write_atomically, write_folder
+from steerfast.errors import ProfileError
+from steerfast.formats.arrays import NUMPY, SAKLAS
+from steerfast.formats.base import Condition, Format, Imported, ImportOptions, export_rows
+from steerfast.formats.gguf import EASYSTEER, GGUF, GLP
 from steerfast.formats.jsonfile import RHIZONYMPH, SVEC, VLLM_LENS, condition_file, condition_of
-from steerfast.formats.torchfile import HOTWIRE, ROTALABS, STEERING_VECTORS
+from steerfast.formats.reading import Malformed, content
+from steerfast.formats.torchfile import HOTWIRE, REFUSAL, ROTALABS, STEERING_VECTORS, VLLM_HOOK
 from steerfast.profile import SteeringProfile
 
-__all__ = ["FORMATS", "Condition", "Format", "ImportOptions", "Imported", "condition_of", "detect", "read", "write"]
+__all__ = [
+    "FORMATS",
+    "Condition",
+    "Format",
+    "ImportOptions",
+    "Imported",
+    "condition_of",
+    "detect",
+    "is_profile",
+    "read",
+    "write",
+]
 
 # In the order in which a file is tried: the more specific format comes first.
-FORMATS = {
-    known.name: known for known in (EASYSTEER, GGUF, ROTALABS, STEERING_VECTORS, HOTWIRE, SVEC, VLLM_LENS, RHIZONYMPH)
-}
+_KNOWN = (
+    *(GLP, EASYSTEER, GGUF),
+    *(NUMPY, SAKLAS),
+    *(ROTALABS, STEERING_VECTORS, REFUSAL, VLLM_HOOK, HOTWIRE),
+    *(SVEC, VLLM_LENS, RHIZONYMPH),
+)
+FORMATS = {known.name: known for known in _KNOWN}
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def named(name: str) -> Format:
@@ -48,7 +64,17 @@ def detect(path: str | os.PathLike[str]) -> str:
     return _detect(source, content(source)).name
 
 
+def is_profile(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is to be read as a profile: by its ending, unless its content is of another project."""
+    return Path(path).suffix == ".safetensors" and not is_foreign(Path(path))
+
+
 def _detect(path: Path, data: bytes) -> Format:
+    if data.startswith(_POINTER):
+        raise ProfileError(
+            f"file {str(path)!r}: expected vectors, got a git-lfs pointer to them: run `git lfs pull` in its "
+            "repository, or download the file itself"
+        )
     for known in FORMATS.values():
         if known.detects(path, data):
             return known
@@ -70,10 +96,15 @@ def read(path: str | os.PathLike[str], format: str | None = None) -> Imported:
     try:
         imported = known.read(source, data)
     except Malformed as error:
-        raise ProfileError(f"{known.name} file {str(source)!r}: {error}") from None
+        raise ProfileError(f"{known.name} file {str(source)!r}: {_line(error)}") from None
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ProfileError(f"{known.name} file {str(source)!r}: incomplete or malformed ({error!r:.200})") from None
     return replace(imported, notes=(f"read as {known.name}", *imported.notes))
+
+
+def _line(error: Exception) -> str:
+    """Return a message as one short line: it may quote names out of the file."""
+    return "".join(c if c.isprintable() else "?" for c in str(error)[:400])
 
 
 def write(
@@ -97,7 +128,7 @@ def write(
         raise ProfileError(f"format: {known.name} files are pickles and only read, expected another format")
     if condition is not None and known is not SVEC:
         raise ProfileError(f"condition: only svec has files for it, got {known.name}")
-    rows = export_rows(profile, gate_apart=condition is not None)
+    rows = export_rows(profile, edit=known.edit, gate_apart=condition is not None)
     try:
         made, notes = known.encode(rows)
         gate, how = condition_file(profile) if condition is not None else (b"", [])
@@ -108,22 +139,5 @@ def write(
     if isinstance(made, bytes):
         write_atomically(path, made)
     else:
-        _write_folder(Path(path), made)
+        write_folder(Path(path), made)
     return [f"layers: {known.layers}", *rows.notes, *notes, *how]
-
-
-def _write_folder(target: Path, files: dict[str, bytes]) -> None:
-    if target.exists():
-        raise OutputError(f"output: expected a folder that is not there yet, got {str(target)!r}")
-    made: str | None = None
-    try:
-        made = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")
-        for name, data in files.items():
-            (Path(made) / name).write_bytes(data)
-        os.chmod(made, 0o755)
-        os.rename(made, target)
-    except OSError as error:
-        raise OutputError(f"output: cannot write {str(target)!r} ({error.strerror})") from None
-    finally:
-        if made is not None and os.path.isdir(made):
-            shutil.rmtree(made, ignore_errors=True)

@@ -1,12 +1,9 @@
-"""The parts that formats share: a file's content (`Imported`), rows to write (`ExportRows`), and careful reading."""
+"""The parts that formats share: a file's content (`Imported`), rows to write (`ExportRows`), and `Format`."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,15 +14,9 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import ProfileError
+from steerfast.formats.reading import layer_in, vector
 from steerfast.profile import EDITS, Gate, ModelIdentity, SteeringProfile
 from steerfast.profile.checks import check_one_of
-
-# A vector for each of 126 layers of 16384 is 8 MB, its JSON 45 MB.
-MOST_BYTES = 256 << 20
-
-
-class Malformed(ValueError):
-    """The content of a file is wrong; `steerfast.formats.read` adds the file's name to the message."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class ImportOptions:
     shift: added to every block number, for a file that counts in another way than its format does.
     gate: a condition, or a profile of the same model whose gate is taken over; None: always open.
     gate_kind: ``prompt``, ``token`` or ``always`` in place of the kind of `gate`. sharpness: in place of its sharpness.
-    edit, low, high, angle: as in `SteeringProfile`.
+    edit: as in `SteeringProfile`; None: the file's, else ``add``. low, high, angle: as in `SteeringProfile`.
     name: the profile's `vector_kind`.
     """
 
@@ -65,14 +56,15 @@ class ImportOptions:
     gate: Condition | SteeringProfile | None = None
     gate_kind: Literal["prompt", "token", "always"] | None = None
     sharpness: float | None = None
-    edit: str = "add"
+    edit: str | None = None
     low: float = -math.inf
     high: float = math.inf
     angle: float | None = None
     name: str = "imported"
 
     def __post_init__(self) -> None:
-        check_one_of("edit", self.edit, EDITS)
+        if self.edit is not None:
+            check_one_of("edit", self.edit, EDITS)
         if self.gate is None and self.gate_kind in ("prompt", "token"):
             raise ProfileError(f"gate_kind: expected a gate with it, got {self.gate_kind!r} without a gate")
         if self.sharpness is not None and (self.gate is None or self.gate_kind == "always"):
@@ -87,7 +79,12 @@ class Imported:
         which some projects edit and no profile does.
     strengths: block -> strength. A block with a vector and no strength is not steered: its project names layers when
         it steers, not in the file.
+    rows: the number of rows in a file that only puts them in order. `vectors` counts them as blocks from 0; where they
+        are one more than the model has blocks, the first is the embeddings.
     anywhere: a vector that the file gives no layer, float32 [H].
+    named: the block for `anywhere` that is only told beside the numbers, and where it is told.
+    edits: what the file allows, with the parameters of `ImportOptions` for each; none: any edit, by default ``add``.
+    undecided: why the user has to choose, where `edits` are several.
     positions: as in `SteeringProfile`.
     hint: the file's name for the model's architecture.
     notes: the layer numbering that was assumed, and losses.
@@ -95,7 +92,11 @@ class Imported:
 
     vectors: Mapping[int, Tensor]
     strengths: Mapping[int, float] = field(default_factory=dict)
+    rows: int | None = None
     anywhere: Tensor | None = None
+    named: tuple[int, str] | None = None
+    edits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    undecided: str = ""
     positions: Literal["all", "response"] = "all"
     hint: str | None = None
     notes: tuple[str, ...] = ()
@@ -110,7 +111,7 @@ class Imported:
             ProfileError: vectors of another size, a layer that the model or the file does not have, an edit or a gate
                 that no profile holds.
         """
-        chosen = ImportOptions(**options)
+        chosen = self._with_edit(ImportOptions(**options))
         notes = list(self.notes)
         vectors, strengths = self._placed(model, chosen, notes)
         if not any(strengths.values()):
@@ -122,7 +123,7 @@ class Imported:
             vectors,
             model,
             strength=strengths,
-            edit=chosen.edit,
+            edit=str(chosen.edit),
             low=chosen.low,
             high=chosen.high,
             angle=chosen.angle,
@@ -133,21 +134,50 @@ class Imported:
         )
         return profile, notes
 
+    def _with_edit(self, options: ImportOptions) -> ImportOptions:
+        """Return `options` with an edit, and with the file's parameters where the user gives none."""
+        if not self.edits:
+            return replace(options, edit=options.edit or "add")
+        if options.edit is None and len(self.edits) > 1:
+            raise ProfileError(f"edit: expected {' or '.join(self.edits)}, got none: {self.undecided}")
+        edit = options.edit or next(iter(self.edits))
+        if edit not in self.edits:
+            raise ProfileError(f"edit: the file's vectors are for {' or '.join(self.edits)}, got {edit!r}")
+        unset = {"strength": None, "low": -math.inf, "high": math.inf}
+        of_file = {name: value for name, value in self.edits[edit].items() if getattr(options, name) == unset[name]}
+        return replace(options, edit=edit, **of_file)  # type: ignore[arg-type]
+
+    def by_block(self, model: ModelIdentity, notes: list[str]) -> dict[int, Tensor]:
+        """Return the vectors by block; add to `notes` what the number of `rows` says."""
+        if self.rows is None:
+            return dict(self.vectors)
+        first = model.num_layers - self.rows
+        if first not in (0, -1):
+            raise ProfileError(
+                f"rows: expected one for each of {model.num_layers} blocks of {model.name!r}, or one more for the "
+                f"embeddings, got {self.rows}"
+            )
+        notes.append(
+            f"layers: {self.rows} rows for {model.num_layers} blocks: "
+            + ("row L" if first == 0 else "row 0 is the embeddings, as in persona_vectors, and row L + 1")
+            + " is for the output of 0-based block L"
+        )
+        return {first + index: row for index, row in self.vectors.items() if bool(row.any())}
+
     def _placed(
         self, model: ModelIdentity, options: ImportOptions, notes: list[str]
     ) -> tuple[dict[int, Tensor], dict[int, float]]:
         """Return vectors and strengths by the profile's layers, as `options` ask for them; add to `notes`."""
         chosen = None if options.layers is None else sorted(set(options.layers))
-        vectors = {layer + options.shift: vector for layer, vector in self.vectors.items()}
+        vectors = {layer + options.shift: row for layer, row in self.by_block(model, notes).items()}
         strengths = {layer + options.shift: value for layer, value in self.strengths.items()}
         if self.anywhere is not None:
-            if chosen is None:
-                raise ProfileError("layers: the file gives its vector no layer, expected the layers to steer, got none")
+            chosen = self._chosen(chosen, options.shift, notes)
             vectors = dict.fromkeys(chosen, self.anywhere)
         if vectors.pop(-1, None) is not None:
             notes.append("the vector of the embeddings is left out: a profile edits outputs of blocks only")
-        for layer, vector in sorted(vectors.items()):
-            _check_fits(f"vector of layer {layer}", vector, layer, model)
+        for layer, row in sorted(vectors.items()):
+            _check_fits(f"vector of layer {layer}", row, layer, model)
         if chosen is not None:
             if missing := [layer for layer in chosen if layer not in vectors]:
                 raise ProfileError(f"layers: expected some of {sorted(vectors)}, which the file has, got {missing[0]}")
@@ -155,10 +185,36 @@ class Imported:
         strengths = {layer: value for layer, value in strengths.items() if layer in vectors and vectors[layer].any()}
         if options.strength is not None:
             return vectors, dict.fromkeys(strengths, options.strength)
-        if not EDITS[options.edit].adds and any(value != 1 for value in strengths.values()):
+        if not EDITS[str(options.edit)].adds and any(value != 1 for value in strengths.values()):
             notes.append(f"the file's strengths are left out: they scale an addition, {options.edit} is done at 1")
             strengths = dict.fromkeys(strengths, 1.0)
         return vectors, strengths
+
+    def _chosen(self, layers: list[int] | None, shift: int, notes: list[str]) -> list[int]:
+        """Return the blocks for `anywhere`: those of the user, else the block that the file's name tells."""
+        if layers is None and self.named is not None:
+            layers = [self.named[0] + shift]
+            notes.append(f"layers: block {layers[0]}, which only the name {self.named[1]!r} tells: check it")
+        if not layers:
+            told = "".join(f" ({note})" for note in self.notes if note.startswith("layers: "))
+            raise ProfileError(
+                f"layers: the file gives its vector no layer, expected the layers to steer, got none{told}"
+            )
+        if layers[0] < 0:
+            raise ProfileError(f"layers: expected a block from 0, got {layers[0]}, which is before the first")
+        return layers
+
+
+def imported_array(array: Tensor, *names: str, notes: tuple[str, ...] = ()) -> Imported:
+    """Return the content of a file that holds one array: [H], or [n, H] with a row for each layer.
+
+    Args:
+        names: of the file and its parts, which may tell the layer of [H].
+    """
+    rows = vector("the array", array, (1, 2))
+    if rows.dim() == 2:
+        return Imported(dict(enumerate(rows)), rows=len(rows), notes=notes)
+    return Imported({}, anywhere=rows, named=layer_in(*names), notes=notes)
 
 
 _GATE_FIELDS = ("gate", "direction", "threshold", "points", "abstain", "sensor", "norm", "calibration")
@@ -232,22 +288,24 @@ class ExportRows:
         return torch.stack(list(self.rows.values())).numpy()
 
 
-def export_rows(profile: SteeringProfile, *, gate_apart: bool = False) -> ExportRows:
+def export_rows(profile: SteeringProfile, *, edit: str = "add", gate_apart: bool = False) -> ExportRows:
     """Return the vectors to write, with notes on losses.
 
     Args:
+        edit: the edit that the format's files mean. Rows to add are written times their strengths, others as they are.
         gate_apart: whether the gate is written too, to another file.
 
     Raises:
-        ProfileError: the profile's edit is no addition, or the profile adds nothing.
+        ProfileError: the profile has another edit, or no vector.
     """
     kind = EDITS[profile.edit]
-    if not kind.adds:
-        raise ProfileError(f"edit: other formats hold vectors to add, expected 'add', got {profile.edit!r}")
+    if profile.edit != edit and not (edit == "add" and kind.adds):
+        raise ProfileError(f"edit: expected {edit!r}, which the format's vectors mean, got {profile.edit!r}")
     steered = profile.steered_layers
     if steered:
-        rows = {layer: profile.vector[layer] * profile.strength[layer] for layer in steered}
-        notes = ["vectors are written times their strengths: use coefficient 1"]
+        strengths = profile.strength if edit == "add" else torch.ones_like(profile.strength)
+        rows = {layer: profile.vector[layer] * strengths[layer] for layer in steered}
+        notes = ["vectors are written times their strengths: use coefficient 1"] if edit == "add" else []
     else:
         present = profile.vector.any(dim=1).nonzero().flatten().tolist()
         rows = {layer: profile.vector[layer].clone() for layer in present}
@@ -267,7 +325,7 @@ def export_rows(profile: SteeringProfile, *, gate_apart: bool = False) -> Export
         notes.append("positions are lost: the whole prompt will be steered too")
     if profile.answer_tokens is not None:
         notes.append(f"answer_tokens is lost: all of an answer will be steered, not {profile.answer_tokens} tokens")
-    if kind.reads_sums:
+    if kind.reads_sums and edit == "add":
         notes.append(f"{kind.name} is lost: vectors will be added without scaling rows back to their norm")
     if profile.candidates:
         notes.append(f"candidate vectors are lost: {', '.join(sorted(profile.candidates))}")
@@ -284,6 +342,7 @@ class Format:
     detects: whether (path, its content) looks like one; the content of a folder is empty.
     read: path, its content -> `Imported`. May raise `Malformed`, and the errors of parsers.
     encode: rows -> bytes of a file (or name -> bytes of a folder) and notes; None for a format that is only read.
+    edit: what its vectors are written for, see `export_rows`.
     """
 
     name: str
@@ -292,150 +351,9 @@ class Format:
     detects: Callable[[Path, bytes], bool]
     read: Callable[[Path, bytes], Imported]
     encode: Callable[[ExportRows], tuple[bytes | dict[str, bytes], list[str]]] | None = None
-
-
-# -- reading ---------------------------------------------------------------------------------------
-
-
-def content(path: Path) -> bytes:
-    """Return the bytes of a file; none for a folder.
-
-    Raises:
-        ProfileError: missing, not readable, too large.
-    """
-    if path.is_dir():
-        return b""
-    if not path.is_file():
-        raise ProfileError(f"file: expected a file or folder at {str(path)!r}, found none")
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MOST_BYTES:
-                raise ProfileError(
-                    f"file: expected at most {MOST_BYTES >> 20} MiB, got {size >> 20} MiB in {str(path)!r}"
-                )
-            return file.read(MOST_BYTES)
-    except OSError as error:
-        raise ProfileError(f"file: cannot read {str(path)!r} ({error.strerror})") from None
-
-
-def json_of(data: bytes) -> Any:
-    """Return the JSON value in a file; None for other content."""
-    if data.lstrip()[:1] not in (b"{", b"["):
-        return None
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-
-
-def json_object(data: bytes) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"not JSON ({error})") from None
-    return mapping("the file", value)
-
-
-def mapping(what: str, value: object) -> dict[str, Any]:
-    """Return `value`, a JSON object, or raise."""
-    if not isinstance(value, dict):
-        raise Malformed(f"{what}: expected an object, got {type(value).__name__}")
-    return value
-
-
-def layer_number(value: object) -> int:
-    """Return a layer number of a file: a whole number from 0, or its text."""
-    text = str(value)
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or not (text.isascii() and text.isdigit()):
-        raise Malformed(f"layer: expected a whole number from 0, got {value!r}")
-    if len(text) > 6:
-        raise Malformed(f"layer: expected a number of at most 6 digits, got {text[:20]}...")
-    return int(text)
-
-
-def number(what: str, value: object) -> float:
-    """Return `value`, a finite number, or raise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Malformed(f"{what}: expected a finite number, got {value!r}")
-    return float(value)
-
-
-def floats(what: str, value: object) -> Tensor:
-    """Return a JSON list of numbers as float32 [n]."""
-    if not isinstance(value, list) or not value or not all(type(entry) in (int, float) for entry in value):
-        raise Malformed(f"{what}: expected a list of numbers, got {_brief(value)}")
-    try:
-        return vector(what, torch.tensor(value, dtype=torch.float64))
-    except OverflowError:
-        raise Malformed(f"{what}: expected numbers of float32's range") from None
-
-
-def vector(what: str, value: object, dims: tuple[int, ...] = (1,)) -> Tensor:
-    """Return a tensor of a file as finite float32 on the CPU."""
-    if not isinstance(value, Tensor):
-        raise Malformed(f"{what}: expected a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or not value.is_floating_point() or value.device.type != "cpu":
-        raise Malformed(f"{what}: expected dense floating point, got {value.dtype}, {value.layout}, {value.device}")
-    if value.dim() not in dims or 0 in value.shape:
-        expected = " or ".join(f"{n}-D" for n in dims)
-        raise Malformed(f"{what}: expected shape {expected} and not empty, got {list(value.shape)}")
-    if value.numel() * 4 > MOST_BYTES:  # a view may claim any shape over little memory
-        raise Malformed(f"{what}: expected at most {MOST_BYTES >> 20} MiB, got shape {list(value.shape)}")
-    made = value.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
-    if not bool(made.isfinite().all()):
-        raise Malformed(f"{what}: expected finite numbers of float32's range, got nan or infinity")
-    return made
-
-
-def packed(what: str, data: bytes, dtype: object, shape: object) -> Tensor:
-    """Return little-endian raw numbers as float32 of `shape`.
-
-    Args:
-        dtype: float64, float32, float16 or bfloat16.
-    """
-    sizes = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-    if not isinstance(dtype, str) or dtype not in sizes:
-        raise Malformed(f"{what}: expected dtype {', '.join(sizes)}, got {dtype!r}")
-    expected = checked_shape(what, shape)
-    if len(data) != math.prod(expected) * sizes[dtype]:
-        raise Malformed(
-            f"{what}: expected {math.prod(expected) * sizes[dtype]} bytes for {dtype} {expected}, got {len(data)}"
-        )
-    if dtype == "bfloat16":
-        raw = torch.from_numpy(np.frombuffer(data, "<i2").copy()).view(torch.bfloat16)
-    else:
-        raw = torch.from_numpy(np.frombuffer(data, f"<f{sizes[dtype]}").copy())
-    return vector(what, raw.reshape(expected), (1, 2, 3))
-
-
-def checked_shape(what: str, shape: object) -> list[int]:
-    """Return a shape of a file: up to 3 sizes from 1, of no more numbers than a file may hold."""
-    if (
-        not isinstance(shape, list)
-        or not 1 <= len(shape) <= 3
-        or not all(type(size) is int and 1 <= size <= MOST_BYTES for size in shape)
-        or math.prod(shape) * 4 > MOST_BYTES
-    ):
-        raise Malformed(f"{what}: expected a shape of 1 to 3 sizes and at most {MOST_BYTES >> 20} MiB, got {shape!r}")
-    return shape
-
-
-def base64_bytes(what: str, value: object) -> bytes:
-    """Return the bytes that base64 text encodes."""
-    if not isinstance(value, str):
-        raise Malformed(f"{what}: expected base64 text, got {type(value).__name__}")
-    try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Malformed(f"{what}: not base64 ({error})") from None
+    edit: str = "add"
 
 
 def json_bytes(value: object) -> bytes:
     """Return `value` as the content of a JSON file."""
     return (json.dumps(value, allow_nan=False) + "\n").encode()
-
-
-def _brief(value: object) -> str:
-    return f"{type(value).__name__} {value!r}"[:60]

@@ -1,16 +1,23 @@
-"""GGUF control vectors: llama.cpp, repeng, and EasySteer's variant. Needs the package gguf.
+"""GGUF control vectors: llama.cpp, repeng, and the variants of EasySteer and GLP. Needs the package gguf.
 
 ``general.architecture`` is "controlvector"; tensors are ``direction.<N>``, one-dimensional F32 of one length. llama.cpp
 adds direction.N to the output of 0-based block N, and refuses a file that has N = 0 or any other tensor; repeng and
 EasySteer count alike, and EasySteer has a block 0. llama.cpp's cvector-generator stores the output of block N - 1 as
 direction.N. Its layer count is signed, which identifies its files.
+
+GLP (GGUF Layer Projection, of the project weightless) states the operation in the file: ``glp.mode`` "project" is
+x - alpha*<x, d>*d at unit length of d, an ablation. A key that is not known here may change that, and is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +26,14 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import ProfileError
-from steerfast.formats.base import ExportRows, Format, Imported, Malformed, vector
+from steerfast.formats.base import ExportRows, Format, Imported
+from steerfast.formats.reading import Malformed, brief, vector
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ARCHITECTURE = "controlvector"
 _NUMBERING = "direction.N edits the output of 0-based block N"
-_MOST_READS = 1 << 16  # values in a header; a control vector of 126 layers has about a thousand
+_MOST_READS = 1 << 13  # values in a header; a control vector of 126 layers has about a thousand
 
 
 def _package() -> Any:
@@ -91,8 +99,12 @@ def _reader_class() -> Any:
 
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
             self.vectors: dict[str, Tensor] = {}
+            total = 0
             for field in fields:
                 _, _, dims, sizes, kind, offset = (part.tolist() for part in field.parts)
+                total += 4 * sum(sizes)
+                if total > len(self.data):
+                    raise Malformed(f"tensors: expected at most {len(self.data)} bytes, got more: truncated or overlap")
                 if dims != [1]:
                     raise Malformed(f"tensor {field.name[:60]!r}: expected 1-D, got {dims[0]}-D")
                 if kind != [gguf.GGMLQuantizationType.F32]:
@@ -105,13 +117,14 @@ def _reader_class() -> Any:
     return Reader
 
 
-def build(values: dict[str, str | int], tensors: dict[str, np.ndarray]) -> bytes:
-    """Return a control vector's file with these strings, unsigned 32-bit numbers and float32 vectors."""
+def build(values: Mapping[str, str | int | float], tensors: dict[str, np.ndarray]) -> bytes:
+    """Return a control vector's file with these strings, 32-bit numbers (whole ones unsigned) and float32 vectors."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "v.gguf"
-        writer = _package().GGUFWriter(path, _ARCHITECTURE)
+        writer: Any = _package().GGUFWriter(path, _ARCHITECTURE)
         for name, value in values.items():
-            (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+            add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+            add(name, value)
         for name, tensor in tensors.items():
             writer.add_tensor(name, tensor)
         writer.write_header_to_file()
@@ -121,7 +134,11 @@ def build(values: dict[str, str | int], tensors: dict[str, np.ndarray]) -> bytes
         return path.read_bytes()
 
 
-# -- control vectors -------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
+
+
+_SPACES = ("GGUF.", "general.", "controlvector.", "steerfast.", "glp.")
+_MEANINGS = re.compile(r"controlvector\.(mode|operation|algorithm|hook_point|alpha|rank)")
 
 
 def _read(path: Path, data: bytes) -> Imported:
@@ -130,10 +147,31 @@ def _read(path: Path, data: bytes) -> Imported:
     fields, tensors = parse(path)
     values = {name: field.contents() for name, field in fields.items()}
     if (architecture := values.get("general.architecture")) != _ARCHITECTURE:
-        raise Malformed(f"general.architecture: expected {_ARCHITECTURE!r}, got {architecture!r:.60}")
+        raise Malformed(f"general.architecture: expected {_ARCHITECTURE!r}, got {brief(architecture)}")
     component = _component(values.get("controlvector.easysteer"))
     if component not in (None, "hidden_states"):
-        raise Malformed(f"component: expected vectors of hidden_states, got {component!r:.60}")
+        raise Malformed(f"component: expected vectors of hidden_states, got {brief(component)}")
+    for key in values:
+        if not key.startswith(_SPACES) or _MEANINGS.fullmatch(key):
+            raise Malformed(
+                f"key {key[:60]!r}: expected keys of control vectors, got one that may change their meaning"
+            )
+    projects = any(key.startswith("glp.") for key in values) and _check_glp(values)
+    vectors = _directions(tensors)
+    notes = [f"layers: {_NUMBERING}"]
+    count = fields.get("controlvector.layer_count")
+    if count is not None and [kind.name for kind in count.types] == ["INT32"]:
+        notes.append(
+            "the layer count is signed, as llama.cpp's cvector-generator writes it: the generator measures the output "
+            "of block N - 1, and llama.cpp adds it to block N's; imported as llama.cpp applies it, shift by -1 to "
+            "steer where it was measured"
+        )
+    found = Imported(vectors, dict.fromkeys(vectors, 1.0), hint=values.get("controlvector.model_hint"))
+    return replace(found, **_as_projection(values, vectors, notes) if projects else {}, notes=tuple(notes))
+
+
+def _directions(tensors: dict[str, Tensor]) -> dict[int, Tensor]:
+    """Return the tensors by layer."""
     vectors = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"direction\.(0|[1-9]\d{0,5})", name)
@@ -145,17 +183,85 @@ def _read(path: Path, data: bytes) -> Imported:
     lengths = {len(tensor) for tensor in vectors.values()}
     if len(lengths) > 1:
         raise Malformed(f"tensors: expected one length, got {sorted(lengths)}")
-    notes = [f"layers: {_NUMBERING}"]
-    count = fields.get("controlvector.layer_count")
-    if count is not None and [kind.name for kind in count.types] == ["INT32"]:
-        notes.append(
-            "the layer count is signed, as llama.cpp's cvector-generator writes it: the generator measures the output "
-            "of block N - 1, and llama.cpp adds it to block N's; imported as llama.cpp applies it, shift by -1 to "
-            "steer where it was measured"
+    return vectors
+
+
+# -- GLP -------------------------------------------------------------------------------------------
+
+_HOOK = "residual_stream_post_layer"
+_GLP_TOLD = ("created", "method", "contrast", "structure", "validation", "generator", "base_model", "base_revision")
+_GLP_READ = ("mode", "spec_version", "alpha_default", "rank", "orthonormal", "hook_point", "derived_at")
+_GLP_KEYS = {f"glp.{name}" for name in (*_GLP_TOLD, *_GLP_READ, "layer_ids_zero_based", "content_sha256")}
+
+
+def _check_glp(values: dict[str, Any]) -> bool:
+    """Return whether a GLP file projects, else it adds.
+
+    Raises:
+        Malformed: a mode, hook, version, rank or key that no profile holds; the message names the key.
+    """
+    alpha = values.get("glp.alpha_default", 1.0)
+    projects = values.get("glp.mode") == "project"
+    if not isinstance(alpha, float) or not math.isfinite(alpha) or alpha < 0 or (alpha != 1 and not projects):
+        numbers = "a number from 0" if projects else "1 with the mode add"
+        raise Malformed(f"glp.alpha_default: expected {numbers}, got {brief(alpha)}")
+    for name, expected in (
+        ("mode", ("project", "add")),
+        ("spec_version", (1,)),
+        ("rank", (1, None)),
+        ("hook_point", (_HOOK,) if projects else (_HOOK, None)),
+    ):
+        if (value := values.get(f"glp.{name}")) not in expected:
+            words = " or ".join(str(one) for one in expected if one is not None)
+            raise Malformed(f"glp.{name}: expected {words}, got {brief(value)}")
+    if unknown := sorted({key for key in values if key.startswith("glp.")} - _GLP_KEYS):
+        raise Malformed(f"key {unknown[0][:60]!r}: not known, it may change what the vectors mean")
+    if "per-execution-step" in str(values.get("glp.structure")):
+        raise Malformed("glp.structure: expected a vector for a block, got one for each execution step of a loop")
+    return projects
+
+
+def _as_projection(values: dict[str, Any], vectors: dict[int, Tensor], notes: list[str]) -> dict[str, Any]:
+    """Return the fields of `Imported` for a file that projects; add to `notes`."""
+    told = values.get("glp.layer_ids_zero_based")
+    if 0 in vectors or (told is not None and {*re.findall(r"\d+", str(told))} != {*map(str, vectors)}):
+        raise Malformed(f"glp.layer_ids_zero_based: expected the layers of the tensors, from 1, got {brief(told)}")
+    if not all(bool(row.any()) for row in vectors.values()):
+        raise Malformed("tensors: expected directions, got one of zeros")
+    alpha = float(values.get("glp.alpha_default", 1.0))
+    notes.append(f"glp.mode project became the edit ablate, its glp.alpha_default the strength {alpha:g}")
+    if (site := values.get("glp.derived_at", _HOOK)) != _HOOK:
+        notes.append(f"the directions were measured at {brief(site)}, and are applied to outputs of blocks")
+    return {"vectors": {layer: _unit(row) for layer, row in vectors.items()}, "edits": {"ablate": {"strength": alpha}}}
+
+
+def _unit(row: Tensor) -> Tensor:
+    """Return a row of length 1, float32: an ablation is the same, and squares of large rows overflow."""
+    return torch.nn.functional.normalize(row.double(), dim=0, eps=0).float()
+
+
+def _encode_glp(written: ExportRows) -> tuple[bytes, list[str]]:
+    profile, layers = written.profile, list(written.rows)
+    strengths = {float(profile.strength[layer]) for layer in layers}
+    if 0 in layers or len(strengths) != 1 or not min(strengths) > 0:
+        raise Malformed(
+            f"expected blocks from 1, ablated at one strength above 0, got layers {layers} at {sorted(strengths)}"
         )
-    return Imported(
-        vectors, dict.fromkeys(vectors, 1.0), hint=values.get("controlvector.model_hint"), notes=tuple(notes)
-    )
+    rows = {layer: _unit(row) for layer, row in written.rows.items()}
+    values: dict[str, str | int | float] = {
+        "glp.mode": "project",
+        "glp.spec_version": 1,
+        "glp.rank": 1,
+        "glp.alpha_default": strengths.pop(),
+        "glp.hook_point": _HOOK,
+        "glp.layer_ids_zero_based": ",".join(map(str, layers)),
+        "glp.base_model": profile.model.name,
+        "glp.content_sha256": hashlib.sha256(b"".join(row.numpy().tobytes() for row in rows.values())).hexdigest(),
+    }
+    return _built(written, rows, {}, values), ["a reader that does not know glp.mode adds the directions instead"]
+
+
+# -- control vectors that add ----------------------------------------------------------------------
 
 
 def _component(text: Any) -> Any:
@@ -163,8 +269,13 @@ def _component(text: Any) -> Any:
     if text is None:
         return None
     try:
-        return json.loads(text)["component"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads(text)
+        if found.get("version", 1) != 1:
+            raise Malformed(f"controlvector.easysteer: expected version 1, got {brief(found['version'])}")
+        return found["component"]
+    except Malformed:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Malformed("controlvector.easysteer: expected a JSON object with a component") from None
 
 
@@ -182,13 +293,15 @@ def _encode_easysteer(written: ExportRows) -> tuple[bytes, list[str]]:
     return _built(written, written.rows, {"method": "steerfast", "easysteer": native}), []
 
 
-def _built(written: ExportRows, rows: dict[int, Tensor], extra: dict[str, str]) -> bytes:
-    values: dict[str, str | int] = {
+def _built(
+    written: ExportRows, rows: dict[int, Tensor], extra: dict[str, str], more: dict[str, Any] | None = None
+) -> bytes:
+    values: dict[str, Any] = {
         f"{_ARCHITECTURE}.model_hint": written.hint,
         f"{_ARCHITECTURE}.layer_count": len(rows),
         "steerfast.layer_numbering": _NUMBERING,
     }
-    values |= {f"{_ARCHITECTURE}.{name}": value for name, value in extra.items()}
+    values |= {f"{_ARCHITECTURE}.{name}": value for name, value in extra.items()} | (more or {})
     return build(values, {f"direction.{layer}": row.numpy() for layer, row in rows.items()})
 
 
@@ -200,7 +313,12 @@ def _is_easysteer(path: Path, data: bytes) -> bool:
     return data.startswith(_MAGIC) and b"controlvector.method" in data[: 1 << 16]
 
 
+def _is_glp(path: Path, data: bytes) -> bool:
+    return data.startswith(_MAGIC) and b"glp." in data[: 1 << 16]
+
+
 GGUF = Format("gguf", (".gguf",), "N is the output of 0-based block N, from 1", _is_gguf, _read, _encode)
 EASYSTEER = Format(
     "easysteer", (".gguf",), "N is the output of 0-based block N", _is_easysteer, _read, _encode_easysteer
 )
+GLP = Format("glp", (".gguf",), "N is the output of 0-based block N, from 1", _is_glp, _read, _encode_glp, "ablate")

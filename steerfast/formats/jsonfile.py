@@ -11,16 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from steerfast.errors import ProfileError
-from steerfast.formats.base import (
-    Condition,
-    ExportRows,
-    Format,
-    Imported,
+from steerfast.formats.base import Condition, ExportRows, Format, Imported, json_bytes
+from steerfast.formats.reading import (
     Malformed,
     base64_bytes,
     checked_shape,
     floats,
-    json_bytes,
     json_object,
     json_of,
     layer_number,
@@ -29,7 +25,7 @@ from steerfast.formats.base import (
     packed,
     vector,
 )
-from steerfast.profile import SteeringProfile
+from steerfast.profile import ModelIdentity, SteeringProfile
 
 # -- .svec -----------------------------------------------------------------------------------------
 # Conditional activation steering edits and reads the input of block L, which is the output of block L - 1.
@@ -50,15 +46,16 @@ def _read_svec(path: Path, data: bytes) -> Imported:
     return Imported(vectors, hint=hint if isinstance(hint, str) else None, notes=notes)
 
 
-def condition_of(imported: Imported, layer: int, threshold: float) -> Condition:
+def condition_of(imported: Imported, layer: int, threshold: float, model: ModelIdentity) -> Condition:
     """Return the gate of a condition vector: it opens where the cosine at 0-based block `layer` exceeds `threshold`.
 
     Raises:
         ProfileError: the file has no vector there.
     """
-    direction = imported.vectors.get(layer)
+    vectors = imported.by_block(model, [])
+    direction = vectors.get(layer)
     if direction is None or not bool(direction.any()):
-        have = sorted(layer for layer, vector in imported.vectors.items() if layer >= 0 and bool(vector.any()))
+        have = sorted(layer for layer, vector in vectors.items() if layer >= 0 and bool(vector.any()))
         raise ProfileError(f"condition: expected one of layers {have}, outputs of 0-based blocks, got {layer}")
     return Condition(
         layer,
@@ -113,7 +110,7 @@ def _svec(hint: str, rows: dict[int, Tensor], num_layers: int) -> tuple[bytes, l
 
 
 def _is_svec(path: Path, data: bytes) -> bool:
-    found = json_of(data)
+    found = json_of(data, "directions")
     return isinstance(found, dict) and "directions" in found
 
 
@@ -210,7 +207,7 @@ def _encode_lens(written: ExportRows) -> tuple[bytes, list[str]]:
 
 
 def _is_lens(path: Path, data: bytes) -> bool:
-    found = json_of(data)
+    found = json_of(data, "activations")
     first = found[0] if isinstance(found, list) and found else found
     return isinstance(first, dict) and {"activations", "layer_indices"} <= set(first)
 
@@ -287,7 +284,7 @@ def _encode_module(written: ExportRows) -> tuple[bytes, list[str]]:
 
 
 def _is_module(path: Path, data: bytes) -> bool:
-    found = json_of(data)
+    found = json_of(data, *_TIERS)
     return isinstance(found, dict) and any(isinstance(found.get(tier), dict) for tier in _TIERS)
 
 

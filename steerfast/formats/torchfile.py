@@ -1,190 +1,98 @@
-"""Files that torch.save and pickle write: hotwire, rotalabs, and steering-vectors (read only).
+"""Files that torch.save and pickle write: hotwire, refusal_direction, vLLM-Hook, rotalabs, and steering-vectors.
 
-Nothing in them is trusted. torch's archives are checked before torch opens them, with ``weights_only``; a bare pickle
-goes through an unpickler that knows tensors, plain containers and one stand-in class. Everything else is refused by
-name. No pickle of classes is ever written: hotwire's and rotalabs' files hold one tensor.
+Nothing in them is trusted, see `pickles`. No pickle of classes is ever written: hotwire's and rotalabs' files hold one
+tensor.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import io
 import json
-import pickle
-import warnings
-import zipfile
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerfast.formats.base import (
-    MOST_BYTES,
-    ExportRows,
-    Format,
-    Imported,
+from steerfast.formats import pickles
+from steerfast.formats.base import ExportRows, Format, Imported, imported_array, json_bytes
+from steerfast.formats.reading import (
     Malformed,
+    brief,
     content,
-    json_bytes,
     json_object,
     json_of,
+    layer_in,
     layer_number,
+    number,
     vector,
 )
-
-_ZIP = b"PK\x03\x04"
-_PICKLE = b"\x80"
-_STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
-
-
-class _SteeringVector:
-    """Stand in for the class of that name in steering-vectors: the pickled fields become its attributes."""
-
-
-# -- careful loading -------------------------------------------------------------------------------
-
-
-def _load(data: bytes) -> Any:
-    """Return the tensors, plain containers or `_SteeringVector` that torch.save put into `data`."""
-    _check_archive(data)
-    allowed: list[Any] = [(_SteeringVector, _STEERING_VECTOR)]
-    with torch.serialization.safe_globals(allowed), _malformed_unless("a file of tensors"):
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-        if foreign:
-            raise Malformed(f"expected tensors alone, got {', '.join(sorted(foreign))[:200]}")
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-@contextlib.contextmanager
-def _malformed_unless(what: str) -> Iterator[None]:
-    """Turn any error into `Malformed`: a pickle is a program and may fail in any way; then it is not `what`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except Malformed:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:120]
-        raise Malformed(f"not {what} ({type(error).__name__}: {reason})") from None
-
-
-def _check_archive(data: bytes) -> None:
-    """Refuse a zip archive that torch.save would not write."""
-    try:
-        entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
-    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
-        raise Malformed(f"expected a zip archive as torch.save writes, got a damaged one ({error})") from None
-    for entry in entries:
-        parts = entry.filename.replace("\\", "/").split("/")
-        if entry.filename.startswith(("/", "\\")) or ".." in parts or ":" in entry.filename:
-            raise Malformed(f"archive: expected names inside it, got {entry.filename!r}")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise Malformed(f"archive: expected entries stored as torch.save does, got {entry.filename!r} compressed")
-    if (total := sum(entry.file_size for entry in entries)) > len(data):
-        raise Malformed(f"archive: expected entries of at most {len(data)} bytes, got {total}")
-
-
-def _storage(raw: bytes) -> Any:
-    """Return the storage inside a pickled tensor, which torch itself would load as a pickle of anything."""
-    if len(raw) > MOST_BYTES:
-        raise Malformed("storage: too large")
-    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """Return the bytes that a pickle of protocol 2 holds as text."""
-    if encoding != "latin1":
-        raise Malformed(f"bytes: expected latin1, got {encoding!r}")
-    return text.encode("latin1")
-
-
-_KNOWN = {
-    _STEERING_VECTOR: _SteeringVector,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch.storage._load_from_bytes": _storage,
-    "collections.OrderedDict": collections.OrderedDict,
-    "_codecs.encode": _latin1,
-}
-
-
-def _build(unpickler: Any) -> None:
-    """Set an object's attributes: only the stand-in's, since a pickle may hold torch's functions as well."""
-    state = unpickler.stack.pop()
-    made = unpickler.stack[-1]
-    if type(made) is not _SteeringVector or not isinstance(state, dict):
-        raise Malformed(f"expected attributes of a SteeringVector alone, got those of {type(made).__name__}")
-    vars(made).update(state)
-
-
-class _Unpickler(pickle._Unpickler):  # in Python: the C one reserves memory for any memo index
-    """Load the classes and functions that a pickled SteeringVector needs, no others."""
-
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}  # noqa: RUF012 (as the class above has it)
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _KNOWN[f"{module}.{name}"]
-        except KeyError:
-            raise Malformed(f"expected tensors alone, got {module}.{name}"[:200]) from None
-
-    def persistent_load(self, identifier: Any) -> Any:
-        raise Malformed("expected a pickle that stands alone, got one that refers to other data")
-
-
-def _unpickle(data: bytes) -> Any:
-    with _malformed_unless("a pickle of tensors"):
-        return _Unpickler(io.BytesIO(data)).load()
-
 
 # -- steering-vectors ------------------------------------------------------------------------------
 
 
 def _read_steering_vectors(path: Path, data: bytes) -> Imported:
-    found = _load(data) if data.startswith(_ZIP) else _unpickle(data)
-    if isinstance(found, _SteeringVector):
+    found = pickles.load(data)
+    if isinstance(found, pickles.SteeringVector):
         found = vars(found)
     if not isinstance(found, dict) or "layer_activations" not in found:
         raise Malformed("expected a SteeringVector with layer_activations")
     kind = found.get("layer_type", "decoder_block")
     if kind != "decoder_block":
-        raise Malformed(f"layer_type: expected 'decoder_block', a profile edits outputs of blocks, got {kind!r}")
+        raise Malformed(f"layer_type: expected 'decoder_block', a profile edits outputs of blocks, got {brief(kind)}")
     activations = found["layer_activations"]
     if not isinstance(activations, dict) or not activations:
         raise Malformed("layer_activations: expected tensors by layer, got none")
     vectors = {}
     for layer, value in activations.items():
         if not isinstance(value, Tensor):
-            raise Malformed(f"layer {layer!r}: expected a tensor, got {type(value).__name__}")
+            raise Malformed(f"layer {brief(layer)}: expected a tensor, got {type(value).__name__}")
         if value.dim() > 1 and value.numel() == value.shape[-1]:  # [1, H] and [1, 1, H] are added alike
             value = value.reshape(-1)
-        vectors[layer_number(layer)] = vector(f"layer {layer!r}", value)
+        vectors[layer_number(layer)] = vector(f"layer {brief(layer)}", value)
     return Imported(vectors, dict.fromkeys(vectors, 1.0), notes=("layers: L is the output of 0-based decoder block L",))
 
 
 def _is_steering_vectors(path: Path, data: bytes) -> bool:
-    if data.startswith(_PICKLE):
-        return True
-    return data.startswith(_ZIP) and b"steering_vectors.steering_vector" in data[: 1 << 16]
+    if data.startswith(pickles.PICKLE):
+        return not pickles.is_torch_file(data)
+    return data.startswith(pickles.ZIP) and b"steering_vectors.steering_vector" in data[: 1 << 16]
 
 
 # -- hotwire ---------------------------------------------------------------------------------------
 
 
-def _read_hotwire(path: Path, data: bytes) -> Imported:
-    found = _load(data)
+_FOREIGN = {
+    ("rotate_layer", "learned_source", "proj_layer"): "LoReFT of pyreft, which moves a row by a matrix times the row",
+    ("projector1", "projector2"): "LM-Steer, which moves a row by a matrix times the row",
+    ("W_enc", "W_dec"): "a sparse autoencoder, which has a direction for each feature: save the row of one",
+}
+
+
+def _array_in(found: Any) -> tuple[Tensor, str]:
+    """Return the one array that a file holds, and its name."""
+    name = ""
     if isinstance(found, dict):
-        found = next((value for value in found.values() if isinstance(value, Tensor)), None)
+        keys = sorted(str(key) for key in found)
+        for words, reason in _FOREIGN.items():
+            if any(word in key for word in words for key in keys):
+                raise Malformed(f"expected a vector, got keys {', '.join(keys)} of {reason}")
+        if len(found) != 1:
+            raise Malformed(f"expected one tensor, got a dict of {', '.join(keys) or 'nothing'}")
+        (name, found), *_ = found.items()
     if not isinstance(found, Tensor):
-        raise Malformed("expected a tensor, or a dict whose first tensor is the vectors")
-    rows = vector("the tensor", found, (1, 2))
-    notes = ("layers: row L is for the output of 0-based block L; hotwire's requests name the layer and the scale",)
-    if rows.dim() == 1:
-        return Imported({}, anywhere=rows, notes=notes)
-    return Imported({layer: row for layer, row in enumerate(rows) if bool(row.any())}, notes=notes)
+        raise Malformed(f"expected a tensor, or a dict of one tensor, got {type(found).__name__}")
+    return found, str(name)
+
+
+def _read_hotwire(path: Path, data: bytes) -> Imported:
+    array, key = _array_in(pickles.load(data))
+    archive = pickles.archive_name(data)
+    if archive.startswith("intkey_layer_") and "comp_block_output" not in archive:
+        raise Malformed(f"expected a vector of block_output, which a profile edits, got {archive[:60]!r}")
+    notes = ("a file of tensors does not say the scale: its project's requests do",)
+    return imported_array(array, path.name, archive, key, notes=notes)
 
 
 def _encode_hotwire(written: ExportRows) -> tuple[bytes, list[str]]:
@@ -200,6 +108,54 @@ def _saved(tensor: Tensor) -> bytes:
     stream = io.BytesIO()
     torch.save(tensor.clone(), stream)
     return stream.getvalue()
+
+
+# -- refusal_direction -----------------------------------------------------------------------------
+
+
+def _read_refusal(path: Path, data: bytes) -> Imported:
+    row = vector("the direction", _array_in(pickles.load(data))[0])
+    beside = path.with_name("direction_metadata.json")
+    named = layer_in(path.name)
+    if beside.is_file():
+        named = layer_number(json_object(content(beside)).get("layer")), beside.name
+    named = named and (named[0] - 1, named[1])
+    note = "layers: refusal_direction reads the input of 0-based block l, which is the output of block l - 1"
+    return Imported({}, anywhere=row, named=named, notes=(note,))
+
+
+def _is_refusal(path: Path, data: bytes) -> bool:
+    told = pickles.archive_name(data) == "direction" or "refusal_direction" in path.name
+    return pickles.is_torch_file(data) and (told or path.with_name("direction_metadata.json").is_file())
+
+
+# -- vLLM-Hook -------------------------------------------------------------------------------------
+
+
+def _read_vllm_hook(path: Path, data: bytes) -> Imported:
+    found = pickles.load(data)
+    if not isinstance(found, dict) or not {"dir"} <= set(found) <= {"dir", "avg_proj"}:
+        raise Malformed(f"expected a dict of dir and avg_proj, got {brief(found)}")
+    notes = ("add_vector's coefficient and both methods' layer are in the project's config, not in the file",)
+    made = Imported({}, anywhere=vector("dir", found["dir"]), notes=notes)
+    if "avg_proj" not in found:
+        return made
+    average, row = found["avg_proj"], made.anywhere.double()  # type: ignore[union-attr]
+    target = number("avg_proj", average.item() if isinstance(average, Tensor) and average.numel() == 1 else average)
+    square = float(row @ row)
+    if square == 0:
+        raise Malformed("dir: expected a direction, got zeros")
+    # adjust_rs: x + (avg_proj - <x, dir>)*dir. The coefficient of a clamp is <x, dir>/<dir, dir>.
+    clamp = {"low": target / square, "high": target / square, "strength": square}
+    reason = (
+        "the file does not say whether add_vector or adjust_rs is meant. clamp is adjust_rs where a block returns its "
+        "output whole; of a pair, adjust_rs reads the residual without the MLP's output, which no profile does"
+    )
+    return replace(made, edits={"add": {}, "clamp": clamp}, undecided=reason)
+
+
+def _is_vllm_hook(path: Path, data: bytes) -> bool:
+    return data.startswith(pickles.ZIP) and b"X\x03\x00\x00\x00dir" in data[:4096]
 
 
 # -- rotalabs --------------------------------------------------------------------------------------
@@ -219,7 +175,7 @@ def _read_rotalabs(path: Path, data: bytes) -> Imported:
         layer = layer_number(about.get("layer_index"))
         if layer in vectors:
             raise Malformed(f"layer {layer}: expected once, got twice ({pair.name})")
-        vectors[layer] = vector(pair.with_suffix(".pt").name, _load(content(pair.with_suffix(".pt"))))
+        vectors[layer] = vector(pair.with_suffix(".pt").name, pickles.load(content(pair.with_suffix(".pt"))))
         names.add(str(about.get("model_name")))
         shape = about.get("vector_shape")
         if shape is not None and shape != list(vectors[layer].shape):
@@ -265,11 +221,13 @@ STEERING_VECTORS = Format(
 HOTWIRE = Format(
     "hotwire",
     (".pt",),
-    "row L is the output of 0-based block L",
-    lambda path, data: data.startswith(_ZIP),
+    "row L is the output of 0-based block L; of one more row, row L + 1",
+    lambda path, data: pickles.is_torch_file(data),
     _read_hotwire,
     _encode_hotwire,
 )
 ROTALABS = Format(
     "rotalabs", (), "layer_index L is the output of 0-based block L", _is_rotalabs, _read_rotalabs, _encode_rotalabs
 )
+REFUSAL = Format("refusal-direction", (".pt",), "layer l is the input of 0-based block l", _is_refusal, _read_refusal)
+VLLM_HOOK = Format("vllm-hook", (".pt",), "the file has none", _is_vllm_hook, _read_vllm_hook)

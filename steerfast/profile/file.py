@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from steerfast.profile.profile import SteeringProfile
 
 FORMAT_VERSION = 1
+_MOST_NUMBERS = 1 << 23  # layers * H; 126 layers of 16384 are a quarter
 
 _POINT = "points."  # before the name of a threshold
 PER_LAYER = ("threshold", "strength", "norm")
@@ -98,7 +99,12 @@ def _model(content: dict[str, Any]) -> ModelIdentity:
     identity = dict(content["model"])
     if identity["embedding_sketch"] is not None:
         identity["embedding_sketch"] = tuple(identity["embedding_sketch"])
-    return ModelIdentity(**identity)
+    model = ModelIdentity(**identity)
+    if model.num_layers * model.hidden_size > _MOST_NUMBERS:
+        raise ProfileError(
+            f"model: expected at most {_MOST_NUMBERS} numbers, got {model.num_layers} layers of {model.hidden_size}"
+        )
+    return model
 
 
 def _wide_tensors(model: ModelIdentity, named: dict[str, Tensor]) -> dict[str, Tensor]:

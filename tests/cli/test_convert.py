@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,26 @@ def test_help_has_an_example() -> None:
     text = done("--help").stdout
     assert "Example:\n    steerfast convert happy.gguf" in text
     assert "--json FILE" in text
+
+
+def test_names_in_files_do_not_reach_the_terminal_raw(profile: SteeringProfile, tmp_path: Path) -> None:
+    """Escape sequences and line breaks in a model's name, a vector's kind, a key of a file."""
+    hostile = "\x1b]0;owned\x07\x1b[2J\rx\nsteerfast: note: all is well"
+    bad = replace(profile, vector_kind=hostile, model=replace(profile.model, name=hostile))
+    bad.save(tmp_path / "bad.safetensors")
+    torch.save({hostile: torch.ones(3), "b": torch.ones(3)}, tmp_path / "keys.pt")
+    values = {"controlvector.model_hint": hostile}
+    row = np.ones(profile.model.hidden_size, "f4")
+    (tmp_path / "v.gguf").write_bytes(build(values, {"direction.1": row}))
+    out = tmp_path / "out.safetensors"
+    shown = [
+        CommandLine("inspect").done(tmp_path / "bad.safetensors"),
+        run(tmp_path / "v.gguf", out, "--like", tmp_path / "bad.safetensors"),
+        run(tmp_path / "v.gguf", out, "--like", tmp_path / "bad.safetensors", "--layers", "3"),
+        run(tmp_path / "keys.pt", out, "--like", tmp_path / "p.safetensors"),
+    ]
+    for result in shown:
+        text = result.stdout + result.stderr
+        assert "owned" in text or "layers: expected" in text
+        assert all(c.isprintable() or c == "\n" for c in text)
+        assert not any(line.startswith("steerfast: note: all is well") for line in text.splitlines())

@@ -98,14 +98,12 @@ def command(
 def _print_answers(prompts: Sequence[str], answers: Sequence[GuardedAnswer], json_file: str | None) -> None:
     from rich.text import Text
 
-    from steerfast.cli.rendering import printable
-
     console = common.console(json_file)
     for prompt, answer in zip(prompts, answers, strict=True):
         certificate = answer.certificate
         colour = "bold green" if certificate.safe else "bold red"
-        console.print(Text.assemble(("> ", "bold"), printable(prompt)))
-        console.print(Text(printable(answer.text)))
+        console.print(Text.assemble(("> ", "bold"), prompt or "(empty)"))
+        console.print(Text(answer.text or "(empty)"))
         decision = "fired" if certificate.fired else "undecided" if certificate.undecided else "shut"
         gate = "" if certificate.fired is None else f", gate {decision}"
         fallback = f", fallback: {certificate.fallback}" if certificate.fallback else ""
