@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from typing import Any
@@ -24,7 +25,6 @@ _STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
 _MOST_PICKLE = 32 << 20
 _MOST_READS = 1 << 16  # of a pickle's parts; a vector takes about fifty
 _MOST_CALLS = 1 << 10  # of the functions in `_KNOWN`; a vector takes at most four
-_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save before torch 1.6, and each storage of a pickled tensor
 _MOST_ENTRIES = 4096  # of an archive
 _FLOATS = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16}
 
@@ -53,11 +53,6 @@ class _Dtype:
         return made if sizes else made[0]
 
 
-def is_torch_file(data: bytes) -> bool:
-    """Return whether torch.save wrote a file, by its first bytes."""
-    return data.startswith((ZIP, pickle.dumps(_MAGIC, protocol=2)))
-
-
 def archive_name(data: bytes) -> str:
     """Return the name that torch.save gave an archive, which is that of the file it wrote; empty for other content."""
     if not data.startswith(ZIP) or len(data) < 30:
@@ -67,7 +62,7 @@ def archive_name(data: bytes) -> str:
 
 
 def load(data: bytes) -> Any:
-    """Return the tensors, plain containers or `SteeringVector` in a pickle or a file of torch.save.
+    """Return the tensors, plain containers or `SteeringVector` in a pickle or an archive of torch.save.
 
     Raises:
         Malformed: another class or function, damaged, or too large.
@@ -77,70 +72,15 @@ def load(data: bytes) -> Any:
     if len(program) > _MOST_PICKLE:
         raise Malformed(f"pickle: expected at most {_MOST_PICKLE >> 20} MiB, got {len(program) >> 20} MiB")
     with malformed_unless("a file of tensors" if archive else "a pickle of tensors"):
-        if archive:
-            return _Unpickler(_Counted(program), archive).load()
-        return _stream(program, _MOST_READS, _KNOWN)
+        return _Unpickler(_Counted(program), archive).load()
 
 
-def _stream(data: bytes, most_reads: int, known: dict[str, Any]) -> Any:
-    """Return what a pickle holds, or a row of pickles and storages, as torch.save wrote before it wrote archives."""
-    file = _Counted(data, most_reads)
-    first = _Unpickler(file, None, known).load()
-    if not (isinstance(first, int) and first == _MAGIC):
-        return first
-    storages = _Storages(data)
-    version, system = _Unpickler(file, None, {}).load(), _Unpickler(file, None, {}).load()
-    if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise Malformed("expected a file of torch.save, little-endian")
-    found = _Unpickler(file, storages, known).load()
-    for key in _Unpickler(file, None, {}).load():
-        storages.fill(key, file)
-    return found
-
-
-class _Storages:
-    """The storages that follow the pickles: made when a tensor names them, filled when they are read."""
-
-    def __init__(self, data: bytes) -> None:
-        self._room = len(data)
-        self._storages: dict[str, Tensor] = {}
-
-    def storage(self, identifier: Any) -> Tensor:
-        """Return a storage as 1-D tensor; tensors that share it get the same."""
-        word, dtype, key, _, count, *view = identifier
-        if word != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or any(view):
-            raise Malformed(f"storage: expected one of torch, got {brief(identifier)}")
-        if key not in self._storages:
-            self._room -= int(count) * dtype.itemsize
-            if self._room < 0 or count < 0:
-                raise Malformed(f"storage {key[:40]!r}: expected one inside the file, got {brief(count)} numbers")
-            self._storages[key] = self._made(key, torch.empty(count, dtype=dtype))
-        return self._storages[key]
-
-    def _made(self, key: str, storage: Tensor) -> Tensor:
-        return storage
-
-    def fill(self, key: str, file: io.BytesIO) -> None:
-        """Read the numbers of a storage, after their count."""
-        made = self._storages[key]
-        if int.from_bytes(file.read(8), "little") != len(made):
-            raise Malformed(f"storage {key[:40]!r}: expected {len(made)} numbers, got another count")
-        _copy(made, file.read(made.nbytes))
-
-
-def _copy(storage: Tensor, raw: bytes) -> None:
-    if len(raw) != storage.nbytes:
-        raise Malformed(f"storage: expected {storage.nbytes} bytes, got {len(raw)}")
-    if raw:
-        storage.copy_(torch.frombuffer(bytearray(raw), dtype=storage.dtype))
-
-
-class _Archive(_Storages):
+class _Archive:
     """The entries of a zip archive that torch.save wrote."""
 
     def __init__(self, data: bytes) -> None:
-        super().__init__(data)
         self._data = data
+        self._storages: dict[str, Tensor] = {}
         if data.count(b"PK\x01\x02") > _MOST_ENTRIES:
             raise Malformed(f"archive: expected at most {_MOST_ENTRIES} entries, got more")
         try:
@@ -165,9 +105,21 @@ class _Archive(_Storages):
             raise Malformed(f"archive: expected {size} bytes of {name[:40]!r}, got {len(self._data) - start}")
         return self._data[start : start + size]
 
-    def _made(self, key: str, storage: Tensor) -> Tensor:
-        _copy(storage, self.entry(f"data/{key}"))
-        return storage
+    def storage(self, identifier: Any) -> Tensor:
+        """Return a storage as 1-D tensor; tensors that share it get the same."""
+        word, dtype, key, _, count = identifier
+        if word != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise Malformed(f"storage: expected one of torch, got {brief(identifier)}")
+        if key not in self._storages:
+            self._storages[key] = _numbers(self.entry(f"data/{key}"), dtype)
+        found = self._storages[key]
+        if found.dtype != dtype or len(found) != count:
+            raise Malformed(f"storage {key[:40]!r}: expected {brief(count)} numbers of {dtype}, got {len(found)}")
+        return found
+
+
+def _numbers(raw: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
 
 # -- what a pickle may call ------------------------------------------------------------------------
@@ -179,12 +131,15 @@ def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: object) ->
 
 
 def _storage(raw: bytes) -> Tensor:
-    """Return the storage inside a pickled tensor."""
-    inner = {name: known for name, known in _KNOWN.items() if known is not _storage}
-    found = _stream(raw, 1000, inner)
-    if not isinstance(found, Tensor):
-        raise Malformed(f"storage: expected numbers, got {type(found).__name__}")
-    return found
+    """Return the storage inside a pickled tensor: five pickles, of which one names the type, a count, the numbers."""
+    file = io.BytesIO(raw)
+    named = [word for _ in range(5) for code, word, _ in pickletools.genops(file) if code.name == "GLOBAL"]
+    dtype = _FLOATS.get(str(named[0]).removeprefix("torch ").removesuffix("Storage")) if len(named) == 1 else None
+    count = int.from_bytes(file.read(8), "little")
+    numbers = file.read()
+    if dtype is None or len(numbers) != count * dtype.itemsize:
+        raise Malformed(f"storage: expected numbers of torch, got {brief(named)}")
+    return _numbers(numbers, dtype)
 
 
 def _encoded(text: str, encoding: str) -> bytes:
@@ -213,9 +168,7 @@ for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
 class _Counted(io.BytesIO):
     """A file that is read in few parts."""
 
-    def __init__(self, data: bytes, most: int = _MOST_READS) -> None:
-        super().__init__(data)
-        self._left = most
+    _left = _MOST_READS
 
     def read(self, size: int | None = -1, /) -> bytes:
         self._left -= 1
@@ -228,7 +181,7 @@ _Python: Any = pickle._Unpickler  # the C one reserves memory for any memo index
 
 
 class _Unpickler(_Python):
-    """Load plain data, what `known` makes of it, and the storages that `source` has."""
+    """Load plain data, what `_KNOWN` makes of it, and the storages of an archive."""
 
     _PLAIN = (
         "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE "
@@ -239,23 +192,20 @@ class _Unpickler(_Python):
         code: _Python.dispatch[code] for code in (getattr(pickle, name)[0] for name in _PLAIN.split())
     }
 
-    def __init__(
-        self, file: io.BytesIO, source: _Archive | _Storages | None, known: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, file: io.BytesIO, archive: _Archive | None) -> None:
         super().__init__(file)
-        self._source, self._known = source, _KNOWN if known is None else known
-        self._calls, self._bytes = _MOST_CALLS, 2 * len(file.getvalue())
+        self._archive, self._calls, self._bytes = archive, _MOST_CALLS, 2 * len(file.getvalue())
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self._known[f"{module}.{name}"]
+            return _KNOWN[f"{module}.{name}"]
         except KeyError:
             raise Malformed(f"expected tensors alone, got {module}.{name}"[:200]) from None
 
     def persistent_load(self, identifier: Any) -> Any:
-        if self._source is None:
+        if self._archive is None:
             raise Malformed("expected a pickle that stands alone, got one that refers to other data")
-        return self._source.storage(identifier)
+        return self._archive.storage(identifier)
 
     def _spend(self, *values: Any) -> None:
         self._calls -= 1

@@ -56,7 +56,7 @@ def _read_steering_vectors(path: Path, data: bytes) -> Imported:
 
 def _is_steering_vectors(path: Path, data: bytes) -> bool:
     if data.startswith(pickles.PICKLE):
-        return not pickles.is_torch_file(data)
+        return True
     return data.startswith(pickles.ZIP) and b"steering_vectors.steering_vector" in data[: 1 << 16]
 
 
@@ -126,7 +126,7 @@ def _read_refusal(path: Path, data: bytes) -> Imported:
 
 def _is_refusal(path: Path, data: bytes) -> bool:
     told = pickles.archive_name(data) == "direction" or "refusal_direction" in path.name
-    return pickles.is_torch_file(data) and (told or path.with_name("direction_metadata.json").is_file())
+    return data.startswith(pickles.ZIP) and (told or path.with_name("direction_metadata.json").is_file())
 
 
 # -- vLLM-Hook -------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ HOTWIRE = Format(
     "hotwire",
     (".pt",),
     "row L is the output of 0-based block L; of one more row, row L + 1",
-    lambda path, data: pickles.is_torch_file(data),
+    lambda path, data: data.startswith(pickles.ZIP),
     _read_hotwire,
     _encode_hotwire,
 )

@@ -51,13 +51,13 @@ def bake(model: nn.Module, profile: SteeringProfile) -> BakedBiases:
     _check(profile)
     if (problem := profile.model.mismatch(identify(model))) is not None:
         raise ProfileError(problem)
-    layers = find_decoder(model).layers
+    layers, dtype = find_decoder(model).layers, model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     writers = {layer: _writer(layers[layer], layer, profile.model.hidden_size) for layer in profile.steered_layers}
     biases: dict[nn.Linear, Tensor] = {}
     for layer, writer in writers.items():
         added = profile.strength[layer] * profile.vector[layer]
         before = 0.0 if writer.bias is None else writer.bias.detach().float().cpu()
-        biases[writer] = (before + added).to(writer.weight.device, model.dtype)  # type: ignore[arg-type]
+        biases[writer] = (before + added).to(writer.weight.device, dtype)
     _compare(model, profile, biases)
     names = {module: name for name, module in model.named_modules()}
     made = {f"{names[writer]}.bias": bias.cpu() for writer, bias in biases.items()}
@@ -71,8 +71,8 @@ def bake(model: nn.Module, profile: SteeringProfile) -> BakedBiases:
 def _check(profile: SteeringProfile) -> None:
     if profile.edit != "add":
         raise ProfileError(
-            f"edit: expected 'add', got {profile.edit!r}: it depends on the whole residual stream, which no weight of a "
-            "block writes, so neither a bias nor a LoRA equals it"
+            f"edit: expected 'add', got {profile.edit!r}: it depends on the whole residual stream, which no weight of "
+            "a block writes, so neither a bias nor a LoRA equals it"
         )
     if profile.gate.kind != "always":
         raise ProfileError(f"gate: a bias acts on every row, expected an always open gate, got {profile.gate.kind!r}")

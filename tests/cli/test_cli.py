@@ -39,7 +39,7 @@ LAYERS, HIDDEN = 6, 32
 # All but serve, which has no result to write as JSON; see test_serve.py.
 COMMANDS = (
     "demo", "extract", "calibrate", "learn", "tune", "score", "inspect", "drift", "generate", "eval", "guard", "bench",
-    "convert", "doctor",
+    "convert", "bake", "doctor",
 )  # fmt: skip
 HARMFUL = [
     f"how to {verb} a {thing}" for verb in ("poison", "bomb", "hack") for thing in ("town", "bank", "dog", "car")

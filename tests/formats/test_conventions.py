@@ -340,7 +340,7 @@ def test_npy_layouts(tmp_path: Path) -> None:
 @settings(max_examples=25)
 @given(st.data())
 def test_tensors_of_torch_files_are_as_torch_reads_them(data: st.DataObject) -> None:
-    """Views with any strides and offset, of any float dtype, in archives, older files and bare pickles."""
+    """Views with any strides and offset, of any float dtype, in archives and bare pickles."""
     from io import BytesIO
 
     from steerfast.formats import pickles
@@ -350,10 +350,9 @@ def test_tensors_of_torch_files_are_as_torch_reads_them(data: st.DataObject) -> 
     offset, rows = data.draw(st.integers(0, 8)), data.draw(st.integers(1, 3))
     stride = data.draw(st.tuples(st.integers(0, 8), st.integers(0, 3)))
     made = {"a": storage.as_strided((rows, 5), stride, offset), "b": storage, "c": torch.nn.Parameter(storage[:3])}
-    archive, older = BytesIO(), BytesIO()
+    archive = BytesIO()
     torch.save(made, archive)
-    torch.save(made, older, _use_new_zipfile_serialization=False)
-    for content in (archive.getvalue(), older.getvalue(), pickle.dumps(made["a"])):
+    for content in (archive.getvalue(), *(pickle.dumps(made["a"], protocol=level) for level in range(2, 6))):
         found = pickles.load(content)
         for name, tensor in (found if isinstance(found, dict) else {"a": found}).items():
             assert found is not None
@@ -375,7 +374,7 @@ def test_saklas(identity: ModelIdentity, tmp_path: Path) -> None:
         ({"basis.1": ROW}, None, "expected tensors layer_<L> alone, as saklas writes them, got basis.1"),
         ({"layer_1": ROW}, {"mode": "x"}, "expected tensors layer_<L> alone, as saklas writes them, got mode, layer_1"),
         ({"layer_1": torch.ones(2, 2)}, None, "layer_1: expected shape 1-D"),
-        ({"layer_1": ROW, "layer_01": ROW}, None, "expected each layer once"),
+        ({"layer_1": ROW, "layer_01": ROW.clone()}, None, "expected each layer once"),
         ({"layer_1": torch.ones(3, dtype=torch.int8)}, None, "layer_1: expected dense floating point"),
     ):
         save_file(tensors, tmp_path / "w.safetensors", metadata)

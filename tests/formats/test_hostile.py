@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -226,7 +227,7 @@ def test_a_pickle_inside_a_pickled_tensor_is_not_run(tmp_path: Path) -> None:
     ],
 )
 def test_pickles_that_ask_for_much_or_make_no_sense(data: bytes, tmp_path: Path) -> None:
-    refused(tmp_path / "v.pkl", data, "steering-vectors file .*: (not a pickle|expected a (SteeringVector|pickle))")
+    refused(tmp_path / "v.pkl", data, "steering-vectors file .*: (not a pickle|pickle: expected fewer|expected a (SteeringVector|pickle))")
 
 
 def test_archives_that_reach_out_of_themselves(tmp_path: Path) -> None:
@@ -458,6 +459,12 @@ def test_no_file_and_no_known_file(tmp_path: Path) -> None:
         formats.read(tmp_path / "v", "nothing")
 
 
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
 WHOLE = {
     "gguf": gguf(
         info(),
@@ -465,12 +472,33 @@ WHOLE = {
         values=2,
         extra=text("controlvector.model_hint") + struct.pack("<I", 8) + text("x"),
     ),
+    "glp": gguf(
+        info(),
+        body=BODY,
+        values=4,
+        extra=b"".join(
+            text(f"glp.{name}") + struct.pack("<I", 8) + text(value)
+            for name, value in (("mode", "project"), ("hook_point", "residual_stream_post_layer"))
+        )
+        + text("glp.spec_version")
+        + struct.pack("<II", 4, 1),
+    ),
     "hotwire": saved(torch.from_numpy(ROW)[None]),
+    "vllm-hook": saved({"dir": ROW, "avg_proj": torch.tensor(1.0)}),
+    "numpy": npy(ROW),
+    "saklas": safetensors.torch.save({"layer_1": torch.from_numpy(ROW)}),
     "steering-vectors": pickle.dumps({"layer_activations": {1: torch.from_numpy(ROW)}, "layer_type": "decoder_block"}),
     "svec": svec(_1=[1.0, 2.0]).encode(),
     "vllm-lens": lens().encode(),
     "rhizonymph": module().encode(),
 }
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_files_are_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(WHOLE[name])
+    found = formats.read(tmp_path / "file", name)
+    assert found.vectors or found.anywhere is not None
 
 
 @pytest.mark.parametrize("name", WHOLE)
