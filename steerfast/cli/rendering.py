@@ -65,9 +65,9 @@ def header(profile: SteeringProfile) -> Table:
     for name, text in lines.items():
         table.add_row(f"[bold]{name}", escape(" ".join(text.split())))  # a name may hold line breaks
     for accepted in profile.fitted.get("accepted", ()):
-        table.add_row("[bold yellow]accepted", escape(" ".join(str(accepted["mismatch"]).split())))
+        table.add_row("[bold yellow]accepted", escape(" ".join(accepted["mismatch"].split())))
     for warning in profile.calibration.get("warnings", ()):
-        table.add_row("[bold yellow]warning", escape(" ".join(str(warning).split())))
+        table.add_row("[bold yellow]warning", escape(" ".join(warning.split())))
     return table
 
 
