@@ -44,10 +44,12 @@ def command(
     from safetensors.torch import save
 
     from steerfast._files import write_atomically
-    from steerfast.hf.bake import bake
+    from steerfast.hf.bake import bake, check_bakeable
 
+    profile = profile.without_gate() if gated else profile
+    check_bakeable(profile)  # before a model is loaded
     model, _ = common.load_model(model_name or profile.model.name, dtype, device)
-    baked = bake(model, profile.without_gate() if gated else profile)
+    baked = bake(model, profile)
     write_atomically(target, save(baked.tensors, metadata={"format": "pt"}))
     notes = ["the gate is lost: everything will be steered"] if gated else []
     if baked.option is not None:

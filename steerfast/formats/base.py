@@ -300,7 +300,8 @@ def export_rows(profile: SteeringProfile, *, edit: str = "add", gate_apart: bool
     """
     kind = EDITS[profile.edit]
     if profile.edit != edit and not (edit == "add" and kind.adds):
-        raise ProfileError(f"edit: expected {edit!r}, which the format's vectors mean, got {profile.edit!r}")
+        hint = ": the format glp holds ablations" if profile.edit == "ablate" else ""
+        raise ProfileError(f"edit: expected {edit!r}, which the format's vectors mean, got {profile.edit!r}{hint}")
     steered = profile.steered_layers
     if steered:
         strengths = profile.strength if edit == "add" else torch.ones_like(profile.strength)

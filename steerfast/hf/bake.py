@@ -48,7 +48,7 @@ def bake(model: nn.Module, profile: SteeringProfile) -> BakedBiases:
         ProfileError: a gate, positions or an edit that a bias cannot have, or a profile of another model.
         ArchitectureError: a block whose output is not what its last module writes, plus the residual stream.
     """
-    _check(profile)
+    check_bakeable(profile)
     if (problem := profile.model.mismatch(identify(model))) is not None:
         raise ProfileError(problem)
     layers, dtype = find_decoder(model).layers, model.get_input_embeddings().weight.dtype  # type: ignore[operator]
@@ -68,7 +68,8 @@ def bake(model: nn.Module, profile: SteeringProfile) -> BakedBiases:
     return BakedBiases(zeros | made, option, option is not None)
 
 
-def _check(profile: SteeringProfile) -> None:
+def check_bakeable(profile: SteeringProfile) -> None:
+    """Raise ProfileError where a bias cannot do what a profile does, in any model."""
     if profile.edit != "add":
         raise ProfileError(
             f"edit: expected 'add', got {profile.edit!r}: it depends on the whole residual stream, which no weight of "
