@@ -274,8 +274,8 @@ def test_extract_makes_every_edit_and_gate(work: Path, tmp_path: Path) -> None:
 def test_a_gate_that_reads_a_mean_is_made_shown_and_used(work: Path, tmp_path: Path) -> None:
     made, calibrated = tmp_path / "made.safetensors", tmp_path / "calibrated.safetensors"
     done("extract", *model(work), *sets(work), "--vectors", "srv", "--pooling", "mean", "--whole-prompt", "-o", made)
-    assert SteeringProfile.load(made).gate == Gate(pooling="mean", window=128)
-    assert "prompt, mean cosine of 128 tokens, hard" in done("inspect", made).stdout
+    assert SteeringProfile.load(made).gate == Gate(pooling="mean", window=32)
+    assert "prompt, mean cosine of 32 tokens, hard" in done("inspect", made).stdout
     result = done(
         "extract", *model(work), *sets(work), "--vectors", "srv", "--pooling", "mean", "--window", 12, "-o", made,
         "--json", tmp_path / "p.json",
