@@ -18,17 +18,15 @@ from steerfast._options import read_options
 from steerfast._progress import track
 from steerfast._records import Records
 from steerfast.errors import ProfileError, PromptError
+from steerfast.fitting.answer_log import AnswerLog
 from steerfast.fitting.ending import ending_vector, with_ending
 from steerfast.fitting.labelled import Given, Labelled
 from steerfast.fitting.score import check_model
-from steerfast.hf.generation import greedy_answers
-from steerfast.hf.steering import steer
 from steerfast.hf.structure import weights_fingerprint
 from steerfast.judging.answers import judge, share
 from steerfast.judging.fluency import FluencyLimits
 from steerfast.profile import EDITS, SteeringProfile
 from steerfast.text.encoding import encode
-from steerfast.text.examples import Prompt
 from steerfast.text.prompts import describe_set
 
 Positions = Literal["all", "response"]
@@ -93,7 +91,7 @@ class TuneOptions:
         min_fluent: share of fluent answers to harmful prompts a setting must keep.
         min_unchanged: share of harmless answers that must stay token for token.
         limits: limits of fluent text.
-        resume: a JSON-lines file of complete trials; written during the search, read back to continue it.
+        resume: a JSON-lines file of answers and complete trials; written during the search, read back to continue it.
         names: names of the prompt sets in the profile (``{"harmful": ..., "harmless": ...}``).
     """
 
@@ -151,14 +149,18 @@ def tune(
         if candidate.ending:
             candidate.apply(profile, ending)  # raises before any work is done
     prompts = encode(tokenizer, bad.prompts, model, room=chosen.max_new_tokens)
-    log = _TrialLog(chosen.resume, _search_settings(profile, model, prompts, chosen))
+    records = Records(chosen.resume, "trials")
+    log = _TrialLog(records, _search_settings(profile, model, prompts, chosen))
+    answers = AnswerLog(records, model, tokenizer)
 
     def trials(candidates: Sequence[Setting], tried: Sequence[Sequence[int]], description: str) -> list[Trial]:
-        done = []
-        for candidate in track(candidates, description, show=chosen.progress):
+        done, several = [], len(candidates) > 1  # the bar of a single one is over its answers
+        for candidate in track(candidates, description, show=chosen.progress and several):
             trial = log.find(candidate, len(tried))
             if trial is None:
-                trial = _try(candidate, candidate.apply(profile, ending), model, tokenizer, tried, chosen)
+                bar = description if chosen.progress and not several else None
+                found = answers.answers(tried, chosen.max_new_tokens, candidate.apply(profile, ending), bar)
+                trial = _judged(candidate, model, tokenizer, tried, found, chosen)
                 log.add(trial)
             done.append(trial)
         return sorted(done, key=lambda trial: trial.rank(chosen.min_fluent), reverse=True)
@@ -166,7 +168,8 @@ def tune(
     screened = trials(candidates, prompts[::_SCREEN_SHARE], "screening")  # some of every style, if they come by style
     finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
     tuned = _best(finals, chosen.min_fluent).candidate.apply(profile, ending)
-    unchanged = _unchanged(tuned, model, tokenizer, good.prompts, chosen)
+    asked = encode(tokenizer, good.prompts, model, room=chosen.max_new_tokens)
+    unchanged = _unchanged(tuned, answers, asked, chosen)
     record = _record(finals, unchanged, len(candidates), chosen)
     names = chosen.names or {}
     sets = {role: describe_set(one.texts, names.get(role)) for role, one in (("harmful", bad), ("harmless", good))}
@@ -286,16 +289,14 @@ def _check_band(band: tuple[int, int], kind: str, has_vector: Sequence[bool], le
         raise ProfileError(f"bands: expected layers of {have}, where {kind!r} is, got ({first}, {last})")
 
 
-def _try(
+def _judged(
     candidate: Setting,
-    profile: SteeringProfile,
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
     options: TuneOptions,
 ) -> Trial:
-    with steer(model, profile):
-        answers = greedy_answers(model, tokenizer, prompts, options.max_new_tokens)
     judged = judge(model, tokenizer, prompts, answers, options.limits)
     return Trial(
         candidate=candidate,
@@ -307,13 +308,12 @@ def _try(
 
 
 def _unchanged(
-    profile: SteeringProfile, model: nn.Module, tokenizer: Any, harmless: Sequence[Prompt], options: TuneOptions
+    profile: SteeringProfile, answers: AnswerLog, prompts: Sequence[Sequence[int]], options: TuneOptions
 ) -> float:
     """Return the share of harmless answers that are the same with and without steering."""
-    prompts = encode(tokenizer, harmless, model, room=options.max_new_tokens)
-    before = greedy_answers(model, tokenizer, prompts, options.max_new_tokens)
-    with steer(model, profile):
-        after = greedy_answers(model, tokenizer, prompts, options.max_new_tokens)
+    bars = ("harmless", "harmless, steered") if options.progress else (None, None)
+    before = answers.answers(prompts, options.max_new_tokens, None, bars[0])
+    after = answers.answers(prompts, options.max_new_tokens, profile, bars[1])
     return share([a == b for a, b in zip(before, after, strict=True)])
 
 
@@ -330,8 +330,8 @@ def _fingerprint(profile: SteeringProfile) -> str:
 class _TrialLog:
     """Complete trials of one search, in a file that other searches may share."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
-        self._records, self._settings = Records(path, "trials"), settings
+    def __init__(self, records: Records, settings: dict[str, Any]) -> None:
+        self._records, self._settings = records, settings
         self._trials: dict[tuple[Setting, int], Trial] = {}
         for record in self._records.found:
             if record.get("settings") == settings:
