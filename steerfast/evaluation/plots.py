@@ -431,14 +431,36 @@ def save_plot(profile: SteeringProfile, path: str) -> None:
     drawn = io.BytesIO()
     with rc_context(_SETTINGS):
         calibrated = "calibration" in gate_figures(profile)
-        figure: Any = Figure(figsize=(14, 7.5) if calibrated else (8, 4.5), layout="constrained")
+        figure: Any = Figure(
+            figsize=(14, 7.5) if calibrated else (12, 4.5) if "frontier" in profile.fitted else (8, 4.5),
+            layout="constrained",
+        )
         figure.suptitle(_profile_title(profile), fontsize=13)
         if calibrated:
             _draw_gates(figure, profile)
+        elif found := profile.fitted.get("frontier"):
+            left, right = figure.subplots(1, 2)
+            _draw_frontier(left, found)
+            _draw_edits(right, profile)
         else:
             _draw_edits(figure.subplots(), profile)
         figure.savefig(drawn, format=ending[1:], dpi=130)
     write_atomically(path, drawn.getvalue())
+
+
+def _draw_frontier(axes: Any, frontier: Mapping[str, Any]) -> None:
+    """Draw shift and perplexity of a behaviour over its strength; the recommended range is shaded."""
+    points = frontier["points"]
+    strengths = [point["strength"] for point in points]
+    axes.plot(strengths, [point["shift"] for point in points], color=COLOURS["main"], marker="o")
+    axes.set_ylabel("shift of the answers", color=COLOURS["main"])
+    beside = axes.twinx()
+    beside.plot(strengths, [point["perplexity"] for point in points], color=COLOURS["orange"], marker="s")
+    beside.set_ylabel("perplexity, unsteered model", color=COLOURS["orange"])
+    if frontier["range"] is not None:
+        axes.axvspan(*frontier["range"], color=COLOURS["muted"], alpha=0.15)
+    axes.set_xlabel("strength, in total")
+    axes.set_title("What each strength gains and costs; shaded: recommended")
 
 
 def _draw_gates(figure: Any, profile: SteeringProfile) -> None:

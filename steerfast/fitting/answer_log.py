@@ -48,7 +48,7 @@ class AnswerLog:
             description: text of the progress bar; None: no bar.
         """
         steered = None if profile is None else profile.checksum
-        keys = [self._digest(steered, max_new_tokens, ids) for ids in prompts]
+        keys = [self.key(steered, max_new_tokens, ids) for ids in prompts]
         missing = sorted(
             (place for place, key in enumerate(keys) if key not in self._known), key=lambda place: -len(prompts[place])
         )
@@ -62,5 +62,6 @@ class AnswerLog:
                     self._records.add({_KEY: keys[place], "answer": answer})
         return [self._known[key] for key in keys]
 
-    def _digest(self, *parts: Any) -> str:
+    def key(self, *parts: Any) -> str:
+        """Return a digest of the model and of JSON data."""
         return hashlib.sha256(json.dumps([self._source, *parts]).encode()).hexdigest()[:32]

@@ -233,9 +233,9 @@ def _learn_vector(
     checkpoint = Checkpoint(options.resume, _training_settings(model, work, answer_starts, (layer, longest), options))
     losses = _restored(checkpoint, share, optimizer)
     shuffle = random.Random(options.seed)
-    order = (batch for _ in itertools.count() for batch in shuffle.sample(work, len(work)))
     steps = range(len(losses), options.steps)
-    order = itertools.islice(order, len(losses), None)
+    rounds = (batch for _ in itertools.count() for batch in shuffle.sample(work, len(work)))
+    order = itertools.islice(rounds, len(losses), None)
     with evaluating(model), _frozen(model), torch.enable_grad():
         for step in track(steps, "learning", show=options.progress):
             batch = next(order)

@@ -112,8 +112,8 @@ def _text(record: Mapping[str, Any], key: str, place: str) -> Prompt:
     value = record.get(key)
     if isinstance(value, str) and value.strip():
         return value.strip()
-    if not isinstance(value, str) and is_conversation(value):
-        return value  # type: ignore[no-any-return]
+    if isinstance(value, list) and is_conversation(value):
+        return value
     got = "none" if value is None or value == "" else repr(value)
     raise PromptError(f"{place}: {key}: expected a text, or messages with a role and a content, got {got}")
 
