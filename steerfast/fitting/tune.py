@@ -177,6 +177,10 @@ def tune(
 
 
 def _check_edit(profile: SteeringProfile) -> None:
+    if "frontier" in profile.fitted:
+        raise ProfileError(
+            f"profile: expected one of refusals, got one of {profile.fitted['behaviour']!r}, whose strengths fit measured"
+        )
     if not EDITS[profile.edit].adds:
         raise ProfileError(
             f"profile: expected one with edit 'add' or 'keep_norm', whose strength can be searched, got "

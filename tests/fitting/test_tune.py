@@ -191,6 +191,14 @@ def test_unusable_options(profile: SteeringProfile, tune: Any, options: dict[str
         tune(profile, **options)
 
 
+def test_a_profile_of_another_behaviour_is_refused(profile: SteeringProfile, tune: Any) -> None:
+    fitted = {"behaviour": "formal", "frontier": {"problem": None}}
+    with pytest.raises(
+        ProfileError, match="expected one of refusals, got one of 'formal', whose strengths fit measured"
+    ):
+        tune(replace(profile, fitted=fitted))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
