@@ -25,7 +25,7 @@ _KEY = "figures_of"
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 _LEAST_FLUENT = 0.9  # of the unsteered share
 _MOST_PERPLEXITY = 2.0  # times the unsteered perplexity
-_ENOUGH, _NOTABLE = 0.8, 0.5  # of the best shift: for the strength to use, for the lower end of the range
+_ENOUGH, _NOTABLE = 4 / 5, 1 / 3  # of the best shift: for the strength to use, for the lower end of the range
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def recommend(points: Sequence[Point]) -> dict[str, Any]:
     """Return the strength to use and a range around it, from points as `Frontier.measure` returns them.
 
     The strength is the least coherent one with four fifths of the largest shift. The range begins at the least one with
-    half of it, and ends at the largest coherent one.
+    a third of it, and ends at the largest coherent one.
 
     Returns:
         JSON data: ``points``, ``strength``, ``range``, and ``problem``, a sentence where no strength helps, else None.

@@ -144,10 +144,7 @@ def tune(
     check_model(profile, model, tokenizer)
     _check_edit(profile)
     candidates = _candidates(profile, chosen)
-    ending = ending_vector(model, tokenizer) if any(chosen.endings or ()) else None
-    for candidate in candidates:
-        if candidate.ending:
-            candidate.apply(profile, ending)  # raises before any work is done
+    ending = _ending(profile, candidates, model, tokenizer)
     prompts = encode(tokenizer, bad.prompts, model, room=chosen.max_new_tokens)
     records = Records(chosen.resume, "trials")
     log = _TrialLog(records, _search_settings(profile, model, prompts, chosen))
@@ -158,7 +155,7 @@ def tune(
         for candidate in track(candidates, description, show=chosen.progress and several):
             trial = log.find(candidate, len(tried))
             if trial is None:
-                bar = description if chosen.progress and not several else None
+                bar = None if several or not chosen.progress else description
                 found = answers.answers(tried, chosen.max_new_tokens, candidate.apply(profile, ending), bar)
                 trial = _judged(candidate, model, tokenizer, tried, found, chosen)
                 log.add(trial)
@@ -168,19 +165,26 @@ def tune(
     screened = trials(candidates, prompts[::_SCREEN_SHARE], "screening")  # some of every style, if they come by style
     finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
     tuned = _best(finals, chosen.min_fluent).candidate.apply(profile, ending)
-    asked = encode(tokenizer, good.prompts, model, room=chosen.max_new_tokens)
-    unchanged = _unchanged(tuned, answers, asked, chosen)
+    unchanged = _unchanged(tuned, answers, encode(tokenizer, good.prompts, model, room=chosen.max_new_tokens), chosen)
     record = _record(finals, unchanged, len(candidates), chosen)
     names = chosen.names or {}
     sets = {role: describe_set(one.texts, names.get(role)) for role, one in (("harmful", bad), ("harmless", good))}
     return replace(tuned, candidates={}, tuned={**record, **sets})
 
 
+def _ending(profile: SteeringProfile, candidates: Sequence[Setting], model: nn.Module, tokenizer: Any) -> Tensor | None:
+    """Return the ending vector, if a candidate has an ending; raises before any work is done where it has no place."""
+    ended = [candidate for candidate in candidates if candidate.ending]
+    ending = ending_vector(model, tokenizer) if ended else None
+    for candidate in ended:
+        candidate.apply(profile, ending)
+    return ending
+
+
 def _check_edit(profile: SteeringProfile) -> None:
     if "frontier" in profile.fitted:
-        raise ProfileError(
-            f"profile: expected one of refusals, got one of {profile.fitted['behaviour']!r}, whose strengths fit measured"
-        )
+        behaviour = profile.fitted["behaviour"]
+        raise ProfileError(f"profile: expected one of refusals, got one of {behaviour!r}, whose strengths fit measured")
     if not EDITS[profile.edit].adds:
         raise ProfileError(
             f"profile: expected one with edit 'add' or 'keep_norm', whose strength can be searched, got "

@@ -188,7 +188,7 @@ def point(strength: float, shift: float, perplexity: float = 3.0, fluent: float 
 def test_the_least_strength_that_does_most_is_recommended() -> None:
     points = [point(0, 0), point(0.5, 0.4), point(1, 0.85), point(2, 1.0), point(3, 2.0, fluent=0.5)]
     found = recommend(points)
-    assert (found["strength"], found["range"], found["problem"]) == (1, [1, 2], None)
+    assert (found["strength"], found["range"], found["problem"]) == (1, [0.5, 2], None)
     assert recommend([*points[:3], point(2, 0.9)])["strength"] == 1
     assert len(found["points"]) == 5
 
