@@ -99,7 +99,7 @@ def command(output: str, json_file: str | None, plot_file: str | None, **options
     given = {name: value for name, value in options.items() if value is not None}  # the others have defaults
     profile = steerfast.fit(model, tokenizer, **own, **given)
     profile.save(output)
-    report = None if pairs_file else _gate_report(profile, model, tokenizer, given)
+    report = None if pairs_file else _gate_report(profile, model, tokenizer, {**given, **own})
     reasons = shortcomings(profile, report)
     _render(profile, report, reasons, json_file)
     if plot_file is not None:
@@ -145,14 +145,18 @@ def _given_prompts(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gate_report(profile: SteeringProfile, model: nn.Module, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the gate's figures on sources that chose nothing: as many prompts of each as calibrated it."""
+    """Return the gate's figures on sources that chose nothing: as many prompts of each as calibrated it.
+
+    These are the corpus' split validate, and the user's rows of that split.
+    """
     from steerfast._progress import stage
     from steerfast.evaluation.gates import gate_report
     from steerfast.fitting.labelled import Labelled
     from steerfast.text.corpus import corpus
 
     most = max(row["n"] for found in profile.calibration["by_source"].values() for row in found["rows"])
-    examples = Labelled(tuple(corpus("validate"))).at_most(most).examples
+    own = [one for one in options["prompts"] if one.split == "validate"]
+    examples = Labelled((*corpus("validate"), *own)).at_most(most).examples
     reading = {"batch_size": options["batch_size"], "cache": Path(options["work"]) / "rows"}
     with stage("report") as findings:
         found = gate_report(profile, model, tokenizer, examples, **reading)

@@ -104,10 +104,11 @@ class Frontier:
     def _figures(self, answers: Sequence[Sequence[int]], limits: FluencyLimits | None) -> dict[str, float]:
         """Return the figures of answers: those of `Point`, and ``place``, where they lie along the vector."""
         judged = judge(self._model, self._tokenizer, self._prompts, answers, limits)
-        said = [one.perplexity for one in judged if not math.isnan(one.perplexity)]
+        chance = float(len(self._tokenizer))  # for an answer without a token
+        perplexities = [chance if math.isnan(one.perplexity) else one.perplexity for one in judged]
         return {
             "place": float((self._rows(answers) @ self._direction).mean()),
-            "perplexity": round(median(said), 4) if said else math.inf,
+            "perplexity": round(median(perplexities), 4),
             "repetition": round(sum(one.repetition for one in judged) / len(judged), 4),
             "fluent": round(share([one.fluent for one in judged]), 4),
         }

@@ -104,11 +104,17 @@ def test_safety(work: Path, small_corpus: None) -> None:
 
 
 def test_own_prompts(work: Path, small_corpus: None) -> None:
-    (work / "mine.jsonl").write_text(json.dumps({"prompt": "hack it", "label": "harmful", "split": "fit"}))
+    rows = [
+        {"prompt": "hack it", "label": "harmful", "split": "fit"},
+        {"prompt": "hack the bird", "label": "harmful", "split": "validate"},
+    ]
+    (work / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done(
         work / "model", "--prompts", work / "mine.jsonl", "--per-source", 4, "--max-false-positive-rate", 0.2,
-        "-o", work / "p.safetensors",
+        "-o", work / "p.safetensors", "--json", work / "p.json",
     )  # fmt: skip
+    shown = json.loads((work / "p.json").read_text())["report"]["systems"]["gate"]["validation"]["rows"]
+    assert {row["source"]: row["n"] for row in shown}["mine"] == 1
     fitted = SteeringProfile.load(work / "p.safetensors").fitted
     assert fitted["sources"]["mine"]["harmful"]["count"] == 1
     assert fitted["harmful"]["count"] == 4 + 1
