@@ -89,6 +89,10 @@ def command(output: str, json_file: str | None, plot_file: str | None, **options
     sources = [source for role in ("prompts", "harmful", "harmless") for source in options[role]]
     inputs = [*sources, *([pairs_file] if pairs_file else [])]
     common.check_outputs({"--output": output, "--json": json_file, "--plot": plot_file}, inputs)
+    if plot_file is not None:
+        from steerfast.evaluation.plots import check_plot
+
+        check_plot(plot_file)
     options["work"] = options["work"] or Path(output).with_suffix(".work")
     own = _given_pairs(pairs_file, options) if pairs_file else _given_prompts(options)
 

@@ -411,23 +411,33 @@ def _draw_scores(figure: Any, panels: Sequence[_ScorePanel], columns: int, label
 # -- a profile ---------------------------------------------------------------------------------------
 
 
-def save_plot(profile: SteeringProfile, path: str) -> None:
-    """Draw `profile` into `path`; the file appears whole or not at all.
+def check_plot(path: str) -> None:
+    """Refuse, before any work, a file that `save_plot` cannot draw into.
 
     Raises:
-        OutputError: an ending other than .png, .svg or .pdf, or a file that cannot be written.
+        OutputError: an ending other than .png, .svg or .pdf.
         SteerfastError: matplotlib is not installed.
     """
-    ending = Path(path).suffix.lower()
-    if ending not in _FORMATS:
+    if Path(path).suffix.lower() not in _FORMATS:
         raise OutputError(f"--plot: expected a file that ends in {', '.join(_FORMATS)}, got {path!r}")
     try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise SteerfastError(
             "--plot: expected matplotlib, it is not installed (pip install 'steerfast[plot]')"
         ) from None
+
+
+def save_plot(profile: SteeringProfile, path: str) -> None:
+    """Draw `profile` into `path`; the file appears whole or not at all.
+
+    Raises:
+        OutputError, SteerfastError: as `check_plot`; a file that cannot be written.
+    """
+    check_plot(path)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     drawn = io.BytesIO()
     with rc_context(_SETTINGS):
         calibrated = "calibration" in gate_figures(profile)
@@ -444,7 +454,7 @@ def save_plot(profile: SteeringProfile, path: str) -> None:
             _draw_edits(right, profile)
         else:
             _draw_edits(figure.subplots(), profile)
-        figure.savefig(drawn, format=ending[1:], dpi=130)
+        figure.savefig(drawn, format=Path(path).suffix.lower()[1:], dpi=130)
     write_atomically(path, drawn.getvalue())
 
 

@@ -140,6 +140,13 @@ def test_wrong_usage(work: Path, monkeypatch: pytest.MonkeyPatch, options: tuple
     assert not (work / "p.safetensors").exists()
 
 
+def test_a_plot_that_cannot_be_drawn_costs_no_work(work: Path) -> None:
+    given = (work / "model", "--pairs", work / "polite.jsonl", "-o", work / "p.safetensors")
+    line = failed(1, *given, "--plot", work / "p.gif")
+    assert "--plot: expected a file that ends in .png, .svg, .pdf" in line
+    assert not (work / "p.work").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
