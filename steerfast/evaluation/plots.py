@@ -489,7 +489,8 @@ def _draw_gates(figure: Any, profile: SteeringProfile) -> None:
 
 def _profile_title(profile: SteeringProfile) -> str:
     gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {reading(profile.gate)}"
-    calibrated = "" if "calibration" in profile.calibration.get("layers", {}) else ", not calibrated"
+    done = profile.gate.kind == "always" or "calibration" in profile.calibration.get("layers", {})
+    calibrated = "" if done else ", not calibrated"
     vector = f"{profile.vector_kind} vector, layers {layer_ranges(profile.steered_layers)}"
     return f"{_short(profile.model.name, 60)}: {gate}{calibrated}; {vector}"
 
@@ -527,7 +528,8 @@ def _draw_edits(axes: Any, profile: SteeringProfile) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.bar([row["layer"] for row in rows], sizes, color=COLOURS["violet"], width=0.8)
     axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
-    axes.set_title(f"What an open gate {'adds' if adds else f'does: {edit(profile)}'}")
+    actor = "the profile" if profile.gate.kind == "always" else "an open gate"
+    axes.set_title(f"What {actor} {'adds' if adds else f'does: {edit(profile)}'}")
     axes.set_ylabel("share of the row's norm" if relative else "residual-stream units" if adds else "strength")
     axes.set_xlabel("decoder layer")
     axes.set_xlim(-0.8, len(rows) - 0.2)

@@ -630,6 +630,8 @@ def test_generate_strength_0_is_the_unsteered_model(work: Path) -> None:
 def test_generate_prints_no_terminal_codes(capsys: pytest.CaptureFixture[str]) -> None:
     _render([{"prompt": "a [b]", "fired": True, "steered": "x\x1b[2Jy\nz"}], None)
     assert capsys.readouterr().out == "> a [b]  [gate fired]\nx [2Jy\nz\n\n"
+    _render([{"prompt": "a", "fired": True, "steered": "x"}], None, "formal")
+    assert capsys.readouterr().out == "> a  [formal, always]\nx\n\n"
 
 
 # ---- inspect -------------------------------------------------------------------------------------
