@@ -149,9 +149,9 @@ def _given_prompts(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gate_report(profile: SteeringProfile, model: nn.Module, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the gate's figures on sources that chose nothing: as many prompts of each as calibrated it.
+    """Return the gate's figures on sources that chose nothing: the corpus' split validate, and the user's rows of it.
 
-    These are the corpus' split validate, and the user's rows of that split.
+    Within a budget, at most as many prompts of a source as calibrated the gate.
     """
     from steerfast._progress import stage
     from steerfast.evaluation.gates import gate_report
@@ -160,7 +160,7 @@ def _gate_report(profile: SteeringProfile, model: nn.Module, tokenizer: Any, opt
 
     most = max(row["n"] for found in profile.calibration["by_source"].values() for row in found["rows"])
     own = [one for one in options["prompts"] if one.split == "validate"]
-    examples = Labelled((*corpus("validate"), *own)).at_most(most).examples
+    examples = Labelled((*corpus("validate"), *own)).at_most(most if "minutes" in options else None).examples
     reading = {"batch_size": options["batch_size"], "cache": Path(options["work"]) / "rows"}
     with stage("report") as findings:
         found = gate_report(profile, model, tokenizer, examples, **reading)
