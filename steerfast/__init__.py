@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from steerfast.errors import ArchitectureError, OutputError, ProfileError, PromptError, SteerfastError
     from steerfast.fitting.calibrate import calibrate
     from steerfast.fitting.extract import extract
+    from steerfast.fitting.fit import fit
     from steerfast.fitting.learn import learn
     from steerfast.fitting.score import Scores, score
     from steerfast.fitting.tune import tune
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from steerfast.hf.structure import identify
     from steerfast.kernels.warmup import warmup
     from steerfast.profile import Gate, ModelIdentity, ProfileStack, SteeringProfile
+    from steerfast.text.pairs import pairs
 
 __version__ = "0.1.0"
 
@@ -54,9 +56,11 @@ _PUBLIC = {
     "SteeringProfile": "profile",
     "calibrate": "fitting.calibrate",
     "extract": "fitting.extract",
+    "fit": "fitting.fit",
     "identify": "hf.structure",
     "learn": "fitting.learn",
     "load_model": "hf.loading",
+    "pairs": "text.pairs",
     "patch": "hf.fused",
     "score": "fitting.score",
     "steer": "hf.steering",
@@ -66,7 +70,7 @@ _PUBLIC = {
 }
 
 __all__ = [  # noqa: RUF022 (grouped by use)
-    "extract", "calibrate", "learn", "tune", "score", "Scores",
+    "fit", "pairs", "extract", "calibrate", "learn", "tune", "score", "Scores",
     "steer", "Steering", "load_model", "identify", "warmup",
     "AutoSteeredModelForCausalLM", "AutoSteeredModelForImageTextToText", "patch", "unpatch",
     "SteeringProfile", "ProfileStack", "Gate", "ModelIdentity",

@@ -9,6 +9,7 @@ from steerfast.cli.group import CommandGroup
 
 _COMMANDS = (
     "demo",
+    "fit",
     "extract",
     "calibrate",
     "learn",
@@ -42,12 +43,13 @@ _COMMANDS = (
 def main(context: click.Context) -> None:
     """Steer a language model while it runs, at the speed of not steering.
 
-    A profile is made by extract, calibrate, learn and tune, looked at by inspect and score, and used by generate.
+    A profile is made by fit, or step by step by extract, calibrate, learn and tune. inspect and score look at it, and
+    generate uses it.
 
     \b
     Example:
       steerfast demo
-      steerfast extract --model MODEL --output safety.safetensors
+      steerfast fit MODEL --output safety.safetensors
 
     Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     STEERFAST_TRACEBACK=1 shows where an error came from.

@@ -71,7 +71,8 @@ def command(
             result |= answer
     settings = {name: options[name] for name in ("strength", "temperature", "seed", "max_new_tokens")}
     common.write_json(json_file, {"profile": profile_file, **common.of_model(profile), **settings, "results": results})
-    _render(results, json_file)
+    ungated = profile.vector_kind if profile.gate.kind == "always" else None
+    _render(results, json_file, ungated)
 
 
 def _answers(
@@ -109,7 +110,8 @@ def _answers(
     return answers
 
 
-def _render(results: Sequence[dict[str, Any]], json_file: str | None) -> None:
+def _render(results: Sequence[dict[str, Any]], json_file: str | None, ungated: str | None = None) -> None:
+    """Print the answers; `ungated` names the vector of a profile without a gate, which has nothing to report."""
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
@@ -119,7 +121,8 @@ def _render(results: Sequence[dict[str, Any]], json_file: str | None) -> None:
     console = common.console(json_file)
     for result in results:
         shut = ("gate undecided", "bold yellow") if result.get("undecided") else ("gate shut", "bold green")
-        mark = Text(*(("gate fired", "bold red") if result["fired"] else shut))
+        fired = ("gate fired", "bold red") if ungated is None else (f"{ungated}, always", "bold green")
+        mark = Text(*(fired if result["fired"] else shut))
         console.print(Text.assemble(("> ", "bold"), last_request(result["prompt"]) or "(empty)", "  [", mark, "]"))
         said = {key: Text(result[key] or "(empty)") for key in ("unsteered", "steered") if key in result}
         if len(said) == 1:

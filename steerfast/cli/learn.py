@@ -38,6 +38,7 @@ from steerfast.cli import common
 @common.count_option("--steps", 80, "Batches to learn from.")
 @common.count_option("--answer-tokens", 40, "Tokens of an answer that are learned at most.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of the batches.")
+@click.option("--resume", metavar="FILE", help="Keep the state of the last step here, and continue from it.")
 @common.batch_size_option()
 @common.fit_options
 def command(profile_file: str, output: str, json_file: str | None, **options: Any) -> None:
@@ -55,7 +56,8 @@ def command(profile_file: str, output: str, json_file: str | None, **options: An
     if options["aligned_model"] is not None and options["refusal"] is not None:
         raise click.UsageError("--refusal: expected it without --aligned-model, got both")
     common.check_outputs({"--output": output}, options["harmful"])
-    common.check_outputs({"--json": json_file}, [profile_file, output, *options["harmful"]])
+    inputs = [profile_file, output, *options["harmful"]]
+    common.check_outputs({"--resume": options["resume"], "--json": json_file}, inputs)
     profile = common.load_profile(profile_file)
     common.read_sets(options, "harmful", split="fit")
 

@@ -58,8 +58,11 @@ def header(profile: SteeringProfile) -> Table:
         "vector": profile.vector_kind + (f" (also {also})" if also else ""),
         "fitted": _fitted(profile.fitted),
         **({"learned": _learned(profile.fitted["learned"])} if "learned" in profile.fitted else {}),
-        "calibrated": _calibrated(profile.calibration),
-        "tuned": _tuned(profile.tuned),
+        **(
+            _stages(profile)
+            if "frontier" not in profile.fitted
+            else {"strength": _strength(profile.fitted["frontier"])}
+        ),
     }
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
@@ -146,6 +149,31 @@ def by_source_tables(profile: SteeringProfile) -> Iterator[Table]:
         yield source_table(found["rows"], f"layer {layer} on its calibration, by source")
 
 
+def frontier_table(profile: SteeringProfile) -> Table | None:
+    """Return what a behaviour gains and the text loses at each strength; None for a profile without such a record."""
+    if (found := profile.fitted.get("frontier")) is None:
+        return None
+    title = f"{profile.fitted['behaviour']}: answers to {found['prompts']} prompts, {found['max_new_tokens']} tokens"
+    table = _table("strength", "shift", "perplexity", "repeated", "fluent", "", title=escape(title))
+    low, high = found["range"] or (1.0, 0.0)
+    for point in found["points"]:
+        strength = point["strength"]
+        mark = "recommended" if strength == found["strength"] else "in range" if low <= strength <= high else ""
+        shares = (f"{point[name]:.0%}" for name in ("repetition", "fluent"))
+        table.add_row(f"{strength:g}", f"{point['shift']:.2f}", f"{point['perplexity']:.1f}", *shares, mark)
+    return table
+
+
+def _strength(frontier: Mapping[str, Any]) -> str:
+    if frontier["range"] is None:
+        return str(frontier["problem"])
+    return "{:g} in total, of {:g} to {:g}".format(frontier["strength"], *frontier["range"])
+
+
+def _stages(profile: SteeringProfile) -> dict[str, str]:
+    return {"calibrated": _calibrated(profile.calibration), "tuned": _tuned(profile.tuned)}
+
+
 def _set(described: Mapping[str, Any] | None) -> str:
     described = described or {}
     return f"{described.get('count', '?')} of {described.get('name') or 'an unnamed set'}"
@@ -154,6 +182,9 @@ def _set(described: Mapping[str, Any] | None) -> str:
 def _fitted(fitted: Mapping[str, Any]) -> str:
     if not fitted:
         return "no record"
+    if "pairs" in fitted:
+        read = "the mean of answers" if fitted["read"] == "answer" else "last rows"
+        return f"{fitted['behaviour']} by {fitted['method']} of {_set(fitted['pairs'])}, {read}"
     sibling = f", aligned model {fitted['aligned_model']}" if fitted.get("aligned_model") else ""
     sets = f"harmful {_set(fitted.get('harmful'))}, harmless {_set(fitted.get('harmless'))}"
     return f"directions by {fitted.get('direction', '?')}{sibling}; {sets}"
@@ -178,8 +209,8 @@ def _calibrated(calibration: Mapping[str, Any]) -> str:
 
 
 def _tuned(tuned: Mapping[str, Any]) -> str:
-    if not tuned:
-        return "no"
+    if not tuned or "problem" in tuned:
+        return tuned.get("problem", "no")
     shares = {
         "refused": "refusal",
         "refused strictly": "refusal_strict",

@@ -411,34 +411,66 @@ def _draw_scores(figure: Any, panels: Sequence[_ScorePanel], columns: int, label
 # -- a profile ---------------------------------------------------------------------------------------
 
 
-def save_plot(profile: SteeringProfile, path: str) -> None:
-    """Draw `profile` into `path`; the file appears whole or not at all.
+def check_plot(path: str) -> None:
+    """Refuse, before any work, a file that `save_plot` cannot draw into.
 
     Raises:
-        OutputError: an ending other than .png, .svg or .pdf, or a file that cannot be written.
+        OutputError: an ending other than .png, .svg or .pdf.
         SteerfastError: matplotlib is not installed.
     """
-    ending = Path(path).suffix.lower()
-    if ending not in _FORMATS:
+    if Path(path).suffix.lower() not in _FORMATS:
         raise OutputError(f"--plot: expected a file that ends in {', '.join(_FORMATS)}, got {path!r}")
     try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise SteerfastError(
             "--plot: expected matplotlib, it is not installed (pip install 'steerfast[plot]')"
         ) from None
+
+
+def save_plot(profile: SteeringProfile, path: str) -> None:
+    """Draw `profile` into `path`; the file appears whole or not at all.
+
+    Raises:
+        OutputError, SteerfastError: as `check_plot`; a file that cannot be written.
+    """
+    check_plot(path)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     drawn = io.BytesIO()
     with rc_context(_SETTINGS):
         calibrated = "calibration" in gate_figures(profile)
-        figure: Any = Figure(figsize=(14, 7.5) if calibrated else (8, 4.5), layout="constrained")
+        figure: Any = Figure(
+            figsize=(14, 7.5) if calibrated else (12, 4.5) if "frontier" in profile.fitted else (8, 4.5),
+            layout="constrained",
+        )
         figure.suptitle(_profile_title(profile), fontsize=13)
         if calibrated:
             _draw_gates(figure, profile)
+        elif found := profile.fitted.get("frontier"):
+            left, right = figure.subplots(1, 2)
+            _draw_frontier(left, found)
+            _draw_edits(right, profile)
         else:
             _draw_edits(figure.subplots(), profile)
-        figure.savefig(drawn, format=ending[1:], dpi=130)
+        figure.savefig(drawn, format=Path(path).suffix.lower()[1:], dpi=130)
     write_atomically(path, drawn.getvalue())
+
+
+def _draw_frontier(axes: Any, frontier: Mapping[str, Any]) -> None:
+    """Draw shift and perplexity of a behaviour over its strength; the recommended range is shaded."""
+    points = frontier["points"]
+    strengths = [point["strength"] for point in points]
+    axes.plot(strengths, [point["shift"] for point in points], color=COLOURS["main"], marker="o")
+    axes.set_ylabel("shift of the answers", color=COLOURS["main"])
+    beside = axes.twinx()
+    beside.plot(strengths, [point["perplexity"] for point in points], color=COLOURS["orange"], marker="s")
+    beside.set_ylabel("perplexity, unsteered model", color=COLOURS["orange"])
+    if frontier["range"] is not None:
+        axes.axvspan(*frontier["range"], color=COLOURS["muted"], alpha=0.15)
+    axes.set_xlabel("strength, in total")
+    axes.set_title("What each strength gains and costs; shaded: recommended")
 
 
 def _draw_gates(figure: Any, profile: SteeringProfile) -> None:
@@ -457,7 +489,8 @@ def _draw_gates(figure: Any, profile: SteeringProfile) -> None:
 
 def _profile_title(profile: SteeringProfile) -> str:
     gate = "no gate" if profile.gate.kind == "always" else f"{profile.gate.kind} gate, {reading(profile.gate)}"
-    calibrated = "" if "calibration" in profile.calibration.get("layers", {}) else ", not calibrated"
+    done = profile.gate.kind == "always" or "calibration" in profile.calibration.get("layers", {})
+    calibrated = "" if done else ", not calibrated"
     vector = f"{profile.vector_kind} vector, layers {layer_ranges(profile.steered_layers)}"
     return f"{_short(profile.model.name, 60)}: {gate}{calibrated}; {vector}"
 
@@ -495,7 +528,8 @@ def _draw_edits(axes: Any, profile: SteeringProfile) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.bar([row["layer"] for row in rows], sizes, color=COLOURS["violet"], width=0.8)
     axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
-    axes.set_title(f"What an open gate {'adds' if adds else f'does: {edit(profile)}'}")
+    actor = "the profile" if profile.gate.kind == "always" else "an open gate"
+    axes.set_title(f"What {actor} {'adds' if adds else f'does: {edit(profile)}'}")
     axes.set_ylabel("share of the row's norm" if relative else "residual-stream units" if adds else "strength")
     axes.set_xlabel("decoder layer")
     axes.set_xlim(-0.8, len(rows) - 0.2)

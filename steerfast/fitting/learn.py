@@ -8,9 +8,12 @@ model give the answers themselves. It is a vector of one layer like any other, a
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
+import json
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,12 +27,13 @@ from torch import Tensor, nn
 from steerfast._options import read_options
 from steerfast._progress import track
 from steerfast.errors import ArchitectureError, ProfileError, PromptError, SteerfastError
+from steerfast.fitting.checkpoint import Checkpoint
 from steerfast.fitting.ending import turn_ends
 from steerfast.fitting.labelled import Given, Labelled, evenly
 from steerfast.fitting.refusals import refusals_of
 from steerfast.fitting.score import check_model
 from steerfast.hf.generation import PromptBatch, batches, device_of, evaluating, greedy_answers
-from steerfast.hf.structure import find_decoder, identify
+from steerfast.hf.structure import find_decoder, identify, weights_fingerprint
 from steerfast.judging.refusal import is_refusal_strict
 from steerfast.profile import SteeringProfile
 from steerfast.text.encoding import encode, pad_token
@@ -37,6 +41,7 @@ from steerfast.text.examples import Prompt
 from steerfast.text.prompts import describe_set
 
 KIND = "learned"
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 _PACE = 0.3  # length of the first steps, as a share of the longest vector
 
 
@@ -56,6 +61,7 @@ class LearnOptions:
             of every source are taken.
         answer_tokens: how many tokens of an answer are learned at most.
         seed: of the order of the batches.
+        resume: a file for the state of the last step; an interrupted training goes on there, with the same bits.
         names: name of the prompt set in the profile (``{"harmful": ...}``).
     """
 
@@ -68,6 +74,7 @@ class LearnOptions:
     answer_tokens: int = 40
     batch_size: int = 16
     seed: int = 0
+    resume: str | os.PathLike[str] | None = None
     names: dict[str, str] | None = None
     progress: bool = True
 
@@ -221,13 +228,16 @@ def _learn_vector(
     decoder = find_decoder(model)
     # A share of the longest vector: the steps are the same for rows of any length.
     share = torch.zeros(decoder.hidden_size, dtype=torch.float32, device=device_of(model), requires_grad=True)
-    optimizer = torch.optim.Adam([share], lr=_PACE / decoder.hidden_size**0.5)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
-    losses: list[float] = []
+    pace = _PACE / decoder.hidden_size**0.5
+    optimizer = torch.optim.Adam([share], lr=pace)
+    checkpoint = Checkpoint(options.resume, _training_settings(model, work, answer_starts, (layer, longest), options))
+    losses = _restored(checkpoint, share, optimizer)
     shuffle = random.Random(options.seed)
-    order = (batch for _ in itertools.count() for batch in shuffle.sample(work, len(work)))
+    steps = range(len(losses), options.steps)
+    rounds = (batch for _ in itertools.count() for batch in shuffle.sample(work, len(work)))
+    order = itertools.islice(rounds, len(losses), None)
     with evaluating(model), _frozen(model), torch.enable_grad():
-        for _ in track(range(options.steps), "learning", show=options.progress):
+        for step in track(steps, "learning", show=options.progress):
             batch = next(order)
             starts = torch.tensor([answer_starts[i] for i in batch.indices])[:, None]
             steered = batch.mask.bool()
@@ -239,11 +249,42 @@ def _learn_vector(
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise SteerfastError(f"model: expected a finite loss, got {losses[-1]} after {len(losses) - 1} steps")
+            optimizer.param_groups[0]["lr"] = pace * (1 - step / options.steps)
             optimizer.step()
-            schedule.step()
             with torch.no_grad():
                 share /= share.norm().clamp(min=1.0)
+            moments = {name: optimizer.state[share][name] for name in _MOMENTS}
+            checkpoint.write({"share": share.detach().cpu(), **{k: v.cpu() for k, v in moments.items()}}, losses)
     return (share.detach() * longest).cpu(), losses
+
+
+def _training_settings(
+    model: nn.Module,
+    work: Sequence[PromptBatch],
+    answer_starts: Sequence[int],
+    place: tuple[int, float],
+    options: LearnOptions,
+) -> dict[str, Any]:
+    """Return all that a training depends on; `place`: the layer, and the largest norm."""
+    lessons = json.dumps([[batch.ids.tolist() for batch in work], list(answer_starts)])
+    return {
+        "weights": weights_fingerprint(model),
+        "lessons": hashlib.sha256(lessons.encode()).hexdigest(),
+        "place": list(place),
+        **{name: getattr(options, name) for name in ("positions", "steps", "seed")},
+    }
+
+
+def _restored(checkpoint: Checkpoint, share: Tensor, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Put the state of a checkpoint into the vector and its optimizer, and return the losses so far."""
+    if (found := checkpoint.read()) is None:
+        return []
+    tensors, losses = found
+    with torch.no_grad():
+        share.copy_(tensors["share"])
+    moments = {name: tensors[name].to(share.device) for name in _MOMENTS}
+    optimizer.state[share] = {"step": torch.tensor(float(len(losses))), **moments}
+    return losses
 
 
 def _loss(model: nn.Module, batch: PromptBatch, starts: Tensor) -> Tensor:

@@ -18,17 +18,15 @@ from steerfast._options import read_options
 from steerfast._progress import track
 from steerfast._records import Records
 from steerfast.errors import ProfileError, PromptError
+from steerfast.fitting.answer_log import AnswerLog
 from steerfast.fitting.ending import ending_vector, with_ending
 from steerfast.fitting.labelled import Given, Labelled
 from steerfast.fitting.score import check_model
-from steerfast.hf.generation import greedy_answers
-from steerfast.hf.steering import steer
 from steerfast.hf.structure import weights_fingerprint
 from steerfast.judging.answers import judge, share
 from steerfast.judging.fluency import FluencyLimits
 from steerfast.profile import EDITS, SteeringProfile
 from steerfast.text.encoding import encode
-from steerfast.text.examples import Prompt
 from steerfast.text.prompts import describe_set
 
 Positions = Literal["all", "response"]
@@ -93,7 +91,7 @@ class TuneOptions:
         min_fluent: share of fluent answers to harmful prompts a setting must keep.
         min_unchanged: share of harmless answers that must stay token for token.
         limits: limits of fluent text.
-        resume: a JSON-lines file of complete trials; written during the search, read back to continue it.
+        resume: a JSON-lines file of answers and complete trials; written during the search, read back to continue it.
         names: names of the prompt sets in the profile (``{"harmful": ..., "harmless": ...}``).
     """
 
@@ -146,19 +144,20 @@ def tune(
     check_model(profile, model, tokenizer)
     _check_edit(profile)
     candidates = _candidates(profile, chosen)
-    ending = ending_vector(model, tokenizer) if any(chosen.endings or ()) else None
-    for candidate in candidates:
-        if candidate.ending:
-            candidate.apply(profile, ending)  # raises before any work is done
+    ending = _ending(profile, candidates, model, tokenizer)
     prompts = encode(tokenizer, bad.prompts, model, room=chosen.max_new_tokens)
-    log = _TrialLog(chosen.resume, _search_settings(profile, model, prompts, chosen))
+    records = Records(chosen.resume, "trials")
+    log = _TrialLog(records, _search_settings(profile, model, prompts, chosen))
+    answers = AnswerLog(records, model, tokenizer)
 
     def trials(candidates: Sequence[Setting], tried: Sequence[Sequence[int]], description: str) -> list[Trial]:
-        done = []
-        for candidate in track(candidates, description, show=chosen.progress):
+        done, several = [], len(candidates) > 1  # the bar of a single one is over its answers
+        for candidate in track(candidates, description, show=chosen.progress and several):
             trial = log.find(candidate, len(tried))
             if trial is None:
-                trial = _try(candidate, candidate.apply(profile, ending), model, tokenizer, tried, chosen)
+                bar = None if several or not chosen.progress else description
+                found = answers.answers(tried, chosen.max_new_tokens, candidate.apply(profile, ending), bar)
+                trial = _judged(candidate, model, tokenizer, tried, found, chosen)
                 log.add(trial)
             done.append(trial)
         return sorted(done, key=lambda trial: trial.rank(chosen.min_fluent), reverse=True)
@@ -166,14 +165,26 @@ def tune(
     screened = trials(candidates, prompts[::_SCREEN_SHARE], "screening")  # some of every style, if they come by style
     finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
     tuned = _best(finals, chosen.min_fluent).candidate.apply(profile, ending)
-    unchanged = _unchanged(tuned, model, tokenizer, good.prompts, chosen)
+    unchanged = _unchanged(tuned, answers, encode(tokenizer, good.prompts, model, room=chosen.max_new_tokens), chosen)
     record = _record(finals, unchanged, len(candidates), chosen)
     names = chosen.names or {}
     sets = {role: describe_set(one.texts, names.get(role)) for role, one in (("harmful", bad), ("harmless", good))}
     return replace(tuned, candidates={}, tuned={**record, **sets})
 
 
+def _ending(profile: SteeringProfile, candidates: Sequence[Setting], model: nn.Module, tokenizer: Any) -> Tensor | None:
+    """Return the ending vector, if a candidate has an ending; raises before any work is done where it has no place."""
+    ended = [candidate for candidate in candidates if candidate.ending]
+    ending = ending_vector(model, tokenizer) if ended else None
+    for candidate in ended:
+        candidate.apply(profile, ending)
+    return ending
+
+
 def _check_edit(profile: SteeringProfile) -> None:
+    if "frontier" in profile.fitted:
+        behaviour = profile.fitted["behaviour"]
+        raise ProfileError(f"profile: expected one of refusals, got one of {behaviour!r}, whose strengths fit measured")
     if not EDITS[profile.edit].adds:
         raise ProfileError(
             f"profile: expected one with edit 'add' or 'keep_norm', whose strength can be searched, got "
@@ -286,16 +297,14 @@ def _check_band(band: tuple[int, int], kind: str, has_vector: Sequence[bool], le
         raise ProfileError(f"bands: expected layers of {have}, where {kind!r} is, got ({first}, {last})")
 
 
-def _try(
+def _judged(
     candidate: Setting,
-    profile: SteeringProfile,
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
     options: TuneOptions,
 ) -> Trial:
-    with steer(model, profile):
-        answers = greedy_answers(model, tokenizer, prompts, options.max_new_tokens)
     judged = judge(model, tokenizer, prompts, answers, options.limits)
     return Trial(
         candidate=candidate,
@@ -307,13 +316,12 @@ def _try(
 
 
 def _unchanged(
-    profile: SteeringProfile, model: nn.Module, tokenizer: Any, harmless: Sequence[Prompt], options: TuneOptions
+    profile: SteeringProfile, answers: AnswerLog, prompts: Sequence[Sequence[int]], options: TuneOptions
 ) -> float:
     """Return the share of harmless answers that are the same with and without steering."""
-    prompts = encode(tokenizer, harmless, model, room=options.max_new_tokens)
-    before = greedy_answers(model, tokenizer, prompts, options.max_new_tokens)
-    with steer(model, profile):
-        after = greedy_answers(model, tokenizer, prompts, options.max_new_tokens)
+    bars = ("harmless", "harmless, steered") if options.progress else (None, None)
+    before = answers.answers(prompts, options.max_new_tokens, None, bars[0])
+    after = answers.answers(prompts, options.max_new_tokens, profile, bars[1])
     return share([a == b for a, b in zip(before, after, strict=True)])
 
 
@@ -330,8 +338,8 @@ def _fingerprint(profile: SteeringProfile) -> str:
 class _TrialLog:
     """Complete trials of one search, in a file that other searches may share."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
-        self._records, self._settings = Records(path, "trials"), settings
+    def __init__(self, records: Records, settings: dict[str, Any]) -> None:
+        self._records, self._settings = records, settings
         self._trials: dict[tuple[Setting, int], Trial] = {}
         for record in self._records.found:
             if record.get("settings") == settings:

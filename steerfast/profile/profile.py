@@ -45,7 +45,8 @@ class SteeringProfile:
         threshold: float32 [layers], in units of the score.
         vector: float32 [layers, H], in units of the residual stream, which the edit uses. A zero row: no edit.
         strength: float32 [layers]; 0: the layer is not steered.
-        norm: float32 [layers], mean norm of the residual rows that the profile was fitted on; 0 where unknown.
+        norm: float32 [layers], mean norm of the residual rows that the profile was fitted on; of pairs the median. 0
+            where unknown.
         gate: how the profile decides.
         mean_direction: float32 [layers, H], what the gate reads in the mean over a prompt; None: `direction`.
         abstain: float32 [layers], at most the threshold; -inf: no lower end. A score above it and not above the

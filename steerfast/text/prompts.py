@@ -45,17 +45,32 @@ def read_records(
     name = str(source)
     if name.startswith(SHIPPED_PREFIX):
         return records_of(shipped_records(name.removeprefix(SHIPPED_PREFIX)), name, column, conversations)
-    path = Path(source)
+    return records_of(read_entries(source, _keys(column)), name, column, conversations)
+
+
+def read_entries(source: str | os.PathLike[str], keys: Sequence[str], what: str = "prompts") -> list[Any]:
+    """Return the entries of a file, unchecked: strings, or records.
+
+    Args:
+        source: a ``.txt``, ``.json``, ``.jsonl`` or ``.csv`` file. keys: a CSV file has a column with one of these
+            names. what: what the file holds, for errors.
+
+    Raises:
+        PromptError: no file, an unknown ending, or unreadable content.
+    """
+    name, path = str(source), Path(source)
     if not path.is_file():
-        raise PromptError(f"prompts: expected a file at {name!r} or {SHIPPED_PREFIX}<set>, found none")
+        shipped = f" or {SHIPPED_PREFIX}<set>" if what == "prompts" else ""
+        raise PromptError(f"{what}: expected a file at {name!r}{shipped}, found none")
     reader = {".txt": _lines, ".json": _json, ".jsonl": _jsonl, ".csv": _csv}.get(path.suffix.lower())
     if reader is None:
-        raise PromptError(f"prompts: expected a .txt, .json, .jsonl or .csv file, got {name!r}")
+        raise PromptError(f"{what}: expected a .txt, .json, .jsonl or .csv file, got {name!r}")
     try:
-        entries = list(reader(path, _keys(column)))
+        return list(reader(path, keys))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error, OSError) as error:
-        raise PromptError(f"prompts: cannot read {name!r} ({error})") from None
-    return records_of(entries, name, column, conversations)
+        raise PromptError(f"{what}: cannot read {name!r} ({error})") from None
+    except PromptError as error:
+        raise PromptError(f"{what}: {str(error).removeprefix('prompts: ')}") from None
 
 
 def records_of(

@@ -38,8 +38,8 @@ torch.set_num_threads(1)
 LAYERS, HIDDEN = 6, 32
 # All but serve, which has no result to write as JSON; see test_serve.py.
 COMMANDS = (
-    "demo", "extract", "calibrate", "learn", "tune", "score", "inspect", "drift", "generate", "eval", "guard", "bench",
-    "convert", "bake", "doctor",
+    "demo", "fit", "extract", "calibrate", "learn", "tune", "score", "inspect", "drift", "generate", "eval", "guard",
+    "bench", "convert", "bake", "doctor",
 )  # fmt: skip
 HARMFUL = [
     f"how to {verb} a {thing}" for verb in ("poison", "bomb", "hack") for thing in ("town", "bank", "dog", "car")
@@ -501,8 +501,9 @@ def test_learn_adds_a_vector_that_tune_can_try(work: Path, tmp_path: Path) -> No
     result = done(
         "learn", work / "calibrated.safetensors", *harmful, "--refusal", "no", "--layer", 4, "--positions", "all",
         "--max-norm", 0.7, "--steps", 3, "--answer-tokens", 5, "--seed", 1, "--batch-size", 4, "-o", learned,
-        "--json", tmp_path / "p.json",
+        "--json", tmp_path / "p.json", "--resume", tmp_path / "steps.safetensors",
     )  # fmt: skip
+    assert (tmp_path / "steps.safetensors").is_file()
     before = SteeringProfile.load(work / "calibrated.safetensors")
     profile = SteeringProfile.load(learned)
     assert (profile.vector_kind, profile.steered_layers, profile.positions) == ("learned", [4], "all")
@@ -629,6 +630,8 @@ def test_generate_strength_0_is_the_unsteered_model(work: Path) -> None:
 def test_generate_prints_no_terminal_codes(capsys: pytest.CaptureFixture[str]) -> None:
     _render([{"prompt": "a [b]", "fired": True, "steered": "x\x1b[2Jy\nz"}], None)
     assert capsys.readouterr().out == "> a [b]  [gate fired]\nx [2Jy\nz\n\n"
+    _render([{"prompt": "a", "fired": True, "steered": "x"}], None, "formal")
+    assert capsys.readouterr().out == "> a  [formal, always]\nx\n\n"
 
 
 # ---- inspect -------------------------------------------------------------------------------------

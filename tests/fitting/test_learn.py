@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from refusing import REFUSAL
 from torch import Tensor
 
 import steerfast
-from steerfast.errors import ArchitectureError, ProfileError, PromptError, SteerfastError
+from steerfast.errors import ArchitectureError, OutputError, ProfileError, PromptError, SteerfastError
 from steerfast.fitting import learn as learning
 from steerfast.fitting.refusals import refusals_of
 from steerfast.hf.generation import batches, greedy_answers
@@ -315,3 +316,55 @@ def test_bad_models_and_profiles(
         learn(model=broken)
     with steerfast.steer(tiny_llama, profile), pytest.raises(SteerfastError, match="one that is steered"):
         learn()
+
+
+# -- stop and go on ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The losses that were really computed; the fifth interrupts, once."""
+    found: list[float] = []
+    compute = learning._loss
+
+    def counting(*args: Any) -> Tensor:
+        if len(found) == 4:
+            found.append(math.nan)
+            raise KeyboardInterrupt
+        loss = compute(*args)
+        found.append(float(loss.detach()))
+        return loss
+
+    monkeypatch.setattr(learning, "_loss", counting)
+    return found
+
+
+def test_an_interrupted_training_goes_on_with_the_same_bits(learn: Any, steps: list[float], tmp_path: Path) -> None:
+    options = {"steps": 7, "batch_size": 2}
+    with pytest.raises(KeyboardInterrupt):
+        learn(**options, resume=tmp_path / "steps")
+    resumed = learn(**options, resume=tmp_path / "steps")
+    assert len(steps) == 1 + 7
+    whole = learn(**options)
+    assert torch.equal(resumed.vector, whole.vector)
+    assert resumed.checksum == whole.checksum
+    done = len(steps)
+    assert learn(**options, resume=tmp_path / "steps").checksum == whole.checksum
+    assert len(steps) == done
+
+
+def test_steps_of_another_training_are_not_taken(learn: Any, tmp_path: Path) -> None:
+    learn(steps=3, resume=tmp_path / "steps")
+    for change in ({"seed": 1}, {"max_norm": 0.5}, {"layer": 1}, {"harmful": HARMFUL[:2]}, {"refusal": "no ."}):
+        other = {"steps": 3, "batch_size": 2, **change}
+        assert learn(**other, resume=tmp_path / "steps").checksum == learn(**other).checksum
+
+
+def test_a_file_of_another_kind_is_left_alone(learn: Any, profile: SteeringProfile, tmp_path: Path) -> None:
+    profile.save(tmp_path / "p.safetensors")
+    (tmp_path / "text").write_text("x")
+    for file in (tmp_path / "p.safetensors", tmp_path / "text"):
+        before = file.read_bytes()
+        with pytest.raises(OutputError, match=r"expected a file of learn|not a readable|format"):
+            learn(steps=1, resume=file)
+        assert file.read_bytes() == before

@@ -1,0 +1,195 @@
+"""`steerfast fit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from steerfast.cli import common
+from steerfast.cli.tune import band
+from steerfast.errors import PromptError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from steerfast.profile import SteeringProfile
+
+_OF_PAIRS = ("method", "read", "layers", "strengths")
+_OF_SAFETY = ("harmful", "harmless", "prompts", "per_source", "max_false_positive_rate")
+
+
+def _layers(value: str) -> tuple[int, int]:
+    try:
+        return band(value)
+    except ValueError:
+        raise click.BadParameter(f"expected layers such as 10-19 or 14, first before last, got {value!r}") from None
+
+
+@click.command("fit")
+@click.argument("model_name", metavar="MODEL")
+@common.placement_options
+@click.option("--pairs", metavar="FILE", help="Contrastive pairs of a behaviour (.jsonl, .json or .csv).")
+@click.option("--behaviour", metavar="NAME", help="Its name.  [default: safety; with --pairs the file's name]")
+@common.value_option(
+    "--method", click.Choice(["mean", "pca", "logistic"]), "METHOD", "With --pairs: mean, pca or logistic."
+)
+@common.value_option(
+    "--read",
+    click.Choice(["answer", "last"]),
+    "READING",
+    "With --pairs: the mean of the answer's tokens, or the last token.  [default: answer, if there are answers]",
+)
+@common.value_option(
+    "--layers",
+    _layers,
+    "LAYERS",
+    "With --pairs: where the vector is added, such as 10-19.  [default: the middle third]",
+)
+@common.list_option(
+    "--strengths",
+    "NUMBERS",
+    common.finite,
+    "numbers such as 0.5,1,2",
+    "With --pairs: comma list of total strengths to measure.  [default: 0.25,0.5,1,1.5,2,3]",
+)
+@common.labelled_option
+@common.set_option("--harmful", note="Prompts the gate should open for, in place of the corpus")
+@common.set_option("--harmless", note="Prompts the gate should stay shut for, in place of the corpus")
+@common.value_option(
+    "--per-source", click.IntRange(min=1), "N", "The most prompts of a source that fit the gate.  [default: 120]"
+)
+@common.value_option(
+    "--max-false-positive-rate",
+    click.FloatRange(0, 1, min_open=True, max_open=True),
+    "SHARE",
+    "The share of harmless prompts that may open the gate.  [default: 0.02]",
+)
+@common.value_option(
+    "--minutes", click.FloatRange(0, min_open=True), "N", "How long it may take, by an estimate.  [default: no limit]"
+)
+@common.value_option("--work", str, "FOLDER", "Where work is kept, to go on.  [default: beside the output, .work]")
+@common.batch_size_option()
+@click.option("--plot", "plot_file", metavar="FILE", help="Draw the profile (.png, .svg or .pdf).")
+@common.fit_options
+def command(output: str, json_file: str | None, plot_file: str | None, **options: Any) -> None:
+    """Make a profile in one go: of a behaviour from pairs, of safety from the corpus that ships.
+
+    Started again after an interruption, it goes on where it stopped. At the end it says whether the profile is good.
+
+    \b
+    Example:
+      steerfast fit HuggingFaceTB/SmolLM2-135M-Instruct --output safety.safetensors
+      steerfast fit MODEL --pairs formal.jsonl --output formal.safetensors
+      steerfast fit MODEL --minutes 30 --prompts traffic.jsonl --output safety.safetensors
+    """
+    pairs_file = options.pop("pairs")
+    _check(pairs_file, options)
+    sources = [source for role in ("prompts", "harmful", "harmless") for source in options[role]]
+    inputs = [*sources, *([pairs_file] if pairs_file else [])]
+    common.check_outputs({"--output": output, "--json": json_file, "--plot": plot_file}, inputs)
+    if plot_file is not None:
+        from steerfast.evaluation.plots import check_plot
+
+        check_plot(plot_file)
+    options["work"] = options["work"] or Path(output).with_suffix(".work")
+    own = _given_pairs(pairs_file, options) if pairs_file else _given_prompts(options)
+
+    import steerfast
+    from steerfast.evaluation.verdict import shortcomings
+
+    model, tokenizer = common.take_model(options)
+    given = {name: value for name, value in options.items() if value is not None}  # the others have defaults
+    profile = steerfast.fit(model, tokenizer, **own, **given)
+    profile.save(output)
+    report = None if pairs_file else _gate_report(profile, model, tokenizer, {**given, **own})
+    reasons = shortcomings(profile, report)
+    _render(profile, report, reasons, json_file)
+    if plot_file is not None:
+        from steerfast.evaluation.plots import save_plot
+
+        save_plot(profile, plot_file)
+    _write(profile, report, reasons, (output, json_file))
+
+
+def _check(pairs_file: str | None, options: dict[str, Any]) -> None:
+    """Refuse options of the other kind of fit."""
+    other = _OF_SAFETY if pairs_file else _OF_PAIRS
+    for name in other:
+        if options[name]:
+            with_or_without = "without" if pairs_file else "with"
+            raise click.UsageError(f"--{name.replace('_', '-')}: expected it {with_or_without} --pairs")
+    if not pairs_file and options["behaviour"] not in (None, "safety"):
+        raise click.UsageError(f"--pairs: expected a file with examples of {options['behaviour']!r}, got none")
+
+
+def _given_pairs(file: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the pairs of a file; what fits safety alone leaves the options."""
+    from steerfast.text.pairs import pairs
+
+    for name in _OF_SAFETY:
+        del options[name]
+    try:
+        positive, negative = pairs(file)
+    except PromptError as error:
+        raise PromptError(f"--pairs: {str(error).removeprefix('pairs: ')}") from None
+    options["behaviour"] = options["behaviour"] or Path(file).stem
+    return {"positive": positive, "negative": negative, "name": Path(file).name}
+
+
+def _given_prompts(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the user's prompts of safety; what fits pairs alone leaves the options."""
+    for name in (*_OF_PAIRS, "behaviour"):
+        del options[name]
+    sources = {role: options.pop(role) for role in ("harmful", "harmless", "prompts")}
+    labels = {"harmful": "harmful", "harmless": "harmless", "prompts": None}
+    names = {role: " + ".join(Path(source).name for source in given) for role, given in sources.items() if given}
+    return {**{role: common.read_set(f"--{role}", sources[role], labels[role]) for role in sources}, "names": names}
+
+
+def _gate_report(profile: SteeringProfile, model: nn.Module, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the gate's figures on sources that chose nothing: the corpus' split validate, and the user's rows of it.
+
+    Within a budget, at most as many prompts of a source as calibrated the gate.
+    """
+    from steerfast._progress import stage
+    from steerfast.evaluation.gates import gate_report
+    from steerfast.fitting.labelled import Labelled
+    from steerfast.text.corpus import corpus
+
+    most = max(row["n"] for found in profile.calibration["by_source"].values() for row in found["rows"])
+    own = [one for one in options["prompts"] if one.split == "validate"]
+    examples = Labelled((*corpus("validate"), *own)).at_most(most if "minutes" in options else None).examples
+    reading = {"batch_size": options["batch_size"], "cache": Path(options["work"]) / "rows"}
+    with stage("report") as findings:
+        found = gate_report(profile, model, tokenizer, examples, **reading)
+        findings.append(f"{len(examples)} prompts of other sources")
+    return found
+
+
+def _render(profile: SteeringProfile, report: dict[str, Any] | None, reasons: list[str], json_file: str | None) -> None:
+    from steerfast.cli.rendering import frontier_table, gate_figures_report, header
+
+    printed = common.console(json_file)
+    printed.print(header(profile))
+    if report is not None:
+        gate_figures_report(report, printed)
+    elif (table := frontier_table(profile)) is not None:
+        printed.print(table)
+    for reason in reasons:
+        printed.print(f"not good: {reason}", markup=False)
+    if not reasons:
+        printed.print("good: no shortcoming found", markup=False)
+
+
+def _write(
+    profile: SteeringProfile, report: dict[str, Any] | None, reasons: list[str], files: tuple[str, str | None]
+) -> None:
+    from steerfast.evaluation.description import summary
+
+    output, json_file = files
+    found = {"profile": output, "good": not reasons, "shortcomings": reasons, **summary(profile)}
+    common.write_json(json_file, found if report is None else {**found, "report": report})
+    printed = common.console(json_file)
+    printed.print(f"wrote {output}; next: steerfast generate {output} --compare", markup=False)

@@ -1,0 +1,153 @@
+"""How strong a behaviour may be: what it gains and what the text loses, at a few strengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfast._progress import track
+from steerfast._records import Records
+from steerfast.fitting.activations import answer_mean, residual_rows
+from steerfast.fitting.answer_log import AnswerLog
+from steerfast.fitting.contrast import Contrast, at_total
+from steerfast.judging.answers import judge, share
+from steerfast.judging.fluency import FluencyLimits
+from steerfast.profile import SteeringProfile
+from steerfast.text.encoding import pad_token
+
+_KEY = "figures_of"
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+_LEAST_FLUENT = 0.9  # of the unsteered share
+_MOST_PERPLEXITY = 2.0  # times the unsteered perplexity
+_ENOUGH, _NOTABLE = 4 / 5, 1 / 3  # of the best shift: for the strength to use, for the lower end of the range
+
+
+@dataclass(frozen=True)
+class Point:
+    """Figures of the answers at one strength.
+
+    strength: in total over the band. shift: how far the answers' rows, read without steering, lie from those of the
+    unsteered answers, along the vector; 1 is the distance between the two sides of the pairs. perplexity: the median
+    over the answers, under the unsteered model. repetition: the mean share of repeated 4-grams. fluent: the share of
+    answers within the limits.
+    """
+
+    strength: float
+    shift: float
+    perplexity: float
+    repetition: float
+    fluent: float
+
+    def coherent(self, unsteered: Point) -> bool:
+        """Return whether the text holds: nearly as many fluent answers, at most twice the perplexity."""
+        fluent = self.fluent >= _LEAST_FLUENT * unsteered.fluent
+        return fluent and self.perplexity <= _MOST_PERPLEXITY * unsteered.perplexity
+
+
+class Frontier:
+    """Measure strengths of a profile on the same prompts.
+
+    Args:
+        profile: one that always adds, as `contrast_profile` makes it. prompts: token ids.
+        records: what is measured already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        profile: SteeringProfile,
+        rows: Contrast,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        records: Records,
+    ) -> None:
+        self._model, self._tokenizer, self._profile, self._prompts = model, tokenizer, profile, prompts
+        self._max_new_tokens = max_new_tokens
+        self._answers, self._records = AnswerLog(records, model, tokenizer), records
+        self._known = {record[_KEY]: record["figures"] for record in records.found if _KEY in record}
+        layer = profile.steered_layers[-1]
+        self._direction = torch.nn.functional.normalize(profile.vector[layer].double(), dim=0)
+        sides = (side[:, layer].double() @ self._direction for side in (rows.positive, rows.negative))
+        positive, negative = (float(side.mean()) for side in sides)
+        self._layer, self._distance = layer, positive - negative
+        self._start: float | None = None
+
+    def measure(self, strengths: Sequence[float], limits: FluencyLimits | None, progress: bool) -> list[Point]:
+        """Return the unsteered point, then those of the strengths, ascending, up to the first that is not coherent."""
+        points: list[Point] = []
+        for strength in track([0.0, *sorted(strengths)], "strengths", show=progress):
+            points.append(self._point(strength, limits))
+            if not points[-1].coherent(points[0]):
+                break
+        return points
+
+    def _point(self, strength: float, limits: FluencyLimits | None) -> Point:
+        profile = at_total(self._profile, self._profile.steered_layers, strength) if strength else None
+        settings = [self._max_new_tokens, (limits or FluencyLimits()).to_dict()]
+        key = self._answers.key("figures", self._profile.checksum, strength, self._prompts, settings)
+        if (found := self._known.get(key)) is None:
+            found = self._figures(self._answers.answers(self._prompts, self._max_new_tokens, profile), limits)
+            self._records.add({_KEY: key, "figures": found})
+        figures = dict(found)
+        place = figures.pop("place")
+        start = self._start = place if self._start is None else self._start
+        return Point(strength=strength, shift=round((place - start) / self._distance, 4), **figures)
+
+    def _figures(self, answers: Sequence[Sequence[int]], limits: FluencyLimits | None) -> dict[str, float]:
+        """Return the figures of answers: those of `Point`, and ``place``, where they lie along the vector."""
+        judged = judge(self._model, self._tokenizer, self._prompts, answers, limits)
+        chance = float(len(self._tokenizer))  # for an answer without a token
+        perplexities = [chance if math.isnan(one.perplexity) else one.perplexity for one in judged]
+        return {
+            "place": float((self._rows(answers) @ self._direction).mean()),
+            "perplexity": round(median(perplexities), 4),
+            "repetition": round(sum(one.repetition for one in judged) / len(judged), 4),
+            "fluent": round(share([one.fluent for one in judged]), 4),
+        }
+
+    def _rows(self, answers: Sequence[Sequence[int]]) -> Tensor:
+        """Return the mean row of each answer that has a token, float64 [n, H]."""
+        kept = [(prompt, answer) for prompt, answer in zip(self._prompts, answers, strict=True) if answer]
+        kept = kept or [(prompt[:-1], prompt[-1:]) for prompt in self._prompts]
+        rows = residual_rows(
+            self._model,
+            [[*prompt, *answer] for prompt, answer in kept],
+            reduce=answer_mean([len(prompt) for prompt, _ in kept], self._max_new_tokens),
+            pad_token_id=pad_token(self._tokenizer),
+        )
+        return rows[:, self._layer].double()
+
+
+def recommend(points: Sequence[Point]) -> dict[str, Any]:
+    """Return the strength to use and a range around it, from points as `Frontier.measure` returns them.
+
+    The strength is the least coherent one with four fifths of the largest shift. The range begins at the least one with
+    a third of it, and ends at the largest coherent one.
+
+    Returns:
+        JSON data: ``points``, ``strength``, ``range``, and ``problem``, a sentence where no strength helps, else None.
+    """
+    unsteered, *steered = points
+    coherent = [one for one in steered if one.coherent(unsteered) and one.shift > 0]
+    found: dict[str, Any] = {"points": [asdict(one) for one in points]}
+    if not coherent:
+        least = steered[0]
+        broken = not least.coherent(unsteered)
+        why = (
+            f"strength {least.strength:g} already breaks the text (fluent {least.fluent:.0%}, perplexity "
+            f"{least.perplexity:.1f} against {unsteered.perplexity:.1f})"
+            if broken
+            else f"no strength up to {steered[-1].strength:g} moves the answers towards the positive side"
+        )
+        return {**found, "strength": None, "range": None, "problem": why}
+    best = max(one.shift for one in coherent)
+    low, use = (next(one.strength for one in coherent if one.shift >= part * best) for part in (_NOTABLE, _ENOUGH))
+    return {**found, "strength": use, "range": [low, coherent[-1].strength], "problem": None}

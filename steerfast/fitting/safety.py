@@ -1,0 +1,271 @@
+"""The safety recipe: extract, calibrate, learn and tune in one go, each stage kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from steerfast._progress import stage
+from steerfast.errors import OutputError, ProfileError, PromptError
+from steerfast.fitting.budget import EFFORTS, RECIPE, Effort, largest, speed_of
+from steerfast.fitting.calibrate import calibrate
+from steerfast.fitting.extract import extract
+from steerfast.fitting.labelled import Given, Labelled, evenly
+from steerfast.fitting.learn import learn
+from steerfast.fitting.tune import tune
+from steerfast.hf.structure import weights_fingerprint
+from steerfast.profile import SteeringProfile
+from steerfast.text.corpus import corpus
+from steerfast.text.examples import Example, unique_text
+from steerfast.text.prompts import read_prompts
+from steerfast.text.splits import own_examples
+
+_LEARN = {"batch_size": 8, "answer_tokens": 48}
+_TUNE = {
+    "vectors": ["learned"],
+    "positions": ["response"],
+    "max_new_tokens": 64,
+    "min_fluent": 0.9,
+    "min_unchanged": 0.9,
+}
+_CORPUS = "steerfast:corpus"
+_STAGES = ("extract", "calibrate", "learn", "tune")
+
+
+@dataclass(frozen=True)
+class SafetyOptions:
+    """Options of `fit` for safety.
+
+    Args:
+        harmful, harmless: prompts in place of the corpus. A third of those without a split calibrates.
+        prompts: labelled examples beside the corpus, or beside `harmful` and `harmless`.
+        per_source: the most prompts of a source and label that fit the gate.
+        max_false_positive_rate: the share of harmless prompts that may open the gate, see `calibrate`.
+        minutes: how long it may take, by an estimate; it chooses one of `steerfast.fitting.budget.EFFORTS`. None:
+            `RECIPE`.
+        work: a folder that keeps the rows and the finished stages: a fit that was interrupted goes on.
+        names: names of the given sets in the profile (``{"harmful": ..., "harmless": ..., "prompts": ...}``).
+    """
+
+    harmful: Sequence[Given] = ()
+    harmless: Sequence[Given] = ()
+    prompts: Sequence[Example] = ()
+    per_source: int | None = None
+    max_false_positive_rate: float = 0.02
+    minutes: float | None = None
+    work: str | os.PathLike[str] | None = None
+    names: dict[str, str] | None = None
+    batch_size: int = 16
+    progress: bool = True
+
+
+def fit_safety(model: nn.Module, tokenizer: Any, options: SafetyOptions) -> SteeringProfile:
+    """Return a profile whose gate opens for harmful prompts and whose vector was learned from refusals.
+
+    Where tune finds no setting that is fluent and leaves harmless answers, the learned one stays, and
+    ``tuned["problem"]`` says why.
+    """
+    return _Recipe(model, tokenizer, options).run()
+
+
+def make_folder(work: str | os.PathLike[str] | None) -> Path | None:
+    """Make a work folder, if one is named.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    if work is None:
+        return None
+    path = Path(work)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"work: cannot make the folder {str(path)!r} ({error.strerror})") from None
+    return path
+
+
+class _Recipe:
+    """One fit: its prompts, its effort and its work folder."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, options: SafetyOptions) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.work = make_folder(options.work)
+        self.sets = {split: self._examples(split) for split in ("fit", "calibrate")}
+        self.effort = self._effort()
+        self._before = weights_fingerprint(model)  # what the next stage starts from
+
+    def run(self) -> SteeringProfile:
+        """Run all stages."""
+        effort, fitted, names = self.effort, self.sets["fit"], self._names
+        reading: dict[str, Any] = {"batch_size": self.options.batch_size, "cache": self._file("rows")}
+        profile = self._stage(
+            "extract",
+            {"per_source": effort.per_source, "vectors": ["srv"], "names": names("fit")},
+            lambda given: extract(self.model, self.tokenizer, **fitted, **given, **reading, progress=self._bars),
+            lambda made: f"{_count(made.fitted)} prompts",
+            fitted,
+        )
+        given = self.sets["calibrate"]
+        rate = {"max_false_positive_rate": self.options.max_false_positive_rate}
+        profile = self._stage(
+            "calibrate",
+            {"per_source": effort.calibrate, **rate, "names": names("calibrate")},
+            lambda chosen: calibrate(
+                profile, self.model, self.tokenizer, **given, **chosen, **reading, progress=self._bars
+            ),
+            lambda made: f"{_count(made.calibration['sets'])} prompts, layer {made.sensor} decides",
+            given,
+        )
+        lessons = {"harmful": fitted["harmful"]}
+        profile = self._stage(
+            "learn",
+            {**_LEARN, "steps": effort.steps, "names": names("fit")},
+            lambda chosen: learn(
+                profile,
+                self.model,
+                self.tokenizer,
+                **lessons,
+                **chosen,
+                resume=self._file("learn.safetensors"),
+                progress=self._bars,
+            ),
+            lambda made: "loss {} to {} nats a token".format(*made.fitted["learned"]["loss"]),
+            lessons,
+        )
+        return self._tuned(profile)
+
+    def _tuned(self, profile: SteeringProfile) -> SteeringProfile:
+        names = {side: f"steerfast:{side}_tune" for side in ("harmful", "harmless")}
+        asked = {
+            side: [Example(one, side, name) for one in evenly(read_prompts(name), self.effort.asked)]
+            for side, name in names.items()
+        }
+
+        def search(chosen: dict[str, Any]) -> SteeringProfile:
+            try:
+                return tune(
+                    profile,
+                    self.model,
+                    self.tokenizer,
+                    **asked,
+                    **chosen,
+                    resume=self._file("trials.jsonl"),
+                    progress=self._bars,
+                )
+            except PromptError as error:
+                if not str(error).startswith(("min_fluent", "min_unchanged")):
+                    raise
+                return replace(profile, candidates={}, tuned={"problem": str(error)})
+
+        def finding(made: SteeringProfile) -> str:
+            if "problem" in made.tuned:
+                return "no setting is good enough"
+            return f"{made.tuned['refusal_strict']:.0%} refused, {made.tuned['fluent']:.0%} fluent"
+
+        chosen = {**_TUNE, "strengths": list(self.effort.strengths), "names": names}
+        return self._stage("tune", chosen, search, finding, asked)
+
+    def _stage(
+        self,
+        name: str,
+        options: dict[str, Any],
+        make: Callable[[dict[str, Any]], SteeringProfile],
+        finding: Callable[[SteeringProfile], str],
+        sets: dict[str, list[Example]],
+    ) -> SteeringProfile:
+        """Return what a stage makes, or what it made before from the same input; print a line."""
+        title = f"{_STAGES.index(name) + 1}/{len(_STAGES)} {name}"
+        with stage(title, show=self.options.progress) as findings:
+            file = self._file(f"{name}-{_digest(self._before, options, sets)}.safetensors")
+            if file is not None and file.exists():
+                profile = SteeringProfile.load(file)
+                findings.append("done before")
+            else:
+                profile = make(options)
+                if file is not None:
+                    profile.save(file)
+            findings.append(finding(profile))
+        self._before = profile.checksum
+        return profile
+
+    @property
+    def _bars(self) -> bool:
+        return self.options.progress
+
+    def _file(self, name: str) -> Path | None:
+        return None if self.work is None else self.work / name
+
+    def _examples(self, split: str) -> dict[str, list[Example]]:
+        """Return the harmful and the other examples of a split: of the corpus and of the user."""
+        options = self.options
+        given = [
+            one if isinstance(one, Example) else Example(one, label, label)
+            for label, side in (("harmful", options.harmful), ("harmless", options.harmless))
+            for one in side
+        ]
+        found = [] if given else corpus(split)
+        if own := [*given, *options.prompts]:
+            found = [*found, *own_examples(own, split)[0]]
+        return {
+            "harmful": [one for one in found if one.label == "harmful"],
+            "harmless": [one for one in found if one.label != "harmful"],
+        }
+
+    def _names(self, split: str) -> dict[str, str]:
+        """Return the names of both sets of a split."""
+        given, options = self.options.names or {}, self.options
+        replaced, found = options.harmful or options.harmless, {}
+        for side in ("harmful", "harmless"):
+            parts = [given.get(side, side)] if replaced else [_CORPUS]
+            if options.prompts:
+                parts.append(given.get("prompts", "prompts"))
+            found[side] = f"{' + '.join(parts)}, {split}"
+        return found
+
+    def _effort(self) -> Effort:
+        """Return how much is tried; the budget chooses, and `per_source` overrides it."""
+        options = self.options
+        if options.per_source is not None and options.per_source < 1:
+            raise ProfileError(f"per_source: expected at least 1, got {options.per_source}")
+        chosen = RECIPE
+        if options.minutes is not None:
+            chosen = self._within(options.minutes)
+        return replace(chosen, per_source=options.per_source or chosen.per_source)
+
+    def _within(self, minutes: float) -> Effort:
+        fitted, given = (Labelled.of(**self.sets[split]) for split in ("fit", "calibrate"))
+        with stage("budget", show=self._bars) as findings:
+            speed = speed_of(self.model, self.tokenizer, fitted.prompts, self.work)
+
+            def seconds(effort: Effort) -> float:
+                read = len(fitted.at_most(effort.per_source)) + len(given.at_most(effort.calibrate))
+                answers = (len(effort.strengths) + 2) * speed.answer(effort.asked, _TUNE["max_new_tokens"])  # type: ignore[arg-type]
+                return speed.read(read) + speed.learn(effort.steps, **_LEARN) + answers
+
+            chosen: Effort = largest(EFFORTS, minutes, seconds, RECIPE)
+            findings += [
+                f"{1 / speed.per_token:.0f} tokens a second",
+                f"{chosen.per_source} prompts a source, {chosen.steps} steps",
+                f"some {seconds(chosen) / 60:.1f} of {minutes:g} minutes",
+            ]
+        return chosen
+
+
+def _digest(before: str, options: dict[str, Any], sets: dict[str, list[Example]]) -> str:
+    """Return a digest of all that a stage depends on."""
+    told = {
+        side: [{**asdict(one), "prompt": unique_text(one.prompt)} for one in examples]
+        for side, examples in sets.items()
+    }
+    return hashlib.sha256(json.dumps([before, options, told], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _count(sets: Any) -> int:
+    return sum(int(sets[side]["count"]) for side in ("harmful", "harmless"))
