@@ -202,7 +202,7 @@ def edit_options(command: F) -> F:
         ("--low", "NUMBER", "Lower limit of --edit clamp, in units of the vector."),
     ):
         command = value_option(name, float, metavar, text)(command)
-    text = "How an open gate changes a row of the residual stream.  [default: add]"
+    text = "How an open gate changes a row of the residual stream.  [default: add, or the edit of a converted file]"
     return click.option("--edit", type=LazyChoice(edit_names), help=text)(command)
 
 
