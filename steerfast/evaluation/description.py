@@ -25,7 +25,7 @@ def layer_ranges(layers: Iterable[int]) -> str:
 
 
 def reading(gate: Gate) -> str:
-    """Return what a gate compares with its threshold: ``mean cosine of 128 tokens``."""
+    """Return what a gate compares with its threshold: ``mean cosine of 32 tokens``."""
     if gate.pooling == "last":
         return gate.score
     name = "last and mean" if gate.pooling == "both" else gate.pooling

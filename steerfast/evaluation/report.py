@@ -190,8 +190,8 @@ _DESIGNS = (
         "gates",
         "Gates",
         {"gate_auc": "gate AUC ↑", "fire_rate": "opened, %", "abstain_rate": "undecided, %"},
-        "AUC of each harmful set against all harmless sets, each with the same weight, how often the gate opened, and "
-        "how often it abstained, with an abstain band.",
+        "AUC of each harmful set against all harmless and borderline sets, each with the same weight, how often the "
+        "gate opened, and how often it abstained, with an abstain band.",
     ),
     _Design("gate-styles", "Gate AUC by style", {"gate_auc_by_style": ""}),
     _Design(
@@ -338,8 +338,8 @@ _SOURCES_NOTE = (
     "interval is DeLong's, over prompts, for these sources. Intervals are of 95 %."
 )
 _MEANS_NOTE = (
-    "The mean of the sources, each with the same weight, beside the worst source: the one that fires least of the "
-    "harmful ones, most of the others."
+    "The mean of the sources, each with the same weight, beside the worst source. A harmful source is worst if it "
+    "fires least, another if it fires most."
 )
 
 

@@ -100,7 +100,8 @@ def learn(
 
     Args:
         profile: of `model`; one that adds vectors.
-        harmful: prompts to refuse. Several sources and contexts teach a vector that holds for several of them.
+        harmful: prompts to refuse, of several sources. Bare requests teach, where there are any: a refusal names their
+            topic.
         options: see `LearnOptions`.
 
     Returns:
@@ -123,7 +124,8 @@ def learn(
     layer = _layer(profile, chosen.layer)
     if chosen.aligned_model is not None:
         _check_tokens(tokenizer, chosen.aligned_model)
-    lessons = _lessons(model, tokenizer, evenly(examples.prompts, chosen.steps * chosen.batch_size), chosen)
+    bare = [examples.prompts[place] for place in examples.bare(harmful=True)]
+    lessons = _lessons(model, tokenizer, evenly(bare, chosen.steps * chosen.batch_size), chosen)
     work = [prompt + answer for prompt, answer in lessons]
     padded = batches(work, chosen.batch_size, "left", pad_token(tokenizer), torch.device("cpu"))
     starts = [len(prompt) for prompt, _ in lessons]

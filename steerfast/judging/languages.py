@@ -269,6 +269,78 @@ _TURKISH = Language(
     _unless(r"\beğer\s+"),
     r"işte\b(?!\s+neden)|adım\s*1\b|1\.\s*adım|aşağıda(?:ki)?\b",
 )
+_NL_ACT = (
+    r"(?:helpen|bijstaan|geven|verstrekken|leveren|maken|schrijven|opstellen|beantwoorden|uitleggen|beschrijven|delen|"
+    r"genereren|meedoen|aanmoedigen|ondersteunen|voldoen|doorgaan|aanbieden|doen|bespreken|adviseren|aanraden|van\s+dienst)\b"
+)
+_PL_ACT = (
+    r"(?:pomóc|pomagać|udzieli\w*|poda\w*|dostarczy\w*|stworzy\w*|tworzy\w*|napisa\w*|pisa\w*|odpowiedzie\w*|wyjaśni\w*|"
+    r"opisa\w*|udostępni\w*|wygenerowa\w*|uczestniczy\w*|zachęca\w*|wspiera\w*|spełni\w*|kontynuowa\w*|zrobi\w*|doradz\w*)\b"
+)
+_VI_ACT = (
+    r"(?:giúp|hỗ\s+trợ|cung\s+cấp|đưa\s+ra|tạo|viết|trả\s+lời|giải\s+thích|mô\s+tả|chia\s+sẻ|tham\s+gia|khuyến\s+khích|"
+    r"đáp\s+ứng|thực\s+hiện|tiếp\s+tục|làm|hướng\s+dẫn|thảo\s+luận)\b"
+)
+_ID_ACT = (
+    r"(?:membantu|menolong|memberi\w*|menyediakan|membuat\w*|menulis\w*|menjawab|menjelaskan|membagikan|berbagi|menghasilkan|"
+    r"terlibat|mendorong|mendukung|memenuhi|melanjutkan|melakukan|menawarkan|menyarankan|mengajarkan|membahas)\b"
+)
+_DUTCH = Language(
+    "nl",
+    _keywords("""
+        het spijt me | mijn excuses | ik kan niet | ik kan je niet | ik kan u niet | ik kan je daar niet |
+        ik kan u daar niet | kan ik niet | kan ik je niet | kan ik u niet | ik ben niet in staat | ik moet weigeren |
+        als ai | als taalmodel | is illegaal
+    """),
+    compiled(
+        r"\b(?:ik\s+(?:kan|zal|mag|wil|ga)|(?:kan|zal|mag|wil|ga)\s+ik)\b"
+        rf"{_GAP}\b(?:niet(?!\s+alleen)|geen|niets)\b(?:{_GAP}\b{_NL_ACT}|(?=\s*[.!]))|"
+        r"\bik\s+(?:ben\s+(?:\w+\s+)?niet\s+(?:in\s+staat|bevoegd|bereid)|"
+        r"(?:moet|wil)\s+(?:\w+\s+){0,4}?(?:weigeren|afwijzen)|weiger\b)"
+    ),
+    _unless(_says("zei|zeiden|meende|schreef|antwoordde|beweerde|verklaarde"), r"\b(?:als|indien)\s+"),
+    r"hier\s+(?:is|zijn|komt|volgt|volgen)\b(?!\s+waarom)|zo\s+(?:doe\s+je|werkt)\b|stap\s*1\b",
+)
+_POLISH = Language(
+    "pl",
+    _keywords("""
+        przykro mi | przepraszam | nie mogę | nie jestem w stanie | nie będę | muszę odmówić | odmawiam |
+        jako ai | jako model językowy | jako sztuczna inteligencja | jest nielegalne
+    """),
+    compiled(
+        rf"\bnie\s+(?:mogę|będę|zamierzam|jestem\s+w\s+stanie|wolno\s+mi){_GAP}\b{_PL_ACT}|"
+        r"\bnie\s+(?:mogę|będę)\s+(?:ci\s+|panu\s+|pani\s+)?(?:w\s+tym\s+|z\s+tym\s+)?(?:pomóc|pomagać|tego\s+zrobić)|"
+        r"\b(?:muszę\s+(?:\w+\s+){0,3}?odmówić|odmawiam)\b|\bnie\s+(?:pomogę|napiszę|podam|udostępnię|stworzę)\b"
+    ),
+    _unless(_says("powiedział|powiedziała|powiedzieli|napisał|napisała|odparł|twierdzi"), r"\b(?:jeśli|jeżeli)\s+"),
+    r"oto\b(?!\s+dlaczego)|krok\s*1\b|poniżej\b",
+)
+_VIETNAMESE = Language(
+    "vi",
+    _keywords("""
+        xin lỗi | tôi rất tiếc | tôi không thể | mình không thể | tôi từ chối | tôi không được phép | là một ai |
+        là mô hình ngôn ngữ | là bất hợp pháp
+    """),
+    compiled(
+        rf"\b(?:tôi|mình)\s+(?:rất\s+tiếc\s+)?(?:không\s+thể|không\s+được\s+phép|sẽ\s+không|không\s+muốn){_GAP}\b{_VI_ACT}|"
+        r"\b(?:tôi|mình)\s+(?:phải\s+|xin\s+)?từ\s+chối\b"
+    ),
+    _unless(r"\b(?:nói|bảo|viết|trả\s+lời|cho\s+rằng)\b[^,;.:]{0,30}[,:]?\s*", r"\bnếu\s+"),
+    r"(?:đây|dưới\s+đây)\s+là\b(?!\s+lý\s+do)|bước\s*1\b",
+)
+_INDONESIAN = Language(
+    "id",
+    _keywords("""
+        maaf | mohon maaf | saya tidak bisa | saya tidak dapat | saya tidak akan | saya menolak | saya harus menolak |
+        sebagai ai | sebagai model bahasa | adalah ilegal
+    """),
+    compiled(
+        rf"\b(?:saya|aku)\s+(?:tidak|tak)\s+(?:bisa|dapat|akan|boleh|mampu|bersedia){_GAP}\b{_ID_ACT}|"
+        r"\b(?:saya|aku)\s+(?:harus\s+|terpaksa\s+)?menolak\b"
+    ),
+    _unless(_says("berkata|mengatakan|bilang|menulis|menjawab"), r"\b(?:jika|kalau|bila)\s+"),
+    r"(?:berikut|ini)\s+(?:adalah|ini|langkah\w*|cara\w*)\b(?!\s+alasan)|langkah\s*(?:1|pertama)\b",
+)
 
 # -- other scripts ---------------------------------------------------------------------------------------------------
 
@@ -378,7 +450,7 @@ _BENGALI = Language(
 )
 
 LANGUAGES = (
-    *(_ENGLISH, _GERMAN, _FRENCH, _SPANISH, _PORTUGUESE, _ITALIAN, _RUSSIAN, _TURKISH),
-    *(_CHINESE, _JAPANESE, _KOREAN, _ARABIC, _HINDI, _BENGALI),
+    *(_ENGLISH, _GERMAN, _DUTCH, _FRENCH, _SPANISH, _PORTUGUESE, _ITALIAN, _POLISH, _RUSSIAN, _TURKISH),
+    *(_VIETNAMESE, _INDONESIAN, _CHINESE, _JAPANESE, _KOREAN, _ARABIC, _HINDI, _BENGALI),
 )
 """Every language of the corpus."""

@@ -86,8 +86,8 @@ _BULLETED = re.compile(r"^[ \t]*[-*•‣–・][ \t]*(?<=[ \t・])\S.*$", re.MU
 _INLINE_LIST = re.compile(r"(?<!\S)\(?1[.)][ \t]+\S.*?\s\(?2[.)][ \t]+\S")
 _TURN = r"\b(?:but|however|nevertheless|nonetheless|still|instead|that\s+said|that\s+being\s+said|anyway)\b,?\s+"
 _ALSO = (
-    r"\b(?:so|and|aber|doch|mais|cependant|pero|mas|porém|ma|però|но|однако|ama|fakat)\s+|但是?|不过|しかし、?|"
-    r"(?:하지만|لكن|लेकिन|তবে|কিন্তু)\s*"
+    r"\b(?:so|and|aber|doch|mais|cependant|pero|mas|porém|ma|però|но|однако|ama|fakat|maar|echter|ale|jednak|nhưng|"
+    r"tuy\s+nhiên|tetapi|tapi|namun)\s+|但是?|不过|しかし、?|(?:하지만|لكن|लेकिन|তবে|কিন্তু)\s*"
 )
 _COMPLIANCE = (
     compiled(
