@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from torch import Tensor
 
 import steerfast
 from steerfast._records import Records
 from steerfast._versions import installed_version
-from steerfast.fitting.activations import answer_mean, residual_rows
 from steerfast.fitting.answer_log import AnswerLog
 from steerfast.fitting.contrast import read_pairs
+from steerfast.fitting.frontier import Axis
 from steerfast.judging.answers import judge
 from steerfast.text.encoding import encode
 from steerfast.text.prompts import read_prompts
@@ -64,11 +62,7 @@ def main(profile_file: str, pairs: str, system: str, prompts: str, write: bool, 
         tokenizer, [[{"role": "system", "content": system}, {"role": "user", "content": one}] for one in asked]
     )
     rows, _ = read_pairs(model, tokenizer, *steerfast.pairs(pairs))
-    layer = profile.steered_layers[-1]
-    direction = torch.nn.functional.normalize(profile.vector[layer].double(), dim=0)
-    positive, negative = (
-        float((side[:, layer].double() @ direction).mean()) for side in (rows.positive, rows.negative)
-    )
+    axis = Axis(model, tokenizer, profile, rows)
     log = AnswerLog(Records(options["answers"], "answers"), model, tokenizer)
     systems: dict[str, tuple[list[list[int]], Any]] = {"unsteered": (bare, None), "system prompt": (told, None)}
     for strength in map(float, options["strengths"].split(",")):
@@ -79,14 +73,11 @@ def main(profile_file: str, pairs: str, system: str, prompts: str, write: bool, 
     for name, (ids, steered) in systems.items():
         answers = log.answers(ids, options["max_new_tokens"], steered)
         judged = judge(model, tokenizer, bare, answers)
-        kept = [(prompt, answer) for prompt, answer in zip(bare, answers, strict=True) if answer]
-        reduce = answer_mean([len(prompt) for prompt, _ in kept], options["max_new_tokens"])
-        read: Tensor = residual_rows(model, [[*prompt, *answer] for prompt, answer in kept], reduce=reduce)
-        place = float((read[:, layer].double() @ direction).mean())
+        place = axis.place(bare, answers, options["max_new_tokens"])
         start = place if name == "unsteered" else start
         texts = [one.text for one in judged]
         found[name] = {
-            "shift": (place - start) / (positive - negative),
+            "shift": (place - start) / axis.distance,
             **figures(texts, [one.perplexity for one in judged], [one.fluent for one in judged]),
         }
         click.echo(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found[name].items()))

@@ -115,15 +115,7 @@ def read_checked(
     if not source.is_file():
         raise error(f"{kind}: expected a file at {str(source)!r}, found {'a folder' if source.is_dir() else 'none'}")
     try:
-        with source.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-        if size > _MOST_HEADER:
-            raise error(
-                f"{kind} {str(source)!r}: expected a header of at most {_MOST_HEADER >> 20} MiB, got {size} bytes"
-            )
-        with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        metadata, tensors = read_safetensors(source)
     except (SafetensorError, OSError, ValueError) as cause:
         raise error(f"{kind} {str(source)!r}: not a readable safetensors file ({cause})") from None
     try:
@@ -158,18 +150,21 @@ def read_safetensors(path: Path, *, header_alone: bool = False) -> tuple[dict[st
 
 def is_checked(path: str | os.PathLike[str]) -> bool:
     """Return whether `write_checked` wrote a file, of any kind; only its header is read."""
-    try:
-        return _KEY in read_safetensors(Path(path), header_alone=True)[0]
-    except (SafetensorError, OSError, ValueError):
-        return False
+    return _KEY in (_metadata(Path(path)) or {})
 
 
 def is_foreign(path: Path) -> bool:
     """Return whether a file is a whole safetensors file that `write_checked` did not write."""
+    metadata = _metadata(path)
+    return metadata is not None and _KEY not in metadata
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    """Return the metadata of a safetensors file; None for other files."""
     try:
-        return _KEY not in read_safetensors(path, header_alone=True)[0]
+        return read_safetensors(path, header_alone=True)[0]
     except (SafetensorError, OSError, ValueError):
-        return False
+        return None
 
 
 def _levels(value: Any) -> int:

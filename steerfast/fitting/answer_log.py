@@ -17,7 +17,7 @@ from steerfast.hf.steering import steer
 from steerfast.hf.structure import weights_fingerprint
 from steerfast.profile import SteeringProfile
 
-_BATCH = 25
+BATCH = 25  # answers that are generated together
 _KEY = "answer_of"
 
 
@@ -52,11 +52,11 @@ class AnswerLog:
         missing = sorted(
             (place for place, key in enumerate(keys) if key not in self._known), key=lambda place: -len(prompts[place])
         )
-        batches = [missing[start : start + _BATCH] for start in range(0, len(missing), _BATCH)]
+        batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
         with steer(self._model, profile) if profile is not None and missing else nullcontext():
             for batch in track(batches, description or "", show=description is not None):
                 asked = [prompts[place] for place in batch]
-                found = greedy_answers(self._model, self._tokenizer, asked, max_new_tokens, batch_size=_BATCH)
+                found = greedy_answers(self._model, self._tokenizer, asked, max_new_tokens, batch_size=BATCH)
                 for place, answer in zip(batch, found, strict=True):
                     self._known[keys[place]] = answer
                     self._records.add({_KEY: keys[place], "answer": answer})

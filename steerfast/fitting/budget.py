@@ -15,6 +15,7 @@ from torch import nn
 from steerfast._files import write_atomically
 from steerfast.errors import OutputError, ProfileError
 from steerfast.fitting.activations import residual_rows
+from steerfast.fitting.answer_log import BATCH
 from steerfast.fitting.labelled import evenly
 from steerfast.hf.generation import greedy_answers
 from steerfast.hf.structure import weights_fingerprint
@@ -24,7 +25,6 @@ from steerfast.text.examples import Prompt
 _SAMPLE = 8  # prompts, whose time is taken
 _STEPS = 6
 _BACKWARD = 3  # a step of training costs so many times the reading of its tokens
-_BATCH = 25  # of answers
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Speed:
 
     def answer(self, prompts: int, max_new_tokens: int) -> float:
         """Return the seconds that answers take."""
-        return math.ceil(prompts / _BATCH) * max_new_tokens * self.per_step
+        return math.ceil(prompts / BATCH) * max_new_tokens * self.per_step
 
 
 def largest(efforts: Sequence[Any], minutes: float | None, seconds: Callable[[Any], float], default: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -162,7 +163,7 @@ def _fit_pairs(
             findings.append(f"{right[0]} of {right[1]} told apart by the others")
     layers = profile.steered_layers
     with stage(f"2/2 strengths of {behaviour}", show=options.progress) as findings:
-        found = _frontier(model, tokenizer, profile, rows, _asked(pairs, options), options)
+        found = _frontier(model, tokenizer, profile, rows, _asked(pairs, options), options, work)
         strength = found["strength"]
         findings.append(found["problem"] or f"strength {strength:g} of {'{:g} to {:g}'.format(*found['range'])}")
     record = {"read": read, "pairs": describe_pairs(*pairs, options.name), "frontier": found}
@@ -184,9 +185,9 @@ def _frontier(
     rows: Contrast,
     asked: Sequence[Prompt],
     options: ContrastOptions,
+    work: Path | None,
 ) -> dict[str, Any]:
     """Return the figures of some strengths, and which one to use, as JSON data."""
-    work = make_folder(options.work)
     prompts = encode(tokenizer, asked, model, room=options.max_new_tokens)
     records = Records(None if work is None else work / "answers.jsonl", "answers")
     ladder = options.strengths

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from steerfast._progress import track
 from steerfast._records import Records
@@ -50,6 +50,33 @@ class Point:
         return fluent and self.perplexity <= _MOST_PERPLEXITY * unsteered.perplexity
 
 
+class Axis:
+    """The line between the two sides of pairs, along a profile's vector at its last steered layer.
+
+    distance: between the mean rows of the sides.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, profile: SteeringProfile, rows: Contrast) -> None:
+        self._model, self._pad = model, pad_token(tokenizer)
+        self._layer = profile.steered_layers[-1]
+        self._direction = torch.nn.functional.normalize(profile.vector[self._layer].double(), dim=0)
+        sides = (side[:, self._layer].double() @ self._direction for side in (rows.positive, rows.negative))
+        positive, negative = (float(side.mean()) for side in sides)
+        self.distance = positive - negative
+
+    def place(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], max_new_tokens: int) -> float:
+        """Return where answers lie: the mean over those with a token, of the mean of their rows without steering."""
+        kept = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
+        kept = kept or [(prompt[:-1], prompt[-1:]) for prompt in prompts]
+        rows = residual_rows(
+            self._model,
+            [[*prompt, *answer] for prompt, answer in kept],
+            reduce=answer_mean([len(prompt) for prompt, _ in kept], max_new_tokens),
+            pad_token_id=self._pad,
+        )
+        return float((rows[:, self._layer].double() @ self._direction).mean())
+
+
 class Frontier:
     """Measure strengths of a profile on the same prompts.
 
@@ -73,11 +100,7 @@ class Frontier:
         self._max_new_tokens = max_new_tokens
         self._answers, self._records = AnswerLog(records, model, tokenizer), records
         self._known = {record[_KEY]: record["figures"] for record in records.found if _KEY in record}
-        layer = profile.steered_layers[-1]
-        self._direction = torch.nn.functional.normalize(profile.vector[layer].double(), dim=0)
-        sides = (side[:, layer].double() @ self._direction for side in (rows.positive, rows.negative))
-        positive, negative = (float(side.mean()) for side in sides)
-        self._layer, self._distance = layer, positive - negative
+        self._axis = Axis(model, tokenizer, profile, rows)
         self._start: float | None = None
 
     def measure(self, strengths: Sequence[float], limits: FluencyLimits | None, progress: bool) -> list[Point]:
@@ -99,7 +122,7 @@ class Frontier:
         figures = dict(found)
         place = figures.pop("place")
         start = self._start = place if self._start is None else self._start
-        return Point(strength=strength, shift=round((place - start) / self._distance, 4), **figures)
+        return Point(strength=strength, shift=round((place - start) / self._axis.distance, 4), **figures)
 
     def _figures(self, answers: Sequence[Sequence[int]], limits: FluencyLimits | None) -> dict[str, float]:
         """Return the figures of answers: those of `Point`, and ``place``, where they lie along the vector."""
@@ -107,23 +130,11 @@ class Frontier:
         chance = float(len(self._tokenizer))  # for an answer without a token
         perplexities = [chance if math.isnan(one.perplexity) else one.perplexity for one in judged]
         return {
-            "place": float((self._rows(answers) @ self._direction).mean()),
+            "place": self._axis.place(self._prompts, answers, self._max_new_tokens),
             "perplexity": round(median(perplexities), 4),
             "repetition": round(sum(one.repetition for one in judged) / len(judged), 4),
             "fluent": round(share([one.fluent for one in judged]), 4),
         }
-
-    def _rows(self, answers: Sequence[Sequence[int]]) -> Tensor:
-        """Return the mean row of each answer that has a token, float64 [n, H]."""
-        kept = [(prompt, answer) for prompt, answer in zip(self._prompts, answers, strict=True) if answer]
-        kept = kept or [(prompt[:-1], prompt[-1:]) for prompt in self._prompts]
-        rows = residual_rows(
-            self._model,
-            [[*prompt, *answer] for prompt, answer in kept],
-            reduce=answer_mean([len(prompt) for prompt, _ in kept], self._max_new_tokens),
-            pad_token_id=pad_token(self._tokenizer),
-        )
-        return rows[:, self._layer].double()
 
 
 def recommend(points: Sequence[Point]) -> dict[str, Any]:

@@ -104,11 +104,15 @@ class _Recipe:
     def run(self) -> SteeringProfile:
         """Run all stages."""
         effort, fitted, names = self.effort, self.sets["fit"], self._names
-        reading: dict[str, Any] = {"batch_size": self.options.batch_size, "cache": self._file("rows")}
+        reading: dict[str, Any] = {
+            "batch_size": self.options.batch_size,
+            "cache": self._file("rows"),
+            "progress": self.options.progress,
+        }
         profile = self._stage(
             "extract",
             {"per_source": effort.per_source, "vectors": ["srv"], "names": names("fit")},
-            lambda given: extract(self.model, self.tokenizer, **fitted, **given, **reading, progress=self._bars),
+            lambda given: extract(self.model, self.tokenizer, **fitted, **given, **reading),
             lambda made: f"{_count(made.fitted)} prompts",
             fitted,
         )
@@ -117,9 +121,7 @@ class _Recipe:
         profile = self._stage(
             "calibrate",
             {"per_source": effort.calibrate, **rate, "names": names("calibrate")},
-            lambda chosen: calibrate(
-                profile, self.model, self.tokenizer, **given, **chosen, **reading, progress=self._bars
-            ),
+            lambda chosen: calibrate(profile, self.model, self.tokenizer, **given, **chosen, **reading),
             lambda made: f"{_count(made.calibration['sets'])} prompts, layer {made.sensor} decides",
             given,
         )
@@ -134,7 +136,7 @@ class _Recipe:
                 **lessons,
                 **chosen,
                 resume=self._file("learn.safetensors"),
-                progress=self._bars,
+                progress=self.options.progress,
             ),
             lambda made: "loss {} to {} nats a token".format(*made.fitted["learned"]["loss"]),
             lessons,
@@ -157,7 +159,7 @@ class _Recipe:
                     **asked,
                     **chosen,
                     resume=self._file("trials.jsonl"),
-                    progress=self._bars,
+                    progress=self.options.progress,
                 )
             except PromptError as error:
                 if not str(error).startswith(("min_fluent", "min_unchanged")):
@@ -194,10 +196,6 @@ class _Recipe:
             findings.append(finding(profile))
         self._before = profile.checksum
         return profile
-
-    @property
-    def _bars(self) -> bool:
-        return self.options.progress
 
     def _file(self, name: str) -> Path | None:
         return None if self.work is None else self.work / name
@@ -241,7 +239,7 @@ class _Recipe:
 
     def _within(self, minutes: float) -> Effort:
         fitted, given = (Labelled.of(**self.sets[split]) for split in ("fit", "calibrate"))
-        with stage("budget", show=self._bars) as findings:
+        with stage("budget", show=self.options.progress) as findings:
             speed = speed_of(self.model, self.tokenizer, fitted.prompts, self.work)
 
             def seconds(effort: Effort) -> float:
