@@ -58,7 +58,10 @@ def _layers(value: str) -> tuple[int, int]:
 @common.set_option("--harmful", note="Prompts the gate should open for, in place of the corpus")
 @common.set_option("--harmless", note="Prompts the gate should stay shut for, in place of the corpus")
 @common.value_option(
-    "--per-source", click.IntRange(min=1), "N", "The most prompts of a source that fit the gate.  [default: 120]"
+    "--per-source",
+    click.IntRange(min=1),
+    "N",
+    "The most prompts of a source that fit the gate.  [default: by --minutes, at most 120]",
 )
 @common.value_option(
     "--max-false-positive-rate",
@@ -67,7 +70,10 @@ def _layers(value: str) -> tuple[int, int]:
     "The share of harmless prompts that may open the gate.  [default: 0.02]",
 )
 @common.value_option(
-    "--minutes", click.FloatRange(0, min_open=True), "N", "How long it may take, by an estimate.  [default: no limit]"
+    "--minutes",
+    click.FloatRange(0, min_open=True),
+    "N",
+    "How long it may take, by an estimate.  [default: 25; with --pairs or --per-source no limit]",
 )
 @common.value_option("--work", str, "FOLDER", "Where work is kept, to go on.  [default: beside the output, .work]")
 @common.batch_size_option()
@@ -151,7 +157,7 @@ def _given_prompts(options: dict[str, Any]) -> dict[str, Any]:
 def _gate_report(profile: SteeringProfile, model: nn.Module, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Return the gate's figures on sources that chose nothing: the corpus' split validate, and the user's rows of it.
 
-    Within a budget, at most as many prompts of a source as calibrated the gate.
+    All prompts with --per-source; else at most as many of a source as calibrated the gate.
     """
     from steerfast._progress import stage
     from steerfast.evaluation.gates import gate_report
@@ -160,7 +166,7 @@ def _gate_report(profile: SteeringProfile, model: nn.Module, tokenizer: Any, opt
 
     most = max(row["n"] for found in profile.calibration["by_source"].values() for row in found["rows"])
     own = [one for one in options["prompts"] if one.split == "validate"]
-    examples = Labelled((*corpus("validate"), *own)).at_most(most if "minutes" in options else None).examples
+    examples = Labelled((*corpus("validate"), *own)).at_most(None if "per_source" in options else most).examples
     reading = {"batch_size": options["batch_size"], "cache": Path(options["work"]) / "rows"}
     with stage("report") as findings:
         found = gate_report(profile, model, tokenizer, examples, **reading)

@@ -1,4 +1,4 @@
-"""How much a fit tries: the recipe's amount, or what fits into some minutes at the speed of the model."""
+"""How much a fit tries: what fits into some minutes at the speed of the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,6 +21,8 @@ from steerfast.hf.generation import greedy_answers
 from steerfast.hf.structure import weights_fingerprint
 from steerfast.text.encoding import encode, pad_token
 from steerfast.text.examples import Prompt
+
+T = TypeVar("T")
 
 _SAMPLE = 8  # prompts, whose time is taken
 _STEPS = 6
@@ -56,36 +58,30 @@ EFFORTS = (
 
 @dataclass(frozen=True)
 class Speed:
-    """What a model takes: seconds per token read, per step of a batch of answers; and the mean tokens of a prompt."""
+    """What a model takes: seconds per token read, and per step of a batch of answers."""
 
     per_token: float
     per_step: float
-    tokens: float
 
-    def read(self, prompts: int) -> float:
+    def read(self, tokens: float) -> float:
         """Return the seconds that reading takes."""
-        return prompts * self.tokens * self.per_token
+        return tokens * self.per_token
 
-    def learn(self, steps: int, batch_size: int, answer_tokens: int) -> float:
-        """Return the seconds that learning takes."""
-        return steps * batch_size * (self.tokens + answer_tokens) * self.per_token * _BACKWARD
+    def learn(self, tokens: float) -> float:
+        """Return the seconds that learning from prompts and answers of so many tokens takes."""
+        return _BACKWARD * self.read(tokens)
 
     def answer(self, prompts: int, max_new_tokens: int) -> float:
         """Return the seconds that answers take."""
         return math.ceil(prompts / BATCH) * max_new_tokens * self.per_step
 
 
-def largest(efforts: Sequence[Any], minutes: float | None, seconds: Callable[[Any], float], default: Any) -> Any:
+def largest(efforts: Sequence[T], minutes: float, seconds: Callable[[T], float]) -> T:
     """Return the largest of some efforts, given in ascending order, that takes at most `minutes`; else the first.
-
-    Args:
-        minutes: None: the default.
 
     Raises:
         ProfileError: `minutes` is not a positive number.
     """
-    if minutes is None:
-        return default
     if not 0 < minutes < math.inf:
         raise ProfileError(f"minutes: expected a positive number, got {minutes}")
     return next((one for one in reversed(efforts) if seconds(one) <= 60 * minutes), efforts[0])
@@ -109,9 +105,8 @@ def speed_of(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], work: 
     read = time.monotonic() - start
     greedy_answers(model, tokenizer, sample, _STEPS)
     answered = time.monotonic() - start - read
-    tokens = sum(map(len, sample))
-    per_step = max(answered - read, 0.0) / (_STEPS - 1)
-    found = Speed(read / tokens, max(per_step, read / tokens), tokens / len(sample))
+    per_token = read / sum(map(len, sample))
+    found = Speed(per_token, max((answered - read) / (_STEPS - 1), per_token))
     if file is not None:
         write_atomically(file, json.dumps({"weights": weights, **asdict(found)}).encode())
     return found

@@ -195,8 +195,8 @@ def _frontier(
         ladder = STRENGTHS
         if options.minutes is not None:
             speed = speed_of(model, tokenizer, asked, work)
-            answer = speed.answer(len(prompts), options.max_new_tokens) + 2 * speed.read(len(prompts))
-            ladder = largest(_LADDERS, options.minutes, lambda one: (1 + len(one)) * answer, STRENGTHS)
+            answer = speed.answer(len(prompts), options.max_new_tokens) + 2 * speed.read(sum(map(len, prompts)))
+            ladder = largest(_LADDERS, options.minutes, lambda one: (1 + len(one)) * answer)
     frontier = Frontier(
         model, tokenizer, profile, rows, prompts, max_new_tokens=options.max_new_tokens, records=records
     )

@@ -23,6 +23,7 @@ from steerfast.fitting.tune import tune
 from steerfast.hf.structure import weights_fingerprint
 from steerfast.profile import SteeringProfile
 from steerfast.text.corpus import corpus
+from steerfast.text.encoding import encode
 from steerfast.text.examples import Example, unique_text
 from steerfast.text.prompts import read_prompts
 from steerfast.text.splits import own_examples
@@ -35,6 +36,8 @@ _TUNE = {
     "min_fluent": 0.9,
     "min_unchanged": 0.9,
 }
+_MINUTES = 25.0
+_USUAL = EFFORTS[: EFFORTS.index(RECIPE) + 1]  # without a word on time, a quick model does no more than the recipe
 _CORPUS = "steerfast:corpus"
 _STAGES = ("extract", "calibrate", "learn", "tune")
 
@@ -46,10 +49,11 @@ class SafetyOptions:
     Args:
         harmful, harmless: prompts in place of the corpus. A third of those without a split calibrates.
         prompts: labelled examples beside the corpus, or beside `harmful` and `harmless`.
-        per_source: the most prompts of a source and label that fit the gate.
+        per_source: the most prompts of a source and label that fit the gate. With it and without `minutes`, all else is
+            that of `steerfast.fitting.budget.RECIPE`.
         max_false_positive_rate: the share of harmless prompts that may open the gate, see `calibrate`.
-        minutes: how long it may take, by an estimate; it chooses one of `steerfast.fitting.budget.EFFORTS`. None:
-            `RECIPE`.
+        minutes: how long it may take, by an estimate that includes a report on the corpus' split `validate`; it
+            chooses one of `steerfast.fitting.budget.EFFORTS`. Default: 25, and at most `RECIPE`.
         work: a folder that keeps the rows and the finished stages: a fit that was interrupted goes on.
         names: names of the given sets in the profile (``{"harmful": ..., "harmless": ..., "prompts": ...}``).
     """
@@ -228,26 +232,39 @@ class _Recipe:
         return found
 
     def _effort(self) -> Effort:
-        """Return how much is tried; the budget chooses, and `per_source` overrides it."""
-        options = self.options
-        if options.per_source is not None and options.per_source < 1:
-            raise ProfileError(f"per_source: expected at least 1, got {options.per_source}")
-        chosen = RECIPE
-        if options.minutes is not None:
-            chosen = self._within(options.minutes)
-        return replace(chosen, per_source=options.per_source or chosen.per_source)
+        """Return how much is tried; `per_source` overrides the budget's choice."""
+        given, minutes = self.options.per_source, self.options.minutes
+        if given is None:
+            return self._within(EFFORTS, minutes) if minutes is not None else self._within(_USUAL, _MINUTES)
+        if given < 1:
+            raise ProfileError(f"per_source: expected at least 1, got {given}")
+        chosen = RECIPE if minutes is None else self._within(EFFORTS, minutes)
+        return replace(chosen, per_source=given)
 
-    def _within(self, minutes: float) -> Effort:
+    def _within(self, efforts: Sequence[Effort], minutes: float) -> Effort:
+        """Return the largest of some efforts whose estimate keeps within some minutes."""
         fitted, given = (Labelled.of(**self.sets[split]) for split in ("fit", "calibrate"))
+        reported = Labelled(tuple(corpus("validate")))
         with stage("budget", show=self.options.progress) as findings:
             speed = speed_of(self.model, self.tokenizer, fitted.prompts, self.work)
+            length = {
+                id(one): len(ids)
+                for sets in (fitted, given, reported)
+                for one, ids in zip(sets.examples, encode(self.tokenizer, sets.prompts), strict=True)
+            }
+
+            def tokens(sets: Labelled) -> int:
+                return sum(length[id(one)] for one in sets.examples)
 
             def seconds(effort: Effort) -> float:
-                read = len(fitted.at_most(effort.per_source)) + len(given.at_most(effort.calibrate))
+                lessons = fitted.at_most(effort.per_source)
+                read = tokens(lessons)
+                learned = effort.steps * _LEARN["batch_size"] * (read / len(lessons) + _LEARN["answer_tokens"])
+                read += tokens(given.at_most(effort.calibrate)) + tokens(reported.at_most(effort.calibrate))
                 answers = (len(effort.strengths) + 2) * speed.answer(effort.asked, _TUNE["max_new_tokens"])  # type: ignore[arg-type]
-                return speed.read(read) + speed.learn(effort.steps, **_LEARN) + answers
+                return speed.read(read) + speed.learn(learned) + answers
 
-            chosen: Effort = largest(EFFORTS, minutes, seconds, RECIPE)
+            chosen = largest(efforts, minutes, seconds)
             findings += [
                 f"{1 / speed.per_token:.0f} tokens a second",
                 f"{chosen.per_source} prompts a source, {chosen.steps} steps",

@@ -50,7 +50,7 @@ def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
             one for one in found if (split is None or one.split in split) and (labels is None or one.label in labels)
         ])  # fmt: skip
     monkeypatch.setattr(splits, "near_duplicates", lambda texts, others: np.isin(texts, others))
-    monkeypatch.setattr(safety, "RECIPE", Effort(120, 64, 3, asked=3))
+    monkeypatch.setattr(safety, "_USUAL", (Effort(120, 64, 3, asked=3),))
     loose = {"max_new_tokens": 2, "min_fluent": 0.0, "min_unchanged": 0.0}
     monkeypatch.setattr(safety, "_TUNE", {**safety._TUNE, **loose})
 

@@ -334,6 +334,7 @@ def fit_safety(
         monkeypatch.setattr(module, "corpus", lambda split: [one for one in found if one.split in split])
     monkeypatch.setattr(splits, "near_duplicates", lambda texts, others: np.isin(texts, others))
     monkeypatch.setattr(safety, "RECIPE", SMALL)
+    monkeypatch.setattr(safety, "_USUAL", (SMALL,))
     monkeypatch.setattr(safety, "read_prompts", lambda name: HARMFUL[:4] if "harmful" in name else HARMLESS[:4])
     monkeypatch.setattr(safety, "_TUNE", TUNE)
 
@@ -429,22 +430,21 @@ def test_a_budget_picks_less_work() -> None:
     def seconds(effort: Effort) -> float:
         return 10.0 * effort.per_source
 
-    picked = [largest(EFFORTS, minutes, seconds, RECIPE) for minutes in (0.1, 2, 5, 15, 25, 1000)]
+    picked = [largest(EFFORTS, minutes, seconds) for minutes in (0.1, 2, 5, 15, 25, 1000)]
     assert [one.per_source for one in picked] == [8, 8, 16, 64, 120, 240]
-    assert largest(EFFORTS, None, seconds, RECIPE) is RECIPE
     for less, more in itertools.pairwise(EFFORTS):
         assert less.per_source < more.per_source
         assert (less.calibrate, less.steps, less.strengths, less.asked) <= (
             more.calibrate, more.steps, more.strengths[-1:] * 3, more.asked,
         )  # fmt: skip
     with pytest.raises(ProfileError, match="minutes: expected a positive number, got -1"):
-        largest(EFFORTS, -1, seconds, RECIPE)
+        largest(EFFORTS, -1, seconds)
 
 
 def test_times_are_proportional() -> None:
-    speed = Speed(per_token=0.01, per_step=0.5, tokens=50.0)
-    assert speed.read(4) == 2.0
-    assert speed.learn(10, 8, 50) == pytest.approx(10 * 8 * 100 * 0.01 * 3)
+    speed = Speed(per_token=0.01, per_step=0.5)
+    assert speed.read(200) == 2.0
+    assert speed.learn(200) == pytest.approx(3 * 2.0)
     assert [speed.answer(count, 10) for count in (1, 25, 26)] == [5.0, 5.0, 10.0]
 
 
@@ -461,7 +461,7 @@ def test_the_speed_is_measured_once(tiny_llama: Any, tokenizer: Any, tmp_path: P
 
 @pytest.mark.filterwarnings("ignore::steerfast.fitting.calibrate.GateWarning")
 def test_fits_within_minutes(fit: Any, fit_safety: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, quick = Speed(1.0, 1.0, 10.0), Speed(1e-9, 1e-9, 10.0)
+    slow, quick = Speed(1.0, 1.0), Speed(1e-9, 1e-9)
     counts = {}
     for name, speed in (("slow", slow), ("quick", quick)):
         monkeypatch.setattr(fitting_fit, "speed_of", lambda *args, speed=speed: speed)
@@ -473,6 +473,34 @@ def test_fits_within_minutes(fit: Any, fit_safety: Any, monkeypatch: pytest.Monk
     assert counts["slow"][:2] == (4, 1)
     assert counts["quick"][:2] == (12, 4)
     assert counts["slow"][2] == 2 <= counts["quick"][2]
+
+
+def test_without_a_budget_it_takes_25_minutes_or_the_recipe(
+    fit_safety: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StopError(Exception):
+        pass
+
+    chosen = []
+
+    def extract(*args: Any, per_source: int, **options: Any) -> None:
+        chosen.append(per_source)
+        raise StopError
+
+    monkeypatch.setattr(safety, "extract", extract)
+    monkeypatch.setattr(safety, "_USUAL", (Effort(2, 64, 1, asked=1), RECIPE))
+    monkeypatch.setattr(safety, "EFFORTS", (*safety._USUAL, EFFORTS[-1]))
+    monkeypatch.setattr(safety, "RECIPE", RECIPE)
+    for speed, options in (
+        (Speed(1e-9, 1e-9), {}),
+        (Speed(1e-9, 1e-9), {"minutes": 25}),
+        (Speed(1.0, 1.0), {}),
+        (Speed(1.0, 1.0), {"per_source": 7}),
+    ):
+        monkeypatch.setattr(safety, "speed_of", lambda *args, speed=speed: speed)
+        with pytest.raises(StopError):
+            fit_safety(**options)
+    assert chosen == [RECIPE.per_source, EFFORTS[-1].per_source, 2, 7]
 
 
 # -- what is said --------------------------------------------------------------------------------------
@@ -489,6 +517,8 @@ def test_each_stage_prints_a_line(
     assert "harm" not in "".join(said)
     fit_safety(progress=True, work=tmp_path)
     said = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in said] == ["1/4 extract", "2/4 calibrate", "3/4 learn", "4/4 tune"]
+    assert [line.split(":")[0] for line in said] == [
+        "budget", "1/4 extract", "2/4 calibrate", "3/4 learn", "4/4 tune",
+    ]  # fmt: skip
     fit_safety(progress=True, work=tmp_path)
-    assert all("done before" in line for line in capsys.readouterr().err.splitlines())
+    assert all("done before" in line for line in capsys.readouterr().err.splitlines()[1:])
