@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,20 @@ GENERATING = ("generate", "generate_batch", "init_continuous_batching")
 
 
 class SteeredCalls:
-    """Call a model's own methods with profiles for their prompts."""
+    """Call a model's own methods with profiles for their prompts. Calls of other threads wait for the one that runs."""
 
     def __init__(self, model: nn.Module, stepper: Stepper, hooks: StepHooks) -> None:
         self._model = model
         self._stepper = stepper
         self._hooks = hooks
+        self._lock = threading.RLock()  # a call of a model may be part of another one
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock: a copy has its own."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     @property
     def _roster(self) -> BatchRoster:
@@ -61,12 +70,16 @@ class SteeredCalls:
         `steering` and `steering_strength` among `kwargs` are taken as `Steering.assigned` does. A strength alone goes
         to the profiles that steer the call without it.
         """
+        with self._lock:
+            return self._steered(name, method, args, kwargs)
+
+    def _steered(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "steering" in kwargs or "steering_strength" in kwargs:
             if not self._hooks.undo:
                 raise SteerfastError("steering: it was detached; call steer() again")
             steering = kwargs.pop("steering", INHERIT)
             with self._roster.assigned(steering, kwargs.pop("steering_strength", None)):
-                return self.call(name, method, args, kwargs)
+                return self._steered(name, method, args, kwargs)
         if name == "generate":
             return self._generate(method, args, kwargs)
         if name == "generate_batch":
@@ -98,7 +111,7 @@ class SteeredCalls:
         prompt = args[0] if args else None
         for name in ("inputs_embeds", "input_ids", "inputs"):
             prompt = prompt if prompt is not None else kwargs.get(name)
-        self._refuse_chunks(kwargs)
+        self._refuse_chunks(args, kwargs)
         if isinstance(prompt, Tensor) and prompt.dim() >= 2:
             count, named = len(prompt), self._roster.named
             if named not in (None, count):
@@ -114,13 +127,15 @@ class SteeredCalls:
             stepper.prompt = outer
             self._hooks.forget_call()
 
-    def _refuse_chunks(self, kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
-        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    def _refuse_chunks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        own = getattr(self._model, "generation_config", None)  # fills in values that the given one leaves open
+        sizes = [getattr(config, "prefill_chunk_size", None) for config in (given, own)]
+        chunk = kwargs.get("prefill_chunk_size") or next(filter(None, sizes), None)
         if not chunk:
             return
         profiles = [self._roster.slots.at(slot) for slot in slots_of(self._roster.current)]
-        if any(profile.positions == "response" or profile.gate.kind == "prompt" for profile in profiles):
+        if any(profile.reads_end for profile in profiles):
             raise SteerfastError(
                 f"prefill_chunk_size: expected None, got {chunk}: a prompt gate and positions='response' need the "
                 "prompt's last token, which is in the last chunk"

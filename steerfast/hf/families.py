@@ -7,6 +7,7 @@ attributes that are ``before`` and ``after`` for the attention and the MLP.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -61,10 +62,17 @@ class Family:
                 self.check_norm(f"layer {index}.{reader}", layer.get_submodule(reader))
 
     def check_norm(self, place: str, norm: nn.Module) -> None:
-        """Raise ArchitectureError if a norm lacks its weight or epsilon."""
+        """Raise ArchitectureError if a norm lacks its weight or epsilon, or has another forward."""
         for attribute in ("weight", self.eps):
             if not hasattr(norm, attribute):
                 raise ArchitectureError(f"model: {place} ({type(norm).__name__}) has no {attribute!r}")
+        forward: Any = type(norm).forward
+        module, name = f"transformers.models.{self.folder}.", f"{self.prefix}RMSNorm.forward"
+        if not forward.__module__.startswith(module) or forward.__qualname__ != name:
+            raise ArchitectureError(
+                f"model: {place} ({type(norm).__name__}): expected {name} of transformers, "
+                f"got {forward.__module__}.{forward.__qualname__}; steer() needs no patch"
+            )
 
 
 _SANDWICH = Family(
@@ -113,5 +121,14 @@ def family_of(layer: type) -> Family | None:
             if parent.__name__ == f"{family.prefix}DecoderLayer" and parent.__module__.startswith(
                 f"transformers.models.{family.folder}."
             ):
-                return family
+                return family if is_own_forward(layer, parent) else None
     return None
+
+
+def is_own_forward(kind: type, owner: type) -> bool:
+    """Return whether a module's class runs the forward that transformers defines in `owner`.
+
+    A subclass may override it, and a program may replace it in the class.
+    """
+    forward: Any = kind.forward  # type: ignore[attr-defined]
+    return (forward.__module__, forward.__qualname__) == (owner.__module__, f"{owner.__qualname__}.forward")

@@ -386,7 +386,8 @@ def _family(decoder: Decoder) -> Family:
         names = ", ".join(sorted({type(layer).__name__ for layer in decoder.layers}))
         known = ", ".join(family.prefix for family in (*FAMILIES, *MULTIMODAL_FAMILIES))
         raise ArchitectureError(
-            f"model: expected decoder layers of one of {known}, got {names}; steer() needs no patch"
+            f"model: expected decoder layers of one of {known}, with transformers' own forward, got {names}; "
+            "steer() needs no patch"
         )
     return family
 

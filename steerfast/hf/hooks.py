@@ -28,6 +28,18 @@ __all__ = ["StepHooks"]
 _log = logging.getLogger("steerfast.step")
 
 
+def guard_hooks() -> None:
+    """Let torch.compile notice hooks that come or go after a compilation; code compiled before this is dropped, once.
+
+    By default it checks no hooks. A model that was compiled and run before would stay unsteered.
+    """
+    config: Any = torch._dynamo.config
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        config._config["skip_nnmodule_hook_guards"].default = False  # what is set counts in this thread alone
+        torch.compiler.reset()
+
+
 class StepHooks:
     """Hooks on a model, its backbone and its layers.
 
@@ -50,6 +62,8 @@ class StepHooks:
         backbone = self._decoder.backbone
         setattr(backbone, STEERED_MARK, True)
         self.undo.append(functools.partial(delattr, backbone, STEERED_MARK))
+        if not all(is_fused(layer) for layer in self._decoder.layers):
+            guard_hooks()
         before, after = self._before, self._after
         if passes_through(model, backbone):
             pre = model.register_forward_pre_hook(self.before_model, with_kwargs=True)
@@ -154,7 +168,9 @@ class StepHooks:
             )
         # Autograd may need the layer's own output unchanged, and only the torch implementation has a gradient.
         differentiable = torch.is_grad_enabled() and hidden.requires_grad
-        edited = hidden.clone() if differentiable or not hidden.is_contiguous() else hidden
+        edited = hidden
+        if differentiable or not hidden.is_contiguous():
+            edited = hidden.clone(memory_format=torch.contiguous_format)
         x = edited.view(-1, hidden.shape[-1])
         edit = self._stepper.edit(layer, x.detach(), None)
         if edit is not None:

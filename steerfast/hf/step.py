@@ -190,6 +190,11 @@ class Stepper:
         latch = self._shut_latch(plan, call.device) if latch is None else latch.copy(call.device)
         latch.prompt = call.past + columns
         valid = self._valid(call)
+        if _is_packed(call, valid) and any(p.reads_end for stack in plan.profiles for p in stack):
+            raise SteerfastError(
+                "position_ids: expected one sequence per row, got several packed into one; pad them into rows, so that "
+                "each has its own decision"
+            )
         if plan.ahead:
             self.second_pass = SecondPass.of(plan, call.given, call.cache, valid, columns)
         rows = self.prompt_tables(plan, valid, columns, plan.ahead)
@@ -385,6 +390,17 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _parameters(kind: Any) -> list[str]:
     """Return the names of the arguments of a module class's forward."""
     return list(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _is_packed(call: _Call, valid: Tensor) -> bool:
+    """Return whether a row holds several sequences: its positions begin anew, or the call gives their lengths."""
+    if call.given.get("cu_seq_lens_q") is not None:
+        return True
+    positions = call.given.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != call.width:
+        return False
+    falls = (positions.diff(dim=1) < 0).to(valid.device)
+    return bool((falls & valid[:, 1:] & valid[:, :-1]).any())
 
 
 def _valid_tokens(mask: Any, call: _Call) -> Tensor:

@@ -202,6 +202,11 @@ class SteeringProfile:
         return gated and any(layer < self.sensor for layer in self.steered_layers)  # type: ignore[operator]
 
     @property
+    def reads_end(self) -> bool:
+        """Whether steering depends on which token is the prompt's last."""
+        return self.positions == "response" or self.gate.kind == "prompt"
+
+    @property
     def gate_layers(self) -> list[int]:
         """Return the layers whose gate decides: the sensor, or each steered layer; none for an ``always`` gate."""
         if self.gate.kind == "always":
