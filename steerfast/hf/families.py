@@ -86,10 +86,12 @@ class Family:
                 self.check_norm(f"layer {index}.{reader}", layer.get_submodule(reader))
 
     def check_norm(self, place: str, norm: nn.Module) -> None:
-        """Raise ArchitectureError if a norm lacks its weight or epsilon."""
+        """Raise ArchitectureError if a norm is no RMSNorm, or lacks its weight or epsilon."""
         for attribute in ("weight", self.eps):
             if not hasattr(norm, attribute):
                 raise ArchitectureError(f"model: {place} ({type(norm).__name__}) has no {attribute!r}")
+        if "RMSNorm" not in type(norm).__name__:  # a LayerNorm may have both
+            raise ArchitectureError(f"model: {place}: expected an RMSNorm, got a {type(norm).__name__}")
 
 
 def _like(family: Family, *names: str, **changes: Any) -> tuple[Family, ...]:
@@ -171,9 +173,7 @@ FAMILIES = (
 """Families that have causal language models. Multimodal models use their layers, too."""
 
 MULTIMODAL_FAMILIES = (
-    *_like(_LLAMA, "qwen2_vl Qwen2VL", "qwen2_5_vl Qwen2_5_VL", "qwen3_vl Qwen3VL", "qwen3_vl_moe Qwen3VLMoe", text=True),
-    *_like(_LLAMA, "aria Aria", "glm4v_moe Glm4vMoe", text=True),
-    *_like(_GLM4, "glm4v Glm4v", "glm_ocr GlmOcr", text=True),
+    *_like(_LLAMA, "qwen2_vl Qwen2VL", "qwen2_5_vl Qwen2_5_VL", "qwen3_vl Qwen3VL", text=True),
 )
 """Families that have only multimodal models."""
 # fmt: on

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import CLOSE, MakeProfile, Oracle, four_prompts, greedy, make_family_model, padded
+import transformers
+from model_cases import BASE, CLOSE, SETTINGS, MakeProfile, Oracle, four_prompts, greedy, make_family_model, padded
 from torch import Tensor
 
 import steerfast
 from steerfast.errors import ArchitectureError
+from steerfast.hf.auto import AutoSteeredModelForImageTextToText
 from steerfast.hf.families import FAMILIES, Family
 from steerfast.hf.fused import is_patched
 from steerfast.hf.structure import find_decoder
@@ -125,6 +127,55 @@ def test_the_steered_class_loads(name: str, make_profile: MakeProfile, tmp_path:
     steerfast.patch(stock)
     with steerfast.steer(stock, profile):
         assert torch.equal(greedy(model, batch)[0], greedy(stock, batch)[0])
+
+
+# The language model inside each multimodal model that the auto class knows; test_multimodal.py shows pictures to some.
+INSIDE = {
+    **dict.fromkeys(
+        ["idefics3", "llava", "llava_next", "llava_next_video", "smolvlm", "video_llava", "vipllava"], "llama"
+    ),
+    **dict.fromkeys(["internvl", "llava_onevision", "ovis2"], "qwen2"),
+    **dict.fromkeys(["idefics2", "mistral3"], "mistral"),
+    **dict.fromkeys(["aya_vision", "cohere2_vision"], "cohere2"),
+    **{"gemma3": "gemma3_text", "lfm2_vl": "lfm2", "paligemma": "gemma"},
+    **{name: f"{name}_text" for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl")},
+}
+_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "image_size": 16, "patch_size": 4, "depth": 1, "num_heads": 2, "head_dim": 8, "out_hidden_size": 32,
+           "deepstack_visual_indexes": [0]}  # fmt: skip
+
+
+def image_config(name: str) -> Any:
+    """The config of a tiny multimodal model."""
+    kind = type(transformers.AutoConfig.for_model(name))
+    vision = kind().vision_config
+    known = {key: value for key, value in _VISION.items() if key in type(vision)().to_dict()}
+    text = {**BASE, "model_type": INSIDE[name], "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    text |= SETTINGS.get(
+        {"lfm2": "Lfm2", "qwen3_5_text": "Qwen3_5", "qwen3_5_moe_text": "Qwen3_5"}.get(INSIDE[name], ""), {}
+    )
+    if name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    return kind(text_config=text, vision_config={**known, "model_type": vision.model_type})
+
+
+@pytest.mark.slow(but=["gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("name", AutoSteeredModelForImageTextToText._stock)
+def test_the_decoders_of_multimodal_models(name: str, make_profile: MakeProfile) -> None:
+    torch.manual_seed(1)
+    config, ids = image_config(name), torch.tensor([four_prompts()[0]])
+    model = AutoSteeredModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    stock = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    stock.load_state_dict(model.state_dict())
+    assert is_patched(model)
+    assert isinstance(model, type(stock))
+    profile = make_profile(stock, threshold=-1.5, layers=[1])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with torch.no_grad():
+        with steerfast.steer(stock, profile), steerfast.steer(model, profile):
+            torch.testing.assert_close(model(**given).logits, stock(**given).logits, **CLOSE)
+        plain = stock.bfloat16()(**given).logits
+        assert torch.equal(model.bfloat16()(**given).logits, plain)
 
 
 def test_a_scale_is_read_from_each_layer() -> None:
