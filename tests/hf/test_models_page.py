@@ -21,8 +21,9 @@ A test compares this page with the tables in the code. `python tests/hf/test_mod
 
 ## Fused
 
-`patch()` and the steered classes fuse {count} model types of language models. Unsteered, their logits have the stock model's
-bits in bfloat16. In float32 the fused norm sums in another order; where the norm runs alone, the bits are equal there, too.
+`patch()` and the steered classes fuse {count} model types of language models. Unsteered, their logits have the stock
+model's bits in bfloat16. In float32 the fused norm sums in another order. Where the norm runs alone, these bits are
+equal, too.
 
 | fused | model types |
 |---|---|
