@@ -227,10 +227,28 @@ class AutoSteeredModelForImageTextToText(_AutoSteeredModel):
 
     _loader = "AutoModelForImageTextToText"
     _stock: ClassVar = {
+        "aya_vision": "AyaVisionForConditionalGeneration",
+        "cohere2_vision": "Cohere2VisionForConditionalGeneration",
+        "gemma3": "Gemma3ForConditionalGeneration",
+        "idefics2": "Idefics2ForConditionalGeneration",
+        "idefics3": "Idefics3ForConditionalGeneration",
+        "internvl": "InternVLForConditionalGeneration",
+        "lfm2_vl": "Lfm2VlForConditionalGeneration",
         "llava": "LlavaForConditionalGeneration",
         "llava_next": "LlavaNextForConditionalGeneration",
+        "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+        "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+        "mistral3": "Mistral3ForConditionalGeneration",
+        "ovis2": "Ovis2ForConditionalGeneration",
+        "paligemma": "PaliGemmaForConditionalGeneration",
         "qwen2_vl": "Qwen2VLForConditionalGeneration",
         "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        "qwen3_5": "Qwen3_5ForConditionalGeneration",
+        "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+        "qwen3_vl": "Qwen3VLForConditionalGeneration",
+        "smolvlm": "SmolVLMForConditionalGeneration",
+        "video_llava": "VideoLlavaForConditionalGeneration",
+        "vipllava": "VipLlavaForConditionalGeneration",
     }
 
 

@@ -80,7 +80,7 @@ class FusedAdd:
         self.layer = layer
         self.norm = norm
         self._eps = family.eps
-        self._kind = int(family.norm)
+        self._kind = int(family.norm or 0)
         self.steer: Steer | None = None
         self._stream: Tensor | None = None
         self._normed: Tensor | None = None
@@ -160,14 +160,12 @@ def patch(model: nn.Module) -> nn.Module:
                 f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first"
             )
     for index, layer in enumerate(decoder.layers):
-        reader = getattr(layer, family.before_mlp) if family.before_mlp else None
+        reader = getattr(layer, family.readers[1]) if family.readers[1] else None
         inner, outer = FusedAdd(index, reader, family), FusedAdd(index, None, family)
         _swap(layer, _layer_forward, steerfast_inner=inner, steerfast_outer=outer)
         if reader is not None:
             _swap(reader, _norm_forward, steerfast_seam=inner)
-    followers = [
-        getattr(layer, family.before_attention) if family.before_attention else None for layer in decoder.layers
-    ]
+    followers = [getattr(layer, family.readers[0]) if family.readers[0] else None for layer in decoder.layers]
     for layer, reader in zip(decoder.layers, [*followers[1:], final], strict=True):
         if reader is not None:
             seam: Any = layer.steerfast_outer
@@ -219,6 +217,8 @@ def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
     """Return a decoder layer's forward. `steered` is fixed in it, so that a compiler need not read the seam."""
     family, names = family_of(stock), list(inspect.signature(stock.forward).parameters)[2:]
     assert family is not None
+    attention = family.attention[0] if len(family.attention) == 1 else None
+    (mlp, *more), scale, parallel = family.mlp, family.scale, family.parallel
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
@@ -227,30 +227,46 @@ def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
         fuse = not traced and not self.training
         if not traced and self._forward_pre_hooks and _changes_uncounted():
             hidden_states = hidden_states.view_as(hidden_states)  # another tensor, so that no seam recognises it
-        x = hidden_states
+        read = hidden_states
         if family.before_attention is not None:
-            x = getattr(self, family.before_attention)(x)
-        x = self.self_attn(hidden_states=x, **kwargs)[0]
+            read = getattr(self, family.before_attention)(read)
+        x = getattr(self, attention or _present(self, family.attention))(hidden_states=read, **kwargs)
+        if isinstance(x, tuple):  # linear attention returns no weights
+            x = x[0]
         if family.after_attention is not None:
             x = getattr(self, family.after_attention)(x)
+        if scale is not None:
+            x = x * getattr(self, scale)
         stream = x = hidden_states + x if traced else self.steerfast_inner.add(x, hidden_states, fuse)
-        if family.before_mlp is not None:
+        if parallel:
+            x = read
+        elif family.before_mlp is not None:
             x = getattr(self, family.before_mlp)(x)
-        x = self.mlp(x)
+        read, x = x, getattr(self, mlp)(x)
         if isinstance(x, tuple):  # some mixtures of experts also return router logits
-            x = x[0]
+            x = x[0].view_as(stream)
+        for name in more:
+            if (module := self._modules.get(name)) is not None:
+                x = x + module(read)
         if family.after_mlp is not None:
             x = getattr(self, family.after_mlp)(x)
+        if scale is not None:
+            x = x * getattr(self, scale)
         if traced and not steered:
             return stream + x
         if traced and (edit := _compiled_edit) is not None and edit.slots.device == x.device:
-            layer = self.self_attn.layer_idx  # the attention has guarded it already
-            return add_steer_torch(x, stream, edit.of(layer))
+            index = getattr(self, attention or _present(self, family.attention)).layer_idx  # guarded by the attention
+            return add_steer_torch(x, stream, edit.of(index))
         if not traced and self._forward_hooks and _changes_uncounted():
             fuse = False
         return self.steerfast_outer.add(x, stream, fuse)
 
     return forward
+
+
+def _present(layer: nn.Module, names: tuple[str, ...]) -> str:
+    """Return which of these modules a layer has."""
+    return next(name for name in names if layer._modules.get(name) is not None)
 
 
 def _steered_layer_forward(stock: Any) -> Callable[..., Tensor]:
@@ -352,11 +368,12 @@ def _is_replaced(module: Any) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def _patch_targets(decoder: Decoder, family: Family, final: nn.Module) -> list[tuple[str, nn.Module]]:
+def _patch_targets(decoder: Decoder, family: Family, final: nn.Module | None) -> list[tuple[str, nn.Module]]:
     """Return the modules that a patch changes, with their names."""
-    readers = [name for name in (family.before_attention, family.before_mlp) if name is not None]
+    readers = [name for name in family.readers if name is not None]
     norms = [(f"layer {i}.{name}", getattr(layer, name)) for i, layer in enumerate(decoder.layers) for name in readers]
-    return [*((f"layer {i}", layer) for i, layer in enumerate(decoder.layers)), *norms, ("norm", final)]
+    last = [] if final is None else [(family.final, final)]
+    return [*((f"layer {i}", layer) for i, layer in enumerate(decoder.layers)), *norms, *last]
 
 
 def _version(stream: Tensor) -> int | None:
@@ -392,9 +409,12 @@ def _family(decoder: Decoder) -> Family:
     return family
 
 
-def _final_norm(decoder: Decoder, family: Family) -> nn.Module:
-    norm = getattr(decoder.backbone, "norm", None)
+def _final_norm(decoder: Decoder, family: Family) -> nn.Module | None:
+    """Return the norm behind the last layer; None: it runs alone."""
+    if family.norm is None:
+        return None
+    norm: nn.Module | None = getattr(decoder.backbone, family.final, None)
     if norm is None:
-        raise ArchitectureError(f"model: {type(decoder.backbone).__name__} has no module 'norm'")
-    family.check_norm("norm", norm)
+        raise ArchitectureError(f"model: {type(decoder.backbone).__name__} has no module {family.final!r}")
+    family.check_norm(family.final, norm)
     return norm

@@ -14,8 +14,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from steerfast.hf.families import FAMILIES
 from steerfast.profile import Gate, SteeringProfile
 
+FAMILY_TYPES = {family.prefix: family.model_type for family in FAMILIES}
 MakeProfile = Callable[..., SteeringProfile]
 CLOSE = {"rtol": 1e-3, "atol": 3e-4}
 BASE = {
@@ -62,11 +64,39 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], str]] = {
     "Cohere": ({**BASE, "logit_scale": 1.0}, "model.layers"),
 }
 
+# Families that every test of fused layers runs with; test_families.py runs its tests with all families.
+FUSED = ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Mixtral", "Qwen3Moe", "Gemma2", "Gemma3", "Olmo2"]
+
+_LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+           "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+           "first_k_dense_replace": 1}  # fmt: skip
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_value_heads": 4,
+           "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
+_SHORT_CONV = {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1}
+_GRANITE = {"residual_multiplier": 0.22, "shared_intermediate_size": 24}
+_MAMBA = {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+          "mamba_n_groups": 1}  # fmt: skip
+
+# What a family's config needs besides BASE and _MOE; a family that is not here needs nothing more.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Cwm": {"bos_token_id": 1, "eos_token_id": [2]},
+    **dict.fromkeys(["DeepseekV2", "DeepseekV3", "Dots1", "Glm4MoeLite", "MiniCPM3", "Youtu"], _LATENT),
+    "DeepseekV32": {**_LATENT, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 64},
+    **dict.fromkeys(["Qwen3Next", "Qwen3_5", "Qwen3_5Moe"], _LINEAR),
+    **dict.fromkeys(["Lfm2", "Lfm2Moe"], _SHORT_CONV),
+    **dict.fromkeys(["Granite", "GraniteSWA", "GraniteMoe", "GraniteMoeShared", "GraniteMoeSWA"], _GRANITE),
+    "GraniteMoeHybrid": {**_GRANITE, **_MAMBA},
+    "Llama4": {"interleave_moe_layer_step": 2},
+}
+
 
 def make_model(name: str, **config: Any) -> Any:
-    """The same weights every time; `config` changes settings of ARCHITECTURES."""
-    kind = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
-    settings, _ = ARCHITECTURES[name]
+    """The same weights every time; `config` changes settings of ARCHITECTURES, or of SETTINGS."""
+    settings = ARCHITECTURES[name][0] if name in ARCHITECTURES else {**BASE, **_MOE, **SETTINGS.get(name, {})}
+    if name in FAMILY_TYPES:
+        kind = type(transformers.AutoConfig.for_model(FAMILY_TYPES[name]))
+    else:
+        kind = getattr(transformers, f"{name}Config")
     torch.manual_seed(1)
     return transformers.AutoModelForCausalLM.from_config(kind(**{**settings, **config})).eval()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import CLOSE, MakeProfile, Oracle, greedy, make_family_model, make_model, padded
+from model_cases import CLOSE, FUSED, MakeProfile, Oracle, greedy, make_family_model, make_model, padded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,13 +18,11 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import steerfast
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.hf import caches, fused
-from steerfast.hf.families import FAMILIES
 from steerfast.hf.fused import FusedAdd, is_patched
 from steerfast.hf.structure import find_decoder
 
 pytestmark = pytest.mark.contract
 
-NAMES = [family.prefix for family in FAMILIES]
 DTYPES = [torch.float32, torch.bfloat16]
 _TIGHT = {"rtol": 0.0, "atol": 3e-5}  # logits up to 10, layers summed in another order
 EDITS: dict[str, dict[str, Any]] = {
@@ -84,7 +82,7 @@ def readers(name: str) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FUSED)
 def test_patched_is_stock(name: str, dtype: torch.dtype) -> None:
     model = make_family_model(name, dtype)
     batch = padded(prompts())
@@ -119,7 +117,7 @@ def test_patched_is_stock(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(model(**batch).logits, stock.logits)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FUSED)
 def test_copies_are_patched_and_stand_alone(name: str) -> None:
     model = make_family_model(name, torch.bfloat16)
     ids = torch.tensor([prompts()[0]])
@@ -150,7 +148,7 @@ def test_grad_modes_agree(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["eval", "train", "checkpointing"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FUSED)
 def test_gradients_are_the_stock_models(name: str, how: str) -> None:
     model = make_family_model(name, resid_pdrop=0.0) if name == "Phi3" else make_family_model(name)
     model.train(how != "eval")
@@ -462,7 +460,7 @@ def agree(model: Any, profile: Any, batch: dict[str, Tensor], **options: Any) ->
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FUSED)
 def test_fused_steering_equals_hooks(make_profile: MakeProfile, name: str, options: dict[str, Any]) -> None:
     model = make_family_model(name)
     agree(model, make_profile(model, **options), padded(prompts()), tokens=4)
@@ -495,7 +493,7 @@ def test_fused_steering_equals_the_oracle(make_profile: MakeProfile, name: str, 
     assert oracle.margin > 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FUSED)
 def test_shut_gates_keep_every_bit(make_profile: MakeProfile, name: str) -> None:
     model = steerfast.patch(make_family_model(name, torch.bfloat16))
     batch = padded(prompts())
@@ -673,7 +671,7 @@ def operations(model: Any) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow(but=["Llama", "Olmo2", "Mixtral"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FUSED)
 def test_compiled_and_unsteered_does_what_stock_does(name: str) -> None:
     model = make_family_model(name, num_hidden_layers=2)
     expected = operations(model)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_cases import ARCHITECTURES, BASE, CLOSE, MakeProfile, Oracle, greedy
+from model_cases import ARCHITECTURES, BASE, CLOSE, FUSED, MakeProfile, Oracle, greedy
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -25,7 +25,6 @@ import steerfast
 from steerfast import AutoSteeredModelForImageTextToText
 from steerfast.errors import ArchitectureError
 from steerfast.hf.auto import PROFILE_FILE
-from steerfast.hf.families import FAMILIES
 from steerfast.hf.fused import is_patched
 from steerfast.hf.structure import find_decoder, identify
 from steerfast.profile import Gate, SteeringProfile
@@ -534,7 +533,7 @@ def text_config(name: str) -> Any:
     return kind(**{**ARCHITECTURES[name][0], "max_position_embeddings": 128})
 
 
-@pytest.mark.parametrize("name", [family.prefix for family in FAMILIES])
+@pytest.mark.parametrize("name", FUSED)
 def test_a_language_model_of_any_family_inside(
     name: str, tokenizer: Any, make_profile: MakeProfile, tmp_path: Path
 ) -> None:
@@ -551,7 +550,7 @@ def test_a_language_model_of_any_family_inside(
 def test_a_language_model_of_another_family_is_steered_by_hooks(
     tokenizer: Any, make_profile: MakeProfile, tmp_path: Path
 ) -> None:
-    case = Case("Llava", make_model("Llava", tokenizer, text_config("Cohere")), make_processor("Llava", tokenizer))
+    case = Case("Llava", make_model("Llava", tokenizer, text_config("StableLm")), make_processor("Llava", tokenizer))
     profile = open_for(2, case, make_profile(case.model, sensor=1), PROMPTS)
     case.model.save_pretrained(tmp_path)
     load = AutoSteeredModelForImageTextToText.from_pretrained
@@ -563,7 +562,7 @@ def test_a_language_model_of_another_family_is_steered_by_hooks(
     check_answers(case, profile, PROMPTS, tokens, logits)
     fresh = AutoSteeredModelForImageTextToText.from_config(case.model.config)
     assert fresh.steering.profile is None
-    with pytest.raises(ArchitectureError, match="got CohereDecoderLayer"):
+    with pytest.raises(ArchitectureError, match="got StableLmDecoderLayer"):
         steerfast.SteeredLlavaForConditionalGeneration(case.model.config)
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import CLOSE, MakeProfile, Oracle, four_prompts, greedy, make_family_model, padded
+from model_cases import CLOSE, FUSED, MakeProfile, Oracle, four_prompts, greedy, make_family_model, padded
 from torch import Tensor
 from transformers import CompileConfig
 
 import steerfast
-from steerfast.hf.families import FAMILIES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +27,7 @@ def batch(side: str = "left") -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("read", READS, ids=["last", "mean", "window"])
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "hooks"])
-@pytest.mark.parametrize("name", [family.prefix for family in FAMILIES])
+@pytest.mark.parametrize("name", FUSED)
 def test_greedy_equals_the_oracle(name: str, fuse: bool, read: dict[str, Any], make_profile: MakeProfile) -> None:
     model = make_family_model(name)
     profile = make_profile(model, layers=[1, 2], sensor=1, threshold=-0.05, **read)

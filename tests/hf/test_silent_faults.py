@@ -136,7 +136,9 @@ def test_patch_refuses_a_layer_with_another_forward(plain: Any, monkeypatch: pyt
 def test_patch_refuses_a_norm_with_another_forward(plain: Any, place: str) -> None:
     model = copy.deepcopy(plain)
     model.get_submodule(place).__class__ = OffsetNorm
-    with pytest.raises(ArchitectureError, match=r"norm \(OffsetNorm\): expected LlamaRMSNorm.forward of transformers"):
+    with pytest.raises(
+        ArchitectureError, match=r"norm \(OffsetNorm\): expected the RMSNorm of transformers.models.llama"
+    ):
         steerfast.patch(model)
 
 
