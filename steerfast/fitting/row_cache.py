@@ -51,7 +51,7 @@ class RowCache:
         return cls(path, json.dumps([weights_fingerprint(model), dtype, reading], sort_keys=True), starts)
 
     def read(self, place: int, sequence: Sequence[int], layers: int, hidden_size: int) -> Tensor | None:
-        """Return the rows of the sequence at `place`, float32 [layers, ..., H]; None where their file is missing, broken or odd."""
+        """Return the rows of the sequence at `place`, float32 [layers, ..., H]; None: their file is no such file."""
         try:
             rows = load(self._file(place, sequence).read_bytes())["rows"]
         except (OSError, SafetensorError, KeyError):
