@@ -114,7 +114,7 @@ def model_options(default: str | None = None, *, required: bool = False) -> Call
 
 
 def accept_option(command: F) -> F:
-    """Add `--accept-model`, see `take_model_for`."""
+    """Add `--accept-model`, see `take_model_for` and `accepted_for`."""
     text = "Take a model of the same shape that the profile was not made for; the profile keeps the mismatch."
     return click.option("--accept-model", is_flag=True, help=text)(command)
 
@@ -355,12 +355,20 @@ def take_model_for(profile: SteeringProfile, options: dict[str, Any]) -> tuple[S
     """Take `model_options` and `accept_option` out of `options`; return the profile for the model, which is loaded."""
     accept = options.pop("accept_model")
     model, tokenizer = take_model(options, profile.model.name)
-    if accept:
-        from steerfast.hf.structure import identify
-        from steerfast.profile.stack import accepted
+    return (accepted_for(profile, model, tokenizer) if accept else profile), model, tokenizer
 
-        profile = accepted(profile, identify(model, tokenizer))
-    return profile, model, tokenizer
+
+def accepted_for(profile: SteeringProfile, model: nn.Module, tokenizer: Any = None) -> SteeringProfile:
+    """Return the profile for a model of its shape, which it keeps; a line on standard error tells a mismatch.
+
+    Raises:
+        ProfileError: the model has another shape.
+    """
+    from steerfast.hf.structure import identify
+    from steerfast.profile.stack import accepted
+
+    made: SteeringProfile = accepted(profile, identify(model, tokenizer))
+    return made
 
 
 def of_model(profile: SteeringProfile) -> dict[str, Any]:
