@@ -59,6 +59,7 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
 @common.batch_size_option()
 @common.placement_options
 @common.accept_option
+@common.template_option
 @click.option("--resume", metavar="FILE", help="Keep finished answers and verdicts here, and go on from them.")
 @click.option("--html", "html_file", metavar="FILE", help="Write the report: one page, its pictures beside it.")
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the tables as Markdown.")
@@ -121,6 +122,8 @@ def _evaluate(model_name: str, systems: list[System], options: dict[str, Any]) -
     check_tasks(options["tasks"] or ())
     placement = options["dtype"], options["device"]
     model, tokenizer = common.load_model(model_name, *placement)
+    steered = [one.profile for one in systems if one.profile is not None]
+    tokenizer = common.with_template(tokenizer, dict(options["template"]), *steered)
     if options["accept_model"]:
         systems = [
             one if one.profile is None else replace(one, profile=common.accepted_for(one.profile, model, tokenizer))

@@ -116,7 +116,7 @@ def chosen(given: Given | None) -> SteeringProfile | ProfileStack | None:
         stack = ProfileStack.load(hub.find(os.fspath(given)))
         return stack if len(stack) > 1 else stack[0]
     if isinstance(given, list | tuple):
-        named = [chosen(each) if isinstance(each, str | os.PathLike) else each for each in given]
+        named: list[Any] = [chosen(each) if isinstance(each, str | os.PathLike) else each for each in given]
         return ProfileStack(one for each in named for one in (each if isinstance(each, ProfileStack) else [each]))
     raise ProfileError(
         f"profile: expected a profile, a file, a hub repository or a list of these, got {type(given).__name__}"

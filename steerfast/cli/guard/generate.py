@@ -69,8 +69,7 @@ def command(
     texts = list(map(text_of, common.gather_prompts(prompts, files)))
     name = options["model_name"] or trained.critic.model.name
     model, tokenizer = common.load_model(name, options["dtype"], options["device"])
-    if profile is not None and options["accept_model"]:
-        profile = common.accepted_for(profile, model, tokenizer)
+    profile = common.accepted_for(profile, model, tokenizer) if profile and options["accept_model"] else profile
     guard = Guard(
         model,
         tokenizer,

@@ -77,8 +77,7 @@ def command(output: str, profile_file: str | None, json_file: str | None, **opti
     profile = common.load_profile(profile_file) if profile_file else None
     prompts = prompt_sets(**given("harmful", "harmless", "count", "seed"))
     model, tokenizer = common.load_model(options["model_name"], options["dtype"], options["device"])
-    if profile is not None and options["accept_model"]:
-        profile = common.accepted_for(profile, model, tokenizer)
+    profile = common.accepted_for(profile, model, tokenizer) if profile and options["accept_model"] else profile
     sampling = Sampling(options["temperature"], top_p=options["top_p"])
     rollouts = gather(
         model,
