@@ -67,11 +67,12 @@ _PUBLIC = {
     "tune": "fitting.tune",
     "unpatch": "hf.fused",
     "warmup": "kernels.warmup",
+    "with_template_arguments": "text.template",
 }
 
 __all__ = [  # noqa: RUF022 (grouped by use)
     "fit", "pairs", "extract", "calibrate", "learn", "tune", "score", "Scores",
-    "steer", "Steering", "load_model", "identify", "warmup",
+    "steer", "Steering", "load_model", "identify", "warmup", "with_template_arguments",
     "AutoSteeredModelForCausalLM", "AutoSteeredModelForImageTextToText", "patch", "unpatch",
     "SteeringProfile", "ProfileStack", "Gate", "ModelIdentity",
     "SteerfastError", "ProfileError", "PromptError", "ArchitectureError", "OutputError",

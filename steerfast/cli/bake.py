@@ -12,6 +12,7 @@ from steerfast.cli.group import say
 @click.argument("profile_file", metavar="PROFILE")
 @click.argument("target", metavar="OUTPUT")
 @common.model_options("the model that the profile names")
+@common.accept_option
 @click.option("--without-gate", is_flag=True, help="Drop the gate: steer everything, harmless prompts too.")
 @common.json_option
 def command(
@@ -21,6 +22,7 @@ def command(
     dtype: str,
     device: str | None,
     without_gate: bool,
+    accept_model: bool,
     json_file: str | None,
 ) -> None:
     """Write a profile that adds as biases of the model, for engines that cannot steer (.safetensors).
@@ -49,6 +51,7 @@ def command(
     profile = profile.without_gate() if gated else profile
     check_bakeable(profile)  # before a model is loaded
     model, _ = common.load_model(model_name or profile.model.name, dtype, device)
+    profile = common.accepted_for(profile, model) if accept_model else profile
     baked = bake(model, profile)
     write_atomically(target, save(baked.tensors, metadata={"format": "pt"}))
     notes = ["the gate is lost: everything will be steered"] if gated else []
@@ -58,6 +61,7 @@ def command(
         notes.append(f"{type(model).__name__} has no option for these biases: set them in code, engines skip them")
     for note in notes:
         say(f"note: {note}")
+    accepted = profile.fitted.get("accepted")
     result = {"profile": profile_file, "output": target, "tensors": sorted(baked.tensors), "option": baked.option}
-    common.write_json(json_file, {**result, "gate_lost": gated, "notes": notes})
+    common.write_json(json_file, {**result, "gate_lost": gated, "notes": notes, "accepted": accepted})
     common.console(json_file).print(f"wrote {target}", markup=False)

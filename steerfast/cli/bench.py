@@ -26,6 +26,7 @@ def _counts(name: str, default: str, text: str) -> Callable[[common.F], common.F
 @click.argument("model_name", metavar="MODEL")
 @click.option("--profile", "profile_file", metavar="FILE", help="Measure this profile.  [default: made-up ones]")
 @common.placement_options
+@common.accept_option
 @_counts("--batch-sizes", "1,4", "Sequences per batch.")
 @_counts("--prompt-lengths", "32,128", "Tokens per sequence.")
 @click.option(
@@ -66,6 +67,8 @@ def command(model_name: str, profile_file: str | None, json_file: str | None, **
     if (threads := options.pop("threads")) is not None:
         torch.set_num_threads(threads)
     model, _ = common.load_model(model_name, options.pop("dtype"), options.pop("device"))
+    if options.pop("accept_model") and profile is not None:
+        profile = common.accepted_for(profile, model)
     result = run_latency(model, profile, **options)
     common.write_json(json_file, result)
     latency_report(result, common.console(json_file))

@@ -114,9 +114,38 @@ def model_options(default: str | None = None, *, required: bool = False) -> Call
 
 
 def accept_option(command: F) -> F:
-    """Add `--accept-model`, see `take_model_for`."""
+    """Add `--accept-model`, see `take_model_for` and `accepted_for`."""
     text = "Take a model of the same shape that the profile was not made for; the profile keeps the mismatch."
     return click.option("--accept-model", is_flag=True, help=text)(command)
+
+
+class _Argument(click.ParamType):
+    """NAME=VALUE, the value in JSON; a word that is no JSON is text."""
+
+    name = "argument"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        name, mark, text = value.partition("=")
+        if not mark or not name or not text:
+            self.fail(f"expected NAME=VALUE, got {value!r}", param, ctx)
+        try:
+            return name, json.loads(text)
+        except ValueError:
+            if text[0] in '[{"':
+                self.fail(f"expected a value in JSON, got {text!r}", param, ctx)
+            return name, text
+
+
+def template_option(command: F) -> F:
+    """Add `--template-arg NAME=VALUE` as `template`, see `with_template`."""
+    return click.option(
+        "--template-arg",
+        "template",
+        type=_Argument(),
+        multiple=True,
+        metavar="NAME=JSON",
+        help="Of the chat template, such as enable_thinking=false. May be repeated.  [default: those of the profile]",
+    )(command)
 
 
 def threshold_option(command: F) -> F:
@@ -343,24 +372,51 @@ def load_model(name: str, dtype: str, device: str | None) -> tuple[nn.Module, An
 
 
 def take_model(options: dict[str, Any], default: str = "") -> tuple[nn.Module, Any]:
-    """Take `model_options` out of `options` and load the model; load ``aligned_model``, too, if there is one."""
+    """Take `model_options` out of `options` and load the model; load ``aligned_model``, too, if there is one.
+
+    The tokenizer has the arguments of `template_option`, which are taken out, too.
+    """
+    given = dict(options.pop("template", ()))
     name, *place = (options.pop(key) for key in ("model_name", "dtype", "device"))
     loaded = load_model(name or default, *place)
     if options.get("aligned_model") is not None:
         options["aligned_model"], _ = load_model(options["aligned_model"], *place)
-    return loaded
+    return (loaded[0], with_template(loaded[1], given)) if given else loaded
+
+
+def with_template(tokenizer: Any, given: Mapping[str, Any], *profiles: SteeringProfile) -> Any:
+    """Return a tokenizer with arguments of `template_option`, or else with those that the first profile was made with.
+
+    A line on standard error tells of a template that prints today's date.
+    """
+    from steerfast.text.template import KEY, changing_date, with_template_arguments
+
+    known = profiles[0].fitted.get(KEY, {}) if profiles else {}
+    bound = with_template_arguments(tokenizer, {**known, **given})
+    if profiles and (problem := changing_date(bound)) is not None:
+        say(f"warning: {problem}")
+    return bound
 
 
 def take_model_for(profile: SteeringProfile, options: dict[str, Any]) -> tuple[SteeringProfile, nn.Module, Any]:
     """Take `model_options` and `accept_option` out of `options`; return the profile for the model, which is loaded."""
-    accept = options.pop("accept_model")
+    accept, given = options.pop("accept_model"), dict(options.pop("template", ()))
     model, tokenizer = take_model(options, profile.model.name)
-    if accept:
-        from steerfast.hf.structure import identify
-        from steerfast.profile.stack import accepted
+    tokenizer = with_template(tokenizer, given, profile)
+    return (accepted_for(profile, model, tokenizer) if accept else profile), model, tokenizer
 
-        profile = accepted(profile, identify(model, tokenizer))
-    return profile, model, tokenizer
+
+def accepted_for(profile: SteeringProfile, model: nn.Module, tokenizer: Any = None) -> SteeringProfile:
+    """Return the profile for a model of its shape, which it keeps; a line on standard error tells a mismatch.
+
+    Raises:
+        ProfileError: the model has another shape.
+    """
+    from steerfast.hf.structure import identify
+    from steerfast.profile.stack import accepted
+
+    made: SteeringProfile = accepted(profile, identify(model, tokenizer))
+    return made
 
 
 def of_model(profile: SteeringProfile) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class _WrongInput(click.ClickException):
 @common.set_option("--prompts", note="Prompts to score here, with --model and --dtype as served")
 @common.model_options("the model that the profile names")
 @common.accept_option
+@common.template_option
 @common.batch_size_option()
 @common.threshold_option
 @common.value_option("--tolerance", float, "NUMBER", "The calibrated share that fires may grow by this factor.", 1.0)

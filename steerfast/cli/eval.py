@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
 @click.option("--force", is_flag=True, help="Take sets that made a profile, and mark them.")
 @common.batch_size_option()
 @common.placement_options
+@common.accept_option
+@common.template_option
 @click.option("--resume", metavar="FILE", help="Keep finished answers and verdicts here, and go on from them.")
 @click.option("--html", "html_file", metavar="FILE", help="Write the report: one page, its pictures beside it.")
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the tables as Markdown.")
@@ -119,8 +122,15 @@ def _evaluate(model_name: str, systems: list[System], options: dict[str, Any]) -
     check_tasks(options["tasks"] or ())
     placement = options["dtype"], options["device"]
     model, tokenizer = common.load_model(model_name, *placement)
+    steered = [one.profile for one in systems if one.profile is not None]
+    tokenizer = common.with_template(tokenizer, dict(options["template"]), *steered)
+    if options["accept_model"]:
+        systems = [
+            one if one.profile is None else replace(one, profile=common.accepted_for(one.profile, model, tokenizer))
+            for one in systems
+        ]
     passed = ("max_new_tokens", "batch_size", "seed", "resume", "latency", "force", "task_limit")
-    return evaluate(
+    result = evaluate(
         model,
         tokenizer,
         systems,
@@ -131,6 +141,10 @@ def _evaluate(model_name: str, systems: list[System], options: dict[str, Any]) -
         load=lambda name: common.load_model(name, *placement),
         **{name: options[name] for name in passed},
     )
+    found = {
+        one.name: one.profile.fitted["accepted"] for one in systems if one.profile and "accepted" in one.profile.fitted
+    }
+    return result | ({"accepted": found} if found else {})
 
 
 def _file(source: str) -> str | None:

@@ -19,6 +19,7 @@ def _window(value: str) -> int | str:
 
 @click.command("extract")
 @common.model_options(required=True)
+@common.template_option
 @common.labelled_option
 @common.set_option("--harmful", note="Prompts the gate should open for, in place of the corpus")
 @common.set_option("--harmless", note="Prompts the gate should stay shut for, in place of the corpus")

@@ -30,6 +30,7 @@ def _layers(value: str) -> tuple[int, int]:
 @click.command("fit")
 @click.argument("model_name", metavar="MODEL")
 @common.placement_options
+@common.template_option
 @click.option("--pairs", metavar="FILE", help="Contrastive pairs of a behaviour (.jsonl, .json or .csv).")
 @click.option("--behaviour", metavar="NAME", help="Its name.  [default: safety; with --pairs the file's name]")
 @common.value_option(

@@ -22,6 +22,7 @@ _TEMPERATURE = 0.7
 @common.prompt_arguments
 @common.model_options("the model that the profile names")
 @common.accept_option
+@common.template_option
 @common.threshold_option
 @common.value_option("--strength", float, "NUMBER", "Multiplies the profile's own strengths.", 1.0)
 @common.count_option("--max-new-tokens", 128, "Answer length.")
@@ -58,8 +59,10 @@ def command(
 
     import steerfast
     from steerfast.text.encoding import encode
+    from steerfast.text.template import check_template
 
     profile, model, tokenizer = common.take_model_for(profile, options)
+    check_template(profile.fitted, tokenizer)
     if options["sample"]:
         options["temperature"], options["seed"] = options["temperature"] or _TEMPERATURE, options["seed"] or 0
     ids = encode(tokenizer, texts, model, room=options["max_new_tokens"])

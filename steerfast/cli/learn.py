@@ -13,6 +13,7 @@ from steerfast.cli import common
 @click.argument("profile_file", metavar="PROFILE")
 @common.model_options("the model that the profile names")
 @common.accept_option
+@common.template_option
 @common.set_option("--harmful", note="Prompts to refuse, in place of the corpus")
 @click.option("--aligned-model", metavar="MODEL", help="A sibling that refuses; its answers are learned.")
 @common.repeated_option(

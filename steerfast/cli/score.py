@@ -15,6 +15,7 @@ from steerfast.cli import common
 @common.prompt_arguments
 @common.model_options("the model that the profile names")
 @common.accept_option
+@common.template_option
 @common.threshold_option
 @common.batch_size_option()
 @common.json_option

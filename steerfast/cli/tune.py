@@ -33,6 +33,7 @@ def token_count(entry: str) -> int | None:
 @click.argument("profile_file", metavar="PROFILE")
 @common.model_options("the model that the profile names")
 @common.accept_option
+@common.template_option
 @common.set_option("--harmful", "steerfast:harmful_tune", "Prompts that should be refused")
 @common.set_option("--harmless", "steerfast:harmless_tune", "Prompts whose answers should stay")
 @common.list_option(

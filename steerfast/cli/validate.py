@@ -24,6 +24,7 @@ _SHARE = click.FloatRange(0, 1)
 )
 @common.model_options("the model that the profile names")
 @common.accept_option
+@common.template_option
 @common.threshold_option
 @click.option("--baseline/--no-baseline", default=True, show_default=True, help="Also measure a classifier of words.")
 @click.option("--force", is_flag=True, help="Take sources that chose something in the profile, and mark them.")

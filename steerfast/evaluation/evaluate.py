@@ -51,6 +51,7 @@ from steerfast.judging.fluency import FluencyLimits, answer_perplexity, is_fluen
 from steerfast.judging.judges import Judge, agreement
 from steerfast.profile import Gate
 from steerfast.text.encoding import context_of, encode, pad_token
+from steerfast.text.template import template_arguments
 
 _LATENCY_PAIRS, _LATENCY_TOKENS = 8, 16
 
@@ -371,6 +372,7 @@ class _Evaluation:
         how: dict[str, Any] = {"limit": options.task_limit, "batch_size": options.batch_size, "seed": options.seed}
         for task in options.tasks:
             described = task if isinstance(task, str) else repr(sorted(task.items()))
+            described += "".join(map(str, sorted(template_arguments(tokenizer).items())))
             key = ("task", described, options.task_limit, options.seed, system.fingerprint(), weights)
             with system.on(model):
                 result = self.pieces.rows(key, functools.partial(run_task, model, tokenizer, task, **how), system)

@@ -120,7 +120,7 @@ def residual_rows(
     accepted = inspect.signature(decoder.backbone.forward).parameters
     device = device_of(model)
     size = len(decoder.layers), decoder.hidden_size
-    known = {} if cache is None else {i: cache.read(sequence, *size) for i, sequence in enumerate(sequences)}
+    known = {} if cache is None else {i: cache.read(i, sequence, *size) for i, sequence in enumerate(sequences)}
     kept = [([i], row[None]) for i, row in known.items() if row is not None]
     missing = [i for i in range(len(sequences)) if known.get(i) is None]
     asked = [sequences[i] for i in missing]
@@ -141,7 +141,7 @@ def residual_rows(
             if cache is not None:
                 for i, row in zip(*kept[-1], strict=True):
                     if bool(row.isfinite().all()):
-                        cache.write(sequences[i], row)
+                        cache.write(i, sequences[i], row)
     if not kept:
         return torch.empty(0, len(decoder.layers), decoder.hidden_size, dtype=torch.float32, device="cpu")
     rows = kept[0][1].new_empty(len(sequences), *kept[0][1].shape[1:])

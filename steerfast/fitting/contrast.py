@@ -26,6 +26,7 @@ from steerfast.text.encoding import context_of, encode, pad_token
 from steerfast.text.examples import Prompt, unique_text
 from steerfast.text.pairs import check_pairs, split_answer
 from steerfast.text.prompts import describe_set
+from steerfast.text.template import template_record
 
 METHODS = ("mean", "pca", "logistic")
 READS = ("answer", "last")
@@ -116,7 +117,7 @@ def read_pairs(
         batch_size=batch_size,
         pad_token_id=pad_token(tokenizer),
         description="pairs" if progress else None,
-        cache=None if cache is None else RowCache.of(cache, model, ["pairs", chosen, starts]),
+        cache=None if cache is None else RowCache.of(cache, model, ["pairs", chosen], starts),
     )
     positive_rows, negative_rows = rows[:, :, 0].split(len(positive))
     norm = rows[:, :, 1].norm(dim=2).median(dim=0).values
@@ -161,6 +162,7 @@ def contrast_profile(
             "behaviour": behaviour,
             "method": method,
             "share": SHARE,
+            **template_record(tokenizer),
             "pairs_right": rows.pairs_right(last, method),
         },
     )

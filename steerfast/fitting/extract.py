@@ -26,6 +26,7 @@ from steerfast.judging.estimates import threshold_midpoint
 from steerfast.profile import EDITS, Gate, ModelIdentity, SteeringProfile
 from steerfast.text.encoding import encode, pad_token
 from steerfast.text.prompts import describe_set
+from steerfast.text.template import template_record
 from steerfast.text.turns import turn_markers
 
 VECTOR_KINDS = ("alignment", "ssv", "forced", "srv")
@@ -247,6 +248,7 @@ class _Extraction:
             "direction": options.gate,
             "shrinkage": shrinkage,
             "unit_norm": options.unit_norm,
+            **template_record(self.tokenizer),
             "aligned_model": identify(sibling).name if sibling is not None else None,
             **{side: describe_set(examples.select(mask).texts, names.get(side)) for side, mask in sides.items()},
             "sources": examples.describe(),

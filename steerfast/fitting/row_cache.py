@@ -25,14 +25,18 @@ class RowCache:
     """Hold the rows of each sequence, a file each.
 
     Attributes:
-        folder: of the files. key: what the rows depend on beside the sequences.
+        folder: of the files. key: what all rows depend on beside the sequences.
+        starts: by sequence the first row that is read, for a reading that begins at different rows.
     """
 
     folder: Path
     key: str
+    starts: Sequence[int] | None = None
 
     @classmethod
-    def of(cls, folder: str | os.PathLike[str], model: nn.Module, reading: Any) -> RowCache:
+    def of(
+        cls, folder: str | os.PathLike[str], model: nn.Module, reading: Any, starts: Sequence[int] | None = None
+    ) -> RowCache:
         """Return the cache of a model's rows; `reading`, JSON data, says which rows are kept.
 
         Raises:
@@ -44,25 +48,26 @@ class RowCache:
         except OSError as error:
             raise OutputError(f"cache: cannot make the folder {str(path)!r} ({error})") from None
         dtype = str(next(model.parameters()).dtype)
-        return cls(path, json.dumps([weights_fingerprint(model), dtype, reading], sort_keys=True))
+        return cls(path, json.dumps([weights_fingerprint(model), dtype, reading], sort_keys=True), starts)
 
-    def read(self, sequence: Sequence[int], layers: int, hidden_size: int) -> Tensor | None:
-        """Return the rows of a sequence, float32 [layers, ..., H]; None where their file is missing, broken or odd."""
+    def read(self, place: int, sequence: Sequence[int], layers: int, hidden_size: int) -> Tensor | None:
+        """Return the rows of the sequence at `place`, float32 [layers, ..., H]; None: their file is no such file."""
         try:
-            rows = load(self._file(sequence).read_bytes())["rows"]
+            rows = load(self._file(place, sequence).read_bytes())["rows"]
         except (OSError, SafetensorError, KeyError):
             return None
         fits = rows.dim() in (2, 3) and (len(rows), rows.shape[-1]) == (layers, hidden_size)
         return rows if fits and rows.dtype == torch.float32 and bool(rows.isfinite().all()) else None
 
-    def write(self, sequence: Sequence[int], rows: Tensor) -> None:
-        """Keep the rows of a sequence.
+    def write(self, place: int, sequence: Sequence[int], rows: Tensor) -> None:
+        """Keep the rows of the sequence at `place`.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        write_atomically(self._file(sequence), save({"rows": rows.contiguous()}))
+        write_atomically(self._file(place, sequence), save({"rows": rows.contiguous()}))
 
-    def _file(self, sequence: Sequence[int]) -> Path:
-        digest = hashlib.sha256(json.dumps([self.key, list(sequence)]).encode()).hexdigest()
+    def _file(self, place: int, sequence: Sequence[int]) -> Path:
+        start = [] if self.starts is None else [self.starts[place]]
+        digest = hashlib.sha256(json.dumps([self.key, list(sequence), *start]).encode()).hexdigest()
         return self.folder / f"{digest[:32]}.safetensors"

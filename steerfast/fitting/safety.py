@@ -27,6 +27,7 @@ from steerfast.text.encoding import encode
 from steerfast.text.examples import Example, unique_text
 from steerfast.text.prompts import read_prompts
 from steerfast.text.splits import own_examples
+from steerfast.text.template import template_arguments
 
 _LEARN = {"batch_size": 8, "answer_tokens": 48}
 _TUNE = {
@@ -103,7 +104,8 @@ class _Recipe:
         self.work = make_folder(options.work)
         self.sets = {split: self._examples(split) for split in ("fit", "calibrate")}
         self.effort = self._effort()
-        self._before = weights_fingerprint(model)  # what the next stage starts from
+        # What the next stage starts from.
+        self._before = weights_fingerprint(model) + "".join(map(str, sorted(template_arguments(tokenizer).items())))
 
     def run(self) -> SteeringProfile:
         """Run all stages."""

@@ -18,6 +18,7 @@ from steerfast.hf.structure import identify
 from steerfast.profile import SteeringProfile
 from steerfast.text.encoding import check_list, encode, pad_token
 from steerfast.text.examples import Prompt
+from steerfast.text.template import check_template
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,10 @@ def check_model(profile: SteeringProfile, model: nn.Module, tokenizer: Any = Non
 
     Raises:
         ProfileError: naming both sides.
+
+    Warns:
+        TemplateWarning: the tokenizer has other arguments of its template than the profile's prompts had.
     """
     if (problem := profile.model.mismatch(identify(model, tokenizer))) is not None:
         raise ProfileError(f"profile: {problem}")
+    check_template(profile.fitted, tokenizer)

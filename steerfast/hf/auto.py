@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
-from steerfast.errors import ArchitectureError, ProfileError
+from steerfast.errors import ArchitectureError
 from steerfast.hf.families import FAMILIES, MULTIMODAL_FAMILIES
 from steerfast.hf.fused import patch
 from steerfast.hf.steering import Steering, steer
@@ -120,16 +120,11 @@ class SteeredModel:
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """Save as the stock class would, so that it loads everywhere, and the attached profile in a folder beside.
+        """Save as the stock class would, so that it loads everywhere, and the attached profile or stack beside.
 
         Where several ranks hold the model, each of them calls it, and the first one writes.
-
-        Raises:
-            ProfileError: a stack is attached; a model's folder holds one profile.
         """
         profile = None if self.steering is None else self.steering.profile
-        if isinstance(profile, ProfileStack):
-            raise ProfileError("save_pretrained: expected one profile, got a stack; save each with profile.save()")
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
         model: Any = self
         model.config.architectures = [type(self).__bases__[1].__name__]

@@ -5,6 +5,9 @@ Tensors: ``layer.<l>.direction`` and ``layer.<l>.vector`` [H], where a gate read
 there are such, ``abstain`` and ``points.<name>`` [layers]. A layer without content has no tensor. Everything else is
 JSON under the header key ``steerfast``, with a SHA-256 over it and every tensor. The parameters of an edit stand in the
 header where the profile has that edit; null is a limit that is not set.
+
+A stack is one file, too: its header has the key ``stack``, the headers of its profiles in order, and tensor ``<name>``
+of profile n is ``<n>.<name>``, n from 0.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -69,6 +73,31 @@ def tensors(profile: SteeringProfile) -> dict[str, Tensor]:
         for layer in tensor.any(dim=1).nonzero().flatten().tolist():
             named[f"layer.{layer}.{name}"] = tensor[layer].clone()
     return named
+
+
+def parts(content: dict[str, Any], named: dict[str, Tensor]) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Return header and tensors of each profile of a file, which holds a profile or a stack.
+
+    Raises:
+        ProfileError, TypeError, ValueError: a malformed stack.
+    """
+    if "stack" not in content:
+        return [(content, named)]
+    if set(content) != {"format", "stack"} or not content["stack"]:
+        raise ProfileError(f"stack: expected a format and headers of profiles, got {', '.join(sorted(content))}")
+    found: list[tuple[dict[str, Any], dict[str, Tensor]]] = [(dict(header), {}) for header in content["stack"]]
+    for name, tensor in named.items():
+        number, _, rest = name.partition(".")
+        if number not in map(str, range(len(found))):
+            raise ProfileError(f"tensor {name!r}: expected <n>.<name>, n in 0..{len(found) - 1}")
+        found[int(number)][1][rest] = tensor
+    return found
+
+
+def stacked(profiles: Sequence[SteeringProfile]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return header and tensors of a stack's file."""
+    named = {f"{n}.{name}": tensor for n, one in enumerate(profiles) for name, tensor in tensors(one).items()}
+    return {"format": FORMAT_VERSION, "stack": [header(one) for one in profiles]}, named
 
 
 def fields(content: dict[str, Any], named: dict[str, Tensor]) -> dict[str, Any]:

@@ -422,15 +422,27 @@ class SteeringProfile:
         """Read a profile and verify all of it.
 
         Raises:
-            ProfileError: missing, truncated, not a profile, a newer format, a wrong checksum, inconsistent content.
+            ProfileError: missing, truncated, not a profile, a newer format, a wrong checksum, inconsistent content, or
+                a stack (`ProfileStack.load`).
         """
-        content, tensors = read_checked(path, "profile", file.FORMAT_VERSION, ProfileError)
-        try:
-            return cls(**file.fields(content, tensors))
-        except ProfileError as error:
-            raise ProfileError(f"profile {str(path)!r}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProfileError(f"profile {str(path)!r}: incomplete or malformed ({error!r})") from None
+        profile, *others = read(path)
+        if others:
+            raise ProfileError(
+                f"profile {str(path)!r}: expected one profile, got a stack of {len(others) + 1}; save each of its "
+                "profiles, `for profile in ProfileStack.load(...)`"
+            )
+        return profile
+
+
+def read(path: str | os.PathLike[str]) -> list[SteeringProfile]:
+    """Read the profiles of a file, which holds one or a stack; errors as `SteeringProfile.load`."""
+    content, tensors = read_checked(path, "profile", file.FORMAT_VERSION, ProfileError)
+    try:
+        return [SteeringProfile(**file.fields(*part)) for part in file.parts(content, tensors)]
+    except ProfileError as error:
+        raise ProfileError(f"profile {str(path)!r}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProfileError(f"profile {str(path)!r}: incomplete or malformed ({error!r})") from None
 
 
 def _opposite(kind: str) -> str:

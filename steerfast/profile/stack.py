@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
+from steerfast._files import write_checked
 from steerfast.errors import ProfileError
 from steerfast.kernels.contract import MAX_STACK
+from steerfast.profile import file, hub
 from steerfast.profile.identity import ModelIdentity
-from steerfast.profile.profile import SteeringProfile
+from steerfast.profile.profile import SteeringProfile, read
 
 __all__ = ["Given", "ProfileStack", "accepted", "as_stack", "chosen"]
 
@@ -70,6 +72,23 @@ class ProfileStack(tuple[SteeringProfile, ...]):
         """Return the stack with the threshold of this name in every profile; errors as `SteeringProfile.at`."""
         return ProfileStack(profile.at(point) for profile in self)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the stack to one file, as `SteeringProfile.save`."""
+        write_checked(path, *file.stacked(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ProfileStack:
+        """Read a stack and verify all of it; the file of a profile is a stack of one.
+
+        Raises:
+            ProfileError: as `SteeringProfile.load` and the class.
+        """
+        profiles = read(path)
+        try:
+            return cls(profiles)
+        except ProfileError as error:
+            raise ProfileError(f"profile {str(path)!r}: {error}") from None
+
 
 def _is_given(value: Any) -> bool:
     return isinstance(value, SteeringProfile | ProfileStack)
@@ -82,7 +101,7 @@ def as_stack(given: SteeringProfile | ProfileStack | None) -> tuple[SteeringProf
 
 Name: TypeAlias = str | os.PathLike[str]
 Given: TypeAlias = SteeringProfile | Name | Sequence[SteeringProfile | Name]
-"""A profile, its file or hub repository, or several of these: a stack."""
+"""A profile, the file or hub repository of a profile or a stack, or several of these: a stack."""
 
 
 def chosen(given: Given | None) -> SteeringProfile | ProfileStack | None:
@@ -94,11 +113,11 @@ def chosen(given: Given | None) -> SteeringProfile | ProfileStack | None:
     if given is None or _is_given(given):
         return given  # type: ignore[return-value]
     if isinstance(given, str | os.PathLike):
-        return SteeringProfile.from_pretrained(given)
+        stack = ProfileStack.load(hub.find(os.fspath(given)))
+        return stack if len(stack) > 1 else stack[0]
     if isinstance(given, list | tuple):
-        return ProfileStack(
-            SteeringProfile.from_pretrained(each) if isinstance(each, str | os.PathLike) else each for each in given
-        )
+        named: list[Any] = [chosen(each) if isinstance(each, str | os.PathLike) else each for each in given]
+        return ProfileStack(one for each in named for one in (each if isinstance(each, ProfileStack) else [each]))
     raise ProfileError(
         f"profile: expected a profile, a file, a hub repository or a list of these, got {type(given).__name__}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from command_line import CommandLine
 from safetensors.torch import load_file
 
 from steerfast.cli import common
+from steerfast.profile import SteeringProfile
 
 _COMMAND = CommandLine("bake")
 
@@ -52,3 +54,15 @@ def test_an_ablation_is_refused(files: Path) -> None:
     message = _COMMAND.failed(1, files / "ablate.safetensors", files / "b.safetensors")
     assert "neither a bias nor a LoRA equals it" in message
     assert not (files / "b.safetensors").exists()
+
+
+def test_another_models_profile_is_baked_only_when_accepted(files: Path) -> None:
+    profile = SteeringProfile.load(files / "open.safetensors")
+    other = replace(profile, model=replace(profile.model, architecture="other"))
+    other.save(files / "other.safetensors")
+    given = files / "other.safetensors", files / "b.safetensors", "--json", files / "r.json"
+    assert "other" in _COMMAND.failed(1, *given)
+    _COMMAND.done(*given, "--accept-model")
+    accepted = json.loads((files / "r.json").read_text())["accepted"]
+    assert len(accepted) == 1
+    assert "other" in accepted[0]["mismatch"]

@@ -657,6 +657,16 @@ def test_inspect_tells_all_layers_and_draws(work: Path, tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_shows_each_profile_of_a_stack(work: Path, tmp_path: Path) -> None:
+    profile = SteeringProfile.load(work / "calibrated.safetensors")
+    (profile + replace(profile, edit="ablate")).save(tmp_path / "s.safetensors")
+    shown = done("inspect", tmp_path / "s.safetensors", "--json", tmp_path / "s.json").stdout
+    assert [one["edit"] for one in json.loads((tmp_path / "s.json").read_text())["stack"]] == ["add", "ablate"]
+    assert (shown.count("add, layers"), shown.count("ablate, layers")) == (1, 1)
+    assert "got a stack of 2" in failed(2, "inspect", tmp_path / "s.safetensors", "--plot", tmp_path / "p.svg")
+    assert "got a stack of 2" in failed(1, "score", tmp_path / "s.safetensors", "a cake")
+
+
 @pytest.mark.parametrize(
     ("fields", "says", "data"),
     [

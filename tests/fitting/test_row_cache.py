@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import steerfast
 from steerfast.errors import OutputError
 from steerfast.fitting.activations import last_token, residual_rows
+from steerfast.fitting.contrast import read_pairs
 from steerfast.fitting.row_cache import RowCache
 from steerfast.profile import SteeringProfile
 
@@ -111,7 +112,7 @@ def test_a_broken_file_is_computed_again(model: Any, tmp_path: Path, content: by
     from safetensors.torch import save
 
     expected = rows(model, tmp_path, batch_size=1)
-    broken, whole = RowCache.of(tmp_path, model, "last")._file(SEQUENCES[2]), b""
+    broken, whole = RowCache.of(tmp_path, model, "last")._file(2, SEQUENCES[2]), b""
     whole = broken.read_bytes()
     if isinstance(content, str):
         content = whole[: len(whole) // 2] if content == "half" else save(ODD[content])
@@ -190,3 +191,37 @@ def test_a_calibration_keeps_its_rows_too(model: Any, tiny_tokenizer: Any, extra
     with counted(model) as read:
         assert calibrated(0.5, cache=tmp_path).checksum == expected.checksum
     assert read == []
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def answered(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_another_pair_costs_its_own_two_readings(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    given = [(f"how to {one}", f"bake a {one}", f"paint the {one}") for one in ("cake", "tree", "river of the dog")]
+
+    def read(pairs: list[tuple[str, str, str]], cache: Path | None) -> Any:
+        sides = [[answered(pair[0], pair[side]) for pair in pairs] for side in (1, 2)]
+        return read_pairs(model, tiny_tokenizer, *sides, batch_size=1, cache=cache, progress=False)[0]
+
+    with counted(model) as first:
+        read(given[1:], tmp_path)
+    expected = read(given, None)
+    with counted(model) as second:
+        found = read(given, tmp_path)  # the new pair comes first, so every other one has another place
+    assert (sum(first), sum(second)) == (4, 2)
+    for name in ("positive", "negative", "norm"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_an_answer_that_begins_elsewhere_has_rows_apart(model: Any, tmp_path: Path) -> None:
+    def kept(starts: list[int]) -> int:
+        with counted(model) as read:
+            residual_rows(model, SEQUENCES, cache=RowCache.of(tmp_path, model, "pairs", starts))
+        return sum(read)
+
+    starts = [1, 0, 2, 1, 1, 0]
+    assert [kept(starts), kept(starts), kept([1, 0, 3, 1, 1, 0])] == [6, 0, 1]

@@ -195,6 +195,21 @@ def test_a_failing_steer_leaves_the_old_profile(
 # -- saving and copying ------------------------------------------------------------------------------------------------
 
 
+def test_a_stack_lies_in_one_file_and_beside_the_weights(
+    llama: Any, folder: Path, make_profile: MakeProfile, tmp_path: Path
+) -> None:
+    stack = make_profile(llama, threshold=-1.5) + make_profile(llama, seed=4, threshold=-1.5)
+    stack.save(tmp_path / "both.safetensors")
+    with steerfast.steer(llama, stack):
+        expected = answers(llama)
+    with steerfast.steer(llama, tmp_path / "both.safetensors"):
+        assert torch.equal(answers(llama), expected)
+    model = AutoSteeredModelForCausalLM.from_pretrained(folder, steering=stack)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoSteeredModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert [one.checksum for one in again.steering.profile] == [one.checksum for one in stack]
+
+
 @pytest.mark.parametrize("name", ["Llama", "Gemma3"])
 def test_a_round_trip(name: str, make_profile: MakeProfile, tmp_path: Path) -> None:
     stock = make_family_model(name)

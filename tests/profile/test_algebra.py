@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from steerfast._files import write_checked
 from steerfast.errors import OutputError, ProfileError
-from steerfast.profile import Gate, ModelIdentity, ProfileStack, SteeringProfile
+from steerfast.profile import Gate, ModelIdentity, ProfileStack, SteeringProfile, file
 from steerfast.profile.hub import PROFILE_FILE
+from steerfast.profile.stack import chosen
 
 MODEL = ModelIdentity("tiny", "llama", 8, 6)
 FACTORS = st.floats(-16, 16, allow_nan=False, width=32)
@@ -229,3 +231,64 @@ def test_the_hub_fails_in_one_line(fault: Exception, monkeypatch: pytest.MonkeyP
         made().push_to_hub("me/p")
     with pytest.raises(ProfileError, match=r"profile: expected a file, or a hub repository with .+, got 'me/p' \(.+\)"):
         SteeringProfile.from_pretrained("me/p")
+
+
+# -- files of stacks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stack_in_one_file_is_the_same_stack(tmp_path: Path) -> None:
+    a, b = made(1, points={"strict": torch.full((6,), -0.5)}), made(2, positions="response", edit="clamp", low=0.5)
+    stack = a + b + -a
+    stack.save(tmp_path / "s.safetensors")
+    loaded = ProfileStack.load(tmp_path / "s.safetensors")
+    assert [one.checksum for one in loaded] == [one.checksum for one in stack]
+    assert type(chosen(tmp_path / "s.safetensors")) is ProfileStack
+    with pytest.raises(ProfileError, match="expected one profile, got a stack of 3; save each of its profiles"):
+        SteeringProfile.load(tmp_path / "s.safetensors")
+
+
+def test_a_profile_and_a_stack_of_one_are_read_alike(tmp_path: Path) -> None:
+    a, b = made(1), made(2)
+    a.save(tmp_path / "a.safetensors")
+    ProfileStack([a]).save(tmp_path / "one.safetensors")
+    for name in ("a", "one"):
+        found = chosen(tmp_path / f"{name}.safetensors")
+        assert isinstance(found, SteeringProfile)
+        assert found.checksum == a.checksum
+        assert [one.checksum for one in ProfileStack.load(tmp_path / f"{name}.safetensors")] == [a.checksum]
+    (a + b).save(tmp_path / "ab.safetensors")
+    joined = chosen([tmp_path / "ab.safetensors", b])
+    assert [one.checksum for one in joined or ()] == [a.checksum, b.checksum, b.checksum]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"stack": []}, "stack: expected a format and headers of profiles"),
+        ({"other": 1}, "stack: expected a format and headers of profiles, got format, other, stack"),
+        ({"stack": 3}, "incomplete or malformed"),
+        ({"stack": [1, 2]}, "incomplete or malformed"),
+        ({"stack": [{}, {}]}, "incomplete or malformed"),
+    ],
+)
+def test_a_malformed_stack_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    header, tensors = file.stacked(made(1) + made(2))
+    write_checked(tmp_path / "s.safetensors", header | change, tensors)
+    with pytest.raises(ProfileError, match=says):
+        ProfileStack.load(tmp_path / "s.safetensors")
+
+
+def test_a_file_of_too_many_or_of_several_models_is_refused(tmp_path: Path) -> None:
+    a = made(1)
+    other = SteeringProfile.from_tensors({1: torch.ones(8)}, ModelIdentity("other", "qwen2", 8, 6))
+    for profiles, says in (
+        ([a] * 5, "stack: expected 1 to 4 profiles, got 5"),
+        ([a, other], "stack: entry 1: expected"),
+    ):
+        write_checked(tmp_path / "s.safetensors", *file.stacked(profiles))
+        with pytest.raises(ProfileError, match=f"s.safetensors': {says}"):
+            ProfileStack.load(tmp_path / "s.safetensors")
+    header, tensors = file.stacked([a, a])
+    write_checked(tmp_path / "s.safetensors", header, tensors | {"2.norm": torch.zeros(6)})
+    with pytest.raises(ProfileError, match=r"tensor '2.norm': expected <n>.<name>, n in 0\.\.1"):
+        ProfileStack.load(tmp_path / "s.safetensors")

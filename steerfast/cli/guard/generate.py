@@ -25,6 +25,7 @@ def _strategies() -> Iterable[str]:
 @click.argument("folder", metavar="FOLDER")
 @common.prompt_arguments
 @common.model_options("the model that the critic names")
+@common.accept_option
 @click.option("--strategy", type=LazyChoice(_strategies), default="speculative", show_default=True)
 @guard_options
 @click.option(
@@ -68,6 +69,7 @@ def command(
     texts = list(map(text_of, common.gather_prompts(prompts, files)))
     name = options["model_name"] or trained.critic.model.name
     model, tokenizer = common.load_model(name, options["dtype"], options["device"])
+    profile = common.accepted_for(profile, model, tokenizer) if profile and options["accept_model"] else profile
     guard = Guard(
         model,
         tokenizer,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("train")
 @common.model_options(required=True)
+@common.accept_option
 @common.set_option("--harmful", "steerfast:harmful_fit", "Harmful prompts")
 @common.set_option("--harmless", "steerfast:harmless_fit", "Harmless prompts")
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Prompts of each kind.  [default: all]")
@@ -76,6 +77,7 @@ def command(output: str, profile_file: str | None, json_file: str | None, **opti
     profile = common.load_profile(profile_file) if profile_file else None
     prompts = prompt_sets(**given("harmful", "harmless", "count", "seed"))
     model, tokenizer = common.load_model(options["model_name"], options["dtype"], options["device"])
+    profile = common.accepted_for(profile, model, tokenizer) if profile and options["accept_model"] else profile
     sampling = Sampling(options["temperature"], top_p=options["top_p"])
     rollouts = gather(
         model,
