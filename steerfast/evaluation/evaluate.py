@@ -425,7 +425,7 @@ class _Evaluation:
     def _judge_fluency(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> None:
         """Judge answers by repetition and by their perplexity under the unsteered target."""
         prompts = {one.name: encode(self.tokenizer, one.prompts) for one in sets}
-        padding, limits = pad_token(self.tokenizer), self.options.limits.to_dict()
+        padding = pad_token(self.tokenizer)
         work = [(system, one) for system in systems for one in sets]
         for system, one in track(work, "fluency", show=self.options.progress):
             cell = self.cells[system.name][one.name]
@@ -438,7 +438,7 @@ class _Evaluation:
                 measure = functools.partial(answer_perplexity, self.model, *texts, self.options.batch_size, padding)
                 found = self.pieces.rows(("perplexity", self._weights, texts), measure, system)
                 for place, value in zip(chunk, found, strict=True):
-                    cell.fluent[place] = is_fluent(repetition(tokens[place]), value, **limits)
+                    cell.fluent[place] = is_fluent(repetition(tokens[place]), value, self.options.limits)
 
     def _judge(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> None:
         work = [(system, one, judge) for system in systems for one in sets for judge in self.judges]

@@ -114,7 +114,7 @@ class Frontier:
 
     def _point(self, strength: float, limits: FluencyLimits | None) -> Point:
         profile = at_total(self._profile, self._profile.steered_layers, strength) if strength else None
-        settings = [self._max_new_tokens, (limits or FluencyLimits()).to_dict()]
+        settings = [self._max_new_tokens, asdict(limits or FluencyLimits())]
         key = self._answers.key("figures", self._profile.checksum, strength, self._prompts, settings)
         if (found := self._known.get(key)) is None:
             found = self._figures(self._answers.answers(self._prompts, self._max_new_tokens, profile), limits)

@@ -201,7 +201,7 @@ def _search_settings(
         "weights": weights_fingerprint(model),
         "harmful": hashlib.sha256(repr(prompts).encode()).hexdigest(),  # in order: screening takes every third
         "max_new_tokens": options.max_new_tokens,
-        "limits": (options.limits or FluencyLimits()).to_dict(),
+        "limits": asdict(options.limits or FluencyLimits()),
     }
 
 
@@ -236,7 +236,7 @@ def _record(finals: Sequence[Trial], unchanged: float, candidates: int, options:
         "harmless_unchanged": unchanged,
         "tried": candidates,
         "max_new_tokens": options.max_new_tokens,
-        "limits": (options.limits or FluencyLimits()).to_dict(),
+        "limits": asdict(options.limits or FluencyLimits()),
         "runners_up": [asdict(trial) for trial in finals[1:]],
     }
 

@@ -39,12 +39,11 @@ def judge(
         SteerfastError: the model is steered.
     """
     find_decoder(model).refuse_if_steered()
-    limits = limits or FluencyLimits()
     perplexities = answer_perplexity(model, prompts, answers, pad_token_id=pad_token(tokenizer))
     judged = []
     for answer, perplexity in zip(answers, perplexities, strict=True):
         text, repeats = tokenizer.decode(answer, skip_special_tokens=True).strip(), repetition(answer)
-        refusal, fluent = is_refusal_keyword(text), is_fluent(repeats, perplexity, **limits.to_dict())
+        refusal, fluent = is_refusal_keyword(text), is_fluent(repeats, perplexity, limits)
         judged.append(Assessment(text, refusal, is_refusal_strict(text), repeats, perplexity, fluent))
     return judged
 

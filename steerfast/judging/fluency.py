@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,13 @@ _NGRAM = 4
 
 @dataclass(frozen=True)
 class FluencyLimits:
-    """Limits of `is_fluent`; `is_fluent(r, p, **limits.to_dict())`."""
+    """The largest share of repetition and the largest perplexity of a fluent answer, see `is_fluent`."""
 
     max_repetition: float = 0.3
     # Measured under SmolLM2-135M-Instruct: its own greedy answers reach 3, its steered refusals 8, human
     # answers 39 and hand-written refusals 182; the same refusals with their words shuffled start at 373,
     # steered ones at 204.
     max_perplexity: float = 200.0
-
-    def to_dict(self) -> dict[str, float]:
-        """Return the limits by name."""
-        return asdict(self)
 
 
 def repetition(token_ids: Sequence[int]) -> float:
@@ -96,12 +92,7 @@ def answer_perplexity(
     return perplexities
 
 
-def is_fluent(
-    repetition: float,
-    perplexity: float,
-    *,
-    max_repetition: float = FluencyLimits.max_repetition,
-    max_perplexity: float = FluencyLimits.max_perplexity,
-) -> bool:
+def is_fluent(repetition: float, perplexity: float, limits: FluencyLimits | None = None) -> bool:
     """Return True if neither figure is above its limit; nan (an empty answer) is not fluent."""
-    return repetition <= max_repetition and perplexity <= max_perplexity
+    limits = limits or FluencyLimits()
+    return repetition <= limits.max_repetition and perplexity <= limits.max_perplexity

@@ -124,5 +124,5 @@ def test_is_fluent() -> None:
     assert not is_fluent(0.0, limits.max_perplexity + 1)
     assert not is_fluent(0.0, math.nan)
     assert not is_fluent(0.0, math.inf)
-    assert is_fluent(0.5, 500.0, **FluencyLimits(0.6, 600.0).to_dict())
-    assert not is_fluent(0.5, 5.0, max_repetition=0.4)
+    assert is_fluent(0.5, 500.0, FluencyLimits(0.6, 600.0))
+    assert not is_fluent(0.5, 5.0, FluencyLimits(max_repetition=0.4))
