@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
@@ -80,10 +80,6 @@ class Check:
     max_error: float | None = None
     tolerance: float | None = None
     problem: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON data."""
-        return asdict(self)
 
 
 def implementations(cpp_absent: str | None) -> list[Implementation]:

@@ -61,7 +61,7 @@ def command(context: click.Context, url: str | None, api_key: str | None, json_f
         "cpu_isa": isa,
         "implementations": {op: contract.implementations(op) for op in selftest.OPS},
         "absent": {each.name: each.absent for each in found if each.absent is not None},
-        "self_test": [check.to_dict() for check in checks],
+        "self_test": [asdict(check) for check in checks],
         "passed": passed,
     }
     common.write_json(json_file, result)
