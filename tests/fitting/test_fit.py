@@ -475,9 +475,7 @@ def test_fits_within_minutes(fit: Any, fit_safety: Any, monkeypatch: pytest.Monk
     assert counts["slow"][2] == 2 <= counts["quick"][2]
 
 
-def test_without_a_budget_it_takes_25_minutes_or_the_recipe(
-    fit_safety: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_budget_it_takes_25_minutes_or_the_recipe(fit_safety: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class StopError(Exception):
         pass
 
