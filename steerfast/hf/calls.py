@@ -119,8 +119,10 @@ class SteeredCalls:
             mask = kwargs.get("attention_mask")
             mask = mask if is_flat(mask) else None
             # On top of a cache, the prompt may be the new tokens alone; the mask always covers all of them.
-            length = (prompt if mask is None else mask).shape[1]
-            stepper.prompt = GeneratedPrompt(count, length, mask)
+            length, virtual = (prompt if mask is None else mask).shape[1], _virtual_tokens(self._model)
+            if mask is not None and virtual:
+                mask = torch.cat([mask.new_ones(count, virtual), mask], dim=1)
+            stepper.prompt = GeneratedPrompt(count, virtual + length, mask)
         try:
             return generate(*args, **kwargs)
         finally:
@@ -140,6 +142,17 @@ class SteeredCalls:
                 f"prefill_chunk_size: expected None, got {chunk}: a prompt gate and positions='response' need the "
                 "prompt's last token, which is in the last chunk"
             )
+
+
+def _virtual_tokens(model: Any) -> int:
+    """Return how many rows an adapter of PEFT puts before a prompt: those of prompt tuning and p-tuning.
+
+    Prefix tuning puts keys and values into the cache instead, and no row.
+    """
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or config.peft_type == "PREFIX_TUNING":
+        return 0
+    return int(config.num_virtual_tokens)
 
 
 def _put_back(owner: object, name: str, value: Any) -> None:

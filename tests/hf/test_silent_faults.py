@@ -200,3 +200,21 @@ def test_a_layer_may_return_a_permuted_tensor(make_profile: MakeProfile, grad: b
         layer.__class__ = PermutedLayer
     with steerfast.steer(model, profile), torch.set_grad_enabled(grad):
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+# -- virtual tokens of an adapter --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_the_prompt_of_an_adapter_ends_at_its_last_row(plain: Any, make_profile: MakeProfile, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    profile = make_profile(plain)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    ids = torch.tensor([[5, 9, 3, 8], [0, 0, 7, 4]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with steerfast.steer(model, profile) as steering, torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+        expected = steering.scores
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        torch.testing.assert_close(steering.scores, expected)
