@@ -29,7 +29,7 @@ from steerfast.fitting.calibrate import GateWarning
 from steerfast.hf.loading import load_model
 from steerfast.kernels import selftest
 from steerfast.kernels.contract import Kinds
-from steerfast.profile import Gate, SteeringProfile
+from steerfast.profile import Gate, ProfileStack, SteeringProfile
 from steerfast.text import corpus, splits
 from steerfast.text.examples import Example
 
@@ -194,7 +194,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         def load(path: str) -> SteeringProfile:
             raise error
 
-        monkeypatch.setattr(common, "load_profile", load)
+        monkeypatch.setattr(ProfileStack, "load", load)
 
     return install
 
@@ -221,14 +221,14 @@ def test_interrupt_is_one_line_and_status_130(broken: Callable[[BaseException], 
 
 
 def test_only_steerfast_warnings_are_shown(monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
-    load = common.load_profile
+    load = ProfileStack.load
 
-    def warn(path: str) -> SteeringProfile:
+    def warn(path: str) -> ProfileStack:
         warnings.warn("few prompts,\nof a source", GateWarning, stacklevel=1)
         warnings.warn("noise", UserWarning, stacklevel=1)
         return load(path)
 
-    monkeypatch.setattr(common, "load_profile", warn)
+    monkeypatch.setattr(ProfileStack, "load", warn)
     assert done("inspect", work / "calibrated.safetensors").stderr == "steerfast: warning: few prompts, of a source\n"
 
 
