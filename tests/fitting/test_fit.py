@@ -377,16 +377,16 @@ def test_safety_is_the_four_steps(fit_safety: Any, tiny_llama: Any, tokenizer: A
 def test_a_fit_of_safety_goes_on(fit_safety: Any, tiny_llama: Any, tmp_path: Path) -> None:
     """An interruption within any stage loses one batch of that stage, and the profile is the same to the last bit."""
     with reads(tiny_llama) as whole:
-        expected = fit_safety(batch_size=8)
+        expected = fit_safety(per_source=120, batch_size=8)
     for fails_after in range(1, len(whole), 4):
         work = tmp_path / str(fails_after)
         with reads(tiny_llama, fails_after) as first, pytest.raises(KeyboardInterrupt):
-            fit_safety(batch_size=8, work=work)
+            fit_safety(per_source=120, batch_size=8, work=work)
         with reads(tiny_llama) as second:
-            assert fit_safety(batch_size=8, work=work).checksum == expected.checksum
+            assert fit_safety(per_source=120, batch_size=8, work=work).checksum == expected.checksum
         assert sum(first) + sum(second) <= sum(whole) + 8
     with reads(tiny_llama) as again:
-        assert fit_safety(batch_size=8, work=work).checksum == expected.checksum
+        assert fit_safety(per_source=120, batch_size=8, work=work).checksum == expected.checksum
     assert again == []
 
 
