@@ -133,7 +133,7 @@ class SteeredCalls:
         given = args[1] if len(args) > 1 else kwargs.get("generation_config")
         own = getattr(self._model, "generation_config", None)  # fills in values that the given one leaves open
         sizes = [getattr(config, "prefill_chunk_size", None) for config in (given, own)]
-        chunk = kwargs.get("prefill_chunk_size") or next(filter(None, sizes), None)
+        chunk = kwargs.get("prefill_chunk_size", next(filter(None, sizes), None))  # a None given here counts
         if not chunk:
             return
         profiles = [self._roster.slots.at(slot) for slot in slots_of(self._roster.current)]

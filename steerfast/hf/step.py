@@ -190,7 +190,7 @@ class Stepper:
         latch = self._shut_latch(plan, call.device) if latch is None else latch.copy(call.device)
         latch.prompt = call.past + columns
         valid = self._valid(call)
-        if _is_packed(call, valid) and any(p.reads_end for stack in plan.profiles for p in stack):
+        if any(p.reads_end for stack in plan.profiles for p in stack) and _is_packed(call, valid):
             raise SteerfastError(
                 "position_ids: expected one sequence per row, got several packed into one; pad them into rows, so that "
                 "each has its own decision"

@@ -168,6 +168,15 @@ def test_chunks_are_refused_wherever_they_are_set(model: Any, make_profile: Make
         call(model)()
 
 
+def test_a_size_of_none_in_the_call_overrides_that_of_a_config(model: Any, make_profile: MakeProfile) -> None:
+    with steerfast.steer(model, make_profile(model)) as steering:
+        expected, scores = model.generate(IDS, max_new_tokens=2, do_sample=False), steering.scores
+        model.generation_config.prefill_chunk_size = 3
+        found = model.generate(IDS, max_new_tokens=2, do_sample=False, prefill_chunk_size=None)
+    assert torch.equal(found, expected)
+    assert torch.equal(steering.scores, scores)
+
+
 def test_packed_sequences_are_refused_where_each_decides(model: Any, make_profile: MakeProfile) -> None:
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with steerfast.steer(model, make_profile(model)):
