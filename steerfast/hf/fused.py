@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,15 @@ from steerfast.hf.structure import Decoder, find_decoder, is_distributed
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked, add_steer_torch
 from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Operands
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
-from steerfast.runtime.step import LayerEdit
+from steerfast.runtime.step import LayerEdit, Step
 
 __all__ = ["CompiledEdit", "FusedAdd", "is_fused", "is_patched", "patch", "set_compiled_edit", "steer_layer", "unpatch"]
 
-Steer = Callable[[int, Tensor, Tensor], LayerEdit | None]
-"""(layer, x, residual) -> the edit, or None. x, residual: [N, T, H]; the residual stream is their sum."""
+
+class Steps(Protocol):
+    """Hold the step of the forward pass that runs, see `steerfast.hf.step.Stepper`."""
+
+    step: Step | None
 
 
 class CompiledEdit(NamedTuple):
@@ -71,34 +74,41 @@ class FusedAdd:
     """Where something is added to the residual stream, and the norm that reads the sum, if one does.
 
     Attributes:
-        steer: returns the edit of the step; None: no edit. Set by `steer_layer`.
+        steps: has the step of the pass; None: no edit. Set by `steer_layer`.
     """
 
-    __slots__ = ("_eps", "_kind", "_normed", "_stream", "_version", "layer", "norm", "steer")
+    __slots__ = ("_eps", "_kind", "_normed", "_stream", "_version", "layer", "norm", "steps")
 
     def __init__(self, layer: int, norm: nn.Module | None, family: Family) -> None:
         self.layer = layer
         self.norm = norm
         self._eps = family.eps
         self._kind = int(family.norm or 0)
-        self.steer: Steer | None = None
+        self.steps: Steps | None = None
         self._stream: Tensor | None = None
         self._normed: Tensor | None = None
         self._version: int | None = None
 
-    def add(self, x: Tensor, residual: Tensor, fuse: bool) -> Tensor:
-        """Return the residual stream x + residual, steered: [N, T, H]."""
+    def add(self, x: Tensor, residual: Tensor, fuse: bool, step: Step | None = None) -> Tensor:
+        """Return the residual stream x + residual, steered: [N, T, H].
+
+        Args:
+            x, residual: [N, T, H]. fuse: the pass may be fused.
+            step: steers in place of the step of the pass.
+        """
+        if step is None and self.steps is not None:
+            step = self.steps.step
         traced = torch.compiler.is_compiling()
         if not traced:
             x, residual = x.contiguous(), residual.contiguous()
         grad = torch.is_grad_enabled()
         edit = None
-        if self.steer is not None:
+        if step is not None:
             if grad:
                 with torch.no_grad():
-                    edit = self.steer(self.layer, x, residual)
+                    edit = step.edit(self.layer, x, residual)
             else:  # entering the context takes longer than the decision
-                edit = self.steer(self.layer, x, residual)
+                edit = step.edit(self.layer, x, residual)
         if traced:  # the compiler fuses this with the norm, so the seam keeps nothing
             return residual + x if edit is None else add_steer_torch(x, residual, edit.operands)
         differentiable = grad and (x.requires_grad or residual.requires_grad)
@@ -204,10 +214,10 @@ def is_fused(layer: nn.Module) -> bool:
     return _forward_maker(layer) in (_layer_forward, _steered_layer_forward)
 
 
-def steer_layer(layer: Any, steer: Steer | None) -> None:
-    """Let `steer` edit at the outer seam of a fused layer; None: no edit."""
-    layer.steerfast_outer.steer = steer
-    _swap(layer, _layer_forward if steer is None else _steered_layer_forward)
+def steer_layer(layer: Any, steps: Steps | None) -> None:
+    """Let the steps edit at the outer seam of a fused layer; None: no edit."""
+    layer.steerfast_outer.steps = steps
+    _swap(layer, _layer_forward if steps is None else _steered_layer_forward)
 
 
 # ---- modules that change their class -------------------------------------------------------------------------------
@@ -223,6 +233,7 @@ def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
             kwargs |= dict(zip(names, args, strict=False))
+        step = kwargs.pop("steerfast_step", None)
         traced = torch.compiler.is_compiling()  # a compiler guards each attribute read below, per layer
         fuse = not traced and not self.training
         if not traced and self._forward_pre_hooks and _changes_uncounted():
@@ -259,7 +270,7 @@ def _layer_forward(stock: Any, steered: bool = False) -> Callable[..., Tensor]:
             return add_steer_torch(x, stream, edit.of(index))
         if not traced and self._forward_hooks and _changes_uncounted():
             fuse = False
-        return self.steerfast_outer.add(x, stream, fuse)
+        return self.steerfast_outer.add(x, stream, fuse, step)
 
     return forward
 
@@ -294,26 +305,34 @@ def _class(make_forward: Callable[[Any], Callable[..., Tensor]], stock: Any) -> 
     """
     read = {name: getattr(stock, name) for name in _COMPILER_READS if hasattr(stock, name)}
     made = {"forward": make_forward(stock), "steerfast_forward_maker": make_forward, "__reduce_ex__": _reduce}
-    return type(stock.__name__, (stock,), {"__module__": stock.__module__, "__call__": _call(stock), **read, **made})
+    call = _call(stock, make_forward is _steered_layer_forward)
+    return type(stock.__name__, (stock,), {"__module__": stock.__module__, "__call__": call, **read, **made})
 
 
 _COMPILER_READS = ("_call_impl", "_compiled_call_impl", "gradient_checkpointing")
 
 
-def _call(stock: Any) -> Any:
+def _call(stock: Any, steered: bool) -> Any:
     """Return the `__call__` of a module's class.
 
     In some versions of transformers a layer's `__call__` checks for gradient checkpointing, then calls super(). Dynamo
     cannot see through super() that the layer is unchanged, and checks all of it before each step.
+
+    A checkpoint runs the layer again in the backward pass, when other steps may have run since: it keeps its step.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    checkpointing: Any = vars(GradientCheckpointingLayer).get("__call__")
-    if stock.__call__ is not checkpointing:
-        return stock.__call__
+    inherited = stock.__call__ is vars(GradientCheckpointingLayer).get("__call__")
+    plain: Any = nn.Module.__call__ if inherited else stock.__call__
+    if not inherited and not (steered and issubclass(stock, GradientCheckpointingLayer)):
+        return plain
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (checkpointing if self.training else nn.Module.__call__)(self, *args, **kwargs)
+        if not self.training:
+            return plain(self, *args, **kwargs)
+        if steered and self.gradient_checkpointing:
+            kwargs["steerfast_step"] = self.steerfast_outer.steps.step
+        return stock.__call__(self, *args, **kwargs)
 
     return call
 
@@ -325,7 +344,28 @@ def _forward_maker(module: nn.Module) -> Callable[[Any], Callable[..., Tensor]] 
 
 def _stock(module: nn.Module) -> Any:
     """Return the class that a module has, or had before the patch."""
-    return type(module) if _forward_maker(module) is None else type(module).__base__
+    made = _made(type(module))
+    return type(module) if made is None else made.__base__
+
+
+def _made(kind: Any) -> Any:
+    """Return the class of `_class` that a class is or extends; None: it extends none."""
+    return next((each for each in kind.__mro__ if "steerfast_forward_maker" in vars(each)), None)
+
+
+@functools.cache
+def _behind(kind: Any, changed: Any) -> Any:
+    """Return the class of a module whose class of `_class` changes.
+
+    FSDP puts a class before that of a module. It stays before the changed class.
+    """
+    made = _made(kind)
+    if made in (None, kind):
+        return changed
+    content = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    if getattr(content.get("forward"), "__wrapped__", None) is made.forward:  # transformers wraps that of any subclass
+        del content["forward"]
+    return type(kind.__name__, tuple(changed if base is made else base for base in kind.__bases__), content)
 
 
 def _reduce(module: Any, protocol: Any) -> Any:
@@ -338,14 +378,14 @@ def _rebuild(make_forward: Any, stock: Any) -> Any:
 
 
 def _swap(module: Any, make_forward: Callable[[Any], Callable[..., Tensor]], **attributes: Any) -> None:
-    module.__class__ = _class(make_forward, _stock(module))
+    module.__class__ = _behind(type(module), _class(make_forward, _stock(module)))
     for name, value in attributes.items():
         setattr(module, name, value)
     _rewire(module)
 
 
 def _swap_back(module: nn.Module) -> None:
-    module.__class__ = _stock(module)
+    module.__class__ = _behind(type(module), _stock(module))
     for name in [name for name in vars(module) if name.startswith("steerfast_")]:
         delattr(module, name)
     _rewire(module)

@@ -84,7 +84,7 @@ class StepHooks:
         self.layers.add(layer)
         module = self._decoder.layers[layer]
         if is_fused(module):
-            steer_layer(module, self._stepper.edit)
+            steer_layer(module, self._stepper)
             self.undo.append(functools.partial(steer_layer, module, None))
             return
         # First of the layer's hooks, so that others see the edited residual stream.

@@ -427,7 +427,7 @@ def test_the_order_of_patching_and_steering(make_profile: MakeProfile) -> None:
         steerfast.patch(model)
     with steerfast.steer(model, make_profile(model)), pytest.raises(SteerfastError, match="detach that first"):
         steerfast.unpatch(model)
-    assert all(seam.steer is None for seam in every_seam(model))
+    assert all(seam.steps is None for seam in every_seam(model))
     steerfast.unpatch(model)
     steerfast.unpatch(steerfast.patch(model))
 
@@ -710,7 +710,7 @@ def test_a_compiled_step_guards_nothing_of_its_layers(small: Any, make_profile: 
         small(torch.tensor([[3, 4, 5]]), **given)
         compiled(torch.tensor([[6]]), **given)
         for seam in every_seam(small):
-            seam.steer = None  # is not asked, and no guard misses it
+            seam.steps = None  # is not asked, and no guard misses it
         with torch.compiler.set_stance("fail_on_recompile"):
             got = compiled(torch.tensor([[7]]), **given).logits
     with torch.no_grad(), steerfast.steer(small, profile):
