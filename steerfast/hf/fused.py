@@ -378,14 +378,14 @@ def _rebuild(make_forward: Any, stock: Any) -> Any:
 
 
 def _swap(module: Any, make_forward: Callable[[Any], Callable[..., Tensor]], **attributes: Any) -> None:
-    module.__class__ = _behind(type(module), _class(make_forward, _stock(module)))
+    module.__class__ = _behind(module.__class__, _class(make_forward, _stock(module)))
     for name, value in attributes.items():
         setattr(module, name, value)
     _rewire(module)
 
 
-def _swap_back(module: nn.Module) -> None:
-    module.__class__ = _behind(type(module), _stock(module))
+def _swap_back(module: Any) -> None:
+    module.__class__ = _behind(module.__class__, _stock(module))
     for name in [name for name in vars(module) if name.startswith("steerfast_")]:
         delattr(module, name)
     _rewire(module)
