@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import SteerfastError
+from steerfast.hf.arguments import is_flat
 from steerfast.hf.hooks import StepHooks
 from steerfast.hf.latch import Latch
 from steerfast.hf.packed import PackedRuns, steered_manager
-from steerfast.hf.step import GeneratedPrompt, Stepper, is_flat
+from steerfast.hf.step import GeneratedPrompt, Stepper
 from steerfast.runtime.batch import INHERIT, BatchRoster
 from steerfast.runtime.span import slots_of
 

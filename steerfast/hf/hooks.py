@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from steerfast.errors import ArchitectureError
 from steerfast.hf import caches
 from steerfast.hf import latch as latches
+from steerfast.hf.arguments import arguments, tokens_of
 from steerfast.hf.fused import is_fused, set_compiled_edit, steer_layer
-from steerfast.hf.step import Stepper, arguments, tokens_of
+from steerfast.hf.step import Stepper
 from steerfast.hf.structure import STEERED_MARK, Decoder, passes_through
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 

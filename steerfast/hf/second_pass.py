@@ -29,18 +29,18 @@ class SecondPass:
     Attributes:
         given: the arguments of the backbone, with the cache of before the step.
         lengths: how many tokens each layer of a cache held that is written in place; None: `given` has a copy.
-        valid: bool [N, T], tokens that are not padding. columns: how many columns are prompt.
+        valid: bool [N, T], tokens that are not padding. columns: how many columns are prompt, or int32 [N].
         ahead: which sequences are steered before the layer that decides.
     """
 
     given: dict[str, Any]
     lengths: list[int] | None
     valid: Tensor
-    columns: int
+    columns: int | Tensor
     ahead: tuple[bool, ...]
 
     @classmethod
-    def of(cls, plan: Plan, given: dict[str, Any], cache: Any, valid: Tensor, columns: int) -> SecondPass:
+    def of(cls, plan: Plan, given: dict[str, Any], cache: Any, valid: Tensor, columns: int | Tensor) -> SecondPass:
         """Keep the arguments and the cache of a step that begins.
 
         Raises:
@@ -63,7 +63,7 @@ class SecondPass:
 
         Args:
             output: of the first pass. plan, latch: of all sequences.
-            reread: calls the model with (arguments, plan, latch, valid).
+            reread: calls the model with (arguments, plan, latch, valid, columns).
         """
         fired = latch.by_sequence(latch.values != 0).any(dim=2).any(dim=0).tolist()
         chosen = [n for n, waits in enumerate(self.ahead) if waits and fired[n]]
@@ -71,10 +71,11 @@ class SecondPass:
             return output
         if self.lengths is not None:  # its sequences cannot be told apart: all again, and shut gates change nothing
             caches.rewind(caches.cache_in(self.given), self.lengths)
-            return reread(self.given, plan, latch, self.valid)
+            return reread(self.given, plan, latch, self.valid, self.columns)
         count, index = len(plan.stacks), torch.tensor(chosen, device=self.valid.device)
         given = {name: caches.select(name, value, index, count) for name, value in self.given.items()}
         latch = latch.copy()
         latch.select(index)
-        second = reread(given, plan.select(chosen), latch, self.valid[index])
+        columns = self.columns[index] if isinstance(self.columns, Tensor) else self.columns
+        second = reread(given, plan.select(chosen), latch, self.valid[index], columns)
         return caches.merge(output, second, index, count)

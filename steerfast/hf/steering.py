@@ -6,8 +6,8 @@ bits. `steerfast.hf.step` makes the step of each forward pass, `steerfast.hf.hoo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +24,7 @@ from steerfast.hf.packed import PackedRuns, forget_manager
 from steerfast.hf.step import Stepper
 from steerfast.hf.structure import find_decoder, identify
 from steerfast.profile import ProfileStack, SteeringProfile
+from steerfast.profile.checks import is_count
 from steerfast.profile.stack import Given, accepted, as_stack, chosen
 from steerfast.runtime.batch import BatchRoster, Plan
 from steerfast.runtime.slots import ProfileSlots
@@ -163,6 +164,33 @@ class Steering:
         if not self.attached:
             raise SteerfastError("steering: it was detached; call steer() again")
         return self._roster.assigned(steering, strength)
+
+    @contextmanager
+    def prompt_length(self, length: int | Sequence[int] | Tensor) -> Iterator[None]:
+        """Within the context, take the first `length` tokens of each sequence for its prompt.
+
+        For calls of the model itself: prompts with their answers in one pass, as for log-likelihoods, and prompts that
+        are fed token by token. Without it all tokens of such a call are a prompt, or an answer to the prompt before.
+        `generate` knows where prompts end.
+
+        Args:
+            length: tokens without padding, at least 1: one number, or one for each sequence. A mask of prompt tokens
+                gives it as ``mask.sum(dim=1)``.
+
+        Raises:
+            SteerfastError: a length below 1. In a call: another number of lengths; a part of a prompt, for a profile
+                that needs all of it.
+        """
+        given = length.tolist() if isinstance(length, Tensor) else length
+        lengths = tuple(given) if isinstance(given, list | tuple) else (given,)
+        if not lengths or not all(map(is_count, lengths)):
+            raise SteerfastError(f"prompt_length: expected numbers of at least 1, got {given!r}")
+        stepper = self._stepper
+        outer, stepper.lengths = stepper.lengths, lengths
+        try:
+            yield
+        finally:
+            stepper.lengths = outer
 
     # -- decisions of the last batch ---------------------------------------------------------------------------------
 

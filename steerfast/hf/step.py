@@ -6,8 +6,6 @@ decide, and in `_decode` where it adds answer rows. A step like the last one is 
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import math
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.hf import caches
 from steerfast.hf import latch as latches
+from steerfast.hf.arguments import Call, columns_of, grown, is_flat, is_packed, tokens_of, valid_tokens
 from steerfast.hf.fused import CompiledEdit, is_fused
 from steerfast.hf.latch import Latch
 from steerfast.hf.packed import PackedRuns, is_paged
@@ -27,14 +26,15 @@ from steerfast.hf.second_pass import SecondPass
 from steerfast.hf.structure import Decoder
 from steerfast.kernels.contract import Kinds
 from steerfast.runtime.batch import BatchRoster, Buffers, Plan
-from steerfast.runtime.span import UNSTEERED
+from steerfast.runtime.span import NO_END, UNSTEERED
 from steerfast.runtime.step import Decisions, LayerEdit, Repeat, Step, StepMemory, TokenStep
 from steerfast.runtime.tables import RowTable, prompt_rows, response_rows
 
-__all__ = ["GeneratedPrompt", "Stepper", "arguments", "is_flat", "tokens_of"]
+__all__ = ["GeneratedPrompt", "Stepper"]
 
 _log = logging.getLogger("steerfast.step")
 _PADDING = -(2**62)  # no token id; some models have negative ones for images
+_SEVERAL = -1  # in place of `Latch.prompt`: prompts ended at different columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,34 +51,14 @@ class GeneratedPrompt:
     mask: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """Describe one forward pass of N sequences and T new tokens, `past` tokens being cached."""
-
-    given: dict[str, Any]
-    tokens: Tensor
-    cache: Any
-    past: int
-
-    @property
-    def count(self) -> int:
-        return self.tokens.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.tokens.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.tokens.device
-
-
 class Stepper:
     """Make the steps of one steered model.
 
     Attributes:
         step: the step that layers read. plan, latch: who steers its sequences, and their decisions.
         prompt: the prompts of the `generate` that runs. prompts: how many prompts the last batch was made of.
+        lengths: tokens of the prompts outside of `generate`, padding left out, one number or one for each sequence;
+            None: a call's tokens are a prompt, or an answer to one.
         compiled: the edit that a compiled model adds in this step, or None.
         second_pass: how to read this step's prompts again, or None.
         rereading: a second pass runs.
@@ -92,6 +72,7 @@ class Stepper:
         self.plan: Plan | None = None
         self.latch: Latch | None = None
         self.prompt: GeneratedPrompt | None = None
+        self.lengths: tuple[int, ...] | None = None
         self.prompts: int | None = None
         self.compiled: CompiledEdit | None = None
         self.second_pass: SecondPass | None = None
@@ -131,7 +112,7 @@ class Stepper:
         if is_paged(cache):
             self._begin_packed(cache, tokens.shape[1])
             return True
-        call = _Call(given, tokens, cache, latches.length(cache))
+        call = Call(given, tokens, cache, latches.length(cache))
         self.prompts = None if self.prompt is None else self.prompt.count
         plan = self.roster.plan(call.count, self.prompts)
         latch = latches.read(cache, plan.owner) if call.past else None
@@ -140,17 +121,18 @@ class Stepper:
                 f"past_key_values: its gates were decided for {latch.sequences} sequences, got {call.count}"
             )
         columns = self._prompt_columns(call, latch)
-        if columns > 0 and plan.ahead and module is not self.decoder.backbone:
+        prefills = isinstance(columns, Tensor) or columns > 0
+        if prefills and plan.ahead and module is not self.decoder.backbone:
             return False
         self.plan, self.held = plan, call.past + call.width
         self.second_pass = self.compiled = None
-        if columns > 0:
+        if prefills:
             self._prefill(call, plan, latch, columns)
         else:
             assert latch is not None  # where nothing is decided, something was
             self._decode(call, plan, latch)
         if _log.isEnabledFor(logging.DEBUG):
-            what = f"prefill, {columns} prompt columns" if columns > 0 else f"decode after {call.past} tokens"
+            what = f"prefill, {columns} prompt columns" if prefills else f"decode after {call.past} tokens"
             _log.debug("%s: rows %s, stacks %s, %s", what, list(tokens.shape[:2]), plan.stacks, plan.reach)
         return True
 
@@ -172,11 +154,13 @@ class Stepper:
 
     def _key(self, tokens: Tensor) -> Any:
         """Return all that a step is made for, except the number of cached tokens."""
-        return tokens.shape[:2], self.roster.current, self.prompt, self.roster.slots.changes
+        return tokens.shape[:2], self.roster.current, self.prompt, self.lengths, self.roster.slots.changes
 
-    def _prompt_columns(self, call: _Call, latch: Latch | None) -> int:
-        """Return how many of the call's columns are prompt."""
+    def _prompt_columns(self, call: Call, latch: Latch | None) -> int | Tensor:
+        """Return how many of the call's columns are prompt, of all sequences or of each as `prompt_rows` takes it."""
         prompt, past, width = self.prompt, call.past, call.width
+        if prompt is None and self.lengths is not None:
+            return columns_of(self.lengths, call)
         if prompt is not None and past < prompt.length:
             return min(width, prompt.length - past)
         if latch is None:  # a new prompt, or a cache filled without this steering: decide at this step's last token
@@ -185,12 +169,17 @@ class Stepper:
             return width if width > 1 else 0  # several tokens at once are the prompt of another turn
         return prompt.length - past
 
-    def _prefill(self, call: _Call, plan: Plan, latch: Latch | None, columns: int) -> None:
+    def _prefill(self, call: Call, plan: Plan, latch: Latch | None, columns: int | Tensor) -> None:
         """Make a step of prompt rows: gates decide at each sequence's last valid one."""
         latch = self._shut_latch(plan, call.device) if latch is None else latch.copy(call.device)
-        latch.prompt = call.past + columns
+        if isinstance(columns, Tensor):
+            _refuse_parts(plan, columns, call.width)
+            same = bool((columns == columns[0]).all())
+            latch.prompt = call.past + int(columns[0]) if same else _SEVERAL
+        else:
+            latch.prompt = call.past + columns
         valid = self._valid(call)
-        if any(p.reads_end for stack in plan.profiles for p in stack) and _is_packed(call, valid):
+        if any(p.reads_end for stack in plan.profiles for p in stack) and is_packed(call, valid):
             raise SteerfastError(
                 "position_ids: expected one sequence per row, got several packed into one; pad them into rows, so that "
                 "each has its own decision"
@@ -202,8 +191,19 @@ class Stepper:
             rows = replace(rows, counted=self._mean_rows(call, plan, valid, columns))
         self.step, self.latch = self.make(plan, latch, rows, decides=True), latch
 
-    def _decode(self, call: _Call, plan: Plan, latch: Latch) -> None:
-        """Make a step of answer rows: latched decisions hold, and token gates decide row by row."""
+    def _decode(self, call: Call, plan: Plan, latch: Latch) -> None:
+        """Make a step of answer rows: latched decisions hold, and token gates decide row by row.
+
+        Raises:
+            SteerfastError: an edit ends after some tokens, of prompts that ended at different columns.
+        """
+        if latch.prompt == _SEVERAL and any(
+            n < NO_END for of_one in plan.each(lambda one: one.span.answer_rows) for n in of_one
+        ):
+            raise SteerfastError(
+                "prompt_length: expected the context of the prompt around its answer, too: answer_tokens counts from "
+                "ends of prompts that differ"
+            )
         rows = self._answer_tables(plan, call.width, call.past - latch.prompt, call.device)
         latch = latch.copy() if plan.by_token else latch
         self.step, self.latch = self.make(plan, latch, rows, decides=plan.by_token), latch
@@ -248,9 +248,9 @@ class Stepper:
         assert self.plan is not None
         assert self.latch is not None
 
-        def reread(given: dict[str, Any], plan: Plan, latch: Latch, valid: Tensor) -> Any:
+        def reread(given: dict[str, Any], plan: Plan, latch: Latch, valid: Tensor, columns: int | Tensor) -> Any:
             step = self.step
-            rows = self.prompt_tables(plan, valid, second_pass.columns)
+            rows = self.prompt_tables(plan, valid, columns)
             self.step, self.rereading = self.make(plan, latch, rows, decides=False), True
             try:
                 return module(**given)
@@ -261,7 +261,7 @@ class Stepper:
 
     # -- tables ------------------------------------------------------------------------------------------------------
 
-    def prompt_tables(self, plan: Plan, valid: Tensor, columns: int, waits: tuple[bool, ...] = ()) -> RowTable:
+    def prompt_tables(self, plan: Plan, valid: Tensor, columns: int | Tensor, waits: tuple[bool, ...] = ()) -> RowTable:
         """Return the rows of a step of prompt tokens, none of them `counted`.
 
         Sequences that wait for a second pass are not edited before they have decided. Where no token is padding these
@@ -280,19 +280,21 @@ class Stepper:
             return rows
 
         count, width = valid.shape
-        if valid is not self._all_valid(count, width, valid.device):
+        if isinstance(columns, Tensor) or valid is not self._all_valid(count, width, valid.device):
             return make()
         key = ("prompt", plan.stacks, plan.owner, waits, count, width, columns, valid.device)
         tables: RowTable = self._buffers.get(key, make)
         return tables
 
-    def _mean_rows(self, call: _Call, plan: Plan, valid: Tensor, columns: int) -> Tensor:
+    def _mean_rows(self, call: Call, plan: Plan, valid: Tensor, columns: int | Tensor) -> Tensor:
         """Return the rows of this step that each mean takes, as `RowTable.counted`; the token ids come to the host.
 
         A step that holds no beginning of a user turn continues one: a mean takes all its rows.
         """
         ids = call.given.get("input_ids")
-        known = torch.where(valid, 0 if ids is None else ids, _PADDING)[:, :columns].cpu().numpy()
+        until = columns[:, None] if isinstance(columns, Tensor) else columns
+        prompt = valid & (torch.arange(call.width, device=valid.device) < until)
+        known = torch.where(prompt, 0 if ids is None else ids, _PADDING).cpu().numpy()
         counted = []
         for start, (row, stack) in enumerate(zip(known, plan.each(lambda entry: entry.span), strict=True)):
             (places,) = (row != _PADDING).nonzero()
@@ -356,14 +358,14 @@ class Stepper:
         tensor: Tensor = self._buffers.get(key, lambda: plan.tensor(value, dtype, device))
         return tensor
 
-    def _valid(self, call: _Call) -> Tensor:
+    def _valid(self, call: Call) -> Tensor:
         """Return which tokens are not padding, bool [N, T]; without padding, the same tensor every time."""
         mask = call.given.get("attention_mask")
         if self.prompt is not None and self.prompt.mask is not None and not is_flat(mask):
-            mask = _grown(self.prompt.mask, call.count, call.past + call.width)
+            mask = grown(self.prompt.mask, call.count, call.past + call.width)
         if mask is None or (is_flat(mask) and bool(mask.all())):
             return self._all_valid(call.count, call.width, call.device)
-        return _valid_tokens(mask, call)
+        return valid_tokens(mask, call)
 
     def _all_valid(self, count: int, width: int, device: torch.device) -> Tensor:
         def make() -> Tensor:
@@ -373,59 +375,12 @@ class Stepper:
         return tensor
 
 
-def tokens_of(given: dict[str, Any]) -> Any:
-    """Return the tokens, or their embeddings, among a model's arguments."""
-    ids = given.get("input_ids")
-    return ids if ids is not None else given.get("inputs_embeds")
-
-
-def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by name."""
-    if not args:
-        return kwargs
-    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
-
-
-@functools.cache
-def _parameters(kind: Any) -> list[str]:
-    """Return the names of the arguments of a module class's forward."""
-    return list(inspect.signature(kind.forward).parameters)[1:]
-
-
-def _is_packed(call: _Call, valid: Tensor) -> bool:
-    """Return whether a row holds several sequences: its positions begin anew, or the call gives their lengths."""
-    if call.given.get("cu_seq_lens_q") is not None:
-        return True
-    positions = call.given.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != call.width:
-        return False
-    falls = (positions.diff(dim=1) < 0).to(valid.device)
-    return bool((falls & valid[:, 1:] & valid[:, :-1]).any())
-
-
-def _valid_tokens(mask: Any, call: _Call) -> Tensor:
-    """Return the tokens that are not padding, bool [N, T], from any form of mask that models take."""
-    if isinstance(mask, dict):  # one mask per attention kind; padding is the same in all of them
-        mask = next(iter(mask.values()), None)
-    count, width, past = call.count, call.width, call.past
-    if mask is None:
-        return torch.ones(count, width, dtype=torch.bool, device=call.device)
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        raise ArchitectureError(f"attention_mask: expected a 2-d or 4-d tensor, got {type(mask).__name__}")
-    if mask.dim() == 2:
-        window = mask[:, past : past + width] if mask.shape[1] >= past + width else mask[:, -width:]
-        return (window != 0).expand(count, width).to(call.device)
-    # 4-d [N, 1, T, keys], boolean or added to the logits: a token is valid where it may attend to itself.
-    own = mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :width]
-    return (own if own.dtype == torch.bool else own == 0).expand(count, width).to(call.device)
-
-
-def _grown(mask: Tensor, count: int, length: int) -> Tensor:
-    """Return a prompt's 2-d mask for `count` sequences (beams repeat it) and `length` tokens (answers are valid)."""
-    mask = mask.repeat_interleave(count // len(mask), dim=0)
-    return torch.nn.functional.pad(mask, (0, max(0, length - mask.shape[1])), value=1)
-
-
-def is_flat(mask: Any) -> bool:
-    """Return whether a mask is a tensor [N, T]."""
-    return isinstance(mask, Tensor) and mask.dim() == 2
+def _refuse_parts(plan: Plan, columns: Tensor, width: int) -> None:
+    """Refuse a prompt that later calls go on with, if a gate or an edit needs all of it at once."""
+    entries = [entry.span for stack in plan.stacks for entry in stack]
+    whole = plan.ahead or any(one.mean_rows or not (one.after_prompt or one.open) for one in entries)
+    if whole and not plan.by_token and bool((columns > width).any()):
+        raise SteerfastError(
+            "prompt_length: expected the whole prompt in one call, got a part of it: a gate that reads a mean, or that "
+            "decides on an edit of the prompt, needs all of its rows"
+        )

@@ -58,13 +58,15 @@ class RowTable:
 
 
 def prompt_rows(
-    valid: Tensor, prompt_columns: int, slot: Tensor, after_prompt: Tensor, answer_rows: Tensor
+    valid: Tensor, prompt_columns: int | Tensor, slot: Tensor, after_prompt: Tensor, answer_rows: Tensor
 ) -> RowTable:
     """Return the tables of a step that holds prompt rows. No row is `counted`.
 
     Args:
         valid: bool [N, T], False on padding (left, right or in between).
-        prompt_columns: columns before this one are prompt; later ones (drafted tokens) follow it.
+        prompt_columns: columns before this one are prompt; later ones (drafted tokens) follow it. Or int32 [N], one
+            for each sequence: 0 or less where earlier steps held its prompt, more than T where later steps go on with
+            it, so that nothing is decided and nothing after a prompt is edited.
         slot: int32 [N, K], the slots of each sequence; -1: none.
         after_prompt: bool [N, K], a slot edits from the prompt's last valid row on, not every valid row. If a
             sequence has no prompt row in this step, all its valid rows are edited.
@@ -72,12 +74,18 @@ def prompt_rows(
     """
     count, width = valid.shape
     column = torch.arange(width, dtype=torch.int32, device=valid.device)
-    prompt = valid & (column < prompt_columns)
-    last = torch.where(prompt, column, -1).amax(dim=1)
+    until = (
+        prompt_columns
+        if isinstance(prompt_columns, Tensor)
+        else valid.new_tensor([min(prompt_columns, width)], dtype=torch.int32)
+    )
+    until = until.expand(count)[:, None]
+    last = torch.where(valid & (column < until), column, -1).amax(dim=1)
+    last = torch.where(until[:, 0] > width, width, last)
     edited = valid[..., None] & ((column[:, None] >= last[:, None, None]) | ~after_prompt[:, None])
-    edited &= column[:, None] < prompt_columns + answer_rows[:, None]
+    edited &= column[:, None] < until[..., None] + answer_rows[:, None]
     start = torch.arange(count, dtype=torch.int32, device=valid.device) * width
-    decides = (last >= 0) & (slot >= 0).any(dim=1)
+    decides = (last >= 0) & (last < width) & (slot >= 0).any(dim=1)
     return RowTable(
         torch.where(edited, slot[:, None], UNSTEERED).flatten(0, 1),
         torch.where(valid, _sequences(count, width, valid.device), UNSTEERED).flatten(),
