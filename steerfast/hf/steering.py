@@ -275,6 +275,10 @@ class Steering:
         self._hooks.layers.clear()
         self._packed.attached = False
 
+    def __repr__(self) -> str:
+        state = f"with {self.profile!r}, strength {self.strength:g}" if self.attached else "detached"
+        return f"<Steering of {type(self.model).__name__} {state}>"
+
     def __enter__(self) -> Steering:
         if not self.attached:
             raise SteerfastError("steering: it was detached; call steer() again")

@@ -33,6 +33,14 @@ _POINT = re.compile(r"[a-z0-9_-]{1,32}", re.ASCII)
 _LEAST_PLANE = 1.0  # degrees between a vector and a direction that are to span a plane
 
 
+def _line(profile: SteeringProfile) -> str:
+    """Return a line about a profile."""
+    gate = "no gate" if profile.gate.kind == "always" else f"a {profile.gate.kind} gate"
+    layers = ", ".join(map(str, profile.steered_layers)) or "none"
+    edit = f"{profile.edit} ({profile.vector_kind!r}) at layers {layers}"
+    return f"<SteeringProfile of {profile.model.name!r}: {gate}, {edit}>"
+
+
 @dataclass(frozen=True, eq=False)
 class SteeringProfile:
     """Directions, thresholds, steering vectors and strengths of every decoder layer of one model.
@@ -122,6 +130,8 @@ class SteeringProfile:
         if self.sensor != "own" and not is_layer(self.sensor, self.model):
             raise ProfileError(f"sensor: expected 'own' or a layer in 0..{layers - 1}, got {self.sensor!r}")
         self._check_steered(self.direction.norm(dim=1))
+
+    __repr__ = _line
 
     def _check_points(self) -> None:
         check_instance("points", self.points, Mapping, "a mapping of names and thresholds")

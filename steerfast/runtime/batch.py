@@ -20,13 +20,16 @@ from steerfast.runtime.roster import check_packed
 from steerfast.runtime.slots import ProfileSlots, kind_of
 from steerfast.runtime.span import NO_TURN, EditSpan, Entry, Stack, TurnWarning, filled, slots_of
 
-__all__ = ["INHERIT", "BatchRoster", "Buffers", "Plan", "finite"]
+__all__ = ["INHERIT", "MOST_STRENGTH", "BatchRoster", "Buffers", "Plan", "finite"]
 
 INHERIT: Any = object()
 """Sentinel: the argument was not given. None means that no profile steers."""
 
 Assignment = tuple[Stack, ...]
 """The stacks of a call: one per prompt, or one for all prompts."""
+
+MOST_STRENGTH = 1e30
+"""Times a profile's own strength it is still finite in float32."""
 
 _MOST_BUFFERS = 512  # each is cheap to make again
 
@@ -304,7 +307,13 @@ def _check_lengths(entries: Sequence[Any], numbers: Sequence[Any]) -> None:
 
 
 def finite(name: str, strength: Any) -> float:
-    """Return the number, or raise SteerfastError if it is not a finite one."""
-    if isinstance(strength, str) or not hasattr(strength, "__float__") or not math.isfinite(strength):
-        raise SteerfastError(f"{name}: expected a finite number, got {strength}")
-    return float(strength)
+    """Return the number, or raise SteerfastError if it is not a finite one of at most `MOST_STRENGTH`."""
+    try:
+        number = math.nan if isinstance(strength, str) else float(strength)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise SteerfastError(f"{name}: expected a finite number, got {f'{strength}'[:40]}")
+    if abs(number) > MOST_STRENGTH:
+        raise SteerfastError(f"{name}: expected a number up to {MOST_STRENGTH:g}, got {number:g}")
+    return number

@@ -672,6 +672,11 @@ def test_strength_changes_live(model: Any, make_profile: MakeProfile, prompts: l
         else:
             oracle = Oracle(model, profile, strength)
             assert tokens.tolist() == [oracle.answer(prompt, 5) for prompt in prompts]
+    for strength in (10**400, "1", None):
+        with pytest.raises(SteerfastError, match="strength: expected a finite number, got"):
+            steerfast.steer(model, profile, strength)  # type: ignore[arg-type]
+    with pytest.raises(SteerfastError, match=r"strength: expected a number up to 1e\+30, got 1e\+39"):
+        steerfast.steer(model, profile, 1e39)  # infinite in float32
     with pytest.raises(SteerfastError, match="strength: expected a finite number, got nan"):
         steerfast.steer(model, profile, strength=float("nan"))
 

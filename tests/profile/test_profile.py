@@ -793,3 +793,9 @@ def test_identities() -> None:
         problem = mine.mismatch(replace(mine, name="other", **change))
         assert problem is not None
         assert re.search(says, problem), problem
+
+
+def test_a_repr_is_one_short_line(pointed: SteeringProfile) -> None:
+    text = repr(replace(pointed, model=replace(pointed.model, name="a\x1b[2Jb"), vector_kind="c\nd"))
+    assert len(text) < 150
+    assert text.isprintable()
