@@ -7,6 +7,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,11 @@ from torch import nn
 from steerfast.errors import ArchitectureError
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SLOW = 2.0  # times float32
+
+
+class SlowWarning(UserWarning):
+    """A model's dtype is slow on this machine."""
 
 
 def load_model(
@@ -28,6 +35,9 @@ def load_model(
             installed, and then needs no hub.
         dtype: torch dtype or its name; ``auto`` keeps the checkpoint's (float32 for GGUF).
         device: of the model. Default: CUDA if present, else the CPU.
+
+    Warns:
+        SlowWarning: ``auto`` is a half precision that this CPU has no instructions for.
 
     Raises:
         ArchitectureError: `name` cannot be loaded.
@@ -57,7 +67,32 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if dtype == "auto" and model.device.type == "cpu" and (times := _times_float32(model.dtype)) > _SLOW:
+        warnings.warn(
+            f"model: its dtype, {str(model.dtype).removeprefix('torch.')}, takes {times:.0f} times as long as float32 on "
+            "this CPU; float32 as dtype is faster, and takes more memory",
+            SlowWarning,
+            stacklevel=2,
+        )
+    return model, tokenizer
+
+
+def _times_float32(dtype: torch.dtype) -> float:
+    """Return how many times as long a product of matrices takes in a dtype as in float32, on the CPU."""
+    if dtype == torch.float32:
+        return 1.0
+
+    def seconds(one: torch.dtype) -> float:
+        x, weight = torch.ones(128, 1024, dtype=one), torch.ones(1024, 1024, dtype=one)
+        taken = []
+        for _ in range(3):  # the first product also prepares
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    return seconds(dtype) / seconds(torch.float32)
 
 
 def savable(model: Any) -> Any:

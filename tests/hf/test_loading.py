@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 
 import steerfast
 from steerfast.errors import ArchitectureError
+from steerfast.hf import loading
 
 
 @pytest.fixture
@@ -52,3 +56,25 @@ def test_a_broken_gguf_file_is_an_error(tmp_path):
     broken.write_bytes(b"not a model")
     with pytest.raises(ArchitectureError, match="model: cannot load"):
         steerfast.load_model(str(broken))
+
+
+@pytest.mark.parametrize(("times", "warned"), [(9.0, True), (1.5, False)])
+def test_a_checkpoint_in_a_slow_dtype_is_told(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch, times, warned):
+    copy.deepcopy(tiny_llama).to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(loading, "_times_float32", lambda dtype: asked.append(dtype) or times)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", loading.SlowWarning)
+        model, _ = steerfast.load_model(str(tmp_path), device="cpu")
+        steerfast.load_model(str(tmp_path), dtype="bfloat16", device="cpu")  # named: as the caller wants it
+    assert model.dtype == torch.bfloat16
+    assert asked == [torch.bfloat16]
+    told = [str(one.message) for one in caught if one.category is loading.SlowWarning]
+    assert len(told) == warned
+    assert all("bfloat16, takes 9 times as long as float32" in one for one in told)
+
+
+def test_times_of_a_dtype_are_positive():
+    assert loading._times_float32(torch.float32) == 1.0
+    assert 0 < loading._times_float32(torch.bfloat16) < 1000
