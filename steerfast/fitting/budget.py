@@ -47,9 +47,13 @@ class Effort:
 RECIPE = Effort(120, 64, 60)
 EFFORTS = (
     Effort(8, 16, 8, asked=8),
+    Effort(12, 24, 12, asked=8),
     Effort(16, 32, 16, asked=12),
+    Effort(24, 32, 24, asked=16),
     Effort(32, 48, 32, asked=20),
+    Effort(48, 64, 40, asked=24),
     Effort(64, 64, 48),
+    Effort(90, 64, 54),
     RECIPE,
     Effort(240, 64, 120, (0.5, 0.75, 1.0)),
 )
