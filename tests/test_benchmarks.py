@@ -185,3 +185,11 @@ def test_no_prompt_scores_itself(neighbours: Any) -> None:
     same_fold = harmful[5::5] + others[0][::5]
     assert torch.equal(scores[same_fold], again[same_fold])
     assert not torch.equal(scores[harmful[1:5]], again[harmful[1:5]])
+
+
+def test_the_sweep_tells_right_types_from_refused_ones(tmp_path: Path) -> None:
+    page = tmp_path / "sweep.md"
+    lines = run("sweep.py", "llama", "gpt2", "mamba", "--markdown", str(page))
+    found = {line["type"]: (line["hooks"], line["fused"]) for line in map(json.loads, lines)}
+    assert found == {"llama": ("right", "right"), "gpt2": ("right", ""), "mamba": ("refused", "")}
+    assert "## Right, and fused\n\nllama\n" in page.read_text("utf-8")

@@ -27,6 +27,10 @@ from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 __all__ = ["StepHooks"]
 
 _log = logging.getLogger("steerfast.step")
+_outside: Any = functools.partial(
+    torch.compiler.disable,
+    reason="a step is made outside of the graph; a steered model cannot be exported, detach first",
+)
 
 
 def guard_hooks() -> None:
@@ -100,12 +104,12 @@ class StepHooks:
 
     # -- the model and its backbone ----------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @_outside
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make the step of a call of the whole model."""
         self._begun = self._begin(module, args, kwargs)
 
-    @torch.compiler.disable
+    @_outside
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Leave the decisions with the cache of the call."""
         begun, (_, cache) = self._begun, self._call
@@ -128,8 +132,8 @@ class StepHooks:
             set_compiled_edit(None)
         return output if self._begun or self._stepper.rereading else self._end(module, kwargs, output)
 
-    _before_uncompiled = torch.compiler.disable(_before)
-    _after_uncompiled = torch.compiler.disable(_after)
+    _before_uncompiled = _outside(_before)
+    _after_uncompiled = _outside(_after)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         given = arguments(module, args, kwargs)
@@ -138,9 +142,9 @@ class StepHooks:
         return self._stepper.begin(module, given)
 
     # So that a compiled backbone's layers become one graph, whatever is decided here.
-    _begin_uncompiled = torch.compiler.disable(_begin)
+    _begin_uncompiled = _outside(_begin)
 
-    @torch.compiler.disable
+    @_outside
     def _end(self, module: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         output = self._stepper.read_again(module, output)
         self._keep(caches.cache_in(kwargs), output)

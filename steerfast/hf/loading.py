@@ -70,8 +70,8 @@ def load_model(
     model = model.to(device).eval()
     if dtype == "auto" and model.device.type == "cpu" and (times := _times_float32(model.dtype)) > _SLOW:
         warnings.warn(
-            f"model: its dtype, {str(model.dtype).removeprefix('torch.')}, takes {times:.0f} times as long as float32 on "
-            "this CPU; float32 as dtype is faster, and takes more memory",
+            f"model: its dtype, {str(model.dtype).removeprefix('torch.')}, takes {times:.0f} times as long as float32 "
+            "on this CPU; float32 as dtype is faster, and takes more memory",
             SlowWarning,
             stacklevel=2,
         )

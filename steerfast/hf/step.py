@@ -101,8 +101,13 @@ class Stepper:
 
         Raises:
             ArchitectureError: the call has no tokens, or a mask of an unknown form.
-            SteerfastError: the cache holds decisions of another number of sequences.
+            SteerfastError: the cache holds decisions of another number of sequences, or the call is an export.
         """
+        if torch.compiler.is_exporting():
+            raise SteerfastError(
+                "torch.export: a steered model cannot be exported, as each step has tables of its own: detach first "
+                "(steerfast bake writes an edit without a gate into the weights), or use torch.compile"
+            )
         tokens, cache = tokens_of(given), caches.cache_in(given)
         if tokens is None:
             raise ArchitectureError(f"model: {type(module).__name__} was called without input_ids or inputs_embeds")

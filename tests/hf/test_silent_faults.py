@@ -227,3 +227,17 @@ def test_the_prompt_of_an_adapter_ends_at_its_last_row(plain: Any, make_profile:
         expected = steering.scores
         model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
         torch.testing.assert_close(steering.scores, expected)
+
+
+# -- exported graphs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("strict", "error"), [(False, SteerfastError), (True, torch._dynamo.exc.Unsupported)])
+def test_a_steered_model_is_not_exported(
+    model: Any, make_profile: MakeProfile, strict: bool, error: type[Exception]
+) -> None:
+    """The graph would hold the tables of one batch, and edit these rows of all others."""
+    with steerfast.steer(model, make_profile(model)), pytest.raises(error, match="cannot be exported"):
+        torch.export.export(model, (IDS,), {"use_cache": False}, strict=strict)
+    exported = torch.export.export(model, (IDS,), {"use_cache": False}, strict=False)
+    torch.testing.assert_close(exported.module()(IDS, use_cache=False).logits, logits(model))
