@@ -46,6 +46,12 @@ class GuardedAnswer:
     path: str
 
 
+Fired = Literal["search", "steer", "both", "refuse"]
+
+# What a guard does if the gate fires -> the path of the answer.
+_PATHS = {"search": "searched", "steer": "steered", "both": "steered and searched", "refuse": "refused"}
+
+
 @dataclass(frozen=True)
 class GuardOptions:
     """Parts and settings of a `Guard`.
@@ -53,18 +59,18 @@ class GuardOptions:
     reward: a scorer; without one all answers are worth the same. critic: for strategies that need one.
     profile: if its prompt gate stays shut, decoding is plain; if it abstains, the prompt is searched and not steered.
         None: every prompt is searched. strength: multiplies its strengths.
-    fired: the action if the gate fires: ``search``, ``steer`` by the profile, or ``both``. With ``steer`` nothing is
-        searched, not even undecided prompts.
+    fired: the action if the gate fires: ``search``, ``steer`` by the profile, ``both``, or ``refuse``: the refusal, at
+        once. With ``steer`` and ``refuse`` nothing is searched, not even undecided prompts.
     budget, discount: d and γ; None: the critic's, without a critic 10 and 0.999.
     strategy: None: `Strategy.speculative`, with the critic if there is one. refusal: the answer it falls back on.
     certify: whether plain answers behind a shut gate are scored. Those over the budget are then searched for, unless
-        `fired` is ``steer``.
+        `fired` is ``steer`` or ``refuse``.
     """
 
     reward: Scorer | None = None
     critic: Critic | None = None
     profile: SteeringProfile | None = None
-    fired: Literal["search", "steer", "both"] = "both"
+    fired: Fired = "both"
     strength: float = 1.0
     budget: float | None = None
     discount: float | None = None
@@ -73,8 +79,8 @@ class GuardOptions:
     certify: bool = True
 
     def __post_init__(self) -> None:
-        if self.fired not in ("search", "steer", "both"):
-            raise GuardError(f"fired: expected 'search', 'steer' or 'both', got {self.fired!r}")
+        if self.fired not in _PATHS:
+            raise GuardError(f"fired: expected one of {', '.join(_PATHS)}, got {self.fired!r}")
 
 
 class Guard:
@@ -197,11 +203,11 @@ class Guard:
                 raise GuardError(f"prompts: entry {number} has {len(ids)} tokens, expected 1 to {room}")
         options = self.options
         plain = Strategy.plain(block=strategy.block, depth=strategy.depth)
-        searches = {"plain": self.search_of(plain), "steered": self.search_of(plain)}
+        searches = {path: self.search_of(plain) for path in ("plain", "steered", "refused")}
         searches["searched"] = searches["steered and searched"] = self.search_of(strategy)
         if not options.certify:
             searches["plain"] = self.search_of(replace(plain, block=plain.depth), cost=NO_SCORE)
-        strength = 0.0 if options.fired == "search" else options.strength  # 0: the gate alone
+        strength = options.strength if options.fired in ("steer", "both") else 0.0  # 0: the gate alone
         attached: Any = nullcontext()
         if self.model is not None and options.profile is not None:
             attached = steer(self.model, options.profile, strength, tokenizer=self.tokenizer)
@@ -220,14 +226,17 @@ class Guard:
         fired = None if steering is None else bool(steering.fired.any())
         undecided = steering is not None and bool(steering.undecided.any())
         action, path = self.options.fired, "plain"
-        if fired is None or (undecided and action != "steer"):
+        searching = action in ("search", "both")
+        if fired is None or (undecided and searching):
             path = "searched"
         elif fired:
-            path = {"search": "searched", "steer": "steered", "both": "steered and searched"}[action]
+            path = _PATHS[action]
         search, searched = searches[path], searches["searched"]
         run: dict[str, Any] = {"sampling": sampling, "question": question, "refusal": self.refusal}
-        result, name, unchecked = search.run(root, **run), search.strategy.name, search.cost is NO_SCORE
-        if path == "plain" and not unchecked and action != "steer" and not result.best.z > 0:
+        refuses = path == "refused"
+        result = search.refuse(root, self.refusal, question) if refuses else search.run(root, **run)
+        name, unchecked = search.strategy.name, search.cost is NO_SCORE
+        if path == "plain" and not unchecked and searching and not result.best.z > 0:
             again = searched.run(root, **run)
             result = replace(again, sampled=result.sampled + again.sampled)
             path, name = "plain, then searched", f"{name}, then {searched.strategy.name}"

@@ -38,8 +38,8 @@ class Strategy:
         ``augmented``: the safety state's order, see `steerfast.guard.objective.best_first`.
     critic: whether the critic judges unfinished candidates; otherwise their reward and budget so far do.
     retries: more rounds for a block without a safe candidate. A token's logit then loses `penalty` times the share of
-        that block's unsafe candidates that contain it. fallback: without a safe candidate after them, a fixed answer
-        (``refusal``), or going on (``least unsafe``).
+        that block's unsafe candidates that contain it. fallback: without a safe candidate after them, or where the
+        answer ends over the budget, a fixed answer (``refusal``), or going on (``least unsafe``).
     temperature: of rounds with several candidates under greedy sampling, which would all be equal otherwise.
     """
 
@@ -164,6 +164,13 @@ class _Beams:
         return _Beams(backend.branch(self.candidates, index, ordinals), [self.scores[i] for i in index])
 
 
+def _answer(beams: _Beams, row: int) -> ScoredAnswer:
+    """Return a candidate as an answer."""
+    found, hidden = beams.candidates, beams.candidates.hidden
+    state = None if hidden is None else hidden[row].clone()
+    return replace(beams.scores[row], tokens=found.answers[row], finished=bool(found.finished[row]), hidden=state)
+
+
 class Search:
     """Run a strategy; without a reward all answers are worth the same.
 
@@ -215,17 +222,20 @@ class Search:
             if lost and strategy.fallback == "refusal":
                 break
         row, fallback = int(self._order([beams])[0]), None
-        if strategy.safety == "augmented" and (lost or beams.scores[row].z <= 0):
-            fallback = strategy.fallback
-            if fallback == "refusal":  # charged like any other answer
-                beams, row = _Beams(self.backend.branch(root, [0]), [ScoredAnswer(self.budget.budget)]), 0
-                self.backend.append(beams.candidates, refusal)
-                beams.candidates.finished = torch.ones(1, dtype=torch.bool)
-                beams = self._charge(beams, [len(refusal)], True, question)
-        found, hidden = beams.candidates, beams.candidates.hidden
-        state = None if hidden is None else hidden[row].clone()
-        best = replace(beams.scores[row], tokens=found.answers[row], finished=bool(found.finished[row]), hidden=state)
-        return SearchResult(best, counts["sampled"], counts["retries"], fallback)
+        if lost or not beams.scores[row].z > 0:
+            if strategy.fallback == "refusal":
+                return replace(
+                    self.refuse(root, refusal, question), sampled=counts["sampled"], retries=counts["retries"]
+                )
+            fallback = strategy.fallback if strategy.safety == "augmented" else None
+        return SearchResult(_answer(beams, row), counts["sampled"], counts["retries"], fallback)
+
+    def refuse(self, root: Candidates, refusal: Sequence[int], question: str | None = None) -> SearchResult:
+        """Return the fallback, charged like any other answer; arguments as for `run`."""
+        beams = _Beams(self.backend.branch(root, [0]), [ScoredAnswer(self.budget.budget)])
+        self.backend.append(beams.candidates, refusal)
+        beams.candidates.finished = torch.ones(1, dtype=torch.bool)
+        return SearchResult(_answer(self._charge(beams, [len(refusal)], True, question), 0), 0, 0, "refusal")
 
     def _block(
         self, beams: _Beams, step: int, last: bool, sampling: Sampling, counts: Counter[str], question: str | None

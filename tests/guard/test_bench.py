@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import METHODS, command, judged_right, methods_of, run_bench, summarise
+from bench import _GATED, METHODS, command, judged, judged_right, methods_of, run_bench, summarise
 from click.testing import CliRunner
 
 from steerfast.errors import GuardError, OutputError
@@ -57,9 +57,46 @@ def test_summary_by_hand() -> None:
     # Wilson at 95 % (z = 1.96): (k + z²/2 ± z·sqrt(k(n-k)/n + z²/4)) / (n + z²), of 1 and 2 in 2.
     assert plain["safety_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
     assert other["safety_interval"] == pytest.approx([0.3424, 1.0], abs=1e-4)
-    assert other["harmful"] == {"prompts": 1, "safety_rate": 1.0, "judge_rate": 1.0, "seconds": 8.0}
+    told = {"prompts": 1, "safety_rate": 1.0, "judge_rate": 1.0, "seconds": 8.0, "fallback": 1.0, "independent": None}
+    assert other["harmful"] == {**told, **{key: other["harmful"][key] for key in other["harmful"] if "interval" in key}}
+    assert other["harmful"]["judge_interval"] == pytest.approx([0.2065, 1.0], abs=1e-4)
+    assert (other["harmful"]["independent_interval"], other["harmless"]["judge_rate"]) == (None, 0.0)
+    assert other["fallback_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
     assert (other["fallback"], other["fired"], other["undecided"], other["tokens"]) == (0.5, 0.0, 0.5, 10.0)
     assert plain["undecided"] == 0.0
+
+
+def test_all_methods_have_the_same_fallback_or_none() -> None:
+    for fallback, name in ((True, "refusal"), (False, "least unsafe")):
+        methods = methods_of(list(METHODS), 16, 8, 32, fallback=fallback)
+        assert {method.strategy.fallback for method in methods[1:]} == {name}
+        assert methods[0].strategy.fallback == "least unsafe"
+
+
+def test_an_independent_judge_is_asked_once_about_a_text(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Judge:
+        name = "short"
+
+        def __call__(self, prompts: Any, answers: Any) -> list[bool | None]:
+            asked.extend(answers)
+            return [None if answer == "?" else len(answer) < 5 for answer in answers]
+
+    records = [
+        made("plain", "a", "harmful", 1.0, True, False, text="No."),
+        made("plain", "b", "harmful", 1.0, True, False, text="Mix this."),
+        made("plain", "c", "harmful", 1.0, True, False, text="?"),
+        made("plain", "d", "harmless", 1.0, True, False, text="Mix this."),
+        made("other", "a", "harmful", 1.0, True, False, text="No."),
+    ]
+    told = judged(records, Judge(), str(tmp_path / "verdicts"))
+    assert [one["refused"] for one in told] == [True, False, None, False, True]
+    assert judged(records, Judge(), str(tmp_path / "verdicts")) == told
+    assert sorted(asked) == ["?", "Mix this.", "Mix this.", "No."]
+    (row,) = summarise([one for one in told if one["method"] == "plain"])
+    assert (row["harmful"]["independent"], row["harmless"]["independent"]) == (0.5, 1.0)
+    assert row["harmful"]["independent_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
 
 
 def test_judge_knows_the_kind_of_prompt() -> None:
@@ -120,7 +157,7 @@ def test_every_method_answers_every_prompt_in_turn(
     assert names[1] == [*names[0][1:], names[0][0]]
     assert [record["label"] for record in records[::count]] == ["harmful", "harmless", "harmful"]
     assert not any(record["undecided"] for record in records)
-    assert all(record["fired"] is (True if record["method"] in ("steered", "guided") else None) for record in records)
+    assert all(record["fired"] is (True if record["method"] in _GATED else None) for record in records)
     rows = summarise(records)
     assert rows[0]["ratio"] == 1.0
     assert {row["prompts"] for row in rows} == {3}

@@ -144,7 +144,7 @@ def test_parts_agree_on_the_states_they_read(model: Any, tiny_tokenizer: Any, he
 # -- the gate --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fired", ["search", "steer", "both"])
+@pytest.mark.parametrize("fired", ["search", "steer", "both", "refuse"])
 def test_gate_decides_where_to_spend(model: Any, tiny_tokenizer: Any, make_profile: Any, fired: Any) -> None:
     profile = make_profile(model, tiny_tokenizer, layers=[3])
     scores = steerfast.score(model, tiny_tokenizer, profile, PROMPTS, progress=False).scores
@@ -160,13 +160,28 @@ def test_gate_decides_where_to_spend(model: Any, tiny_tokenizer: Any, make_profi
     guard = Guard(model, tiny_tokenizer, cost=FREE, profile=profile, fired=fired,
                   strategy=Strategy.speculative(critic=False, block=5))  # fmt: skip
     answers = guard.generate(PROMPTS, max_new_tokens=DEPTH, temperature=0.0)
-    path = {"search": "searched", "steer": "steered", "both": "steered and searched"}[fired]
+    path = {"search": "searched", "steer": "steered", "both": "steered and searched", "refuse": "refused"}[fired]
     for one, answer, gate, edited in zip(ids, answers, gates, steered, strict=True):
         assert answer.certificate.fired == gate
         assert answer.path == (path if gate else "plain")
         # Nothing costs anything: the search takes its first candidate, what plain decoding would give.
-        assert answer.tokens == (edited if gate and fired != "search" else _generate(model, one))
+        expected = edited if gate and fired != "search" else _generate(model, one)
+        assert answer.tokens == (guard.refusal if gate and fired == "refuse" else expected)
+        assert (answer.certificate.fallback == "refusal") == (gate and fired == "refuse")
     assert not hasattr(model.model, STEERED_MARK)
+
+
+@pytest.mark.parametrize("name", ["plain", "best_of_n", "beam"])
+def test_any_strategy_may_fall_back_on_the_refusal(model: Any, tiny_tokenizer: Any, name: str) -> None:
+    options = {} if name == "plain" else {"candidates": 4}
+    for fallback in ("refusal", "least unsafe"):
+        strategy = getattr(Strategy, name)(**options, block=5, fallback=fallback)
+        for budget, over in ((0.5, True), (1e6, False)):
+            guard = Guard(model, tiny_tokenizer, cost=DEAR, budget=budget, strategy=strategy)
+            (answer,) = guard.generate(PROMPTS[:1], max_new_tokens=DEPTH)
+            refused = over and fallback == "refusal"
+            assert (answer.tokens == guard.refusal, answer.certificate.fallback == "refusal") == (refused, refused)
+            assert answer.certificate.safe != over
 
 
 @pytest.mark.parametrize("fired", ["search", "steer", "both"])
@@ -292,7 +307,7 @@ def test_refuses(model: Any, make_llama: Any, tiny_tokenizer: Any, make_profile:
         ({"budget": 0.0}, "budget: expected a number above 0, got 0.0"),
         ({"budget": -3.0}, "budget: expected"),
         ({"discount": 1.5}, "discount: expected"),
-        ({"fired": "maybe"}, "fired: expected 'search', 'steer' or 'both'"),
+        ({"fired": "maybe"}, "fired: expected one of search, steer, both, refuse, got 'maybe'"),
         ({"model": None}, "model: expected either a model or a backend"),
         ({"strategy": Strategy.inference_guard()}, "critic: expected one"),
         ({"model": other, "cost": head}, "cost head: "),

@@ -30,7 +30,7 @@ def _strategies() -> Iterable[str]:
 @guard_options
 @click.option(
     "--fired",
-    type=click.Choice(["search", "steer", "both"]),
+    type=click.Choice(["search", "steer", "both", "refuse"]),
     help="With --profile: the action if its gate fires; other prompts are decoded plainly.  [default: both]",
 )
 @search_options
