@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import steerfast
+from steerfast import _native
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -24,6 +30,8 @@ SOURCES = [
     "steerfast",
 ]
 SOURCES += ["tests"]
+MATRIX = runpy.run_path(str(ROOT / "dev/matrix.py"))
+CORNERS = ("oldest", "newest")
 
 
 @pytest.fixture
@@ -109,6 +117,9 @@ def test_pure_wheel(checkout: Path, tmp_path: Path) -> None:
     package |= {str(path.relative_to(ROOT)) for path in (ROOT / "steerfast/data").rglob("*") if path.is_file()}
     assert package <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
+    about = f"steerfast-{steerfast.__version__}.dist-info"
+    assert {f"{about}/licenses/LICENSE", f"{about}/licenses/NOTICE", f"{about}/entry_points.txt"} <= set(names)
+    assert MATRIX["oldest_requirements"](wheel) == ("torch==2.10.*", "transformers==5.17.*")
 
     install(wheel, tmp_path / "site")
     result = run_installed(tmp_path / "site", STEER_ONE_ROW)
@@ -173,6 +184,45 @@ def test_checkout_works_from_its_own_folder(checkout: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert str(checkout) in result.stdout
+
+
+def test_sdist_holds_what_a_build_needs(checkout: Path) -> None:
+    (checkout / "steerfast/_C.abi3.so").touch()
+    script = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
+    environment = {**os.environ, "STEERFAST_BUILD": "0"}
+    subprocess.run([sys.executable, "-c", script], cwd=checkout, env=environment, capture_output=True, check=True)
+    with tarfile.open(checkout / f"dist/steerfast-{steerfast.__version__}.tar.gz") as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kept = [path for name in SOURCES for path in (checkout / name, *(checkout / name).rglob("*")) if path.is_file()]
+    assert {str(path.relative_to(checkout)) for path in kept} - names == {"steerfast/_C.abi3.so"}
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert re.search(r'^dynamic = \["version"\]$', (ROOT / "pyproject.toml").read_text("utf-8"), flags=re.MULTILINE)
+    for name in ("pyproject.toml", "setup.py", "CITATION.cff", "dev/wheels.sh"):
+        assert steerfast.__version__ not in (ROOT / name).read_text("utf-8"), name
+
+
+def test_the_matrix_has_two_corners() -> None:
+    oldest = ("torch==2.10.*", "transformers==5.17.*")
+    pythons = {"3.10": "python3.10", "3.12": "python3.12", "3.13": "python3.13"}
+    cases = {only: [str(case) for case in MATRIX["make_cases"](pythons, oldest, only)] for only in (None, *CORNERS)}
+    assert cases["oldest"] == ["Python 3.10, torch==2.10.*, transformers==5.17.*"]
+    assert cases["newest"] == ["Python 3.13, newest packages"]
+    assert cases[None] == [*cases["oldest"], *(f"Python {version}, newest packages" for version in pythons)]
+
+
+def test_an_installation_is_tried_as_a_whole(tmp_path: Path) -> None:
+    def smoke(kind: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "dev/smoke.py"), kind]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    kinds = ["compiled", "pure"] if _native.available else ["pure", "compiled"]
+    right, wrong = map(smoke, kinds)
+    assert right.returncode == 0, right.stderr
+    assert f"steerfast {steerfast.__version__} " in right.stdout
+    assert wrong.returncode == 1
+    assert f"expected a {kinds[1]} wheel" in wrong.stderr
 
 
 def test_import_takes_no_foreign_name() -> None:
