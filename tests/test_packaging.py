@@ -1,4 +1,7 @@
-"""What an installation holds: wheels built from a copy of the sources, and what an import brings along."""
+"""What an installation holds: wheels built from a copy of the sources, and what an import brings along.
+
+Workflows of a code host call targets of the Makefile, and no more.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import steerfast
 from steerfast import _native
@@ -229,3 +234,62 @@ def test_import_takes_no_foreign_name() -> None:
     script = "import steerfast, steerfast.kernels.steer, sys; sys.exit('kernels' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
     assert result.returncode == 0
+
+
+# -- Workflows and issue forms -----------------------------------------------------------------------
+
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+TARGETS = {target for line in re.findall(r"^([a-z][a-z -]*):", MAKEFILE, flags=re.MULTILINE) for target in line.split()}
+WORKFLOWS = {path.name: path.read_text("utf-8") for path in sorted((ROOT / ".github/workflows").iterdir())}
+FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def steps(workflow: str) -> list[dict[str, Any]]:
+    return [step for job in yaml.safe_load(WORKFLOWS[workflow])["jobs"].values() for step in job["steps"]]
+
+
+def test_there_is_a_workflow_of_each_kind() -> None:
+    assert set(WORKFLOWS) == {"lint.yml", "test.yml", "vllm.yml", "wheels.yml"}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_a_workflow_runs_targets_of_the_makefile(workflow: str) -> None:
+    commands = [step["run"].split() for step in steps(workflow) if "run" in step]
+    assert commands
+    for make, target, *variables in commands:
+        assert make == "make"
+        assert target in TARGETS
+        for name in (variable.partition("=")[0] for variable in variables if "=" in variable):
+            assert f"$({name})" in MAKEFILE, name
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_a_workflow_may_only_read(workflow: str) -> None:
+    content = yaml.safe_load(WORKFLOWS[workflow])
+    assert content["permissions"] == {"contents": "read"}
+    assert not [job for job in content["jobs"].values() if "permissions" in job or "timeout-minutes" not in job]
+    assert "secrets" not in WORKFLOWS[workflow]
+    used = [step for step in steps(workflow) if "uses" in step]
+    assert all(re.fullmatch(r"actions/[a-z-]+@v[0-9]+", step["uses"]) for step in used)
+    assert all(step["with"]["persist-credentials"] is False for step in used if "checkout" in step["uses"])
+
+
+def test_workflows_run_the_versions_that_are_tested() -> None:
+    def matrix(workflow: str, job: str) -> dict[str, Any]:
+        return yaml.safe_load(WORKFLOWS[workflow])["jobs"][job]["strategy"]["matrix"]
+
+    script = (ROOT / "dev/test_vllm.sh").read_text("utf-8")
+    assert matrix("vllm.yml", "vllm")["vllm"] == re.findall(r"^  ([\d.]+)\) torch=", script, flags=re.MULTILINE)
+    assert [each["corner"] for each in matrix("wheels.yml", "corner")["include"]] == list(CORNERS)
+    pythons = [each["python"] for each in matrix("wheels.yml", "corner")["include"]]
+    assert pythons == [MATRIX["PYTHONS"][0], MATRIX["PYTHONS"][-1]]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.name != "config.yml"], ids=lambda form: form.name)
+def test_an_issue_shows_what_is_installed(form: Path) -> None:
+    content = yaml.safe_load(form.read_text("utf-8"))
+    assert {"name", "description", "body"} <= set(content)
+    assert (
+        "`steerfast doctor`"
+        in next(part for part in content["body"] if part.get("id") == "doctor")["attributes"]["label"]
+    )
