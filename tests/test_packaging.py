@@ -249,7 +249,7 @@ def steps(workflow: str) -> list[dict[str, Any]]:
 
 
 def test_there_is_a_workflow_of_each_kind() -> None:
-    assert set(WORKFLOWS) == {"lint.yml", "test.yml", "vllm.yml", "wheels.yml"}
+    assert set(WORKFLOWS) == {"docs.yml", "lint.yml", "test.yml", "vllm.yml", "wheels.yml"}
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
