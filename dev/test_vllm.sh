@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Runs the vLLM tests with another version of vLLM than 0.32, which `make test` has:
+# Runs the vLLM tests with a version of vLLM, in an environment of their own; `make test` has 0.32:
 # dev/test_vllm.sh VERSION [arguments of pytest, else tests/vllm].
 # The first run makes .venv-vllm-VERSION; $PYTHON is the Python to make it with.
 set -eu
 cd "$(dirname "$0")/.."
-version=${1:?expected a version of vLLM, 0.26 or 0.33}
+version=${1:?expected a version of vLLM: 0.26, 0.32 or 0.33}
 shift
 python_code=
 case $version in
   0.26) torch=2.11.0 wheel=0.26.0 ;;
+  0.32) torch=2.13.0 wheel=0.32.0 ;;
   0.33) torch=2.13.0 wheel=0.32.0 python_code=0.33.0 ;;  # has no CPU wheel: its Python code with 0.32's libraries
-  *) echo "VLLM: expected 0.26 or 0.33, got $version" >&2; exit 2 ;;
+  *) echo "VLLM: expected 0.26, 0.32 or 0.33, got $version" >&2; exit 2 ;;
 esac
 venv=.venv-vllm-$version
 python=$venv/bin/python

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from steerfast.kernels.warmup import warmup
     from steerfast.profile import Gate, ModelIdentity, ProfileStack, SteeringProfile
     from steerfast.text.pairs import pairs
+    from steerfast.text.template import with_template_arguments
 
 __version__ = "0.1.0"
 

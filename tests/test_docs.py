@@ -16,6 +16,7 @@ from typing import Any
 import click
 import pytest
 import torch
+import yaml
 
 import steerfast
 from steerfast.cli import main
@@ -27,6 +28,12 @@ PAGES = {page.name: page.read_text("utf-8") for page in [ROOT / "README.md", *so
 # Pages that name options of vLLM, too.
 VLLM_PAGES = ("README.md", "architectures.md", "deploy.md", "features.md", "security.md", "serving.md")
 OURS = [name for name in PAGES if name not in VLLM_PAGES]
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+REFERENCE = re.findall(
+    r"^::: (steerfast[\w.]*)$",
+    "\n".join(page.read_text("utf-8") for page in sorted((ROOT / "docs/reference").glob("*.md"))),
+    flags=re.MULTILINE,
+)
 
 
 def blocks(page: str, *languages: str) -> list[str]:
@@ -81,14 +88,80 @@ def test_inline_options_exist(page: str) -> None:
     assert set(re.findall(r"`(--[a-z][a-z-]*)", PAGES[page])) <= known
 
 
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     folder = ROOT if page == "README.md" else ROOT / "docs"
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", PAGES[page]):
-        assert target.startswith("https://") or (folder / target).exists(), target
-    headings = re.findall(r"^#+ (.+)$", PAGES[page], flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]+)\)", PAGES[page])) <= anchors
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        assert (folder / target).exists(), target
+        if anchor:
+            text = (folder / target).read_text("utf-8") if target else PAGES[page]
+            assert anchor in anchors(text), f"{target}#{anchor}"
+
+
+# -- The site ----------------------------------------------------------------------------------------
+
+
+def pages_of(nav: Any) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for entry in nav.values() if isinstance(nav, dict) else nav:
+            yield from pages_of(entry)
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    hooks = ast.parse((ROOT / "dev/docs_hooks.py").read_text("utf-8"))
+    (table,) = (node for node in hooks.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAGES")
+    others = ast.literal_eval(table.value)
+    assert all((ROOT / source).exists() for source in others)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(pages_of(SITE["nav"])) == sorted([*pages, *others.values()])
+
+
+def test_the_first_page_has_five_lines() -> None:
+    lines = PAGES["index.md"].partition("![")[0].splitlines()
+    assert len([line for line in lines if line.strip() and not line.startswith("#")]) == 5
+
+
+def test_citation_and_site_name_one_repository() -> None:
+    assert f"repository-code: {SITE['repo_url']}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+def resolve(name: str) -> Any:
+    """Return a module, or a name in one."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        module, _, attribute = name.rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(REFERENCE))
+def test_the_reference_holds_public_names_with_docstrings(name: str) -> None:
+    assert "._" not in name
+    named = resolve(name)
+    exported = [getattr(named, each) for each in getattr(named, "__all__", ())]
+    assert all(inspect.getdoc(each) for each in [named, *exported] if callable(each) or each is named)
+
+
+def test_the_reference_holds_what_pages_import() -> None:
+    listed = {f"{name}.{each}" for name in REFERENCE for each in getattr(resolve(name), "__all__", ())} | {*REFERENCE}
+    shown = {
+        f"{node.module}.{alias.name}"
+        for page in PAGES
+        for code in blocks(page, "python")
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("steerfast")
+        for alias in node.names
+    }
+    assert shown <= listed
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,15 +1,26 @@
-"""What an installation holds: wheels built from a copy of the sources, and what an import brings along."""
+"""What an installation holds: wheels built from a copy of the sources, and what an import brings along.
+
+Workflows of a code host call targets of the Makefile, and no more.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+import steerfast
+from steerfast import _native
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -24,6 +35,8 @@ SOURCES = [
     "steerfast",
 ]
 SOURCES += ["tests"]
+MATRIX = runpy.run_path(str(ROOT / "dev/matrix.py"))
+CORNERS = ("oldest", "newest")
 
 
 @pytest.fixture
@@ -109,6 +122,9 @@ def test_pure_wheel(checkout: Path, tmp_path: Path) -> None:
     package |= {str(path.relative_to(ROOT)) for path in (ROOT / "steerfast/data").rglob("*") if path.is_file()}
     assert package <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
+    about = f"steerfast-{steerfast.__version__}.dist-info"
+    assert {f"{about}/licenses/LICENSE", f"{about}/licenses/NOTICE", f"{about}/entry_points.txt"} <= set(names)
+    assert MATRIX["oldest_requirements"](wheel) == ("torch==2.10.*", "transformers==5.17.*")
 
     install(wheel, tmp_path / "site")
     result = run_installed(tmp_path / "site", STEER_ONE_ROW)
@@ -175,7 +191,105 @@ def test_checkout_works_from_its_own_folder(checkout: Path) -> None:
     assert str(checkout) in result.stdout
 
 
+def test_sdist_holds_what_a_build_needs(checkout: Path) -> None:
+    (checkout / "steerfast/_C.abi3.so").touch()
+    script = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
+    environment = {**os.environ, "STEERFAST_BUILD": "0"}
+    subprocess.run([sys.executable, "-c", script], cwd=checkout, env=environment, capture_output=True, check=True)
+    with tarfile.open(checkout / f"dist/steerfast-{steerfast.__version__}.tar.gz") as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kept = [path for name in SOURCES for path in (checkout / name, *(checkout / name).rglob("*")) if path.is_file()]
+    assert {str(path.relative_to(checkout)) for path in kept} - names == {"steerfast/_C.abi3.so"}
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert re.search(r'^dynamic = \["version"\]$', (ROOT / "pyproject.toml").read_text("utf-8"), flags=re.MULTILINE)
+    for name in ("pyproject.toml", "setup.py", "CITATION.cff", "dev/wheels.sh"):
+        assert steerfast.__version__ not in (ROOT / name).read_text("utf-8"), name
+
+
+def test_the_matrix_has_two_corners() -> None:
+    oldest = ("torch==2.10.*", "transformers==5.17.*")
+    pythons = {"3.10": "python3.10", "3.12": "python3.12", "3.13": "python3.13"}
+    cases = {only: [str(case) for case in MATRIX["make_cases"](pythons, oldest, only)] for only in (None, *CORNERS)}
+    assert cases["oldest"] == ["Python 3.10, torch==2.10.*, transformers==5.17.*"]
+    assert cases["newest"] == ["Python 3.13, newest packages"]
+    assert cases[None] == [*cases["oldest"], *(f"Python {version}, newest packages" for version in pythons)]
+
+
+def test_an_installation_is_tried_as_a_whole(tmp_path: Path) -> None:
+    def smoke(kind: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "dev/smoke.py"), kind]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    kinds = ["compiled", "pure"] if _native.available else ["pure", "compiled"]
+    right, wrong = map(smoke, kinds)
+    assert right.returncode == 0, right.stderr
+    assert f"steerfast {steerfast.__version__} " in right.stdout
+    assert wrong.returncode == 1
+    assert f"expected a {kinds[1]} wheel" in wrong.stderr
+
+
 def test_import_takes_no_foreign_name() -> None:
     script = "import steerfast, steerfast.kernels.steer, sys; sys.exit('kernels' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
     assert result.returncode == 0
+
+
+# -- Workflows and issue forms -----------------------------------------------------------------------
+
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+TARGETS = {target for line in re.findall(r"^([a-z][a-z -]*):", MAKEFILE, flags=re.MULTILINE) for target in line.split()}
+WORKFLOWS = {path.name: path.read_text("utf-8") for path in sorted((ROOT / ".github/workflows").iterdir())}
+FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def steps(workflow: str) -> list[dict[str, Any]]:
+    return [step for job in yaml.safe_load(WORKFLOWS[workflow])["jobs"].values() for step in job["steps"]]
+
+
+def test_there_is_a_workflow_of_each_kind() -> None:
+    assert set(WORKFLOWS) == {"docs.yml", "lint.yml", "test.yml", "vllm.yml", "wheels.yml"}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_a_workflow_runs_targets_of_the_makefile(workflow: str) -> None:
+    commands = [step["run"].split() for step in steps(workflow) if "run" in step]
+    assert commands
+    for make, target, *variables in commands:
+        assert make == "make"
+        assert target in TARGETS
+        for name in (variable.partition("=")[0] for variable in variables if "=" in variable):
+            assert f"$({name})" in MAKEFILE, name
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_a_workflow_may_only_read(workflow: str) -> None:
+    content = yaml.safe_load(WORKFLOWS[workflow])
+    assert content["permissions"] == {"contents": "read"}
+    assert not [job for job in content["jobs"].values() if "permissions" in job or "timeout-minutes" not in job]
+    assert "secrets" not in WORKFLOWS[workflow]
+    used = [step for step in steps(workflow) if "uses" in step]
+    assert all(re.fullmatch(r"actions/[a-z-]+@v[0-9]+", step["uses"]) for step in used)
+    assert all(step["with"]["persist-credentials"] is False for step in used if "checkout" in step["uses"])
+
+
+def test_workflows_run_the_versions_that_are_tested() -> None:
+    def matrix(workflow: str, job: str) -> dict[str, Any]:
+        return yaml.safe_load(WORKFLOWS[workflow])["jobs"][job]["strategy"]["matrix"]
+
+    script = (ROOT / "dev/test_vllm.sh").read_text("utf-8")
+    assert matrix("vllm.yml", "vllm")["vllm"] == re.findall(r"^  ([\d.]+)\) torch=", script, flags=re.MULTILINE)
+    assert [each["corner"] for each in matrix("wheels.yml", "corner")["include"]] == list(CORNERS)
+    pythons = [each["python"] for each in matrix("wheels.yml", "corner")["include"]]
+    assert pythons == [MATRIX["PYTHONS"][0], MATRIX["PYTHONS"][-1]]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.name != "config.yml"], ids=lambda form: form.name)
+def test_an_issue_shows_what_is_installed(form: Path) -> None:
+    content = yaml.safe_load(form.read_text("utf-8"))
+    assert {"name", "description", "body"} <= set(content)
+    assert (
+        "`steerfast doctor`"
+        in next(part for part in content["body"] if part.get("id") == "doctor")["attributes"]["label"]
+    )

@@ -72,21 +72,21 @@ def _fork(cache: DynamicCache) -> DynamicCache:
 
 
 @dataclass
-class _OpenRows:
+class OpenRows:
     """Unfinished candidates, in order: cache, logits [m, V] of their next tokens."""
 
     cache: DynamicCache
     logits: Tensor
 
-    def copy(self, rows: Tensor) -> _OpenRows:
+    def copy(self, rows: Tensor) -> OpenRows:
         """Return copies of some rows; keys and values are shared if these are all rows."""
         cache = _fork(self.cache)
         rows = rows.to(self.logits.device)
         if not torch.equal(rows, torch.arange(len(self.logits), device=rows.device)):
             cache.batch_select_indices(rows)
-        return _OpenRows(cache, self.logits[rows])
+        return OpenRows(cache, self.logits[rows])
 
-    def keep(self, rows: Tensor) -> _OpenRows:
+    def keep(self, rows: Tensor) -> OpenRows:
         """Drop all other rows, in place."""
         self.cache.batch_select_indices(rows)
         self.logits = self.logits[rows]
@@ -141,7 +141,7 @@ class HFBackend(Backend):
                 cache.layers[number] = roomy = _RoomyLayer()
                 roomy.__dict__.update(layer.__dict__)
         root.hidden = torch.cat([last, last, prompt[-1].to(last.device)], dim=1) if prompt else last
-        root.state = _OpenRows(cache, output.logits[:, -1])
+        root.state = OpenRows(cache, output.logits[:, -1])
 
     @torch.inference_mode()
     def extend(
@@ -221,10 +221,10 @@ class HFBackend(Backend):
             all_of: list[Any] = [attached(state.cache) for state in states]
             latch.values = torch.cat([one.values for one in all_of], dim=1)
             latch.scores = torch.cat([one.scores for one in all_of], dim=1)
-        new.state = _OpenRows(cache, torch.cat([state.logits for state in states]))
+        new.state = OpenRows(cache, torch.cat([state.logits for state in states]))
         return new
 
-    def advance(self, rows: _OpenRows, chosen: Tensor) -> Tensor:
+    def advance(self, rows: OpenRows, chosen: Tensor) -> Tensor:
         """Add a token int64 [m] to each row, in place; return the last hidden states float32 [m, H] there."""
         output, last = self._pass(rows.cache, chosen[:, None])
         rows.cache, rows.logits = caches.cache_in(output), output.logits[:, -1]
