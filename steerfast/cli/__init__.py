@@ -9,6 +9,7 @@ from steerfast.cli.group import CommandGroup
 
 _COMMANDS = (
     "demo",
+    "play",
     "fit",
     "extract",
     "calibrate",

@@ -1,0 +1,70 @@
+"""`steerfast play`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import webbrowser
+from typing import Any
+
+import click
+
+from steerfast.cli import common
+
+
+@click.command("play")
+@click.argument("model_name", metavar="[MODEL]", required=False)
+@common.repeated_option("--profile", "profiles", "FILE", "A profile of the model; several are a stack.")
+@common.placement_options
+@common.accept_option
+@common.template_option
+@common.threshold_option
+@common.count_option("--max-new-tokens", 128, "Answer length.")
+@common.value_option("--port", click.IntRange(0, 65535), "N", "Port of this machine; 0 takes a free one.", 8765)
+@click.option("--no-browser", is_flag=True, help="Print the address, and open no browser.")
+def command(
+    model_name: str | None,
+    profiles: tuple[str, ...],
+    port: int,
+    no_browser: bool,
+    max_new_tokens: int,
+    threshold: str | None,
+    **options: Any,
+) -> None:
+    """Open a page that answers prompts unsteered and steered, side by side.
+
+    The page has a slider for the strength. It shows the gate's score beside its threshold, the layer that the gate
+    reads, and the layers that are edited. Only this machine can open it. Ctrl-C ends it. Without MODEL it is
+    SmolLM2-135M-Instruct, with the profile that ships for it.
+
+    \b
+    Example:
+      steerfast play
+      steerfast play MODEL --profile safety.safetensors
+      steerfast play MODEL --profile safety.safetensors --profile formal.safetensors --port 0 --no-browser
+    """
+    from steerfast.evaluation.demo import shipped_profile
+    from steerfast.hf.loading import DEMO_MODEL
+    from steerfast.profile import ProfileStack
+    from steerfast.profile.stack import accepted, chosen
+
+    options["model_name"] = model_name or DEMO_MODEL
+    if not profiles and options["model_name"] != DEMO_MODEL:
+        raise click.UsageError("--profile: expected one at least, got none")
+    given = chosen(list(profiles) or [shipped_profile()])
+    assert isinstance(given, ProfileStack)
+    stack = given if threshold is None else given.at(threshold)
+
+    from steerfast.evaluation.play import PageServer, Playground
+    from steerfast.hf.structure import identify
+
+    template, accept = dict(options.pop("template")), options.pop("accept_model")
+    model, tokenizer = common.take_model(options)
+    tokenizer = common.with_template(tokenizer, template, *stack)
+    stack = accepted(stack, identify(model, tokenizer)) if accept else stack
+    with PageServer(Playground(model, tokenizer, stack, max_new_tokens), port) as server:
+        click.echo(server.url)
+        if not no_browser:
+            threading.Thread(target=webbrowser.open, args=[server.url], daemon=True).start()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
