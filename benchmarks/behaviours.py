@@ -47,7 +47,7 @@ from steerfast.text.prompts import read_prompts
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LETTERS = 120  # of the longest prompt
 JUDGED_PAIRS = 8
-ROUNDS, TIMED_TOKENS = 5, 12
+ROUNDS, TIMED_TOKENS = 3, 12
 
 # -- behaviours ---------------------------------------------------------------------------------------
 
@@ -177,10 +177,8 @@ class Gallery:
     def __init__(self, settings: Mapping[str, Any], work: Path) -> None:
         self._settings, self._work, self._most = dict(settings), work, settings["max_new_tokens"]
         work.mkdir(parents=True, exist_ok=True)
-        self.model, self.tokenizer = steerfast.load_model(settings["model"], dtype="float32")
-        self._judge = YesNoJudge(
-            settings["judge"], settings["judge_dtype"], Records(work / "verdicts.jsonl", "verdicts")
-        )
+        self.model, self.tokenizer = steerfast.load_model(settings["model"])
+        self._judge = YesNoJudge(settings["judge"], Records(work / "verdicts.jsonl", "verdicts"))
         self._lines = Records(work / "lines.jsonl", "lines")
 
     def measure(self, name: str) -> dict[str, Any]:
@@ -314,9 +312,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 @click.argument("behaviours", nargs=-1, type=click.Choice(list(BEHAVIOURS)))
 @click.option("--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", show_default=True)
 @click.option("--judge", default="Qwen/Qwen2.5-Coder-1.5B-Instruct", show_default=True)
-@click.option("--judge-dtype", default="auto", show_default=True)
 @click.option("--prompts", default=16, show_default=True, help="To answer; they fitted nothing.")
-@click.option("--development", default=12, show_default=True, help="Prompts of the pairs, to choose a strength.")
+@click.option("--development", default=6, show_default=True, help="Prompts of the pairs, to choose a strength.")
 @click.option("--max-new-tokens", default=40, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), help="Keep finished work in this folder, and go on.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the result after each behaviour.")
