@@ -177,8 +177,9 @@ class Gallery:
     def __init__(self, settings: Mapping[str, Any], work: Path) -> None:
         self._settings, self._work, self._most = dict(settings), work, settings["max_new_tokens"]
         work.mkdir(parents=True, exist_ok=True)
-        self.model, self.tokenizer = steerfast.load_model(settings["model"])
-        self._judge = YesNoJudge(settings["judge"], Records(work / "verdicts.jsonl", "verdicts"))
+        self.model, self.tokenizer = steerfast.load_model(settings["model"], dtype=settings["dtype"])
+        verdicts = Records(work / "verdicts.jsonl", "verdicts")
+        self._judge = YesNoJudge(settings["judge"], settings["dtype"], verdicts)
         self._lines = Records(work / "lines.jsonl", "lines")
 
     def measure(self, name: str) -> dict[str, Any]:
@@ -312,6 +313,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 @click.argument("behaviours", nargs=-1, type=click.Choice(list(BEHAVIOURS)))
 @click.option("--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", show_default=True)
 @click.option("--judge", default="Qwen/Qwen2.5-Coder-1.5B-Instruct", show_default=True)
+@click.option("--dtype", default="auto", show_default=True, help="Of both models.")
 @click.option("--prompts", default=16, show_default=True, help="To answer; they fitted nothing.")
 @click.option("--development", default=6, show_default=True, help="Prompts of the pairs, to choose a strength.")
 @click.option("--max-new-tokens", default=40, show_default=True)

@@ -19,13 +19,13 @@ from steerfast.text.encoding import encode, pad_token
 class YesNoJudge:
     """A model that reads a prompt and an answer, and weighs yes against no as its next token."""
 
-    def __init__(self, name: str, records: Records) -> None:
-        self.name, self._records = name, records
+    def __init__(self, name: str, dtype: str, records: Records) -> None:
+        self.name, self._dtype, self._records = name, dtype, records
         self._known = {one["verdict_of"]: one["yes"] for one in records.found if "verdict_of" in one}
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        return load_model(self.name)
+        return load_model(self.name, dtype=self._dtype)
 
     def __call__(self, question: str, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Return the probability of yes over that of yes and no, for each answer."""

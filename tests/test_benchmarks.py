@@ -216,7 +216,7 @@ def behaviours(neighbours: Any, tiny_llama: Any, tiny_tokenizer: Any, monkeypatc
     monkeypatch.setattr(script, "PEERS", {"hooks": peers.Peer(train, attach), "other": peers.Peer(missing, attach)})
     monkeypatch.setattr(script, "ROUNDS", 1)
     for module in (script.steerfast, neighbours("yes_no")):
-        monkeypatch.setattr(module, "load_model", lambda name: (tiny_llama, tiny_tokenizer))
+        monkeypatch.setattr(module, "load_model", lambda name, dtype: (tiny_llama, tiny_tokenizer))
     return script
 
 
@@ -275,12 +275,12 @@ def test_the_judge_weighs_yes_against_no(
         return logits
 
     tiny_llama.lm_head.register_forward_hook(answer)
-    monkeypatch.setattr(sys.modules["yes_no"], "load_model", lambda name: (tiny_llama, tokenizer))
+    monkeypatch.setattr(sys.modules["yes_no"], "load_model", lambda name, dtype: (tiny_llama, tokenizer))
     file = tmp_path / "verdicts.jsonl"
-    judge = behaviours.YesNoJudge("tiny", Records(file, "verdicts"))
+    judge = behaviours.YesNoJudge("tiny", "auto", Records(file, "verdicts"))
     found = judge("help ?", ["bake", "how do I write a poem"], ["cake", "write it"])
     probability = (math.exp(8) + 1) / (math.exp(8) + math.exp(4) + 2)
     assert found == pytest.approx([probability if yes else 1 - probability] * 2, abs=1e-3)
     assert len(file.read_text().splitlines()) == 2
     tiny_llama.forward = None
-    assert behaviours.YesNoJudge("tiny", Records(file, "verdicts"))("help ?", ["bake"], ["cake"]) == found[:1]
+    assert behaviours.YesNoJudge("tiny", "auto", Records(file, "verdicts"))("help ?", ["bake"], ["cake"]) == found[:1]
