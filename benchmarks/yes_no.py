@@ -28,9 +28,9 @@ class YesNoJudge:
         return load_model(self.name, dtype=self._dtype)
 
     def __call__(self, question: str, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Return the probability of yes over that of yes and no, for each answer."""
+        """Return the log odds of yes against no, for each answer."""
         texts = [
-            f"Request: {prompt}\n\nAnswer: {answer}\n\n{question} The answer may stop in mid-sentence. Say yes or no."
+            f"Request: {prompt}\n\nAnswer: {answer}\n\n{question} Say yes or no."
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         keys = [hashlib.sha256(f"{self.name}\0{text}".encode()).hexdigest()[:32] for text in texts]
@@ -55,6 +55,6 @@ class YesNoJudge:
             inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
             logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
             yes, no = (logits[:, ids].float().logsumexp(dim=1) for ids in words)
-            for place, value in zip(batch.indices, torch.sigmoid(yes - no).tolist(), strict=True):
+            for place, value in zip(batch.indices, (yes - no).tolist(), strict=True):
                 found[place] = round(value, 4)
         return found

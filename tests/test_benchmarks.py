@@ -215,8 +215,10 @@ def behaviours(neighbours: Any, tiny_llama: Any, tiny_tokenizer: Any, monkeypatc
 
     monkeypatch.setattr(script, "PEERS", {"hooks": peers.Peer(train, attach), "other": peers.Peer(missing, attach)})
     monkeypatch.setattr(script, "ROUNDS", 1)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["yes", "no", "Yes", "No"])
     for module in (script.steerfast, neighbours("yes_no")):
-        monkeypatch.setattr(module, "load_model", lambda name, dtype: (tiny_llama, tiny_tokenizer))
+        monkeypatch.setattr(module, "load_model", lambda name, dtype: (tiny_llama, tokenizer))
     return script
 
 
@@ -262,11 +264,8 @@ def test_a_package_steers_by_its_code_as_its_profile_does(
 
 
 @pytest.mark.parametrize("yes", [True, False])
-def test_the_judge_weighs_yes_against_no(
-    behaviours: Any, tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, yes: bool
-) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.add_tokens(["yes", "no", "Yes", "No"])
+def test_the_judge_weighs_yes_against_no(behaviours: Any, tiny_llama: Any, tmp_path: Path, yes: bool) -> None:
+    _, tokenizer = behaviours.steerfast.load_model("tiny", dtype="auto")
     likely, other = tokenizer.convert_tokens_to_ids(["Yes", "No"] if yes else ["No", "Yes"])
 
     def answer(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -275,12 +274,11 @@ def test_the_judge_weighs_yes_against_no(
         return logits
 
     tiny_llama.lm_head.register_forward_hook(answer)
-    monkeypatch.setattr(sys.modules["yes_no"], "load_model", lambda name, dtype: (tiny_llama, tokenizer))
     file = tmp_path / "verdicts.jsonl"
     judge = behaviours.YesNoJudge("tiny", "auto", Records(file, "verdicts"))
     found = judge("help ?", ["bake", "how do I write a poem"], ["cake", "write it"])
-    probability = (math.exp(8) + 1) / (math.exp(8) + math.exp(4) + 2)
-    assert found == pytest.approx([probability if yes else 1 - probability] * 2, abs=1e-3)
+    odds = math.log((math.exp(8) + 1) / (math.exp(4) + 1))
+    assert found == pytest.approx([odds if yes else -odds] * 2, abs=1e-3)
     assert len(file.read_text().splitlines()) == 2
     tiny_llama.forward = None
     assert behaviours.YesNoJudge("tiny", "auto", Records(file, "verdicts"))("help ?", ["bake"], ["cake"]) == found[:1]
