@@ -24,7 +24,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from peers import PEERS, Peer
+from peers import PEERS, Peer, like
 from report import Report, parser
 from rich.console import Console
 from torch import Tensor, nn
@@ -124,12 +124,6 @@ def peers(model: nn.Module, report: Report) -> list[TimedModel]:
 
     made = [tried(name, lambda peer=peer: build(peer), report, name_of(model)) for name, peer in PEERS.items()]
     return [system for system in made if system is not None]
-
-
-def like(model: nn.Module, vector: Tensor) -> Tensor:
-    """Return the vector in the model's dtype, on its device."""
-    weight = next(model.parameters())
-    return vector.to(device=weight.device, dtype=weight.dtype)
 
 
 def tried(package: str, build: Callable[[], nn.Module], report: Report, model: str) -> TimedModel | None:

@@ -23,6 +23,12 @@ class Peer:
     attach: Callable[[nn.Module, Mapping[int, Tensor]], Any]
 
 
+def like(model: nn.Module, vector: Tensor) -> Tensor:
+    """Return the vector in the model's dtype, on its device."""
+    weight = next(model.parameters())
+    return vector.to(device=weight.device, dtype=weight.dtype)
+
+
 def _repeng() -> Any:
     vars(np).setdefault("float_", np.float64)  # repeng 0.4 names it; numpy 2 has dropped it
     import repeng
@@ -40,7 +46,9 @@ def _train_repeng(
 
 
 def _attach_repeng(model: nn.Module, vectors: Mapping[int, Tensor]) -> None:
-    _repeng().ControlModel(model, list(vectors)).set_raw_control(dict(vectors))
+    _repeng().ControlModel(model, list(vectors)).set_raw_control(
+        {layer: like(model, one) for layer, one in vectors.items()}
+    )
 
 
 def _train_steering_vectors(
@@ -55,7 +63,7 @@ def _train_steering_vectors(
 def _attach_steering_vectors(model: nn.Module, vectors: Mapping[int, Tensor]) -> None:
     from steering_vectors import SteeringVector
 
-    SteeringVector(dict(vectors)).patch_activations(model)
+    SteeringVector({layer: like(model, one) for layer, one in vectors.items()}).patch_activations(model)
 
 
 PEERS = {
