@@ -127,11 +127,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Compared:
-    """One way to a behaviour: a model that is steered already, the prompts' token ids, how its strength was chosen."""
+    """One way to a behaviour: a steered model, token ids of prompts, the search of a strength, the hash of vectors."""
 
     model: nn.Module
     prompts: list[list[int]]
     search: Mapping[str, Any] | None = None
+    checksum: str = ""
 
 
 def vectors_profile(vectors: Mapping[int, Tensor], rows: Contrast, model: nn.Module, name: str) -> SteeringProfile:
@@ -213,16 +214,13 @@ class Gallery:
         bare, folder = encode(self.tokenizer, task.asked, self.model), self._work / task.name
         yield "unsteered", Compared(self.model, bare)
         yield "system prompt", Compared(self.model, encode(self.tokenizer, told, self.model))
-        options: dict[str, Any] = {
-            "behaviour": task.name,
-            "prompts": task.development,
-            "work": folder,
-            "progress": False,
-        }
-        profile = steerfast.fit(self.model, self.tokenizer, *task.sides, max_new_tokens=self._most, **options)
+        options: dict[str, Any] = {"work": folder, "progress": False, "max_new_tokens": self._most}
+        profile = steerfast.fit(
+            self.model, self.tokenizer, *task.sides, behaviour=task.name, prompts=task.development, **options
+        )
         target = twin(self.model)
         steerfast.steer(target, profile)
-        yield "steerfast", Compared(target, bare, profile.fitted["frontier"])
+        yield "steerfast", Compared(target, bare, profile.fitted["frontier"], profile.checksum)
         rows, _ = read_pairs(self.model, self.tokenizer, *task.sides, cache=folder / "rows", progress=False)
         axis, layers = Axis(self.model, self.tokenizer, profile, rows), profile.steered_layers
         texts = list(zip(*(read_texts(self.tokenizer, side) for side in task.sides), strict=True))
@@ -240,7 +238,7 @@ class Gallery:
             )
             search = recommend(frontier.measure(STRENGTHS, None, False))
             peer.attach(target, added_vectors(at_total(given, layers, used_strength(search))))
-            yield name, Compared(target, bare, search)
+            yield name, Compared(target, bare, search, given.checksum)
 
     def _times(self, systems: Mapping[str, Compared]) -> dict[str, dict[str, float]]:
         """Time greedy answers to the first prompt in turns: ms per token, prompt included, and times unsteered."""
@@ -254,7 +252,7 @@ class Gallery:
     def _figures(self, task: Task, name: str, system: Compared) -> dict[str, Any]:
         """Return the figures of a system's answers; perplexity is under the unsteered model and the bare prompt."""
         strength = None if system.search is None else used_strength(system.search)
-        records = Records(self._work / task.name / f"{name} {strength or ''}.jsonl", "answers")
+        records = Records(self._work / task.name / f"{name} {system.checksum[:12]} {strength or 0:g}.jsonl", "answers")
         answers = AnswerLog(records, system.model, self.tokenizer).answers(system.prompts, self._most)
         judged = judge(self.model, self.tokenizer, encode(self.tokenizer, task.asked), answers)
         texts, chance = [one.text for one in judged], float(len(self.tokenizer))  # of an answer without a token
@@ -291,7 +289,7 @@ class Gallery:
         if positive == negative:
             raise click.ClickException("judge: expected one that tells the sides of pairs apart, got equal means")
         higher = [one > other for one, other in itertools.product(*sides)]
-        return {"positive": positive, "negative": negative, "higher": statistics.fmean(higher)}
+        return {"positive": round(positive, 4), "negative": round(negative, 4), "higher": statistics.fmean(higher)}
 
 
 # -- the result ---------------------------------------------------------------------------------------

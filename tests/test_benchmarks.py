@@ -245,6 +245,13 @@ def test_behaviours_compare_systems_and_go_on(behaviours: Any, tmp_path: Path) -
     assert sum(line.startswith("| ") for line in drawn.output.splitlines()) == 1 + 4
 
 
+def test_the_page_of_behaviours_shows_the_result(neighbours: Any) -> None:
+    result = json.loads((BENCHMARKS / "results" / "behaviours-qwen-0.5b-cpu.json").read_text("utf-8"))
+    page = (BENCHMARKS.parent / "docs" / "behaviours.md").read_text("utf-8")
+    for name, part in result["behaviours"].items():
+        assert neighbours("behaviours").markdown({"behaviours": {name: part}}) in page
+
+
 def test_a_package_steers_by_its_code_as_its_profile_does(
     behaviours: Any, tiny_llama: Any, tiny_tokenizer: Any
 ) -> None:
