@@ -24,6 +24,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from peers import PEERS, Peer, like
 from report import Report, parser
 from rich.console import Console
 from torch import Tensor, nn
@@ -78,7 +79,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CONTEXT = 16384  # of the shapes; longer than any prompt here
 PROFILES = 16  # distinct profiles in a batch
-PEERS = ("repeng", "steering-vectors")
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype) -> nn.Module:
@@ -117,29 +117,13 @@ def peers(model: nn.Module, report: Report) -> list[TimedModel]:
     layer = middle_layer(model)
     vector = like(model, random_profile(model, [layer]).vector[layer])
 
-    def repeng() -> nn.Module:
-        from repeng import ControlModel
-
+    def build(peer: Peer) -> nn.Module:
         target = twin(model)
-        ControlModel(target, [layer]).set_raw_control({layer: vector})
+        peer.attach(target, {layer: vector})
         return target
 
-    def steering_vectors() -> nn.Module:
-        from steering_vectors import SteeringVector
-
-        target = twin(model)
-        SteeringVector({layer: vector}).patch_activations(target)
-        return target
-
-    builders = dict(zip(PEERS, (repeng, steering_vectors), strict=True))
-    made = [tried(package, build, report, name_of(model)) for package, build in builders.items()]
+    made = [tried(name, lambda peer=peer: build(peer), report, name_of(model)) for name, peer in PEERS.items()]
     return [system for system in made if system is not None]
-
-
-def like(model: nn.Module, vector: Tensor) -> Tensor:
-    """Return the vector in the model's dtype, on its device."""
-    weight = next(model.parameters())
-    return vector.to(device=weight.device, dtype=weight.dtype)
 
 
 def tried(package: str, build: Callable[[], nn.Module], report: Report, model: str) -> TimedModel | None:
@@ -188,7 +172,7 @@ def measure(model: nn.Module, given: Any, report: Report, console: Console, unti
         if too_many or time.monotonic() > until or not fits(model, batch, prompt):
             left_out += 1
             continue
-        chosen = [s for s in systems if mode == "eager" or not s.name.startswith(PEERS)]
+        chosen = [s for s in systems if mode == "eager" or not s.name.startswith(tuple(PEERS))]
         try:
             found = latency.measure(chosen, batch, prompt, seconds=given.seconds, mode=mode, bandwidth=bandwidth)
         except Exception as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+import steerfast
+from steerfast._records import Records
+from steerfast.fitting.contrast import SHARE, Contrast
 from steerfast.fitting.labelled import Labelled
 from steerfast.text.examples import Example
 
@@ -193,3 +199,101 @@ def test_the_sweep_tells_right_types_from_refused_ones(tmp_path: Path) -> None:
     found = {line["type"]: (line["hooks"], line["fused"]) for line in map(json.loads, lines)}
     assert found == {"llama": ("right", "right"), "gpt2": ("right", ""), "mamba": ("refused", "")}
     assert "## Right, and fused\n\nllama\n" in page.read_text("utf-8")
+
+
+@pytest.fixture
+def behaviours(neighbours: Any, tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script on a tiny model that also judges, with one package that adds the mean difference of last rows."""
+    script, peers = neighbours("behaviours"), neighbours("peers")
+
+    def train(model: Any, tokenizer: Any, texts: Any, layers: Any) -> dict[int, torch.Tensor]:
+        with torch.no_grad():
+            one, other = (
+                model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[2][0, -1]
+                for text in texts[0]
+            )
+        return dict.fromkeys(layers, one - other)
+
+    def attach(model: Any, vectors: Any) -> None:
+        for layer, vector in vectors.items():
+            model.model.layers[layer].register_forward_hook(lambda module, inputs, output, v=vector: output + v)
+
+    def missing(*given: Any) -> None:
+        raise ImportError("No module named 'other'")
+
+    monkeypatch.setattr(script, "PEERS", {"hooks": peers.Peer(train, attach), "other": peers.Peer(missing, attach)})
+    monkeypatch.setattr(script, "ROUNDS", 1)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["yes", "no", "Yes", "No"])
+    for module in (script.steerfast, neighbours("yes_no")):
+        monkeypatch.setattr(module, "load_model", lambda name, dtype: (tiny_llama, tokenizer))
+    return script
+
+
+def test_behaviours_compare_systems_and_go_on(behaviours: Any, tmp_path: Path) -> None:
+    arguments = ["happy", "--model", "tiny", "--judge", "tiny", "--prompts", "3", "--development", "2"]
+    arguments += ["--max-new-tokens", "4", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "result.json")]
+    first = CliRunner().invoke(behaviours.main, arguments, catch_exceptions=False)
+    lines = [json.loads(line) for line in first.output.splitlines()]
+    assert [line["system"] for line in lines if "left_out" not in line] == [
+        "unsteered",
+        "system prompt",
+        "steerfast",
+        "hooks",
+    ]
+    assert [line["system"] for line in lines if "left_out" in line] == ["other"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    part = result["behaviours"]["happy"]
+    assert [line["strength"] is None for line in part["systems"]] == [True, True, False, False]
+    assert part["systems"][1]["prompt_tokens"] > part["systems"][0]["prompt_tokens"]
+    again = CliRunner().invoke(behaviours.main, arguments, catch_exceptions=False)
+    assert [json.loads(line)["system"] for line in again.output.splitlines()] == ["other"]
+    assert json.loads((tmp_path / "result.json").read_text())["behaviours"] == result["behaviours"]
+    drawn = CliRunner().invoke(behaviours.main, ["--markdown", str(tmp_path / "result.json")], catch_exceptions=False)
+    assert sum(line.startswith("| ") for line in drawn.output.splitlines()) == 1 + 4
+
+
+def test_the_page_of_behaviours_shows_the_result(neighbours: Any) -> None:
+    result = json.loads((BENCHMARKS / "results" / "behaviours-qwen-0.5b-cpu.json").read_text("utf-8"))
+    page = (BENCHMARKS.parent / "docs" / "behaviours.md").read_text("utf-8")
+    for name, part in result["behaviours"].items():
+        assert neighbours("behaviours").markdown({"behaviours": {name: part}}) in page
+
+
+def test_a_package_steers_by_its_code_as_its_profile_does(
+    behaviours: Any, tiny_llama: Any, tiny_tokenizer: Any
+) -> None:
+    peer = behaviours.PEERS["hooks"]
+    texts = [("bake a cake", "burn a cake")]
+    rows = Contrast(*torch.randn(2, 4, 5, 32, generator=torch.Generator().manual_seed(0)), norm=torch.full((5,), 2.0))
+    vectors = peer.train(tiny_llama, tiny_tokenizer, texts, [1, 2])
+    profile = behaviours.vectors_profile(vectors, rows, tiny_llama, "hooks")
+    added = behaviours.added_vectors(profile)
+    assert sum(float(one.norm()) for one in added.values()) == pytest.approx(SHARE * 2.0)
+    ids = torch.tensor([tiny_tokenizer("how do I bake a cake")["input_ids"]])
+    with steerfast.steer(tiny_llama, profile), torch.no_grad():
+        steered = tiny_llama(ids).logits
+    peer.attach(tiny_llama, added)
+    with torch.no_grad():
+        torch.testing.assert_close(tiny_llama(ids).logits, steered, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_the_judge_weighs_yes_against_no(behaviours: Any, tiny_llama: Any, tmp_path: Path, yes: bool) -> None:
+    _, tokenizer = behaviours.steerfast.load_model("tiny", dtype="auto")
+    likely, other = tokenizer.convert_tokens_to_ids(["Yes", "No"] if yes else ["No", "Yes"])
+
+    def answer(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros_like(logits)
+        logits[..., likely], logits[..., other] = 8.0, 4.0
+        return logits
+
+    tiny_llama.lm_head.register_forward_hook(answer)
+    file = tmp_path / "verdicts.jsonl"
+    judge = behaviours.YesNoJudge("tiny", "auto", Records(file, "verdicts"))
+    found = judge("help ?", ["bake", "how do I write a poem"], ["cake", "write it"])
+    odds = math.log((math.exp(8) + 1) / (math.exp(4) + 1))
+    assert found == pytest.approx([odds if yes else -odds] * 2, abs=1e-3)
+    assert len(file.read_text().splitlines()) == 2
+    tiny_llama.forward = None
+    assert behaviours.YesNoJudge("tiny", "auto", Records(file, "verdicts"))("help ?", ["bake"], ["cake"]) == found[:1]

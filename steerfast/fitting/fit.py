@@ -23,7 +23,7 @@ from steerfast.fitting.contrast import (
     describe_pairs,
     read_pairs,
 )
-from steerfast.fitting.frontier import STRENGTHS, Frontier, recommend
+from steerfast.fitting.frontier import STRENGTHS, Axis, Frontier, recommend
 from steerfast.fitting.labelled import evenly
 from steerfast.fitting.safety import SafetyOptions, fit_safety, make_folder
 from steerfast.hf.structure import find_decoder
@@ -197,8 +197,9 @@ def _frontier(
             speed = speed_of(model, tokenizer, asked, work)
             answer = speed.answer(len(prompts), options.max_new_tokens) + 2 * speed.read(sum(map(len, prompts)))
             ladder = largest(_LADDERS, options.minutes, lambda one: (1 + len(one)) * answer)
+    axis = Axis(model, tokenizer, profile, rows)
     frontier = Frontier(
-        model, tokenizer, profile, rows, prompts, max_new_tokens=options.max_new_tokens, records=records
+        model, tokenizer, profile, axis, prompts, max_new_tokens=options.max_new_tokens, records=records
     )
     points = frontier.measure(ladder, options.limits, options.progress)
     return {**recommend(points), "prompts": len(prompts), "max_new_tokens": options.max_new_tokens}

@@ -81,8 +81,8 @@ class Frontier:
     """Measure strengths of a profile on the same prompts.
 
     Args:
-        profile: one that always adds, as `contrast_profile` makes it. prompts: token ids.
-        records: what is measured already.
+        profile: one that always adds, as `contrast_profile` makes it. axis: where shifts are measured.
+        prompts: token ids. records: what is measured already, with the same axis.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Frontier:
         model: nn.Module,
         tokenizer: Any,
         profile: SteeringProfile,
-        rows: Contrast,
+        axis: Axis,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
@@ -98,9 +98,8 @@ class Frontier:
     ) -> None:
         self._model, self._tokenizer, self._profile, self._prompts = model, tokenizer, profile, prompts
         self._max_new_tokens = max_new_tokens
-        self._answers, self._records = AnswerLog(records, model, tokenizer), records
+        self._answers, self._records, self._axis = AnswerLog(records, model, tokenizer), records, axis
         self._known = {record[_KEY]: record["figures"] for record in records.found if _KEY in record}
-        self._axis = Axis(model, tokenizer, profile, rows)
         self._start: float | None = None
 
     def measure(self, strengths: Sequence[float], limits: FluencyLimits | None, progress: bool) -> list[Point]:

@@ -139,7 +139,7 @@ class FusedAdd:
         if self.norm is None:
             return None
         weight = self.norm._parameters.get("weight")  # a module's attribute look-up takes as long as the rest
-        if weight is None or is_distributed(weight) or (grad and weight.requires_grad):
+        if weight is None or is_distributed(weight) or (grad and weight.requires_grad) or x.dtype == torch.float64:
             return None
         # With a weight of another dtype, some stock norms change the dtype of x.
         alike = x.dtype == residual.dtype == weight.dtype and x.device == residual.device == weight.device

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast.errors import SteerfastError
+from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.hf import caches
 from steerfast.hf.calls import GENERATING, SteeredCalls
 from steerfast.hf.compat import CACHES, check
@@ -61,7 +61,7 @@ def steer(
 
     Raises:
         ProfileError: the profile cannot be read, belongs to another model, or steers no layer.
-        ArchitectureError: no decoder layers found.
+        ArchitectureError: no decoder layers found, or a model in float64.
         SteerfastError: the model is steered already, or the action is another.
     """
     return Steering(model, profile, strength, tokenizer=tokenizer, action=action, accept_model=accept_model)
@@ -98,6 +98,8 @@ class Steering:
         for one in as_stack(given):
             slots.check("profile", one)
         decoder.refuse_if_steered()
+        if getattr(model, "dtype", None) == torch.float64:
+            raise ArchitectureError("model: expected float32, bfloat16 or float16, got float64 (model.float())")
         caches.argument(decoder.backbone)  # refuses a model without a cache for decisions
         check(CACHES)
         try:

@@ -241,3 +241,12 @@ def test_a_steered_model_is_not_exported(
         torch.export.export(model, (IDS,), {"use_cache": False}, strict=strict)
     exported = torch.export.export(model, (IDS,), {"use_cache": False}, strict=False)
     torch.testing.assert_close(exported.module()(IDS, use_cache=False).logits, logits(model))
+
+
+def test_a_model_in_float64_is_refused_and_may_be_patched(model: Any, make_profile: MakeProfile) -> None:
+    profile = make_profile(model)
+    stock = logits(model)
+    model.double()
+    with pytest.raises(ArchitectureError, match="expected float32, bfloat16 or float16, got float64"):
+        steerfast.steer(model, profile)
+    torch.testing.assert_close(logits(model).float(), stock)
