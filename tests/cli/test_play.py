@@ -78,7 +78,13 @@ class Answers:
 
 def start(*arguments: object) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "steerfast", "play", *map(str, arguments), "--port", "0", "--no-browser"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     assert process.stdout is not None
     return process, process.stdout.readline().strip()
 

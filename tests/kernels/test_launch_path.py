@@ -21,14 +21,14 @@ pytestmark = [
 ]
 
 STUB = """
-import json, time
+import itertools, json, time
 from types import SimpleNamespace
 import torch, triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-launches, compilations = [], []
+launches, compilations, loaded = [], [], itertools.count(1)
 
 class Launch:
     def __init__(self, src, metadata):
@@ -40,7 +40,7 @@ class Stub:
     launcher_cls = Launch
     utils = SimpleNamespace(
         get_device_properties=lambda device: dict(max_shared_mem=232448, multiprocessor_count=132),
-        load_binary=lambda name, kernel, shared, device: (object(), hash(kernel), 32, 0, 1024),
+        load_binary=lambda name, kernel, shared, device: (object(), next(loaded), 32, 0, 1024),
         unload_module=lambda module: None)
     def get_current_device(self): return 0
     def get_current_stream(self, device): return 7
