@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 
 import steerfast
 from steerfast.errors import SteerfastError
+from steerfast.evaluation.latency import random_profile
 from steerfast.hf.families import family_of
-from steerfast.hf.structure import find_decoder, identify
+from steerfast.hf.structure import find_decoder
 from steerfast.profile import Gate, SteeringProfile
 
 VOCABULARY, LAYERS, WIDTH, HEAD = 128, 4, 64, 16
@@ -213,20 +215,13 @@ class Reference:
         return torch.stack(found, dim=1)
 
 
-def random_profile(model: nn.Module, kind: str, threshold: float = 0.0) -> SteeringProfile:
+def profile_of(model: nn.Module, kind: str, threshold: float = 0.0) -> SteeringProfile:
     """Return a profile that adds a random vector at one layer."""
-    identity = identify(model)
-    generator = torch.Generator().manual_seed(0)
-    direction, vector = torch.randn(2, identity.num_layers, identity.hidden_size, generator=generator)
-    strength = torch.zeros(identity.num_layers)
-    strength[STEERED] = 1.0
-    return SteeringProfile(
-        model=identity,
-        direction=direction / direction.norm(dim=1, keepdim=True),
-        threshold=torch.full((identity.num_layers,), threshold),
-        vector=vector,
-        strength=strength,
-        norm=torch.ones(identity.num_layers),
+    given = random_profile(model, [STEERED])
+    return replace(
+        given,
+        threshold=torch.full_like(given.threshold, threshold),
+        strength=8 * given.strength,
         gate=Gate(kind=kind),  # type: ignore[arg-type]
         sensor=SENSOR if kind == "prompt" else "own",
         positions="response",
@@ -249,12 +244,12 @@ def compare(model: nn.Module) -> tuple[str, str]:
                 continue  # the stock model itself takes padding for tokens
             raise Unbuilt("its logits with a cache differ from those without")
         for kind in ("always", "prompt"):
-            profile = random_profile(model, kind)
+            profile = profile_of(model, kind)
             if kind == "prompt":
                 reference = Reference(model, profile)
                 reference.logits(ids[:, : prompt + 1], prompt)
                 low, high = float(reference.score.min()), float(reference.score.max())
-                profile = random_profile(model, kind, (low + high) / 2 if count > 1 else low - 0.01)
+                profile = profile_of(model, kind, (low + high) / 2 if count > 1 else low - 0.01)
             with steerfast.steer(model, profile) as steering:
                 ids_steered, steered = answered(model, given)
                 fired = steering.fired

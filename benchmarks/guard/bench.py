@@ -3,9 +3,10 @@
     python benchmarks/guard/bench.py guard/ --profile safety.safetensors --resume answers.jsonl --json bench.json
     python benchmarks/guard/bench.py guard/ --methods plain,beam,speculative --count 4
 
-Every method falls back on the same refusal where its answer ends over the budget, except `plain`; with --no-fallback
-none does. Judges of each answer: the cost model, to which the guarantee is relative; a rule on its text
-(`steerfast.judging.refusal`), which also labelled the training data; and --judge, which did not.
+Every method that asks the cost model falls back on the same refusal where its answer ends over the budget; with
+--no-fallback none does. `plain`, `steered` and `gate-or-refuse` do not ask it: it only scores their answers. Judges of
+each answer: the cost model, to which the guarantee is relative; a rule on its text (`steerfast.judging.refusal`), which
+also labelled the training data; and --judge, which did not.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def methods_of(
 
     Args:
         candidates: N of all methods. curve: further N, a row each, of InferenceGuard with its critic and speculative.
-        multiplier: λ. fallback: all of them but `plain` fall back on the refusal; False: none.
+        multiplier: λ. fallback: those that ask the cost model fall back on the refusal; False: none does.
 
     Raises:
         GuardError: an unknown name, or an N that a strategy refuses.
@@ -402,11 +403,14 @@ def _mean(values: Sequence[float]) -> float:
     "--methods",
     type=common.Items("METHODS", common.word, f"some of {', '.join(METHODS)}"),
     metavar="NAMES",
-    help=f"Comma list of {', '.join(METHODS)}; the last two need --profile.  [default: all]",
+    help=f"Comma list of {', '.join(METHODS)}; the last three need --profile.  [default: all]",
 )
 @guard_options
 @click.option(
-    "--fallback/--no-fallback", default=True, show_default=True, help="Of all methods except plain, or of none."
+    "--fallback/--no-fallback",
+    default=True,
+    show_default=True,
+    help="Of all methods that ask the cost model, or of none.",
 )
 @click.option(
     "--judge", metavar="JUDGE", help="Another judge, as for steerfast eval: openai:MODEL@URL, classifier:MODEL."

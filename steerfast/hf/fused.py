@@ -33,9 +33,11 @@ __all__ = ["CompiledEdit", "FusedAdd", "is_fused", "is_patched", "patch", "set_c
 
 
 class Steps(Protocol):
-    """Hold the step of the forward pass that runs, see `steerfast.hf.step.Stepper`."""
+    """Hold the step of the forward pass that runs, and give its edits, see `steerfast.hf.step.Stepper`."""
 
     step: Step | None
+
+    def edit(self, layer: int, x: Tensor, residual: Tensor | None) -> LayerEdit | None: ...
 
 
 class CompiledEdit(NamedTuple):
@@ -96,19 +98,18 @@ class FusedAdd:
             x, residual: [N, T, H]. fuse: the pass may be fused.
             step: steers in place of the step of the pass.
         """
-        if step is None and self.steps is not None:
-            step = self.steps.step
+        source = self.steps if step is None else step
         traced = torch.compiler.is_compiling()
         if not traced:
             x, residual = x.contiguous(), residual.contiguous()
         grad = torch.is_grad_enabled()
         edit = None
-        if step is not None:
+        if source is not None:
             if grad:
                 with torch.no_grad():
-                    edit = step.edit(self.layer, x, residual)
+                    edit = source.edit(self.layer, x, residual)
             else:  # entering the context takes longer than the decision
-                edit = step.edit(self.layer, x, residual)
+                edit = source.edit(self.layer, x, residual)
         if traced:  # the compiler fuses this with the norm, so the seam keeps nothing
             return residual + x if edit is None else add_steer_torch(x, residual, edit.operands)
         differentiable = grad and (x.requires_grad or residual.requires_grad)

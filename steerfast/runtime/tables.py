@@ -74,14 +74,11 @@ def prompt_rows(
     """
     count, width = valid.shape
     column = torch.arange(width, dtype=torch.int32, device=valid.device)
-    until = (
-        prompt_columns
-        if isinstance(prompt_columns, Tensor)
-        else valid.new_tensor([min(prompt_columns, width)], dtype=torch.int32)
-    )
-    until = until.expand(count)[:, None]
+    if not isinstance(prompt_columns, Tensor):
+        prompt_columns = valid.new_full((count,), min(prompt_columns, width), dtype=torch.int32)
+    until = prompt_columns[:, None]
     last = torch.where(valid & (column < until), column, -1).amax(dim=1)
-    last = torch.where(until[:, 0] > width, width, last)
+    last = torch.where(prompt_columns > width, width, last)
     edited = valid[..., None] & ((column[:, None] >= last[:, None, None]) | ~after_prompt[:, None])
     edited &= column[:, None] < until[..., None] + answer_rows[:, None]
     start = torch.arange(count, dtype=torch.int32, device=valid.device) * width

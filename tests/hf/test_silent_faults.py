@@ -250,3 +250,13 @@ def test_a_model_in_float64_is_refused_and_may_be_patched(model: Any, make_profi
     with pytest.raises(ArchitectureError, match="expected float32, bfloat16 or float16, got float64"):
         steerfast.steer(model, profile)
     torch.testing.assert_close(logits(model).float(), stock)
+
+
+def test_a_layer_that_runs_before_any_step_is_not_left_unsteered(model: Any, make_profile: MakeProfile) -> None:
+    rows, layer = torch.randn(1, 3, 32), model.model.layers[2]
+    places = torch.arange(3)[None]
+    given = {"position_embeddings": model.model.rotary_emb(rows, places), "attention_mask": None}
+    with torch.no_grad():
+        layer(rows, **given)
+        with steerfast.steer(model, make_profile(model, kind="always", positions="all")), pytest.raises(AssertionError):
+            layer(rows, **given)
