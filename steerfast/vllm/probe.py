@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from steerfast.errors import ArchitectureError
 from steerfast.vllm import compat
 
-__all__ = ["LayerProbe", "uncompiled"]
+__all__ = ["LayerProbe", "uncompiled", "zeroed"]
 
 NOTICED = 0.05  # a change, as a share of the output's norm: about 1 where the tensor is read, 0 where it is not
 CANCELLED = 0.1  # the change that a moved amount leaves, as a share of the change by the residual alone
@@ -28,8 +28,8 @@ class LayerProbe:
 
     Args:
         layers: all decoder layers; those of other stages of a pipeline are placeholders.
-        run: passes the rows, and returns the last hidden states, or None where another stage follows. All ranks of
-            tensor parallelism run as many passes.
+        run: passes the rows, the same each time (see `zeroed`), and returns the last hidden states, or None where
+            another stage follows. All ranks of tensor parallelism run as many passes.
         ranks: of tensor parallelism.
     """
 
@@ -100,8 +100,7 @@ class LayerProbe:
         for number, layer in enumerate(self._layers):
             layer.forward = probed(number, layer.forward)
         try:
-            with _zeroed():
-                outputs[-1] = _copies(self._run())
+            outputs[-1] = _copies(self._run())
         finally:
             for layer in self._layers:
                 del layer.forward
@@ -122,15 +121,15 @@ def _amount(pair: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _zeroed() -> Iterator[None]:
+def zeroed() -> Iterator[None]:
     """Let new tensors hold zeros. Without requests some attention and Mamba layers return memory as it was."""
     kept = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
-    def zeroed(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def zeros_of(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: make(*args, **kwargs).zero_()
 
     for name, make in kept.items():
-        setattr(torch, name, zeroed(make))
+        setattr(torch, name, zeros_of(make))
     try:
         yield
     finally:

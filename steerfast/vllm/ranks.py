@@ -18,7 +18,10 @@ from steerfast.errors import ArchitectureError
 from steerfast.vllm import compat
 from steerfast.vllm.ops import is_captured
 
-__all__ = ["RowLayout", "gather_ranks"]
+__all__ = ["RowLayout", "gather_ranks", "sums_exactly"]
+
+CLOSE = 0.05  # rows that differ by rounding alone, as a share of their norm; partial sums differ by most of it
+SKETCHED = 64  # numbers of a sketch of rows
 
 
 class RowLayout:
@@ -28,21 +31,26 @@ class RowLayout:
         model: the name of its class, for errors.
         ranks: of tensor parallelism.
         gather: returns an int64 tensor of every rank, [ranks, ...]; all ranks call it.
+        exact: the sums of ranks have the same bits on every rank, so rows must have, too. Otherwise rows must be
+            close. vLLM adds up in another order on each of three CPU ranks or more.
 
     Attributes:
         rows: rows of the current pass, padding included; None: not known.
     """
 
-    def __init__(self, model: str, ranks: int = 1, gather: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, model: str, ranks: int = 1, gather: Callable[[Tensor], Tensor] | None = None, exact: bool = True
+    ) -> None:
         self.rows: int | None = None
-        self._model, self._ranks, self._gather = model, ranks, gather
+        self._model, self._ranks, self._gather, self._exact = model, ranks, gather, exact
         self._compared: set[int] = set()
 
     @classmethod
     def of(cls, model: nn.Module) -> RowLayout:
         """Return the layout of a vLLM model."""
         group = compat.get_tp_group()
-        layout = cls(type(model).__name__, group.world_size, partial(gather_ranks, group=group.cpu_group))
+        gather = partial(gather_ranks, group=group.cpu_group)
+        layout = cls(type(model).__name__, group.world_size, gather, sums_exactly(group, gather))
         layout.watch(model)
         return layout
 
@@ -72,14 +80,13 @@ class RowLayout:
                 f"model: expected a pass of {self._model} before its graphs are captured, to compare ranks at layer "
                 f"{layer}, got none"
             )
-        sums = [_checksum(rows) for rows in (stream, stream if addend is None else addend)]
-        count = torch.tensor(len(stream), dtype=torch.int64)
-        every = self._gather(torch.stack([count, *(each.cpu() for each in sums)]))
+        prints = [self._print(rows).cpu() for rows in (stream, stream if addend is None else addend)]
+        every = self._gather(torch.cat([torch.tensor([len(stream)]), *prints]))
         # All ranks see the same numbers, so all raise or none does.
         for rows in every[:, 0].tolist():
             if rows != (len(stream) if self.rows is None else self.rows):
                 self._refuse_rows(layer, rows)
-        stream_differs, addend_differs = (every[:, 1:] != every[0, 1:]).any(dim=0).tolist()
+        stream_differs, addend_differs = map(self._differs, every[:, 1:].tensor_split(2, dim=1))
         if stream_differs:
             raise ArchitectureError(
                 f"model: {self._model} hands on other rows of the residual stream after layer {layer} on each of "
@@ -92,6 +99,17 @@ class RowLayout:
                 "ranks, and a profile reads rows there (a gate, or an edit other than 'add'); use profiles that only "
                 "add, without a gate at that layer, or --tensor-parallel-size 1"
             )
+
+    def _print(self, rows: Tensor) -> Tensor:
+        """Return int64 [m] that tells rows apart, to the bit or, as a sketch in float64, by their values."""
+        return _checksum(rows)[None] if self._exact else _sketch(rows).view(torch.int64)
+
+    def _differs(self, prints: Tensor) -> bool:
+        """Return whether the rows behind prints [ranks, m] differ."""
+        if self._exact:
+            return bool((prints != prints[0]).any())
+        sketches = prints.contiguous().view(torch.float64)
+        return bool(((sketches - sketches[0]).norm(dim=1) > CLOSE * sketches[0].norm()).any())
 
     def _refuse_rows(self, layer: int, rows: int) -> None:
         raise ArchitectureError(
@@ -122,6 +140,24 @@ def _checksum(rows: Tensor) -> Tensor:
     """Return an int64 sum over the bits of rows, each row by its number. It depends on no order of adding up."""
     bits = rows.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
     return (bits.sum(dim=1, dtype=torch.int64) * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
+
+
+def _sketch(rows: Tensor) -> Tensor:
+    """Return float64 [64], sums over the entries of rows with random signs. It keeps distances of rows, nearly."""
+    entries = rows.double().nan_to_num().flatten()
+    signs = torch.randint(0, 2, entries.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sums = torch.zeros(SKETCHED, dtype=torch.float64, device=rows.device)
+    places = torch.arange(len(entries), device=rows.device) % SKETCHED
+    return sums.index_add_(0, places, entries * signs.to(rows.device))
+
+
+def sums_exactly(group: Any, gather: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether a group of vLLM's ranks adds up to the same bits on every rank."""
+    if group.world_size == 1:
+        return True
+    drawn = torch.rand(64, 64, generator=torch.Generator().manual_seed(group.rank_in_group)).to(group.device)
+    sums = gather(_checksum(group.all_reduce(drawn)).cpu()[None])
+    return bool((sums == sums[0]).all())
 
 
 def gather_ranks(own: Tensor, group: Any = None) -> Tensor:

@@ -19,7 +19,7 @@ from steerfast.vllm.compat import around
 from steerfast.vllm.config import ServingConfig, identity_of, splits_prompts
 from steerfast.vllm.layers import check_scale, find_layers, sketch_of, steer_layers
 from steerfast.vllm.ops import activate
-from steerfast.vllm.probe import LayerProbe, uncompiled
+from steerfast.vllm.probe import LayerProbe, uncompiled, zeroed
 from steerfast.vllm.ranks import RowLayout
 from steerfast.vllm.weights import watch_weights
 from steerfast.vllm.worker import WorkerRuntime, WorkerShape
@@ -46,7 +46,7 @@ def attach(runner: Any, config: ServingConfig) -> WorkerRuntime:
     check_scale(layers, vllm_config.model_config.dtype)
 
     def pass_rows() -> Any:
-        with compat.set_current_vllm_config(vllm_config), uncompiled(model):
+        with compat.set_current_vllm_config(vllm_config), uncompiled(model), zeroed():
             return compat.dummy_run(runner, min(PROBED_ROWS, vllm_config.scheduler_config.max_num_batched_tokens))
 
     adding = LayerProbe(layers, pass_rows, compat.get_tp_group().world_size).adding_classes()

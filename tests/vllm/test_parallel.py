@@ -28,7 +28,7 @@ from steerfast.vllm.assignment import stack_to_extra
 from steerfast.vllm.config import ServingConfig, layers_of, reading_layers
 from steerfast.vllm.layers import wrap_forward
 from steerfast.vllm.ops import activate
-from steerfast.vllm.ranks import RowLayout, gather_ranks
+from steerfast.vllm.ranks import RowLayout, gather_ranks, sums_exactly
 from steerfast.vllm.worker import WorkerRuntime, WorkerShape
 
 RANKS, PROMPT = 4, 5
@@ -233,12 +233,12 @@ def test_ranks_are_compared_in_the_first_pass_alone(answers, profiles) -> None:
 # -- the check ---------------------------------------------------------------------------------------------------------
 
 
-def compared(ranks: list[tuple[Tensor, Tensor | None]]) -> None:
+def compared(ranks: list[tuple[Tensor, Tensor | None]], exact: bool = True) -> None:
     """Check one layer on ranks with these streams and addends."""
     group = Threads(len(ranks))
 
     def check(number: int) -> None:
-        layout = RowLayout("Toy", len(ranks), group.rank(number).gather)
+        layout = RowLayout("Toy", len(ranks), group.rank(number).gather, exact)
         layout.rows = len(ranks[0][0])
         layout.check(7, *ranks[number])
 
@@ -260,6 +260,45 @@ def test_one_bit_of_one_row_tells_ranks_apart(dtype) -> None:
         compared([(rows, rows), (rows, other)])
     with pytest.raises(ArchitectureError, match="other rows"):
         compared([(rows, None), (rows.flip(0), None)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_ranks_that_add_up_in_another_order_may_differ_by_rounding(dtype) -> None:
+    parts = [random_rows(6, seed) for seed in range(3)]
+    rows = [sum(part.to(dtype) for part in order) for order in (parts, parts[1:] + parts[:1], parts[::-1])]
+    assert not torch.equal(rows[0], rows[1])
+    rows[0][2, 3] = rows[1][2, 3] = rows[2][2, 3] = torch.nan
+    compared([(each, None) for each in rows], exact=False)
+    compared([(each, each) for each in rows], exact=False)
+    with pytest.raises(ArchitectureError, match="other rows of the residual stream"):
+        compared([(each, None) for each in rows])
+    other = rows[1] * 1.1
+    with pytest.raises(ArchitectureError, match="other rows of the residual stream"):
+        compared([(rows[0], None), (other, None)], exact=False)
+    with pytest.raises(ArchitectureError, match="leaves the output of layer 7 un-reduced on 3"):
+        compared([(rows[0], rows[0]), (rows[1], rows[1]), (rows[2], other)], exact=False)
+    with pytest.raises(ArchitectureError, match="other rows"):
+        compared([(rows[0], None), (rows[0].flip(0), None)], exact=False)
+    with pytest.raises(ArchitectureError, match="other rows"):
+        compared([(part.to(dtype), None) for part in parts], exact=False)
+
+
+@pytest.mark.parametrize(("turned", "exact"), [(0, True), (1, False)])
+def test_a_group_is_asked_whether_its_sums_have_the_same_bits(turned, exact) -> None:
+    threads = Threads(3)
+
+    def ask(number: int) -> bool:
+        def all_reduce(x: Tensor) -> Tensor:
+            every = threads.exchange(number, x)
+            first = turned * number
+            return sum(every[first:] + every[:first])
+
+        group = SimpleNamespace(world_size=3, rank_in_group=number, device=torch.device("cpu"), all_reduce=all_reduce)
+        return sums_exactly(group, threads.rank(number).gather)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(ask, range(3))) == [exact] * 3
+    assert sums_exactly(SimpleNamespace(world_size=1), torch.stack)
 
 
 def test_one_rank_alone_checks_its_rows() -> None:
