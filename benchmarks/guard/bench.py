@@ -166,7 +166,7 @@ def run_bench(
     chosen = BenchOptions(**options)
     asked = alternate(harmful, harmless)
     guards = _guards(model, tokenizer, trained, methods, chosen)
-    digests = _digests(model, tokenizer, trained, methods, chosen, next(iter(guards.values())).budget.budget)
+    digests = _digests(model, tokenizer, trained, methods, chosen, asdict(next(iter(guards.values())).budget))
     log = Records(chosen.resume, "answers")
     known = {
         (record["settings"], record["prompt"]): record
@@ -218,7 +218,7 @@ def _digests(
     trained: Trained,
     methods: Sequence[Method],
     options: BenchOptions,
-    budget: float,
+    budget: dict[str, Any],
 ) -> dict[str, str]:
     """Return a digest of everything that an answer depends on, for each method."""
     tensors = {"cost": trained.cost.tensors, "reward": trained.reward.tensors, "critic": trained.critic.state_dict()}

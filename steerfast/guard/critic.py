@@ -33,7 +33,8 @@ _KIND = "critic"
 class CriticSettings:
     """Hyper-parameters; the defaults are the paper's (its table 3), except `depth` and `validation`.
 
-    width, depth: of the hidden layers (GELU). batch_size: states per step. discount, budget: see `SafetyBudget`.
+    width, depth: of the hidden layers (GELU). batch_size: states per step. discount, budget, refund: see
+    `SafetyBudget`.
     validation: share of the prompts that only the calibration curve sees.
     """
 
@@ -44,6 +45,7 @@ class CriticSettings:
     discount: float = 0.999
     batch_size: int = 8
     budget: float = 10.0
+    refund: bool = False
     validation: float = 0.1
     seed: int = 0
 
@@ -56,12 +58,12 @@ class CriticSettings:
             raise GuardError(f"learning_rate: expected a number above 0, got {self.learning_rate!r}")
         if not 0 <= self.validation < 1:
             raise GuardError(f"validation: expected a share from 0 to below 1, got {self.validation!r}")
-        SafetyBudget(self.budget, self.discount)  # refuses numbers out of range
+        _ = self.safety  # refuses numbers out of range
 
     @property
     def safety(self) -> SafetyBudget:
-        """Return the budget and discount that the critic is trained for."""
-        return SafetyBudget(self.budget, self.discount)
+        """Return the budget that the critic is trained for."""
+        return SafetyBudget(self.budget, self.discount, self.refund)
 
 
 class Critic(nn.Module):
@@ -144,7 +146,13 @@ class Critic(nn.Module):
     def load(cls, path: parts.AnyPath) -> Critic:
         """Read a critic; GuardError if the file is missing, damaged or no critic."""
         tensors, header, identity = parts.read_file(path, _KIND)
-        critic = cls(identity, CriticSettings(**header["settings"]), header["prompt_layer"])
+        known, settings = set(vars(CriticSettings())), header["settings"]
+        if set(settings) != known:
+            named = ", ".join(sorted(known.symmetric_difference(settings)))
+            raise GuardError(
+                f"{str(path)!r}: a critic of another version, whose settings differ in {named}; train again"
+            )
+        critic = cls(identity, CriticSettings(**settings), header["prompt_layer"])
         critic.load_state_dict(tensors)
         critic.calibration = header["calibration"]
         return critic.eval().requires_grad_(False)

@@ -61,7 +61,7 @@ class GuardOptions:
         None: every prompt is searched. strength: multiplies its strengths.
     fired: the action if the gate fires: ``search``, ``steer`` by the profile, ``both``, or ``refuse``: the refusal, at
         once. With ``steer`` and ``refuse`` nothing is searched, not even undecided prompts.
-    budget, discount: d and γ; None: the critic's, without a critic 10 and 0.999.
+    budget, discount, refund: see `SafetyBudget`; None: the critic's, without a critic its defaults.
     strategy: None: `Strategy.speculative`, with the critic if there is one. refusal: the answer it falls back on.
     certify: whether plain answers behind a shut gate are scored. Those over the budget are then searched for, unless
         `fired` is ``steer`` or ``refuse``.
@@ -74,6 +74,7 @@ class GuardOptions:
     strength: float = 1.0
     budget: float | None = None
     discount: float | None = None
+    refund: bool | None = None
     strategy: Strategy | None = None
     refusal: str = REFUSAL
     certify: bool = True
@@ -115,7 +116,7 @@ class Guard:
         assert backend is not None
         self.model, self.tokenizer, self.cost, self.backend = model, tokenizer, cost, backend
         base = SafetyBudget() if chosen.critic is None else chosen.critic.settings.safety
-        given = {"budget": chosen.budget, "discount": chosen.discount}
+        given = {name: getattr(chosen, name) for name in vars(base)}
         self.budget = replace(base, **{name: value for name, value in given.items() if value is not None})
         self.default = chosen.strategy or Strategy.speculative(critic=chosen.critic is not None)
         self.refusal = with_end(tokenizer, tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"])

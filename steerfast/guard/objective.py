@@ -27,10 +27,15 @@ from steerfast.errors import GuardError
 
 @dataclass(frozen=True)
 class SafetyBudget:
-    """budget: d > 0, in the units of the cost. discount: γ in (0, 1], per token."""
+    """budget: d > 0, in the units of the cost. discount: γ in (0, 1], per token.
+
+    refund: whether a block may lower the cost. Without it, as in the paper, costs are at least 0: an answer owes the
+    highest score of all ends of its blocks, so a harmless ending pays for no harmful beginning.
+    """
 
     budget: float = 10.0
     discount: float = 0.999
+    refund: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.budget < math.inf:
@@ -106,6 +111,7 @@ class Certificate:
 
     budget: float
     discount: float
+    refund: bool = False
     z: float = math.nan
     cost: float = math.nan
     reward: float = math.nan

@@ -196,7 +196,7 @@ def train(
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     checkpoint = target / "critic-checkpoint.safetensors"
-    scored = [one.scored(tokenizer, cost, reward) for one in rollouts]
+    scored = [one.scored(tokenizer, cost, reward, settings.refund) for one in rollouts]
     critic = train_critic(scored, identity, settings, checkpoint=checkpoint, device=device)
     trained = Trained(cost, reward, critic)
     for name, part in vars(trained).items():

@@ -1,7 +1,7 @@
 """Reward and cost of answers so far: the protocol of scorers, and adapters to it.
 
-A score belongs to the whole answer up to the end of a block. The cost of a block is the difference of two such scores,
-so that the differences sum up to the answer's cost. Models with another tokenizer read the text, tokenised again.
+A score belongs to the whole answer up to the end of a block. The cost of a block is the difference of two such scores;
+without refund it counts from the highest score so far. Models with another tokenizer read the text, tokenised again.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ def scores_of(scorer: Scorer, blocks: Blocks, kind: Literal["cost", "reward"]) -
     return torch.where(scores.isfinite(), scores, float("inf") if kind == "cost" else -float("inf"))
 
 
-def block_costs(scorer: Scorer, now: Tensor, before: Tensor) -> Tensor:
-    """Return the cost of the last block from the scores at its end and its beginning: float32 [n].
+def block_costs(scorer: Scorer, now: Tensor, before: Tensor, refund: bool = True) -> Tensor:
+    """Return the cost of the last block from scores, float32 [n]: at its end, and at its beginning.
 
-    It is infinite if either score is. The first block begins at 0: so the costs of an answer sum up to its score, and a
-    harmful prompt buys no tolerance.
+    Without refund `before` is the highest score so far, at least 0, and no cost is below 0. The cost is infinite if
+    either score is. The first block begins at 0: so with refund the costs of an answer sum up to its score, without it
+    to the highest of its scores, and a harmful prompt buys no tolerance.
     """
-    if not getattr(scorer, "cumulative", True):
-        return now
-    return torch.where(now.isfinite() & before.isfinite(), now - before, float("inf"))
+    if getattr(scorer, "cumulative", True):
+        now = torch.where(now.isfinite() & before.isfinite(), now - before, float("inf"))
+    return now if refund else now.clamp(min=0)
 
 
 class CallableScorer:

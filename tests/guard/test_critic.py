@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,15 @@ def test_another_models_critic_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(GuardError, match="expected a head, got critic"):
         HiddenHead.load(file)
+
+
+def test_settings_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, critic = tmp_path / "critic.safetensors", Critic(MODEL, CriticSettings(width=4))
+    for changed in ({"older": 1}, {"older": 1, "width": 4}):
+        monkeypatch.setattr(critic, "settings", SimpleNamespace(**changed))
+        critic.save(file)
+        with pytest.raises(GuardError, match=r"a critic of another version, whose settings differ in .*older"):
+            Critic.load(file)
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,9 @@ def test_refusal_is_given_and_certified(model: Any, tiny_tokenizer: Any) -> None
 
 def test_heads_and_critic_read_the_same_pass(model: Any, tiny_tokenizer: Any, head: HiddenHead) -> None:
     identity = identify(model, tiny_tokenizer)
-    critic = Critic(identity, CriticSettings(width=16, budget=3.0, discount=0.98))
+    critic = Critic(identity, CriticSettings(width=16, budget=3.0, discount=0.98, refund=True))
     guard = Guard(model, tiny_tokenizer, cost=head, critic=critic)
-    assert guard.budget == SafetyBudget(3.0, 0.98)  # the critic's, where the caller names none
+    assert guard.budget == SafetyBudget(3.0, 0.98, True)  # the critic's, where the caller names none
     assert guard.default.critic
     passes: list[tuple[int, ...]] = []
     handle = model.model.register_forward_pre_hook(

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from made_up_rollouts import ASKED, MODEL, OPTIONS, PROMPTS, MadeUp, kill, roll_out, roll_out_and_stall
 
 from steerfast.errors import GuardError
@@ -69,17 +71,37 @@ def test_costs_are_those_of_blocks_and_rewards_of_answers() -> None:
         return [{2: 1.5, 3: 4.0, 1: -2.0}[len(answer)] + blocks.prompts[0][0] - 1 for answer in blocks.answers]
 
     scorer = CallableScorer(table, takes="blocks")
-    found = by_hand().scored(None, scorer, scorer)
+    found = by_hand().scored(None, scorer, scorer, refund=True)
     assert found.cost is not None
     assert found.cost.tolist() == [1.5, 2.5, -2.0, 1.5]
     assert found.reward is not None
     assert found.reward.tolist() == [4.0, -2.0, 1.5]
     alone = CallableScorer(table, takes="blocks", cumulative=False)
-    found = by_hand().scored(None, alone, alone)
+    found = by_hand().scored(None, alone, alone, refund=True)
     assert found.cost is not None
     assert found.cost.tolist() == [1.5, 4.0, -2.0, 1.5]
+    found = by_hand().scored(None, alone, alone)
+    assert found.cost is not None
+    assert found.cost.tolist() == [1.5, 4.0, 0.0, 1.5]
     assert found.reward is not None
     assert found.reward.tolist() == [5.5, -2.0, 1.5]
+
+
+@given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_without_refund_an_answer_owes_the_highest_of_its_scores(scores: list[list[float]]) -> None:
+    owner = torch.tensor([n for n, each in enumerate(scores) for _ in each])
+    ends = torch.tensor([1 + n for each in scores for n in range(len(each))])
+    answers = [list(range(len(each))) for each in scores]
+    done = torch.ones(len(scores), dtype=torch.bool)
+    rollouts = Rollouts([1], "why ?", "harmful", answers, done, owner, ends, torch.zeros(len(owner), 4))
+    scorer = CallableScorer(lambda blocks: [one for each in scores for one in each], takes="blocks")
+    found = rollouts.scored(None, scorer, scorer).cost
+    assert found is not None
+    assert float(found.min()) >= 0
+    for number, each in enumerate(scores):
+        costs = found[owner == number].double()
+        highest = torch.tensor([0.0, *each], dtype=torch.float64).cummax(0).values[1:]
+        torch.testing.assert_close(costs.cumsum(0), highest, rtol=1e-5, atol=1e-5)
 
 
 def test_scores_that_are_no_numbers_fail_closed() -> None:

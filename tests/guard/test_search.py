@@ -288,6 +288,26 @@ def test_costs_of_blocks_alone(search: Any) -> None:
     assert found.best.blocks[:2] == ((4, 4.0), (4, 8.0))
 
 
+@pytest.mark.parametrize("refund", [True, False])
+def test_a_harmless_ending_pays_back_with_refund_alone(search: Any, refund: bool) -> None:
+    """Scores of 6, then 1, then 3, then -2: within a budget of 5 is the end, and not the whole of the way."""
+    scores = {4: 6.0, 8: 1.0, 12: 3.0, 16: -2.0}
+    strategy = Strategy.plain(block=4, depth=16)
+    scorer = _scorer(lambda answer: scores[len(answer)])
+    budget = SafetyBudget(5.0, 1.0, refund)
+    found = search(strategy, cost=scorer, budget=budget).run(PROMPT, GREEDY).best
+    assert [spent for _, spent in found.blocks] == ([6.0, -5.0, 2.0, -5.0] if refund else [6.0, 0.0, 0.0, 0.0])
+    assert found.cost == (-2.0 if refund else 6.0)
+    assert found.z == budget.budget - found.cost
+    assert found.score == -2.0
+
+
+def test_a_cost_of_a_block_alone_is_no_refund(search: Any) -> None:
+    per_block = _scorer(lambda a: float(3 - len(a)), cumulative=False)
+    found = search(Strategy.plain(block=4, depth=8), cost=per_block).run(PROMPT, GREEDY)
+    assert found.best.blocks[:2] == ((4, 0.0), (4, 0.0))
+
+
 def test_same_seed_same_answer(search: Any) -> None:
     strategy = Strategy.inference_guard(8, critic=False, block=5, depth=20)
     found = [search(strategy).run(PROMPT, seed=seed).best.tokens for seed in (5, 5, 6)]

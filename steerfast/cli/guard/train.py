@@ -44,6 +44,12 @@ if TYPE_CHECKING:
     help="Log-odds by which an answer must be likelier safe than unsafe to stay within the budget.",
 )
 @click.option("--discount", type=float, default=0.999, show_default=True, metavar="NUMBER")
+@click.option(
+    "--refund/--no-refund",
+    default=False,
+    show_default=True,
+    help="Whether a harmless ending lowers the cost of an answer. Without it no block does.",
+)
 @click.option("--width", type=int, default=4096, show_default=True, help="Of the critic's hidden layer.")
 @click.option("--epochs", type=int, default=50, show_default=True, metavar="N")
 @click.option("--learning-rate", type=float, default=1e-5, show_default=True, metavar="NUMBER")
@@ -73,7 +79,9 @@ def command(output: str, profile_file: str | None, json_file: str | None, **opti
     def given(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names}
 
-    settings = CriticSettings(**given("width", "epochs", "learning_rate", "batch_size", "budget", "discount", "seed"))
+    settings = CriticSettings(
+        **given("width", "epochs", "learning_rate", "batch_size", "budget", "discount", "refund", "seed")
+    )
     profile = common.load_profile(profile_file) if profile_file else None
     prompts = prompt_sets(**given("harmful", "harmless", "count", "seed"))
     model, tokenizer = common.load_model(options["model_name"], options["dtype"], options["device"])
