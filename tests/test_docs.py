@@ -7,6 +7,7 @@ import copy
 import importlib
 import inspect
 import re
+import runpy
 import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -313,3 +314,9 @@ def test_evaluation_from_python(here: dict[str, Any], capsys: pytest.CaptureFixt
     assert printed.startswith("# Evaluation of ")
     assert "| ours: " in printed
     assert "short" in printed  # the judge of one's own
+
+
+def test_charts_are_those_of_the_landed_results() -> None:
+    charts = runpy.run_path(str(ROOT / "benchmarks" / "chart.py"))["CHARTS"]
+    for name, draw in charts.items():
+        assert (ROOT / "docs" / name).read_text("utf-8") == draw().svg(), "run python benchmarks/chart.py"
