@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._progress import track
-from steerfast.errors import PromptError
+from steerfast.errors import ArchitectureError, PromptError
 from steerfast.profile.checks import is_count
 from steerfast.text.encoding import pad_token
 
@@ -69,8 +69,18 @@ def batches(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's first parameter."""
-    return next(model.parameters()).device
+    """Return the device of a model's inputs: of its first parameter, or where accelerate runs an offloaded one."""
+    first = next(model.parameters())
+    if not first.is_meta:
+        return first.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    running = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in running if device is not None), None)
+    if device is None:
+        raise ArchitectureError(
+            "model: expected weights, or accelerate's hooks that load them, got a model without both"
+        )
+    return torch.device(device)
 
 
 @contextmanager

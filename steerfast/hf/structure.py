@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.profile import ModelIdentity, embedding_sketch, sketched_rows
@@ -95,11 +96,35 @@ def weights_fingerprint(model: nn.Module) -> str:
     """Return a SHA-256 over names, shapes and a few values of every tensor: it differs between fine-tunes."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        few = flat[:: max(1, len(flat) // 16)][:16]
+        few = _offloaded_values(model, name) if tensor.is_meta else _few_values(tensor)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(few.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(few)
     return digest.hexdigest()
+
+
+def _few_values(tensor: Tensor) -> bytes:
+    """Return the bytes of at most 16 values of a tensor; of a quantised one, of each tensor inside it."""
+    if is_traceable_wrapper_subclass(tensor) and not is_distributed(tensor):
+        return b"".join(_few_values(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    flat = tensor.detach().reshape(-1)
+    few = flat[:: max(1, len(flat) // 16)][:16]
+    return few.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _offloaded_values(model: nn.Module, name: str) -> bytes:
+    """Return the bytes of a few values of a tensor that accelerate offloads; ArchitectureError if it does not."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if hasattr(module, "_hf_hook"):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            tensor = getattr(module, leaf)
+            if not tensor.is_meta:
+                return _few_values(tensor)
+    raise ArchitectureError(
+        f"model: expected weights, or accelerate's hooks that load them, found neither for {name!r}"
+    )
 
 
 def identify(model: nn.Module, tokenizer: Any = None) -> ModelIdentity:
