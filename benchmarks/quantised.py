@@ -1,9 +1,11 @@
 """Steer one model with weights of half precision, of 8 and of 4 bits, and offloaded: is it right, do thresholds hold?
 
     pip install torchao bitsandbytes optimum-quanto accelerate
-    python benchmarks/quantised.py FOLDER safety.safetensors --json --markdown docs/quantised.md
+    python benchmarks/quantised.py --json --markdown docs/quantised.md
+    python benchmarks/quantised.py FOLDER safety.safetensors --schemes bfloat16,nf4
 
-FOLDER holds the model that the profile was made for. Each scheme loads it by the library's config in transformers.
+FOLDER holds the model that the profile was made for, by default SmolLM2-135M-Instruct and its shipped profile. Each
+scheme loads it by its library's config in transformers.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steerfast
 from steerfast._versions import installed_version
+from steerfast.evaluation.demo import shipped_profile
 from steerfast.evaluation.drift import calibrated, compare, live_scores
 from steerfast.fitting.labelled import evenly
 from steerfast.hf.families import family_of
+from steerfast.hf.loading import DEMO_MODEL, checkpoint
 from steerfast.hf.structure import find_decoder, weights_fingerprint
 from steerfast.profile import SteeringProfile
 from steerfast.text.corpus import corpus
@@ -175,11 +179,11 @@ SmolLM2-135M-Instruct and its shipped profile, which was made in float32; torch 
 {hardware}. This command writes the page, and [lines](../benchmarks/results/quantised-cpu.jsonl):
 
 ```
-python benchmarks/quantised.py FOLDER safety.safetensors --json --markdown docs/quantised.md
+python benchmarks/quantised.py --json --markdown docs/quantised.md
 ```
 
 - Error: the largest difference of next-token logits from vectors added by hand, in float64, on the same weights, as a
-  share of the effect of steering; without the gate, by hooks, and by fused layers.
+  share of the effect of steering; without the gate, by hooks, and by fused layers. Those add in float32 and round once.
 - Fire: of {harmful} harmful and {harmless} harmless prompts of the corpus' split `calibrate`, which set the threshold.
   Other: decisions that differ from float32's. Moved: the largest difference of a score from float32's.
 - Drift: the verdict of `steerfast drift` on the harmless prompts, and the Kolmogorov distance of their scores.
@@ -206,17 +210,22 @@ def page(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("folder")
-@click.argument("profile_file", metavar="PROFILE")
+@click.argument("folder", required=False)
+@click.argument("profile_file", metavar="PROFILE", required=False)
 @click.option("--schemes", default=",".join(SCHEMES), show_default=True, help="Comma list; float32 is always first.")
 @click.option("--count", type=click.IntRange(min=1), default=200, show_default=True, help="Prompts of each label.")
 @click.option("--markdown", metavar="FILE", help="Write the page.")
 @click.option("--json", "write", is_flag=True, help=f"Write lines to {RESULTS.name}/quantised-cpu.jsonl.")
-def main(folder: str, profile_file: str, schemes: str, count: int, markdown: str | None, write: bool) -> None:
+def main(
+    folder: str | None, profile_file: str | None, schemes: str, count: int, markdown: str | None, write: bool
+) -> None:
     """Steer the model in FOLDER, whose profile is PROFILE, by every scheme."""
     names = list(dict.fromkeys([FIRST, *schemes.split(",")]))
     if unknown := [name for name in names if name not in SCHEMES]:
         raise click.UsageError(f"--schemes: expected some of {', '.join(SCHEMES)}, got {unknown[0]!r}")
+    if folder is not None and profile_file is None:
+        raise click.UsageError("PROFILE: expected one with FOLDER, got none")
+    folder, profile_file = folder or checkpoint(DEMO_MODEL), profile_file or shipped_profile()
     profile, asked = SteeringProfile.load(profile_file), prompts(count)
     report, lines, yardstick = Report("quantised", "cpu", RESULTS if write else None), [], {}
     for name in names:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +155,19 @@ def test_the_exported_checkpoint_is_the_model(real, tmp_path):
     assert export_demo_model(folder) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert [path.name for path in folder.parent.iterdir()] == ["smollm2"]
+
+
+def test_weights_of_other_kinds_are_steered_and_decide_alike(tmp_path):
+    script, page = Path(__file__).parent.parent / "benchmarks" / "quantised.py", tmp_path / "page.md"
+    options = ["--schemes", "bfloat16,float32 on disk", "--count", "4", "--markdown", str(page)]
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = {one["scheme"]: one for one in map(json.loads, done.stdout.splitlines())}
+    assert list(lines) == ["float32", "bfloat16", "float32 on disk"]
+    for scheme, line in lines.items():
+        assert line["hooks"] < 1e-4, line
+        assert line["fused"] < (0.2 if scheme == "bfloat16" else 1e-3), line
+        assert (line["harmful prompts"], line["harmless prompts"], line["other"]) == (4, 4, 0)
+        assert line["moved"] < 0.01, line
+    assert (lines["float32 on disk"]["moved"], lines["float32"]["moved"]) == (0, 0)
+    assert page.read_text("utf-8").count("| inconclusive |") == 3
