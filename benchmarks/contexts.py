@@ -1,11 +1,12 @@
 """How often a gate fires for one request in many contexts: bare, behind system prompts, in a chat, beside documents.
 
     python benchmarks/contexts.py PROFILE --count 40 --json contexts.jsonl
-    python benchmarks/contexts.py PROFILE --model MODEL --harmless alpaca.json --languages languages.jsonl
+    python benchmarks/contexts.py PROFILE --model MODEL --harmless alpaca.json --languages mine.jsonl
 
 The requests are those of JailbreakBench and self-instruct, which fit and calibrate nothing. System prompts are written
 for this script, long texts are pages of this project; the corpus holds none of them. `--languages` takes labelled
-prompts with their language (`steerfast.text.examples.read_examples`), and adds a row of each.
+prompts with their language (`steerfast.text.examples.read_examples`), and adds a row of each: by default eight requests
+of both labels, written for this script in ten languages.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def contexts() -> dict[str, Callable[[str], Prompt]]:
 @click.option("--model", "name", help="Default: the model that the profile names.")
 @click.option("--harmful", default="steerfast:harmful_demo", show_default=True)
 @click.option("--harmless", default="steerfast:self_instruct", show_default=True)
-@click.option("--languages", help="Labelled prompts with their language.")
+@click.option(
+    "--languages", default=str(ROOT / "benchmarks" / "languages.jsonl"), help="Labelled prompts with their language."
+)
 @click.option("--count", default=40, show_default=True, help="Requests of each label, and of each language and label.")
 @click.option("--json", "json_file", help="Where to write the rows, a line each.")
 def main(
@@ -114,7 +117,7 @@ def main(
     name: str | None,
     harmful: str,
     harmless: str,
-    languages: str | None,
+    languages: str,
     count: int,
     json_file: str | None,
 ) -> None:
@@ -132,7 +135,7 @@ def main(
             for text in texts
         ]
         rows.append(measured(profile, model, tokenizer, context, examples))
-    given = [] if languages is None else read_examples(languages)
+    given = read_examples(languages)
     for lang in dict.fromkeys(one.lang for one in given):
         mine = [one for one in given if one.lang == lang]
         chosen = [one for label in requests for one in evenly([one for one in mine if one.label == label], count)]

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import steerfast
 from steerfast._records import Records
 from steerfast.fitting.contrast import SHARE, Contrast
 from steerfast.fitting.labelled import Labelled
-from steerfast.text.examples import Example
+from steerfast.text.corpus import corpus
+from steerfast.text.duplicates import near_duplicates
+from steerfast.text.examples import Example, read_examples
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -297,3 +300,14 @@ def test_the_judge_weighs_yes_against_no(behaviours: Any, tiny_llama: Any, tmp_p
     assert len(file.read_text().splitlines()) == 2
     tiny_llama.forward = None
     assert behaviours.YesNoJudge("tiny", "auto", Records(file, "verdicts"))("help ?", ["bake"], ["cake"]) == found[:1]
+
+
+def test_requests_in_ten_languages_are_none_of_the_corpus() -> None:
+    """Eight of each label, new to every split."""
+    given = read_examples(str(BENCHMARKS / "languages.jsonl"))
+    counts = Counter((one.lang, one.label) for one in given)
+    assert len({lang for lang, _ in counts}) == 10
+    assert set(counts.values()) == {8}
+    known = [one.prompt for one in corpus() if isinstance(one.prompt, str)]
+    repeated = near_duplicates([str(one.prompt) for one in given], known)
+    assert [one.prompt for one, known in zip(given, repeated, strict=True) if known] == []
