@@ -37,11 +37,12 @@ SHRINKAGE = ExtractOptions.shrinkage
 @click.command(help=__doc__)
 @click.argument("profile_file", metavar="PROFILE")
 @click.option("--prompts", help="Labelled prompts.  [default: the corpus' split validate]")
+@click.option("--dtype", default="auto", show_default=True, help="Of the model.")
 @click.option("--cache", help="A folder for the rows of prompts.")
 @click.option("--json", "json_file", help="Where to write the rows, a line each.")
-def main(profile_file: str, prompts: str | None, cache: str | None, json_file: str | None) -> None:
+def main(profile_file: str, prompts: str | None, dtype: Any, cache: str | None, json_file: str | None) -> None:
     profile = steerfast.SteeringProfile.load(profile_file)
-    model, tokenizer = load_model(profile.model.name)
+    model, tokenizer = load_model(profile.model.name, dtype=dtype)
     given = corpus("validate") if prompts is None else read_examples(prompts)
     harmful, others = ([one for one in given if (one.label == "harmful") == bad] for bad in (True, False))
     examples = Labelled.of(harmful, others)

@@ -105,6 +105,7 @@ def contexts() -> dict[str, Callable[[str], Prompt]]:
 @click.command(help=__doc__)
 @click.argument("profile_file", metavar="PROFILE")
 @click.option("--model", "name", help="Default: the model that the profile names.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the model.")
 @click.option("--harmful", default="steerfast:harmful_demo", show_default=True)
 @click.option("--harmless", default="steerfast:self_instruct", show_default=True)
 @click.option(
@@ -115,6 +116,7 @@ def contexts() -> dict[str, Callable[[str], Prompt]]:
 def main(
     profile_file: str,
     name: str | None,
+    dtype: Any,
     harmful: str,
     harmless: str,
     languages: str,
@@ -122,7 +124,7 @@ def main(
     json_file: str | None,
 ) -> None:
     profile = steerfast.SteeringProfile.load(profile_file)
-    model, tokenizer = load_model(name or profile.model.name)
+    model, tokenizer = load_model(name or profile.model.name, dtype=dtype)
     requests = {
         label: evenly([last_request(one.prompt) for one in read_examples(source, label=label)], count)
         for label, source in (("harmful", harmful), ("harmless", harmless))
