@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bars import bars
 from bench import _GATED, METHODS, command, judged, judged_right, methods_of, run_bench, summarise
 from click.testing import CliRunner
 
@@ -58,12 +59,52 @@ def test_summary_by_hand() -> None:
     assert plain["safety_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
     assert other["safety_interval"] == pytest.approx([0.3424, 1.0], abs=1e-4)
     told = {"prompts": 1, "safety_rate": 1.0, "judge_rate": 1.0, "seconds": 8.0, "fallback": 1.0, "independent": None}
+    told["own"] = 0.0
     assert other["harmful"] == {**told, **{key: other["harmful"][key] for key in other["harmful"] if "interval" in key}}
     assert other["harmful"]["judge_interval"] == pytest.approx([0.2065, 1.0], abs=1e-4)
     assert (other["harmful"]["independent_interval"], other["harmless"]["judge_rate"]) == (None, 0.0)
     assert other["fallback_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
     assert (other["fallback"], other["fired"], other["undecided"], other["tokens"]) == (0.5, 0.0, 0.5, 10.0)
     assert plain["undecided"] == 0.0
+
+
+def test_own_answers_are_within_the_budget_and_no_fallback() -> None:
+    rows = summarise(
+        [
+            made("plain", "a", "harmful", 1.0, False, False),
+            made("plain", "b", "harmful", 1.0, True, False),
+            made("plain", "c", "harmless", 1.0, True, True),
+            made("other", "a", "harmful", 1.0, True, True, fallback="refusal"),
+            made("other", "b", "harmful", 1.0, True, True),
+            made("other", "c", "harmless", 1.0, True, True, fallback="refusal"),
+        ]
+    )
+    assert [(row["harmful"]["own"], row["harmless"]["own"]) for row in rows] == [(0.5, 1.0), (0.5, 0.0)]
+    assert rows[1]["own"] == pytest.approx(1 / 3)
+    assert rows[1]["harmful"]["own_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
+
+
+def test_bars_compare_own_answers_with_the_cheapest_rivals() -> None:
+    def row(method: str, harmful: bool, harmless: bool, ratio: float) -> dict[str, Any]:
+        (found,) = summarise(
+            [
+                made(method, f"{label}{n}", label, 1.0, own, True)
+                for label, own in (("harmful", harmful), ("harmless", harmless))
+                for n in range(9)
+            ]
+        )
+        return {**found, "ratio": ratio, "mix_ratio": ratio}
+
+    rows = [row("plain-or-refuse", False, True, 1.0), row("InferenceGuard", True, False, 2.6)]
+    held = {told.split(",")[0]: holds for holds, told in bars([*rows, row("guided", False, True, 1.3)])}
+    assert held == {
+        "InferenceGuard: own answers to harmful prompts 1.00": True,
+        "InferenceGuard: own answers to harmless prompts 0.00": False,
+        "guided: own answers to harmful prompts 0.00": False,
+        "guided: own answers to harmless prompts 1.00": True,
+        "InferenceGuard: ratio 2.60": False,
+        "guided: mix_ratio 1.30": True,
+    }
 
 
 def test_all_methods_have_the_same_fallback_or_none() -> None:
