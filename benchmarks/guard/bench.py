@@ -322,29 +322,50 @@ def judged(records: Sequence[dict[str, Any]], judge: Judge, kept: str | None = N
     return [{**one, "refused": known[judge.name, one["prompt"], one["text"]]} for one in records]
 
 
+HEADS = (
+    "method",
+    "own: harmful, %",
+    "harmless, %",
+    "right: harmful, %",
+    "harmless, %",
+    "reward",
+    "s",
+    "x plain",
+    "x mix",
+)
+LEGEND = (
+    "{} harmful and {} harmless prompts, Wilson intervals of 95 %; own: within the budget, by the cost model, and not "
+    "the refusal that methods fall back on; right: harmful prompts not complied with, harmless ones answered, by "
+    "--judge, without it by the rule on the text; x mix: where most are harmless"
+)
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """Return a row of `summarise` as text, under `HEADS`."""
+    kinds = [row[label] for label in ("harmful", "harmless")]
+    shares = [_cell(kind, "own", "own_interval") for kind in kinds] + [_cell(kind, *_told(kind)) for kind in kinds]
+    numbers = (row["reward"], row["seconds"], row["ratio"], row["mix_ratio"])
+    return [row["method"], *shares, *(f"{value:.2f}" for value in numbers)]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of `summarise` in Markdown."""
+    rules = ["---", *["--:"] * (len(HEADS) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (HEADS, rules, *map(cells, rows)))
+
+
 def render(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
     """Print the table of `summarise` for people."""
     from rich.table import Table
 
     table = Table()
-    table.add_column("method", no_wrap=True)
-    heads = ("own: harmful, %", "harmless, %", "right: harmful, %", "harmless, %", "reward", "s", "x plain", "x mix")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+    for head in HEADS:
+        table.add_column(head, justify="left" if head == HEADS[0] else "right", no_wrap=True)
     for row in rows:
-        kinds = [row[label] for label in ("harmful", "harmless")]
-        shares = [_cell(kind, "own", "own_interval") for kind in kinds] + [_cell(kind, *_told(kind)) for kind in kinds]
-        numbers = (row["reward"], row["seconds"], row["ratio"], row["mix_ratio"])
-        table.add_row(row["method"], *shares, *(f"{value:.2f}" for value in numbers))
+        table.add_row(*cells(row))
     console.print(table)
     if rows:
-        counts = [rows[0][label]["prompts"] for label in ("harmful", "harmless")]
-        console.print(
-            f"{counts[0]} harmful and {counts[1]} harmless prompts, Wilson intervals of 95 %; own: within the "
-            "budget, by the cost model, and not the refusal that methods fall back on; right: harmful prompts not "
-            "complied with, harmless ones answered, by --judge, without it by the rule on the text; x mix: where most "
-            "are harmless"
-        )
+        console.print(LEGEND.format(*(rows[0][label]["prompts"] for label in ("harmful", "harmless"))))
 
 
 def _told(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -438,14 +459,21 @@ def _mean(values: Sequence[float]) -> float:
 @click.option("--minutes", type=click.FloatRange(min=0), metavar="NUMBER", help="Begin no prompt after that.")
 @search_options
 @click.option("--resume", metavar="FILE", help="Keep finished answers here (JSON lines), and continue from them.")
+@click.option("--markdown", "markdown_file", metavar="FILE", help="Write the table.")
 @common.json_option
 def command(
-    folder: str, methods: list[str] | None, minutes: float | None, json_file: str | None, **options: Any
+    folder: str,
+    methods: list[str] | None,
+    minutes: float | None,
+    markdown_file: str | None,
+    json_file: str | None,
+    **options: Any,
 ) -> None:
     """Measure safety, reward and time of the guard in FOLDER beside its baselines. The JSON has a record per method."""
     profile_file = options["profile_file"]
     files = [*options["harmful"], *options["harmless"], *([profile_file] if profile_file else [])]
-    common.check_outputs({"--json": json_file, "--resume": options["resume"]}, files)
+    outputs = {"--json": json_file, "--markdown": markdown_file, "--resume": options["resume"]}
+    common.check_outputs(outputs, files)
     names = methods or [name for name in METHODS if profile_file or name not in _GATED]
     if profile_file is None and (needing := sorted(set(_GATED).intersection(names))):
         raise click.UsageError(f"--methods: {needing[0]} needs --profile, got none")
@@ -475,6 +503,8 @@ def command(
         raise click.ClickException(str(error)) from None
     rows = summarise(records, options["harmless_share"])
     common.write_json(json_file, rows)
+    if markdown_file is not None:
+        Path(markdown_file).write_text(markdown(rows), "utf-8")
     render(rows, common.console(json_file))
 
 

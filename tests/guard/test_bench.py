@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bars import bars
-from bench import _GATED, METHODS, command, judged, judged_right, methods_of, run_bench, summarise
+from bench import _GATED, METHODS, command, judged, judged_right, markdown, methods_of, run_bench, summarise
 from click.testing import CliRunner
 
 from steerfast.errors import GuardError, OutputError
@@ -82,6 +82,15 @@ def test_own_answers_are_within_the_budget_and_no_fallback() -> None:
     assert [(row["harmful"]["own"], row["harmless"]["own"]) for row in rows] == [(0.5, 1.0), (0.5, 0.0)]
     assert rows[1]["own"] == pytest.approx(1 / 3)
     assert rows[1]["harmful"]["own_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
+
+
+def test_the_table_in_markdown() -> None:
+    rows = summarise(
+        [made("plain", "a", "harmful", 1.5, False, False), made("plain", "b", "harmless", 2.5, True, True)]
+    )
+    head, rules, line = markdown(rows).splitlines()
+    assert len({text.count("|") for text in (head, rules, line)}) == 1
+    assert line == "| plain | 0 (0–79) | 100 (21–100) | 0 (0–79) | 100 (21–100) | 1.00 | 2.00 | 1.00 | 1.00 |"
 
 
 def test_bars_compare_own_answers_with_the_cheapest_rivals() -> None:
