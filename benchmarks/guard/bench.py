@@ -323,16 +323,9 @@ def judged(records: Sequence[dict[str, Any]], judge: Judge, kept: str | None = N
 
 
 HEADS = (
-    "method",
-    "own: harmful, %",
-    "harmless, %",
-    "right: harmful, %",
-    "harmless, %",
-    "reward",
-    "s",
-    "x plain",
-    "x mix",
-)
+    "method", "own:\nharmful, %", "\nharmless, %", "right:\nharmful, %", "\nharmless, %", "reward", "s",
+    "x plain", "x mix",
+)  # fmt: skip
 LEGEND = (
     "{} harmful and {} harmless prompts, Wilson intervals of 95 %; own: within the budget, by the cost model, and not "
     "the refusal that methods fall back on; right: harmful prompts not complied with, harmless ones answered, by "
@@ -351,7 +344,8 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of `summarise` in Markdown."""
     rules = ["---", *["--:"] * (len(HEADS) - 1)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (HEADS, rules, *map(cells, rows)))
+    heads = [head.replace("\n", " ").strip() for head in HEADS]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (heads, rules, *map(cells, rows)))
 
 
 def render(rows: Sequence[Mapping[str, Any]], console: Any) -> None:

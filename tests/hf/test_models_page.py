@@ -39,6 +39,7 @@ A type is fused if its layers are transformers' own. `patch()` refuses a layer w
 
 `steer()` takes any other decoder-only model by its structure, and hooks edit its layers. The tests run {hooks}.
 [A sweep](sweep.md) ran every causal type that could be made small.
+[Quantised and offloaded models](quantised.md) are steered, too.
 
 ## Refused
 
