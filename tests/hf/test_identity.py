@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import steerfast
 from steerfast.errors import ProfileError
-from steerfast.hf.structure import identify
+from steerfast.hf.structure import identify, weights_fingerprint
 
 
 class Int8Embedding(nn.Module):
@@ -63,3 +63,40 @@ def test_offloaded(tiny_llama: Any, make_llama: Any, tmp_path: Path, place: str)
 
 def test_a_model_without_weights_has_no_sketch(tiny_llama: Any) -> None:
     assert identify(tiny_llama.to("meta")).embedding_sketch is None
+
+
+class Packed(torch.Tensor):
+    """Whole numbers and a scale in one tensor, as torchao keeps them: it can be detached, and no more."""
+
+    @staticmethod
+    def __new__(cls, data: Tensor, scale: Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
+
+    def __init__(self, data: Tensor, scale: Tensor) -> None:
+        self.data_, self.scale = data, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["data_", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Any:
+        return Packed(inner["data_"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].data_, args[0].scale)
+        raise NotImplementedError(op)
+
+
+def test_fingerprints_of_packed_weights_tell_them_apart() -> None:
+    def fingerprint(data: Tensor, scale: float) -> str:
+        model = nn.Module()
+        model.register_buffer("weight", Packed(data, torch.tensor([scale])))
+        return weights_fingerprint(model)
+
+    data = torch.arange(64, dtype=torch.int8).view(8, 8)
+    known = fingerprint(data, 0.5)
+    assert fingerprint(data.clone(), 0.5) == known
+    assert fingerprint(data, 0.25) != known
+    assert fingerprint(data.flip(0), 0.5) != known
