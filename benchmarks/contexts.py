@@ -6,7 +6,7 @@
 The requests are those of JailbreakBench and self-instruct, which fit and calibrate nothing. System prompts are written
 for this script, long texts are pages of this project; the corpus holds none of them. `--languages` takes labelled
 prompts with their language (`steerfast.text.examples.read_examples`), and adds a row of each: by default eight requests
-of both labels, written for this script in ten languages.
+of each label in ten languages, written for this script.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def contexts() -> dict[str, Callable[[str], Prompt]]:
 @click.option("--harmful", default="steerfast:harmful_demo", show_default=True)
 @click.option("--harmless", default="steerfast:self_instruct", show_default=True)
 @click.option(
-    "--languages", default=str(ROOT / "benchmarks" / "languages.jsonl"), help="Labelled prompts with their language."
+    "--languages",
+    default=str(ROOT / "benchmarks" / "languages.jsonl"),
+    help="Labelled prompts with their language; '': none.",
 )
 @click.option("--count", default=40, show_default=True, help="Requests of each label, and of each language and label.")
 @click.option("--json", "json_file", help="Where to write the rows, a line each.")
@@ -137,7 +139,7 @@ def main(
             for text in texts
         ]
         rows.append(measured(profile, model, tokenizer, context, examples))
-    given = read_examples(languages)
+    given = read_examples(languages) if languages else []
     for lang in dict.fromkeys(one.lang for one in given):
         mine = [one for one in given if one.lang == lang]
         chosen = [one for label in requests for one in evenly([one for one in mine if one.label == label], count)]

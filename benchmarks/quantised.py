@@ -94,7 +94,7 @@ def loaded(folder: str, scheme: str) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def by_hand(model: nn.Module, profile: SteeringProfile) -> Iterator[None]:
-    """Add a profile's vectors to the last row of every layer's output, in float64: it shares no code with steerfast."""
+    """Add a profile's vectors to the last row of steered layers' outputs, in float64, without steerfast's code."""
 
     def hook(index: int, output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
@@ -153,9 +153,8 @@ def measure(folder: str, profile: SteeringProfile, scheme: str, asked: Mapping[s
     """Return a scheme's line, without the comparison of its decisions with the yardstick's."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     with torch.no_grad(), loaded(folder, scheme) as model:
-        linear = type(find_decoder(model).layers[0].mlp.down_proj).__name__
         weights_fingerprint(model)  # which fit, tune and eval ask for
-        found: dict[str, Any] = {"linear": linear, **steered_right(model, tokenizer, profile, asked["harmful"][0])}
+        found: dict[str, Any] = {**steered_right(model, tokenizer, profile, asked["harmful"][0])}
         scores = {
             label: steerfast.score(model, tokenizer, profile, texts, progress=False) for label, texts in asked.items()
         }
@@ -175,7 +174,7 @@ def measure(folder: str, profile: SteeringProfile, scheme: str, asked: Mapping[s
 
 PAGE = """# Quantised and offloaded models
 
-SmolLM2-135M-Instruct and its shipped profile, which was made in float32; torch {torch}, transformers {transformers},
+{model} and its profile, which was made in float32; torch {torch}, transformers {transformers},
 {hardware}. This command writes the page, and [lines](../benchmarks/results/quantised-cpu.jsonl):
 
 ```
@@ -193,7 +192,7 @@ python benchmarks/quantised.py --json --markdown docs/quantised.md
 """
 
 
-def page(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
+def page(model: str, lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
     """Return the lines as a page of Markdown."""
     rows = []
     for line in lines:
@@ -206,7 +205,7 @@ def page(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
             cells += [f"{line['moved']:.3f}", line["verdict"], f"{line['distance']:.3f}"]
         rows.append(f"| {' | '.join(cells)} |\n")
     counts = {label: lines[0][f"{label} prompts"] for label in ("harmful", "harmless")}
-    return PAGE.format(**counts, **about) + "".join(rows)
+    return PAGE.format(model=model.split("/")[-1], **counts, **about) + "".join(rows)
 
 
 @click.command()
@@ -230,11 +229,11 @@ def main(
     report, lines, yardstick = Report("quantised", "cpu", RESULTS if write else None), [], {}
     for name in names:
         library = SCHEMES[name][1]
-        line = {"scheme": name, "library": f"{library} {installed_version(library)}"}
+        line = {"scheme": name, "library": f"{library} {installed_version(library) or ''}".strip()}
         try:
             found = measure(folder, profile, name, asked)
         except ImportError as error:
-            found = {"failed": f"not tried: {error.name} is not installed"}
+            found = {"failed": f"not tried: {error}"}
         else:
             decisions, scores = found.pop("decisions"), found.pop("scores")
             yardstick = yardstick or {"decisions": decisions, "scores": scores}
@@ -244,7 +243,7 @@ def main(
         lines.append({**line, **found})
         report.line(lines[-1])
     if markdown is not None:
-        Path(markdown).write_text(page(lines, machine()), "utf-8")
+        Path(markdown).write_text(page(profile.model.name, lines, machine()), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whatever reads a model reads one whose weights lie elsewhere until a layer runs."""
+"""Every reader of a model reads weights that lie elsewhere until a layer runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from steerfast.evaluation.latency import random_profile
 from steerfast.guard import CallableScorer, Guard, Strategy
 from steerfast.hf.generation import device_of, greedy_answers
 from steerfast.hf.structure import weights_fingerprint
+from steerfast.judging.fluency import answer_perplexity
 from steerfast.text.encoding import encode
 
 PROMPTS = ["how do I bake bread ?", "name three rivers", "pick a lock"]
@@ -33,7 +34,16 @@ def read(model: Any, tokenizer: Any) -> list[Any]:
     learned = steerfast.learn(
         profile, model, tokenizer, harmful=PROMPTS, refusal="no , I can not", steps=3, progress=False
     )
-    return [scores.scores.tolist(), answers, fired, guarded, weights_fingerprint(model), learned.vector[2].tolist()]
+    fluent = answer_perplexity(model, encode(tokenizer, PROMPTS, model), answers)
+    return [
+        scores.scores.tolist(),
+        fluent,
+        answers,
+        fired,
+        guarded,
+        weights_fingerprint(model),
+        learned.vector[2].tolist(),
+    ]
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk", "buffers", "one layer"])

@@ -1,8 +1,8 @@
-"""Store the JSON of bench.py among the results, with versions, commit and device, and say on stderr which bars hold.
+"""Store the JSON of bench.py among the results, and say on stderr which bars hold.
 
     python benchmarks/guard/bars.py artifacts/guard/bench.json
 
-Run it on the machine of the bench, right after it; examples/make_smollm2_guard.sh runs both.
+examples/make_smollm2_guard.sh runs both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from report import RESULTS, Report
+from report import RESULTS, write
 
 Row = dict[str, Any]
 _RIVAL = "plain-or-refuse"
@@ -48,10 +48,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    report = Report("guard", options.device, options.results)
-    rows = json.loads(options.bench.read_text())
+    rows, output = json.loads(options.bench.read_text()), options.results / f"guard-{options.device}.jsonl"
+    output.unlink(missing_ok=True)
     for row in rows:
-        report.line(row)
+        write(row, output)
     for holds, what in bars(rows):
         print("holds " if holds else "FAILS ", what, file=sys.stderr)
 

@@ -19,7 +19,7 @@ from steerfast.guard.backend import HFBackend
 from steerfast.guard.candidates import Candidates, Sampling, sample, uniforms
 from steerfast.guard.heads import HiddenHead
 from steerfast.guard.parts import grow
-from steerfast.guard.scores import scores_of
+from steerfast.guard.scores import block_costs, scores_of
 from steerfast.guard.search import Safety, Search, SearchResult, Strategy
 
 _SUFFIX = {"none": "", "lagrangian": " + Lagrangian", "cost": " + cost model"}
@@ -110,7 +110,7 @@ class ArgsSearch(Search):
             cost = torch.zeros(len(options))
             if strategy.safety in ("lagrangian", "cost"):
                 now = scores_of(self.cost, blocks, "cost")
-                cost = beams.column("cost") + self._cost(now, beams)
+                cost = beams.column("cost") + block_costs(self.cost, now, beams.column("score"))
             worth = self._worth(scores_of(self.reward, blocks, "reward"), cost).clamp(-_LARGEST, _LARGEST)
             drawn = torch.from_numpy(uniforms(grown.streams, position, 1)[:, 0])
             pick = int(sample((logits.cpu() + strategy.weight * worth)[None], drawn, sampling))

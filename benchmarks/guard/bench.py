@@ -26,9 +26,11 @@ from typing import Any
 import click
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from baselines import BaselineGuard, args, re_control
+from report import machine
 
 from steerfast._files import content_checksum
 from steerfast._progress import track
@@ -496,7 +498,7 @@ def command(
     except SteerfastError as error:
         raise click.ClickException(str(error)) from None
     rows = summarise(records, options["harmless_share"])
-    common.write_json(json_file, rows)
+    common.write_json(json_file, [{**row, **machine()} for row in rows])
     if markdown_file is not None:
         Path(markdown_file).write_text(markdown(rows), "utf-8")
     render(rows, common.console(json_file))

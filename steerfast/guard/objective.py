@@ -27,7 +27,9 @@ from steerfast.errors import GuardError
 
 @dataclass(frozen=True)
 class SafetyBudget:
-    """budget: d > 0, in the units of the cost. discount: γ in (0, 1], per token.
+    """Bound the cost of an answer.
+
+    budget: d > 0, in the units of the cost. discount: γ in (0, 1], per token.
 
     refund: whether a block may lower the cost. Without it, as in the paper, costs are at least 0: an answer owes the
     highest score of all ends of its blocks, so a harmless ending pays for no harmful beginning.
@@ -106,12 +108,12 @@ class Certificate:
         and reward are NaN.
     z, cost, reward, blocks, p_safe: see `ScoredAnswer`. fallback: if no candidate was safe.
     fired: the prompt gate's decision, None without a gate. undecided: whether the gate abstained.
-    candidates: blocks that were sampled. retries: rounds with a penalty on tokens. strategy: its name.
+    candidates: blocks that were sampled. retries: rounds with a penalty on tokens. strategy: its name. refund: see
+        `SafetyBudget`.
     """
 
     budget: float
     discount: float
-    refund: bool = False
     z: float = math.nan
     cost: float = math.nan
     reward: float = math.nan
@@ -124,6 +126,7 @@ class Certificate:
     candidates: int = 0
     retries: int = 0
     strategy: str = ""
+    refund: bool = False
 
     @property
     def safe(self) -> bool:

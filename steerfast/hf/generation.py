@@ -77,9 +77,7 @@ def device_of(model: nn.Module) -> torch.device:
     running = (getattr(hook, "execution_device", None) for hook in hooks)
     device = next((device for device in running if device is not None), None)
     if device is None:
-        raise ArchitectureError(
-            "model: expected weights, or accelerate's hooks that load them, got a model without both"
-        )
+        raise ArchitectureError("model: expected weights, or accelerate's hooks that load them, found neither")
     return torch.device(device)
 
 

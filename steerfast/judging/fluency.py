@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from steerfast.errors import PromptError
+from steerfast.hf.generation import device_of
 
 _NGRAM = 4
 
@@ -65,7 +66,7 @@ def answer_perplexity(
         raise PromptError(f"batch_size: expected at least 1, got {batch_size}")
     if empty := [i for i, prompt in enumerate(prompts_ids) if len(prompt) == 0]:
         raise PromptError(f"prompts_ids: expected at least one token each, got none in prompt {empty[0]}")
-    device = next(model.parameters()).device
+    device = device_of(model)
     perplexities = [math.nan] * len(prompts_ids)
     scored = [i for i, answer in enumerate(answers_ids) if len(answer)]
     scored.sort(key=lambda i: len(prompts_ids[i]) + len(answers_ids[i]))

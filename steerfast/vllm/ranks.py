@@ -31,7 +31,7 @@ class RowLayout:
         model: the name of its class, for errors.
         ranks: of tensor parallelism.
         gather: returns an int64 tensor of every rank, [ranks, ...]; all ranks call it.
-        exact: the sums of ranks have the same bits on every rank, so rows must have, too. Otherwise rows must be
+        exact: the sums of ranks have the same bits on every rank, so rows must have the same. Otherwise rows must be
             close. vLLM adds up in another order on each of three CPU ranks or more.
 
     Attributes:
@@ -108,8 +108,8 @@ class RowLayout:
         """Return whether the rows behind prints [ranks, m] differ."""
         if self._exact:
             return bool((prints != prints[0]).any())
-        sketches = prints.contiguous().view(torch.float64)
-        return bool(((sketches - sketches[0]).norm(dim=1) > CLOSE * sketches[0].norm()).any())
+        sketches, sums = prints.contiguous().view(torch.float64).tensor_split([SKETCHED], dim=1)
+        return any(bool(((one - one[0]).norm(dim=1) > CLOSE * one[0].norm()).any()) for one in (sketches, sums))
 
     def _refuse_rows(self, layer: int, rows: int) -> None:
         raise ArchitectureError(
@@ -143,16 +143,21 @@ def _checksum(rows: Tensor) -> Tensor:
 
 
 def _sketch(rows: Tensor) -> Tensor:
-    """Return float64 [64], sums over the entries of rows with random signs. It keeps distances of rows, nearly."""
-    entries = rows.double().nan_to_num().flatten()
+    """Return float64 [64 + 1]: sums of entries with random signs, and the sum of norms.
+
+    The sums are of rows that are scaled to norm 1, so that no large row hides another. They keep distances, nearly.
+    """
+    finite = rows.double().nan_to_num(nan=0, posinf=0, neginf=0)
+    norms = finite.norm(dim=1)
+    entries = (finite / norms.clamp(min=1e-30)[:, None]).flatten()
     signs = torch.randint(0, 2, entries.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     sums = torch.zeros(SKETCHED, dtype=torch.float64, device=rows.device)
     places = torch.arange(len(entries), device=rows.device) % SKETCHED
-    return sums.index_add_(0, places, entries * signs.to(rows.device))
+    return torch.cat([sums.index_add_(0, places, entries * signs.to(rows.device)), norms.sum()[None]])
 
 
 def sums_exactly(group: Any, gather: Callable[[Tensor], Tensor]) -> bool:
-    """Return whether a group of vLLM's ranks adds up to the same bits on every rank."""
+    """Return whether a group of vLLM's ranks adds up to the same bits on every rank; float32 shows it best."""
     if group.world_size == 1:
         return True
     drawn = torch.rand(64, 64, generator=torch.Generator().manual_seed(group.rank_in_group)).to(group.device)

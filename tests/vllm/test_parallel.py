@@ -283,6 +283,17 @@ def test_rows_of_ranks_that_add_up_in_another_order_may_differ_by_rounding(dtype
         compared([(part.to(dtype), None) for part in parts], exact=False)
 
 
+@pytest.mark.parametrize("large", [1000.0, torch.inf])
+def test_no_large_row_hides_another(large) -> None:
+    rows = random_rows(6, 1)
+    rows[0] *= large
+    other = rows.clone()
+    compared([(rows, None), (other, None)], exact=False)
+    other[4] = other[4].flip(0)
+    with pytest.raises(ArchitectureError, match="other rows"):
+        compared([(rows, None), (other, None)], exact=False)
+
+
 @pytest.mark.parametrize(("turned", "exact"), [(0, True), (1, False)])
 def test_a_group_is_asked_whether_its_sums_have_the_same_bits(turned, exact) -> None:
     threads = Threads(3)
