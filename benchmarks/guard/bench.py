@@ -352,9 +352,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def render(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
     """Print the table of `summarise` for people."""
+    from rich import box
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=box.SIMPLE, pad_edge=False)
     for head in HEADS:
         table.add_column(head, justify="left" if head == HEADS[0] else "right", no_wrap=True)
     for row in rows:
