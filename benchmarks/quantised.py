@@ -185,7 +185,8 @@ python benchmarks/quantised.py --json --markdown docs/quantised.md
   share of the effect of steering; without the gate, by hooks, and by fused layers. Those add in float32 and round once.
 - Fire: of {harmful} harmful and {harmless} harmless prompts of the corpus' split `calibrate`, which set the threshold.
   Other: decisions that differ from float32's. Moved: the largest difference of a score from float32's.
-- Drift: the verdict of `steerfast drift` on the harmless prompts, and the Kolmogorov distance of their scores.
+- Drift: the verdict of `steerfast drift` on the harmless prompts, and the Kolmogorov distance of their scores. It knows
+  nothing of harmful prompts: a gate that loses hits may pass.
 
 | weights | library | error, hooks | fused | harmful fire | harmless fire | other | moved | drift | distance |
 |---|---|--:|--:|--:|--:|--:|--:|---|--:|
