@@ -12,4 +12,4 @@ steerfast guard train --model HuggingFaceTB/SmolLM2-135M-Instruct --profile "$pr
     --output artifacts/guard --json artifacts/guard/train.json
 python benchmarks/guard/bench.py artifacts/guard --profile "$profile" --count 50 "${search[@]}" --methods "$methods" \
     --curve 16 --resume artifacts/guard/answers.jsonl --json artifacts/guard/bench.json
-python benchmarks/guard/bars.py artifacts/guard/bench.json
+python benchmarks/guard/guard_bars.py artifacts/guard/bench.json

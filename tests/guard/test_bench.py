@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from bars import bars
 from bench import _GATED, METHODS, command, judged, judged_right, markdown, methods_of, run_bench, summarise
 from click.testing import CliRunner
+from guard_bars import bars
 
 from steerfast.errors import GuardError, OutputError
 from steerfast.guard.critic import Critic, CriticSettings

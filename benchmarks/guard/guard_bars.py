@@ -1,6 +1,6 @@
 """Store the JSON of bench.py among the results, and say on stderr which bars hold.
 
-    python benchmarks/guard/bars.py artifacts/guard/bench.json
+    python benchmarks/guard/guard_bars.py artifacts/guard/bench.json
 
 examples/make_smollm2_guard.sh runs both.
 """
