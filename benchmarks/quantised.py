@@ -45,11 +45,14 @@ def _torchao(config: str) -> dict[str, Any]:
     return {"quantization_config": TorchAoConfig(getattr(quantization, config)())}
 
 
-def _bitsandbytes(**bits: Any) -> dict[str, Any]:
+def _bitsandbytes(kind: str | None = None) -> dict[str, Any]:
+    """Return the options for 4 bits of a kind, without one for 8 bits."""
     import bitsandbytes  # noqa: F401
     from transformers import BitsAndBytesConfig
 
-    return {"quantization_config": BitsAndBytesConfig(**bits), "device_map": "cpu"}
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(**four) if kind else BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config, "device_map": "cpu"}
 
 
 def _quanto(weights: str) -> dict[str, Any]:
@@ -65,15 +68,9 @@ SCHEMES: Mapping[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "bfloat16": (dict, "torch"),
     "int8 weights": (lambda: _torchao("Int8WeightOnlyConfig"), "torchao"),
     "int8 weights and activations": (lambda: _torchao("Int8DynamicActivationInt8WeightConfig"), "torchao"),
-    "LLM.int8": (lambda: _bitsandbytes(load_in_8bit=True), "bitsandbytes"),
-    "nf4": (
-        lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
-        "bitsandbytes",
-    ),
-    "fp4": (
-        lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.bfloat16),
-        "bitsandbytes",
-    ),
+    "LLM.int8": (_bitsandbytes, "bitsandbytes"),
+    "nf4": (lambda: _bitsandbytes("nf4"), "bitsandbytes"),
+    "fp4": (lambda: _bitsandbytes("fp4"), "bitsandbytes"),
     "quanto int8": (lambda: _quanto("int8"), "optimum-quanto"),
     "float32 on disk": (lambda: {"dtype": torch.float32}, "accelerate"),
 }
@@ -154,7 +151,7 @@ def measure(folder: str, profile: SteeringProfile, scheme: str, asked: Mapping[s
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     with torch.no_grad(), loaded(folder, scheme) as model:
         weights_fingerprint(model)  # which fit, tune and eval ask for
-        found: dict[str, Any] = {**steered_right(model, tokenizer, profile, asked["harmful"][0])}
+        errors = steered_right(model, tokenizer, profile, asked["harmful"][0])
         scores = {
             label: steerfast.score(model, tokenizer, profile, texts, progress=False) for label, texts in asked.items()
         }
@@ -162,7 +159,7 @@ def measure(folder: str, profile: SteeringProfile, scheme: str, asked: Mapping[s
     live = live_scores(scores["harmless"].scores.tolist(), float(profile.threshold[known.layer]), known.scores.edges)
     drift = compare(profile, live)
     return {
-        **found,
+        **errors,
         "verdict": drift.verdict,
         "distance": drift.distance,
         **{f"{label} prompts": len(one.fired) for label, one in scores.items()},
