@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import steerfast
 from steerfast._versions import installed_version
 from steerfast.evaluation.demo import shipped_profile
-from steerfast.evaluation.drift import calibrated, compare, live_scores
+from steerfast.evaluation.drift import calibrated, compare, live_scores, worst
 from steerfast.fitting.labelled import evenly
 from steerfast.hf.families import family_of
 from steerfast.hf.loading import DEMO_MODEL, checkpoint
@@ -156,17 +156,34 @@ def measure(folder: str, profile: SteeringProfile, scheme: str, asked: Mapping[s
             label: steerfast.score(model, tokenizer, profile, texts, progress=False) for label, texts in asked.items()
         }
     known = calibrated(profile)
-    live = live_scores(scores["harmless"].scores.tolist(), float(profile.threshold[known.layer]), known.scores.edges)
-    drift = compare(profile, live)
+    threshold, edges = float(profile.threshold[known.layer]), known.scores.edges
+    drift = [
+        compare(profile, live_scores(scores[label].scores, threshold, edges), label=label)
+        for label in ("harmless", "harmful")
+    ]
     return {
         **errors,
-        "verdict": drift.verdict,
-        "distance": drift.distance,
+        "verdict": worst(drift),
+        "distance": {one.label: one.distance for one in drift},
         **{f"{label} prompts": len(one.fired) for label, one in scores.items()},
         **{f"{label} fired": int(one.fired.sum()) for label, one in scores.items()},
+        "scores": {label: one.scores.double() for label, one in scores.items()},
         "decisions": torch.cat([one.fired for one in scores.values()]),
-        "scores": torch.cat([one.scores for one in scores.values()]),
     }
+
+
+def compared(found: dict[str, Any], yardstick: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheme's line: its figures, and how its scores and decisions differ from the yardstick's.
+
+    Anew: the harmful prompts that fire at a threshold of these weights, at which as many harmless ones fire as there.
+    """
+    scores, there = found["scores"], yardstick["scores"]
+    highest = scores["harmless"].sort(descending=True).values
+    least = highest[min(yardstick["harmless fired"], len(highest) - 1)]
+    moved = max(float((one - there[label]).abs().max()) for label, one in scores.items())
+    line = {key: value for key, value in found.items() if key not in ("scores", "decisions")}
+    other = int((found["decisions"] != yardstick["decisions"]).sum())
+    return {**line, "other": other, "moved": moved, "anew": int((scores["harmful"] > least).sum())}
 
 
 PAGE = """# Quantised and offloaded models
@@ -178,15 +195,16 @@ PAGE = """# Quantised and offloaded models
 python benchmarks/quantised.py --json --markdown docs/quantised.md
 ```
 
-- Error: the largest difference of next-token logits from vectors added by hand, in float64, on the same weights, as a
-  share of the effect of steering; without the gate, by hooks, and by fused layers. Those add in float32 and round once.
+- Hooks and fused (layers): the error. It is the largest difference of next-token logits from vectors added by hand, in
+  float64, on the same weights, as a share of the effect of steering, without the gate. Fused layers add in float32.
 - Fire: of {harmful} harmful and {harmless} harmless prompts of the corpus' split `calibrate`, which set the threshold.
   Other: decisions that differ from float32's. Moved: the largest difference of a score from float32's.
-- Drift: the verdict of `steerfast drift` on the harmless prompts, and the Kolmogorov distance of their scores. It knows
-  nothing of harmful prompts: a gate that loses hits may pass.
+- Anew: the harmful prompts that fire at another threshold, at which as many harmless ones fire as in float32.
+- Drift: the verdict of `steerfast drift` on these prompts, and the Kolmogorov distance of the scores of each label from
+  those of the calibration.
 
-| weights | library | error, hooks | fused | harmful fire | harmless fire | other | moved | drift | distance |
-|---|---|--:|--:|--:|--:|--:|--:|---|--:|
+| weights | library | hooks | fused | harmful fire | harmless fire | other | moved | anew | drift | harmless | harmful |
+|---|---|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|
 """
 
 
@@ -196,11 +214,12 @@ def page(model: str, lines: list[dict[str, Any]], about: Mapping[str, Any]) -> s
     for line in lines:
         cells = [line["scheme"], line["library"]]
         if "failed" in line:
-            cells += [line["failed"], *[""] * 7]
+            cells += [line["failed"], *[""] * 9]
         else:
             cells += [f"{line['hooks']:.0e}", f"{line['fused']:.0e}" if "fused" in line else "not fused"]
             cells += [str(line[name]) for name in ("harmful fired", "harmless fired", "other")]
-            cells += [f"{line['moved']:.3f}", line["verdict"], f"{line['distance']:.3f}"]
+            cells += [f"{line['moved']:.3f}", str(line["anew"]), line["verdict"]]
+            cells += [f"{line['distance'][label]:.3f}" for label in ("harmless", "harmful")]
         rows.append(f"| {' | '.join(cells)} |\n")
     counts = {label: lines[0][f"{label} prompts"] for label in ("harmful", "harmless")}
     return PAGE.format(model=model.split("/")[-1], **counts, **about) + "".join(rows)
@@ -233,10 +252,8 @@ def main(
         except ImportError as error:
             found = {"failed": f"not tried: {error}"}
         else:
-            decisions, scores = found.pop("decisions"), found.pop("scores")
-            yardstick = yardstick or {"decisions": decisions, "scores": scores}
-            found["other"] = int((decisions != yardstick["decisions"]).sum())
-            found["moved"] = float((scores - yardstick["scores"]).abs().max())
+            yardstick = yardstick or found
+            found = compared(found, yardstick)
         gc.collect()
         lines.append({**line, **found})
         report.line(lines[-1])

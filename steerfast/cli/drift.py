@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from steerfast.cli import common
-from steerfast.errors import SteerfastError
+from steerfast.errors import PromptError, SteerfastError
 
 if TYPE_CHECKING:
-    from steerfast.evaluation.drift import Drift, Live
+    from steerfast.evaluation.drift import Drift
     from steerfast.profile import SteeringProfile
+    from steerfast.text.examples import Example
 
 _STATUS = {"pass": 0, "stale": 1, "inconclusive": 3}
 _SOURCES = ("scores", "metrics", "prompts")
+_SIDES = ("harmless", "harmful")  # of a calibration
 
 
 class _WrongInput(click.ClickException):
@@ -35,7 +38,7 @@ class _WrongInput(click.ClickException):
 @common.template_option
 @common.batch_size_option()
 @common.threshold_option
-@common.value_option("--tolerance", float, "NUMBER", "The calibrated share that fires may grow by this factor.", 1.0)
+@common.value_option("--tolerance", float, "NUMBER", "The calibrated share that errs may grow by this factor.", 1.0)
 @common.value_option("--distance", float, "NUMBER", "How far scores may move, 0 to 1: the Kolmogorov distance.", 0.2)
 @common.json_option
 @click.pass_context
@@ -44,15 +47,19 @@ def command(context: click.Context, profile_file: str, json_file: str | None, **
 
     Live scores are compared with those of the harmless prompts of the calibration: the share
     that fires, and the distribution. Attacks fire, too: look at what fired before you calibrate.
+    Rows of --prompts with the label harmful are compared with its harmful prompts: the gate may
+    miss more.
 
     \b
     Example:
       steerfast drift safety.safetensors --scores scores.json
       steerfast drift safety.safetensors --metrics http://localhost:8000 --name safety
-      steerfast drift safety.safetensors --prompts my_traffic.jsonl --dtype bfloat16
+      steerfast drift safety.safetensors --prompts steerfast:corpus --dtype bfloat16
 
     Exit status: 0 pass, 1 stale, 2 wrong usage or input, 3 inconclusive: too few scores.
     """
+    from steerfast.evaluation.drift import worst
+
     given = [source for source in _SOURCES if options[source]]
     if len(given) != 1:
         raise click.UsageError(f"expected one of --scores, --metrics and --prompts, got {len(given)}")
@@ -64,29 +71,46 @@ def command(context: click.Context, profile_file: str, json_file: str | None, **
         found = _compare(profile, options)
     except (SteerfastError, OSError) as error:
         raise _WrongInput(str(error)) from error
-    common.write_json(json_file, {"profile": profile_file, **found.to_dict()})
-    _render(found, json_file)
-    context.exit(_STATUS[found.verdict])
+    verdict = worst(found)
+    sides = {one.label: one.to_dict() for one in found}
+    common.write_json(json_file, {"profile": profile_file, "verdict": verdict, **sides})
+    console = common.console(json_file)
+    for one in found:
+        console.print(_table(one))
+        console.print(f"{one.verdict}: {_sentence(one)}", markup=False, soft_wrap=True)
+    context.exit(_STATUS[verdict])
 
 
-def _compare(profile: SteeringProfile, options: dict[str, Any]) -> Drift:
+def _compare(profile: SteeringProfile, options: dict[str, Any]) -> list[Drift]:
     from steerfast.evaluation.drift import Limits, calibrated, compare, live_scores, read_metrics, read_scores
 
     limits = Limits(options.pop("tolerance"), options.pop("distance"))
     known = calibrated(profile)
     scores, metrics, name, prompts = (options.pop(key) for key in ("scores", "metrics", "name", "prompts"))
     if metrics is not None:
-        return compare(profile, read_metrics(_page(metrics), name), limits)
+        return [compare(profile, read_metrics(_page(metrics), name), limits)]
     if scores is not None:
-        found = read_scores(_text("--scores", scores), known.layer)
+        found = {"harmless": read_scores(_text("--scores", scores), known.layer)}
     else:
-        import steerfast
+        found = _scores(profile, common.read_set("--prompts", prompts, "harmless"), options)
+    threshold, edges = float(profile.threshold[known.layer]), known.scores.edges
+    return [compare(profile, live_scores(one, threshold, edges), limits, label=label) for label, one in found.items()]
 
-        texts = [one.prompt for one in common.read_set("--prompts", prompts, "harmless")]
-        profile, model, tokenizer = common.take_model_for(profile, options)
-        found = steerfast.score(model, tokenizer, profile, texts, **options).scores.tolist()
-    live: Live = live_scores(found, float(profile.threshold[known.layer]), known.scores.edges)
-    return compare(profile, live, limits)
+
+def _scores(profile: SteeringProfile, given: Sequence[Example], options: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the scores of examples by label; the calibration has none of borderline ones."""
+    import steerfast
+
+    given = common.in_split("--prompts", given, "calibrate")
+    kept = [one for one in given if one.label in _SIDES]
+    if not kept:
+        raise PromptError("--prompts: expected harmless or harmful prompts, got borderline ones alone")
+    if len(kept) < len(given):
+        click.echo(f"--prompts: left out {len(given) - len(kept)} of {len(given)} prompts: borderline", err=True)
+    profile, model, tokenizer = common.take_model_for(profile, options)
+    scores = steerfast.score(model, tokenizer, profile, [one.prompt for one in kept], **options).scores
+    sides = {label: [place for place, one in enumerate(kept) if one.label == label] for label in _SIDES}
+    return {label: scores[places].tolist() for label, places in sides.items() if places}
 
 
 def _page(source: str) -> str:
@@ -111,22 +135,21 @@ def _text(option: str, path: str) -> str:
         raise SteerfastError(f"{option}: expected a text file, got {path!r} ({error})") from None
 
 
-def _render(found: Drift, json_file: str | None) -> None:
+def _table(found: Drift) -> Any:
     from rich.table import Table
 
     def share(rate: Any) -> str:
         return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
 
-    table = Table(title=f"layer {found.layer}, threshold {found.threshold:.4f}", title_justify="left")
+    title = f"{found.label} prompts, layer {found.layer}, threshold {found.threshold:.4f}"
+    table = Table(title=title, title_justify="left")
     for column in ("", "calibrated", "live"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("prompts", str(found.prompts), str(found.requests))
     table.add_row("fires, % (95 % interval)", share(found.calibrated), share(found.live))
     if found.distance is not None:
         table.add_row("distance of the scores (by chance at most)", "", f"{found.distance:.3f} ({found.chance:.2g})")
-    console = common.console(json_file)
-    console.print(table)
-    console.print(f"{found.verdict}: {_sentence(found)}", markup=False, soft_wrap=True)
+    return table
 
 
 def _sentence(found: Drift) -> str:

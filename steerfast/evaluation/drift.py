@@ -1,7 +1,7 @@
 """Compare the scores of live traffic with those that a gate was calibrated on.
 
-Two questions, both asked of the harmless prompts of the calibration: does more of the live traffic fire, and have the
-scores moved? An answer comes only where the sampling of both sides cannot explain it.
+Two questions, asked of the harmless prompts of the calibration, or of the harmful ones: are more decisions wrong, and
+have the scores moved? An answer comes only where the sampling of both sides cannot explain it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from steerfast.profile import SteeringProfile
 
 __all__ = [
     "INCONCLUSIVE", "PASS", "STALE", "Calibrated", "Drift", "Limits", "Live", "calibrated", "compare", "live_scores",
-    "read_metrics", "read_scores",
+    "read_metrics", "read_scores", "worst",
 ]  # fmt: skip
 
 PASS, STALE, INCONCLUSIVE = "pass", "stale", "inconclusive"
@@ -52,9 +52,13 @@ class Cumulative:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The harmless prompts of a calibration. fired: at the threshold in use; an upper bound where it is not known."""
+    """The prompts of a calibration with one label, see `calibrated`.
+
+    fired: at the threshold in use. Where it is not known: the most that can be, of harmful prompts the fewest.
+    """
 
     layer: int
+    label: str
     fired: int
     scores: Cumulative
 
@@ -72,8 +76,8 @@ class Live:
 class Limits:
     """What counts as drift.
 
-    tolerance: the live share that fires may be so many times the calibrated one. distance: the largest difference of
-    the shares of scores below a value, from 0 to 1.
+    tolerance: the live share of wrong decisions may be so many times the calibrated one. distance: the largest
+    difference of the shares of scores below a value, from 0 to 1.
     """
 
     tolerance: float = 1.0
@@ -90,13 +94,15 @@ class Limits:
 class Drift:
     """The verdict `PASS`, `STALE` or `INCONCLUSIVE`, why, and the figures behind it.
 
-    live, calibrated: shares that fire, with exact (Clopper-Pearson) 95 % intervals. distance: between the scores, at
-    least; None: the live scores are not known. chance: an upper bound of the probability of such a distance without
-    drift. needed: how many requests a verdict needs; None: more prompts in the calibration.
+    label: of the prompts on both sides. live, calibrated: shares that fire, with exact (Clopper-Pearson) 95 %
+    intervals. distance: between the scores, at least; None: the live scores are not known. chance: an upper bound of
+    the probability of such a distance without drift. needed: how many requests a verdict needs; None: more prompts in
+    the calibration.
     """
 
     verdict: str
     reasons: tuple[str, ...]
+    label: str
     layer: int
     threshold: float
     requests: int
@@ -117,8 +123,8 @@ class Drift:
 # -- the two sides ---------------------------------------------------------------------------------------------------
 
 
-def calibrated(profile: SteeringProfile) -> Calibrated:
-    """Return the harmless side of a profile's calibration, at the threshold in use.
+def calibrated(profile: SteeringProfile, label: str = "harmless") -> Calibrated:
+    """Return the harmless or the harmful side of a profile's calibration, at the threshold in use.
 
     Raises:
         ProfileError: several gates or none decide, or the profile has no histogram of them.
@@ -128,19 +134,31 @@ def calibrated(profile: SteeringProfile) -> Calibrated:
     (layer,) = profile.gate_layers
     try:
         histogram = profile.calibration["histograms"]["calibration"][layer]
-        counts = np.asarray(histogram["harmless"], dtype=np.int64)
+        counts = np.asarray(histogram[label], dtype=np.int64)
         edges = np.linspace(histogram["low"], histogram["high"], len(counts) + 1)
-        recorded = float(profile.calibration["layers"]["calibration"][layer]["false_positive_rate"][0])
     except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         raise ProfileError("profile: expected a histogram of its calibration, got none (run calibrate)") from None
     if counts.ndim != 1 or not counts.sum() or (counts < 0).any() or not edges[0] <= edges[-1]:
-        raise ProfileError("profile: expected a histogram of harmless scores, got an empty or a broken one")
+        raise ProfileError(f"profile: expected a histogram of {label} scores, got an empty or a broken one")
     scores = Cumulative(edges, np.concatenate([[0], counts.cumsum()]), int(counts.sum()))
-    threshold = profile.threshold[layer]
-    least, most = (1 - share[0] for share in reversed(scores.bounds(threshold.double().reshape(1).numpy())))
-    balanced = profile.points.get("balanced", profile.threshold)[layer]  # the record is of this threshold
-    known = bool(threshold == balanced) and least - 1e-9 <= recorded <= most + 1e-9
-    return Calibrated(layer, round((recorded if known else most) * scores.count), scores)
+    below = scores.bounds(profile.threshold[layer].double().reshape(1).numpy())
+    most, least = (round((1 - share[0]) * scores.count) for share in below)
+    fired = _recorded(profile, layer, label, scores.count)
+    if fired is None or not least <= fired <= most:
+        fired = most if label == "harmless" else least
+    return Calibrated(layer, label, fired, scores)
+
+
+def _recorded(profile: SteeringProfile, layer: int, label: str, count: int) -> int | None:
+    """Return how many prompts of a label fired at the threshold in use; None: the record is of another, or of none."""
+    if not bool(profile.threshold[layer] == profile.points.get("balanced", profile.threshold)[layer]):
+        return None
+    try:
+        rows = [row for row in profile.calibration["by_source"][str(layer)]["rows"] if row["label"] == label]
+        fired, prompts = (sum(int(row[name]) for row in rows) for name in ("fired", "n"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return fired if prompts == count else None
 
 
 def live_scores(scores: ArrayLike, threshold: float, edges: NDArray[np.float64]) -> Live:
@@ -251,24 +269,27 @@ def _count(value: str) -> int:
 # -- the comparison --------------------------------------------------------------------------------------------------
 
 
-def compare(profile: SteeringProfile, live: Live, limits: Limits | None = None) -> Drift:
-    """Say whether a profile's threshold still fits the live traffic.
+def compare(profile: SteeringProfile, live: Live, limits: Limits | None = None, *, label: str = "harmless") -> Drift:
+    """Say whether a profile's threshold still fits the live traffic, or prompts of one label.
 
-    Stale: the interval of the live share that fires lies above `Limits.tolerance` times the upper end of the calibrated
-    one; or the distance of the scores is above `Limits.distance`, and by chance in at most 1 % of cases (Wei and Dudley
-    2012). So traffic like the calibration's is called stale in at most 6 % of cases.
+    A wrong decision is a harmless prompt that fires, or a harmful one that does not.
+    Stale: the interval of the live share of wrong decisions lies above `Limits.tolerance` times the upper end of the
+    calibrated one; or the distance of the scores is above `Limits.distance`, and by chance in at most 1 % of cases (Wei
+    and Dudley 2012). So traffic like the calibration's is called stale in at most 6 % of cases.
     Inconclusive: not stale, and with so few requests or prompts drift of that size could not have been seen.
 
     Raises:
         ProfileError: see `calibrated`.
     """
     limits = limits or Limits()
-    known = calibrated(profile)
+    known = calibrated(profile, label)
     rates = _share(live.fired, live.requests), _share(known.fired, known.scores.count)
-    highest = min(1.0, limits.tolerance * rates[1].high)
+    wrong, before = rates if label == "harmless" else map(_complement, rates)
+    highest = min(1.0, limits.tolerance * before.high)
     reasons = []
-    if rates[0].low > highest:
-        reasons.append(f"{rates[0].value:.1%} of it fires, at least {rates[0].low:.1%}; expected at most {highest:.1%}")
+    if wrong.low > highest:
+        kind = "fires" if label == "harmless" else "does not fire"
+        reasons.append(f"{wrong.value:.1%} of it {kind}, at least {wrong.low:.1%}; expected at most {highest:.1%}")
     distance = chance = None
     if live.scores is not None:
         distance = _distance(live.scores, known.scores)
@@ -283,6 +304,7 @@ def compare(profile: SteeringProfile, live: Live, limits: Limits | None = None) 
     return Drift(
         verdict=STALE if reasons else PASS if enough else INCONCLUSIVE,
         reasons=tuple(reasons),
+        label=label,
         layer=known.layer,
         threshold=float(profile.threshold[known.layer]),
         requests=live.requests,
@@ -298,6 +320,15 @@ def compare(profile: SteeringProfile, live: Live, limits: Limits | None = None) 
 
 def _share(k: int, n: int) -> Estimate:
     return Estimate(k / n, *exact_interval(k, n))
+
+
+def _complement(share: Estimate) -> Estimate:
+    return Estimate(1 - share.value, 1 - share.high, 1 - share.low)
+
+
+def worst(found: Sequence[Drift]) -> str:
+    """Return the verdict of several sides: stale if one is, else inconclusive if one is."""
+    return max((one.verdict for one in found), key=(PASS, INCONCLUSIVE, STALE).index)
 
 
 def _distance(one: Cumulative, other: Cumulative) -> float:

@@ -47,8 +47,9 @@ def file(tiny_llama: Any, tiny_tokenizer: Any, make_profile: Callable[..., Steer
         max_false_positive_rate=0.1,
     )  # fmt: skip
     record = json.loads(json.dumps(profile.calibration))
-    record["histograms"]["calibration"][LAYER] = {"low": 0.0, "high": 1.0, "harmful": [1] * 8, "harmless": [50] * 8}
-    record["layers"]["calibration"][LAYER]["false_positive_rate"] = [0.03, 0.0, 1.0]
+    record["histograms"]["calibration"][LAYER] = {"low": 0.0, "high": 1.0, "harmful": [50] * 8, "harmless": [50] * 8}
+    for row in record["by_source"][str(LAYER)]["rows"]:
+        row |= {"n": 400, "fired": 12 if row["label"] == "harmless" else 388}
     threshold = torch.full((5,), 0.97)
     points = {"balanced": threshold, "permissive": torch.full((5,), 2.0), "strict": torch.full((5,), -2.0)}
     profile = replace(profile, threshold=threshold, points=points, calibration=record)
@@ -82,8 +83,10 @@ def test_the_exit_status_is_the_verdict(file: Path, scores: Callable[..., Path],
         assert f"layer {LAYER}, threshold 0.9700" in result.stdout
         found = json.loads((tmp_path / "drift.json").read_text())
         assert found["verdict"] == says.partition(":")[0]
-        assert found["live"][0] == (values > 0.97).mean()
-        assert (found["requests"], found["prompts"]) == (len(values), 400)
+        side = found["harmless"]
+        assert side["verdict"] == found["verdict"]
+        assert side["live"][0] == (values > 0.97).mean()
+        assert (side["requests"], side["prompts"]) == (len(values), 400)
     assert "steerfast calibrate" in run(file, "--scores", scores(EVEN + 0.3)).stdout
 
 
@@ -163,8 +166,34 @@ def test_prompts_are_scored_in_another_dtype(file: Path, model: Any, tmp_path: P
     assert next(model.parameters()).dtype == torch.bfloat16
     found = json.loads((tmp_path / "drift.json").read_text())
     scores = steerfast.score(model, tiny_tokenizer, SteeringProfile.load(file), HARMLESS, progress=False)
-    assert found["requests"] == len(HARMLESS)
-    assert found["live"][0] == float(scores.fired.float().mean())
+    assert found["harmless"]["requests"] == len(HARMLESS)
+    assert found["harmless"]["live"][0] == float(scores.fired.float().mean())
+
+
+def test_labelled_prompts_are_compared_with_their_side(
+    file: Path, model: Any, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """Borderline rows and rows of another split are left out, and counted."""
+    rows = [{"prompt": prompt, "label": "harmless"} for prompt in HARMLESS]
+    rows += [{"prompt": prompt, "label": "harmful", "split": "calibrate"} for prompt in HARMFUL[:7]]
+    rows += [{"prompt": HARMFUL[8], "label": "borderline"}, {"prompt": HARMFUL[9], "label": "harmful", "split": "fit"}]
+    prompts = tmp_path / "labelled.json"
+    prompts.write_text(json.dumps(rows))
+    result = run(file, "--prompts", prompts, "--json", tmp_path / "drift.json")
+    assert "left out 1 of 21 prompts, which are of another split" in result.stderr
+    assert "left out 1 of 20 prompts: borderline" in result.stderr
+    assert "harmless prompts, layer 2" in result.stdout
+    assert "harmful prompts, layer 2" in result.stdout
+    found = json.loads((tmp_path / "drift.json").read_text())
+    profile = SteeringProfile.load(file)
+    for label, texts in (("harmless", HARMLESS), ("harmful", HARMFUL[:7])):
+        scores = steerfast.score(model, tiny_tokenizer, profile, texts, progress=False)
+        assert found[label]["requests"] == len(texts)
+        assert found[label]["live"][0] == float(scores.fired.float().mean())
+    assert found["harmful"]["verdict"] == "stale", "none of them fires"
+    assert (found["verdict"], result.exit_code) == ("stale", 1)
+    prompts.write_text(json.dumps(rows[-2:-1]))
+    assert "expected harmless or harmful prompts, got borderline ones alone" in failed(2, file, "--prompts", prompts)
 
 
 # -- --threshold of other commands -----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from steerfast.evaluation.drift import (
     live_scores,
     read_metrics,
     read_scores,
+    worst,
 )
 from steerfast.fitting.calibrate import _histogram
 from steerfast.fitting.labelled import Labelled
@@ -42,10 +43,13 @@ THRESHOLD = 1.7  # a gate that 4.5 % of a standard normal passes
 
 def made(harmless: NDArray[np.float64], threshold: float = THRESHOLD, **fields: Any) -> SteeringProfile:
     """A profile of one gate, at layer 1, that was calibrated on these scores."""
-    harmful = harmless[:50] + 3
+    harmful = harmless[: len(harmless) // 2] + 3
     examples = Labelled.of([f"bad {i}" for i in range(len(harmful))], [f"good {i}" for i in range(len(harmless))])
-    rate = float((harmless > threshold).mean())
-    figures = {"false_positive_rate": [rate, 0.0, 1.0]}
+    rows = [
+        {"source": "s", "label": label, "n": len(part), "fired": int((part > threshold).sum())}
+        for label, scores in (("harmful", harmful), ("harmless", harmless))
+        for part in np.array_split(scores, 2)
+    ]
     histogram = _histogram(examples, torch.from_numpy(np.concatenate([harmful, harmless])).float())
     return SteeringProfile(
         model=MODEL,
@@ -55,14 +59,15 @@ def made(harmless: NDArray[np.float64], threshold: float = THRESHOLD, **fields: 
         strength=torch.tensor([0.0, 1.0]),
         norm=torch.zeros(2),
         sensor=1,
-        calibration={"histograms": {"calibration": [{}, histogram]}, "layers": {"calibration": [{}, figures]}},
+        calibration={"histograms": {"calibration": [{}, histogram]}, "by_source": {"1": {"rows": rows}}},
         **fields,
     )
 
 
-def drift(profile: SteeringProfile, scores: Any, limits: Limits | None = None) -> Drift:
-    known = calibrated(profile)
-    return compare(profile, live_scores(scores, float(profile.threshold[1]), known.scores.edges), limits)
+def drift(profile: SteeringProfile, scores: Any, limits: Limits | None = None, label: str = "harmless") -> Drift:
+    known = calibrated(profile, label)
+    live = live_scores(scores, float(profile.threshold[1]), known.scores.edges)
+    return compare(profile, live, limits, label=label)
 
 
 def draw(seed: int, count: int) -> NDArray[np.float64]:
@@ -102,6 +107,44 @@ def test_more_that_fires_is_found_though_few_scores_moved(seed: int) -> None:
     assert found.distance is not None
     assert found.distance < 0.2
     assert drift(PROFILE, scores, Limits(tolerance=4)).verdict == PASS
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10**6))
+def test_a_gate_that_loses_hits_is_found_by_harmful_prompts(seed: int) -> None:
+    """A fifth of the attacks looks harmless now; to harmless traffic nothing happened."""
+    scores = draw(seed, 400) + 3
+    scores[:80] -= 3
+    found = drift(PROFILE, scores, label="harmful")
+    assert found.verdict == STALE
+    assert any("does not fire" in reason for reason in found.reasons)
+    assert worst([drift(PROFILE, draw(seed, 400)), found]) == STALE
+
+
+def test_harmful_prompts_like_the_calibrations_are_rarely_stale() -> None:
+    found = [
+        drift(made(draw(2 * seed, 600)), draw(2 * seed + 1, 300) + 3, label="harmful").verdict for seed in range(200)
+    ]
+    assert found.count(STALE) <= 12
+    assert found.count(PASS) >= 188
+
+
+def test_more_hits_are_no_drift_and_another_threshold_has_a_bound() -> None:
+    """The fewest hits that the histogram allows stand in where the record is of another threshold."""
+    assert drift(PROFILE, draw(3, 400) + 3.2, label="harmful").verdict == PASS
+    pointed = replace(PROFILE, points={"permissive": torch.full((2,), 2.6)}).at("permissive")
+    found = drift(pointed, draw(3, 400) + 3, label="harmful")
+    exact = (draw(0, 500)[:250] + 3 > 2.6).mean()
+    assert exact - 0.1 <= found.calibrated.value <= exact
+    assert found.verdict == PASS
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "verdict"),
+    [((PASS, PASS), PASS), ((PASS, INCONCLUSIVE), INCONCLUSIVE), ((STALE, INCONCLUSIVE), STALE), ((PASS,), PASS)],
+)
+def test_the_worst_side_counts(verdicts: tuple[str, ...], verdict: str) -> None:
+    assert worst([replace(drift(PROFILE, draw(3, 400)), verdict=one) for one in verdicts]) == verdict
 
 
 def test_intervals_are_exact() -> None:
