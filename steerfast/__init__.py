@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from steerfast.text.pairs import pairs
     from steerfast.text.template import with_template_arguments
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Resolved on first use, so that `import steerfast` (and the command line's --help) stays quick.
 _PUBLIC = {

@@ -209,13 +209,6 @@ def here(
     }
 
 
-def test_readme_steers_in_place(here: dict[str, Any]) -> None:
-    first, *_ = blocks("README.md", "python")
-    exec(first, here)
-    assert here["steering"].fired.shape == (3,)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in here["model"].modules())
-
-
 def test_patched_model(here: dict[str, Any]) -> None:
     first, *_ = blocks("python.md", "python")
     exec(first, here)

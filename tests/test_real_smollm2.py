@@ -50,6 +50,19 @@ def test_the_shipped_profile_belongs_to_the_model(real, profile):
     assert profile.tuned["refusal_strict"] > 0
 
 
+def test_the_readme_runs_as_it_stands(monkeypatch, capsys):
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    first = (root / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
+    here = {}
+    exec(first, here)
+    assert (here["steering"].fired.tolist(), here["steering"].undecided.tolist()) == ([True], [False])
+    answer, decisions, score = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert "sorry" in answer
+    assert (decisions, score) == ("tensor([True]) tensor([False])", "tensor([False])")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in here["model"].modules())
+
+
 def test_no_prompt_that_made_the_profile_is_shown_in_the_demo(profile):
     made_with = records(profile)
     assert {one.role for one in made_with if one.known} == {"fit", "calibrate", "tune"}

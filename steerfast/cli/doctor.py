@@ -31,8 +31,9 @@ def command(context: click.Context, url: str | None, api_key: str | None, json_f
     Every op implementation that is live here is checked against a float64 reference.
     Needs no model. Exit status 1 where a check fails.
 
-    With --url: whether that vLLM server steers. It is asked for its metrics, and for a profile
-    that cannot be, which it has to refuse. Exit status 0: it steers. 1: it does not. 2: nothing answers.
+    With --url: whether that vLLM server steers. The command asks it for its metrics, and for a
+    profile that cannot exist: a server that steers refuses. Exit status 0: the server steers.
+    1: it does not. 2: no server answers.
 
     \b
     Example:

@@ -38,8 +38,8 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
     "--set",
     "sources",
     "SET",
-    "A set of those below, [NAME=]KIND:FILE or [NAME=]KIND:hf://OWNER/DATASET[/CONFIG]@SPLIT[#COLUMN]; without it all "
-    "below.",
+    "A set of the list above, [NAME=]KIND:FILE or [NAME=]KIND:hf://OWNER/DATASET[/CONFIG]@SPLIT[#COLUMN]. "
+    "Without this option: the whole list.",
 )
 @common.repeated_option(
     "--judge",

@@ -62,7 +62,7 @@ def _layers(value: str) -> tuple[int, int]:
     "--per-source",
     click.IntRange(min=1),
     "N",
-    "The most prompts of a source that fit the gate.  [default: by --minutes, at most 120]",
+    "The most prompts of a source that fit the gate.  [default: by --minutes; without it at most 120]",
 )
 @common.value_option(
     "--max-false-positive-rate",

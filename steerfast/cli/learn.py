@@ -43,7 +43,7 @@ from steerfast.cli import common
 @common.batch_size_option()
 @common.fit_options
 def command(profile_file: str, output: str, json_file: str | None, **options: Any) -> None:
-    """Learn the vector that makes a model refuse, as it is told or as its aligned sibling does.
+    """Learn a vector for refusals: of given texts, or of the answers of an aligned sibling.
 
     It steers one layer, in place of the vectors by extract, which tune can still try. The output may be the profile
     itself.

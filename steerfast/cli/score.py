@@ -22,7 +22,7 @@ from steerfast.cli import common
 def command(
     profile_file: str, prompts: tuple[str, ...], files: tuple[str, ...], json_file: str | None, **options: Any
 ) -> None:
-    """Say for each prompt whether the gate fires, or does not know; nothing is steered.
+    """Say for each prompt whether the gate fires, stays shut or is undecided; nothing is steered.
 
     Prompts come from arguments and --file, or a line each from standard input.
 

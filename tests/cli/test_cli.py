@@ -152,7 +152,7 @@ def sets(work: Path) -> tuple[object, ...]:
 def test_group_lists_every_command_and_version() -> None:
     assert done().stdout == done("--help").stdout
     assert all(f"\n  {command} " in done("-h").stdout for command in COMMANDS)
-    assert done("--version").stdout == "steerfast, version 0.1.0\n"
+    assert done("--version").stdout == "steerfast, version 0.2.0.dev0\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
