@@ -25,6 +25,7 @@ _TEMPERATURE = 0.7
 @common.template_option
 @common.threshold_option
 @common.value_option("--strength", float, "NUMBER", "Multiplies the profile's own strengths.", 1.0)
+@common.choice_option("--thinking", ["count", "skip"], "Whether a thought is part of the answer; skip: steer after it.")
 @common.count_option("--max-new-tokens", 128, "Answer length.")
 @click.option("--sample/--greedy", default=False, show_default=True)
 @common.value_option(
@@ -66,7 +67,8 @@ def command(
     if options["sample"]:
         options["temperature"], options["seed"] = options["temperature"] or _TEMPERATURE, options["seed"] or 0
     ids = encode(tokenizer, texts, model, room=options["max_new_tokens"])
-    with steerfast.steer(model, profile, options["strength"], tokenizer=tokenizer) as steering:
+    how = {"tokenizer": tokenizer, "thinking": options["thinking"]}
+    with steerfast.steer(model, profile, options["strength"], **how) as steering:
         steered = _answers(model, tokenizer, ids, options, "steered", steering)
     results = [{"prompt": text, **answer} for text, answer in zip(texts, steered, strict=True)]
     if options["compare"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ class Latch(Decisions):
         tokens: how many tokens the cache held when the latch was attached.
         counter: the tensor in which a static cache counts them, and its version then. While the version stays, so does
             the count.
+        answers: int64 [N] on the CPU, the first column of each answer behind a thought, `NO_END` during the thought;
+            None: edits wait for no thought. recent: int64 [N, n], the last tokens before the next step.
     """
 
     owner: str = ""
@@ -36,6 +39,8 @@ class Latch(Decisions):
     prompt: int = 0
     tokens: int = 0
     counter: tuple[Tensor, int] | None = None
+    answers: Tensor | None = None
+    recent: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop the counter: the versions of a copied tensor start again."""
@@ -61,7 +66,8 @@ class Latch(Decisions):
     def copy(self, device: torch.device | None = None) -> Latch:
         """Return a copy that shares no memory, on a device; None: where this one lies."""
         values, scores = (tensor.to(device or tensor.device, copy=True) for tensor in (self.values, self.scores))
-        return Latch(values, scores, None, self.owner, self.stack, self.prompt)
+        thoughts = {"answers": self.answers, "recent": self.recent}
+        return Latch(values, scores, None, self.owner, self.stack, self.prompt, **thoughts)  # type: ignore[arg-type]
 
     def by_sequence(self, tensor: Tensor) -> Tensor:
         """Return a tensor [layers, N·K] as [layers, N, K]."""
@@ -72,12 +78,18 @@ class Latch(Decisions):
         for name in ("values", "scores"):
             tensor = self.by_sequence(getattr(self, name))
             setattr(self, name, tensor.index_select(1, index.to(tensor.device)).flatten(1))
+        self._move_thoughts(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
     def repeat(self, repeats: int) -> None:
         """Repeat each sequence."""
         for name in ("values", "scores"):
             tensor = self.by_sequence(getattr(self, name))
             setattr(self, name, tensor.repeat_interleave(repeats, dim=1).flatten(1))
+        self._move_thoughts(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def _move_thoughts(self, move: Callable[[Tensor], Tensor]) -> None:
+        if self.answers is not None and self.recent is not None:
+            self.answers, self.recent = move(self.answers), move(self.recent)
 
 
 def attached(cache: Any) -> Latch | None:

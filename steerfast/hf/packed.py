@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ from steerfast.profile import SteeringProfile
 from steerfast.runtime.bank import Reach
 from steerfast.runtime.batch import INHERIT, BatchRoster
 from steerfast.runtime.roster import Request, Roster
-from steerfast.runtime.span import Stack, slots_of
+from steerfast.runtime.span import Stack, Thought, slots_of
 
 __all__ = ["PackedRuns", "PackedSteps", "forget_manager", "is_paged", "steered_manager"]
 
@@ -100,6 +100,8 @@ class PackedRuns:
     def request(self, stack: Stack, ids: Sequence[int]) -> Request:
         """Return a request with the profiles of `stack` on a prompt."""
         request = Request(stack, len(ids), ids)
+        if (thought := self.roster.thought) is not None and thought.over(ids):
+            request.answer_from = len(ids)
         if not all(rows.found for rows in request.means):
             self.roster.warn_of_turns()
         return request
@@ -145,6 +147,12 @@ def steered_manager(runs: PackedRuns, make: Callable[..., Any], /, *args: Any, *
         given = getattr(generation, "continuous_batching_config", None) or ContinuousBatchingConfig()
     config = copy.copy(given)
     config.allow_block_sharing = False
+    if runs.roster.thought is not None:
+        if config.use_async_batching:
+            raise SteerfastError(
+                "use_async_batching: expected False with thinking='skip', as a step begins before its token is known"
+            )
+        config.use_async_batching = False
     bound.arguments["continuous_batching_config"] = config
     manager = make(*bound.args, **bound.kwargs)
     if manager is not cached:
@@ -305,6 +313,8 @@ class _SteeredManager:
             if state.request_id not in roster:
                 self._begin(roster, state, cached.get(state.request_id, state.position_offset))
         self._forget_gone(roster, self._scheduled().union(names))
+        if (thought := runs.roster.thought) is not None:
+            roster.end_thoughts(dict(_ended_thoughts(thought, [state for state, _ in states])))
         with _on_stream(own.model.device, io.compute_stream):
             deciding = roster.step(names, past, [length for _, length in states], batch.num_q_tokens)
         graphs = processor.model_runner.pad_inputs  # a graph holds the launches of gates always or never
@@ -350,6 +360,15 @@ class _SteeredManager:
         given = self.steerfast_given.get(name) or runs.request(runs.roster.own, state.initial_tokens[:length])
         roster.add(name, given, name.rpartition(_CHILD)[0] if cached else None)
         self.steerfast_given.pop(name, None)
+
+
+def _ended_thoughts(thought: Thought, states: Sequence[Any]) -> Iterator[tuple[str, int]]:
+    """Yield the requests whose last token ends a thought, and the first row of the answer: the next."""
+    for state in states:
+        prompt = state._true_initial_tokens or len(state.initial_tokens)
+        answer = [*state.initial_tokens[prompt:], *state.generated_tokens]
+        if thought.after(answer[-len(thought.end) :]) is not None:
+            yield state.request_id, prompt + len(answer)
 
 
 def _on_stream(device: torch.device, stream: Any) -> Any:

@@ -28,6 +28,8 @@ from steerfast.profile.checks import is_count
 from steerfast.profile.stack import Given, accepted, as_stack, chosen
 from steerfast.runtime.batch import BatchRoster, Plan
 from steerfast.runtime.slots import ProfileSlots
+from steerfast.runtime.span import Thought
+from steerfast.text.turns import thought_marker, turn_markers
 
 __all__ = ["GENERATING", "Steering", "steer"]
 
@@ -40,6 +42,7 @@ def steer(
     tokenizer: Any = None,
     action: str = "steer",
     accept_model: bool = False,
+    thinking: str = "count",
 ) -> Steering:
     """Steer `model` with `profile` until the returned handle is left or detached.
 
@@ -58,13 +61,18 @@ def steer(
             and no row is edited, whatever strength is given.
         accept_model: steer a model of the same shape that the profile was not made for. The mismatch is logged, and
             kept in ``fitted["accepted"]`` of `Steering.profile` (`SteeringProfile.for_model`).
+        thinking: of reasoning models: ``count``: a thought is part of the answer. ``skip``: edits, and
+            `SteeringProfile.answer_tokens`, begin where it ends, as the chat template of `tokenizer` ends it; a thought
+            without an end, and the answer of a model that does not think, are not edited.
 
     Raises:
-        ProfileError: the profile cannot be read, belongs to another model, or steers no layer.
+        ProfileError: the profile cannot be read, belongs to another model, or steers no layer; or, with thinking
+            ``skip``, it edits prompts, or no end of a thought is known.
         ArchitectureError: no decoder layers found, or a model in float64.
-        SteerfastError: the model is steered already, or the action is another.
+        SteerfastError: the model is steered already, or the action or thinking is another.
     """
-    return Steering(model, profile, strength, tokenizer=tokenizer, action=action, accept_model=accept_model)
+    given = {"tokenizer": tokenizer, "action": action, "accept_model": accept_model, "thinking": thinking}
+    return Steering(model, profile, strength, **given)
 
 
 class Steering:
@@ -79,9 +87,11 @@ class Steering:
         tokenizer: Any = None,
         action: str = "steer",
         accept_model: bool = False,
+        thinking: str = "count",
     ) -> None:
         if action not in ("steer", "observe"):
             raise SteerfastError(f"action: expected 'steer' or 'observe', got {action!r}")
+        thought = _thought(thinking, tokenizer)
         decoder, identity = find_decoder(model), identify(model, tokenizer)
         slots = ProfileSlots(identity, next(decoder.backbone.parameters()).device)
         self.model = model
@@ -89,7 +99,7 @@ class Steering:
         if given is not None and accept_model:
             given = accepted(given, identity)
         self._given = given  # its band is lowered only at thresholds below it
-        self._roster = BatchRoster(slots, strength, observe=action == "observe")
+        self._roster = BatchRoster(slots, strength, observe=action == "observe", thought=thought)
         self._packed = PackedRuns(model, self._roster)
         self._stepper = Stepper(decoder, self._roster, self._packed)
         self._hooks = StepHooks(decoder, self._stepper)
@@ -310,3 +320,16 @@ class Steering:
     def _plan(self) -> Plan:
         assert self._stepper.plan is not None
         return self._stepper.plan
+
+
+def _thought(thinking: str, tokenizer: Any) -> Thought | None:
+    """Return how thoughts end where edits begin after them."""
+    if thinking not in ("count", "skip"):
+        raise SteerfastError(f"thinking: expected 'count' or 'skip', got {thinking!r}")
+    if thinking == "count":
+        return None
+    if tokenizer is None:
+        raise SteerfastError(
+            "tokenizer: expected one with thinking='skip', as its chat template ends thoughts, got None"
+        )
+    return Thought(thought_marker(tokenizer), turn_markers(tokenizer)[0])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, SteerfastError
-from steerfast.hf import caches
+from steerfast.hf import caches, thoughts
 from steerfast.hf import latch as latches
 from steerfast.hf.arguments import Call, columns_of, grown, is_flat, is_packed, tokens_of, valid_tokens
 from steerfast.hf.fused import CompiledEdit, is_fused
@@ -192,6 +192,9 @@ class Stepper:
         if plan.ahead:
             self.second_pass = SecondPass.of(plan, call.given, call.cache, valid, columns)
         rows = self.prompt_tables(plan, valid, columns, plan.ahead)
+        if self.roster.thought is not None:
+            thoughts.follow(self.roster.thought, latch, call, valid, columns)
+            rows = thoughts.answer_rows(rows, plan, latch, call)
         if plan.reads_mean:
             rows = replace(rows, counted=self._mean_rows(call, plan, valid, columns))
         self.step, self.latch = self.make(plan, latch, rows, decides=True), latch
@@ -203,13 +206,17 @@ class Stepper:
             SteerfastError: an edit ends after some tokens, of prompts that ended at different columns.
         """
         if latch.prompt == _SEVERAL and any(
-            n < NO_END for of_one in plan.each(lambda one: one.span.answer_rows) for n in of_one
+            n < NO_END for of_one in plan.each(lambda one: one.span.rows_after_prompt) for n in of_one
         ):
             raise SteerfastError(
                 "prompt_length: expected the context of the prompt around its answer, too: answer_tokens counts from "
                 "ends of prompts that differ"
             )
+        if self.roster.thought is not None:
+            thoughts.follow(self.roster.thought, latch, call, self._valid(call), 0)
         rows = self._answer_tables(plan, call.width, call.past - latch.prompt, call.device)
+        if self.roster.thought is not None:
+            rows = thoughts.answer_rows(rows, plan, latch, call)
         latch = latch.copy() if plan.by_token else latch
         self.step, self.latch = self.make(plan, latch, rows, decides=plan.by_token), latch
         if plan.by_token:
@@ -217,7 +224,11 @@ class Stepper:
         adds = self.roster.slots.reach.kinds == Kinds.LATCHED_ADD
         if adds and is_fused(self.decoder.layers[0]):  # hooks would not read it
             self.compiled = self._compiled_edit(self.step.memory)
-        ends = (latch.prompt + entry.span.answer_rows for stack in plan.stacks for entry in stack)
+        begins = [latch.prompt] * call.count if latch.answers is None else latch.answers.tolist()
+        if NO_END in begins:  # the next token may end a thought
+            return
+        stacks = zip(begins, plan.stacks, strict=True)
+        ends = (begin + entry.span.answer_rows for begin, stack in stacks for entry in stack)
         until = min((end for end in ends if end > call.past), default=math.inf)
         self._repeat, self._repeated = Repeat(self._key(call.tokens), call.past, until), latch.values
 
@@ -277,7 +288,7 @@ class Stepper:
             device = valid.device
             slot = self._tensor("slot", plan, lambda entry: entry.slot, torch.int32, device)
             after = plan.tensor(lambda entry: entry.span.after_prompt, torch.bool, device)
-            answer = plan.tensor(lambda entry: entry.span.answer_rows, torch.int32, device)
+            answer = plan.tensor(lambda entry: entry.span.rows_after_prompt, torch.int32, device)
             rows = prompt_rows(valid, columns, slot, after, answer)
             if waits:
                 waiting = torch.tensor(waits, device=device).repeat_interleave(valid.shape[1])[:, None]
@@ -315,7 +326,7 @@ class Stepper:
         """Return the rows of a step of answer tokens, the same tables until an edit ends."""
         edited = tuple(
             tuple(min(max(rows - answered, 0), width) for rows in stack)
-            for stack in plan.each(lambda entry: entry.span.answer_rows)
+            for stack in plan.each(lambda entry: entry.span.rows_after_prompt)
         )
 
         def make() -> RowTable:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast.errors import SteerfastError
+from steerfast.errors import ProfileError, SteerfastError
 from steerfast.kernels.contract import MAX_STACK
 from steerfast.profile import ProfileStack, SteeringProfile
 from steerfast.runtime.bank import Reach
 from steerfast.runtime.roster import check_packed
 from steerfast.runtime.slots import ProfileSlots, kind_of
-from steerfast.runtime.span import NO_TURN, EditSpan, Entry, Stack, TurnWarning, filled, slots_of
+from steerfast.runtime.span import NO_TURN, EditSpan, Entry, Stack, Thought, TurnWarning, filled, slots_of
 
 __all__ = ["INHERIT", "MOST_STRENGTH", "BatchRoster", "Buffers", "Plan", "finite"]
 
@@ -103,6 +103,7 @@ class BatchRoster:
         slots: the profiles in use.
         strength: multiplies the profiles' strengths where a call names no strength.
         observe: strength 0, whatever a call names: gates decide, and no row is edited.
+        thought: edits begin where a thought ends; None: a thought is part of the answer.
 
     Attributes:
         profile: the profile of calls that name none. own: the stack of sequences for which a call names no profile.
@@ -110,9 +111,12 @@ class BatchRoster:
         held: returns the slots that requests of continuous batching need.
     """
 
-    def __init__(self, slots: ProfileSlots, strength: float, observe: bool = False) -> None:
+    def __init__(
+        self, slots: ProfileSlots, strength: float, observe: bool = False, thought: Thought | None = None
+    ) -> None:
         self.slots = slots
         self.observe = observe
+        self.thought = thought
         self._strength = finite("strength", strength)
         self.profile: SteeringProfile | ProfileStack | None = None
         self.held: Callable[[], set[int]] = set
@@ -208,11 +212,20 @@ class BatchRoster:
             ]
             stacks.append(
                 tuple(
-                    Entry(slots[label], number, EditSpan.of(self.slots.at(slots[label])))
+                    Entry(slots[label], number, self._span(label, self.slots.at(slots[label])))
                     for label, number in zip(labels, strengths[i], strict=True)
                 )
             )
         return tuple(stacks)
+
+    def _span(self, label: str, profile: SteeringProfile) -> EditSpan:
+        if self.thought is not None and (profile.positions != "response" or profile.second_pass):
+            got = "layers before it" if profile.positions == "response" else f"positions {profile.positions!r}"
+            raise ProfileError(
+                f"{label}: expected positions 'response' and no layer before the sensor, as edits begin after a "
+                f"thought, got {got}"
+            )
+        return EditSpan.of(profile, after_thought=self.thought is not None)
 
     def _with_strengths(self, stacks: Assignment, strength: Any) -> Assignment:
         """Return stacks with other strengths."""

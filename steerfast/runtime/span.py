@@ -19,6 +19,7 @@ __all__ = [
     "Entry",
     "MeanRows",
     "Stack",
+    "Thought",
     "TurnWarning",
     "answer_rows",
     "filled",
@@ -65,6 +66,27 @@ class MeanRows(NamedTuple):
     found: bool = True
 
 
+class Thought(NamedTuple):
+    """Hold the tokens by which a thought before an answer ends, see `steerfast.text.turns.thought_marker`.
+
+    end: these tokens, at least one. turn: the tokens that open a user turn; empty: they are not known.
+    """
+
+    end: tuple[int, ...]
+    turn: tuple[int, ...] = ()
+
+    def over(self, prompt: Sequence[int] | NDArray[np.integer]) -> bool:
+        """Return whether no thought follows a prompt: a template without thoughts writes the end into the prompt."""
+        begin = (last_turn(prompt, self.turn) if self.turn else None) or 0
+        return last_turn(prompt[begin:], self.end) is not None
+
+    def after(self, ids: Sequence[int] | NDArray[np.integer]) -> int | None:
+        """Return the place after the first end in some token ids; None: there is none."""
+        count, tokens = len(self.end), tuple(map(int, ids))
+        places = (place for place in range(count, len(tokens) + 1) if tokens[place - count : place] == self.end)
+        return next(places, None)
+
+
 @dataclass(frozen=True)
 class EditSpan:
     """Hold the rows of a sequence that one profile edits, and the rows that its gate reads.
@@ -86,6 +108,11 @@ class EditSpan:
     tail: int = 0
     after_thought: bool = False
 
+    @property
+    def rows_after_prompt(self) -> int:
+        """How many rows after the prompt may be edited, as far as the prompt tells."""
+        return NO_END if self.after_thought else self.answer_rows
+
     def read(self, length: int, ids: Sequence[int] | NDArray[np.integer] | None = None) -> MeanRows:
         """Return the rows of a prompt that the mean takes, at least one of a prompt that has any.
 
@@ -103,7 +130,7 @@ class EditSpan:
         return MeanRows(first, until, start is not None)
 
     @classmethod
-    def of(cls, profile: SteeringProfile) -> EditSpan:
+    def of(cls, profile: SteeringProfile, after_thought: bool = False) -> EditSpan:
         """Return the span of a profile."""
         return cls(
             after_prompt=profile.positions == "response",
@@ -112,6 +139,7 @@ class EditSpan:
             mean_rows=mean_rows(profile.gate),
             turn=profile.gate.turn,
             tail=profile.gate.tail,
+            after_thought=after_thought,
         )
 
 

@@ -1,4 +1,4 @@
-"""The tokens by which a chat template opens a user turn, and those by which it ends a prompt."""
+"""The tokens by which a chat template opens a user turn, those by which it ends a prompt, and the end of a thought."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
+from steerfast.errors import ProfileError
 from steerfast.profile import last_turn
 
-__all__ = ["turn_markers"]
+__all__ = ["thought_marker", "turn_markers"]
 
 # A tokenizer may merge the end of a marker with the beginning of a content, so they begin and end in many ways.
 _CONTENTS = (
@@ -22,6 +23,15 @@ _CONTENTS = (
     "- one\n- two",
     "naïve café.",
     "def f(x):",
+)
+# Of Qwen and DeepSeek; gpt-oss; Mistral; Seed-OSS; Command; EXAONE and Granite.
+_THOUGHT_ENDS = (
+    "</think>",
+    "<|channel|>final<|message|>",
+    "[/THINK]",
+    "</seed:think>",
+    "<|END_THINKING|>",
+    "</thought>",
 )
 _QUESTION, _ANSWER = "What is it?", "An answer."
 
@@ -61,6 +71,26 @@ def turn_markers(tokenizer: Any) -> tuple[tuple[int, ...], int]:
     if not turn or [last_turn(ids, turn) for ids in first + later] != places:
         return (), 0
     return turn, tail
+
+
+def thought_marker(tokenizer: Any) -> tuple[int, ...]:
+    """Return the token ids by which a thought ends, in the chat template of a reasoning model.
+
+    Raises:
+        ProfileError: the template has no known end of a thought, or the tokenizer may merge it with other text.
+    """
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    ends = [end for end in _THOUGHT_ENDS if end in template]
+    if not ends:
+        raise ProfileError(
+            f"thinking: expected a chat template with the end of a thought ({', '.join(_THOUGHT_ENDS)}), got none of "
+            "them; use thinking='count'"
+        )
+    ids = [int(token) for token in tokenizer(ends[0], add_special_tokens=False)["input_ids"]]
+    own = {*tokenizer.get_added_vocab().values()} - {tokenizer.unk_token_id}
+    if not {ids[0], ids[-1]} <= own:
+        raise ProfileError(f"thinking: expected tokens of its own for {ends[0]!r}, got {ids}; use thinking='count'")
+    return tuple(ids)
 
 
 def _common_start(sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -149,6 +149,7 @@ class Oracle:
         self.scores: dict[int, Tensor] = {}
         self.margin = float("inf")
         self.ids: list[int] = []  # of a single sequence
+        self.thought_end: list[int] = []  # edits begin after these tokens, in a prompt or behind it
 
     @contextmanager
     def attached(self, padding: list[int], turns: list[tuple[int, int]]) -> Iterator[None]:
@@ -191,8 +192,10 @@ class Oracle:
             starts = [start for start, _ in turns] + [width]
             for number, (start, end) in enumerate(turns):
                 stop = starts[number + 1]
-                first = start if self.profile.positions == "all" else end - 1
-                until = stop if self.profile.answer_tokens is None else min(stop, end + self.profile.answer_tokens - 1)
+                begin = self.answer_begins(start, end, stop)
+                first = start if self.profile.positions == "all" else begin - 1
+                answer_tokens = self.profile.answer_tokens
+                until = stop if answer_tokens is None else min(stop, begin + answer_tokens - 1)
                 steered[:, first:until] = valid[:, first:until]
                 if self.profile.gate.kind == "always":
                     gate[:, start:stop] = 1.0
@@ -219,6 +222,14 @@ class Oracle:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def answer_begins(self, start: int, end: int, stop: int) -> int:
+        """The place after the first end of a thought; of one in the prompt, the prompt's end; without one, the last."""
+        marker = self.thought_end
+        places = [place for place in range(start, stop) if marker and self.ids[place : place + len(marker)] == marker]
+        if not marker or any(place + len(marker) <= end for place in places):
+            return end
+        return places[0] + len(marker) if places else stop + 1
 
     @torch.no_grad()
     def logits(self, ids: list[int], turns: list[tuple[int, int]]) -> Tensor:
