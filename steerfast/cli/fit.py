@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from steerfast.profile import SteeringProfile
 
-_OF_PAIRS = ("method", "read", "layers", "strengths")
+_OF_PAIRS = ("method", "read", "layers", "strengths", "max_perplexity")
 _OF_SAFETY = ("harmful", "harmless", "prompts", "per_source", "max_false_positive_rate")
 
 
@@ -54,6 +54,12 @@ def _layers(value: str) -> tuple[int, int]:
     common.finite,
     "numbers such as 0.5,1,2",
     "With --pairs: comma list of total strengths to measure.  [default: 0.25,0.5,1,1.5,2,3]",
+)
+@common.value_option(
+    "--max-perplexity",
+    click.FloatRange(min=1),
+    "TIMES",
+    "With --pairs: the perplexity that text may reach, times the unsteered one.  [default: 2]",
 )
 @common.labelled_option
 @common.set_option("--harmful", note="Prompts the gate should open for, in place of the corpus")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from steerfast.fitting.contrast import (
     describe_pairs,
     read_pairs,
 )
-from steerfast.fitting.frontier import STRENGTHS, Axis, Frontier, recommend
+from steerfast.fitting.frontier import MOST_PERPLEXITY, STRENGTHS, Axis, Frontier, recommend
 from steerfast.fitting.labelled import evenly
 from steerfast.fitting.safety import SafetyOptions, fit_safety, make_folder
 from steerfast.hf.structure import find_decoder
@@ -55,6 +56,8 @@ class ContrastOptions:
         prompts: to answer at each strength; default: at most 12 that both sides of a pair share, else of
             ``steerfast:harmless_tune``.
         max_new_tokens: of such an answer. limits: of fluent text.
+        max_perplexity: times the unsteered perplexity, that text may reach. A behaviour that is another language, or
+            rare text, needs more.
         minutes: how long it may take, by an estimate; it chooses the number of strengths.
         work: a folder that keeps rows and answers: a fit that was interrupted goes on.
         name: of the pairs in the profile.
@@ -67,6 +70,7 @@ class ContrastOptions:
     prompts: Sequence[Prompt] | None = None
     max_new_tokens: int = 40
     limits: FluencyLimits | None = None
+    max_perplexity: float = MOST_PERPLEXITY
     minutes: float | None = None
     work: str | os.PathLike[str] | None = None
     name: str | None = None
@@ -78,6 +82,8 @@ class ContrastOptions:
             raise ProfileError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
         if self.strengths is not None and not (self.strengths and all(one > 0 for one in self.strengths)):
             raise ProfileError(f"strengths: expected numbers above 0, got {list(self.strengths)}")
+        if not 1 <= self.max_perplexity < math.inf:
+            raise ProfileError(f"max_perplexity: expected a finite number >= 1, got {self.max_perplexity}")
         if self.prompts is not None and not len(self.prompts):
             raise PromptError("prompts: expected at least one to answer, got none")
 
@@ -198,8 +204,9 @@ def _frontier(
             answer = speed.answer(len(prompts), options.max_new_tokens) + 2 * speed.read(sum(map(len, prompts)))
             ladder = largest(_LADDERS, options.minutes, lambda one: (1 + len(one)) * answer)
     axis = Axis(model, tokenizer, profile, rows)
-    frontier = Frontier(
-        model, tokenizer, profile, axis, prompts, max_new_tokens=options.max_new_tokens, records=records
-    )
+    how = {"max_new_tokens": options.max_new_tokens, "records": records, "most": options.max_perplexity}
+    frontier = Frontier(model, tokenizer, profile, axis, prompts, **how)  # type: ignore[arg-type]
     points = frontier.measure(ladder, options.limits, options.progress)
-    return {**recommend(points), "prompts": len(prompts), "max_new_tokens": options.max_new_tokens}
+    found = recommend(points, options.max_perplexity)
+    settings = {name: getattr(options, name) for name in ("max_new_tokens", "max_perplexity")}
+    return {**found, "prompts": len(prompts), **settings}

@@ -24,7 +24,7 @@ from steerfast.text.encoding import pad_token
 _KEY = "figures_of"
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 _LEAST_FLUENT = 0.9  # of the unsteered share
-_MOST_PERPLEXITY = 2.0  # times the unsteered perplexity
+MOST_PERPLEXITY = 2.0  # times the unsteered perplexity
 _ENOUGH, _NOTABLE = 4 / 5, 1 / 3  # of the best shift: for the strength to use, for the lower end of the range
 
 
@@ -44,10 +44,10 @@ class Point:
     repetition: float
     fluent: float
 
-    def coherent(self, unsteered: Point) -> bool:
-        """Return whether the text holds: nearly as many fluent answers, at most twice the perplexity."""
+    def coherent(self, unsteered: Point, most: float = MOST_PERPLEXITY) -> bool:
+        """Return whether the text holds: nearly as many fluent answers, at most `most` times the perplexity."""
         fluent = self.fluent >= _LEAST_FLUENT * unsteered.fluent
-        return fluent and self.perplexity <= _MOST_PERPLEXITY * unsteered.perplexity
+        return fluent and self.perplexity <= most * unsteered.perplexity
 
 
 class Axis:
@@ -83,6 +83,7 @@ class Frontier:
     Args:
         profile: one that always adds, as `contrast_profile` makes it. axis: where shifts are measured.
         prompts: token ids. records: what is measured already, with the same axis.
+        most: times the unsteered perplexity, see `recommend`.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Frontier:
         *,
         max_new_tokens: int,
         records: Records,
+        most: float = MOST_PERPLEXITY,
     ) -> None:
         self._model, self._tokenizer, self._profile, self._prompts = model, tokenizer, profile, prompts
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._most = max_new_tokens, most
         self._answers, self._records, self._axis = AnswerLog(records, model, tokenizer), records, axis
         self._known = {record[_KEY]: record["figures"] for record in records.found if _KEY in record}
         self._start: float | None = None
@@ -107,7 +109,7 @@ class Frontier:
         points: list[Point] = []
         for strength in track([0.0, *sorted(strengths)], "strengths", show=progress):
             points.append(self._point(strength, limits))
-            if not points[-1].coherent(points[0]):
+            if not points[-1].coherent(points[0], self._most):
                 break
         return points
 
@@ -136,8 +138,10 @@ class Frontier:
         }
 
 
-def recommend(points: Sequence[Point]) -> dict[str, Any]:
+def recommend(points: Sequence[Point], most: float = MOST_PERPLEXITY) -> dict[str, Any]:
     """Return the strength to use and a range around it, from points as `Frontier.measure` returns them.
+
+    Coherent is a strength with nine tenths of the fluent answers, and at most `most` times the perplexity.
 
     The strength is the least coherent one with four fifths of the largest shift. The range begins at the least one with
     a third of it, and ends at the largest coherent one.
@@ -146,11 +150,11 @@ def recommend(points: Sequence[Point]) -> dict[str, Any]:
         JSON data: ``points``, ``strength``, ``range``, and ``problem``, a sentence where no strength helps, else None.
     """
     unsteered, *steered = points
-    coherent = [one for one in steered if one.coherent(unsteered) and one.shift > 0]
+    coherent = [one for one in steered if one.coherent(unsteered, most) and one.shift > 0]
     found: dict[str, Any] = {"points": [asdict(one) for one in points]}
     if not coherent:
         least = steered[0]
-        broken = not least.coherent(unsteered)
+        broken = not least.coherent(unsteered, most)
         why = (
             f"strength {least.strength:g} already breaks the text (fluent {least.fluent:.0%}, perplexity "
             f"{least.perplexity:.1f} against {unsteered.perplexity:.1f})"

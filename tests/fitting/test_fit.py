@@ -195,6 +195,13 @@ def test_the_least_strength_that_does_most_is_recommended() -> None:
     assert len(found["points"]) == 5
 
 
+def test_a_behaviour_may_be_allowed_more_perplexity() -> None:
+    points = [point(0, 0), point(0.5, 0.2), point(1, 0.9, perplexity=11.0), point(2, 1.0, perplexity=13.0)]
+    assert recommend(points)["strength"] == 0.5
+    assert recommend(points, most=4.0)["strength"] == 1
+    assert recommend(points, most=5.0)["range"] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("points", "problem"),
     [
@@ -229,6 +236,7 @@ def test_no_strength_helps(points: list[Point], problem: str) -> None:
         (PROMPTS, {"strengths": [-1.0]}, ProfileError, r"strengths: expected numbers above 0, got \[-1.0\]"),
         (PROMPTS, {"prompts": []}, PromptError, "prompts: expected at least one to answer, got none"),
         (PROMPTS, {"max_new_tokens": 0}, ProfileError, "max_new_tokens: expected at least 1, got 0"),
+        (PROMPTS, {"max_perplexity": 0.5}, ProfileError, "max_perplexity: expected a finite number >= 1, got 0.5"),
         (PROMPTS, {"minutes": 0}, ProfileError, "minutes: expected a positive number, got 0"),
         (PROMPTS, {"harmful": ["a"]}, TypeError, "fit: expected options among method, read, .*, got 'harmful'"),
         ((), {"behaviour": "safety", "read": "last"}, TypeError, "fit: expected options among harmful, .*, got"),
