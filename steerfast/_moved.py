@@ -12,8 +12,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "install"]
-
 MOVED = {
     "bank": "runtime.bank",
     "batch": "runtime.tables",

@@ -19,8 +19,7 @@ def test_old_path_warns_and_gives_the_same_objects(old: str, monkeypatch: pytest
         module = importlib.import_module(f"steerfast.{old}")
     package, _, name = old.partition(".")
     moved = importlib.import_module(f"steerfast.{MOVED.get(old) or f'{MOVED[package]}.{name}'}")
-    names = getattr(moved, "__all__", [])
-    assert all(getattr(module, name) is getattr(moved, name) for name in names)
+    assert all(getattr(module, name) is getattr(moved, name) for name in module.__all__)
 
 
 @pytest.mark.filterwarnings("ignore:steerfast.models.absent moved:DeprecationWarning")

@@ -21,11 +21,6 @@ from steerfast.errors import ProfileError, PromptError
 from steerfast.judging.estimates import Estimate, exact_interval
 from steerfast.profile import SteeringProfile
 
-__all__ = [
-    "INCONCLUSIVE", "PASS", "STALE", "Calibrated", "Drift", "Limits", "Live", "calibrated", "compare", "live_scores",
-    "read_metrics", "read_scores", "worst",
-]  # fmt: skip
-
 PASS, STALE, INCONCLUSIVE = "pass", "stale", "inconclusive"
 
 _CONFIDENCE = 0.95  # of the intervals of both rates

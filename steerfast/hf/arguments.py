@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, SteerfastError
 
-__all__ = ["Call", "arguments", "columns_of", "grown", "is_flat", "is_packed", "tokens_of", "valid_tokens"]
-
 
 @dataclass(frozen=True, eq=False)
 class Call:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError
 
-__all__ = ["argument", "cache_in", "merge", "rewind", "rewinds", "select", "splits"]
-
 _NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 

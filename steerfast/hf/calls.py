@@ -19,8 +19,6 @@ from steerfast.hf.step import GeneratedPrompt, Stepper
 from steerfast.runtime.batch import INHERIT, BatchRoster
 from steerfast.runtime.span import slots_of
 
-__all__ = ["GENERATING", "SteeredCalls"]
-
 GENERATING = ("generate", "generate_batch", "init_continuous_batching")
 """Methods of models that `SteeredCalls.call` stands before."""
 

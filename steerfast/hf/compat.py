@@ -12,8 +12,6 @@ import importlib
 from steerfast._seams import Seam
 from steerfast.errors import ArchitectureError
 
-__all__ = ["CACHES", "CONTINUOUS_BATCHING", "check"]
-
 _BATCHING = "transformers.generation.continuous_batching"
 _MANAGER = f"{_BATCHING}.continuous_api:ContinuousBatchingManager"
 _REQUEST = f"{_BATCHING}.requests:RequestState"

@@ -29,8 +29,6 @@ from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Operands
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.runtime.step import LayerEdit, Step
 
-__all__ = ["CompiledEdit", "FusedAdd", "is_fused", "is_patched", "patch", "set_compiled_edit", "steer_layer", "unpatch"]
-
 
 class Steps(Protocol):
     """Hold the step of the forward pass that runs, and give its edits, see `steerfast.hf.step.Stepper`."""

@@ -24,8 +24,6 @@ from steerfast.hf.step import Stepper
 from steerfast.hf.structure import STEERED_MARK, Decoder, passes_through
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 
-__all__ = ["StepHooks"]
-
 _log = logging.getLogger("steerfast.step")
 _outside: Any = functools.partial(
     torch.compiler.disable,

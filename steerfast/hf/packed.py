@@ -28,8 +28,6 @@ from steerfast.runtime.batch import INHERIT, BatchRoster
 from steerfast.runtime.roster import Request, Roster
 from steerfast.runtime.span import Stack, Thought, slots_of
 
-__all__ = ["PackedRuns", "PackedSteps", "forget_manager", "is_paged", "steered_manager"]
-
 _ADDING = threading.Lock()
 """Held from the moment a request takes a slot until the slot counts as held."""
 

@@ -19,8 +19,6 @@ from steerfast.hf import caches
 from steerfast.hf.latch import Latch
 from steerfast.runtime.batch import Plan
 
-__all__ = ["SecondPass"]
-
 
 @dataclass(frozen=True, eq=False)
 class SecondPass:

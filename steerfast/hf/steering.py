@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.hf import caches
-from steerfast.hf.calls import GENERATING, SteeredCalls
+from steerfast.hf.calls import SteeredCalls
 from steerfast.hf.compat import CACHES, check
 from steerfast.hf.hooks import StepHooks
 from steerfast.hf.latch import Latch
@@ -30,8 +30,6 @@ from steerfast.runtime.batch import BatchRoster, Plan
 from steerfast.runtime.slots import ProfileSlots
 from steerfast.runtime.span import Thought
 from steerfast.text.turns import thought_marker, turn_markers
-
-__all__ = ["GENERATING", "Steering", "steer"]
 
 
 def steer(

@@ -30,8 +30,6 @@ from steerfast.runtime.span import NO_END, UNSTEERED
 from steerfast.runtime.step import Decisions, LayerEdit, Repeat, Step, StepMemory, TokenStep
 from steerfast.runtime.tables import RowTable, prompt_rows, response_rows
 
-__all__ = ["GeneratedPrompt", "Stepper"]
-
 _log = logging.getLogger("steerfast.step")
 _PADDING = -(2**62)  # no token id; some models have negative ones for images
 _SEVERAL = -1  # in place of `Latch.prompt`: prompts ended at different columns

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from steerfast.judging.spoken import compiled
 
-__all__ = ["LANGUAGES", "Language"]
-
 
 @dataclass(frozen=True)
 class Language:

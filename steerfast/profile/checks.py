@@ -14,8 +14,6 @@ from steerfast.kernels.contract import is_number
 if TYPE_CHECKING:
     from steerfast.profile.identity import ModelIdentity
 
-__all__ = ["check_instance", "check_one_of", "check_tensor", "is_count", "is_layer", "is_number", "is_real"]
-
 
 def check_instance(name: str, value: object, kind: type, words: str) -> None:
     """Raise where `value` is no `kind`, which `words` names."""

@@ -14,8 +14,6 @@ from steerfast.profile import file, hub
 from steerfast.profile.identity import ModelIdentity
 from steerfast.profile.profile import SteeringProfile, read
 
-__all__ = ["Given", "ProfileStack", "accepted", "as_stack", "chosen"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -21,8 +21,6 @@ from steerfast.kernels.contract import Decides, GateKind, Kinds, Reading, Score
 from steerfast.kernels.edit_kinds import EDITS
 from steerfast.profile import SteeringProfile
 
-__all__ = ["Bank", "LayerBank", "Reach", "kinds_of"]
-
 
 @dataclass(frozen=True)
 class Reach:

@@ -20,8 +20,6 @@ from steerfast.runtime.roster import check_packed
 from steerfast.runtime.slots import ProfileSlots, kind_of
 from steerfast.runtime.span import NO_TURN, EditSpan, Entry, Stack, Thought, TurnWarning, filled, slots_of
 
-__all__ = ["INHERIT", "MOST_STRENGTH", "BatchRoster", "Buffers", "Plan", "finite"]
-
 INHERIT: Any = object()
 """Sentinel: the argument was not given. None means that no profile steers."""
 

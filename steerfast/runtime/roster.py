@@ -25,8 +25,6 @@ from steerfast.runtime.span import NO_END, UNSTEERED, MeanRows, Stack, filled, s
 from steerfast.runtime.step import Step, StepMemory
 from steerfast.runtime.tables import PackedRows, StepTables
 
-__all__ = ["Request", "Roster", "check_packed"]
-
 _MOST_STEPS = 256  # by their number of rows; each is cheap to make again
 _KEPT = 1 << 16  # decisions of ended requests; some 500 bytes each
 

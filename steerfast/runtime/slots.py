@@ -15,8 +15,6 @@ from steerfast.profile import ModelIdentity, SteeringProfile
 from steerfast.runtime.bank import Bank, Reach
 from steerfast.runtime.span import UNSTEERED
 
-__all__ = ["ProfileSlots", "kind_of"]
-
 _CHANGES = threading.RLock()
 """Held while profiles or banks are added: one thread adds requests, another may make the first bank."""
 

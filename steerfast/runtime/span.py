@@ -11,22 +11,6 @@ from numpy.typing import NDArray
 
 from steerfast.profile import Gate, SteeringProfile, last_turn
 
-__all__ = [
-    "NO_END",
-    "NO_TURN",
-    "UNSTEERED",
-    "EditSpan",
-    "Entry",
-    "MeanRows",
-    "Stack",
-    "Thought",
-    "TurnWarning",
-    "answer_rows",
-    "filled",
-    "mean_rows",
-    "slots_of",
-]
-
 UNSTEERED = -1
 NO_END = 2**30  # more rows than an answer has; twice as many are still an int32
 NO_TURN = (

@@ -22,8 +22,6 @@ from steerfast.runtime.bank import Bank, LayerBank, Reach
 from steerfast.runtime.span import NO_END
 from steerfast.runtime.tables import RowTable
 
-__all__ = ["Decisions", "LayerEdit", "Repeat", "Step", "StepMemory", "TokenStep"]
-
 
 @dataclass(eq=False)
 class Decisions:

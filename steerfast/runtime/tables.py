@@ -19,8 +19,6 @@ from torch import Tensor
 from steerfast.kernels.contract import MAX_STACK
 from steerfast.runtime.span import UNSTEERED
 
-__all__ = ["PackedRows", "RowTable", "StepTables", "prompt_rows", "response_rows"]
-
 _INT32_MAX = 2**31 - 1
 _ALIGNMENT = 4  # numbers: regions start at multiples of 16 bytes, as fresh tensors do
 

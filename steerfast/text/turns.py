@@ -9,8 +9,6 @@ from typing import Any
 from steerfast.errors import ProfileError
 from steerfast.profile import last_turn
 
-__all__ = ["thought_marker", "turn_markers"]
-
 # A tokenizer may merge the end of a marker with the beginning of a content, so they begin and end in many ways.
 _CONTENTS = (
     "Hello there",

@@ -22,8 +22,6 @@ from steerfast.profile import SteeringProfile
 from steerfast.vllm import compat
 from steerfast.vllm.engine import inside
 
-__all__ = ["KEY_VARIABLE", "PATH", "Admin", "plugin"]
-
 KEY_VARIABLE = "STEERFAST_ADMIN_KEY"
 PATH = "/steerfast/profiles"
 _LONGEST = 255  # characters of a name or a file's name

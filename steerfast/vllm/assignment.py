@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 from steerfast.runtime.span import EditSpan, Entry, Stack
 from steerfast.vllm.config import KEY, OBSERVE, OFF, ServingConfig, split_names
 
-__all__ = ["STEERING", "STRENGTH", "THRESHOLD", "Asked", "requested", "stack_from_extra", "stack_to_extra"]
-
 STEERING = "steering"
 STRENGTH = "steering_strength"
 THRESHOLD = "steering_threshold"

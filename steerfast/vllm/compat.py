@@ -17,20 +17,6 @@ from typing import Any, TypeVar
 
 from steerfast._seams import Seam
 
-__all__ = [
-    "PATHS",
-    "SEAMS",
-    "TESTED",
-    "WEIGHT_SEAMS",
-    "Seam",
-    "around",
-    "check",
-    "check_runner",
-    "check_version",
-    "has",
-    "is_v1",
-]
-
 F = TypeVar("F", bound=Callable[..., Any])
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
 

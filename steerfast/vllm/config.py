@@ -29,25 +29,6 @@ from steerfast.runtime.roster import check_packed
 from steerfast.vllm.compat import around
 from steerfast.vllm.registry import variants
 
-__all__ = [
-    "COUNT",
-    "KEY",
-    "OBSERVE",
-    "OFF",
-    "SKIP",
-    "ServingConfig",
-    "check_engine",
-    "check_environment",
-    "check_name",
-    "check_thoughts",
-    "identity_of",
-    "install",
-    "normalise",
-    "split_names",
-    "splits_prompts",
-    "warn_of_thoughts",
-]
-
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
 KEY = "steerfast"
 OFF = "off"  # a request says so to be left unsteered

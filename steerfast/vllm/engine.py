@@ -50,8 +50,6 @@ from steerfast.vllm.config import (
 from steerfast.vllm.grammar import bounded
 from steerfast.vllm.registry import Registry, Version, variants
 
-__all__ = ["EngineSteering", "HeldProfiles", "inside", "install"]
-
 Hasher = Callable[[Any], list[bytes]]
 Decision = tuple[Sequence[float], Sequence[float]]  # gate values and scores of a profile, by layer
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers

@@ -23,8 +23,6 @@ from steerfast.vllm.config import KEY, OBSERVE, ServingConfig
 from steerfast.vllm.metrics import FIELDS, metrics
 from steerfast.vllm.registry import variants
 
-__all__ = ["FrontEnd", "install"]
-
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
 _SHOWN = ("profile", "action", "fired", "undecided", "scores")
 _QUOTE = reprlib.Repr()  # of what a client named: one line, printable

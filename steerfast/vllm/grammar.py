@@ -15,8 +15,6 @@ import json
 from copy import copy
 from typing import Any
 
-__all__ = ["MOST_SPACE", "bounded"]
-
 MOST_SPACE = 20  # a line break and four levels of four spaces
 
 

@@ -14,8 +14,6 @@ from steerfast.profile import embedding_sketch, sketched_rows
 from steerfast.vllm import compat
 from steerfast.vllm.ops import serve_
 
-__all__ = ["check_scale", "find_layers", "serve_output", "sketch_of", "steer_layers", "wrap_forward"]
-
 
 def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
     """Return the decoder layers of a vLLM model; those of other stages of a pipeline are placeholders.

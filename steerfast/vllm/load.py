@@ -17,8 +17,6 @@ from typing import Any, TextIO
 from steerfast.errors import SteerfastError
 from steerfast.vllm import compat
 
-__all__ = ["ServerProcess", "run_load"]
-
 
 class ServerProcess:
     """An API server of vLLM on a free port of this machine. It runs until `stop`.

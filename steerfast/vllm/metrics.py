@@ -9,8 +9,6 @@ from typing import Any
 
 from steerfast.vllm import compat
 
-__all__ = ["FIELDS", "Metrics", "metrics"]
-
 FIELDS = ("steering", "steering_strength", "steering_threshold", "other")
 """The fields for which requests are rejected; ``other``: an unknown key of steerfast, beam search, a session."""
 # Cosines lie near 0, dot products of residual rows reach some hundreds.

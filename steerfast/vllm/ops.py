@@ -13,8 +13,6 @@ from torch import Tensor
 
 from steerfast.kernels.contract import library
 
-__all__ = ["RowServer", "activate", "is_captured", "serve_"]
-
 
 class RowServer(Protocol):
     """The object that edits rows, a `steerfast.vllm.worker.WorkerRuntime`."""

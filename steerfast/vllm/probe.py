@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from steerfast.errors import ArchitectureError
 from steerfast.vllm import compat
 
-__all__ = ["LayerProbe", "uncompiled", "zeroed"]
-
 NOTICED = 0.05  # a change, as a share of the output's norm: about 1 where the tensor is read, 0 where it is not
 CANCELLED = 0.1  # the change that a moved amount leaves, as a share of the change by the residual alone
 

@@ -18,8 +18,6 @@ from steerfast.errors import ArchitectureError
 from steerfast.vllm import compat
 from steerfast.vllm.ops import is_captured
 
-__all__ = ["RowLayout", "gather_ranks", "sums_exactly"]
-
 CLOSE = 0.05  # rows that differ by rounding alone, as a share of their norm; partial sums differ by most of it
 SKETCHED = 64  # numbers of a sketch of rows
 

@@ -16,8 +16,6 @@ from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
 from steerfast.runtime.span import EditSpan
 
-__all__ = ["Registry", "Version", "variants"]
-
 
 def variants(profile: SteeringProfile) -> dict[str | None, SteeringProfile]:
     """Return the profile at the threshold in use, then at its others, by name; each takes a slot."""

@@ -24,8 +24,6 @@ from steerfast.vllm.ranks import RowLayout
 from steerfast.vllm.weights import watch_weights
 from steerfast.vllm.worker import WorkerRuntime, WorkerShape
 
-__all__ = ["attach", "install"]
-
 PROBED_ROWS = 16  # of the passes that show what layers return
 
 

@@ -15,8 +15,6 @@ from steerfast.errors import SteerfastError
 from steerfast.vllm import compat
 from steerfast.vllm.config import KEY
 
-__all__ = ["allowed_plugins", "check_locked", "merged", "serve"]
-
 _NAME = "steerfast"  # of the plugins, see pyproject.toml
 _GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
 

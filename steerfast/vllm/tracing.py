@@ -12,8 +12,6 @@ from typing import Any
 
 from steerfast.vllm.config import KEY
 
-__all__ = ["attributes", "install"]
-
 Steering = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _steering: ContextVar[Steering | None] = ContextVar("steering", default=None)
 """Of the request whose span is being made."""

@@ -14,8 +14,6 @@ from steerfast.vllm import compat
 from steerfast.vllm.layers import sketch_of
 from steerfast.vllm.worker import WorkerRuntime
 
-__all__ = ["watch_weights"]
-
 
 def watch_weights(worker: Any, runtime: WorkerRuntime) -> None:
     """Compare a worker's model with its profiles whenever its weights have changed.

@@ -24,8 +24,6 @@ from steerfast.vllm.ops import activate, is_captured
 from steerfast.vllm.ranks import RowLayout
 from steerfast.vllm.registry import variants
 
-__all__ = ["WorkerRuntime", "WorkerShape"]
-
 
 @dataclass(frozen=True)
 class WorkerShape:
