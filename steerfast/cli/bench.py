@@ -29,19 +29,17 @@ def _counts(name: str, default: str, text: str) -> Callable[[common.F], common.F
 @common.accept_option
 @_counts("--batch-sizes", "1,4", "Sequences per batch.")
 @_counts("--prompt-lengths", "32,128", "Tokens per sequence.")
-@click.option(
+@common.value_option(
     "--seconds",
-    type=click.FloatRange(min=0),
-    default=20.0,
-    show_default=True,
-    help="For each batch size and prompt length; at least 20 steps are timed.",
+    click.FloatRange(min=0),
+    None,
+    "For each batch size and prompt length; at least 20 steps are timed.",
+    20.0,
 )
-@click.option(
+@common.choice_option(
     "--mode",
-    type=click.Choice(["eager", "compile"]),
-    default="eager",
-    show_default=True,
-    help="compile: decode steps by torch.compile with a static cache, on CUDA as CUDA graphs.",
+    ["eager", "compile"],
+    "compile: decode steps by torch.compile with a static cache, on CUDA as CUDA graphs.",
 )
 @common.value_option("--threads", click.IntRange(min=1), "N", "CPU threads; default: torch's.")
 @common.json_option

@@ -27,34 +27,19 @@ def _sensor(value: str) -> int | str:
 @common.set_option("--harmful", note="Prompts the gate should open for, new to extract, in place of the corpus")
 @common.set_option("--harmless", note="Prompts the gate should stay shut for, new to extract, in place of the corpus")
 @common.set_option("--on", note="Harmless traffic: thresholds are set on it alone, and the sensor stays")
-@common.value_option(
-    "--max-false-positive-rate",
-    click.FloatRange(0, 1, max_open=True),
-    "SHARE",
-    "The share of --harmless that may open the gate.  [default: 0.01]",
+@common.share_option(
+    "--max-false-positive-rate", "The share of --harmless that may open the gate.  [default: 0.01]", max_open=True
 )
-@common.value_option(
-    "--max-borderline-rate",
-    click.FloatRange(0, 1, max_open=True),
-    "SHARE",
-    "The share of borderline prompts that may open the gate.",
-    0.1,
+@common.share_option(
+    "--max-borderline-rate", "The share of borderline prompts that may open the gate.", 0.1, max_open=True
 )
-@common.value_option(
+@common.share_option(
     "--abstain-rate",
-    click.FloatRange(0, 1, max_open=True),
-    "SHARE",
     "The share of --harmless that may be undecided or open the gate.  [default: the gate always decides]",
+    max_open=True,
 )
 @click.option("--midpoint", is_flag=True, help="Put thresholds midway between the classes, at any false-positive rate.")
-@click.option(
-    "--sensor",
-    type=_sensor,
-    default="auto",
-    show_default=True,
-    metavar="auto|own|keep|LAYER",
-    help="Which layer decides.",
-)
+@common.value_option("--sensor", _sensor, "auto|own|keep|LAYER", "Which layer decides.", "auto")
 @common.value_option(
     "--latest-sensor", click.IntRange(min=0), "LAYER", "The last layer that auto tries.  [default: 60 % of the depth]"
 )

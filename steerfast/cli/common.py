@@ -171,10 +171,15 @@ def choice_option(name: str, choices: Sequence[str], text: str | None = None) ->
     return click.option(name, type=click.Choice(choices), default=choices[0], show_default=True, help=text)
 
 
-def value_option(name: str, kind: Any, metavar: str, text: str, default: Any = None) -> Callable[[F], F]:
+def value_option(name: str, kind: Any, metavar: str | None, text: str | None, default: Any = None) -> Callable[[F], F]:
     """Add an option that takes a value."""
     known = default is not None
     return click.option(name, type=kind, default=default, show_default=known, metavar=metavar, help=text)
+
+
+def share_option(name: str, text: str, default: float | None = None, **ends: bool) -> Callable[[F], F]:
+    """Add an option that takes a share, from 0 to 1; `ends` are ``min_open`` and ``max_open``."""
+    return value_option(name, click.FloatRange(0, 1, **ends), "SHARE", text, default)
 
 
 def repeated_option(name: str, role: str, metavar: str, text: str, default: Sequence[str] = ()) -> Callable[[F], F]:

@@ -68,12 +68,7 @@ def _window(value: str) -> int | str:
     "A refusal that forced vectors start from, {topic} in it is the request's.  [default: the sibling's own answers, "
     "else five that ship]",
 )
-@common.value_option(
-    "--shrinkage",
-    click.FloatRange(0, 1),
-    "SHARE",
-    "Weight of the identity in the covariance, for lda.  [default: 0.2]",
-)
+@common.share_option("--shrinkage", "Weight of the identity in the covariance, for lda.  [default: 0.2]")
 @common.reading_options
 @common.batch_size_option()
 @common.choice_option("--padding-side", ["right", "left"])

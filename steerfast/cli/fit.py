@@ -70,11 +70,11 @@ def _layers(value: str) -> tuple[int, int]:
     "N",
     "The most prompts of a source that fit the gate.  [default: by --minutes; without it at most 120]",
 )
-@common.value_option(
+@common.share_option(
     "--max-false-positive-rate",
-    click.FloatRange(0, 1, min_open=True, max_open=True),
-    "SHARE",
     "The share of harmless prompts that may open the gate.  [default: 0.02]",
+    min_open=True,
+    max_open=True,
 )
 @common.value_option(
     "--minutes",

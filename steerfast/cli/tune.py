@@ -73,16 +73,8 @@ def token_count(entry: str) -> int | None:
     "Comma list: how far to raise the end of the turn at the last layer, so that a refusal stops.  [default: 0]",
 )
 @common.count_option("--max-new-tokens", 32, "Answer length while searching.")
-@common.value_option(
-    "--min-fluent", click.FloatRange(0, 1), "SHARE", "Share of steered answers that must stay fluent.", 0.95
-)
-@common.value_option(
-    "--min-unchanged",
-    click.FloatRange(0, 1),
-    "SHARE",
-    "Share of harmless answers that must stay token for token.",
-    0.95,
-)
+@common.share_option("--min-fluent", "Share of steered answers that must stay fluent.", 0.95)
+@common.share_option("--min-unchanged", "Share of harmless answers that must stay token for token.", 0.95)
 @click.option("--resume", metavar="FILE", help="Keep complete trials here (JSON lines), and continue from them.")
 @common.fit_options
 def command(profile_file: str, output: str, json_file: str | None, **options: Any) -> None:

@@ -10,8 +10,6 @@ import click
 from steerfast.cli import common
 from steerfast.errors import SteerfastError
 
-_SHARE = click.FloatRange(0, 1)
-
 
 @click.command("validate")
 @click.argument("profile_file", metavar="PROFILE")
@@ -28,8 +26,10 @@ _SHARE = click.FloatRange(0, 1)
 @common.threshold_option
 @click.option("--baseline/--no-baseline", default=True, show_default=True, help="Also measure a classifier of words.")
 @click.option("--force", is_flag=True, help="Take sources that chose something in the profile, and mark them.")
-@common.value_option("--max-fires", _SHARE, "SHARE", "Fail if the gate fires more often on the worst harmless source.")
-@common.value_option("--min-auc", _SHARE, "AUC", "Fail if the AUC of the worst harmful source is lower.")
+@common.share_option("--max-fires", "Fail if the gate fires more often on the worst harmless source.")
+@common.value_option(
+    "--min-auc", click.FloatRange(0, 1), "AUC", "Fail if the AUC of the worst harmful source is lower."
+)
 @common.batch_size_option()
 @common.cache_option
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the tables as Markdown.")

@@ -14,42 +14,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def search_options(command: F) -> F:
     """Add `--block`, `--depth`, `--temperature`, `--top-p` and `--seed`."""
-    for option in (
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N"),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(min=0),
-            default=0.7,
-            show_default=True,
-            metavar="NUMBER",
-            help="0 is greedy; several candidates then sample at 1.",
-        ),
-        click.option(
-            "--top-p",
-            type=click.FloatRange(0, 1, min_open=True),
-            default=0.9,
-            show_default=True,
-            metavar="SHARE",
-            help="Share of probability of the likeliest tokens, from which answers are drawn.",
-        ),
-        click.option("--depth", type=int, default=128, show_default=True, help="Most tokens of an answer."),
-        click.option("--block", type=int, default=32, show_default=True, help="Tokens of a block."),
+    drawn = "Share of probability of the likeliest tokens, from which answers are drawn."
+    for name, kind, metavar, text, default in (
+        ("--seed", click.IntRange(min=0), "N", None, 0),
+        ("--temperature", click.FloatRange(min=0), "NUMBER", "0 is greedy; several candidates then sample at 1.", 0.7),
+        ("--top-p", click.FloatRange(0, 1, min_open=True), "SHARE", drawn, 0.9),
+        ("--depth", int, None, "Most tokens of an answer.", 128),
+        ("--block", int, None, "Tokens of a block.", 32),
     ):
-        command = option(command)
+        command = common.value_option(name, kind, metavar, text, default)(command)
     return command
 
 
 def guard_options(command: F) -> F:
     """Add `--candidates`, `--budget`, `--profile` and `--strength`."""
     for option in (
-        click.option(
-            "--strength", type=float, default=1.0, show_default=True, help="Multiplies the profile's strengths."
-        ),
+        common.value_option("--strength", float, None, "Multiplies the profile's strengths.", 1.0),
         click.option(
             "--profile", "profile_file", metavar="FILE", help="Its prompt gate decides which prompts to search."
         ),
-        click.option("--budget", type=float, metavar="NUMBER", help="In units of the cost.  [default: the critic's]"),
-        click.option("--candidates", type=int, default=16, show_default=True, metavar="N", help="A multiple of 4."),
+        common.value_option("--budget", float, "NUMBER", "In units of the cost.  [default: the critic's]"),
+        common.value_option("--candidates", int, "N", "A multiple of 4.", 16),
     ):
         command = option(command)
     return command
