@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as _IMAGE_CLASSES
+
 from steerfast.errors import ArchitectureError
 from steerfast.hf.families import FAMILIES, MULTIMODAL_FAMILIES
 from steerfast.hf.fused import patch
@@ -19,6 +21,11 @@ from steerfast.profile.hub import PROFILE_FILE
 from steerfast.profile.stack import Given, ProfileStack, chosen
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "gguf_file")
+_IMAGE_TYPES = (  # of the models that tests/hf/test_families.py covers; an older transformers may lack one
+    "aya_vision", "cohere2_vision", "gemma3", "idefics2", "idefics3", "internvl", "lfm2_vl", "llava", "llava_next",
+    "llava_next_video", "llava_onevision", "mistral3", "ovis2", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_5",
+    "qwen3_5_moe", "qwen3_vl", "smolvlm", "video_llava", "vipllava",
+)  # fmt: skip
 
 
 class SteeredModel:
@@ -221,30 +228,7 @@ class AutoSteeredModelForImageTextToText(_AutoSteeredModel):
     """
 
     _loader = "AutoModelForImageTextToText"
-    _stock: ClassVar = {
-        "aya_vision": "AyaVisionForConditionalGeneration",
-        "cohere2_vision": "Cohere2VisionForConditionalGeneration",
-        "gemma3": "Gemma3ForConditionalGeneration",
-        "idefics2": "Idefics2ForConditionalGeneration",
-        "idefics3": "Idefics3ForConditionalGeneration",
-        "internvl": "InternVLForConditionalGeneration",
-        "lfm2_vl": "Lfm2VlForConditionalGeneration",
-        "llava": "LlavaForConditionalGeneration",
-        "llava_next": "LlavaNextForConditionalGeneration",
-        "llava_next_video": "LlavaNextVideoForConditionalGeneration",
-        "llava_onevision": "LlavaOnevisionForConditionalGeneration",
-        "mistral3": "Mistral3ForConditionalGeneration",
-        "ovis2": "Ovis2ForConditionalGeneration",
-        "paligemma": "PaliGemmaForConditionalGeneration",
-        "qwen2_vl": "Qwen2VLForConditionalGeneration",
-        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-        "qwen3_5": "Qwen3_5ForConditionalGeneration",
-        "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
-        "qwen3_vl": "Qwen3VLForConditionalGeneration",
-        "smolvlm": "SmolVLMForConditionalGeneration",
-        "video_llava": "VideoLlavaForConditionalGeneration",
-        "vipllava": "VipLlavaForConditionalGeneration",
-    }
+    _stock: ClassVar = {name: _IMAGE_CLASSES[name] for name in _IMAGE_TYPES if name in _IMAGE_CLASSES}
 
 
 _FUSED = {family.model_type for family in (*FAMILIES, *MULTIMODAL_FAMILIES)}
