@@ -41,35 +41,25 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 # Resolved on first use, so that `import steerfast` (and the command line's --help) stays quick.
-_PUBLIC = {
-    "ArchitectureError": "errors",
-    "AutoSteeredModelForCausalLM": "hf.auto",
-    "AutoSteeredModelForImageTextToText": "hf.auto",
-    "Gate": "profile",
-    "ModelIdentity": "profile",
-    "OutputError": "errors",
-    "ProfileError": "errors",
-    "ProfileStack": "profile",
-    "PromptError": "errors",
-    "Scores": "fitting.score",
-    "SteerfastError": "errors",
-    "Steering": "hf.steering",
-    "SteeringProfile": "profile",
-    "calibrate": "fitting.calibrate",
-    "extract": "fitting.extract",
-    "fit": "fitting.fit",
-    "identify": "hf.structure",
-    "learn": "fitting.learn",
-    "load_model": "hf.loading",
-    "pairs": "text.pairs",
-    "patch": "hf.fused",
-    "score": "fitting.score",
-    "steer": "hf.steering",
-    "tune": "fitting.tune",
-    "unpatch": "hf.fused",
-    "warmup": "kernels.warmup",
-    "with_template_arguments": "text.template",
+_MODULES = {
+    "errors": ("ArchitectureError", "OutputError", "ProfileError", "PromptError", "SteerfastError"),
+    "fitting.calibrate": ("calibrate",),
+    "fitting.extract": ("extract",),
+    "fitting.fit": ("fit",),
+    "fitting.learn": ("learn",),
+    "fitting.score": ("Scores", "score"),
+    "fitting.tune": ("tune",),
+    "hf.auto": ("AutoSteeredModelForCausalLM", "AutoSteeredModelForImageTextToText"),
+    "hf.fused": ("patch", "unpatch"),
+    "hf.loading": ("load_model",),
+    "hf.steering": ("Steering", "steer"),
+    "hf.structure": ("identify",),
+    "kernels.warmup": ("warmup",),
+    "profile": ("Gate", "ModelIdentity", "ProfileStack", "SteeringProfile"),
+    "text.pairs": ("pairs",),
+    "text.template": ("with_template_arguments",),
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (grouped by use)
     "fit", "pairs", "extract", "calibrate", "learn", "tune", "score", "Scores",
