@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from typing import Any
 
@@ -76,8 +77,8 @@ def command(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers end with this process
     lines = []
-    with common.lines_to(json_file) as write:
+    with click.open_file(json_file or os.devnull, "w", encoding="utf-8") as written:
         for line in measure_serving(model_name, profile, vllm=vllm_arguments, **options):
             lines.append(line)
-            write(json.dumps(line))
+            print(json.dumps(line), file=written, flush=True)
     serving_report(lines, common.console(json_file))

@@ -505,7 +505,8 @@ def write_json(json_file: str | None, result: Mapping[str, Any] | Sequence[Any])
     """Write `result` to the file of `--json`, if there is one; nan and inf, which JSON lacks, become null."""
     if json_file is None:
         return
-    text = json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    finite_alone = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    text = json.dumps(finite_alone, indent=2, ensure_ascii=False) + "\n"
     data = text.encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
     if json_file == STDOUT:
         click.echo(data, nl=False)
@@ -513,25 +514,3 @@ def write_json(json_file: str | None, result: Mapping[str, Any] | Sequence[Any])
     from steerfast._files import write_atomically
 
     write_atomically(json_file, data)
-
-
-@contextlib.contextmanager
-def lines_to(file: str | None) -> Iterator[Callable[[str], object]]:
-    """Give a function that writes a line at once: to a new file, to standard output for `STDOUT`, nowhere for None."""
-    if file is None:
-        yield lambda line: None
-    elif file == STDOUT:
-        yield click.echo
-    else:
-        with open(file, "w", encoding="utf-8") as lines:
-            yield lambda line: print(line, file=lines, flush=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
