@@ -53,6 +53,20 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
+def make_folder(path: str | os.PathLike[str], fails: str) -> Path:
+    """Make a folder, and those above it, unless it is there; `fails` begins the error.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    made = Path(path)
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{fails} {str(made)!r} ({error.strerror})") from None
+    return made
+
+
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     """Write a new folder of files, whole or not at all.
 

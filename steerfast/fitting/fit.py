@@ -26,7 +26,7 @@ from steerfast.fitting.contrast import (
 )
 from steerfast.fitting.frontier import MOST_PERPLEXITY, STRENGTHS, Axis, Frontier, recommend
 from steerfast.fitting.labelled import evenly
-from steerfast.fitting.safety import SafetyOptions, fit_safety, make_folder
+from steerfast.fitting.safety import SafetyOptions, fit_safety, work_folder
 from steerfast.hf.structure import find_decoder
 from steerfast.judging.fluency import FluencyLimits
 from steerfast.profile import SteeringProfile
@@ -152,7 +152,7 @@ def _fit_pairs(
     behaviour: str,
     options: ContrastOptions,
 ) -> SteeringProfile:
-    work = make_folder(options.work)
+    work = work_folder(options.work)
     with stage(f"1/2 pairs of {behaviour}", show=options.progress) as findings:
         rows, read = read_pairs(
             model,

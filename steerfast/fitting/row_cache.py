@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from steerfast._files import write_atomically
-from steerfast.errors import OutputError
+from steerfast._files import make_folder, write_atomically
 from steerfast.hf.structure import weights_fingerprint
 
 
@@ -42,11 +41,7 @@ class RowCache:
         Raises:
             OutputError: the folder cannot be made.
         """
-        path = Path(folder)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cache: cannot make the folder {str(path)!r} ({error})") from None
+        path = make_folder(folder, "cache: cannot make the folder")
         dtype = str(next(model.parameters()).dtype)
         return cls(path, json.dumps([weights_fingerprint(model), dtype, reading], sort_keys=True), starts)
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from steerfast._files import make_folder
 from steerfast._progress import stage
-from steerfast.errors import OutputError, ProfileError, PromptError
+from steerfast.errors import ProfileError, PromptError
 from steerfast.fitting.budget import EFFORTS, RECIPE, Effort, largest, speed_of
 from steerfast.fitting.calibrate import calibrate
 from steerfast.fitting.extract import extract
@@ -80,20 +81,9 @@ def fit_safety(model: nn.Module, tokenizer: Any, options: SafetyOptions) -> Stee
     return _Recipe(model, tokenizer, options).run()
 
 
-def make_folder(work: str | os.PathLike[str] | None) -> Path | None:
-    """Make a work folder, if one is named.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    if work is None:
-        return None
-    path = Path(work)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"work: cannot make the folder {str(path)!r} ({error.strerror})") from None
-    return path
+def work_folder(work: str | os.PathLike[str] | None) -> Path | None:
+    """Make a work folder, if one is named, see `make_folder`."""
+    return None if work is None else make_folder(work, "work: cannot make the folder")
 
 
 class _Recipe:
@@ -101,7 +91,7 @@ class _Recipe:
 
     def __init__(self, model: nn.Module, tokenizer: Any, options: SafetyOptions) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.work = make_folder(options.work)
+        self.work = work_folder(options.work)
         self.sets = {split: self._examples(split) for split in ("fit", "calibrate")}
         self.effort = self._effort()
         # What the next stage starts from.

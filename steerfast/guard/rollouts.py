@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast._files import write_atomically
+from steerfast._files import make_folder, write_atomically
 from steerfast._progress import track
-from steerfast.errors import GuardError, OutputError
+from steerfast.errors import GuardError
 from steerfast.guard.candidates import Backend, Sampling
 from steerfast.guard.parts import AnyPath, check_model, read_file, write_file
 from steerfast.guard.scores import Blocks, Scorer, block_costs, scores_of
@@ -174,10 +174,7 @@ def _roll_out(
 
 def _claim(folder: Path, options: RolloutOptions, prompt_layer: int | None) -> None:
     """Create the folder, or raise GuardError if it was created with other settings."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"folder: cannot create {str(folder)!r} ({error.strerror})") from None
+    make_folder(folder, "folder: cannot create")
     settings = {name: getattr(options, name) for name in ("rollouts", "block", "depth", "seed", "sampling")}
     settings["prompt_layer"] = prompt_layer
     # Processors of logits are recorded by their type.
