@@ -115,6 +115,8 @@ def _render(result: dict[str, Any], isa_problem: str | None, json_file: str | No
     from rich.markup import escape
     from rich.table import Table
 
+    from steerfast.cli.rendering import new_table
+
     facts = {name: found or "not installed" for name, found in result["versions"].items()}
     facts["platform"] = result["platform"]
     gpus = ("{name} (compute capability {capability}, {memory_gib} GiB)".format(**gpu) for gpu in result["gpus"])
@@ -124,9 +126,7 @@ def _render(result: dict[str, Any], isa_problem: str | None, json_file: str | No
     for name, text in facts.items():
         grid.add_row(f"[bold]{name}", escape(text))
 
-    table = Table()
-    for column in ("op", "implementation", "rows", "largest error", "allowed there", "self-test"):
-        table.add_column(column, justify="right" if column in ("largest error", "allowed there") else "left")
+    table = new_table("op", "implementation", "rows", "largest error", "allowed there", "self-test")
     for name, reason in result["absent"].items():
         table.add_row("all", name, "", "", "", f"not live: {escape(reason)}")
     for check in result["self_test"]:

@@ -136,15 +136,13 @@ def _text(option: str, path: str) -> str:
 
 
 def _table(found: Drift) -> Any:
-    from rich.table import Table
+    from steerfast.cli.rendering import new_table
 
     def share(rate: Any) -> str:
         return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
 
     title = f"{found.label} prompts, layer {found.layer}, threshold {found.threshold:.4f}"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "calibrated", "live"):
-        table.add_column(column, justify="right" if column else "left")
+    table = new_table("", "calibrated", "live", title=title)
     table.add_row("prompts", str(found.prompts), str(found.requests))
     table.add_row("fires, % (95 % interval)", share(found.calibrated), share(found.live))
     if found.distance is not None:

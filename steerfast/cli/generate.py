@@ -118,7 +118,7 @@ def _answers(
 def _render(results: Sequence[dict[str, Any]], json_file: str | None, ungated: str | None = None) -> None:
     """Print the answers; `ungated` names the vector of a profile without a gate, which has nothing to report."""
     from rich.panel import Panel
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from steerfast.text.examples import last_request
@@ -133,8 +133,6 @@ def _render(results: Sequence[dict[str, Any]], json_file: str | None, ungated: s
         if len(said) == 1:
             console.print(said["steered"], end="\n\n")
             continue
-        pair = Table.grid(expand=True)
-        for _ in said:
-            pair.add_column(ratio=1)
+        pair = Table.grid(*(Column(ratio=1) for _ in said), expand=True)
         pair.add_row(*(Panel(text, title=key, title_align="left") for key, text in said.items()))
         console.print(pair)

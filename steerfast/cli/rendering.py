@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 
 from steerfast.evaluation.description import (
     SETS,
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 _SENSORS = 6  # layers shown
 _RATES = {"hit_rate": "hit", "false_positive_rate": "FPR"}
-_WORDS = {"", "sets", "gate", "system"}  # columns of words; the others hold numbers
+_WORDS = {"", "sets", "gate", "system", "fired", "op", "implementation", "rows", "self-test"}  # others hold numbers
 
 
-def _table(*columns: str, no_wrap: bool = False, **options: Any) -> Table:
+def new_table(*columns: str, no_wrap: bool = False, **options: Any) -> Table:
+    """Return an empty table; columns of numbers are justified right."""
     table = Table(title_justify="left", **options)
     for column in columns:
         table.add_column(column, justify="left" if column in _WORDS else "right", no_wrap=no_wrap and bool(column))
@@ -83,7 +84,7 @@ def layer_table(profile: SteeringProfile) -> Table:
         for name, key in columns
     ]
     ends = ("thresh-\nold", "strength", "|v|", "row\nnorm")
-    table = _table("layer", "gate", *words, *ends, box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    table = new_table("layer", "gate", *words, *ends, box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     for layer in layers(profile):
         marks = "sensor" if layer["sensor"] else "own" if layer["gate"] else ""
         cells = [str(layer["layer"]), marks]
@@ -99,7 +100,7 @@ def layer_table(profile: SteeringProfile) -> Table:
 def gate_table(profile: SteeringProfile) -> Table:
     """Return figures of the deciding gates, with 95 % intervals, on each pair of sets."""
     columns = ("layer", "sets", "prompts", "AUC", "hit rate", "false positives", "threshold")
-    table = _table(*columns, title="gates that decide, with 95 % intervals")
+    table = new_table(*columns, title="gates that decide, with 95 % intervals")
     for layer in profile.deciding_layers:
         for name, by_layer in gate_figures(profile).items():
             figures = by_layer[layer]
@@ -120,7 +121,7 @@ def undecided_table(profile: SteeringProfile) -> Table | None:
         return None
     found = gate_figures(profile)
     columns = ("layer", "above", "up to", "sets", "harmful", "harmless")
-    table = _table(*columns, title="scores that are undecided, with 95 % intervals")
+    table = new_table(*columns, title="scores that are undecided, with 95 % intervals")
     for layer in profile.deciding_layers:
         ends = [f"{float(tensor[layer]):.4f}" for tensor in (profile.abstain, profile.threshold)]
         for name, by_layer in found.items():
@@ -134,7 +135,7 @@ def undecided_table(profile: SteeringProfile) -> Table | None:
 def calibration_tables(profile: SteeringProfile) -> Iterator[Table]:
     """Yield what a calibration found: the layers it compared, the deciding gates, and their figures by source."""
     if tried := profile.calibration.get("sensors"):
-        table = _table("", *(str(layer) for layer, _ in tried[:_SENSORS]), title="layers as a sensor, best first")
+        table = new_table("", *(str(layer) for layer, _ in tried[:_SENSORS]), title="layers as a sensor, best first")
         table.add_row("quality", *(f"{quality:.4f}" for _, quality in tried[:_SENSORS]))
         yield table
     yield gate_table(profile)
@@ -154,7 +155,7 @@ def frontier_table(profile: SteeringProfile) -> Table | None:
     if (found := profile.fitted.get("frontier")) is None:
         return None
     title = f"{profile.fitted['behaviour']}: answers to {found['prompts']} prompts, {found['max_new_tokens']} tokens"
-    table = _table("strength", "shift", "perplexity", "repeated", "fluent", "", title=escape(title))
+    table = new_table("strength", "shift", "perplexity", "repeated", "fluent", "", title=escape(title))
     low, high = found["range"] or (1.0, 0.0)
     for point in found["points"]:
         strength = point["strength"]
@@ -228,15 +229,13 @@ def demo_report(result: Mapping[str, Any]) -> Iterator[Any]:
     """Yield what a terminal shows of a result of `steerfast.evaluation.demo.run_demo`."""
     harmful, harmless, gate, latency = (result[key] for key in ("harmful", "harmless", "gate", "latency"))
     for example in result["examples"]:
-        pair = Table.grid(expand=True, padding=(0, 2))
-        pair.add_column(ratio=1)
-        pair.add_column(ratio=1)
+        pair = Table.grid(Column(ratio=1), Column(ratio=1), expand=True, padding=(0, 2))
         pair.add_row("[bold]unsteered", "[bold]steered")
         pair.add_row(escape(example["unsteered"]), escape(example["steered"]))
         title = f"{example['label']}: {escape(' '.join(example['prompt'].split())[:90])}"
         yield Panel(pair, title=title, title_align="left")
     title = f"{result['model']}, greedy, {result['max_new_tokens']} tokens"
-    table = _table("", "unsteered", "steered", title=title)
+    table = new_table("", "unsteered", "steered", title=title)
     percent, figure = "{:.1%}".format, "{:.3f}".format
     rows: tuple[tuple[str, Any, Any, Any], ...] = (
         (f"[bold]{harmful['n']} harmful prompts", None, None, None),
@@ -278,7 +277,7 @@ def latency_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     floor = "" if first["floor_ms"] is None else f"; no step below {first['floor_ms']:.3g} ms"
     title = escape(f"{first['model']}, {first['mode']}, batch {first['batch']}, prompt {first['prompt']}{floor}")
     columns = ("first token, ms", "ratio", "token, ms", "p99", "ratio", "tokens/s")
-    table = _table("system", *columns, title=title, no_wrap=True)
+    table = new_table("system", *columns, title=title, no_wrap=True)
     for line in lines:
         ratios = line["ttft_ratio_to_stock"], line["ratio_to_stock"]
         prefill, step = ("" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
@@ -301,7 +300,7 @@ def serving_report(lines: Sequence[Mapping[str, Any]], console: Console) -> None
     load = f"{first['requests']} requests of {first['prompt']} + {first['output']} tokens a round"
     title = escape(f"{first['model']}, {load}, {first['concurrency']} at a time")
     columns = ("first token, ms", "ratio", "later token, ms", "ratio, least-largest", "p99", "tokens/s", "ratio")
-    table = _table("system", *columns, title=title, no_wrap=True)
+    table = new_table("system", *columns, title=title, no_wrap=True)
     for line in summaries:
         ratio = {name: line.get(f"{name}_ratio") for name in ("ttft_ms", "tpot_ms", "tokens_per_s")}
         middle = {name: "" if found is None else f"{found[0]:.3f}" for name, found in ratio.items()}
@@ -328,7 +327,7 @@ def serving_report(lines: Sequence[Mapping[str, Any]], console: Console) -> None
 def report_table(found: ReportTable) -> Table:
     """Return a table of a report for a terminal, intervals in brackets."""
     heads = [f"{group}\n{name}" if any(group for group, _ in found.columns) else name for group, name in found.columns]
-    table = _table("", *map(escape, heads), title=escape(found.title))
+    table = new_table("", *map(escape, heads), title=escape(found.title))
     for column in table.columns:
         column.overflow = "fold"  # a name is shown whole
     for row in found.rows:
@@ -374,7 +373,7 @@ def evaluation_report(result: Mapping[str, Any], console: Console) -> None:
         if found.name not in ("systems", "tasks"):
             continue
         title = f"{result['model']}, greedy" if found.name == "systems" else found.title
-        table = _table("", *(escape(row.name) for row in found.rows), title=escape(title), no_wrap=True)
+        table = new_table("", *(escape(row.name) for row in found.rows), title=escape(title), no_wrap=True)
         for number, (group, name) in enumerate(found.columns):
             if group and (number == 0 or found.columns[number - 1][0] != group):
                 table.add_row(f"[bold]{escape(group)}")

@@ -61,13 +61,11 @@ def command(
 def _table(results: Sequence[dict[str, Any]]) -> Any:
     """Return a rich table with a row per prompt."""
     from rich.markup import escape
-    from rich.table import Table
 
+    from steerfast.cli.rendering import new_table
     from steerfast.text.examples import last_request
 
-    table = Table()
-    for column in ("fired", "score", "threshold", "layer"):
-        table.add_column(column, justify="left" if column == "fired" else "right", no_wrap=True)
+    table = new_table("fired", "score", "threshold", "layer", no_wrap=True)
     table.add_column("prompt", overflow="ellipsis", no_wrap=True)
     for result in results:
         table.add_row(
