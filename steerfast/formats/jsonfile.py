@@ -146,15 +146,17 @@ def _lens_rows(entry: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
     if entry.get("position_indices") is not None:
         raise Malformed("position_indices: a profile steers whole sequences, expected null")
     tensor = _lens_tensor(mapping("activations", entry.get("activations")))
-    layers = entry.get("layer_indices")
-    if not isinstance(layers, list) or tensor.dim() != 2 or len(layers) != len(tensor):
-        raise Malformed(
-            f"activations: expected one row for each of layer_indices, got shape {list(tensor.shape)} for {layers!r}"
-        )
-    numbers = [layer_number(layer) for layer in layers]
+    numbers = _layer_indices("activations: expected one row", entry, tensor)
     if len(set(numbers)) < len(numbers):
         raise Malformed(f"layer_indices: expected each layer once, got {numbers}")
     yield from zip(numbers, tensor, strict=True)
+
+
+def _layer_indices(expected: str, entry: dict[str, Any], tensor: Tensor) -> list[int]:
+    layers = entry.get("layer_indices")
+    if not isinstance(layers, list) or tensor.dim() != 2 or len(layers) != len(tensor):
+        raise Malformed(f"{expected} for each of layer_indices, got shape {list(tensor.shape)} for {layers!r}")
+    return [layer_number(layer) for layer in layers]
 
 
 def _lens_tensor(entry: dict[str, Any]) -> Tensor:
@@ -188,16 +190,15 @@ def _inflated(data: bytes, most: int) -> bytes:
     return raw
 
 
-def _encode_lens(written: ExportRows) -> tuple[bytes, list[str]]:
+def _data_of(written: ExportRows) -> dict[str, Any]:
     rows = written.stacked()
-    activations = {
-        "data": base64.b64encode(rows.astype("<f4").tobytes()).decode(),
-        "dtype": "float32",
-        "original_dtype": "torch.float32",
-        "shape": list(rows.shape),
-    }
+    data = base64.b64encode(rows.astype("<f4").tobytes()).decode()
+    return {"data": data, "dtype": "float32", "shape": list(rows.shape)}
+
+
+def _encode_lens(written: ExportRows) -> tuple[bytes, list[str]]:
     vector = {
-        "activations": activations,
+        "activations": {**_data_of(written), "original_dtype": "torch.float32"},
         "layer_indices": list(written.rows),
         "scale": 1.0,
         "norm_match": False,
@@ -252,16 +253,14 @@ def _read_module(path: Path, data: bytes) -> Imported:
 
 def _packed_rows(rows: dict[str, Any]) -> Iterator[tuple[int, Tensor, float]]:
     tensor = packed("data", base64_bytes("data", rows["data"]), rows.get("dtype"), rows.get("shape"))
-    layers = rows.get("layer_indices")
-    if tensor.dim() != 2 or not isinstance(layers, list) or len(layers) != len(tensor):
-        raise Malformed(f"data: expected a row for each of layer_indices, got shape {list(tensor.shape)}, {layers!r}")
+    layers = _layer_indices("data: expected a row", rows, tensor)
     scales = rows.get("scales")
     if scales is None:
         scales = [1.0] * len(layers)
     if not isinstance(scales, list) or len(scales) != len(layers):
         raise Malformed(f"scales: expected one for each of {len(layers)} layers, got {scales!r}")
     for layer, row, scale in zip(layers, tensor, scales, strict=True):
-        yield layer_number(layer), row, number("scale", scale)
+        yield layer, row, number("scale", scale)
 
 
 def _listed_rows(rows: dict[str, Any]) -> Iterator[tuple[int, Tensor, float]]:
@@ -273,13 +272,7 @@ def _listed_rows(rows: dict[str, Any]) -> Iterator[tuple[int, Tensor, float]]:
 
 
 def _encode_module(written: ExportRows) -> tuple[bytes, list[str]]:
-    rows = written.stacked()
-    hook = {
-        "dtype": "float32",
-        "shape": list(rows.shape),
-        "layer_indices": list(written.rows),
-        "data": base64.b64encode(rows.astype("<f4").tobytes()).decode(),
-    }
+    hook = {**_data_of(written), "layer_indices": list(written.rows)}
     return json_bytes({"vectors": {"post_block": hook}}), ["hook post_block; versions before it call it post_mlp"]
 
 
