@@ -10,16 +10,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 
-from steerfast.evaluation.description import (
-    SETS,
-    edit,
-    gate_figures,
-    layer_ranges,
-    layers,
-    positions,
-    reading,
-    thresholds,
-)
+from steerfast.evaluation.description import edit, gate_figures, layer_ranges, layers, positions, reading, thresholds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,20 +68,15 @@ def header(profile: SteeringProfile) -> Table:
 
 def layer_table(profile: SteeringProfile) -> Table:
     """Return figures, threshold and edit of every layer; fits 80 columns."""
-    sets = gate_figures(profile)
-    columns = [(name, key) for key in ("auc", *_RATES) for name in sets]
-    words = [
-        ("AUC" if key == "auc" else f"{_RATES[key]} %") + ("" if name == "calibration" else "\nheld")
-        for name, key in columns
-    ]
+    words = ["AUC", *(f"{word} %" for word in _RATES.values())] if gate_figures(profile) else []
     ends = ("thresh-\nold", "strength", "|v|", "row\nnorm")
     table = new_table("layer", "gate", *words, *ends, box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     for layer in layers(profile):
         marks = "sensor" if layer["sensor"] else "own" if layer["gate"] else ""
         cells = [str(layer["layer"]), marks]
-        for name, key in columns:
-            value = layer[name][key][0]
-            cells.append(f"{value:.3f}" if key == "auc" else f"{100 * value:.1f}")
+        if words:
+            figures = layer["calibration"]
+            cells += [f"{figures['auc'][0]:.3f}", *(f"{100 * figures[key][0]:.1f}" for key in _RATES)]
         cells += [f"{layer['threshold']:.4f}", f"{layer['strength']:g}" if layer["strength"] else ""]
         cells += [f"{layer[key]:.3g}" if layer[key] else "" for key in ("vector_norm", "residual_norm")]
         table.add_row(*cells, style="bold" if layer["sensor"] or layer["strength"] else "")
@@ -98,25 +84,24 @@ def layer_table(profile: SteeringProfile) -> Table:
 
 
 def gate_table(profile: SteeringProfile) -> Table:
-    """Return figures of the deciding gates, with 95 % intervals, on each pair of sets."""
+    """Return the calibration's figures of the deciding gates, with 95 % intervals."""
     columns = ("layer", "sets", "prompts", "AUC", "hit rate", "false positives", "threshold")
     table = new_table(*columns, title="gates that decide, with 95 % intervals")
     for layer in profile.deciding_layers:
-        for name, by_layer in gate_figures(profile).items():
-            figures = by_layer[layer]
-            table.add_row(
-                str(layer),
-                SETS[name],
-                f"{figures['n_harmful']} + {figures['n_harmless']}",
-                _range(figures["auc"], ".3f"),
-                *(_range(figures[key], ".1%") for key in _RATES),
-                f"{float(profile.threshold[layer]):.4f}",
-            )
+        figures = gate_figures(profile)[layer]
+        table.add_row(
+            str(layer),
+            "calibration",
+            f"{figures['n_harmful']} + {figures['n_harmless']}",
+            _range(figures["auc"], ".3f"),
+            *(_range(figures[key], ".1%") for key in _RATES),
+            f"{float(profile.threshold[layer]):.4f}",
+        )
     return table
 
 
 def undecided_table(profile: SteeringProfile) -> Table | None:
-    """Return the abstain band of the deciding gates and each set's share in it; None without a band."""
+    """Return the abstain band of the deciding gates and the shares of the calibration in it; None without a band."""
     if profile.abstain is None or not profile.deciding_layers:
         return None
     found = gate_figures(profile)
@@ -124,11 +109,9 @@ def undecided_table(profile: SteeringProfile) -> Table | None:
     table = new_table(*columns, title="scores that are undecided, with 95 % intervals")
     for layer in profile.deciding_layers:
         ends = [f"{float(tensor[layer]):.4f}" for tensor in (profile.abstain, profile.threshold)]
-        for name, by_layer in found.items():
-            shares = [by_layer[layer].get(f"{label}_undecided") for label in ("harmful", "harmless")]
-            table.add_row(str(layer), *ends, SETS[name], *("" if one is None else _range(one, ".1%") for one in shares))
-        if not found:
-            table.add_row(str(layer), *ends)
+        shares = [found[layer].get(f"{label}_undecided") for label in ("harmful", "harmless")] if found else []
+        cells = ["" if one is None else _range(one, ".1%") for one in shares]
+        table.add_row(str(layer), *ends, "calibration" if found else "", *cells)
     return table
 
 

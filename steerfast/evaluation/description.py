@@ -9,9 +9,6 @@ from typing import Any
 
 from steerfast.profile import EDITS, Gate, SteeringProfile
 
-SETS = {"calibration": "calibration", "heldout": "held-out"}
-"""Pairs of sets in a calibration -> name for people."""
-
 
 def layer_ranges(layers: Iterable[int]) -> str:
     """Return ``10-12, 20`` for ascending layers, ``none`` for no layer."""
@@ -52,15 +49,15 @@ def edit(profile: SteeringProfile) -> str:
     return EDITS[profile.edit].describe(profile)
 
 
-def gate_figures(profile: SteeringProfile) -> dict[str, Sequence[Mapping[str, Any]]]:
-    """Return pair of sets -> figures of each layer; empty without a calibration."""
-    found = profile.calibration.get("layers", {})
-    return {name: found[name] for name in SETS if len(found.get(name, ())) == profile.model.num_layers}
+def gate_figures(profile: SteeringProfile) -> Sequence[Mapping[str, Any]]:
+    """Return the figures of each layer; empty without a calibration."""
+    found: Sequence[Mapping[str, Any]] = profile.calibration.get("layers", {}).get("calibration", ())
+    return found if len(found) == profile.model.num_layers else ()
 
 
 def layers(profile: SteeringProfile) -> list[dict[str, Any]]:
     """Return JSON data of every layer; figures of its calibration, if there is one."""
-    lengths = profile.vector.norm(dim=1)
+    lengths, figures = profile.vector.norm(dim=1), gate_figures(profile)
     return [
         {
             "layer": layer,
@@ -71,7 +68,7 @@ def layers(profile: SteeringProfile) -> list[dict[str, Any]]:
             "strength": float(profile.strength[layer]),
             "vector_norm": float(lengths[layer]),
             "residual_norm": float(profile.norm[layer]),
-            **{name: by_layer[layer] for name, by_layer in gate_figures(profile).items()},
+            **({"calibration": figures[layer]} if figures else {}),
         }
         for layer in range(profile.model.num_layers)
     ]

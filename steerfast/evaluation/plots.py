@@ -19,7 +19,7 @@ from typing import Any
 
 from steerfast._files import write_atomically
 from steerfast.errors import OutputError, SteerfastError
-from steerfast.evaluation.description import SETS, edit, gate_figures, layer_ranges, layers, reading
+from steerfast.evaluation.description import edit, gate_figures, layer_ranges, layers, reading
 from steerfast.evaluation.systems import UNSTEERED
 from steerfast.profile import EDITS, SteeringProfile
 
@@ -226,7 +226,7 @@ def _report_panels(gate: Mapping[str, Any]) -> list[_ScorePanel]:
         counts = {kind: histogram.get(kind) or [0] * (len(histogram["edges"]) - 1) for kind in _KINDS}
         decides = number in _deciding(gate)
         shown = threshold if decides and known(threshold) else None
-        panels.append(_ScorePanel(number, decides, shown, [(histogram["edges"], counts, True)]))
+        panels.append(_ScorePanel(number, decides, shown, histogram["edges"], counts))
     return panels
 
 
@@ -338,12 +338,13 @@ def _report_scores(figure: Any, panels: Sequence[_ScorePanel]) -> None:
 
 @dataclass(frozen=True)
 class _ScorePanel:
-    """histograms: edges, kind -> counts between them, and whether it is drawn as an area, else as a line."""
+    """counts: kind -> scores between each two edges."""
 
     layer: int
     decides: bool
     threshold: float | None
-    histograms: Sequence[tuple[Sequence[float], Mapping[str, Sequence[int]], bool]]
+    edges: Sequence[float]
+    counts: Mapping[str, Sequence[int]]
 
 
 _Point = tuple[int, float, float | None, float | None]
@@ -377,19 +378,15 @@ def _draw_layers(
 
 
 def _draw_scores(figure: Any, panels: Sequence[_ScorePanel], columns: int, label: str) -> None:
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        for edges, counts, filled in panel.histograms:
-            for kind in _KINDS:
-                share = 1 / max(1, sum(counts[kind])) / (edges[1] - edges[0])
-                density = [count * share for count in counts[kind]]
-                if filled:
-                    axes.stairs(density, edges, fill=True, color=COLOURS[kind], alpha=0.35)
-                if not filled or len(panel.histograms) == 1:
-                    axes.stairs(density, edges, color=COLOURS[kind], linewidth=1)
+        for kind in _KINDS:
+            share = 1 / max(1, sum(panel.counts[kind])) / (panel.edges[1] - panel.edges[0])
+            density = [count * share for count in panel.counts[kind]]
+            axes.stairs(density, panel.edges, fill=True, color=COLOURS[kind], alpha=0.35)
+            axes.stairs(density, panel.edges, color=COLOURS[kind], linewidth=1)
         if panel.threshold is not None:
             axes.axvline(panel.threshold, color=COLOURS["ink"], linewidth=1, linestyle="--")
         weight = "bold" if panel.decides else "normal"
@@ -402,9 +399,7 @@ def _draw_scores(figure: Any, panels: Sequence[_ScorePanel], columns: int, label
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     figure.supxlabel(label, fontsize=9, color=COLOURS["muted"])
-    handles: list[Any] = [Patch(color=COLOURS[kind], alpha=0.5, label=kind) for kind in _KINDS]
-    if any(not filled for panel in panels for _, _, filled in panel.histograms):
-        handles += [Line2D([], [], color=COLOURS[kind], label=f"{kind}, held-out") for kind in _KINDS]
+    handles = [Patch(color=COLOURS[kind], alpha=0.5, label=kind) for kind in _KINDS]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
 
 
@@ -440,7 +435,7 @@ def save_plot(profile: SteeringProfile, path: str) -> None:
 
     drawn = io.BytesIO()
     with rc_context(_SETTINGS):
-        calibrated = "calibration" in gate_figures(profile)
+        calibrated = bool(gate_figures(profile))
         figure: Any = Figure(
             figsize=(14, 7.5) if calibrated else (12, 4.5) if "frontier" in profile.fitted else (8, 4.5),
             layout="constrained",
@@ -477,9 +472,7 @@ def _draw_gates(figure: Any, profile: SteeringProfile) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25], wspace=0.03)
     above, below = left.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
     rows = layers(profile)
-    curves = {
-        f"{SETS[name]} sets": [(row["layer"], *row[name]["auc"]) for row in rows] for name in SETS if name in rows[0]
-    }
+    curves = {"calibration sets": [(row["layer"], *row["calibration"]["auc"]) for row in rows]}
     _draw_layers(left, curves, [row["layer"] for row in rows if row["sensor"] or row["gate"]], above)
     above.set_title("How well each layer's gate separates, with 95 % intervals; dashed: deciding layers")
     _draw_edits(below, profile)
@@ -498,19 +491,14 @@ def _profile_title(profile: SteeringProfile) -> str:
 def _profile_panels(profile: SteeringProfile) -> list[_ScorePanel]:
     import numpy as np
 
-    found = profile.calibration.get("histograms", {})
-    sets = {name: found[name] for name in SETS if name in found}
-    count = min([profile.model.num_layers, *map(len, sets.values())]) if sets else 0
+    found = profile.calibration.get("histograms", {}).get("calibration", ())
     panels = []
-    for layer in _chosen(profile.deciding_layers, range(count)):
-        histograms = []
-        for name, by_layer in sets.items():
-            data = by_layer[layer]
-            margin = 0.0 if data["high"] > data["low"] else 0.5  # equal scores: one bar needs a width
-            edges = np.linspace(data["low"] - margin, data["high"] + margin, len(data["harmful"]) + 1)
-            histograms.append((edges.tolist(), data, name == "calibration"))
+    for layer in _chosen(profile.deciding_layers, range(min(profile.model.num_layers, len(found)))):
+        data = found[layer]
+        margin = 0.0 if data["high"] > data["low"] else 0.5  # equal scores: one bar needs a width
+        edges = np.linspace(data["low"] - margin, data["high"] + margin, len(data["harmful"]) + 1).tolist()
         decides = layer == profile.sensor or layer in profile.gate_layers
-        panels.append(_ScorePanel(layer, decides, float(profile.threshold[layer]), histograms))
+        panels.append(_ScorePanel(layer, decides, float(profile.threshold[layer]), edges, data))
     return panels
 
 

@@ -712,6 +712,15 @@ def test_inspect_of_a_malformed_calibration_is_one_error(
     assert not (tmp_path / "p.json").exists()
 
 
+def test_inspect_of_an_old_profile_with_held_out_figures(tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "data/smollm2-mean-gate.safetensors"
+    result = done("inspect", path, "--plot", tmp_path / "p.png", "--json", tmp_path / "p.json")
+    known = SteeringProfile.load(path).calibration["layers"]["calibration"]
+    shown = [layer["calibration"] for layer in json.loads((tmp_path / "p.json").read_text())["layers"]]
+    assert shown == known
+    assert f"{known[15]['auc'][0]:.3f}" in result.stdout
+
+
 def test_a_model_that_is_accepted(work: Path, tmp_path: Path) -> None:
     path, out = tmp_path / "p.safetensors", tmp_path / "out.safetensors"
     profile = SteeringProfile.load(work / "calibrated.safetensors")
