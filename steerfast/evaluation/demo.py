@@ -37,7 +37,6 @@ def run_demo(
     *,
     prompts: int = 50,
     max_new_tokens: int = 48,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Answer harmful and harmless prompts unsteered and steered, greedily, and compare.
 
@@ -56,13 +55,12 @@ def run_demo(
     ids = {label: encode(tokenizer, chosen, model, room=max_new_tokens) for label, chosen in texts.items()}
 
     def answers(what: str) -> dict[str, list[list[int]]]:
-        bars = {label: f"{label}, {what}" if progress else None for label in ids}
         return {
-            label: greedy_answers(model, tokenizer, ids[label], max_new_tokens, description=bars[label])
+            label: greedy_answers(model, tokenizer, ids[label], max_new_tokens, description=f"{label}, {what}")
             for label in ids
         }
 
-    scores = {label: score(model, tokenizer, profile, chosen, progress=progress) for label, chosen in texts.items()}
+    scores = {label: score(model, tokenizer, profile, chosen) for label, chosen in texts.items()}
     before = answers("unsteered")
     with steer(model, profile, tokenizer=tokenizer):
         after = answers("steered")
@@ -83,7 +81,7 @@ def run_demo(
             "hit_rate": share(scores["harmful"].fired.tolist()),
             "false_positive_rate": share(scores["harmless"].fired.tolist()),
         },
-        "latency": _latency(model, profile, [ids["harmful"][i] for i in fired or range(prompts)], progress),
+        "latency": _latency(model, profile, [ids["harmful"][i] for i in fired or range(prompts)]),
         "examples": _examples(texts, judged),
     }
 
@@ -107,9 +105,7 @@ def _shares(judged: dict[str, dict[str, list[Assessment]]], label: str, *figures
     return found
 
 
-def _latency(
-    model: nn.Module, profile: SteeringProfile, prompts: Sequence[Sequence[int]], progress: bool
-) -> dict[str, Any]:
+def _latency(model: nn.Module, profile: SteeringProfile, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Time one sequence, prompt included, in ms per token; the ratio is the median over pairs."""
 
     def unsteered(pair: int) -> float:
@@ -119,7 +115,7 @@ def _latency(
         with steer(model, profile):
             return unsteered(pair)
 
-    found = compare({"unsteered": unsteered, "steered": steered}, _LATENCY_PAIRS, show=progress)
+    found = compare({"unsteered": unsteered, "steered": steered}, _LATENCY_PAIRS, show=True)
     return {
         "unsteered_ms_per_token": found["unsteered"][0],
         "steered_ms_per_token": found["steered"][0],

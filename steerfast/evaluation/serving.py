@@ -76,9 +76,7 @@ class LoadOptions:
     vllm: Sequence[str] = ()
 
 
-def measure_serving(
-    model: str, profile: SteeringProfile | None = None, *, progress: bool = True, **options: Any
-) -> Iterator[dict[str, Any]]:
+def measure_serving(model: str, profile: SteeringProfile | None = None, **options: Any) -> Iterator[dict[str, Any]]:
     """Yield a line per system and round as it is measured, then one per system with medians and ratios.
 
     Args:
@@ -97,7 +95,7 @@ def measure_serving(
     lines = []
     with tempfile.TemporaryDirectory() as place, _Servers(folder, load, Path(place)) as servers:
         servers.save(profile)
-        for number, system in track(_plan(load), "serving", show=progress):
+        for number, system in track(_plan(load), "serving"):
             figures = servers.measure(system, seed=number)
             lines.append({"system": system, "round": number, **figures, **case})
             yield lines[-1]

@@ -31,6 +31,7 @@ POINTS = {"strict": 3.0, "balanced": 1.0, "permissive": 0.3}
 
 _CLOSE = 0.003  # AUC: layers that differ less are equally good
 _LOW_HIT_RATE = 0.5
+_BINS = 32  # of a histogram of scores
 _MOST_OF_ALLOWED = 3  # a source may fire so many times the rate before it is told
 
 
@@ -303,7 +304,7 @@ def gate_warnings(record: Mapping[str, Any]) -> list[str]:
     return messages
 
 
-def _histogram(examples: Labelled, scores: Tensor, bins: int = 32) -> dict[str, Any]:
+def _histogram(examples: Labelled, scores: Tensor) -> dict[str, Any]:
     """Return counts of both classes' scores over common bins, for `steerfast inspect --plot` and `drift`."""
     harmful = scores[examples.rows("harmful")]
     harmless = scores[examples.rows("harmless") or examples.rows("borderline")]
@@ -312,6 +313,6 @@ def _histogram(examples: Labelled, scores: Tensor, bins: int = 32) -> dict[str, 
     return {
         "low": low,
         "high": high,
-        "harmful": torch.histc(harmful, bins, low, high).int().tolist(),
-        "harmless": torch.histc(harmless, bins, low, high).int().tolist(),
+        "harmful": torch.histc(harmful, _BINS, low, high).int().tolist(),
+        "harmless": torch.histc(harmless, _BINS, low, high).int().tolist(),
     }

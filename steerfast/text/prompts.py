@@ -99,7 +99,7 @@ def _keys(column: str | None) -> tuple[str, ...]:
     return _KEYS if column is None else (column.lower(),)
 
 
-def _lines(path: Path, keys: Sequence[str] = ()) -> Iterable[Any]:
+def _lines(path: Path, keys: Sequence[str]) -> Iterable[Any]:
     # Not splitlines, which also splits at characters such as U+2028 that JSON strings may hold.
     return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
@@ -112,7 +112,7 @@ def _json(path: Path, keys: Sequence[str]) -> Iterable[Any]:
 
 
 def _jsonl(path: Path, keys: Sequence[str]) -> Iterable[Any]:
-    return [json.loads(line) for line in _lines(path)]
+    return [json.loads(line) for line in _lines(path, keys)]
 
 
 def _csv(path: Path, keys: Sequence[str]) -> Iterable[Any]:

@@ -17,6 +17,8 @@ from typing import Any, TextIO
 from steerfast.errors import SteerfastError
 from steerfast.vllm import compat
 
+_PATIENCE = 1800  # seconds until a server answers
+
 
 class ServerProcess:
     """An API server of vLLM on a free port of this machine. It runs until `stop`.
@@ -26,15 +28,12 @@ class ServerProcess:
         arguments: options of ``vllm serve``, without host and port.
         environment: beside this process's own.
         log: a file that gets what the server prints.
-        patience: the most seconds until it answers.
 
     Raises:
         SteerfastError: it did not start; the message has its last words.
     """
 
-    def __init__(
-        self, model: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path, patience: float = 1800.0
-    ) -> None:
+    def __init__(self, model: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -49,7 +48,7 @@ class ServerProcess:
                 start_new_session=True,  # so that `stop` ends all that it starts
             )
         try:
-            self._wait(log, time.monotonic() + patience)
+            self._wait(log, time.monotonic() + _PATIENCE)
         except BaseException:
             self.stop()
             raise
