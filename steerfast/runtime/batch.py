@@ -196,18 +196,13 @@ class BatchRoster:
         if not entries:
             raise SteerfastError("steering: expected one entry per sequence, got an empty list")
         _check_lengths(entries, numbers)
-        profiles: dict[str, SteeringProfile | None] = {}
-        for i, entry in enumerate(entries):
-            profiles |= _by_argument(f"steering[{i}]", entry)
+        given = [_by_argument(f"steering[{i}]", entry) for i, entry in enumerate(entries)]
         count = max(len(entries), len(numbers))
         strengths = [self._strengths(i, entries[i % len(entries)], numbers[i % len(numbers)]) for i in range(count)]
-        slots = self._take(profiles)
+        slots = self._take({label: profile for one in given for label, profile in one.items()})
         stacks = []
         for i in range(count):
-            entry = entries[i % len(entries)]
-            labels = [
-                label for label, profile in _by_argument(f"steering[{i % len(entries)}]", entry).items() if profile
-            ]
+            labels = [label for label, profile in given[i % len(given)].items() if profile]
             stacks.append(
                 tuple(
                     Entry(slots[label], number, self._span(label, self.slots.at(slots[label])))
