@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def make_folder(path: str | os.PathLike[str], fails: str) -> Path:
     return made
 
 
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill; it becomes `target` at the end, and is removed where that fails."""
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield made
+        made.chmod(0o755)
+        made.replace(target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     """Write a new folder of files, whole or not at all.
 
@@ -75,18 +89,12 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     """
     if target.exists():
         raise OutputError(f"output: expected a folder that is not there yet, got {str(target)!r}")
-    made: str | None = None
     try:
-        made = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")
-        for name, data in files.items():
-            (Path(made) / name).write_bytes(data)
-        os.chmod(made, 0o755)
-        os.rename(made, target)
+        with new_folder(target) as made:
+            for name, data in files.items():
+                (made / name).write_bytes(data)
     except OSError as error:
         raise OutputError(f"output: cannot write {str(target)!r} ({error.strerror})") from None
-    finally:
-        if made is not None and os.path.isdir(made):
-            shutil.rmtree(made, ignore_errors=True)
 
 
 def content_checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

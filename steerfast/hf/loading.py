@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-import shutil
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from steerfast._files import new_folder
 from steerfast.errors import ArchitectureError
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -116,15 +115,9 @@ def export_demo_model(folder: str | os.PathLike[str]) -> Path:
         return target
     model, tokenizer = load_model(DEMO_MODEL, dtype=torch.float32, device="cpu")
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
+    with new_folder(target) as made:
         tokenizer.save_pretrained(made)
         savable(model).save_pretrained(made)
-        os.chmod(made, 0o755)
-        os.replace(made, target)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     return target
 
 
