@@ -24,7 +24,7 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 _IMAGE_TYPES = (  # of the models that tests/hf/test_families.py covers; an older transformers may lack one
     "aya_vision", "cohere2_vision", "gemma3", "idefics2", "idefics3", "internvl", "lfm2_vl", "llava", "llava_next",
     "llava_next_video", "llava_onevision", "mistral3", "ovis2", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_5",
-    "qwen3_5_moe", "qwen3_vl", "smolvlm", "video_llava", "vipllava",
+    "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llava", "vipllava",
 )  # fmt: skip
 
 

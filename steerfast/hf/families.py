@@ -138,14 +138,15 @@ FAMILIES = (
     *_like(_SANDWICH, "gemma3 Gemma3", norm=Norm.GEMMA, eps="eps", text=True),
     *_like(_OLMO2, "olmo2 Olmo2"),
     *_like(
-        _LLAMA, "arcee Arcee", "bitnet BitNet", "cwm Cwm", "deepseek_v2 DeepseekV2", "deepseek_v3 DeepseekV3",
-        "deepseek_v32 DeepseekV32", "diffllama DiffLlama", "dots1 Dots1", "ernie4_5 Ernie4_5",
+        _LLAMA, "arcee Arcee", "axk1 AXK1", "bitnet BitNet", "cwm Cwm", "deepseek_v2 DeepseekV2",
+        "deepseek_v3 DeepseekV3", "deepseek_v32 DeepseekV32", "diffllama DiffLlama", "dots1 Dots1", "ernie4_5 Ernie4_5",
         "ernie4_5_moe Ernie4_5_Moe", "exaone_moe ExaoneMoe", "glm Glm", "glm4_moe Glm4Moe",
         "glm4_moe_lite Glm4MoeLite", "hunyuan_v1_dense HunYuanDenseV1", "hunyuan_v1_moe HunYuanMoEV1", "hy_v3 HYV3",
         "laguna Laguna", "mellum Mellum", "mimo_v2_flash MiMoV2Flash", "minimax_m2 MiniMaxM2", "ministral Ministral",
         "ministral3 Ministral3", "olmoe Olmoe", "qwen2_moe Qwen2Moe", "seed_oss SeedOss", "smollm3 SmolLM3",
         "solar_open SolarOpen", "youtu Youtu",
     ),
+    *_like(_LLAMA, "jetmoe JetMoe", attention=("self_attention",)),
     *_like(_LLAMA, "flint Flint", "gpt_oss GptOss", "helium Helium", norm=Norm.VLLM),
     *_like(_LLAMA, "apertus Apertus", before_attention="attention_layernorm", before_mlp="feedforward_layernorm"),
     *_like(_LLAMA, "llama4 Llama4", mlp=("feed_forward",), eps="eps", text=True),
@@ -158,8 +159,10 @@ FAMILIES = (
     *_like(_OLMO2, "olmo3 Olmo3", "flex_olmo FlexOlmo"),
     *_like(_OLMO2, "exaone4 Exaone4", norm=Norm.LLAMA),
     *_like(_LFM2, "lfm2 Lfm2", "lfm2_moe Lfm2Moe"),
+    *_like(_LFM2, "lfm3 Lfm3", after_attention="post_operator_norm", after_mlp="post_ffn_norm"),
     *_like(_GRANITE, "granite Granite", "granite_swa GraniteSWA"),
     *_like(_GRANITE, "minicpm3 MiniCPM3", scale="residual_scale"),
+    *_like(_GRANITE, "hyperclovax HyperCLOVAX", after_attention="post_norm1", after_mlp="post_norm2"),
     *_like(
         _GRANITE, "granitemoe GraniteMoe", "granitemoeshared GraniteMoeShared", "granitemoe_swa GraniteMoeSWA",
         mlp=("block_sparse_moe", "shared_mlp"),
@@ -169,7 +172,7 @@ FAMILIES = (
         attention=("self_attn", "mamba"), mlp=("shared_mlp", "block_sparse_moe"),
     ),
     *_like(_LLAMA, "jais2 Jais2", "nanochat NanoChat", "nemotron Nemotron", "olmo Olmo", "phimoe Phimoe", norm=None),
-    *_like(_LLAMA, "starcoder2 Starcoder2", norm=None),
+    *_like(_LLAMA, "axk2 AXK2", "starcoder2 Starcoder2", norm=None),
     *_like(_LLAMA, "persimmon Persimmon", after_mlp="dropout", norm=None),
     *_like(
         _LLAMA, "cohere Cohere", "cohere2 Cohere2", "cohere2_moe Cohere2Moe", before_mlp=None, norm=None, parallel=True,
@@ -178,7 +181,9 @@ FAMILIES = (
 """Families that have causal language models. Multimodal models use their layers, too."""
 
 MULTIMODAL_FAMILIES = (
-    *_like(_LLAMA, "qwen2_vl Qwen2VL", "qwen2_5_vl Qwen2_5_VL", "qwen3_vl Qwen3VL", text=True),
+    *_like(
+        _LLAMA, "qwen2_vl Qwen2VL", "qwen2_5_vl Qwen2_5_VL", "qwen3_vl Qwen3VL", "qwen3_vl_moe Qwen3VLMoe", text=True,
+    ),
 )
 """Families that have only multimodal models."""
 # fmt: on

@@ -80,10 +80,12 @@ _MAMBA = {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 4, "mamba_
 # What a family's config needs besides BASE and _MOE; a family that is not here needs nothing more.
 SETTINGS: dict[str, dict[str, Any]] = {
     "Cwm": {"bos_token_id": 1, "eos_token_id": [2]},
-    **dict.fromkeys(["DeepseekV2", "DeepseekV3", "Dots1", "Glm4MoeLite", "MiniCPM3", "Youtu"], _LATENT),
+    **dict.fromkeys(["AXK1", "AXK2", "DeepseekV2", "DeepseekV3", "Dots1", "Glm4MoeLite", "MiniCPM3", "Youtu"], _LATENT),
     "DeepseekV32": {**_LATENT, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 64},
     **dict.fromkeys(["Qwen3Next", "Qwen3_5", "Qwen3_5Moe"], _LINEAR),
     **dict.fromkeys(["Lfm2", "Lfm2Moe"], _SHORT_CONV),
+    "Lfm3": {**_SHORT_CONV, "use_sandwich_norm": True},
+    "HyperCLOVAX": {"residual_multiplier": 0.22, "use_post_norm": True},
     **dict.fromkeys(["Granite", "GraniteSWA", "GraniteMoe", "GraniteMoeShared", "GraniteMoeSWA"], _GRANITE),
     "GraniteMoeHybrid": {**_GRANITE, **_MAMBA},
     "Llama4": {"interleave_moe_layer_step": 2},

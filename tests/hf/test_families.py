@@ -138,7 +138,10 @@ INSIDE = {
     **dict.fromkeys(["idefics2", "mistral3"], "mistral"),
     **dict.fromkeys(["aya_vision", "cohere2_vision"], "cohere2"),
     **{"gemma3": "gemma3_text", "lfm2_vl": "lfm2", "paligemma": "gemma"},
-    **{name: f"{name}_text" for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl")},
+    **{
+        name: f"{name}_text"
+        for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
+    },
 }
 _VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
            "image_size": 16, "patch_size": 4, "depth": 1, "num_heads": 2, "head_dim": 8, "out_hidden_size": 32,
@@ -154,7 +157,7 @@ def image_config(name: str) -> Any:
     text |= SETTINGS.get(
         {"lfm2": "Lfm2", "qwen3_5_text": "Qwen3_5", "qwen3_5_moe_text": "Qwen3_5"}.get(INSIDE[name], ""), {}
     )
-    if name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    if name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     return kind(text_config=text, vision_config={**known, "model_type": vision.model_type})
 
