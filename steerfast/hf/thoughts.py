@@ -40,8 +40,6 @@ def follow(thought: Thought, latch: Latch, call: Call, valid: Tensor, columns: i
     if max(prompts) > call.width:
         raise SteerfastError("thinking: expected the whole prompt in one call, got a part of it")
     kept = len(thought.end) - 1
-    if kept and min(prompts) <= 0 and call.past != latch.tokens:
-        raise SteerfastError("thinking: expected no rejected drafts, as the end of a thought has several tokens")
     answers = [NO_END] * len(tokens) if latch.answers is None else latch.answers.tolist()
     recent = [[_NO_TOKEN] * kept] * len(tokens) if latch.recent is None else latch.recent.tolist()
     for n, (row, prompt) in enumerate(zip(tokens, prompts, strict=True)):
@@ -52,6 +50,8 @@ def follow(thought: Thought, latch: Latch, call: Call, valid: Tensor, columns: i
             recent[n] = [_NO_TOKEN] * kept
         elif answers[n] > begin:  # a draft with the end of the thought was rejected
             answers[n] = NO_END
+        if kept and prompt <= 0 and answers[n] == NO_END and call.past != latch.tokens:
+            raise SteerfastError("thinking: expected no rejected drafts, as the end of a thought has several tokens")
         seen = [*recent[n], *row[max(0, prompt) :].tolist()]
         if answers[n] == NO_END and (place := thought.after(seen)) is not None:
             answers[n] = begin + place - kept

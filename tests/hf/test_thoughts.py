@@ -87,6 +87,18 @@ def test_other_ways_to_generate_give_the_same_tokens(
     assert torch.equal(plainly, with_options)
 
 
+def test_drafts_after_a_thought_may_be_rejected(model: Any, make_profile: MakeProfile, think: Think) -> None:
+    """However many tokens its end has."""
+    end = think(2, 2)
+    profile = make_profile(model, layers=[1, 2], sensor=1, positions="response", threshold=-2.0)
+    batch = padded([[*four_prompts()[0] * 2, *end, 5]])
+    with steerfast.steer(model, profile, thinking="skip"):
+        plainly, drafted = (
+            greedy(model, batch, tokens=NEW, **each)[0] for each in ({}, {"prompt_lookup_num_tokens": 3})
+        )
+    assert torch.equal(plainly, drafted)
+
+
 def test_beams_take_their_thoughts_along(plain: Any, make_profile: MakeProfile, think: Think) -> None:
     end = think(2, 1)
     profile = make_profile(plain, layers=[1, 2], sensor=1, kind="always", positions="response")
