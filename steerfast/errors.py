@@ -29,3 +29,9 @@ class GuardError(SteerfastError, ValueError):
 
 class JudgeError(SteerfastError, RuntimeError):
     """A judge of answers is unknown, cannot be loaded, or cannot be reached."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of an error without text."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -11,6 +11,7 @@ import click
 from steerfast._versions import installed_version
 from steerfast.cli import common
 from steerfast.cli.server_probe import NOT_STEERED, STEERED, UNREACHABLE, probe
+from steerfast.errors import first_line
 
 _STATUS = {STEERED: 0, NOT_STEERED: 1, UNREACHABLE: 2}
 _PACKAGES = ("torch", "triton", "transformers", "safetensors")
@@ -108,7 +109,7 @@ def _isa() -> tuple[str | None, str | None]:
     try:
         return _native.isa(), _native.reason
     except RuntimeError as error:
-        return None, str(error).splitlines()[0]
+        return None, first_line(error)
 
 
 def _render(result: dict[str, Any], isa_problem: str | None, json_file: str | None) -> None:

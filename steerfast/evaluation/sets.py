@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerfast.errors import PromptError
+from steerfast.errors import PromptError, first_line
 from steerfast.evaluation.provenance import digest
 from steerfast.text.corpus import corpus
 from steerfast.text.examples import CONVERSATIONS, Prompt, text_of, unique_text
@@ -155,8 +155,7 @@ def _hub_records(where: str) -> list[dict[str, Any]]:
     try:
         rows = datasets.load_dataset(match["path"], match["config"], split=match["split"])
     except (OSError, ValueError, RuntimeError) as error:  # unreachable or unknown; config or split that is not there
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise PromptError(f"set: cannot load {where!r} ({reason})") from None
+        raise PromptError(f"set: cannot load {where!r} ({first_line(error)})") from None
     return records_of(list(rows), where, match["column"], () if match["column"] else CONVERSATIONS)
 
 

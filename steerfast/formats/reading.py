@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerfast.errors import ProfileError
+from steerfast.errors import ProfileError, first_line
 
 # A vector for each of 126 layers of 16384 is 8 MB, its JSON 45 MB. A reader holds a file about three times.
 MOST_BYTES = 48 << 20
@@ -41,8 +41,7 @@ def malformed_unless(what: str) -> Iterator[None]:
     except Malformed:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:120]
-        raise Malformed(f"not {what} ({type(error).__name__}: {reason})") from None
+        raise Malformed(f"not {what} ({type(error).__name__}: {first_line(error)[:120]})") from None
 
 
 def brief(value: object) -> str:

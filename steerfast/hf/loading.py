@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from steerfast._files import new_folder
-from steerfast.errors import ArchitectureError
+from steerfast.errors import ArchitectureError, first_line
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SLOW = 2.0  # times float32
@@ -59,8 +59,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArchitectureError(f"model: cannot load {name!r} ({reason})") from None
+        raise ArchitectureError(f"model: cannot load {name!r} ({first_line(error)})") from None
     if file is not None:
         model.config._name_or_path = name if name == DEMO_MODEL else file.name
     if tokenizer.pad_token_id is None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from steerfast._records import Records
-from steerfast.errors import JudgeError
+from steerfast.errors import JudgeError, first_line
 from steerfast.judging.refusal import is_refusal_keyword, is_refusal_strict
 from steerfast.judging.spoken import without_thought
 
@@ -117,8 +117,7 @@ class ClassifierJudge:
             self._tokenizer = AutoTokenizer.from_pretrained(model)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(model)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise JudgeError(f"judge: cannot load the classifier {model!r} ({reason})") from None
+            raise JudgeError(f"judge: cannot load the classifier {model!r} ({first_line(error)})") from None
         labels = {str(name): int(index) for index, name in loaded.config.id2label.items()}
         found = [name for name in labels if (name == label if label is not None else _means_refused(name))]
         if len(found) != 1:

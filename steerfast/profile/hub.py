@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from steerfast.errors import OutputError, ProfileError
+from steerfast.errors import OutputError, ProfileError, first_line
 
 PROFILE_FILE = Path("steerfast", "profile.safetensors")
 """Where a model's folder or repository has its profile, apart from the files that engines load as weights."""
@@ -35,7 +35,7 @@ def find(name: str, **options: Any) -> Path:
     except _faults() as error:
         raise ProfileError(
             f"profile: expected a file, or a hub repository with {PROFILE_FILE.as_posix()}, got {name!r} "
-            f"({_line(error)})"
+            f"({first_line(error)})"
         ) from None
 
 
@@ -63,8 +63,8 @@ def upload(data: bytes, repository: str, *, message: str, **options: Any) -> str
         )
     except _faults() as error:
         raise OutputError(
-            f"output: cannot write to the hub repository {repository!r} ({_line(error)}); log in by `hf auth login`, "
-            "or set HF_TOKEN"
+            f"output: cannot write to the hub repository {repository!r} ({first_line(error)}); log in by "
+            "`hf auth login`, or set HF_TOKEN"
         ) from None
     return str(done.commit_url)
 
@@ -74,8 +74,3 @@ def _faults() -> tuple[type[BaseException], ...]:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     return (OSError, ValueError, EntryNotFoundError, *HfHubHTTPError.__bases__)
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
