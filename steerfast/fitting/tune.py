@@ -5,7 +5,6 @@ The gate stays the same. It alone decides which prompts change: harmless answers
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,6 @@ from steerfast.fitting.answer_log import AnswerLog
 from steerfast.fitting.ending import ending_vector, with_ending
 from steerfast.fitting.labelled import Given, Labelled
 from steerfast.fitting.score import check_model
-from steerfast.hf.structure import weights_fingerprint
 from steerfast.judging.answers import judge, share
 from steerfast.judging.fluency import FluencyLimits
 from steerfast.profile import EDITS, SteeringProfile
@@ -32,6 +30,7 @@ from steerfast.text.prompts import describe_set
 Positions = Literal["all", "response"]
 _SCREEN_SHARE = 3  # a first look takes a third of the harmful prompts
 _FINALISTS = 6
+_KEY = "trial"
 
 
 @dataclass(frozen=True)
@@ -147,29 +146,29 @@ def tune(
     ending = _ending(profile, candidates, model, tokenizer)
     prompts = encode(tokenizer, bad.prompts, model, room=chosen.max_new_tokens)
     records = Records(chosen.resume, "trials")
-    log = _TrialLog(records, _search_settings(profile, model, prompts, chosen))
+    known = {record[_KEY]: record["figures"] for record in records.found if isinstance(record.get(_KEY), str)}
     answers = AnswerLog(records, model, tokenizer)
 
     def trials(candidates: Sequence[Setting], tried: Sequence[Sequence[int]], description: str) -> list[Trial]:
         done, several = [], len(candidates) > 1  # the bar of a single one is over its answers
         for candidate in track(candidates, description, show=chosen.progress and several):
-            trial = log.find(candidate, len(tried))
-            if trial is None:
+            steered = candidate.apply(profile, ending)
+            key = answers.key("trial", steered.checksum, tried, _measure(chosen))
+            if key not in known:
                 bar = None if several or not chosen.progress else description
-                found = answers.answers(tried, chosen.max_new_tokens, candidate.apply(profile, ending), bar)
-                trial = _judged(candidate, model, tokenizer, tried, found, chosen)
-                log.add(trial)
-            done.append(trial)
+                found = answers.answers(tried, chosen.max_new_tokens, steered, bar)
+                known[key] = asdict(_judged(candidate, model, tokenizer, tried, found, chosen))
+                records.add({_KEY: key, "figures": known[key]})
+            done.append(Trial(**{**known[key], "candidate": candidate}))
         return sorted(done, key=lambda trial: trial.rank(chosen.min_fluent), reverse=True)
 
     screened = trials(candidates, prompts[::_SCREEN_SHARE], "screening")  # some of every style, if they come by style
     finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
     tuned = _best(finals, chosen.min_fluent).candidate.apply(profile, ending)
     unchanged = _unchanged(tuned, answers, encode(tokenizer, good.prompts, model, room=chosen.max_new_tokens), chosen)
-    record = _record(finals, unchanged, len(candidates), chosen)
     names = chosen.names or {}
     sets = {role: describe_set(one.texts, names.get(role)) for role, one in (("harmful", bad), ("harmless", good))}
-    return replace(tuned, candidates={}, tuned={**record, **sets})
+    return replace(tuned, candidates={}, tuned={**_record(finals, unchanged, len(candidates), chosen), **sets})
 
 
 def _ending(profile: SteeringProfile, candidates: Sequence[Setting], model: nn.Module, tokenizer: Any) -> Tensor | None:
@@ -192,17 +191,9 @@ def _check_edit(profile: SteeringProfile) -> None:
         )
 
 
-def _search_settings(
-    profile: SteeringProfile, model: nn.Module, prompts: Sequence[Sequence[int]], options: TuneOptions
-) -> dict[str, Any]:
-    """Return all that the result of a trial depends on, except the candidate; trials of other settings do not count."""
-    return {
-        "profile": _fingerprint(profile),
-        "weights": weights_fingerprint(model),
-        "harmful": hashlib.sha256(repr(prompts).encode()).hexdigest(),  # in order: screening takes every third
-        "max_new_tokens": options.max_new_tokens,
-        "limits": asdict(options.limits or FluencyLimits()),
-    }
+def _measure(options: TuneOptions) -> dict[str, Any]:
+    """Return as JSON data what figures depend on beside the steering and the prompts."""
+    return {"max_new_tokens": options.max_new_tokens, "limits": asdict(options.limits or FluencyLimits())}
 
 
 def _best(finals: Sequence[Trial], min_fluent: float) -> Trial:
@@ -235,8 +226,7 @@ def _record(finals: Sequence[Trial], unchanged: float, candidates: int, options:
         "fluent": best.fluent,
         "harmless_unchanged": unchanged,
         "tried": candidates,
-        "max_new_tokens": options.max_new_tokens,
-        "limits": asdict(options.limits or FluencyLimits()),
+        **_measure(options),
         "runners_up": [asdict(trial) for trial in finals[1:]],
     }
 
@@ -323,32 +313,3 @@ def _unchanged(
     before = answers.answers(prompts, options.max_new_tokens, None, bars[0])
     after = answers.answers(prompts, options.max_new_tokens, profile, bars[1])
     return share([a == b for a, b in zip(before, after, strict=True)])
-
-
-def _fingerprint(profile: SteeringProfile) -> str:
-    digest = hashlib.sha256()
-    kinds = {profile.vector_kind: profile.vector, **profile.candidates}
-    for tensor in (profile.direction, profile.threshold, *(kinds[kind] for kind in sorted(kinds))):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    edit = (profile.edit, *EDITS[profile.edit].given(profile).values())
-    digest.update(f"{profile.sensor} {profile.gate} {edit}".encode())
-    return digest.hexdigest()
-
-
-class _TrialLog:
-    """Complete trials of one search, in a file that other searches may share."""
-
-    def __init__(self, records: Records, settings: dict[str, Any]) -> None:
-        self._records, self._settings = records, settings
-        self._trials: dict[tuple[Setting, int], Trial] = {}
-        for record in self._records.found:
-            if record.get("settings") == settings:
-                trial = Trial(**{**record["trial"], "candidate": Setting(**record["trial"]["candidate"])})
-                self._trials[trial.candidate, trial.n] = trial
-
-    def find(self, candidate: Setting, n: int) -> Trial | None:
-        return self._trials.get((candidate, n))
-
-    def add(self, trial: Trial) -> None:
-        self._trials[trial.candidate, trial.n] = trial
-        self._records.add({"settings": self._settings, "trial": asdict(trial)})
