@@ -218,9 +218,7 @@ class HFBackend(Backend):
             same: list[Any] = [layer, *(state.cache.layers[number] for state in states[1:])]
             layer.keys, layer.values = (torch.cat([getattr(one, name) for one in same]) for name in ("keys", "values"))
         if (latch := attached(cache)) is not None:
-            all_of: list[Any] = [attached(state.cache) for state in states]
-            latch.values = torch.cat([one.values for one in all_of], dim=1)
-            latch.scores = torch.cat([one.scores for one in all_of], dim=1)
+            latch.join([one for state in states[1:] if (one := attached(state.cache)) is not None])
         new.state = OpenRows(cache, torch.cat([state.logits for state in states]))
         return new
 

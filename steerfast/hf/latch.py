@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,12 @@ class Latch(Decisions):
             tensor = self.by_sequence(getattr(self, name))
             setattr(self, name, tensor.repeat_interleave(repeats, dim=1).flatten(1))
         self._move_thoughts(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def join(self, others: Sequence[Latch]) -> None:
+        """Add the sequences of other latches of the same steering behind its own."""
+        for name, dim in (("values", 1), ("scores", 1), ("answers", 0), ("recent", 0)):
+            if (own := getattr(self, name)) is not None:
+                setattr(self, name, torch.cat([own, *(getattr(one, name) for one in others)], dim=dim))
 
     def _move_thoughts(self, move: Callable[[Tensor], Tensor]) -> None:
         if self.answers is not None and self.recent is not None:

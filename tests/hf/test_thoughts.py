@@ -125,7 +125,12 @@ def test_a_latch_moves_its_thoughts() -> None:
     assert latch.recent is not None
     assert latch.answers.tolist() == [7, 4, NO_END]
     assert latch.recent.tolist() == [[3], [1], [2]]
-    assert latch.copy().answers is latch.answers
+    other = latch.copy()
+    assert other.answers is latch.answers
+    latch.join([other, other])
+    assert latch.sequences == 9
+    assert latch.answers.tolist() == [7, 4, NO_END] * 3
+    assert latch.recent.tolist() == [[3], [1], [2]] * 3
 
 
 @pytest.mark.parametrize("count", [1, 2])
