@@ -20,7 +20,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 export HF_HUB_OFFLINE ?= 1
 
 # Where `make gpu-measure` writes its results, and the most seconds that it or `make gpu-tests` takes.
-OUT ?= benchmarks/results
+OUT ?= build/gpu-measure
 GPU_SECONDS ?= 550
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 

@@ -11,7 +11,7 @@
     torch                plain torch as usually written: gathers, a float32 sum, the norm
     torch.compile        the same, compiled by Inductor with a dynamic number of rows
     add                  for steer_: an unconditional add of a vector to every row, as a forward hook does
-    empty                an empty Triton kernel with as many arguments (CUDA)
+    empty                an empty Triton kernel with 16 arguments (CUDA)
     copy                 a copy of the bytes that the op moves
 
 The baselines do less work, in their favour: the elementwise add has its coefficients beforehand. Where all rows share

@@ -80,7 +80,7 @@ def reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the exact results of :func:`add_steer_rms_norm`: normed and new residual, float64 [rows, H] on the CPU.
 
-    Nothing is rounded. So all norms agree here, except GEMMA.
+    Only s is rounded, as the ops round it. So all norms agree here, except GEMMA.
     """
     y = x.double().cpu() + residual.double().cpu()
     s = reference_stream(x, residual)

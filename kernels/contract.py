@@ -161,7 +161,7 @@ class GateOperands(NamedTuple):
         sequence: int32 [rows], the sequence of each row; -1: padding.
         deciding: int32 [n], the row of the sequence at which its gates decide; -1: none in this step.
         counted: int32 [D, 3], the rows that a mean reads: the first, the first after the last, and how many rows the
-            mean has over all steps. Padding between them does not count; the last one is a row of the sequence.
+            mean has over all steps. `score_` scores padding between them as 0; the last one is no padding.
         slots: int32 [D]; -1: no slot.
         strength: float32 [D], strengths of the sequence.
         directions: [slots, H] float32, bfloat16 or float16, of the layer: what the reading LAST reads.

@@ -20,6 +20,9 @@ Deciding, with ``part`` the sum of ``row_scores[first:until, k]`` in float64:
                         EVERYWHERE, the value for all layers. Each row of the sequence with a slot stores its scales
                         for the same layers, and is edited by the scale of this layer
 
+A mean of no row is NaN, and fires. Where all T rows of a prompt are edited, each of them takes the sum of the mean for
+itself: T² loads a layer, of scores that lie in the cache.
+
 :mod:`.edits` defines score, value and scale. A sequence that does not decide keeps its scores, values and scales.
 
 A row has the same score in any batch and at any position: in C++, and in Triton where rows start at multiples of 16
@@ -325,10 +328,12 @@ if triton is not None:
                             kinds = tl.load(of_layers + _GATE, mask=written, other=0.0)
                             alphas = tl.load(of_layers + _STRENGTH, mask=written, other=0.0) * strength
                             decided = scaled(tl.where(kinds == _PROMPT, value, 1.0), alphas)
+                            # A slower warp may load `scales` from here after this store; its value is not used, as
+                            # beta is set below wherever this store runs.
                             tl.store(scales_ptr + (each * scale_rows + row) * K + k, decided, mask=written)
                             gate = tl.where(tl.load(numbers + _GATE) == _PROMPT, value, 1.0)
                             beta = scaled(gate, tl.load(numbers + _STRENGTH) * strength)
-                    elif reading != _LAST:
+                    elif reading != _LAST:  # tl.sum above is a barrier: every warp has loaded the old sum
                         tl.store(sums_at, sums)
             result = result + (beta,)  # type: ignore[assignment]
         return result
