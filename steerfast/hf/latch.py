@@ -66,8 +66,8 @@ class Latch(Decisions):
     def copy(self, device: torch.device | None = None) -> Latch:
         """Return a copy that shares no memory, on a device; None: where this one lies."""
         values, scores = (tensor.to(device or tensor.device, copy=True) for tensor in (self.values, self.scores))
-        thoughts = {"answers": self.answers, "recent": self.recent}
-        return Latch(values, scores, None, self.owner, self.stack, self.prompt, **thoughts)  # type: ignore[arg-type]
+        numbers = self.owner, self.stack, self.prompt, self.tokens
+        return Latch(values, scores, None, *numbers, answers=self.answers, recent=self.recent)
 
     def by_sequence(self, tensor: Tensor) -> Tensor:
         """Return a tensor [layers, N·K] as [layers, N, K]."""

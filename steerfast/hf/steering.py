@@ -29,7 +29,7 @@ from steerfast.profile.stack import Given, accepted, as_stack, chosen
 from steerfast.runtime.batch import BatchRoster, Plan
 from steerfast.runtime.slots import ProfileSlots
 from steerfast.runtime.span import Thought
-from steerfast.text.turns import thought_marker, turn_markers
+from steerfast.text.turns import thought_markers
 
 
 def steer(
@@ -330,4 +330,4 @@ def _thought(thinking: str, tokenizer: Any) -> Thought | None:
         raise SteerfastError(
             "tokenizer: expected one with thinking='skip', as its chat template ends thoughts, got None"
         )
-    return Thought(thought_marker(tokenizer), turn_markers(tokenizer)[0])
+    return Thought(*thought_markers(tokenizer))

@@ -174,7 +174,10 @@ class Stepper:
 
     def _prefill(self, call: Call, plan: Plan, latch: Latch | None, columns: int | Tensor) -> None:
         """Make a step of prompt rows: gates decide at each sequence's last valid one."""
+        before = latches.attached(call.cache)  # of any steering: thoughts are the tokens' own
         latch = self._shut_latch(plan, call.device) if latch is None else latch.copy(call.device)
+        if before is not None and before.answers is not None and len(before.answers) == call.count:
+            latch.answers, latch.recent = before.answers, before.recent
         if isinstance(columns, Tensor):
             _refuse_parts(plan, columns, call.width)
             same = bool((columns == columns[0]).all())
@@ -222,9 +225,11 @@ class Stepper:
         adds = self.roster.slots.reach.kinds == Kinds.LATCHED_ADD
         if adds and is_fused(self.decoder.layers[0]):  # hooks would not read it
             self.compiled = self._compiled_edit(self.step.memory)
-        begins = [latch.prompt] * call.count if latch.answers is None else latch.answers.tolist()
-        if NO_END in begins:  # the next token may end a thought
-            return
+        begins = [latch.prompt] * call.count
+        if self.roster.thought is not None and latch.answers is not None:
+            begins = latch.answers.tolist()
+            if max(begins) > call.past + 1:  # a thought ends within this call, or later
+                return
         stacks = zip(begins, plan.stacks, strict=True)
         ends = (begin + entry.span.answer_rows for begin, stack in stacks for entry in stack)
         until = min((end for end in ends if end > call.past), default=math.inf)
@@ -308,7 +313,7 @@ class Stepper:
         ids = call.given.get("input_ids")
         until = columns[:, None] if isinstance(columns, Tensor) else columns
         prompt = valid & (torch.arange(call.width, device=valid.device) < until)
-        known = torch.where(prompt, 0 if ids is None else ids, _PADDING).cpu().numpy()
+        known = torch.where(prompt, 0 if ids is None else ids.long(), _PADDING).cpu().numpy()
         counted = []
         for start, (row, stack) in enumerate(zip(known, plan.each(lambda entry: entry.span), strict=True)):
             (places,) = (row != _PADDING).nonzero()

@@ -35,7 +35,7 @@ def follow(thought: Thought, latch: Latch, call: Call, valid: Tensor, columns: i
     ids = call.given.get("input_ids")
     if ids is None:
         raise SteerfastError("thinking: expected input_ids, in which a thought ends, got a call without them")
-    tokens = torch.where(valid, ids, _NO_TOKEN).cpu().numpy()
+    tokens = torch.where(valid, ids.long(), _NO_TOKEN).cpu().numpy()
     prompts = columns.tolist() if isinstance(columns, Tensor) else [columns] * len(tokens)
     if max(prompts) > call.width:
         raise SteerfastError("thinking: expected the whole prompt in one call, got a part of it")
@@ -45,8 +45,9 @@ def follow(thought: Thought, latch: Latch, call: Call, valid: Tensor, columns: i
     for n, (row, prompt) in enumerate(zip(tokens, prompts, strict=True)):
         begin = call.past + max(0, prompt)
         if prompt > 0:
-            known = row[:prompt]
-            answers[n] = begin if thought.over(known[known != _NO_TOKEN]) else NO_END
+            known = row[:prompt][row[:prompt] != _NO_TOKEN]
+            goes_on = answers[n] <= call.past and not thought.opens_reply(known)
+            answers[n] = begin if goes_on or thought.over(known) else NO_END
             recent[n] = [_NO_TOKEN] * kept
         elif answers[n] > begin:  # a draft with the end of the thought was rejected
             answers[n] = NO_END

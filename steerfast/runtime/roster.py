@@ -195,8 +195,8 @@ class Roster:
     def end_thoughts(self, answers: Mapping[str, int]) -> None:
         """Note between two steps that thoughts have ended: the first row of the answer by request."""
         with self._lock:
-            for name in self._requests.keys() & answers.keys():
-                self._requests[name].answer_from = answers[name]
+            for name in self._requests.keys() & answers.keys():  # only the first end counts
+                self._requests[name].answer_from = min(self._requests[name].answer_from, answers[name])
 
     def end(self, names: Iterable[str]) -> None:
         """End these requests. The decisions of the last 65,536 ended requests stay readable."""

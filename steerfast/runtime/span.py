@@ -51,17 +51,21 @@ class MeanRows(NamedTuple):
 
 
 class Thought(NamedTuple):
-    """Hold the tokens by which a thought before an answer ends, see `steerfast.text.turns.thought_marker`.
+    """Hold the tokens around a thought before an answer, see `steerfast.text.turns.thought_markers`.
 
-    end: these tokens, at least one. turn: the tokens that open a user turn; empty: they are not known.
+    end: those by which it ends, at least one. reply: those by which a chat template opens the reply; empty: unknown.
     """
 
     end: tuple[int, ...]
-    turn: tuple[int, ...] = ()
+    reply: tuple[int, ...] = ()
+
+    def opens_reply(self, ids: Sequence[int] | NDArray[np.integer]) -> bool:
+        """Return whether a reply begins in some token ids; True if its beginning is unknown."""
+        return not self.reply or last_turn(ids, self.reply) is not None
 
     def over(self, prompt: Sequence[int] | NDArray[np.integer]) -> bool:
-        """Return whether no thought follows a prompt: a template without thoughts writes the end into the prompt."""
-        begin = (last_turn(prompt, self.turn) if self.turn else None) or 0
+        """Return whether no thought follows a prompt: a template without thoughts writes the end into the reply."""
+        begin = (last_turn(prompt, self.reply) if self.reply else None) or 0
         return last_turn(prompt[begin:], self.end) is not None
 
     def after(self, ids: Sequence[int] | NDArray[np.integer]) -> int | None:

@@ -1,4 +1,4 @@
-"""The tokens by which a chat template opens a user turn, those by which it ends a prompt, and the end of a thought."""
+"""The tokens of a chat template that open a user turn, that end a prompt, and that end a thought."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _CONTENTS = (
     "naïve café.",
     "def f(x):",
 )
-# Of Qwen and DeepSeek; gpt-oss; Mistral; Seed-OSS; Command; EXAONE and Granite.
-_THOUGHT_ENDS = (
-    "</think>",
-    "<|channel|>final<|message|>",
-    "[/THINK]",
-    "</seed:think>",
-    "<|END_THINKING|>",
-    "</thought>",
+# The beginning and the end of a thought.
+_THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<thought>", "</thought>"),
 )
 _QUESTION, _ANSWER = "What is it?", "An answer."
 
@@ -71,24 +71,31 @@ def turn_markers(tokenizer: Any) -> tuple[tuple[int, ...], int]:
     return turn, tail
 
 
-def thought_marker(tokenizer: Any) -> tuple[int, ...]:
-    """Return the token ids by which a thought ends, in the chat template of a reasoning model.
+def thought_markers(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids by which a thought ends, and those by which the reply before it opens, in a chat template.
+
+    The second are empty where the template opens user turns by no tokens of its own.
 
     Raises:
         ProfileError: the template has no known end of a thought, or the tokenizer may merge it with other text.
     """
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    ends = [end for end in _THOUGHT_ENDS if end in template]
-    if not ends:
+    known = [pair for pair in _THOUGHTS if pair[1] in template]
+    if not known:
+        ends = ", ".join(end for _, end in _THOUGHTS)
         raise ProfileError(
-            f"thinking: expected a chat template with the end of a thought ({', '.join(_THOUGHT_ENDS)}), got none of "
-            "them; use thinking='count'"
+            f"thinking: expected a chat template with the end of a thought ({ends}), got none of them; use "
+            "thinking='count'"
         )
-    ids = [int(token) for token in tokenizer(ends[0], add_special_tokens=False)["input_ids"]]
+    begin, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in known[0])
     own = {*tokenizer.get_added_vocab().values()} - {tokenizer.unk_token_id}
-    if not {ids[0], ids[-1]} <= own:
-        raise ProfileError(f"thinking: expected tokens of its own for {ends[0]!r}, got {ids}; use thinking='count'")
-    return tuple(ids)
+    if not {end[0], end[-1]} <= own:
+        raise ProfileError(f"thinking: expected tokens of its own for {known[0][1]!r}, got {end}; use thinking='count'")
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _QUESTION}], add_generation_prompt=True, return_dict=True
+    )
+    tail = asked["input_ids"][len(asked["input_ids"]) - turn_markers(tokenizer)[1] :]
+    return tuple(end), tuple(takewhile(lambda token: token not in {begin[0], end[0]}, tail))
 
 
 def _common_start(sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -16,7 +16,7 @@ from steerfast.errors import ProfileError, SteerfastError
 from steerfast.hf import steering as handles
 from steerfast.hf.latch import Latch
 from steerfast.runtime.span import NO_END, Thought
-from steerfast.text.turns import thought_marker
+from steerfast.text.turns import thought_markers
 
 pytestmark = pytest.mark.contract
 
@@ -29,12 +29,16 @@ def think(plain: Any, monkeypatch: pytest.MonkeyPatch) -> Think:
     """A function (first, count) -> tokens of the unsteered answer to the first prompt, which now end thoughts."""
     answers, _ = greedy(plain, padded(four_prompts()), tokens=NEW)
 
-    def ends(first: int, count: int, turn: tuple[int, ...] = ()) -> list[int]:
+    def ends(first: int, count: int, reply: tuple[int, ...] = ()) -> list[int]:
         end = answers[0, first : first + count].tolist()
-        monkeypatch.setattr(handles, "_thought", lambda thinking, tokenizer: Thought(tuple(end), turn))
+        monkeypatch.setattr(handles, "_thought", lambda thinking, _: _thought_of(thinking, end, reply))
         return end
 
     return ends
+
+
+def _thought_of(thinking: str, end: list[int], reply: tuple[int, ...]) -> Thought | None:
+    return Thought(tuple(end), reply) if thinking == "skip" else None
 
 
 def prompts_with(end: list[int]) -> list[list[int]]:
@@ -150,13 +154,144 @@ def test_continuous_batching_gives_the_same_tokens(
             model.generate_batch(prompts, continuous_batching_config=small)
 
 
-def test_the_end_of_an_earlier_turns_thought_does_not_count() -> None:
-    thought = Thought((7, 8), turn=(1, 2))
-    assert not thought.over([1, 2, 5, 7, 8, 6, 1, 2, 5])
-    assert thought.over([1, 2, 5, 7, 8, 6, 1, 2, 5, 7, 8])
+# -- what a call leaves for the next one -----------------------------------------------------------------------------
+
+
+def always(model: Any, make_profile: MakeProfile, **fields: Any) -> Any:
+    return make_profile(model, layers=[1, 2], sensor=1, kind="always", positions="response", **fields)
+
+
+def test_drafts_that_are_all_accepted_behind_a_thought(
+    model: Any, plain: Any, make_profile: MakeProfile, think: Think
+) -> None:
+    """The call in which the thought ends has rows that are not edited: the next one has none."""
+    end, prompt, helper = think(5, 1), four_prompts()[0], copy.deepcopy(plain)
+    for name, value in (("", 3), ("_schedule", "constant")):
+        setattr(helper.generation_config, f"num_assistant_tokens{name}", value)
+    helper.generation_config.assistant_confidence_threshold = 0
+    profile = always(model, make_profile)
+    with steerfast.steer(model, profile, thinking="skip"):
+        tokens, logits = greedy(model, padded([prompt]), tokens=14, assistant_model=helper)
+    torch.testing.assert_close(logits[0], expected(plain, profile, end, prompt, tokens[0].tolist()), **CLOSE)
+
+
+@pytest.fixture
+def reply(think: Think) -> list[int]:
+    """A prompt whose reply opens by 94; its thought ends by the first token of the unsteered answer."""
+    think(0, 1, reply=(94,))
+    return [*four_prompts()[0], 94]
+
+
+def test_an_answer_goes_on_where_its_thought_is_over(
+    plain: Any, make_profile: MakeProfile, think: Think, reply: list[int]
+) -> None:
+    """In a second call on its cache, and in a prompt that was read before, except for its last token: as without it."""
+    model, (end,) = copy.deepcopy(plain), think(0, 1, reply=(94,))
+    profile, written = always(model, make_profile), [*reply, end, 5, 6]
+
+    def logits(thinking: str) -> list[torch.Tensor]:
+        how = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        with steerfast.steer(model, profile, thinking=thinking), torch.no_grad():
+            cache = model(torch.tensor([written[:-1]]), use_cache=True).past_key_values
+            known = greedy(model, padded([written]), tokens=6, cache=cache)[1]
+            first = model.generate(**padded([written]), max_new_tokens=3, **how)
+            batch = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
+            rest = greedy(model, batch, tokens=3, cache=first.past_key_values)[1]
+        return [known, *first.logits, rest]
+
+    assert all(map(torch.equal, logits("skip"), logits("count")))
+
+
+def test_another_profile_goes_on_behind_a_thought(
+    plain: Any, make_profile: MakeProfile, think: Think, reply: list[int]
+) -> None:
+    """Thoughts are of the tokens, whoever steers."""
+    model, (end,) = copy.deepcopy(plain), think(0, 1, reply=(94,))
+    one, other = (always(model, make_profile, seed=seed) for seed in (1, 2))
+    found = []
+    with steerfast.steer(model, one, thinking="skip") as steering, torch.no_grad():
+        cache = model(torch.tensor([reply]), use_cache=True).past_key_values
+        for token in (end, 6):
+            model(torch.tensor([[token]]), cache=cache)
+        for profile in (other, None):
+            with steering.assigned(profile):
+                found.append(model(torch.tensor([[7]]), cache=copy.deepcopy(cache)).logits)
+    assert not torch.allclose(*found, **CLOSE)
+
+
+def test_a_cache_goes_on_with_thoughts_that_count(model: Any, make_profile: MakeProfile, think: Think) -> None:
+    """Where thoughts are part of the answer, an edit ends by the prompt's end, whatever the cache knows."""
+    think(2, 1)
+    profile = always(model, make_profile, answer_tokens=4)
+    prompt = padded(four_prompts()[:1])
+    with steerfast.steer(model, profile, thinking="skip"):
+        known = model.generate(**prompt, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    ids = torch.cat([known.sequences, torch.tensor([[9, 8, 7]])], dim=1)
+    found = []
+    for forget in (False, True):
+        cache = copy.deepcopy(known.past_key_values)
+        if forget:
+            cache.steerfast_latch.answers = cache.steerfast_latch.recent = None
+        with steerfast.steer(model, profile, thinking="count"):
+            found.append(greedy(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 9, cache=cache)[1])
+    assert torch.equal(*found)
+
+
+def test_the_first_end_of_a_thought_counts_in_continuous_batching(
+    model: Any, make_profile: MakeProfile, think: Think
+) -> None:
+    """An answer may hold it again."""
+    end = think(0, 1)
+    profile = always(model, make_profile, answer_tokens=2)
+    prompts = [[*prompt, *end] for prompt in four_prompts()]
+    model.generation_config.max_new_tokens = 12
+    small = ContinuousBatchingConfig(max_memory_percent=0.01, num_blocks=16, max_batch_tokens=64)
+    with steerfast.steer(model, profile, thinking="skip") as steering:
+        alone = [greedy(model, padded([prompt]), tokens=12)[0][0].tolist() for prompt in prompts]
+        found = model.generate_batch(prompts, continuous_batching_config=small)
+        roster = steering._packed.steps.roster
+        roster.add("again", steering._packed.request(steering._roster.own, prompts[0]))
+        roster.end_thoughts({"again": 40})
+        assert roster._requests["again"].answer_from == len(prompts[0])
+    assert [one.generated_tokens for one in found.values()] == alone
+
+
+def test_prompt_length_token_by_token_with_an_end_of_two_tokens(
+    plain: Any, make_profile: MakeProfile, think: Think
+) -> None:
+    model, end = copy.deepcopy(plain), think(2, 2)
+    prompt = four_prompts()[0]
+    steering = steerfast.steer(model, always(model, make_profile), thinking="skip")
+    with steering, torch.no_grad(), steering.prompt_length(len(prompt)):
+        cache = model(torch.tensor([prompt]), use_cache=True).past_key_values
+        for token in (5, *end, 6):
+            model(torch.tensor([[token]]), cache=cache)
+    assert cache.steerfast_latch.answers.tolist() == [len(prompt) + 3]
+
+
+def test_token_ids_may_be_int32(plain: Any, make_profile: MakeProfile, think: Think) -> None:
+    model, ids = copy.deepcopy(plain), torch.tensor(four_prompts()[:1])
+    think(2, 1)
+    for profile in (
+        always(model, make_profile),
+        make_profile(model, layers=[2], sensor=2, pooling="mean", positions="response"),
+    ):
+        with steerfast.steer(model, profile, thinking="skip"), torch.no_grad():
+            assert torch.equal(model(ids.int()).logits, model(ids).logits)
+
+
+def test_the_end_counts_in_the_last_reply_alone() -> None:
+    """An earlier turn, a tool call or the user's text may hold one, too."""
+    thought = Thought((7, 8), reply=(1, 2))
+    assert not thought.over([5, 1, 2, 7, 8, 6, 5, 1, 2])
+    assert not thought.over([5, 7, 8, 1, 2])
+    assert thought.over([5, 1, 2, 7, 8, 6, 5, 1, 2, 7, 8])
     assert Thought((7, 8)).over([5, 7, 8, 6])
     assert thought.after([7, 7, 8, 7, 8]) == 3
     assert thought.after([7]) is None
+    assert thought.opens_reply([3, 1, 2, 4])
+    assert not thought.opens_reply([3, 4])
+    assert Thought((7, 8)).opens_reply([3, 4])
 
 
 # -- the end of a thought in a template ------------------------------------------------------------------------------
@@ -164,12 +299,22 @@ def test_the_end_of_an_earlier_turns_thought_does_not_count() -> None:
 
 def test_a_template_tells_how_thoughts_end(tiny_tokenizer: Any) -> None:
     with pytest.raises(ProfileError, match=r"^thinking: expected a chat template with the end of a thought \(</think>"):
-        thought_marker(tiny_tokenizer)
+        thought_markers(tiny_tokenizer)
     tiny_tokenizer.chat_template += "{# </think> #}"
     with pytest.raises(ProfileError, match=r"^thinking: expected tokens of its own for '</think>', got \[1\]"):
-        thought_marker(tiny_tokenizer)
-    tiny_tokenizer.add_tokens(["</think>"])
-    assert thought_marker(tiny_tokenizer) == (tiny_tokenizer.convert_tokens_to_ids("</think>"),)
+        thought_markers(tiny_tokenizer)
+    tiny_tokenizer.add_tokens(["<think>", "</think>"])
+    begin, end, *reply = tiny_tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<end>", "<assistant>"])
+    assert thought_markers(tiny_tokenizer) == ((end,), tuple(reply))
+    for written in (" <think>", " <think> </think>"):  # into each prompt, as some templates do
+        tiny_tokenizer.chat_template += f"{{% if add_generation_prompt %}}{written}{{% endif %}}"
+        assert thought_markers(tiny_tokenizer) == ((end,), tuple(reply))
+    chat = [{"role": "user", "content": "</think> hello"}]
+    ids = tiny_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    thought = Thought(*thought_markers(tiny_tokenizer))
+    assert [begin, end] == ids[-2:]
+    assert thought.over(ids)
+    assert not thought.over(ids[:-2])
 
 
 def test_a_steered_model_reads_it_from_the_tokenizer(tiny_llama: Any, tiny_tokenizer: Any, make_profile: Any) -> None:
@@ -178,7 +323,7 @@ def test_a_steered_model_reads_it_from_the_tokenizer(tiny_llama: Any, tiny_token
     profile = make_profile(tiny_llama, layers=[2], positions="response")
     with steerfast.steer(tiny_llama, profile, tokenizer=tiny_tokenizer, thinking="skip") as steering:
         thought = steering._roster.thought
-    assert thought == Thought(thought_marker(tiny_tokenizer), (tiny_tokenizer.convert_tokens_to_ids("<user>"),))
+    assert thought == Thought(*thought_markers(tiny_tokenizer))
 
 
 def test_wrong_use_is_refused(plain: Any, make_profile: MakeProfile, think: Think) -> None:
