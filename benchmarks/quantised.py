@@ -188,6 +188,19 @@ def compared(found: dict[str, Any], yardstick: Mapping[str, Any]) -> dict[str, A
 
 PAGE = """# Quantised and offloaded models
 
+## Check a copy
+
+```
+steerfast drift safety.safetensors --model your/copy --prompts steerfast:corpus
+```
+
+`--model` takes all that transformers loads: a folder whose config names its quantisation, or a `.gguf` file. Exit
+status 0: the thresholds fit this copy. 1: calibrate on it. 3: too few prompts for a verdict; let CI fail there, too.
+`drift` says whether scores moved. `steerfast validate` says whether the gate is good on prompts that it never saw
+([evaluation](evaluation.md)).
+
+## Measured
+
 {model} and its profile, which was made in float32; torch {torch}, transformers {transformers},
 {hardware}. This command writes the page, and [lines](../benchmarks/results/quantised-cpu.jsonl):
 

@@ -22,6 +22,7 @@ if os.environ.get("STEERFAST_DEBUG", "0") != "0":  # print each step's plan, its
 
 if TYPE_CHECKING:
     from steerfast.errors import ArchitectureError, OutputError, ProfileError, PromptError, SteerfastError
+    from steerfast.evaluation.demo import shipped_profile
     from steerfast.fitting.calibrate import calibrate
     from steerfast.fitting.extract import extract
     from steerfast.fitting.fit import fit
@@ -42,6 +43,7 @@ __version__ = "0.2.0.dev0"
 
 # Resolved on first use, so that `import steerfast` (and the command line's --help) stays quick.
 _MODULES = {
+    "evaluation.demo": ("shipped_profile",),
     "errors": ("ArchitectureError", "OutputError", "ProfileError", "PromptError", "SteerfastError"),
     "fitting.calibrate": ("calibrate",),
     "fitting.extract": ("extract",),
@@ -63,7 +65,7 @@ _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (grouped by use)
     "fit", "pairs", "extract", "calibrate", "learn", "tune", "score", "Scores",
-    "steer", "Steering", "load_model", "identify", "warmup", "with_template_arguments",
+    "steer", "Steering", "load_model", "shipped_profile", "identify", "warmup", "with_template_arguments",
     "AutoSteeredModelForCausalLM", "AutoSteeredModelForImageTextToText", "patch", "unpatch",
     "SteeringProfile", "ProfileStack", "Gate", "ModelIdentity",
     "SteerfastError", "ProfileError", "PromptError", "ArchitectureError", "OutputError",

@@ -33,6 +33,7 @@ class _WrongInput(click.ClickException):
     "--name", str, "NAME", "With --metrics: the profile's name on the server.  [default: its only one]"
 )
 @common.set_option("--prompts", note="Prompts to score here, with --model and --dtype as served")
+@common.value_option("--limit", click.IntRange(min=1), "N", "The most --prompts of a label, evenly spaced.")
 @common.model_options("the model that the profile names")
 @common.accept_option
 @common.template_option
@@ -63,8 +64,9 @@ def command(context: click.Context, profile_file: str, json_file: str | None, **
     given = [source for source in _SOURCES if options[source]]
     if len(given) != 1:
         raise click.UsageError(f"expected one of --scores, --metrics and --prompts, got {len(given)}")
-    if options["name"] is not None and given != ["metrics"]:
-        raise click.UsageError("--name: expected it with --metrics, got it without")
+    for option, source in (("name", "metrics"), ("limit", "prompts")):
+        if options[option] is not None and given != [source]:
+            raise click.UsageError(f"--{option}: expected it with --{source}, got it without")
     common.check_outputs({"--json": json_file}, [profile_file])
     try:
         profile = common.load_profile(profile_file, options.pop("threshold"))
@@ -100,13 +102,20 @@ def _compare(profile: SteeringProfile, options: dict[str, Any]) -> list[Drift]:
 def _scores(profile: SteeringProfile, given: Sequence[Example], options: dict[str, Any]) -> dict[str, list[float]]:
     """Return the scores of examples by label; the calibration has none of borderline ones."""
     import steerfast
+    from steerfast.evaluation.drift import calibrated
+    from steerfast.fitting.labelled import evenly
 
+    limit = options.pop("limit")
     given = common.in_split("--prompts", given, "calibrate")
     kept = [one for one in given if one.label in _SIDES]
     if not kept:
         raise PromptError("--prompts: expected harmless or harmful prompts, got borderline ones alone")
     if len(kept) < len(given):
         click.echo(f"--prompts: left out {len(given) - len(kept)} of {len(given)} prompts: borderline", err=True)
+    if limit is not None:
+        kept = [one for label in _SIDES for one in evenly([one for one in kept if one.label == label], limit)]
+    for label in {one.label for one in kept}:
+        calibrated(profile, label)  # raises before the work
     profile, model, tokenizer = common.take_model_for(profile, options)
     scores = steerfast.score(model, tokenizer, profile, [one.prompt for one in kept], **options).scores
     sides = {label: [place for place, one in enumerate(kept) if one.label == label] for label in _SIDES}
@@ -153,10 +162,12 @@ def _table(found: Drift) -> Any:
 def _sentence(found: Drift) -> str:
     """Return the verdict's reason, and what to do."""
     if found.verdict == "stale":
-        why = "; ".join(found.reasons)
-        return f"this traffic is not the calibration's: {why}. Next: steerfast calibrate --on my_traffic.jsonl"
+        why, given = "; ".join(found.reasons), "--on" if found.label == "harmless" else "--prompts"
+        return f"this traffic is not the calibration's: {why}. Next: steerfast calibrate {given} my_traffic.jsonl"
     if found.verdict == "pass":
         return "the threshold fits this traffic."
+    if found.needed is None and found.label == "harmful" and not found.calibrated.value:
+        return "no harmful prompt of the calibration fires at this threshold: choose a lower one."
     if found.needed is None:
         return f"{found.prompts} prompts are too few in the calibration: calibrate with more, or allow more drift."
     return f"a verdict needs {found.needed} requests, got {found.requests}."

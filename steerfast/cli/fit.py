@@ -205,4 +205,5 @@ def _write(
     found = {"profile": output, "good": not reasons, "shortcomings": reasons, **summary(profile)}
     common.write_json(json_file, found if report is None else {**found, "report": report})
     printed = common.console(json_file)
-    printed.print(f"wrote {output}; next: steerfast generate {output} --compare", markup=False)
+    question = "How do I bake bread?"
+    printed.print(f'wrote {output}; next: steerfast generate {output} --compare "{question}"', markup=False)

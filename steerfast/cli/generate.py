@@ -74,7 +74,7 @@ def command(
     if options["compare"]:
         for result, answer in zip(results, _answers(model, tokenizer, ids, options, "unsteered"), strict=True):
             result |= answer
-    settings = {name: options[name] for name in ("strength", "temperature", "seed", "max_new_tokens")}
+    settings = {name: options[name] for name in ("strength", "thinking", "temperature", "seed", "max_new_tokens")}
     common.write_json(json_file, {"profile": profile_file, **common.of_model(profile), **settings, "results": results})
     ungated = profile.vector_kind if profile.gate.kind == "always" else None
     _render(results, json_file, ungated)

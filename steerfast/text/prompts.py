@@ -139,6 +139,8 @@ def _record(
 ) -> dict[str, Any]:
     record = {str(key).lower(): value for key, value in entry.items()} if isinstance(entry, Mapping) else {}
     chat = next((record[key] for key in conversations if record.get(key)), None)
+    if chat is None and conversations:
+        chat = next((record[key] for key in keys if isinstance(record.get(key), list)), None)
     if chat is not None:
         if not is_conversation(chat):
             raise PromptError(

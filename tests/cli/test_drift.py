@@ -192,6 +192,10 @@ def test_labelled_prompts_are_compared_with_their_side(
         assert found[label]["live"][0] == float(scores.fired.float().mean())
     assert found["harmful"]["verdict"] == "stale", "none of them fires"
     assert (found["verdict"], result.exit_code) == ("stale", 1)
+    run(file, "--prompts", prompts, "--limit", 3, "--json", tmp_path / "drift.json")
+    found = json.loads((tmp_path / "drift.json").read_text())
+    assert [found[label]["requests"] for label in ("harmless", "harmful")] == [3, 3]
+    assert "--limit: expected it with --prompts" in failed(2, file, "--scores", prompts, "--limit", 3)
     prompts.write_text(json.dumps(rows[-2:-1]))
     assert "expected harmless or harmful prompts, got borderline ones alone" in failed(2, file, "--prompts", prompts)
 

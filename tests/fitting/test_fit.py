@@ -470,7 +470,9 @@ def test_the_speed_is_measured_once(tiny_llama: Any, tokenizer: Any, tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore::steerfast.fitting.calibrate.GateWarning")
-def test_fits_within_minutes(fit: Any, fit_safety: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fits_within_minutes(
+    fit: Any, fit_safety: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     slow, quick = Speed(1.0, 1.0), Speed(1e-9, 1e-9)
     counts = {}
     for name, speed in (("slow", slow), ("quick", quick)):
@@ -478,7 +480,8 @@ def test_fits_within_minutes(fit: Any, fit_safety: Any, monkeypatch: pytest.Monk
         monkeypatch.setattr(safety, "speed_of", lambda *args, speed=speed: speed)
         monkeypatch.setattr(safety, "EFFORTS", (Effort(2, 64, 1, asked=1), SMALL))
         safe = fit_safety(minutes=1)
-        points = fit(*ANSWERED, minutes=1).fitted["frontier"]["points"]
+        points = fit(*ANSWERED, minutes=1, progress=True).fitted["frontier"]["points"]
+        assert ("1 of 6 strengths fit into 1 min" in capsys.readouterr().err) == (name == "slow")
         counts[name] = (safe.fitted["harmful"]["count"], safe.fitted["learned"]["steps"], len(points))
     assert counts["slow"][:2] == (4, 1)
     assert counts["quick"][:2] == (12, 4)

@@ -57,7 +57,7 @@ def test_a_column_of_a_table(tmp_path: Path) -> None:
     assert read_examples(path, column="ask") == [Example("how are you", "harmless", "a")]
 
 
-@pytest.mark.parametrize("key", ["messages", "turns", "conversation", "Messages"])
+@pytest.mark.parametrize("key", ["messages", "turns", "conversation", "Messages", "prompt"])
 def test_conversations(tmp_path: Path, key: str) -> None:
     (example,) = read_examples(write(tmp_path / "a.jsonl", [{key: CHAT}]), label="harmless")
     assert example.prompt == CHAT
