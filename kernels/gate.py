@@ -248,7 +248,7 @@ if triton is not None:
     @triton.jit
     def decided_scales(  # type: ignore[no-untyped-def]
         row,
-        slots,
+        row_slots,
         scales,
         gates,
         layer,
@@ -262,7 +262,7 @@ if triton is not None:
         """Return the scales of a row after the gates of its sequence have decided; `scales` where they do not.
 
         Args:
-            gates: pointers of `flat_gates`, in that order.
+            row_slots, scales: of the row, K each. gates: pointers of `flat_gates`, in that order.
             layer, layers: the layer, and the number of layers, at most LAYERS, a power of two.
             deciders, table_rows, scale_rows: D, the slots of a layer in tables, and the rows of a layer in scales.
         """
@@ -270,7 +270,7 @@ if triton is not None:
             sequence_ptr,
             deciding_ptr,
             counted_ptr,
-            slots_ptr,
+            decider_slots_ptr,
             strength_ptr,
             tables_ptr,
             row_scores_ptr,
@@ -278,7 +278,7 @@ if triton is not None:
             sums_ptr,
             scores_ptr,
             values_ptr,
-            scales_ptr,
+            all_scales_ptr,
         ) = gates
         sequence = tl.load(sequence_ptr + row).to(tl.int64)
         known = sequence >= 0
@@ -289,13 +289,14 @@ if triton is not None:
         for k in tl.static_range(K):
             beta = scales[k]
             decider = sequence * K + k
-            slot = tl.load(slots_ptr + decider, mask=known, other=-1).to(tl.int64)
+            slot = tl.load(decider_slots_ptr + decider, mask=known, other=-1).to(tl.int64)
             first = tl.load(counted_ptr + decider * 3, mask=known, other=0).to(tl.int64)
             until = tl.load(counted_ptr + decider * 3 + 1, mask=known, other=0).to(tl.int64)
             is_decided = deciding >= 0
-            is_edited = slots[k] >= 0
-            ends = (first < until) & (row == until - 1)
-            if (slot >= 0) & tl.where(is_decided, is_edited | (row == deciding), ends):
+            is_edited = row_slots[k] >= 0
+            is_last = (first < until) & (row == until - 1)  # of the rows that the mean reads in this step
+            takes_part = (slot >= 0) & tl.where(is_decided, is_edited | (row == deciding), is_last)
+            if takes_part:
                 numbers = tables_ptr + (layer * table_rows + slot) * _TABLE_WIDTH
                 decides = tl.load(numbers + _DECIDES)
                 reading = tl.load(numbers + _READING)
@@ -330,7 +331,7 @@ if triton is not None:
                             decided = scaled(tl.where(kinds == _PROMPT, value, 1.0), alphas)
                             # A slower warp may load `scales` from here after this store; its value is not used, as
                             # beta is set below wherever this store runs.
-                            tl.store(scales_ptr + (each * scale_rows + row) * K + k, decided, mask=written)
+                            tl.store(all_scales_ptr + (each * scale_rows + row) * K + k, decided, mask=written)
                             gate = tl.where(tl.load(numbers + _GATE) == _PROMPT, value, 1.0)
                             beta = scaled(gate, tl.load(numbers + _STRENGTH) * strength)
                     elif reading != _LAST:  # tl.sum above is a barrier: every warp has loaded the old sum
