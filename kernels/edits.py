@@ -276,7 +276,7 @@ if triton is not None:
         dd = tl.load(numbers + _DIRECTION_SQ)
         low = tl.load(numbers + _LOW)
         high = tl.load(numbers + _HIGH)
-        scale = tl.full((), 0.0, tl.float32)
+        a_less_1 = tl.full((), 0.0, tl.float32)
         c = tl.full((), 0.0, tl.float32)
         if edit == _CLAMP:
             along = tl.div_rn(xv, vv)
@@ -287,7 +287,7 @@ if triton is not None:
             full = xx + beta * (2.0 * xv + beta * vv)
             lost = full <= _CANCELLED * (xx + beta * beta * vv)
             ratio = tl.sqrt_rn(tl.div_rn(xx, full))
-            scale = tl.where(lost, 0.0, ratio - 1.0)
+            a_less_1 = tl.where(lost, 0.0, ratio - 1.0)
             b = tl.where(lost, 0.0, ratio * beta)
         else:
             across = dd - tl.div_rn(vd * vd, vv)
@@ -300,7 +300,7 @@ if triton is not None:
             c = tl.div_rn(tl.div_rn(q2 * rho, length) - p2, rest)
             b = tl.div_rn(tl.div_rn(q1 * rho, length) - p1, root) - tl.div_rn(c * vd, vv)
             b, c = tl.where(lost, 0.0, b), tl.where(lost, 0.0, c)
-        return scale, b, c
+        return a_less_1, b, c
 
     @triton.jit
     def displace(  # type: ignore[no-untyped-def]
@@ -340,32 +340,32 @@ if triton is not None:
                 changed |= slot >= 0
             elif slot >= 0:
                 numbers = table_ptr + slot * _TABLE_WIDTH
-                kind = tl.load(numbers + _GATE)
+                gate_kind = tl.load(numbers + _GATE)
                 edit = tl.load(numbers + _EDIT)
-                scored = tl.load(numbers + _SCORE)
-                scale = tl.full((), 0.0, tl.float32)
+                score_kind = tl.load(numbers + _SCORE)
+                a_less_1 = tl.full((), 0.0, tl.float32)
                 b = beta
                 c = tl.full((), 0.0, tl.float32)
-                if (kind == _TOKEN) | (edit != _ADD):
+                if (gate_kind == _TOKEN) | (edit != _ADD):
                     s = load_stream(
                         x_ptr, residual_ptr, row, x_stride, residual_stride, inside, columns, H, CONTIGUOUS, PAIR
                     )
                     xx = tl.sum(product(s, s, NVIDIA), axis=0)
                     xd = tl.sum(product(s, load_row(directions_ptr, slot, H, inside, columns, H, True), NVIDIA), axis=0)
-                    if kind == _TOKEN:
-                        beta = scaled(gate_value(gate_score(xd, xx, scored), numbers), beta)
+                    if gate_kind == _TOKEN:
+                        beta = scaled(gate_value(gate_score(xd, xx, score_kind), numbers), beta)
                         b = beta
                     if edit != _ADD:
                         xv = tl.sum(
                             product(s, load_row(vectors_ptr, slot, H, inside, columns, H, True), NVIDIA), axis=0
                         )
-                        scale, b, c = coefficients(edit, xx, xd, xv, beta, numbers)
-                if (beta != 0.0) & ((scale != 0.0) | (b != 0.0) | (c != 0.0)):
-                    if scale != 0.0:
+                        a_less_1, b, c = coefficients(edit, xx, xd, xv, beta, numbers)
+                if (beta != 0.0) & ((a_less_1 != 0.0) | (b != 0.0) | (c != 0.0)):
+                    if a_less_1 != 0.0:
                         s = load_stream(
                             x_ptr, residual_ptr, row, x_stride, residual_stride, inside, columns, H, CONTIGUOUS, PAIR
                         )
-                        y += product(scale, s, NVIDIA)
+                        y += product(a_less_1, s, NVIDIA)
                     y += product(b, load_row(vectors_ptr, slot, H, inside, columns, H, True), NVIDIA)
                     if c != 0.0:
                         y += product(c, load_row(directions_ptr, slot, H, inside, columns, H, True), NVIDIA)
@@ -465,10 +465,10 @@ def torch_displaced(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> tup
         flat = s.reshape(v.shape)
         own = torch_value(torch_score(flat.detach(), d, numbers), numbers)
         beta = torch_scaled(torch.where(numbers[:, GATE] == int(GateKind.TOKEN), own, 1.0), scales[:, k])
-        scale, b, c = torch_coefficients(flat, v, d, beta, numbers)
-        moves = ((slots[:, k] >= 0) & (beta != 0) & ((scale != 0) | (b != 0) | (c != 0))).view(each)
-        scale, b, c = scale.view(each), b.view(each), c.view(each)
-        moved = torch.where(scale != 0, y + scale * s, y) + b * v.view(y.shape)
+        a_less_1, b, c = torch_coefficients(flat, v, d, beta, numbers)
+        moves = ((slots[:, k] >= 0) & (beta != 0) & ((a_less_1 != 0) | (b != 0) | (c != 0))).view(each)
+        a_less_1, b, c = a_less_1.view(each), b.view(each), c.view(each)
+        moved = torch.where(a_less_1 != 0, y + a_less_1 * s, y) + b * v.view(y.shape)
         moved = torch.where(c != 0, moved + c * d.view(y.shape), moved)
         # Rows that stay are copied bit by bit: a search for the others makes the CPU wait for the device.
         y = torch.where(moves, moved, y)

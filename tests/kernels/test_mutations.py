@@ -60,14 +60,14 @@ MUTANTS = {
     "oblique axes": (EDITS, "- tl.div_rn(c * vd, vv)", "+ tl.div_rn(c * vd, vv)", "edits"),
     "second slot reads the first one's edit": (
         EDITS,
-        "y += product(scale, s, NVIDIA)",
-        "y += product(scale, y, NVIDIA)",
+        "y += product(a_less_1, s, NVIDIA)",
+        "y += product(a_less_1, y, NVIDIA)",
         "edits",
     ),
     "token gate not asked": (
         EDITS,
-        "                    if kind == _TOKEN:",
-        "                    if kind == 7.0:",
+        "                    if gate_kind == _TOKEN:",
+        "                    if gate_kind == 7.0:",
         "left alone",
     ),
     # gate.py, score_
@@ -92,7 +92,7 @@ MUTANTS = {
         "tl.maximum(tl.load(deciding_ptr + sequence, mask=known, other=-1).to(tl.int64), 0)",
         "steer_.deciding",
     ),
-    "slot 0 does not decide": (GATE, "if (slot >= 0) & tl.where(", "if (slot > 0) & tl.where(", "steer_.deciding"),
+    "slot 0 does not decide": (GATE, "takes_part = (slot >= 0)", "takes_part = (slot > 0)", "steer_.deciding"),
     "nothing decides": (GATE, "if decides != _NOTHING:", "if decides >= _NOTHING:", "steer_.deciding"),
     "sums added by every row": (GATE, "(row == until - 1)", "(row <= until - 1)", "steer_.deciding"),
     "the first chunk alone": (GATE, "range(first, until, _CHUNK)", "range(first, first + _CHUNK, _CHUNK)", "long mean"),
