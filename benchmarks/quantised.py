@@ -214,7 +214,7 @@ python benchmarks/quantised.py --json --markdown docs/quantised.md
   Other: decisions that differ from float32's. Moved: the largest difference of a score from float32's.
 - Anew: the harmful prompts that fire at another threshold, at which as many harmless ones fire as in float32.
 - Drift: the verdict of `steerfast drift` on these prompts, and the Kolmogorov distance of the scores of each label from
-  those of the calibration.
+  those of the calibration. For the verdict *pass* of this profile it needs 212 harmless prompts.
 
 | weights | library | hooks | fused | harmful fire | harmless fire | other | moved | anew | drift | harmless | harmful |
 |---|---|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|
@@ -242,7 +242,7 @@ def page(model: str, lines: list[dict[str, Any]], about: Mapping[str, Any]) -> s
 @click.argument("folder", required=False)
 @click.argument("profile_file", metavar="PROFILE", required=False)
 @click.option("--schemes", default=",".join(SCHEMES), show_default=True, help="Comma list; float32 is always first.")
-@click.option("--count", type=click.IntRange(min=1), default=200, show_default=True, help="Prompts of each label.")
+@click.option("--count", type=click.IntRange(min=1), default=250, show_default=True, help="Prompts of each label.")
 @click.option("--markdown", metavar="FILE", help="Write the page.")
 @click.option("--json", "write", is_flag=True, help=f"Write lines to {RESULTS.name}/quantised-cpu.jsonl.")
 def main(
