@@ -297,33 +297,39 @@ def test_the_end_counts_in_the_last_reply_alone() -> None:
 # -- the end of a thought in a template ------------------------------------------------------------------------------
 
 
-def test_a_template_tells_how_thoughts_end(tiny_tokenizer: Any) -> None:
+@pytest.fixture
+def thinker(tiny_tokenizer: Any) -> Any:
+    """A tokenizer of this test's own, whose template may change."""
+    return copy.deepcopy(tiny_tokenizer)
+
+
+def test_a_template_tells_how_thoughts_end(thinker: Any) -> None:
     with pytest.raises(ProfileError, match=r"^thinking: expected a chat template with the end of a thought \(</think>"):
-        thought_markers(tiny_tokenizer)
-    tiny_tokenizer.chat_template += "{# </think> #}"
+        thought_markers(thinker)
+    thinker.chat_template += "{# </think> #}"
     with pytest.raises(ProfileError, match=r"^thinking: expected tokens of its own for '</think>', got \[1\]"):
-        thought_markers(tiny_tokenizer)
-    tiny_tokenizer.add_tokens(["<think>", "</think>"])
-    begin, end, *reply = tiny_tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<end>", "<assistant>"])
-    assert thought_markers(tiny_tokenizer) == ((end,), tuple(reply))
+        thought_markers(thinker)
+    thinker.add_tokens(["<think>", "</think>"])
+    begin, end, *reply = thinker.convert_tokens_to_ids(["<think>", "</think>", "<end>", "<assistant>"])
+    assert thought_markers(thinker) == ((end,), tuple(reply))
     for written in (" <think>", " <think> </think>"):  # into each prompt, as some templates do
-        tiny_tokenizer.chat_template += f"{{% if add_generation_prompt %}}{written}{{% endif %}}"
-        assert thought_markers(tiny_tokenizer) == ((end,), tuple(reply))
+        thinker.chat_template += f"{{% if add_generation_prompt %}}{written}{{% endif %}}"
+        assert thought_markers(thinker) == ((end,), tuple(reply))
     chat = [{"role": "user", "content": "</think> hello"}]
-    ids = tiny_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-    thought = Thought(*thought_markers(tiny_tokenizer))
+    ids = thinker.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    thought = Thought(*thought_markers(thinker))
     assert [begin, end] == ids[-2:]
     assert thought.over(ids)
     assert not thought.over(ids[:-2])
 
 
-def test_a_steered_model_reads_it_from_the_tokenizer(tiny_llama: Any, tiny_tokenizer: Any, make_profile: Any) -> None:
-    tiny_tokenizer.chat_template += "{# </think> #}"
-    tiny_tokenizer.add_tokens(["</think>"])
+def test_a_steered_model_reads_it_from_the_tokenizer(tiny_llama: Any, thinker: Any, make_profile: Any) -> None:
+    thinker.chat_template += "{# </think> #}"
+    thinker.add_tokens(["</think>"])
     profile = make_profile(tiny_llama, layers=[2], positions="response")
-    with steerfast.steer(tiny_llama, profile, tokenizer=tiny_tokenizer, thinking="skip") as steering:
+    with steerfast.steer(tiny_llama, profile, tokenizer=thinker, thinking="skip") as steering:
         thought = steering._roster.thought
-    assert thought == Thought(*thought_markers(tiny_tokenizer))
+    assert thought == Thought(*thought_markers(thinker))
 
 
 def test_wrong_use_is_refused(plain: Any, make_profile: MakeProfile, think: Think) -> None:
