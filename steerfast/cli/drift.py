@@ -59,8 +59,6 @@ def command(context: click.Context, profile_file: str, json_file: str | None, **
 
     Exit status: 0 pass, 1 stale, 2 wrong usage or input, 3 inconclusive: too few scores.
     """
-    from steerfast.evaluation.drift import worst
-
     given = [source for source in _SOURCES if options[source]]
     if len(given) != 1:
         raise click.UsageError(f"expected one of --scores, --metrics and --prompts, got {len(given)}")
@@ -73,6 +71,8 @@ def command(context: click.Context, profile_file: str, json_file: str | None, **
         found = _compare(profile, options)
     except (SteerfastError, OSError) as error:
         raise _WrongInput(str(error)) from error
+    from steerfast.evaluation.drift import worst
+
     verdict = worst(found)
     sides = {one.label: one.to_dict() for one in found}
     common.write_json(json_file, {"profile": profile_file, "verdict": verdict, **sides})
@@ -107,19 +107,19 @@ def _scores(profile: SteeringProfile, given: Sequence[Example], options: dict[st
 
     limit = options.pop("limit")
     given = common.in_split("--prompts", given, "calibrate")
-    kept = [one for one in given if one.label in _SIDES]
-    if not kept:
+    sides = {label: [one.prompt for one in given if one.label == label] for label in _SIDES}
+    sides = {label: texts for label, texts in sides.items() if texts}
+    if not sides:
         raise PromptError("--prompts: expected harmless or harmful prompts, got borderline ones alone")
-    if len(kept) < len(given):
-        click.echo(f"--prompts: left out {len(given) - len(kept)} of {len(given)} prompts: borderline", err=True)
-    if limit is not None:
-        kept = [one for label in _SIDES for one in evenly([one for one in kept if one.label == label], limit)]
-    for label in {one.label for one in kept}:
+    if borderline := len(given) - sum(map(len, sides.values())):
+        click.echo(f"--prompts: left out {borderline} of {len(given)} prompts: borderline", err=True)
+    for label in sides:
         calibrated(profile, label)  # raises before the work
+    sides = {label: evenly(texts, limit or len(texts)) for label, texts in sides.items()}
     profile, model, tokenizer = common.take_model_for(profile, options)
-    scores = steerfast.score(model, tokenizer, profile, [one.prompt for one in kept], **options).scores
-    sides = {label: [place for place, one in enumerate(kept) if one.label == label] for label in _SIDES}
-    return {label: scores[places].tolist() for label, places in sides.items() if places}
+    texts = [text for side in sides.values() for text in side]
+    scores = steerfast.score(model, tokenizer, profile, texts, **options).scores
+    return dict(zip(sides, (side.tolist() for side in scores.split([*map(len, sides.values())])), strict=True))
 
 
 def _page(source: str) -> str:

@@ -67,8 +67,8 @@ def command(
     if options["sample"]:
         options["temperature"], options["seed"] = options["temperature"] or _TEMPERATURE, options["seed"] or 0
     ids = encode(tokenizer, texts, model, room=options["max_new_tokens"])
-    how = {"tokenizer": tokenizer, "thinking": options["thinking"]}
-    with steerfast.steer(model, profile, options["strength"], **how) as steering:
+    thinking = options["thinking"]
+    with steerfast.steer(model, profile, options["strength"], tokenizer=tokenizer, thinking=thinking) as steering:
         steered = _answers(model, tokenizer, ids, options, "steered", steering)
     results = [{"prompt": text, **answer} for text, answer in zip(texts, steered, strict=True)]
     if options["compare"]:

@@ -206,8 +206,16 @@ def _frontier(
             answer = speed.answer(len(prompts), options.max_new_tokens) + 2 * speed.read(sum(map(len, prompts)))
             ladder = largest(_LADDERS, options.minutes, lambda one: (1 + len(one)) * answer)
     axis = Axis(model, tokenizer, profile, rows)
-    how = {"max_new_tokens": options.max_new_tokens, "records": records, "most": options.max_perplexity}
-    frontier = Frontier(model, tokenizer, profile, axis, prompts, **how)  # type: ignore[arg-type]
+    frontier = Frontier(
+        model,
+        tokenizer,
+        profile,
+        axis,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        records=records,
+        most=options.max_perplexity,
+    )
     points = frontier.measure(ladder, options.limits, options.progress)
     found = recommend(points, options.max_perplexity)
     settings = {name: getattr(options, name) for name in ("max_new_tokens", "max_perplexity")}

@@ -7,10 +7,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, SteerfastError
+
+NO_TOKEN = -(2**62)  # some models have negative ids for images
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,11 @@ def tokens_of(given: dict[str, Any]) -> Any:
     """Return the tokens, or their embeddings, among a model's arguments."""
     ids = given.get("input_ids")
     return ids if ids is not None else given.get("inputs_embeds")
+
+
+def on_host(ids: Tensor | None, valid: Tensor) -> NDArray[np.int64]:
+    """Return token ids, int64 [N, T], on the host: `NO_TOKEN` where `valid` is False, 0 where they are unknown."""
+    return torch.where(valid, 0 if ids is None else ids.long(), NO_TOKEN).cpu().numpy()
 
 
 def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

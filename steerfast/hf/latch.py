@@ -75,17 +75,11 @@ class Latch(Decisions):
 
     def select(self, index: Tensor) -> None:
         """Keep the sequences of an index, int64 [n], in its order."""
-        for name in ("values", "scores"):
-            tensor = self.by_sequence(getattr(self, name))
-            setattr(self, name, tensor.index_select(1, index.to(tensor.device)).flatten(1))
-        self._move_thoughts(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        self._move(lambda tensor, dim: tensor.index_select(dim, index.to(tensor.device)))
 
     def repeat(self, repeats: int) -> None:
         """Repeat each sequence."""
-        for name in ("values", "scores"):
-            tensor = self.by_sequence(getattr(self, name))
-            setattr(self, name, tensor.repeat_interleave(repeats, dim=1).flatten(1))
-        self._move_thoughts(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._move(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
 
     def join(self, others: Sequence[Latch]) -> None:
         """Add the sequences of other latches of the same steering behind its own."""
@@ -93,9 +87,13 @@ class Latch(Decisions):
             if (own := getattr(self, name)) is not None:
                 setattr(self, name, torch.cat([own, *(getattr(one, name) for one in others)], dim=dim))
 
-    def _move_thoughts(self, move: Callable[[Tensor], Tensor]) -> None:
-        if self.answers is not None and self.recent is not None:
-            self.answers, self.recent = move(self.answers), move(self.recent)
+    def _move(self, move: Callable[[Tensor, int], Tensor]) -> None:
+        """Replace each tensor by what `move` makes of it and its dimension of sequences."""
+        for name in ("values", "scores"):
+            setattr(self, name, move(self.by_sequence(getattr(self, name)), 1).flatten(1))
+        for name in ("answers", "recent"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, move(tensor, 0))
 
 
 def attached(cache: Any) -> Latch | None:

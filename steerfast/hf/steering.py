@@ -69,8 +69,9 @@ def steer(
         ArchitectureError: no decoder layers found, or a model in float64.
         SteerfastError: the model is steered already, or the action or thinking is another.
     """
-    given = {"tokenizer": tokenizer, "action": action, "accept_model": accept_model, "thinking": thinking}
-    return Steering(model, profile, strength, **given)
+    return Steering(
+        model, profile, strength, tokenizer=tokenizer, action=action, accept_model=accept_model, thinking=thinking
+    )
 
 
 class Steering:

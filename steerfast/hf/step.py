@@ -16,14 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import ArchitectureError, SteerfastError
-from steerfast.hf import caches, thoughts
+from steerfast.hf import caches
 from steerfast.hf import latch as latches
-from steerfast.hf.arguments import Call, columns_of, grown, is_flat, is_packed, tokens_of, valid_tokens
+from steerfast.hf.arguments import (
+    NO_TOKEN,
+    Call,
+    columns_of,
+    grown,
+    is_flat,
+    is_packed,
+    on_host,
+    tokens_of,
+    valid_tokens,
+)
 from steerfast.hf.fused import CompiledEdit, is_fused
 from steerfast.hf.latch import Latch
 from steerfast.hf.packed import PackedRuns, is_paged
 from steerfast.hf.second_pass import SecondPass
 from steerfast.hf.structure import Decoder
+from steerfast.hf.thoughts import without_thoughts
 from steerfast.kernels.contract import Kinds
 from steerfast.runtime.batch import BatchRoster, Buffers, Plan
 from steerfast.runtime.span import NO_END, UNSTEERED
@@ -31,7 +42,6 @@ from steerfast.runtime.step import Decisions, LayerEdit, Repeat, Step, StepMemor
 from steerfast.runtime.tables import RowTable, prompt_rows, response_rows
 
 _log = logging.getLogger("steerfast.step")
-_PADDING = -(2**62)  # no token id; some models have negative ones for images
 _SEVERAL = -1  # in place of `Latch.prompt`: prompts ended at different columns
 
 
@@ -193,9 +203,8 @@ class Stepper:
         if plan.ahead:
             self.second_pass = SecondPass.of(plan, call.given, call.cache, valid, columns)
         rows = self.prompt_tables(plan, valid, columns, plan.ahead)
-        if self.roster.thought is not None:
-            thoughts.follow(self.roster.thought, latch, call, valid, columns)
-            rows = thoughts.answer_rows(rows, plan, latch, call)
+        if (thought := self.roster.thought) is not None:
+            rows = without_thoughts(rows, thought, plan, latch, call, valid, columns)
         if plan.reads_mean:
             rows = replace(rows, counted=self._mean_rows(call, plan, valid, columns))
         self.step, self.latch = self.make(plan, latch, rows, decides=True), latch
@@ -213,11 +222,9 @@ class Stepper:
                 "prompt_length: expected the context of the prompt around its answer, too: answer_tokens counts from "
                 "ends of prompts that differ"
             )
-        if self.roster.thought is not None:
-            thoughts.follow(self.roster.thought, latch, call, self._valid(call), 0)
         rows = self._answer_tables(plan, call.width, call.past - latch.prompt, call.device)
-        if self.roster.thought is not None:
-            rows = thoughts.answer_rows(rows, plan, latch, call)
+        if (thought := self.roster.thought) is not None:
+            rows = without_thoughts(rows, thought, plan, latch, call, self._valid(call), 0)
         latch = latch.copy() if plan.by_token else latch
         self.step, self.latch = self.make(plan, latch, rows, decides=plan.by_token), latch
         if plan.by_token:
@@ -226,7 +233,7 @@ class Stepper:
         if adds and is_fused(self.decoder.layers[0]):  # hooks would not read it
             self.compiled = self._compiled_edit(self.step.memory)
         begins = [latch.prompt] * call.count
-        if self.roster.thought is not None and latch.answers is not None:
+        if thought is not None and latch.answers is not None:
             begins = latch.answers.tolist()
             if max(begins) > call.past + 1:  # a thought ends within this call, or later
                 return
@@ -313,10 +320,10 @@ class Stepper:
         ids = call.given.get("input_ids")
         until = columns[:, None] if isinstance(columns, Tensor) else columns
         prompt = valid & (torch.arange(call.width, device=valid.device) < until)
-        known = torch.where(prompt, 0 if ids is None else ids.long(), _PADDING).cpu().numpy()
+        known = on_host(ids, prompt)
         counted = []
         for start, (row, stack) in enumerate(zip(known, plan.each(lambda entry: entry.span), strict=True)):
-            (places,) = (row != _PADDING).nonzero()
+            (places,) = (row != NO_TOKEN).nonzero()
             for span in stack:
                 first, until, found = span.read(len(places), None if ids is None else row[places])
                 if not found:
