@@ -3,8 +3,9 @@
     python benchmarks/bars.py                             the results in benchmarks/results
     python benchmarks/bars.py --results DIR
 
-For each device: the bar, the worst value against it, and where. Times are `graph_us` where both sides have it (short
-calls on CUDA), else `us`. A bar without a measurement is printed as such. Exit status 1 if a bar does not hold.
+For each device: the times of others over the steered op's; then each bar, the worst value against it, and where. Times
+are `graph_us` where both sides have it (short calls on CUDA), else `us`. A bar without a measurement is printed as
+such. Exit status 1 if a bar does not hold.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cases import FUSED, STEER
@@ -66,6 +68,13 @@ class Results:
         for active, profiles in ((0.0, 1), (1.0, 0)):
             lines = (ln for ln in self.of(STEER, "steerfast", active=active, profiles=profiles) if ln["rows"] <= 256)
             yield from self.against(lines, "empty")
+
+    def others(self) -> Iterator[tuple[str, list[float]]]:
+        """Yield providers, and their times over those of the fused op with all rows steered, ascending: H 4096."""
+        for provider in ("norm", "norm+add", "separate", "torch.compile"):
+            lines = self.of(FUSED, provider, active=1.0, profiles=1, hidden=4096)
+            if found := sorted(value for value, _ in self.against(lines, "steerfast")):
+                yield provider, found
 
     def few(self) -> Iterator[Value]:
         """Yield the speed-up over separate passes."""
@@ -166,6 +175,9 @@ def main() -> int:
         own = (read(directory / f"{kind}-{device}.jsonl") for kind in ("ops", "launch", "serve-graph"))
         results = Results(*own, serving=read(directory / f"serving-{device}.jsonl", "system"))
         print(device)
+        for provider, found in results.others():
+            middle = f"median {median(found):.2f}, {len(found)} cases"
+            print(f"  {provider} over the steered fused op: {found[0]:.2f} to {found[-1]:.2f}, {middle}")
         for name, comparison, values, limit in bars(results, device != "cpu"):
             if not values:
                 print(f"  not measured  {name}: {comparison} {limit}")

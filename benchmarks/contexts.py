@@ -144,6 +144,8 @@ def main(
     only: tuple[str, ...],
     json_file: str | None,
 ) -> None:
+    if unknown := [context for context in only if context not in contexts()]:
+        raise click.UsageError(f"--only: expected some of {', '.join(contexts())}, got {unknown[0]!r}")
     profile = steerfast.SteeringProfile.load(profile_file)
     model, tokenizer = load_model(name or profile.model.name, dtype=dtype)
     requests = {
