@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from steerfast.profile import SteeringProfile
+    from steerfast.profile import ProfileStack, SteeringProfile
     from steerfast.text.examples import Example, Prompt
 
 F = TypeVar("F", bound=Callable[..., Any])
+Given = TypeVar("Given", "SteeringProfile", "ProfileStack")
 
 STDOUT = "-"
 _CORPUS = "steerfast:corpus"
@@ -362,6 +363,14 @@ def load_profile(path: str, threshold: str | None = None) -> SteeringProfile:
     return profile if threshold is None else profile.at(threshold)
 
 
+def load_stack(path: str, threshold: str | None = None) -> ProfileStack:
+    """Read a profile or a stack, which has a profile or more; threshold as in `load_profile`."""
+    from steerfast.profile import ProfileStack
+
+    stack = ProfileStack.load(path)
+    return stack if threshold is None else stack.at(threshold)
+
+
 def load_model(name: str, dtype: str, device: str | None) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer without the loader's own bars and notes."""
     if sys.stderr.isatty():
@@ -403,16 +412,19 @@ def with_template(tokenizer: Any, given: Mapping[str, Any], *profiles: SteeringP
     return bound
 
 
-def take_model_for(profile: SteeringProfile, options: dict[str, Any]) -> tuple[SteeringProfile, nn.Module, Any]:
-    """Take `model_options` and `accept_option` out of `options`; return the profile for the model, which is loaded."""
-    accept, given = options.pop("accept_model"), dict(options.pop("template", ()))
-    model, tokenizer = take_model(options, profile.model.name)
-    tokenizer = with_template(tokenizer, given, profile)
-    return (accepted_for(profile, model, tokenizer) if accept else profile), model, tokenizer
+def take_model_for(given: Given, options: dict[str, Any]) -> tuple[Given, nn.Module, Any]:
+    """Take `model_options` and `accept_option` out of `options`; return the profile or stack for the loaded model."""
+    from steerfast.profile.stack import as_stack
+
+    accept, template = options.pop("accept_model"), dict(options.pop("template", ()))
+    first = as_stack(given)[0]
+    model, tokenizer = take_model(options, first.model.name)
+    tokenizer = with_template(tokenizer, template, first)
+    return (accepted_for(given, model, tokenizer) if accept else given), model, tokenizer
 
 
-def accepted_for(profile: SteeringProfile, model: nn.Module, tokenizer: Any = None) -> SteeringProfile:
-    """Return the profile for a model of its shape, which it keeps; a line on standard error tells a mismatch.
+def accepted_for(given: Given, model: nn.Module, tokenizer: Any = None) -> Given:
+    """Return the profile or stack for a model of its shape, which it keeps; standard error tells a mismatch.
 
     Raises:
         ProfileError: the model has another shape.
@@ -420,7 +432,7 @@ def accepted_for(profile: SteeringProfile, model: nn.Module, tokenizer: Any = No
     from steerfast.hf.structure import identify
     from steerfast.profile.stack import accepted
 
-    made: SteeringProfile = accepted(profile, identify(model, tokenizer))
+    made: Given = accepted(given, identify(model, tokenizer))
     return made
 
 

@@ -42,7 +42,7 @@ def command(
     json_file: str | None,
     **options: Any,
 ) -> None:
-    """Answer prompts steered, and say where the gate fired or abstained.
+    """Answer prompts steered by a profile or a stack, and say where a gate fired or abstained.
 
     Prompts come from arguments and --file, or a line each from standard input.
 
@@ -55,28 +55,30 @@ def command(
         if options[name] is not None and not options["sample"]:
             raise click.UsageError(f"--{name}: expected it with --sample, got it with --greedy")
     common.check_outputs({"--json": json_file}, [profile_file, *files])
-    profile = common.load_profile(profile_file, options.pop("threshold"))
+    stack = common.load_stack(profile_file, options.pop("threshold"))
     texts = common.gather_prompts(prompts, files)
 
     import steerfast
     from steerfast.text.encoding import encode
     from steerfast.text.template import check_template
 
-    profile, model, tokenizer = common.take_model_for(profile, options)
-    check_template(profile.fitted, tokenizer)
+    stack, model, tokenizer = common.take_model_for(stack, options)
+    for profile in stack:
+        check_template(profile.fitted, tokenizer)
     if options["sample"]:
         options["temperature"], options["seed"] = options["temperature"] or _TEMPERATURE, options["seed"] or 0
     ids = encode(tokenizer, texts, model, room=options["max_new_tokens"])
     thinking = options["thinking"]
-    with steerfast.steer(model, profile, options["strength"], tokenizer=tokenizer, thinking=thinking) as steering:
+    with steerfast.steer(model, stack, options["strength"], tokenizer=tokenizer, thinking=thinking) as steering:
         steered = _answers(model, tokenizer, ids, options, "steered", steering)
     results = [{"prompt": text, **answer} for text, answer in zip(texts, steered, strict=True)]
     if options["compare"]:
         for result, answer in zip(results, _answers(model, tokenizer, ids, options, "unsteered"), strict=True):
             result |= answer
     settings = {name: options[name] for name in ("strength", "thinking", "temperature", "seed", "max_new_tokens")}
-    common.write_json(json_file, {"profile": profile_file, **common.of_model(profile), **settings, "results": results})
-    ungated = profile.vector_kind if profile.gate.kind == "always" else None
+    common.write_json(json_file, {"profile": profile_file, **common.of_model(stack[0]), **settings, "results": results})
+    gated = any(profile.gate.kind != "always" for profile in stack)
+    ungated = None if gated else ", ".join(profile.vector_kind for profile in stack)
     _render(results, json_file, ungated)
 
 
@@ -116,7 +118,7 @@ def _answers(
 
 
 def _render(results: Sequence[dict[str, Any]], json_file: str | None, ungated: str | None = None) -> None:
-    """Print the answers; `ungated` names the vector of a profile without a gate, which has nothing to report."""
+    """Print the answers; `ungated` names the vectors where no profile has a gate to report."""
     from rich.panel import Panel
     from rich.table import Column, Table
     from rich.text import Text

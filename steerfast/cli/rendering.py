@@ -44,7 +44,7 @@ def header(profile: SteeringProfile) -> Table:
     lines = {
         "model": f"{model.name} ({model.architecture}, {model.num_layers} layers of {model.hidden_size})",
         "gate": "always open" if gate.kind == "always" else f"{gate.kind}, {reading(gate)}, {shape}",
-        "sensor": "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}",
+        **({"sensor": _sensor(profile)} if profile.deciding_layers else {}),
         **({"thresholds": thresholds(profile)} if profile.points else {}),
         "edit": f"{edit(profile)}, layers {steered}, {positions(profile)}",
         "vector": profile.vector_kind + (f" (also {also})" if also else ""),
@@ -66,18 +66,27 @@ def header(profile: SteeringProfile) -> Table:
     return table
 
 
+def _sensor(profile: SteeringProfile) -> str:
+    return "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}"
+
+
 def layer_table(profile: SteeringProfile) -> Table:
-    """Return figures, threshold and edit of every layer; fits 80 columns."""
-    words = ["AUC", *(f"{word} %" for word in _RATES.values())] if gate_figures(profile) else []
-    ends = ("thresh-\nold", "strength", "|v|", "row\nnorm")
-    table = new_table("layer", "gate", *words, *ends, box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    """Return figures and threshold of every layer where a gate decides, and its edit; fits 80 columns."""
+    gated, measured = bool(profile.deciding_layers), bool(gate_figures(profile))
+    words = ["AUC", *(f"{word} %" for word in _RATES.values())] if measured else []
+    gates = ["gate", *words, "thresh-\nold"] if gated else words
+    ends = ("strength", "|v|", "row\nnorm")
+    table = new_table("layer", *gates, *ends, box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     for layer in layers(profile):
-        marks = "sensor" if layer["sensor"] else "own" if layer["gate"] else ""
-        cells = [str(layer["layer"]), marks]
-        if words:
+        cells = [str(layer["layer"])]
+        if gated:
+            cells.append("sensor" if layer["sensor"] else "own" if layer["gate"] else "")
+        if measured:
             figures = layer["calibration"]
             cells += [f"{figures['auc'][0]:.3f}", *(f"{100 * figures[key][0]:.1f}" for key in _RATES)]
-        cells += [f"{layer['threshold']:.4f}", f"{layer['strength']:g}" if layer["strength"] else ""]
+        if gated:
+            cells.append(f"{layer['threshold']:.4f}")
+        cells.append(f"{layer['strength']:g}" if layer["strength"] else "")
         cells += [f"{layer[key]:.3g}" if layer[key] else "" for key in ("vector_norm", "residual_norm")]
         table.add_row(*cells, style="bold" if layer["sensor"] or layer["strength"] else "")
     return table

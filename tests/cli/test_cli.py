@@ -627,6 +627,34 @@ def test_generate_strength_0_is_the_unsteered_model(work: Path) -> None:
     assert plain == [{"prompt": HARMFUL[0], "undecided": False, **told}]
 
 
+def test_generate_takes_a_stack(work: Path, tmp_path: Path) -> None:
+    profile = SteeringProfile.load(work / "calibrated.safetensors").with_band([5], 2.0)
+    (profile + profile).save(tmp_path / "twice.safetensors")
+    answers = [
+        json.loads(done("generate", file, *HARMFUL[:3], "--max-new-tokens", 5, "--json", "-", *more).stdout)["results"]
+        for file, more in (
+            (tmp_path / "twice.safetensors", ()),
+            (work / "calibrated.safetensors", ("--strength", 0)),
+        )
+    ]
+    assert any(one["fired"] for one in answers[0])
+    assert [one["fired"] for one in answers[0]] == [one["fired"] for one in answers[1]]
+    ungated = replace(profile, gate=Gate("always"), sensor="own", calibration={}, points={}, abstain=None)
+    (ungated + ungated).save(tmp_path / "always.safetensors")
+    shown = done("generate", tmp_path / "always.safetensors", HARMLESS[0], "--max-new-tokens", 2).stdout
+    assert f"[{profile.vector_kind}, {profile.vector_kind}, always]" in shown
+
+
+def test_inspect_leaves_out_the_gates_of_a_profile_without_one(work: Path, tmp_path: Path) -> None:
+    profile = SteeringProfile.load(work / "extracted.safetensors")
+    profile = replace(profile, gate=Gate("always"), sensor="own", calibration={}, points={})
+    profile.save(tmp_path / "always.safetensors")
+    shown = done("inspect", tmp_path / "always.safetensors").stdout
+    assert "always open" in shown
+    assert "thresh-" not in shown
+    assert "sensor" not in shown
+
+
 def test_generate_prints_no_terminal_codes(capsys: pytest.CaptureFixture[str]) -> None:
     _render([{"prompt": "a [b]", "fired": True, "steered": "x\x1b[2Jy\nz"}], None)
     assert capsys.readouterr().out == "> a [b]  [gate fired]\nx [2Jy\nz\n\n"
