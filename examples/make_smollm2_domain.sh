@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The InferAligner paper's comparison (arXiv 2401.11206) on SmolLM2: an aligned model whose refusals wear off when it is
 # tuned on mathematics, and what brings them back: two gates times two vectors, each beside the other, fitted on the
-# same prompts and calibrated at the same rate. Makes docs/results-domain.md. Hours on two CPU cores; started again, it
-# goes on where it stopped.
+# same prompts and calibrated at the same rate. Makes docs/results-domain.md. Hours on two CPU cores, about one with
+# DTYPE=bfloat16 where the CPU has instructions for it; started again, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+dtype=${DTYPE:-auto} # of the models, except in training
 mkdir -p artifacts/eval
 aligned=artifacts/smollm2-aligned maths=artifacts/smollm2-maths maths_safety=artifacts/smollm2-maths-safety
 rows=artifacts/domain-rows
@@ -13,7 +14,8 @@ train() { # FOLDER OPTION...
     [[ -e $1/tokenizer_config.json ]] || python examples/train_smollm2.py "${@:2}" --output "$1"
 }
 profile() { # NAME COMMAND...: makes artifacts/domain-NAME.safetensors
-    [[ -e artifacts/domain-$1.safetensors ]] || steerfast "${@:2}" --output "artifacts/domain-$1.safetensors"
+    [[ -e artifacts/domain-$1.safetensors ]] ||
+        steerfast "${@:2}" --dtype "$dtype" --output "artifacts/domain-$1.safetensors"
 }
 gate() { # NAME OPTION...: a gate, with the sibling's mean difference as a vector
     profile "$1-extracted" extract --model "$maths" --aligned-model "$aligned" --per-source 48 --vectors ssv --unit-norm \
@@ -45,6 +47,6 @@ learn learned ours
 named() { for name in "$@"; do echo "--profile $name=artifacts/domain-$name.safetensors"; done; }
 # The first profile is also measured with its gate always open.
 # shellcheck disable=SC2046
-steerfast eval "$maths" $(named learned ours paper-learned paper cast) --other safety-sft="$maths_safety" \
+steerfast eval "$maths" --dtype "$dtype" $(named learned ours paper-learned paper cast) --other safety-sft="$maths_safety" \
     --other aligned="$aligned" --limit 100 --max-new-tokens 48 --resume artifacts/eval/domain.jsonl \
     --html artifacts/eval/domain.html --markdown docs/results-domain.md --json benchmarks/results/eval-domain-cpu.json
