@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, and a line for each stage of long work."""
+"""Progress on standard error: bars on a terminal, lines elsewhere, and a line for each stage of long work."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _stage: ContextVar[str] = ContextVar("stage", default="")
+_PAUSE = 30.0  # seconds between two lines
 
 
 def track(items: Sequence[T], description: str, *, show: bool = True) -> Iterable[T]:
-    """Iterate over `items` with a progress bar on stderr, where that is a terminal and `show` is set."""
-    if not show or not sys.stderr.isatty():
+    """Iterate over `items`, if `show` is set with a progress bar on stderr, or a line each half minute in a log."""
+    if not show:
         return items
-    return _bar(items, f"{_stage.get()}: {description}" if _stage.get() else description)
+    name = f"{_stage.get()}: {description}" if _stage.get() else description
+    return _bar(items, name) if sys.stderr.isatty() else _lines(items, name)
 
 
 @contextmanager
@@ -44,3 +46,12 @@ def _bar(items: Sequence[T], description: str) -> Iterator[T]:
     from rich.progress import track as rich_track
 
     yield from rich_track(items, description=description, console=Console(stderr=True), transient=True)
+
+
+def _lines(items: Sequence[T], description: str) -> Iterator[T]:
+    start = last = time.monotonic()
+    for number, item in enumerate(items):
+        if (now := time.monotonic()) - last >= _PAUSE:
+            print(f"{description}: {number} of {len(items)}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            last = now
+        yield item
