@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from steerfast.cli import common
 
-
-def _count(entry: str) -> int:
-    number = int(entry)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def _counts(name: str, default: str, text: str) -> Callable[[common.F], common.F]:
-    kind = common.Items("counts", _count, "whole numbers of at least 1 like 1,4,16")
-    return click.option(name, type=kind, default=default, show_default=True, metavar="N,...", help=text)
+_COUNTS = "whole numbers of at least 1 like 1,4,16"
 
 
 @click.command("bench")
@@ -27,8 +16,8 @@ def _counts(name: str, default: str, text: str) -> Callable[[common.F], common.F
 @click.option("--profile", "profile_file", metavar="FILE", help="Measure this profile.  [default: made-up ones]")
 @common.placement_options
 @common.accept_option
-@_counts("--batch-sizes", "1,4", "Sequences per batch.")
-@_counts("--prompt-lengths", "32,128", "Tokens per sequence.")
+@common.list_option("--batch-sizes", "N,...", common.count, _COUNTS, "Sequences per batch.", "1,4")
+@common.list_option("--prompt-lengths", "N,...", common.count, _COUNTS, "Tokens per sequence.", "32,128")
 @common.value_option(
     "--seconds",
     click.FloatRange(min=0),
@@ -41,7 +30,7 @@ def _counts(name: str, default: str, text: str) -> Callable[[common.F], common.F
     ["eager", "compile"],
     "compile: decode steps by torch.compile with a static cache, on CUDA as CUDA graphs.",
 )
-@common.value_option("--threads", click.IntRange(min=1), "N", "CPU threads; default: torch's.")
+@common.count_option("--threads", "CPU threads; default: torch's.")
 @common.json_option
 def command(model_name: str, profile_file: str | None, json_file: str | None, **options: Any) -> None:
     """Measure the cost of steering MODEL, a hub id, folder or .gguf file.

@@ -33,11 +33,11 @@ def _system(entry: str) -> str:
     metavar="NAME,...",
     help="Servers to compare; ratios need stock.",
 )
-@common.count_option("--rounds", 6, "In each, every system answers the same requests.")
-@common.count_option("--requests", 24, "Requests to a system in a round.")
-@common.count_option("--prompt", 128, "Tokens of a prompt.")
+@common.count_option("--rounds", "In each, every system answers the same requests.", 6)
+@common.count_option("--requests", "Requests to a system in a round.", 24)
+@common.count_option("--prompt", "Tokens of a prompt.", 128)
 @common.value_option("--output", click.IntRange(min=2), "N", "Tokens of an answer.", 64)
-@common.count_option("--concurrency", 4, "The most requests at a time.")
+@common.count_option("--concurrency", "The most requests at a time.", 4)
 @common.value_option(
     "--rate",
     click.FloatRange(min=0, min_open=True),

@@ -20,9 +20,7 @@ def _sensor(value: str) -> int | str:
 
 @click.command("calibrate")
 @click.argument("profile_file", metavar="PROFILE")
-@common.model_options("the model that the profile names")
-@common.accept_option
-@common.template_option
+@common.profile_model_options
 @common.labelled_option
 @common.set_option("--harmful", note="Prompts the gate should open for, new to extract, in place of the corpus")
 @common.set_option("--harmless", note="Prompts the gate should stay shut for, new to extract, in place of the corpus")

@@ -8,13 +8,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from steerfast.cli.group import printable, say
+from steerfast.cli.group import say
 from steerfast.cli.lazy_choice import LazyChoice, edit_names
 from steerfast.errors import OutputError, PromptError
 
@@ -77,6 +77,14 @@ def finite(entry: str) -> float:
     """Return a finite number, for `Items`."""
     number = float(entry)
     if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def count(entry: str) -> int:
+    """Return a whole number of at least 1, for `Items`."""
+    number = int(entry)
+    if number < 1:
         raise ValueError
     return number
 
@@ -149,6 +157,11 @@ def template_option(command: F) -> F:
     )(command)
 
 
+def profile_model_options(command: F) -> F:
+    """Add the options of a model that a profile names, see `take_model_for`."""
+    return model_options("the model that the profile names")(accept_option(template_option(command)))
+
+
 def threshold_option(command: F) -> F:
     """Add `--threshold`, see `load_profile`."""
     text = "A named threshold of the profile, such as strict; inspect shows them.  [default: the one in use]"
@@ -157,7 +170,7 @@ def threshold_option(command: F) -> F:
 
 def batch_size_option(default: int = 16) -> Callable[[F], F]:
     """Add `--batch-size` as `batch_size`."""
-    return count_option("--batch-size", default, "Prompts per forward pass.")
+    return count_option("--batch-size", "Prompts per forward pass.", default)
 
 
 def set_option(name: str, default: str | None = None, note: str = "Prompts") -> Callable[[F], F]:
@@ -191,14 +204,16 @@ def repeated_option(name: str, role: str, metavar: str, text: str, default: Sequ
     )
 
 
-def count_option(name: str, default: int, text: str) -> Callable[[F], F]:
+def count_option(name: str, text: str, default: int | None = None) -> Callable[[F], F]:
     """Add an option that takes a whole number of at least 1."""
     return value_option(name, click.IntRange(min=1), "N", text, default)
 
 
-def list_option(name: str, metavar: str, read: Callable[[str], Any], example: str, text: str) -> Callable[[F], F]:
+def list_option(
+    name: str, metavar: str, read: Callable[[str], Any], example: str, text: str, default: str | None = None
+) -> Callable[[F], F]:
     """Add an option that takes a comma-separated list, see `Items`; `example` is for errors."""
-    return click.option(name, type=Items(metavar, read, example), metavar=metavar, help=text)
+    return value_option(name, Items(metavar, read, example), metavar, text, default)
 
 
 def fit_options(command: F) -> F:
@@ -217,7 +232,7 @@ def cache_option(command: F) -> F:
 def reading_options(command: F) -> F:
     """Add `--per-source N` and `--cache FOLDER`: how many prompts are read, and where their rows are kept."""
     text = "The most prompts of a source and label that are read.  [default: all]"
-    return value_option("--per-source", click.IntRange(min=1), "N", text)(cache_option(command))
+    return count_option("--per-source", text)(cache_option(command))
 
 
 def labelled_option(command: F) -> F:
@@ -477,24 +492,12 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str] = ())
 
 def console(json_file: str | None = None) -> Console:
     """Return a console on standard output, or on stderr where standard output carries the JSON."""
-    made = _console_class()(stderr=json_file == STDOUT, highlight=False)
+    from steerfast.cli.rendering import PrintableConsole
+
+    made = PrintableConsole(stderr=json_file == STDOUT, highlight=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _PIPED_WIDTH
     return made
-
-
-def _console_class() -> type[Console]:
-    from rich.console import Console
-    from rich.segment import Segment
-
-    class Printable(Console):
-        """Print text of files without characters that move a terminal's cursor or change its colours."""
-
-        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
-            for segment in super().render(renderable, options):
-                yield segment if segment.control else Segment(printable(segment.text), segment.style)
-
-    return Printable
 
 
 def write_profile(

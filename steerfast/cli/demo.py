@@ -10,12 +10,12 @@ from steerfast.cli import common
 
 
 @click.command("demo")
-@common.count_option("--prompts", 50, "How many harmful and how many harmless prompts.")
+@common.count_option("--prompts", "How many harmful and how many harmless prompts.", 50)
 @click.option(
     "--profile", "profile_file", metavar="FILE", help="Default: the profile that ships for the default model."
 )
 @common.model_options("SmolLM2-135M-Instruct")
-@common.count_option("--max-new-tokens", 48, "Answer length.")
+@common.count_option("--max-new-tokens", "Answer length.", 48)
 @common.json_option
 def command(profile_file: str | None, json_file: str | None, **options: Any) -> None:
     """Steer a small model and measure the effect.

@@ -33,10 +33,8 @@ class _WrongInput(click.ClickException):
     "--name", str, "NAME", "With --metrics: the profile's name on the server.  [default: its only one]"
 )
 @common.set_option("--prompts", note="Prompts to score here, with --model and --dtype as served")
-@common.value_option("--limit", click.IntRange(min=1), "N", "The most --prompts of a label, evenly spaced.")
-@common.model_options("the model that the profile names")
-@common.accept_option
-@common.template_option
+@common.count_option("--limit", "The most --prompts of a label, evenly spaced.")
+@common.profile_model_options
 @common.batch_size_option()
 @common.threshold_option
 @common.value_option("--tolerance", float, "NUMBER", "The calibrated share that errs may grow by this factor.", 1.0)

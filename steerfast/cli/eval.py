@@ -48,10 +48,10 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
     "keywords, strict, classifier:MODEL[#LABEL] or openai:MODEL[@URL]; the first one's verdicts make the rates.",
     ("keywords", "strict"),
 )
-@common.value_option("--limit", click.IntRange(min=1), "N", "Most prompts of each set.  [default: all]")
-@common.count_option("--max-new-tokens", 64, "Answer length.")
+@common.count_option("--limit", "Most prompts of each set.  [default: all]")
+@common.count_option("--max-new-tokens", "Answer length.", 64)
 @common.value_option("--tasks", _TASKS, "TASK,...", "Also run these tasks of lm-evaluation-harness (package lm-eval).")
-@common.value_option("--task-limit", click.IntRange(min=1), "N", "Most items of each task.  [default: all]")
+@common.count_option("--task-limit", "Most items of each task.  [default: all]")
 @common.value_option("--strengths", _STRENGTHS, "X,...", "Of the first profile, for the strength/fluency frontier.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of samples and intervals.")
 @click.option("--latency/--no-latency", default=True, show_default=True, help="Time every system beside unsteered.")

@@ -64,10 +64,8 @@ def _layers(value: str) -> tuple[int, int]:
 @common.labelled_option
 @common.set_option("--harmful", note="Prompts the gate should open for, in place of the corpus")
 @common.set_option("--harmless", note="Prompts the gate should stay shut for, in place of the corpus")
-@common.value_option(
+@common.count_option(
     "--per-source",
-    click.IntRange(min=1),
-    "N",
     "The most prompts of a source that fit the gate.  [default: by --minutes; without it at most 120]",
 )
 @common.share_option(

@@ -20,13 +20,11 @@ _TEMPERATURE = 0.7
 @click.command("generate")
 @click.argument("profile_file", metavar="PROFILE")
 @common.prompt_arguments
-@common.model_options("the model that the profile names")
-@common.accept_option
-@common.template_option
+@common.profile_model_options
 @common.threshold_option
 @common.value_option("--strength", float, "NUMBER", "Multiplies the profile's own strengths.", 1.0)
 @common.choice_option("--thinking", ["count", "skip"], "Whether a thought is part of the answer; skip: steer after it.")
-@common.count_option("--max-new-tokens", 128, "Answer length.")
+@common.count_option("--max-new-tokens", "Answer length.", 128)
 @click.option("--sample/--greedy", default=False, show_default=True)
 @common.value_option(
     "--temperature", click.FloatRange(0, min_open=True), "NUMBER", f"With --sample.  [default: {_TEMPERATURE}]"

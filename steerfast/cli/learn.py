@@ -11,9 +11,7 @@ from steerfast.cli import common
 
 @click.command("learn")
 @click.argument("profile_file", metavar="PROFILE")
-@common.model_options("the model that the profile names")
-@common.accept_option
-@common.template_option
+@common.profile_model_options
 @common.set_option("--harmful", note="Prompts to refuse, in place of the corpus")
 @click.option("--aligned-model", metavar="MODEL", help="A sibling that refuses; its answers are learned.")
 @common.repeated_option(
@@ -36,8 +34,8 @@ from steerfast.cli import common
     "Largest norm of the vector, as a share of the mean norm of the layer's rows.",
     1.0,
 )
-@common.count_option("--steps", 80, "Batches to learn from.")
-@common.count_option("--answer-tokens", 40, "Tokens of an answer that are learned at most.")
+@common.count_option("--steps", "Batches to learn from.", 80)
+@common.count_option("--answer-tokens", "Tokens of an answer that are learned at most.", 40)
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of the batches.")
 @click.option("--resume", metavar="FILE", help="Keep the state of the last step here, and continue from it.")
 @common.batch_size_option()

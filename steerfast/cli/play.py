@@ -19,7 +19,7 @@ from steerfast.cli import common
 @common.accept_option
 @common.template_option
 @common.threshold_option
-@common.count_option("--max-new-tokens", 128, "Answer length.")
+@common.count_option("--max-new-tokens", "Answer length.", 128)
 @common.value_option("--port", click.IntRange(0, 65535), "N", "Port of this machine; 0 takes a free one.", 8765)
 @click.option("--no-browser", is_flag=True, help="Print the address, and open no browser.")
 def command(

@@ -13,9 +13,7 @@ from steerfast.cli import common
 @click.command("score")
 @click.argument("profile_file", metavar="PROFILE")
 @common.prompt_arguments
-@common.model_options("the model that the profile names")
-@common.accept_option
-@common.template_option
+@common.profile_model_options
 @common.threshold_option
 @common.batch_size_option()
 @common.json_option

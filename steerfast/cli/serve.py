@@ -43,9 +43,7 @@ class VllmCommand(click.Command):
     "NUMBER",
     "The largest strength of a request.  [default: 10]",
 )
-@common.value_option(
-    "--slots", click.IntRange(min=1), "N", "Room for profiles.  [default: 32, or what the profiles need]"
-)
+@common.count_option("--slots", "Room for profiles.  [default: 32, or what the profiles need]")
 @common.value_option(
     "--stack",
     click.IntRange(min=1, max=4),

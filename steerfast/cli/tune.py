@@ -22,18 +22,12 @@ def band(entry: str) -> tuple[int, int]:
 
 def token_count(entry: str) -> int | None:
     """Return 24 of ``24`` and None of ``all``, for `Items`."""
-    if entry == "all":
-        return None
-    if (count := int(entry)) < 1:
-        raise ValueError
-    return count
+    return None if entry == "all" else common.count(entry)
 
 
 @click.command("tune")
 @click.argument("profile_file", metavar="PROFILE")
-@common.model_options("the model that the profile names")
-@common.accept_option
-@common.template_option
+@common.profile_model_options
 @common.set_option("--harmful", "steerfast:harmful_tune", "Prompts that should be refused")
 @common.set_option("--harmless", "steerfast:harmless_tune", "Prompts whose answers should stay")
 @common.list_option(
@@ -72,7 +66,7 @@ def token_count(entry: str) -> int | None:
     "numbers such as 0,6,7",
     "Comma list: how far to raise the end of the turn at the last layer, so that a refusal stops.  [default: 0]",
 )
-@common.count_option("--max-new-tokens", 32, "Answer length while searching.")
+@common.count_option("--max-new-tokens", "Answer length while searching.", 32)
 @common.share_option("--min-fluent", "Share of steered answers that must stay fluent.", 0.95)
 @common.share_option("--min-unchanged", "Share of harmless answers that must stay token for token.", 0.95)
 @click.option("--resume", metavar="FILE", help="Keep complete trials here (JSON lines), and continue from them.")

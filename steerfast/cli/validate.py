@@ -20,9 +20,7 @@ from steerfast.errors import SteerfastError
     "Labelled prompts: a .json, .jsonl or .csv file with a column label (harmful, borderline, harmless), or "
     "steerfast:corpus; without it the corpus' split validate.",
 )
-@common.model_options("the model that the profile names")
-@common.accept_option
-@common.template_option
+@common.profile_model_options
 @common.threshold_option
 @click.option("--baseline/--no-baseline", default=True, show_default=True, help="Also measure a classifier of words.")
 @click.option("--force", is_flag=True, help="Take sources that chose something in the profile, and mark them.")

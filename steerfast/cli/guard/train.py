@@ -20,39 +20,38 @@ if TYPE_CHECKING:
 @common.accept_option
 @common.set_option("--harmful", "steerfast:harmful_fit", "Harmful prompts")
 @common.set_option("--harmless", "steerfast:harmless_fit", "Harmless prompts")
-@click.option("--count", type=click.IntRange(min=1), metavar="N", help="Prompts of each kind.  [default: all]")
+@common.count_option("--count", "Prompts of each kind.  [default: all]")
 @click.option(
     "--profile", "profile_file", metavar="FILE", help="Steers answers to harmful prompts; its gate finds harm."
 )
-@click.option(
+@common.list_option(
     "--strengths",
-    type=common.Items("NUMBERS", common.finite, "numbers such as 0.5,1"),
-    default="1",
-    show_default=True,
-    metavar="NUMBERS",
-    help="Comma list of multipliers of the profile's strengths.",
+    "NUMBERS",
+    common.finite,
+    "numbers such as 0.5,1",
+    "Comma list of multipliers of the profile's strengths.",
+    "1",
 )
-@click.option("--rollouts", type=int, default=5, show_default=True, metavar="N", help="Answers per prompt and origin.")
+@common.value_option("--rollouts", int, "N", "Answers per prompt and origin.", 5)
 @search_options
-@click.option("--budget", type=float, default=10.0, show_default=True, metavar="NUMBER")
-@click.option(
+@common.value_option("--budget", float, "NUMBER", None, 10.0)
+@common.value_option(
     "--margin",
-    type=float,
-    default=0.0,
-    show_default=True,
-    metavar="NUMBER",
-    help="Log-odds by which an answer must be likelier safe than unsafe to stay within the budget.",
+    float,
+    "NUMBER",
+    "Log-odds by which an answer must be likelier safe than unsafe to stay within the budget.",
+    0.0,
 )
-@click.option("--discount", type=float, default=0.999, show_default=True, metavar="NUMBER")
+@common.value_option("--discount", float, "NUMBER", None, 0.999)
 @click.option(
     "--refund/--no-refund",
     default=False,
     show_default=True,
     help="Whether a harmless ending lowers the cost of an answer. Without it no block does.",
 )
-@click.option("--width", type=int, default=4096, show_default=True, help="Of the critic's hidden layer.")
-@click.option("--epochs", type=int, default=50, show_default=True, metavar="N")
-@click.option("--learning-rate", type=float, default=1e-5, show_default=True, metavar="NUMBER")
+@common.value_option("--width", int, None, "Of the critic's hidden layer.", 4096)
+@common.value_option("--epochs", int, "N", None, 50)
+@common.value_option("--learning-rate", float, "NUMBER", None, 1e-5)
 @click.option(
     "--critic-batch", "batch_size", type=int, default=8, show_default=True, metavar="N", help="States per step."
 )
