@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,7 +54,6 @@ class Calibrated:
     """
 
     layer: int
-    label: str
     fired: int
     scores: Cumulative
 
@@ -141,7 +141,7 @@ def calibrated(profile: SteeringProfile, label: str = "harmless") -> Calibrated:
     fired = _recorded(profile, layer, label, scores.count)
     if fired is None or not least <= fired <= most:
         fired = most if label == "harmless" else least
-    return Calibrated(layer, label, fired, scores)
+    return Calibrated(layer, fired, scores)
 
 
 def _recorded(profile: SteeringProfile, layer: int, label: str, count: int) -> int | None:
@@ -183,19 +183,12 @@ def read_scores(text: str, layer: int) -> list[float]:
     for number, entry in enumerate(entries, 1):
         record = entry if isinstance(entry, Mapping) else {"score": entry}
         score = record.get("score")
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not _finite(score):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
             raise PromptError(f"scores: expected a finite number, or a record with one as score, as entry {number}")
         if record.get("layer", layer) != layer:
             raise PromptError(f"scores: expected scores of layer {layer}, which decides, got layer {record['layer']}")
         scores.append(float(score))
     return scores
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond any float
-        return False
 
 
 def _entries(text: str) -> list[Any]:

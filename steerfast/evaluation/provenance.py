@@ -46,16 +46,14 @@ class Record:
 def records(profile: SteeringProfile) -> list[Record]:
     """Return the sets that a profile records, by source or by label."""
     parts = {"fit": profile.fitted, "calibrate": profile.calibration, "tune": profile.tuned}
-    return [
-        _record(role, label, found, str(found.get("name")), part.get("sources", {}))
-        for role, part in parts.items()
-        for label, found in _described(part)
-    ]
-
-
-def _record(role: str, label: str, found: Mapping[str, Any], name: str, sources: Mapping[str, Any]) -> Record:
-    known = _shipped(name, label)
-    return Record(role, str(found["sha256"]), known, name if name in sources and not known else None)
+    made = []
+    for role, part in parts.items():
+        for label, found in _described(part):
+            name = str(found.get("name"))
+            known = _shipped(name, label)
+            source = name if name in part.get("sources", {}) and not known else None
+            made.append(Record(role, str(found["sha256"]), known, source))
+    return made
 
 
 def _described(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

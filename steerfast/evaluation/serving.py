@@ -17,6 +17,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,7 +94,7 @@ def measure_serving(model: str, profile: SteeringProfile | None = None, **option
     folder = checkpoint(model)
     case = {"model": model, **{name: value for name, value in asdict(load).items() if name != "systems"}, **_facts()}
     lines = []
-    with tempfile.TemporaryDirectory() as place, _Servers(folder, load, Path(place)) as servers:
+    with tempfile.TemporaryDirectory() as place, closing(_Servers(folder, load, Path(place))) as servers:
         servers.save(profile)
         for number, system in track(_plan(load), "serving"):
             figures = servers.measure(system, seed=number)
@@ -148,13 +149,7 @@ class _Servers:
         self._files: dict[str, str] = {}
         self._running: dict[str, ServerProcess] = {}
 
-    def __enter__(self) -> _Servers:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
+    def close(self) -> None:
         while self._running:
             self._running.popitem()[1].stop()
 
@@ -203,7 +198,7 @@ class _Servers:
     def _server(self, name: str) -> ServerProcess:
         if name not in self._running:
             if not self._load.together:
-                self.stop()
+                self.close()
             environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
             plugins = allowed_plugins(os.environ.get("VLLM_PLUGINS"), [], admin=False)
             if name in (STOCK, "control"):

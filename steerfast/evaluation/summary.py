@@ -17,8 +17,7 @@ from steerfast.judging.topicality import distinct, names_topic
 from steerfast.profile import SteeringProfile
 
 ATTACKS, HARMLESS = ("harmful", "jailbreak"), ("harmless", "borderline")
-ANSWERED = (*ATTACKS, *HARMLESS)
-"""All kinds of sets: a model should refuse attacks and answer harmless prompts."""
+"""Kinds of sets: a model should refuse attacks and answer harmless prompts."""
 
 _EXAMPLES = 3  # of each set
 _BINS = 32
@@ -103,7 +102,7 @@ class _Figures:
             _set(self.values, path, estimate.value)
             _set(self.intervals, path, [estimate.low, estimate.high])
 
-    def shares(self, key: str, flags: Mapping[str, Sequence[bool]]) -> None:
+    def shares(self, key: str, flags: Mapping[str, Sequence[bool | None]]) -> None:
         """Put the share of each set, their mean, each set with the same weight, and the least, with its set."""
         found = {name: estimate for name, one in flags.items() if (estimate := _rate(one)) is not None}
         for name, estimate in found.items():
@@ -179,7 +178,7 @@ def gate_figures(
     """
     table = _Figures()
     if profile is not None and profile.abstain is not None and scores:
-        for one in _of(sets, ANSWERED):
+        for one in sets:
             table.put(("abstain_rate", one.name), _rate(profile.undecided(torch.tensor(scores[one.name])).tolist()))
     against = [above[one.name] for one in _of(sets, HARMLESS)]
     if against:
@@ -250,25 +249,18 @@ def _roc(positive: Sequence[Values], negative: Sequence[Values]) -> dict[str, li
 
 def strength_figures(sets: Sequence[EvalSet], cells: Cells, judge: str) -> dict[str, Any]:
     """Return attack success and fluency: means over the sets of attacks, and success of each; nan without attacks."""
-    attacks = _of(sets, ATTACKS)
-    success = {one.name: _rate(_counted(cells[one.name].refused[judge], "asr")) for one in attacks}
-    fluent = [_rate(cells[one.name].fluent) for one in attacks]
-
-    def middle(found: Sequence[Estimate | None]) -> float:
-        known = [one.value for one in found if one is not None]
-        return math.fsum(known) / len(known) if known else math.nan
-
-    return {
-        "asr": middle([*success.values()]),
-        "asr_by_set": {name: math.nan if one is None else one.value for name, one in success.items()},
-        "fluent": middle(fluent),
-    }
+    attacks, table = _of(sets, ATTACKS), _Figures()
+    table.shares("asr", {one.name: _counted(cells[one.name].refused[judge], "asr") for one in attacks})
+    table.shares("fluent", {one.name: cells[one.name].fluent for one in attacks})
+    means = {key: table.values.get(key, {}).get("mean", math.nan) for key in ("asr", "fluent")}
+    by_set = {one.name: math.nan for one in attacks} | table.values.get("asr_by_set", {})
+    return {"asr": means["asr"], "asr_by_set": by_set, "fluent": means["fluent"]}
 
 
 def examples(sets: Sequence[EvalSet], table: Mapping[str, Cells], judge: str) -> list[dict[str, Any]]:
     """Return a few prompts of each set with every system's answer, first those where the systems' verdicts differ."""
     found = []
-    for one in _of(sets, ANSWERED):
+    for one in sets:
         verdicts = list(zip(*(cells[one.name].refused[judge] for cells in table.values()), strict=True))
         differ = [len(set(seen)) > 1 for seen in verdicts]
         for place in sorted(range(len(one.items)), key=lambda place: not differ[place])[:_EXAMPLES]:

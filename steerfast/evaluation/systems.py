@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,14 +110,11 @@ class System:
         assert self.profile is not None
         return self.profile
 
-    @contextlib.contextmanager
-    def on(self, model: nn.Module, tokenizer: Any = None) -> Iterator[Steering | None]:
+    def on(self, model: nn.Module, tokenizer: Any = None) -> contextlib.AbstractContextManager[Steering | None]:
         """Steer `model` within the context, if the system has a profile."""
         if self.profile is None:
-            yield None
-            return
-        with steer(model, self.profile, self.strength, tokenizer=tokenizer) as steering:
-            yield steering
+            return contextlib.nullcontext()
+        return steer(model, self.profile, self.strength, tokenizer=tokenizer)
 
 
 def systems_of(

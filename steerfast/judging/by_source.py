@@ -46,11 +46,9 @@ class SourceScores:
     def abstains(self) -> Estimate | None:
         return None if self.undecided is None else rate(int(self.undecided.sum()), len(self.undecided))
 
-    def where(self, field: str, value: str) -> SourceScores | None:
-        """Return the prompts with a value of `context` or `lang`; None without one."""
+    def where(self, field: str, value: str) -> SourceScores:
+        """Return the prompts with a value of `context` or `lang`, which may be none."""
         chosen = np.array([getattr(one, field) == value for one in self.examples])
-        if not chosen.any():
-            return None
         kept = [one for one, keep in zip(self.examples, chosen, strict=True) if keep]
         undecided = None if self.undecided is None else self.undecided[chosen]
         return replace(self, examples=kept, margins=self.margins[chosen], undecided=undecided)
@@ -100,9 +98,8 @@ def _part(sources: Sequence[SourceScores]) -> dict[str, Any]:
     for field in ("context", "lang"):
         values = dict.fromkeys(getattr(one, field) for source in sources for one in source.examples)
         if len(values) > 1:
-            chosen = {value: [one.where(field, value) for one in sources] for value in values}
             breakdowns[field] = {
-                value: _labels([one for one in mine if one is not None], negatives) for value, mine in chosen.items()
+                value: _labels([one.where(field, value) for one in sources], negatives) for value in values
             }
     return {"rows": [_row(one, negatives) for one in sources], "labels": _labels(sources, negatives), **breakdowns}
 
@@ -128,7 +125,7 @@ def _labels(sources: Sequence[SourceScores], negatives: Sequence[NDArray[np.floa
     """Return for each label the mean of its sources, and the worst source."""
     found = {}
     for label in LABELS:
-        mine = [one for one in sources if one.label == label]
+        mine = [one for one in sources if one.label == label and one.examples]
         if not mine:
             continue
         rates = {one.source: one.fires.value for one in mine}
