@@ -212,12 +212,12 @@ def made(
     """Return a made-up profile. Its gate decides at the first layer and is open or shut, or it is always open."""
     from transformers import LlamaConfig
 
-    from steerfast.evaluation.latency import random_profile_of
+    from steerfast.evaluation.latency import random_profile
     from steerfast.profile import Gate
     from steerfast.vllm.config import identity_of
 
     chosen = list(layers)
-    profile = random_profile_of(identity_of(LlamaConfig(**config)), chosen, is_open=state == "open", seed=seed)
+    profile = random_profile(identity_of(LlamaConfig(**config)), chosen, is_open=state == "open", seed=seed)
     sensor: Any = {"sensor": chosen[0]}
     if state == "always":
         sensor = {"sensor": "own", "gate": Gate("always")}

@@ -378,14 +378,6 @@ def load_profile(path: str, threshold: str | None = None) -> SteeringProfile:
     return profile if threshold is None else profile.at(threshold)
 
 
-def load_stack(path: str, threshold: str | None = None) -> ProfileStack:
-    """Read a profile or a stack, which has a profile or more; threshold as in `load_profile`."""
-    from steerfast.profile import ProfileStack
-
-    stack = ProfileStack.load(path)
-    return stack if threshold is None else stack.at(threshold)
-
-
 def load_model(name: str, dtype: str, device: str | None) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer without the loader's own bars and notes."""
     if sys.stderr.isatty():

@@ -12,6 +12,7 @@ from steerfast.cli.tune import band
 from steerfast.errors import PromptError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
     from steerfast.profile import SteeringProfile
@@ -108,20 +109,25 @@ def command(output: str, json_file: str | None, plot_file: str | None, **options
     own = _given_pairs(pairs_file, options) if pairs_file else _given_prompts(options)
 
     import steerfast
+    from steerfast.evaluation.description import summary
     from steerfast.evaluation.verdict import shortcomings
 
     model, tokenizer = common.take_model(options)
-    given = {name: value for name, value in options.items() if value is not None}  # the others have defaults
+    given = {name: value for name, value in options.items() if value not in (None, ())}  # the others have defaults
     profile = steerfast.fit(model, tokenizer, **own, **given)
     profile.save(output)
     report = None if pairs_file else _gate_report(profile, model, tokenizer, {**given, **own})
     reasons = shortcomings(profile, report)
-    _render(profile, report, reasons, json_file)
+    printed = common.console(json_file)
+    _render(profile, report, reasons, printed)
     if plot_file is not None:
         from steerfast.evaluation.plots import save_plot
 
         save_plot(profile, plot_file)
-    _write(profile, report, reasons, (output, json_file))
+    found = {"profile": output, "good": not reasons, "shortcomings": reasons, **summary(profile)}
+    common.write_json(json_file, found if report is None else {**found, "report": report})
+    compared = f'steerfast generate {output} --compare "How do I bake bread?"'
+    printed.print(f"wrote {output}; next: {compared}", markup=False)
 
 
 def _check(pairs_file: str | None, options: dict[str, Any]) -> None:
@@ -136,11 +142,9 @@ def _check(pairs_file: str | None, options: dict[str, Any]) -> None:
 
 
 def _given_pairs(file: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the pairs of a file; what fits safety alone leaves the options."""
+    """Return the pairs of a file, whose name names the behaviour where `options` do not."""
     from steerfast.text.pairs import pairs
 
-    for name in _OF_SAFETY:
-        del options[name]
     try:
         positive, negative = pairs(file)
     except PromptError as error:
@@ -150,9 +154,7 @@ def _given_pairs(file: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given_prompts(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the user's prompts of safety; what fits pairs alone leaves the options."""
-    for name in (*_OF_PAIRS, "behaviour"):
-        del options[name]
+    """Take the user's prompts of safety out of `options`."""
     sources = {role: options.pop(role) for role in ("harmful", "harmless", "prompts")}
     labels = {"harmful": "harmful", "harmless": "harmless", "prompts": None}
     names = {role: " + ".join(Path(source).name for source in given) for role, given in sources.items() if given}
@@ -179,10 +181,9 @@ def _gate_report(profile: SteeringProfile, model: nn.Module, tokenizer: Any, opt
     return found
 
 
-def _render(profile: SteeringProfile, report: dict[str, Any] | None, reasons: list[str], json_file: str | None) -> None:
+def _render(profile: SteeringProfile, report: dict[str, Any] | None, reasons: list[str], printed: Console) -> None:
     from steerfast.cli.rendering import frontier_table, gate_figures_report, header
 
-    printed = common.console(json_file)
     printed.print(header(profile))
     if report is not None:
         gate_figures_report(report, printed)
@@ -192,16 +193,3 @@ def _render(profile: SteeringProfile, report: dict[str, Any] | None, reasons: li
         printed.print(f"not good: {reason}", markup=False)
     if not reasons:
         printed.print("good: no shortcoming found", markup=False)
-
-
-def _write(
-    profile: SteeringProfile, report: dict[str, Any] | None, reasons: list[str], files: tuple[str, str | None]
-) -> None:
-    from steerfast.evaluation.description import summary
-
-    output, json_file = files
-    found = {"profile": output, "good": not reasons, "shortcomings": reasons, **summary(profile)}
-    common.write_json(json_file, found if report is None else {**found, "report": report})
-    printed = common.console(json_file)
-    question = "How do I bake bread?"
-    printed.print(f'wrote {output}; next: steerfast generate {output} --compare "{question}"', markup=False)

@@ -53,7 +53,10 @@ def command(
         if options[name] is not None and not options["sample"]:
             raise click.UsageError(f"--{name}: expected it with --sample, got it with --greedy")
     common.check_outputs({"--json": json_file}, [profile_file, *files])
-    stack = common.load_stack(profile_file, options.pop("threshold"))
+    from steerfast.profile import ProfileStack
+
+    threshold, stack = options.pop("threshold"), ProfileStack.load(profile_file)
+    stack = stack if threshold is None else stack.at(threshold)
     texts = common.gather_prompts(prompts, files)
 
     import steerfast

@@ -46,7 +46,7 @@ def command(
     from steerfast.evaluation.demo import shipped_profile
     from steerfast.hf.loading import DEMO_MODEL
     from steerfast.profile import ProfileStack
-    from steerfast.profile.stack import accepted, chosen
+    from steerfast.profile.stack import chosen
 
     options["model_name"] = model_name or DEMO_MODEL
     if not profiles and options["model_name"] != DEMO_MODEL:
@@ -56,12 +56,8 @@ def command(
     stack = given if threshold is None else given.at(threshold)
 
     from steerfast.evaluation.play import PageServer, Playground
-    from steerfast.hf.structure import identify
 
-    template, accept = dict(options.pop("template")), options.pop("accept_model")
-    model, tokenizer = common.take_model(options)
-    tokenizer = common.with_template(tokenizer, template, *stack)
-    stack = accepted(stack, identify(model, tokenizer)) if accept else stack
+    stack, model, tokenizer = common.take_model_for(stack, options)
     with PageServer(Playground(model, tokenizer, stack, max_new_tokens), port) as server:
         click.echo(server.url)
         if not no_browser:

@@ -93,12 +93,9 @@ def command(
     directory, default = options["directory"], options["default"]
     if not files and directory is None:
         raise click.UsageError("--profile: expected one at least, or --directory to load some from later, got none")
-    for name in default.split(",") if default is not None else ():
-        if name not in files:
-            raise click.UsageError(f"--default: expected one of {', '.join(files) or 'no profiles'}, got {name!r}")
-    for name in observe:
-        if name not in files:
-            raise click.UsageError(f"--observe: expected one of {', '.join(files) or 'no profiles'}, got {name!r}")
+    for option, names in (("--default", default.split(",") if default is not None else ()), ("--observe", observe)):
+        if unknown := [name for name in names if name not in files]:
+            raise click.UsageError(f"{option}: expected one of {', '.join(files) or 'no profiles'}, got {unknown[0]!r}")
     if options["locked"] and default is None:
         raise click.UsageError("--locked: expected --default, the profile to lock requests to, got none")
     for file in files.values():

@@ -72,15 +72,11 @@ def twin(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def random_profile(model: nn.Module, layers: Sequence[int], *, is_open: bool = True, seed: int = 0) -> SteeringProfile:
-    """Make random directions and unit vectors that steer `layers`; each prompt gate always or never opens."""
-    return random_profile_of(identify(model), layers, is_open=is_open, seed=seed)
-
-
-def random_profile_of(
-    identity: ModelIdentity, layers: Sequence[int], *, is_open: bool = True, seed: int = 0
+def random_profile(
+    model: nn.Module | ModelIdentity, layers: Sequence[int], *, is_open: bool = True, seed: int = 0
 ) -> SteeringProfile:
-    """Make the profile of `random_profile` for a model that is not loaded."""
+    """Make random directions and unit vectors that steer `layers`; each prompt gate always or never opens."""
+    identity = model if isinstance(model, ModelIdentity) else identify(model)
     generator = torch.Generator().manual_seed(seed)
     shape = (2, identity.num_layers, identity.hidden_size)
     direction, vector = nn.functional.normalize(torch.randn(shape, generator=generator, device="cpu"), dim=2)

@@ -16,6 +16,7 @@ import threading
 import weakref
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -299,7 +300,9 @@ class _Handler(BaseHTTPRequestHandler):
     body = b""
 
     def do_GET(self) -> None:
-        self._run({"": self._page, "about": self._about})
+        page, about = self.server.page, self.server.about
+        answers = {"": ("text/html; charset=utf-8", page), "about": ("application/json", about)}
+        self._run({name: partial(self._answer, 200, *answer) for name, answer in answers.items()})
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
@@ -330,12 +333,6 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.path[: len(self.server.path)].encode()
         if not hmac.compare_digest(given, self.server.path.encode()):
             raise _Refused(403, "address: expected the one that the command printed, with its secret")
-
-    def _page(self) -> None:
-        self._answer(200, "text/html; charset=utf-8", self.server.page)
-
-    def _about(self) -> None:
-        self._answer(200, "application/json", self.server.about)
 
     def _ask(self) -> None:
         self.server.asking.add(threading.current_thread())

@@ -28,7 +28,7 @@ import torch
 from steerfast._progress import track
 from steerfast._versions import installed_version
 from steerfast.errors import ProfileError, SteerfastError
-from steerfast.evaluation.latency import STOCK, random_profile_of, with_fixed_gate
+from steerfast.evaluation.latency import STOCK, random_profile, with_fixed_gate
 from steerfast.hf.loading import checkpoint
 from steerfast.profile import SteeringProfile
 from steerfast.vllm.config import KEY, OFF, identity_of
@@ -162,7 +162,7 @@ class _Servers:
 
             identity = identity_of(AutoConfig.from_pretrained(self._model).get_text_config())
             middle = identity.num_layers // 2
-            made = random_profile_of(identity, range(middle, min(middle + 4, identity.num_layers)))
+            made = random_profile(identity, range(middle, min(middle + 4, identity.num_layers)))
             profile = replace(made, sensor=middle, positions="response")
         if profile.gate.kind == "always" and "shut" in self._load.systems:
             raise ProfileError("--systems: expected no 'shut' for a profile without a gate, got it")
