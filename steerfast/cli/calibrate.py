@@ -42,7 +42,7 @@ def _sensor(value: str) -> int | str:
     "--latest-sensor", click.IntRange(min=0), "LAYER", "The last layer that auto tries.  [default: 60 % of the depth]"
 )
 @common.reading_options
-@common.batch_size_option()
+@common.batch_size_option
 @common.fit_options
 def command(profile_file: str, midpoint: bool, output: str, json_file: str | None, **options: Any) -> None:
     """Set thresholds, choose the sensor layer, measure both by source.

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from steerfast.cli.group import say
-from steerfast.cli.lazy_choice import LazyChoice, edit_names
 from steerfast.errors import OutputError, PromptError
 
 if TYPE_CHECKING:
@@ -64,6 +63,26 @@ class Items(click.ParamType):
             return [self._read(entry.strip()) for entry in value.split(",")]
         except ValueError:
             self.fail(f"expected {self._expected}, got {value!r}", param, ctx)
+
+
+class LazyChoice(click.ParamType):
+    """One of some names; the module that knows them is imported only where a value is given or help is asked for."""
+
+    name = "choice"
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self._names = names
+
+    def get_metavar(self, *_: Any, **__: Any) -> str:
+        """Return the names as `click.Choice` shows them."""
+        return f"[{'|'.join(self._names())}]"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return `value`, or fail with the list of names."""
+        names = list(self._names())
+        if value not in names:
+            self.fail(f"{value!r} is not one of {', '.join(map(repr, names))}.", param, ctx)
+        return value
 
 
 def word(entry: str) -> str:
@@ -168,9 +187,9 @@ def threshold_option(command: F) -> F:
     return value_option("--threshold", str, "NAME", text)(command)
 
 
-def batch_size_option(default: int = 16) -> Callable[[F], F]:
+def batch_size_option(command: F) -> F:
     """Add `--batch-size` as `batch_size`."""
-    return count_option("--batch-size", "Prompts per forward pass.", default)
+    return count_option("--batch-size", "Prompts per forward pass.", 16)(command)
 
 
 def set_option(name: str, default: str | None = None, note: str = "Prompts") -> Callable[[F], F]:
@@ -244,6 +263,12 @@ def labelled_option(command: F) -> F:
     return repeated_option("--prompts", "prompts", "SRC", text)(command)
 
 
+def _edit_names() -> Iterable[str]:
+    from steerfast.profile import EDITS
+
+    return EDITS
+
+
 def edit_options(command: F) -> F:
     """Add `--edit`, `--low`, `--high` and `--angle`."""
     for name, metavar, text in (
@@ -253,7 +278,7 @@ def edit_options(command: F) -> F:
     ):
         command = value_option(name, float, metavar, text)(command)
     text = "How an open gate changes a row of the residual stream.  [default: add, or the edit of a converted file]"
-    return click.option("--edit", type=LazyChoice(edit_names), help=text)(command)
+    return click.option("--edit", type=LazyChoice(_edit_names), help=text)(command)
 
 
 def prompt_arguments(command: F) -> F:

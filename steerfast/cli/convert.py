@@ -10,7 +10,6 @@ import click
 
 from steerfast.cli import common
 from steerfast.cli.group import say
-from steerfast.cli.lazy_choice import LazyChoice
 from steerfast.cli.tune import band
 
 if TYPE_CHECKING:
@@ -33,8 +32,10 @@ def _formats(written: bool = False) -> list[str]:
 @click.command("convert")
 @click.argument("source", metavar="INPUT")
 @click.argument("target", metavar="OUTPUT")
-@click.option("--from", "source_format", type=LazyChoice(_formats), help="Default: recognised.")
-@click.option("--to", "target_format", type=LazyChoice(partial(_formats, written=True)), help="Default: by the ending.")
+@click.option("--from", "source_format", type=common.LazyChoice(_formats), help="Default: recognised.")
+@click.option(
+    "--to", "target_format", type=common.LazyChoice(partial(_formats, written=True)), help="Default: by the ending."
+)
 @common.model_options()
 @click.option("--like", metavar="PROFILE", help="A profile of the model that the vectors are for, instead of --model.")
 @click.option("--keep-gate", is_flag=True, help="Take over the gate of --like.  [default: always open]")

@@ -35,7 +35,7 @@ class _WrongInput(click.ClickException):
 @common.set_option("--prompts", note="Prompts to score here, with --model and --dtype as served")
 @common.count_option("--limit", "The most --prompts of a label, evenly spaced.")
 @common.profile_model_options
-@common.batch_size_option()
+@common.batch_size_option
 @common.threshold_option
 @common.value_option("--tolerance", float, "NUMBER", "The calibrated share that errs may grow by this factor.", 1.0)
 @common.value_option("--distance", float, "NUMBER", "How far scores may move, 0 to 1: the Kolmogorov distance.", 0.2)

@@ -56,7 +56,7 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of samples and intervals.")
 @click.option("--latency/--no-latency", default=True, show_default=True, help="Time every system beside unsteered.")
 @click.option("--force", is_flag=True, help="Take sets that made a profile, and mark them.")
-@common.batch_size_option()
+@common.batch_size_option
 @common.placement_options
 @common.accept_option
 @common.template_option

@@ -70,7 +70,7 @@ def _window(value: str) -> int | str:
 )
 @common.share_option("--shrinkage", "Weight of the identity in the covariance, for lda.  [default: 0.2]")
 @common.reading_options
-@common.batch_size_option()
+@common.batch_size_option
 @common.choice_option("--padding-side", ["right", "left"])
 @common.fit_options
 def command(output: str, json_file: str | None, **options: Any) -> None:

@@ -82,7 +82,7 @@ def _layers(value: str) -> tuple[int, int]:
     "How long it may take, by an estimate.  [default: 25; with --pairs or --per-source no limit]",
 )
 @common.value_option("--work", str, "FOLDER", "Where work is kept, to go on.  [default: beside the output, .work]")
-@common.batch_size_option()
+@common.batch_size_option
 @click.option("--plot", "plot_file", metavar="FILE", help="Draw the profile (.png, .svg or .pdf).")
 @common.fit_options
 def command(output: str, json_file: str | None, plot_file: str | None, **options: Any) -> None:

@@ -31,7 +31,7 @@ _TEMPERATURE = 0.7
 )
 @common.value_option("--seed", click.IntRange(min=0), "N", "With --sample.  [default: 0]")
 @click.option("--compare", is_flag=True, help="Answer unsteered too, side by side.")
-@common.batch_size_option()
+@common.batch_size_option
 @common.json_option
 def command(
     profile_file: str,

@@ -38,7 +38,7 @@ from steerfast.cli import common
 @common.count_option("--answer-tokens", "Tokens of an answer that are learned at most.", 40)
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of the batches.")
 @click.option("--resume", metavar="FILE", help="Keep the state of the last step here, and continue from it.")
-@common.batch_size_option()
+@common.batch_size_option
 @common.fit_options
 def command(profile_file: str, output: str, json_file: str | None, **options: Any) -> None:
     """Learn a vector for refusals: of given texts, or of the answers of an aligned sibling.

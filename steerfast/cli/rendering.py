@@ -133,15 +133,14 @@ def undecided_table(profile: SteeringProfile) -> Table | None:
     return table
 
 
-def calibration_tables(profile: SteeringProfile) -> Iterator[Table]:
+def calibration_tables(profile: SteeringProfile) -> Iterator[Table | None]:
     """Yield what a calibration found: the layers it compared, the deciding gates, and their figures by source."""
     if tried := profile.calibration.get("sensors"):
         table = new_table("", *(str(layer) for layer, _ in tried[:_SENSORS]), title="layers as a sensor, best first")
         table.add_row("quality", *(f"{quality:.4f}" for _, quality in tried[:_SENSORS]))
         yield table
     yield gate_table(profile)
-    if (band := undecided_table(profile)) is not None:
-        yield band
+    yield undecided_table(profile)
     yield from by_source_tables(profile)
 
 

@@ -15,7 +15,7 @@ from steerfast.cli import common
 @common.prompt_arguments
 @common.profile_model_options
 @common.threshold_option
-@common.batch_size_option()
+@common.batch_size_option
 @common.json_option
 def command(
     profile_file: str, prompts: tuple[str, ...], files: tuple[str, ...], json_file: str | None, **options: Any

@@ -28,7 +28,7 @@ from steerfast.errors import SteerfastError
 @common.value_option(
     "--min-auc", click.FloatRange(0, 1), "AUC", "Fail if the AUC of the worst harmful source is lower."
 )
-@common.batch_size_option()
+@common.batch_size_option
 @common.cache_option
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the tables as Markdown.")
 @common.json_option

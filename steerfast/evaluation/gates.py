@@ -1,8 +1,4 @@
-"""Figures of a gate by source of prompts, beside a baseline of words; no answer is generated.
-
-Figures of several sources are never pooled: a large or an easy one would hide the others. A mean of sources has the
-worst one beside it.
-"""
+"""Figures of a gate by source of prompts (`steerfast.judging.by_source`), beside a baseline of words; no answers."""
 
 from __future__ import annotations
 

@@ -189,12 +189,9 @@ class Playground:
             every = torch.full((profile.model.num_layers,), -math.inf)
             if rows is not None:
                 every[layers] = rows[:, place]
-            found.append(_decision(profile, every) if profile.gate_layers else _open(profile))
+            always = {"state": "always", "edited": profile.steered_layers}
+            found.append(_decision(profile, every) if profile.gate_layers else always)
         return [{**each, "edited": []} if steering.strength == 0 else each for each in found]
-
-
-def _open(profile: SteeringProfile) -> dict[str, Any]:
-    return {"state": "always", "edited": profile.steered_layers}
 
 
 def _decision(profile: SteeringProfile, scores: torch.Tensor) -> dict[str, Any]:

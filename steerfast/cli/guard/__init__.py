@@ -7,13 +7,7 @@ import click
 from steerfast.cli.group import CommandGroup
 
 
-@click.group(
-    "guard",
-    cls=CommandGroup,
-    names=("train", "generate"),
-    package=__name__,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+@click.group("guard", cls=CommandGroup, names=("train", "generate"), package=__name__)
 def command() -> None:
     """Answer within a safety budget: train a guard, use it.
 

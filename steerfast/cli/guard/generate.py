@@ -9,7 +9,6 @@ import click
 
 from steerfast.cli import common
 from steerfast.cli.guard.options import guard_options, search_options
-from steerfast.cli.lazy_choice import LazyChoice
 
 if TYPE_CHECKING:
     from steerfast.guard import GuardedAnswer
@@ -26,7 +25,7 @@ def _strategies() -> Iterable[str]:
 @common.prompt_arguments
 @common.model_options("the model that the critic names")
 @common.accept_option
-@click.option("--strategy", type=LazyChoice(_strategies), default="speculative", show_default=True)
+@click.option("--strategy", type=common.LazyChoice(_strategies), default="speculative", show_default=True)
 @guard_options
 @click.option(
     "--fired",
