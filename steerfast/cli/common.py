@@ -108,45 +108,6 @@ def count(entry: str) -> int:
     return number
 
 
-def json_option(command: F) -> F:
-    """Add `--json FILE` as `json_file`."""
-    return click.option(
-        "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - is standard output."
-    )(command)
-
-
-def placement_options(command: F) -> F:
-    """Add `--dtype` and `--device`."""
-    command = click.option("--device", type=_device, metavar="DEVICE", help="Default: cuda if there is one, else cpu.")(
-        command
-    )
-    return click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        show_default=True,
-        help="auto is the dtype of the checkpoint.",
-    )(command)
-
-
-def model_options(default: str | None = None, *, required: bool = False) -> Callable[[F], F]:
-    """Add `--model`, `--dtype` and `--device`; `default` tells in the help which model is used without it."""
-
-    def add(command: F) -> F:
-        says = "Hub id, folder or .gguf file" + (f"; default: {default}." if default else ".")
-        return click.option("--model", "model_name", metavar="MODEL", required=required, help=says)(
-            placement_options(command)
-        )
-
-    return add
-
-
-def accept_option(command: F) -> F:
-    """Add `--accept-model`, see `take_model_for` and `accepted_for`."""
-    text = "Take a model of the same shape that the profile was not made for; the profile keeps the mismatch."
-    return click.option("--accept-model", is_flag=True, help=text)(command)
-
-
 class _Argument(click.ParamType):
     """NAME=VALUE, the value in JSON; a word that is no JSON is text."""
 
@@ -164,32 +125,15 @@ class _Argument(click.ParamType):
             return name, text
 
 
-def template_option(command: F) -> F:
-    """Add `--template-arg NAME=VALUE` as `template`, see `with_template`."""
-    return click.option(
-        "--template-arg",
-        "template",
-        type=_Argument(),
-        multiple=True,
-        metavar="NAME=JSON",
-        help="Of the chat template, such as enable_thinking=false. May be repeated.  [default: those of the profile]",
-    )(command)
+def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Return a decorator that adds several options, in the order of the help."""
 
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
 
-def profile_model_options(command: F) -> F:
-    """Add the options of a model that a profile names, see `take_model_for`."""
-    return model_options("the model that the profile names")(accept_option(template_option(command)))
-
-
-def threshold_option(command: F) -> F:
-    """Add `--threshold`, see `load_profile`."""
-    text = "A named threshold of the profile, such as strict; inspect shows them.  [default: the one in use]"
-    return value_option("--threshold", str, "NAME", text)(command)
-
-
-def batch_size_option(command: F) -> F:
-    """Add `--batch-size` as `batch_size`."""
-    return count_option("--batch-size", "Prompts per forward pass.", 16)(command)
+    return add
 
 
 def set_option(name: str, default: str | None = None, note: str = "Prompts") -> Callable[[F], F]:
@@ -235,32 +179,11 @@ def list_option(
     return value_option(name, Items(metavar, read, example), metavar, text, default)
 
 
-def fit_options(command: F) -> F:
-    """Add `--output` and `--json`: all commands that make a profile have them."""
-    return click.option(
-        "--output", "-o", required=True, metavar="FILE", help="Where to write the profile (.safetensors)."
-    )(json_option(command))
-
-
-def cache_option(command: F) -> F:
-    """Add `--cache FOLDER`, where the rows of prompts are kept."""
-    text = "Keep the rows of prompts here: go on after an interruption, and another time read no prompt."
-    return value_option("--cache", str, "FOLDER", text)(command)
-
-
-def reading_options(command: F) -> F:
-    """Add `--per-source N` and `--cache FOLDER`: how many prompts are read, and where their rows are kept."""
-    text = "The most prompts of a source and label that are read.  [default: all]"
-    return count_option("--per-source", text)(cache_option(command))
-
-
-def labelled_option(command: F) -> F:
-    """Add `--prompts SRC`, see `read_sets`."""
-    text = (
-        "Labelled prompts or chats (harmful, borderline, harmless), added to the shipped corpus, or to --harmful and "
-        "--harmless."
-    )
-    return repeated_option("--prompts", "prompts", "SRC", text)(command)
+def model_options(default: str | None = None, *, required: bool = False) -> Callable[[F], F]:
+    """Add `--model`, `--dtype` and `--device`; `default` tells in the help which model is used without it."""
+    says = "Hub id, folder or .gguf file" + (f"; default: {default}." if default else ".")
+    model = click.option("--model", "model_name", metavar="MODEL", required=required, help=says)
+    return together(model, placement_options)
 
 
 def _edit_names() -> Iterable[str]:
@@ -269,23 +192,83 @@ def _edit_names() -> Iterable[str]:
     return EDITS
 
 
-def edit_options(command: F) -> F:
-    """Add `--edit`, `--low`, `--high` and `--angle`."""
-    for name, metavar, text in (
-        ("--angle", "DEGREES", "Target of --edit rotate: 0 is along the vector, 90 orthogonal to it."),
-        ("--high", "NUMBER", "Upper limit of --edit clamp, in units of the vector."),
-        ("--low", "NUMBER", "Lower limit of --edit clamp, in units of the vector."),
-    ):
-        command = value_option(name, float, metavar, text)(command)
-    text = "How an open gate changes a row of the residual stream.  [default: add, or the edit of a converted file]"
-    return click.option("--edit", type=LazyChoice(_edit_names), help=text)(command)
+json_option = click.option(
+    "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - is standard output."
+)
+fit_options = together(
+    click.option("--output", "-o", required=True, metavar="FILE", help="Where to write the profile (.safetensors)."),
+    json_option,
+)
+"""Of all commands that make a profile."""
 
+placement_options = together(
+    choice_option("--dtype", ["auto", "float32", "bfloat16", "float16"], "auto is the dtype of the checkpoint."),
+    value_option("--device", _device, "DEVICE", "Default: cuda if there is one, else cpu."),
+)
+accept_option = click.option(
+    "--accept-model",
+    is_flag=True,
+    help="Take a model of the same shape that the profile was not made for; the profile keeps the mismatch.",
+)
+"""See `take_model_for` and `accepted_for`."""
 
-def prompt_arguments(command: F) -> F:
-    """Add `[PROMPTS]...` and `--file SRC`, see `gather_prompts`."""
-    text = "Prompts from a .txt, .json, .jsonl or .csv file, or steerfast:<set>."
-    command = repeated_option("--file", "files", "SRC", text)(command)
-    return click.argument("prompts", nargs=-1)(command)
+template_option = click.option(
+    "--template-arg",
+    "template",
+    type=_Argument(),
+    multiple=True,
+    metavar="NAME=JSON",
+    help="Of the chat template, such as enable_thinking=false. May be repeated.  [default: those of the profile]",
+)
+"""See `with_template`."""
+
+profile_model_options = together(model_options("the model that the profile names"), accept_option, template_option)
+"""Of a model that a profile names, see `take_model_for`."""
+
+threshold_option = value_option(
+    "--threshold",
+    str,
+    "NAME",
+    "A named threshold of the profile, such as strict; inspect shows them.  [default: the one in use]",
+)
+"""See `load_profile`."""
+
+batch_size_option = count_option("--batch-size", "Prompts per forward pass.", 16)
+cache_option = value_option(
+    "--cache",
+    str,
+    "FOLDER",
+    "Keep the rows of prompts here: go on after an interruption, and another time read no prompt.",
+)
+reading_options = together(
+    count_option("--per-source", "The most prompts of a source and label that are read.  [default: all]"), cache_option
+)
+"""How many prompts are read, and where their rows are kept."""
+
+labelled_option = repeated_option(
+    "--prompts",
+    "prompts",
+    "SRC",
+    "Labelled prompts or chats (harmful, borderline, harmless), added to the shipped corpus, or to --harmful and "
+    "--harmless.",
+)
+"""See `read_sets`."""
+
+edit_options = together(
+    click.option(
+        "--edit",
+        type=LazyChoice(_edit_names),
+        help="How an open gate changes a row of the residual stream.  [default: add, or the edit of a converted file]",
+    ),
+    value_option("--low", float, "NUMBER", "Lower limit of --edit clamp, in units of the vector."),
+    value_option("--high", float, "NUMBER", "Upper limit of --edit clamp, in units of the vector."),
+    value_option("--angle", float, "DEGREES", "Target of --edit rotate: 0 is along the vector, 90 orthogonal to it."),
+)
+prompt_arguments = together(
+    click.argument("prompts", nargs=-1),
+    repeated_option("--file", "files", "SRC", "Prompts from a .txt, .json, .jsonl or .csv file, or steerfast:<set>."),
+)
+"""See `gather_prompts`."""
 
 
 # -- inputs ------------------------------------------------------------------------------------------

@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import click
 
 from steerfast.cli import common
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def search_options(command: F) -> F:
-    """Add `--block`, `--depth`, `--temperature`, `--top-p` and `--seed`."""
-    drawn = "Share of probability of the likeliest tokens, from which answers are drawn."
-    for name, kind, metavar, text, default in (
-        ("--seed", click.IntRange(min=0), "N", None, 0),
-        ("--temperature", click.FloatRange(min=0), "NUMBER", "0 is greedy; several candidates then sample at 1.", 0.7),
-        ("--top-p", click.FloatRange(0, 1, min_open=True), "SHARE", drawn, 0.9),
-        ("--depth", int, None, "Most tokens of an answer.", 128),
-        ("--block", int, None, "Tokens of a block.", 32),
-    ):
-        command = common.value_option(name, kind, metavar, text, default)(command)
-    return command
-
-
-def guard_options(command: F) -> F:
-    """Add `--candidates`, `--budget`, `--profile` and `--strength`."""
-    for option in (
-        common.value_option("--strength", float, None, "Multiplies the profile's strengths.", 1.0),
-        click.option(
-            "--profile", "profile_file", metavar="FILE", help="Its prompt gate decides which prompts to search."
-        ),
-        common.value_option("--budget", float, "NUMBER", "In units of the cost.  [default: the critic's]"),
-        common.value_option("--candidates", int, "N", "A multiple of 4.", 16),
-    ):
-        command = option(command)
-    return command
+search_options = common.together(
+    common.value_option("--block", int, None, "Tokens of a block.", 32),
+    common.value_option("--depth", int, None, "Most tokens of an answer.", 128),
+    common.share_option(
+        "--top-p",
+        "Share of probability of the likeliest tokens, from which answers are drawn.",
+        0.9,
+        min_open=True,
+    ),
+    common.value_option(
+        "--temperature", click.FloatRange(min=0), "NUMBER", "0 is greedy; several candidates then sample at 1.", 0.7
+    ),
+    common.value_option("--seed", click.IntRange(min=0), "N", None, 0),
+)
+guard_options = common.together(
+    common.value_option("--candidates", int, "N", "A multiple of 4.", 16),
+    common.value_option("--budget", float, "NUMBER", "In units of the cost.  [default: the critic's]"),
+    click.option("--profile", "profile_file", metavar="FILE", help="Its prompt gate decides which prompts to search."),
+    common.value_option("--strength", float, None, "Multiplies the profile's strengths.", 1.0),
+)
 
 
 def prompt_sets(harmful: Sequence[str], harmless: Sequence[str], count: int | None, seed: int) -> dict[str, list[str]]:
