@@ -78,15 +78,13 @@ def command(profile_file: str, midpoint: bool, output: str, json_file: str | Non
 def _read(options: dict[str, Any]) -> None:
     """Read the sets. Traffic of the user's is harmless, and the corpus gives the harmful prompts beside it."""
     traffic = options.pop("on")
-    if not traffic:
-        common.read_sets(options, "harmful", "harmless", split="calibrate")
-        return
-    if options["prompts"] or options["harmful"] or options["harmless"]:
+    if traffic and (options["prompts"] or options["harmful"] or options["harmless"]):
         raise click.UsageError("--on: expected it without --prompts, --harmful and --harmless, got both")
-    if options["sensor"] not in ("auto", "keep"):
+    if traffic and options["sensor"] not in ("auto", "keep"):
         raise click.UsageError("--sensor: expected it without --on, which keeps the sensor, got both")
     common.read_sets(options, "harmful", "harmless", split="calibrate")
-    given = common.read_set("--on", traffic, "harmless")
-    options["harmless"] = common.in_split("--on", given, "calibrate")
-    options["names"]["harmless"] = " + ".join(traffic)
-    options["sensor"] = "keep"
+    if traffic:
+        given = common.read_set("--on", traffic, "harmless")
+        options["harmless"] = common.in_split("--on", given, "calibrate")
+        options["names"]["harmless"] = " + ".join(traffic)
+        options["sensor"] = "keep"

@@ -50,20 +50,21 @@ def header(profile: SteeringProfile) -> Table:
     model, gate = profile.model, profile.gate
     shape = "hard" if gate.sharpness == 0 else f"soft (sharpness {gate.sharpness:g})"
     steered, also = layer_ranges(profile.steered_layers), ", ".join(sorted(profile.candidates))
+    sensor = "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}"
+    if "frontier" in profile.fitted:
+        stages = {"strength": _strength(profile.fitted["frontier"])}
+    else:
+        stages = {"calibrated": _calibrated(profile.calibration), "tuned": _tuned(profile.tuned)}
     lines = {
         "model": f"{model.name} ({model.architecture}, {model.num_layers} layers of {model.hidden_size})",
         "gate": "always open" if gate.kind == "always" else f"{gate.kind}, {reading(gate)}, {shape}",
-        **({"sensor": _sensor(profile)} if profile.deciding_layers else {}),
+        **({"sensor": sensor} if profile.deciding_layers else {}),
         **({"thresholds": thresholds(profile)} if profile.points else {}),
         "edit": f"{edit(profile)}, layers {steered}, {positions(profile)}",
         "vector": profile.vector_kind + (f" (also {also})" if also else ""),
         "fitted": _fitted(profile.fitted),
         **({"learned": _learned(profile.fitted["learned"])} if "learned" in profile.fitted else {}),
-        **(
-            _stages(profile)
-            if "frontier" not in profile.fitted
-            else {"strength": _strength(profile.fitted["frontier"])}
-        ),
+        **stages,
     }
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
@@ -73,10 +74,6 @@ def header(profile: SteeringProfile) -> Table:
     for warning in profile.calibration.get("warnings", ()):
         table.add_row("[bold yellow]warning", escape(" ".join(warning.split())))
     return table
-
-
-def _sensor(profile: SteeringProfile) -> str:
-    return "each steered layer" if profile.sensor == "own" else f"layer {profile.sensor}"
 
 
 def layer_table(profile: SteeringProfile) -> Table:
@@ -146,8 +143,10 @@ def calibration_tables(profile: SteeringProfile) -> Iterator[Table | None]:
 
 def by_source_tables(profile: SteeringProfile) -> Iterator[Table]:
     """Yield the calibration's figures by source of each deciding layer."""
+    from steerfast.evaluation.report import of_sources
+
     for layer, found in profile.calibration.get("by_source", {}).items():
-        yield source_table(found["rows"], f"layer {layer} on its calibration, by source")
+        yield report_table(of_sources({"": found["rows"]}, f"layer {layer} on its calibration, by source"))
 
 
 def frontier_table(profile: SteeringProfile) -> Table | None:
@@ -169,10 +168,6 @@ def _strength(frontier: Mapping[str, Any]) -> str:
     if frontier["range"] is None:
         return str(frontier["problem"])
     return "{:g} in total, of {:g} to {:g}".format(frontier["strength"], *frontier["range"])
-
-
-def _stages(profile: SteeringProfile) -> dict[str, str]:
-    return {"calibrated": _calibrated(profile.calibration), "tuned": _tuned(profile.tuned)}
 
 
 def _set(described: Mapping[str, Any] | None) -> str:
@@ -334,13 +329,6 @@ def report_table(found: ReportTable) -> Table:
         cells = [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in row.cells]
         table.add_row(escape(row.name), *map(escape, cells))
     return table
-
-
-def source_table(rows: Sequence[Mapping[str, Any]], title: str = "sources") -> Table:
-    """Return figures of sources, a line each: ``rows`` of `steerfast.evaluation.gates.figures_by_source`."""
-    from steerfast.evaluation.report import of_sources
-
-    return report_table(of_sources({"": rows}, title))
 
 
 def gate_figures_report(report: Mapping[str, Any], console: Console) -> None:

@@ -304,7 +304,10 @@ class _Evaluation:
     def _score(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> None:
         """Score every prompt with every profile's gates; gates that read alike share a pass."""
         gated = [system for system in systems if system.gated]
-        found = {system.name: {one.name: [None] * len(one.items) for one in sets} for system in gated}
+        self.scores = {
+            system.name: {one.name: np.empty((len(one.items), system.steered_by.model.num_layers)) for one in sets}
+            for system in gated
+        }
         work = [(one, chunk) for one in sets for chunk in self._chunks[one.name]] if gated else []
         for one, chunk in track(work, "gate scores", show=self.options.progress):
             ids = encode(self.tokenizer, [one.items[place].prompt for place in chunk])
@@ -312,13 +315,7 @@ class _Evaluation:
             for system in gated:
                 work_on = functools.partial(self._gate_scores, system, ids, rows)
                 key = ("scores", self._weights, system.steered_by.checksum, ids)
-                scores = self.pieces.rows(key, work_on, system)
-                for place, row in zip(chunk, scores, strict=True):
-                    found[system.name][one.name][place] = row
-        self.scores = {
-            system: {name: np.array(rows, dtype=np.float64) for name, rows in by_set.items()}
-            for system, by_set in found.items()
-        }
+                self.scores[system.name][one.name][chunk] = self.pieces.rows(key, work_on, system)
 
     def _margins(self, system: System, sets: Sequence[EvalSet]) -> dict[str, Any] | None:
         """Return set -> distances above the threshold, float64 [items]; None for a system that decides nothing."""

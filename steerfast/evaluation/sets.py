@@ -127,17 +127,12 @@ def _default_name(where: str) -> str:
 def _records(where: str, kind: str) -> list[dict[str, Any]]:
     if where.startswith(_HUB):
         return _hub_records(where)
-    if not where.startswith(_CORPUS):
-        return _file_records(where)
-    label = "harmful" if kind == "jailbreak" else kind
-    source = where.removeprefix(_CORPUS)
-    found = [{"prompt": one.prompt} for one in corpus(labels=[label]) if one.source == source]
-    if not found:
-        raise PromptError(f"set: expected a source of the corpus with {label} prompts, got {source!r}")
-    return found
-
-
-def _file_records(where: str) -> list[dict[str, Any]]:
+    if where.startswith(_CORPUS):
+        label, source = "harmful" if kind == "jailbreak" else kind, where.removeprefix(_CORPUS)
+        found = [{"prompt": one.prompt} for one in corpus(labels=[label]) if one.source == source]
+        if not found:
+            raise PromptError(f"set: expected a source of the corpus with {label} prompts, got {source!r}")
+        return found
     path, mark, column = where.rpartition("#")
     if not mark or Path(where).is_file():
         return read_records(where, conversations=CONVERSATIONS)

@@ -195,8 +195,9 @@ def gate(profile: SteeringProfile, sets: Sequence[EvalSet], scores: GateScores) 
     Each set has the same weight: a histogram counts shares of sets, which sum to 1.
     """
     attacks, harmless = ({one.name: scores[one.name] for one in _of(sets, kinds)} for kinds in (ATTACKS, HARMLESS))
+    decides = profile.gate_layers if profile.sensor == "own" else profile.sensor
     if not attacks or not harmless:
-        return {"decides": _decides(profile), "layers": []}
+        return {"decides": decides, "layers": []}
     sides = {"harmful": [*attacks.values()], "harmless": [*harmless.values()]}
     layers = []
     for layer in range(profile.model.num_layers):
@@ -222,11 +223,7 @@ def gate(profile: SteeringProfile, sets: Sequence[EvalSet], scores: GateScores) 
     for one in _of(sets, ATTACKS):
         for style, places in _styles(one).items():
             curves[f"{one.name}: {style}"] = _roc([decided[one.name][places]], against)
-    return {"decides": _decides(profile), "layers": layers, "roc_by_set": curves}
-
-
-def _decides(profile: SteeringProfile) -> int | list[int]:
-    return profile.gate_layers if profile.sensor == "own" else profile.sensor
+    return {"decides": decides, "layers": layers, "roc_by_set": curves}
 
 
 def _equal(groups: Sequence[Values]) -> Values:

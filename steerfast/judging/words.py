@@ -44,7 +44,7 @@ class WordClassifier:
             raise PromptError("words: expected harmful and other prompts, got one kind")
         given = None if weights is None else np.asarray(weights, dtype=np.float64)
         try:
-            self._model.fit(_texts(prompts), list(harmful), logisticregression__sample_weight=given)
+            self._model.fit(list(map(text_of, prompts)), list(harmful), logisticregression__sample_weight=given)
         except ValueError as error:  # an empty vocabulary
             raise PromptError(f"words: expected words that several prompts share ({error})") from None
 
@@ -58,12 +58,8 @@ class WordClassifier:
 
     def scores(self, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
         """Return the log-odds of harm, float64 [prompts]."""
-        return np.asarray(self._model.decision_function(_texts(prompts)), dtype=np.float64)
+        return np.asarray(self._model.decision_function(list(map(text_of, prompts))), dtype=np.float64)
 
     def margins(self, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
         """Return the distance above the threshold, float64 [prompts]; above 0 fires."""
         return self.scores(prompts) - self.threshold
-
-
-def _texts(prompts: Sequence[Prompt]) -> list[str]:
-    return [text_of(prompt) for prompt in prompts]
