@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from steerfast.cli import common
@@ -15,16 +17,7 @@ from steerfast.cli.group import say
 @common.accept_option
 @click.option("--without-gate", is_flag=True, help="Drop the gate: steer everything, harmless prompts too.")
 @common.json_option
-def command(
-    profile_file: str,
-    target: str,
-    model_name: str | None,
-    dtype: str,
-    device: str | None,
-    without_gate: bool,
-    accept_model: bool,
-    json_file: str | None,
-) -> None:
+def command(profile_file: str, target: str, without_gate: bool, json_file: str | None, **options: Any) -> None:
     """Write a profile that adds as biases of the model, for engines that cannot steer (.safetensors).
 
     A bias acts on every token of every request. A gate, positions and edits that depend on the row are refused;
@@ -50,8 +43,8 @@ def command(
 
     profile = profile.without_gate() if gated else profile
     check_bakeable(profile)  # before a model is loaded
-    model, _ = common.load_model(model_name or profile.model.name, dtype, device)
-    profile = common.accepted_for(profile, model) if accept_model else profile
+    model, _ = common.take_model(options, profile.model.name)
+    profile = common.accepted_for(profile, model) if options["accept_model"] else profile
     baked = bake(model, profile)
     write_atomically(target, save(baked.tensors, metadata={"format": "pt"}))
     notes = ["the gate is lost: everything will be steered"] if gated else []

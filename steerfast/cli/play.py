@@ -22,15 +22,7 @@ from steerfast.cli import common
 @common.count_option("--max-new-tokens", "Answer length.", 128)
 @common.value_option("--port", click.IntRange(0, 65535), "N", "Port of this machine; 0 takes a free one.", 8765)
 @click.option("--no-browser", is_flag=True, help="Print the address, and open no browser.")
-def command(
-    model_name: str | None,
-    profiles: tuple[str, ...],
-    port: int,
-    no_browser: bool,
-    max_new_tokens: int,
-    threshold: str | None,
-    **options: Any,
-) -> None:
+def command(model_name: str | None, profiles: tuple[str, ...], **options: Any) -> None:
     """Open a page that answers prompts unsteered and steered, side by side.
 
     The page has a slider for the strength. It shows the gate's score beside its threshold, the layer that the gate
@@ -53,14 +45,14 @@ def command(
         raise click.UsageError("--profile: expected one at least, got none")
     given = chosen(list(profiles) or [shipped_profile()])
     assert isinstance(given, ProfileStack)
-    stack = given if threshold is None else given.at(threshold)
+    stack = given if options["threshold"] is None else given.at(options["threshold"])
 
     from steerfast.evaluation.play import PageServer, Playground
 
     stack, model, tokenizer = common.take_model_for(stack, options)
-    with PageServer(Playground(model, tokenizer, stack, max_new_tokens), port) as server:
+    with PageServer(Playground(model, tokenizer, stack, options["max_new_tokens"]), options["port"]) as server:
         click.echo(server.url)
-        if not no_browser:
+        if not options["no_browser"]:
             threading.Thread(target=webbrowser.open, args=[server.url], daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -49,7 +49,7 @@ from steerfast.hf.structure import find_decoder, identify, weights_fingerprint
 from steerfast.judging.by_source import DEVELOPMENT, VALIDATION
 from steerfast.judging.fluency import FluencyLimits, answer_perplexity, is_fluent, repetition
 from steerfast.judging.judges import Judge, agreement
-from steerfast.profile import Gate
+from steerfast.profile import Gate, SteeringProfile
 from steerfast.text.encoding import context_of, encode, pad_token
 from steerfast.text.template import template_arguments
 
@@ -303,30 +303,29 @@ class _Evaluation:
 
     def _score(self, systems: Sequence[System], sets: Sequence[EvalSet]) -> None:
         """Score every prompt with every profile's gates; gates that read alike share a pass."""
-        gated = [system for system in systems if system.gated]
+        gated = [(system, profile) for system in systems if (profile := system.gated) is not None]
         self.scores = {
-            system.name: {one.name: np.empty((len(one.items), system.steered_by.model.num_layers)) for one in sets}
-            for system in gated
+            system.name: {one.name: np.empty((len(one.items), profile.model.num_layers)) for one in sets}
+            for system, profile in gated
         }
         work = [(one, chunk) for one in sets for chunk in self._chunks[one.name]] if gated else []
         for one, chunk in track(work, "gate scores", show=self.options.progress):
             ids = encode(self.tokenizer, [one.items[place].prompt for place in chunk])
             rows: dict[Gate, Tensor] = {}
-            for system in gated:
-                work_on = functools.partial(self._gate_scores, system, ids, rows)
-                key = ("scores", self._weights, system.steered_by.checksum, ids)
+            for system, profile in gated:
+                work_on = functools.partial(self._gate_scores, profile, ids, rows)
+                key = ("scores", self._weights, profile.checksum, ids)
                 self.scores[system.name][one.name][chunk] = self.pieces.rows(key, work_on, system)
 
     def _margins(self, system: System, sets: Sequence[EvalSet]) -> dict[str, Any] | None:
         """Return set -> distances above the threshold, float64 [items]; None for a system that decides nothing."""
         if system.words is not None:
             return {one.name: system.words.margins(one.prompts) for one in sets}
-        if not system.gated:
+        if (profile := system.gated) is None:
             return None
-        return {one.name: margins(system.steered_by, self.scores[system.name][one.name]) for one in sets}
+        return {one.name: margins(profile, self.scores[system.name][one.name]) for one in sets}
 
-    def _gate_scores(self, system: System, ids: list[list[int]], rows: dict[Gate, Tensor]) -> list[Any]:
-        profile = system.steered_by
+    def _gate_scores(self, profile: SteeringProfile, ids: list[list[int]], rows: dict[Gate, Tensor]) -> list[Any]:
         if profile.gate not in rows:
             reduce, padding = gate_reading(profile.gate)[0], pad_token(self.tokenizer)
             rows[profile.gate] = residual_rows(

@@ -95,20 +95,14 @@ class System:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
-    def gated(self) -> bool:
-        """Return whether a profile's gate decides about prompts."""
-        return self.profile is not None and bool(self.profile.gate_layers)
+    def gated(self) -> SteeringProfile | None:
+        """Return the profile if its gate decides about prompts."""
+        return self.profile if self.profile is not None and self.profile.gate_layers else None
 
     @property
     def made_with(self) -> list[Record]:
         """Return the sets that chose something in the system."""
         return [*self.word_sets, *([] if self.profile is None else records(self.profile))]
-
-    @property
-    def steered_by(self) -> SteeringProfile:
-        """Return the profile of a system that has one."""
-        assert self.profile is not None
-        return self.profile
 
     def on(self, model: nn.Module, tokenizer: Any = None) -> contextlib.AbstractContextManager[Steering | None]:
         """Steer `model` within the context, if the system has a profile."""
