@@ -306,7 +306,7 @@ def read_sets(options: dict[str, Any], *roles: str, split: str | None = None) ->
         given = [*read_set(f"--{role}", options[role], label), *own]
         if not given:
             raise PromptError(f"--{role}: expected at least one prompt that is {label}, got none")
-        names[role] = " + ".join(map(_set_name, [*options[role], *labelled]))
+        names[role] = " + ".join(Path(source).name for source in [*options[role], *labelled])
         if split is not None and labelled:
             names[role] += f", {split}"
         options[role] = given
@@ -337,12 +337,6 @@ def _of_split(given: Sequence[Example], split: str) -> list[Example]:
     repeats = f", without {left_out} near-duplicates of prompts of another split" if left_out else ""
     click.echo(f"--prompts: {len(kept)} of {len(given)} prompts are of the split {split}{repeats}", err=True)
     return kept
-
-
-def _set_name(source: str) -> str:
-    from steerfast.text.prompts import SHIPPED_PREFIX
-
-    return source if source.startswith(SHIPPED_PREFIX) else Path(source).name
 
 
 def read_names(

@@ -55,8 +55,6 @@ from steerfast.text.template import template_arguments
 
 _LATENCY_PAIRS, _LATENCY_TOKENS = 8, 16
 
-Load = Callable[[str], tuple[nn.Module, Any]]
-
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -81,7 +79,7 @@ class EvaluateOptions:
     strengths: Sequence[float] = ()
     force: bool = False
     limits: FluencyLimits = field(default_factory=FluencyLimits)
-    load: Load = load_model
+    load: Callable[[str], tuple[nn.Module, Any]] = load_model
     tasks: Sequence[str | Mapping[str, Any]] = ()
     task_limit: int | None = None
 

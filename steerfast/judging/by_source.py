@@ -128,13 +128,12 @@ def _labels(sources: Sequence[SourceScores], negatives: Sequence[NDArray[np.floa
         mine = [one for one in sources if one.label == label and one.examples]
         if not mine:
             continue
-        rates = {one.source: one.fires.value for one in mine}
-        worst = (min if label == "harmful" else max)(rates, key=lambda name: rates[name])
+        worst = (min if label == "harmful" else max)(mine, key=lambda one: one.fires.value)
         found[label] = {
             "sources": len(mine),
             "n": sum(len(one.margins) for one in mine),
             "rate": mean([one.fires for one in mine]).to_list(),
-            "worst": {"source": worst, "rate": rates[worst]},
+            "worst": {"source": worst.source, "rate": worst.fires.value},
         }
         if label == "harmful" and negatives:
             aucs = {one.source: grouped_auc([one.margins], negatives).value for one in mine}
