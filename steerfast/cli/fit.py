@@ -185,10 +185,10 @@ def _render(profile: SteeringProfile, report: dict[str, Any] | None, reasons: li
     from steerfast.cli.rendering import frontier_table, gate_figures_report, header
 
     printed.print(header(profile))
-    if report is not None:
+    if report is None:
+        printed.print(frontier_table(profile))
+    else:
         gate_figures_report(report, printed)
-    elif (table := frontier_table(profile)) is not None:
-        printed.print(table)
     for reason in reasons:
         printed.print(f"not good: {reason}", markup=False)
     if not reasons:

@@ -149,10 +149,9 @@ def by_source_tables(profile: SteeringProfile) -> Iterator[Table]:
         yield report_table(of_sources({"": found["rows"]}, f"layer {layer} on its calibration, by source"))
 
 
-def frontier_table(profile: SteeringProfile) -> Table | None:
-    """Return what a behaviour gains and the text loses at each strength; None for a profile without such a record."""
-    if (found := profile.fitted.get("frontier")) is None:
-        return None
+def frontier_table(profile: SteeringProfile) -> Table:
+    """Return what a behaviour gains and the text loses at each strength."""
+    found = profile.fitted["frontier"]
     title = f"{profile.fitted['behaviour']}: answers to {found['prompts']} prompts, {found['max_new_tokens']} tokens"
     table = new_table("strength", "shift", "perplexity", "repeated", "fluent", "", title=escape(title))
     low, high = found["range"] or (1.0, 0.0)
