@@ -8,13 +8,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from steerfast.cli.group import say
+from steerfast.cli.group import printable, say
 from steerfast.errors import OutputError, PromptError
 
 if TYPE_CHECKING:
@@ -486,9 +486,17 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str] = ())
 
 def console(json_file: str | None = None) -> Console:
     """Return a console on standard output, or on stderr where standard output carries the JSON."""
-    from steerfast.cli.rendering import PrintableConsole
+    from rich.console import Console
+    from rich.segment import Segment
 
-    made = PrintableConsole(stderr=json_file == STDOUT, highlight=False)
+    class Printable(Console):
+        """Print text of files without characters that move a terminal's cursor or change its colours."""
+
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    made = Printable(stderr=json_file == STDOUT, highlight=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _PIPED_WIDTH
     return made

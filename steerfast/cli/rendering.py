@@ -6,30 +6,21 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.segment import Segment
 from rich.table import Column, Table
 
-from steerfast.cli.group import printable
 from steerfast.evaluation.description import edit, gate_figures, layer_ranges, layers, positions, reading, thresholds
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from steerfast.evaluation.report import ReportTable
     from steerfast.profile import SteeringProfile
 
 _SENSORS = 6  # layers shown
 _RATES = {"hit_rate": "hit", "false_positive_rate": "FPR"}
 _WORDS = {"", "sets", "gate", "system", "fired", "op", "implementation", "rows", "self-test"}  # others hold numbers
-
-
-class PrintableConsole(Console):
-    """Print text of files without characters that move a terminal's cursor or change its colours."""
-
-    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def new_table(*columns: str, no_wrap: bool = False, **options: Any) -> Table:
