@@ -187,6 +187,7 @@ def model_options(default: str | None = None, *, required: bool = False) -> Call
 
 
 def _edit_names() -> Iterable[str]:
+    """Return the kinds of edits, `add` first."""
     from steerfast.profile import EDITS
 
     return EDITS

@@ -12,10 +12,7 @@ search_options = common.together(
     common.value_option("--block", int, None, "Tokens of a block.", 32),
     common.value_option("--depth", int, None, "Most tokens of an answer.", 128),
     common.share_option(
-        "--top-p",
-        "Share of probability of the likeliest tokens, from which answers are drawn.",
-        0.9,
-        min_open=True,
+        "--top-p", "Share of probability of the likeliest tokens, from which answers are drawn.", 0.9, min_open=True
     ),
     common.value_option(
         "--temperature", click.FloatRange(min=0), "NUMBER", "0 is greedy; several candidates then sample at 1.", 0.7
