@@ -230,14 +230,11 @@ def read_metrics(text: str, name: str | None = None) -> Live:
     requests, fired = (one.get(f"gate_{what}_total", 0) for what in ("evaluations", "firings"))
     if not 0 <= fired <= requests or not requests:
         raise PromptError(f"metrics: expected requests that the gate decided on, got {requests}, {fired} of them fired")
-    return Live(requests, fired, _buckets(one["buckets"]))
-
-
-def _buckets(buckets: Mapping[float, int]) -> Cumulative | None:
-    """Return the scores of a Prometheus histogram; None where it has none."""
+    buckets = one["buckets"]  # a Prometheus histogram, or none
     edges = np.array(sorted(edge for edge in buckets if math.isfinite(edge)))
+    below = np.array([buckets[edge] for edge in edges], dtype=np.int64)
     count = buckets.get(math.inf, 0)
-    return Cumulative(edges, np.array([buckets[edge] for edge in edges], dtype=np.int64), count) if count else None
+    return Live(requests, fired, Cumulative(edges, below, count) if count else None)
 
 
 def _edge(text: str | None) -> float:

@@ -130,9 +130,9 @@ def evaluate(
         "agreement": work.agreements(systems, sets),
         "systems": {system.name: work.row(system, sets, names) for system in systems},
         "gates": {
-            system.name: gate(system.profile, sets, work.scores[system.name])
+            system.name: gate(profile, sets, work.scores[system.name])
             for system in systems
-            if system.name in work.scores and system.profile is not None and not system.canned
+            if (profile := system.gated) is not None and not system.canned
         },
         "frontier": [
             {"system": first, "strength": at.strength, **strength_figures(sets, work.cells[at.name], names[0])}
