@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -163,9 +163,7 @@ def _captured(layers: nn.ModuleList, reduce: Reduce, batch: PromptBatch) -> Iter
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         captured.append(reduce(output if isinstance(output, Tensor) else output[0], batch))
 
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(keep))
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steerfast._options import read_options
 from steerfast._progress import track
@@ -304,9 +305,8 @@ def _loss(model: nn.Module, batch: PromptBatch, starts: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-@contextmanager
-def _added(layer: nn.Module, vector: Tensor, rows: Tensor) -> Iterator[None]:
-    """Add `vector` [H] to the chosen `rows`, bool [N, T], of the layer's output while the context lasts."""
+def _added(layer: nn.Module, vector: Tensor, rows: Tensor) -> RemovableHandle:
+    """Return a context that adds `vector` [H] to the chosen `rows`, bool [N, T], of the layer's output."""
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -314,11 +314,7 @@ def _added(layer: nn.Module, vector: Tensor, rows: Tensor) -> Iterator[None]:
         edited = hidden + added
         return edited if isinstance(output, Tensor) else (edited, *output[1:])
 
-    handle = layer.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return layer.register_forward_hook(add)
 
 
 @contextmanager

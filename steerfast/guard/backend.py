@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,13 +243,9 @@ class HFBackend(Backend):
             last = values[-1] if isinstance(values[-1], Tensor) else values[-1][0]
             rows.append(last[:, -1].to(torch.float32, copy=True))
 
-        hooks = []
-        if module is self._head:
-            hooks.append(module.register_forward_pre_hook(keep, prepend=True))
-        elif module is not None:
-            hooks.append(module.register_forward_hook(keep))
-        try:
+        with ExitStack() as hooks:
+            if module is self._head:
+                hooks.enter_context(module.register_forward_pre_hook(keep, prepend=True))
+            elif module is not None:
+                hooks.enter_context(module.register_forward_hook(keep))
             yield rows
-        finally:
-            for hook in hooks:
-                hook.remove()
