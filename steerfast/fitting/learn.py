@@ -18,6 +18,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
@@ -25,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steerfast._files import read_checked, write_checked
 from steerfast._options import read_options
 from steerfast._progress import track
-from steerfast.errors import ArchitectureError, ProfileError, PromptError, SteerfastError
-from steerfast.fitting.checkpoint import Checkpoint
+from steerfast.errors import ArchitectureError, OutputError, ProfileError, PromptError, SteerfastError
 from steerfast.fitting.ending import turn_ends
 from steerfast.fitting.labelled import Given, Labelled, evenly
 from steerfast.fitting.refusals import refusals_of
@@ -42,6 +43,8 @@ from steerfast.text.examples import Prompt
 from steerfast.text.prompts import describe_set
 
 KIND = "learned"
+_STATE = "checkpoint"  # kind of the file that keeps the last step: tensors, and the losses of all steps
+_STATE_VERSION = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 _PACE = 0.3  # length of the first steps, as a share of the longest vector
 
@@ -233,8 +236,8 @@ def _learn_vector(
     share = torch.zeros(decoder.hidden_size, dtype=torch.float32, device=device_of(model), requires_grad=True)
     pace = _PACE / decoder.hidden_size**0.5
     optimizer = torch.optim.Adam([share], lr=pace)
-    checkpoint = Checkpoint(options.resume, _training_settings(model, work, answer_starts, (layer, longest), options))
-    losses = _restored(checkpoint, share, optimizer)
+    settings = _training_settings(model, work, answer_starts, (layer, longest), options)
+    losses = _restored(options.resume, settings, share, optimizer)
     shuffle = random.Random(options.seed)
     steps = range(len(losses), options.steps)
     rounds = (batch for _ in itertools.count() for batch in shuffle.sample(work, len(work)))
@@ -256,8 +259,10 @@ def _learn_vector(
             optimizer.step()
             with torch.no_grad():
                 share /= share.norm().clamp(min=1.0)
-            moments = {name: optimizer.state[share][name] for name in _MOMENTS}
-            checkpoint.write({"share": share.detach().cpu(), **{k: v.cpu() for k, v in moments.items()}}, losses)
+            if options.resume is not None:
+                state = {"share": share.detach(), **{name: optimizer.state[share][name] for name in _MOMENTS}}
+                header = {"format": _STATE_VERSION, "kind": _STATE, "settings": settings, "losses": losses}
+                write_checked(options.resume, header, {name: tensor.cpu() for name, tensor in state.items()})
     return (share.detach() * longest).cpu(), losses
 
 
@@ -278,11 +283,22 @@ def _training_settings(
     }
 
 
-def _restored(checkpoint: Checkpoint, share: Tensor, optimizer: torch.optim.Optimizer) -> list[float]:
-    """Put the state of a checkpoint into the vector and its optimizer, and return the losses so far."""
-    if (found := checkpoint.read()) is None:
+def _restored(
+    file: str | os.PathLike[str] | None, settings: dict[str, Any], share: Tensor, optimizer: torch.optim.Optimizer
+) -> list[float]:
+    """Put the state in a file, if it is of these settings, into the vector and its optimizer; return the losses so far.
+
+    Raises:
+        OutputError: the file holds no such state; it is not overwritten.
+    """
+    if file is None or not Path(file).exists():
         return []
-    tensors, losses = found
+    header, tensors = read_checked(file, _STATE, _STATE_VERSION, OutputError)
+    if header.get("kind") != _STATE:
+        raise OutputError(f"resume: expected a file of learn, got {str(Path(file))!r}; name a new one")
+    if header["settings"] != settings:
+        return []
+    losses: list[float] = header["losses"]
     with torch.no_grad():
         share.copy_(tensors["share"])
     moments = {name: tensors[name].to(share.device) for name in _MOMENTS}
