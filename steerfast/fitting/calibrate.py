@@ -24,7 +24,6 @@ from steerfast.judging.by_source import DEVELOPMENT, SourceScores, figures_by_so
 from steerfast.judging.estimates import grouped_auc, mean, threshold_at_false_positive_rate, threshold_midpoint
 from steerfast.profile import SteeringProfile
 from steerfast.profile.checks import is_layer
-from steerfast.text.prompts import describe_set
 
 POINTS = {"strict": 3.0, "balanced": 1.0, "permissive": 0.3}
 """Operating points: name -> how many times the named rates of harmless and borderline prompts may fire."""
@@ -243,14 +242,12 @@ def _with_sensor(profile: SteeringProfile, sensor: int | Literal["own"]) -> Stee
 
 def _record(examples: Labelled, scores: Tensor, profile: SteeringProfile, options: CalibrateOptions) -> dict[str, Any]:
     """Return the sets, rates, figures and histograms of a calibration, as JSON data."""
-    names = options.names or {}
-    sides = {"harmful": examples.harmful, "harmless": ~examples.harmful}
     sources = [_by_source(examples, profile, scores[:, layer], layer) for layer in range(scores.shape[1])]
     return {
         "max_false_positive_rate": options.max_false_positive_rate,
         "max_borderline_rate": options.max_borderline_rate,
         **({} if profile.abstain is None else {"abstain_rate": options.abstain_rate}),
-        "sets": {side: describe_set(examples.select(mask).texts, names.get(side)) for side, mask in sides.items()},
+        "sets": examples.describe_sides(options.names),
         "sources": examples.describe(),
         "layers": {"calibration": [_figures(found) for found in sources]},
         "by_source": {str(layer): figures_by_source(sources[layer])[DEVELOPMENT] for layer in profile.deciding_layers},

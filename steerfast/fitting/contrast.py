@@ -117,7 +117,7 @@ def read_pairs(
         batch_size=batch_size,
         pad_token_id=pad_token(tokenizer),
         description="pairs" if progress else None,
-        cache=None if cache is None else RowCache.of(cache, model, ["pairs", chosen], starts),
+        cache=None if cache is None else RowCache(cache, model, ["pairs", chosen], starts),
     )
     positive_rows, negative_rows = rows[:, :, 0].split(len(positive))
     norm = rows[:, :, 1].norm(dim=2).median(dim=0).values

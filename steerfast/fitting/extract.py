@@ -25,7 +25,6 @@ from steerfast.hf.structure import identify
 from steerfast.judging.estimates import threshold_midpoint
 from steerfast.profile import EDITS, Gate, ModelIdentity, SteeringProfile
 from steerfast.text.encoding import encode, pad_token
-from steerfast.text.prompts import describe_set
 from steerfast.text.template import template_record
 from steerfast.text.turns import turn_markers
 
@@ -242,15 +241,14 @@ class _Extraction:
             found = project(here, directions[-1], score)
             thresholds.append(threshold_midpoint(found[examples.harmful].numpy(), found[~examples.harmful].numpy()))
         left_out = leave_sources_out(examples, reading, fit_without, score=score, progress=options.progress)
-        sibling, names = options.aligned_model, options.names or {}
-        sides = {"harmful": examples.harmful, "harmless": ~examples.harmful}
+        sibling = options.aligned_model
         fitted = {
             "direction": options.gate,
             "shrinkage": shrinkage,
             "unit_norm": options.unit_norm,
             **template_record(self.tokenizer),
             "aligned_model": identify(sibling).name if sibling is not None else None,
-            **{side: describe_set(examples.select(mask).texts, names.get(side)) for side, mask in sides.items()},
+            **examples.describe_sides(options.names),
             "sources": examples.describe(),
             "left_out": {} if left_out is None else auc_by_group(examples, left_out),
         }
@@ -279,7 +277,7 @@ class _Extraction:
 
     def _cache(self, reading: Any) -> RowCache | None:
         folder = self.options.cache
-        return None if folder is None else RowCache.of(folder, self.model, reading)
+        return None if folder is None else RowCache(folder, self.model, reading)
 
     def _rows(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -152,6 +152,11 @@ class Labelled:
         found = [places == number for number in range(count)]
         left = min(int((side & ~out).sum()) for out in found for side in (self.harmful, ~self.harmful))
         return found if left > 1 else []
+
+    def describe_sides(self, names: Mapping[str, str] | None) -> dict[str, Any]:
+        """Return name, count and hash of the harmful and of the other prompts, for a profile's provenance."""
+        sides = {"harmful": self.harmful, "harmless": ~self.harmful}
+        return {side: describe_set(self.select(mask).texts, (names or {}).get(side)) for side, mask in sides.items()}
 
     def describe(self) -> dict[str, Any]:
         """Return label, count and hash of each source, for a profile's provenance."""

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,23 @@ from steerfast._files import make_folder, write_atomically
 from steerfast.hf.structure import weights_fingerprint
 
 
-@dataclass(frozen=True)
 class RowCache:
-    """Hold the rows of each sequence, a file each.
+    """Keep a model's rows of each sequence, a file each.
 
-    Attributes:
-        folder: of the files. key: what all rows depend on beside the sequences.
+    Args:
+        folder: of the files. reading: JSON data that says which rows are kept.
         starts: by sequence the first row that is read, for a reading that begins at different rows.
+
+    Raises:
+        OutputError: the folder cannot be made.
     """
 
-    folder: Path
-    key: str
-    starts: Sequence[int] | None = None
-
-    @classmethod
-    def of(
-        cls, folder: str | os.PathLike[str], model: nn.Module, reading: Any, starts: Sequence[int] | None = None
-    ) -> RowCache:
-        """Return the cache of a model's rows; `reading`, JSON data, says which rows are kept.
-
-        Raises:
-            OutputError: the folder cannot be made.
-        """
-        path = make_folder(folder, "cache: cannot make the folder")
+    def __init__(
+        self, folder: str | os.PathLike[str], model: nn.Module, reading: Any, starts: Sequence[int] | None = None
+    ) -> None:
+        self._folder, self._starts = make_folder(folder, "cache: cannot make the folder"), starts
         dtype = str(next(model.parameters()).dtype)
-        return cls(path, json.dumps([weights_fingerprint(model), dtype, reading], sort_keys=True), starts)
+        self._key = json.dumps([weights_fingerprint(model), dtype, reading], sort_keys=True)
 
     def read(self, place: int, sequence: Sequence[int], layers: int, hidden_size: int) -> Tensor | None:
         """Return the rows of the sequence at `place`, float32 [layers, ..., H]; None: their file is no such file."""
@@ -63,6 +54,6 @@ class RowCache:
         write_atomically(self._file(place, sequence), save({"rows": rows.contiguous()}))
 
     def _file(self, place: int, sequence: Sequence[int]) -> Path:
-        start = [] if self.starts is None else [self.starts[place]]
-        digest = hashlib.sha256(json.dumps([self.key, list(sequence), *start]).encode()).hexdigest()
-        return self.folder / f"{digest[:32]}.safetensors"
+        start = [] if self._starts is None else [self._starts[place]]
+        digest = hashlib.sha256(json.dumps([self._key, list(sequence), *start]).encode()).hexdigest()
+        return self._folder / f"{digest[:32]}.safetensors"

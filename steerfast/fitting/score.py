@@ -104,7 +104,7 @@ def gate_rows(
         batch_size=batch_size,
         pad_token_id=pad_token(tokenizer),
         description=description,
-        cache=None if cache is None else RowCache.of(cache, model, profile.gate.header()),
+        cache=None if cache is None else RowCache(cache, model, profile.gate.header()),
     )
 
 

@@ -25,7 +25,6 @@ from steerfast.judging.answers import judge, share
 from steerfast.judging.fluency import FluencyLimits
 from steerfast.profile import EDITS, SteeringProfile
 from steerfast.text.encoding import encode
-from steerfast.text.prompts import describe_set
 
 Positions = Literal["all", "response"]
 _SCREEN_SHARE = 3  # a first look takes a third of the harmful prompts
@@ -166,9 +165,8 @@ def tune(
     finals = trials([trial.candidate for trial in screened[:_FINALISTS]], prompts, "finalists")
     tuned = _best(finals, chosen.min_fluent).candidate.apply(profile, ending)
     unchanged = _unchanged(tuned, answers, encode(tokenizer, good.prompts, model, room=chosen.max_new_tokens), chosen)
-    names = chosen.names or {}
-    sets = {role: describe_set(one.texts, names.get(role)) for role, one in (("harmful", bad), ("harmless", good))}
-    return replace(tuned, candidates={}, tuned={**_record(finals, unchanged, len(candidates), chosen), **sets})
+    record = _record(finals, unchanged, len(candidates), chosen) | examples.describe_sides(chosen.names)
+    return replace(tuned, candidates={}, tuned=record)
 
 
 def _ending(profile: SteeringProfile, candidates: Sequence[Setting], model: nn.Module, tokenizer: Any) -> Tensor | None:

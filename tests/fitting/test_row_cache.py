@@ -29,7 +29,7 @@ def model(tiny_llama: Any) -> Any:
 
 
 def rows(model: Any, folder: Path, sequences: Any = SEQUENCES, reading: Any = "last", **options: Any) -> Tensor:
-    cache = RowCache.of(folder, model, reading)
+    cache = RowCache(folder, model, reading)
     return residual_rows(model, sequences, cache=cache, **{"batch_size": 2, **options})
 
 
@@ -112,7 +112,7 @@ def test_a_broken_file_is_computed_again(model: Any, tmp_path: Path, content: by
     from safetensors.torch import save
 
     expected = rows(model, tmp_path, batch_size=1)
-    broken, whole = RowCache.of(tmp_path, model, "last")._file(2, SEQUENCES[2]), b""
+    broken, whole = RowCache(tmp_path, model, "last")._file(2, SEQUENCES[2]), b""
     whole = broken.read_bytes()
     if isinstance(content, str):
         content = whole[: len(whole) // 2] if content == "half" else save(ODD[content])
@@ -137,7 +137,7 @@ def test_an_interrupted_run_goes_on(model: Any, tmp_path: Path, batches: int) ->
 def test_a_folder_that_cannot_be_made(model: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cache: cannot make the folder "):
-        RowCache.of(tmp_path / "file" / "rows", model, "last")
+        RowCache(tmp_path / "file" / "rows", model, "last")
 
 
 # -- extract and calibrate ---------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_another_pair_costs_its_own_two_readings(model: Any, tiny_tokenizer: Any
 def test_an_answer_that_begins_elsewhere_has_rows_apart(model: Any, tmp_path: Path) -> None:
     def kept(starts: list[int]) -> int:
         with counted(model) as read:
-            residual_rows(model, SEQUENCES, cache=RowCache.of(tmp_path, model, "pairs", starts))
+            residual_rows(model, SEQUENCES, cache=RowCache(tmp_path, model, "pairs", starts))
         return sum(read)
 
     starts = [1, 0, 2, 1, 1, 0]
