@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -232,11 +231,14 @@ def _gate_fields(options: ImportOptions, model: ModelIdentity, notes: list[str])
     else:
         _check_fits("condition", source.direction, source.layer, model)
         notes += source.notes
-        zeros = torch.zeros(model.num_layers, model.hidden_size)
+        direction = torch.zeros(model.num_layers, model.hidden_size)
+        direction[source.layer] = torch.nn.functional.normalize(source.direction, dim=0)
+        threshold = torch.zeros(model.num_layers)
+        threshold[source.layer] = torch.tensor(source.threshold, dtype=torch.float64)  # may be inf in float32
         fields = {
             "gate": Gate("prompt", "cosine"),
-            "direction": _in_rows({source.layer: torch.nn.functional.normalize(source.direction, dim=0)}, zeros),
-            "threshold": _in_rows({source.layer: source.threshold}, zeros[:, 0].clone()),
+            "direction": direction,
+            "threshold": threshold,
             "sensor": source.layer,
         }
     gate = fields["gate"]
@@ -260,12 +262,6 @@ def _check_fits(what: str, vector: Tensor, layer: int, model: ModelIdentity) -> 
         raise ProfileError(f"{what}: expected {model.hidden_size} numbers for {model.name!r}, got {len(vector)}")
 
 
-def _in_rows(values: Mapping[int, Tensor] | Mapping[int, float], rows: Tensor) -> Tensor:
-    for layer, value in values.items():
-        rows[layer] = torch.as_tensor(value, dtype=torch.float64)  # infinite where float32 cannot hold it
-    return rows
-
-
 @dataclass(frozen=True)
 class ExportRows:
     """Hold the rows that a profile with an open gate adds, ready to write: strength times vector.
@@ -277,15 +273,6 @@ class ExportRows:
     profile: SteeringProfile
     rows: dict[int, Tensor]
     notes: tuple[str, ...]
-
-    @property
-    def hint(self) -> str:
-        """Return the model's architecture, as projects write it into their files."""
-        return self.profile.model.architecture
-
-    def stacked(self) -> np.ndarray:
-        """Return the rows, one under another: float32 [n, H]."""
-        return torch.stack(list(self.rows.values())).numpy()
 
 
 def export_rows(profile: SteeringProfile, *, edit: str = "add", gate_apart: bool = False) -> ExportRows:

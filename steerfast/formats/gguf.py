@@ -16,7 +16,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,7 @@ def _encode_glp(written: ExportRows) -> tuple[bytes, list[str]]:
         "glp.base_model": profile.model.name,
         "glp.content_sha256": hashlib.sha256(b"".join(row.numpy().tobytes() for row in rows.values())).hexdigest(),
     }
-    return _built(written, rows, {}, values), ["a reader that does not know glp.mode adds the directions instead"]
+    return _built(written, rows, values), ["a reader that does not know glp.mode adds the directions instead"]
 
 
 # -- control vectors that add ----------------------------------------------------------------------
@@ -290,33 +290,26 @@ def _encode(written: ExportRows) -> tuple[bytes, list[str]]:
 
 def _encode_easysteer(written: ExportRows) -> tuple[bytes, list[str]]:
     native = json.dumps({"version": 1, "component": "hidden_states", "metadata": {"mapping": []}})
-    return _built(written, written.rows, {"method": "steerfast", "easysteer": native}), []
+    more = {"controlvector.method": "steerfast", "controlvector.easysteer": native}
+    return _built(written, written.rows, more), []
 
 
-def _built(
-    written: ExportRows, rows: dict[int, Tensor], extra: dict[str, str], more: dict[str, Any] | None = None
-) -> bytes:
+def _built(written: ExportRows, rows: dict[int, Tensor], more: dict[str, Any]) -> bytes:
     values: dict[str, Any] = {
-        f"{_ARCHITECTURE}.model_hint": written.hint,
+        f"{_ARCHITECTURE}.model_hint": written.profile.model.architecture,
         f"{_ARCHITECTURE}.layer_count": len(rows),
         "steerfast.layer_numbering": _NUMBERING,
+        **more,
     }
-    values |= {f"{_ARCHITECTURE}.{name}": value for name, value in extra.items()} | (more or {})
     return build(values, {f"direction.{layer}": row.numpy() for layer, row in rows.items()})
 
 
-def _is_gguf(path: Path, data: bytes) -> bool:
-    return data.startswith(_MAGIC)
+def _has(mark: bytes) -> Callable[[Path, bytes], bool]:
+    """Return whether a file is a GGUF with a mark among its keys."""
+    return lambda path, data: data.startswith(_MAGIC) and mark in data[: 1 << 16]
 
 
-def _is_easysteer(path: Path, data: bytes) -> bool:
-    return data.startswith(_MAGIC) and b"controlvector.method" in data[: 1 << 16]
-
-
-def _is_glp(path: Path, data: bytes) -> bool:
-    return data.startswith(_MAGIC) and b"glp." in data[: 1 << 16]
-
-
+_is_gguf, _is_easysteer, _is_glp = map(_has, (b"", b"controlvector.method", b"glp."))
 GGUF = Format("gguf", (".gguf",), "N is the output of 0-based block N, from 1", _is_gguf, _read, _encode)
 EASYSTEER = Format(
     "easysteer", (".gguf",), "N is the output of 0-based block N", _is_easysteer, _read, _encode_easysteer

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerfast.errors import ProfileError
@@ -89,19 +90,19 @@ def condition_file(profile: SteeringProfile) -> tuple[bytes, list[str]]:
     ]
     directions = profile.direction if profile.gate.pooling == "last" else profile.read_in_mean
     rows = {layer: directions[layer] for layer in layers}
-    data, lost = _svec(model.architecture, rows, model.num_layers)
+    data, lost = _svec(model, rows)
     of = " of the mean row of all tokens" if profile.gate.pooling == "mean" else ""  # and not the mean of cosines
     return data, notes + lost + [f"conditional activation steering compares absolute cosines{of}: try the threshold"]
 
 
 def _encode_svec(written: ExportRows) -> tuple[bytes, list[str]]:
-    data, lost = _svec(written.hint, written.rows, written.profile.model.num_layers)
+    data, lost = _svec(written.profile.model, written.rows)
     layers = [layer + 1 for layer in written.rows if layer + 1 < written.profile.model.num_layers]
     return data, [f"behavior_layer_ids={layers}: inputs of 0-based blocks", *lost]
 
 
-def _svec(hint: str, rows: dict[int, Tensor], num_layers: int) -> tuple[bytes, list[str]]:
-    last = num_layers - 1
+def _svec(model: ModelIdentity, rows: dict[int, Tensor]) -> tuple[bytes, list[str]]:
+    last, hint = model.num_layers - 1, model.architecture
     kept = {layer + 1: row.tolist() for layer, row in rows.items() if layer != last}
     if not kept:
         raise Malformed(f"expected a vector before the last block, {last}: .svec files hold inputs of blocks")
@@ -191,8 +192,8 @@ def _inflated(data: bytes, most: int) -> bytes:
 
 
 def _data_of(written: ExportRows) -> dict[str, Any]:
-    rows = written.stacked()
-    data = base64.b64encode(rows.astype("<f4").tobytes()).decode()
+    rows = torch.stack(list(written.rows.values()))
+    data = base64.b64encode(rows.numpy().astype("<f4").tobytes()).decode()
     return {"data": data, "dtype": "float32", "shape": list(rows.shape)}
 
 
