@@ -278,7 +278,8 @@ class Search:
         """Charge the new blocks, `lengths` tokens each, to the budgets. `last`: no candidate goes on after them."""
         blocks = self._blocks(beams.candidates, question)
         now = scores_of(self.cost, blocks, "cost")
-        cost = self._cost(now, beams)
+        refund = self.budget.refund
+        cost = block_costs(self.cost, now, beams.column("score" if refund else "cost"), refund)
         z = self.budget.block(beams.column("z"), cost, torch.tensor(lengths))
         reward = scores_of(self.reward, blocks, "reward")
         p_safe, value = (z > 0).float(), reward
@@ -300,11 +301,6 @@ class Search:
             for old, length, spent, *numbers in new
         ]
         return _Beams(beams.candidates, scores)
-
-    def _cost(self, now: Tensor, beams: _Beams) -> Tensor:
-        """Return the cost of the last block of candidates with these scores, and with those of `beams` before it."""
-        refund = self.budget.refund
-        return block_costs(self.cost, now, beams.column("score" if refund else "cost"), refund)
 
     def _blocks(self, candidates: Candidates, question: str | None) -> Blocks:
         questions = None if question is None else [question] * len(candidates)

@@ -344,10 +344,12 @@ class SteeringProfile:
         """Return a stack of both: each gate decides for its own profile, and edits follow in order."""
         from steerfast.profile.stack import ProfileStack
 
-        return ProfileStack([self, other]) if isinstance(other, SteeringProfile) else NotImplemented
+        return ProfileStack([self]).__add__(other)
 
     def __sub__(self, other: Any) -> ProfileStack:
-        return self + -other if isinstance(other, SteeringProfile) else NotImplemented
+        from steerfast.profile.stack import ProfileStack
+
+        return ProfileStack([self]).__sub__(other)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -43,14 +43,8 @@ class ProfileStack(tuple[SteeringProfile, ...]):
     def __add__(self, other: Any) -> ProfileStack:
         return ProfileStack([*self, *as_stack(other)]) if _is_given(other) else NotImplemented
 
-    def __radd__(self, other: Any) -> ProfileStack:
-        return ProfileStack([*as_stack(other), *self]) if _is_given(other) else NotImplemented
-
     def __sub__(self, other: Any) -> ProfileStack:
         return self + -other if _is_given(other) else NotImplemented
-
-    def __rsub__(self, other: Any) -> ProfileStack:
-        return other + -self if _is_given(other) else NotImplemented
 
     def __mul__(self, factor: Any) -> ProfileStack:
         return ProfileStack(profile * factor for profile in self)
