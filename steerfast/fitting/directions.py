@@ -8,7 +8,6 @@ dimensions, so no H x H matrix is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ def fit_direction(
         PromptError: empty, non-finite or differently wide rows; equal means; too little variation for "lda".
         ProfileError: unknown method, weights or a shrinkage that are out of range or not for this method.
     """
-    if method not in _SOLVERS and method != "lda":
+    if method not in _SOLVERS:
         raise ProfileError(f"method: expected one of {', '.join(DIRECTION_METHODS)}, got {method!r}")
     if shrinkage is not None and (method != "lda" or not 0.0 <= shrinkage <= 1.0):
         raise ProfileError(f"shrinkage: expected None, or 0 to 1 with method 'lda', got {shrinkage} with {method!r}")
@@ -132,13 +131,10 @@ def _solve(harmful: Tensor, harmless: Tensor, method: str, shrinkage: float | No
         basis, triangle = torch.linalg.qr(rows.T)
         rows = triangle.T.contiguous()
     positive, negative = rows[: len(harmful)], rows[len(harmful) :]
-    difference = _mean(positive, negative, weight, width)
+    difference = _mean(positive, negative, weight, width, shrinkage)
     if float(torch.linalg.vector_norm(difference)) <= _ROUNDING * row_norm:
         raise PromptError("harmful and harmless: expected sets with different mean rows, got the same mean")
-    if method == "lda":
-        solution = _lda(positive, negative, weight, width, shrinkage)
-    else:
-        solution = _SOLVERS[method](positive, negative, weight, width)
+    solution = _SOLVERS[method](positive, negative, weight, width, shrinkage)
     if float(solution @ difference) < 0.0:
         solution = -solution
     return unit(solution if basis is None else basis @ solution)
@@ -185,12 +181,12 @@ def _means(positive: Tensor, negative: Tensor, weight: Tensor) -> list[Tensor]:
     return [part @ rows / part.sum() for part, rows in parts]
 
 
-def _mean(positive: Tensor, negative: Tensor, weight: Tensor, width: int) -> Tensor:
+def _mean(positive: Tensor, negative: Tensor, weight: Tensor, width: int, shrinkage: float | None) -> Tensor:
     first, second = _means(positive, negative, weight)
     return first - second
 
 
-def _pca(positive: Tensor, negative: Tensor, weight: Tensor, width: int) -> Tensor:
+def _pca(positive: Tensor, negative: Tensor, weight: Tensor, width: int, shrinkage: float | None) -> Tensor:
     pairs = min(len(positive), len(negative))
     differences = positive[:pairs] - negative[:pairs]
     if not bool(differences.any()):
@@ -198,7 +194,7 @@ def _pca(positive: Tensor, negative: Tensor, weight: Tensor, width: int) -> Tens
     return torch.linalg.svd(differences, full_matrices=False).Vh[0]
 
 
-def _logistic(positive: Tensor, negative: Tensor, weight: Tensor, width: int) -> Tensor:
+def _logistic(positive: Tensor, negative: Tensor, weight: Tensor, width: int, shrinkage: float | None) -> Tensor:
     rows = torch.cat([positive, negative])
     labels = np.repeat([1, 0], [len(positive), len(negative)])
     # One scale for all features, so that the penalty does not depend on the basis: root mean square over n x H.
@@ -245,9 +241,5 @@ def solve_lda(covariance: Tensor, difference: Tensor, width: int, shrinkage: flo
     return torch.cholesky_solve(difference[:, None], factor)[:, 0]
 
 
-_SOLVERS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
-    "mean": _mean,
-    "pca": _pca,
-    "logistic": _logistic,
-}
-DIRECTION_METHODS = ("lda", *_SOLVERS)
+_SOLVERS = {"lda": _lda, "mean": _mean, "pca": _pca, "logistic": _logistic}
+DIRECTION_METHODS = tuple(_SOLVERS)

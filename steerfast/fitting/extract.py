@@ -145,20 +145,9 @@ def _outline(identity: ModelIdentity, tokenizer: Any, options: ExtractOptions) -
         window = None if window == "all" else _WINDOW if window is None else window
     reads_turn = options.turn == "auto" and pooling != "last"
     turn, tail = turn_markers(tokenizer) if reads_turn else ((), 0)
-    wide = torch.zeros(identity.num_layers, identity.hidden_size, dtype=torch.float32, device="cpu")
-    return SteeringProfile(
-        model=identity,
-        direction=wide,
-        threshold=wide[:, 0],
-        vector=wide,
-        strength=wide[:, 0],
-        norm=wide[:, 0],
-        gate=Gate(options.gate_kind, options.score, options.sharpness, pooling, window, turn, tail),  # type: ignore[arg-type]
-        edit=options.edit,
-        low=options.low,
-        high=options.high,
-        angle=options.angle,
-    )
+    gate = Gate(options.gate_kind, options.score, options.sharpness, pooling, window, turn, tail)  # type: ignore[arg-type]
+    edit = {name: getattr(options, name) for name in ("edit", "low", "high", "angle")}
+    return SteeringProfile.from_tensors({}, identity, gate=gate, **edit)
 
 
 class _Extraction:

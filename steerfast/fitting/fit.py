@@ -135,11 +135,9 @@ def fit(
             )
         return fit_safety(model, tokenizer, read_options("fit", SafetyOptions, options))
     chosen = read_options("fit", ContrastOptions, options)
-    for name, side in (("positive", positive), ("negative", negative)):
-        if side is None:
-            raise PromptError(f"{name}: expected the other side of the pairs, got none")
-    assert positive is not None
-    assert negative is not None
+    if positive is None or negative is None:
+        name = "positive" if positive is None else "negative"
+        raise PromptError(f"{name}: expected the other side of the pairs, got none")
     check_pairs(positive, negative)
     find_decoder(model).refuse_if_steered()
     return _fit_pairs(model, tokenizer, (positive, negative), behaviour.strip(), chosen)
@@ -169,7 +167,10 @@ def _fit_pairs(
             findings.append(f"{right[0]} of {right[1]} told apart by the others")
     layers = profile.steered_layers
     with stage(f"2/2 strengths of {behaviour}", show=options.progress) as findings:
-        found = _frontier(model, tokenizer, profile, rows, _asked(pairs, options), options, work)
+        asked = options.prompts
+        if asked is None:
+            asked = evenly(common_prompts(*pairs) or read_prompts(_OTHER_PROMPTS), _ASKED)
+        found = _frontier(model, tokenizer, profile, rows, asked, options, work)
         strength, tried = found["strength"], len(found["tried"])
         if options.strengths is None and tried < len(STRENGTHS):
             findings.append(f"{tried} of {len(STRENGTHS)} strengths fit into {options.minutes:g} min")
@@ -177,13 +178,6 @@ def _fit_pairs(
     record = {"read": read, "pairs": describe_pairs(*pairs, options.name), "frontier": found}
     steered = at_total(profile, layers, strength or found["points"][1]["strength"])
     return replace(steered, fitted={**profile.fitted, **record})
-
-
-def _asked(pairs: tuple[Sequence[Prompt], Sequence[Prompt]], options: ContrastOptions) -> list[Prompt]:
-    """Return the prompts to answer at each strength."""
-    if options.prompts is not None:
-        return list(options.prompts)
-    return evenly(common_prompts(*pairs) or read_prompts(_OTHER_PROMPTS), _ASKED)
 
 
 def _frontier(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from steerfast._progress import track
@@ -62,15 +60,13 @@ def auc_by_group(examples: Labelled, scores: Tensor) -> dict[str, dict[str, list
         Under ``source`` and ``context``: name -> AUC of each layer.
     """
     found: dict[str, dict[str, list[float]]] = {}
-    values = scores.numpy()
+    by_layer = scores.numpy().T
     negatives = [places for (_, label), places in examples.groups().items() if label == "harmless"]
     negatives = negatives or [examples.rows("borderline")]
     for kind in ("source", "context"):
-        harmful = {name: places for (name, label), places in examples.groups(kind).items() if label == "harmful"}
-        found[kind] = {name: _auc_by_layer(values, places, negatives) for name, places in harmful.items()}
+        found[kind] = {
+            name: [round(grouped_auc([one[places]], [one[rest] for rest in negatives]).value, 4) for one in by_layer]
+            for (name, label), places in examples.groups(kind).items()
+            if label == "harmful"
+        }
     return found
-
-
-def _auc_by_layer(scores: NDArray[np.float64], harmful: list[int], harmless: list[list[int]]) -> list[float]:
-    layers = range(scores.shape[1])
-    return [round(grouped_auc([scores[harmful, i]], [scores[one, i] for one in harmless]).value, 4) for i in layers]

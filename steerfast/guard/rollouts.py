@@ -55,10 +55,6 @@ class Rollouts:
         """Return where an answer's last block ends: bool [states]; the next state is the end of a first block."""
         return torch.cat([self.owner[1:] != self.owner[:-1], torch.ones(1, dtype=torch.bool)])
 
-    def _split(self, states: Tensor) -> tuple[Tensor, ...]:
-        """Return numbers of states, [states], by answer."""
-        return states.split(self.owner.unique_consecutive(return_counts=True)[1].tolist())
-
     def blocks(self, tokenizer: Any) -> Blocks:
         """Return the answers so far at each state, for scorers."""
         count, owners = len(self.owner), zip(self.owner.tolist(), self.ends.tolist(), strict=True)
@@ -72,7 +68,8 @@ class Rollouts:
         spent, worth = scores_of(cost, blocks, "cost"), scores_of(reward, blocks, "reward")
         whole = self.last if getattr(reward, "cumulative", True) else torch.ones_like(self.last)
         total = torch.zeros(len(self.answers)).index_add(0, self.owner[whole], worth[whole])
-        highest = spent if refund else torch.cat([one.cummax(0).values.clamp(min=0) for one in self._split(spent)])
+        by_answer = spent.split(self.owner.unique_consecutive(return_counts=True)[1].tolist())
+        highest = spent if refund else torch.cat([one.cummax(0).values.clamp(min=0) for one in by_answer])
         costs = block_costs(cost, spent, torch.where(self.last.roll(1), 0.0, highest.roll(1)), refund)
         return replace(self, cost=costs, reward=total)
 

@@ -157,12 +157,9 @@ class SteeringProfile:
         check_one_of("edit", self.edit, EDITS)
         for edit in EDITS.values():
             given = edit.given(self)
-            if edit.name == self.edit:
-                problem = edit.check(**given)
-            elif given != edit.defaults:
+            problem = edit.check(**given) if edit.name == self.edit else None
+            if edit.name != self.edit and given != edit.defaults:
                 problem = f"{edit.misplaced(**given)} for {self.edit!r}"
-            else:
-                problem = None
             if problem is not None:
                 raise ProfileError(problem)
 
@@ -412,7 +409,7 @@ class SteeringProfile:
         Raises:
             ProfileError: a layer that the model does not have, a vector of another size, or as the class.
         """
-        zeros = torch.zeros(model.num_layers, model.hidden_size)
+        zeros = torch.zeros(model.num_layers, model.hidden_size, dtype=torch.float32, device="cpu")
         rows, strengths = zeros.clone(), zeros[:, 0].clone()
         for layer, vector in vectors.items():
             if not is_layer(layer, model):
