@@ -24,7 +24,6 @@ _HARMLESS = ("harmless", "borderline")
 _FULL = 40  # prompts from which on a source has its whole weight: fewer say less of their source
 _BORDERLINE = 0.2  # weight of a borderline source: traffic is harmless, and a direction away from both finds less
 _FOLDS = 8
-_TINY = torch.finfo(torch.float64).tiny  # for a side without examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +98,7 @@ class Labelled:
             share = _BORDERLINE if label == "borderline" else 1.0
             weight[places] = share * min(1.0, len(places) / _FULL) / len(places)
         for side in (self.harmful, ~self.harmful):
-            weight[side] /= weight[side].sum().clamp(min=_TINY)
+            weight[side] /= weight[side].sum()
         return weight
 
     @cached_property

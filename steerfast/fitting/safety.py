@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,42 +101,28 @@ class _Recipe:
     def run(self) -> SteeringProfile:
         """Run all stages."""
         effort, fitted, names = self.effort, self.sets["fit"], self._names
-        reading: dict[str, Any] = {
-            "batch_size": self.options.batch_size,
-            "cache": self._file("rows"),
-            "progress": self.options.progress,
-        }
+        reading: dict[str, Any] = {"batch_size": self.options.batch_size, "cache": self._file("rows")}
         profile = self._stage(
             "extract",
             {"per_source": effort.per_source, "vectors": ["srv"], "names": names("fit")},
-            lambda given: extract(self.model, self.tokenizer, **fitted, **given, **reading),
+            partial(extract, **reading),
             lambda made: f"{_count(made.fitted)} prompts",
             fitted,
         )
-        given = self.sets["calibrate"]
         rate = {"max_false_positive_rate": self.options.max_false_positive_rate}
         profile = self._stage(
             "calibrate",
             {"per_source": effort.calibrate, **rate, "names": names("calibrate")},
-            lambda chosen: calibrate(profile, self.model, self.tokenizer, **given, **chosen, **reading),
+            partial(calibrate, profile, **reading),
             lambda made: f"{_count(made.calibration['sets'])} prompts, layer {made.sensor} decides",
-            given,
+            self.sets["calibrate"],
         )
-        lessons = {"harmful": fitted["harmful"]}
         profile = self._stage(
             "learn",
             {**_LEARN, "steps": effort.steps, "names": names("fit")},
-            lambda chosen: learn(
-                profile,
-                self.model,
-                self.tokenizer,
-                **lessons,
-                **chosen,
-                resume=self._file("learn.safetensors"),
-                progress=self.options.progress,
-            ),
+            partial(learn, profile, resume=self._file("learn.safetensors")),
             lambda made: "loss {} to {} nats a token".format(*made.fitted["learned"]["loss"]),
-            lessons,
+            {"harmful": fitted["harmful"]},
         )
         return self._tuned(profile)
 
@@ -146,17 +133,9 @@ class _Recipe:
             for side, name in names.items()
         }
 
-        def search(chosen: dict[str, Any]) -> SteeringProfile:
+        def search(*given: Any, **chosen: Any) -> SteeringProfile:
             try:
-                return tune(
-                    profile,
-                    self.model,
-                    self.tokenizer,
-                    **asked,
-                    **chosen,
-                    resume=self._file("trials.jsonl"),
-                    progress=self.options.progress,
-                )
+                return tune(profile, *given, **chosen, resume=self._file("trials.jsonl"))
             except PromptError as error:
                 if not str(error).startswith(("min_fluent", "min_unchanged")):
                     raise
@@ -174,11 +153,11 @@ class _Recipe:
         self,
         name: str,
         options: dict[str, Any],
-        make: Callable[[dict[str, Any]], SteeringProfile],
+        make: Callable[..., SteeringProfile],
         finding: Callable[[SteeringProfile], str],
         sets: dict[str, list[Example]],
     ) -> SteeringProfile:
-        """Return what a stage makes, or what it made before from the same input; print a line."""
+        """Return what a stage makes of sets and options, or what it made of them before; print a line."""
         title = f"{_STAGES.index(name) + 1}/{len(_STAGES)} {name}"
         with stage(title, show=self.options.progress) as findings:
             file = self._file(f"{name}-{_digest(self._before, options, sets)}.safetensors")
@@ -186,7 +165,7 @@ class _Recipe:
                 profile = SteeringProfile.load(file)
                 findings.append("done before")
             else:
-                profile = make(options)
+                profile = make(self.model, self.tokenizer, **sets, **options, progress=self.options.progress)
                 if file is not None:
                     profile.save(file)
             findings.append(finding(profile))

@@ -104,12 +104,9 @@ class ModelIdentity:
         def difference(of: str, mine: object, theirs: object) -> str:
             return f"the profile was made for {self.name!r} ({of} {mine}), the model is {other.name!r} ({of} {theirs})"
 
-        if self.hidden_size != other.hidden_size:
-            return difference("hidden size", self.hidden_size, other.hidden_size)
-        if self.num_layers != other.num_layers:
-            return difference("layers", self.num_layers, other.num_layers)
-        if self.architecture != other.architecture:
-            return difference("architecture", self.architecture, other.architecture)
+        for of, name in (("hidden size", "hidden_size"), ("layers", "num_layers"), ("architecture", "architecture")):
+            if getattr(self, name) != getattr(other, name):
+                return difference(of, getattr(self, name), getattr(other, name))
         mine, theirs = self.embedding_sketch, other.embedding_sketch
         if mine and theirs:
             agreement = _agreement(mine[:_EVEN], theirs[:_EVEN])
@@ -120,10 +117,8 @@ class ModelIdentity:
                     f"the profile was made for {self.name!r}, the model is {other.name!r} with other weights: "
                     f"their embeddings agree to {agreement:.2f}, expected at least {_SKETCH_AGREEMENT}"
                 )
-        for of, mine_hash, their_hash in (
-            ("tokenizer", self.tokenizer_sha256, other.tokenizer_sha256),
-            ("chat template", self.chat_template_sha256, other.chat_template_sha256),
-        ):
+        for of, name in (("tokenizer", "tokenizer_sha256"), ("chat template", "chat_template_sha256")):
+            mine_hash, their_hash = getattr(self, name), getattr(other, name)
             if mine_hash and their_hash and mine_hash != their_hash:
                 return difference(f"{of} hash", mine_hash[:12], their_hash[:12])
         return None
