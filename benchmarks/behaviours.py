@@ -233,9 +233,7 @@ class Gallery:
                 click.echo(json.dumps({"behaviour": task.name, "system": name, "left_out": str(error)}))
                 continue
             given = vectors_profile(vectors, rows, self.model, name)
-            frontier = Frontier(
-                self.model, self.tokenizer, given, axis, prompts, max_new_tokens=self._most, records=records
-            )
+            frontier = Frontier(axis, given, prompts, max_new_tokens=self._most, records=records)
             search = recommend(frontier.measure(STRENGTHS, None, False))
             peer.attach(target, added_vectors(at_total(given, layers, used_strength(search))))
             yield name, Compared(target, bare, search, given.checksum)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from steerfast._options import read_options
 from steerfast.errors import ArchitectureError, ProfileError, PromptError
-from steerfast.fitting.activations import Reduce, answer_mean, gate_reading, last_token, residual_rows
+from steerfast.fitting.activations import answer_mean, gate_reading, last_token, residual_rows
 from steerfast.fitting.directions import fit_direction, project
 from steerfast.fitting.labelled import Given, Labelled, evenly
 from steerfast.fitting.lda_folds import lda_without
@@ -178,7 +178,7 @@ class _Extraction:
             return torch.cat([last_token(hidden, batch).double()[:, None], readings], dim=1)
 
         cache = self._cache(["last", gate.header()])
-        kept = self._rows(self.model, self.ids, "target activations", last_and_read, cache)
+        kept = self._rows(self.model, self.ids, "target activations", reduce=last_and_read, cache=cache)
         return kept[:, :, 0], kept[:, :, 1:].flatten(2)
 
     def vectors(self, rows: Tensor) -> dict[str, Tensor]:
@@ -260,31 +260,23 @@ class _Extraction:
         if not triples:
             raise PromptError("harmful: expected an answer to at least one prompt, got only empty answers")
         reduce = answer_mean([len(prompt) for prompt, _, _ in triples], _FORCED_TOKENS)
-        refused = self._rows(self.model, [p + r for p, r, _ in triples], "refusals", reduce)
-        complied = self._rows(self.model, [p + a for p, _, a in triples], "compliance", reduce)
+        refused = self._rows(self.model, [p + r for p, r, _ in triples], "refusals", reduce=reduce)
+        complied = self._rows(self.model, [p + a for p, _, a in triples], "compliance", reduce=reduce)
         return _mean_difference(refused, complied)
 
     def _cache(self, reading: Any) -> RowCache | None:
         folder = self.options.cache
         return None if folder is None else RowCache(folder, self.model, reading)
 
-    def _rows(
-        self,
-        model: nn.Module,
-        sequences: Sequence[Sequence[int]],
-        description: str,
-        reduce: Reduce = last_token,
-        cache: RowCache | None = None,
-    ) -> Tensor:
+    def _rows(self, model: nn.Module, sequences: Sequence[Sequence[int]], description: str, **reading: Any) -> Tensor:
         return residual_rows(
             model,
             sequences,
-            reduce=reduce,
             batch_size=self.options.batch_size,
             padding_side=self.options.padding_side,
             pad_token_id=pad_token(self.tokenizer),
             description=description if self.options.progress else None,
-            cache=cache,
+            **reading,
         )
 
     def _answers(self, model: nn.Module, prompts: Sequence[Sequence[int]], description: str) -> list[list[int]]:

@@ -199,18 +199,8 @@ def _frontier(
             speed = speed_of(model, tokenizer, asked, work)
             answer = speed.answer(len(prompts), options.max_new_tokens) + 2 * speed.read(sum(map(len, prompts)))
             ladder = largest(_LADDERS, options.minutes, lambda one: (1 + len(one)) * answer)
-    axis = Axis(model, tokenizer, profile, rows)
-    frontier = Frontier(
-        model,
-        tokenizer,
-        profile,
-        axis,
-        prompts,
-        max_new_tokens=options.max_new_tokens,
-        records=records,
-        most=options.max_perplexity,
-    )
-    points = frontier.measure(ladder, options.limits, options.progress)
-    found = recommend(points, options.max_perplexity)
-    settings = {name: getattr(options, name) for name in ("max_new_tokens", "max_perplexity")}
+    axis, length, most = Axis(model, tokenizer, profile, rows), options.max_new_tokens, options.max_perplexity
+    frontier = Frontier(axis, profile, prompts, max_new_tokens=length, records=records, most=most)
+    found = recommend(frontier.measure(ladder, options.limits, options.progress), most)
+    settings = {"max_new_tokens": length, "max_perplexity": most}
     return {**found, "tried": list(ladder), "prompts": len(prompts), **settings}

@@ -53,11 +53,11 @@ class Point:
 class Axis:
     """The line between the two sides of pairs, along a profile's vector at its last steered layer.
 
-    distance: between the mean rows of the sides.
+    model, tokenizer: of the rows. distance: between the mean rows of the sides.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, profile: SteeringProfile, rows: Contrast) -> None:
-        self._model, self._pad = model, pad_token(tokenizer)
+        self.model, self.tokenizer = model, tokenizer
         self._layer = profile.steered_layers[-1]
         self._direction = torch.nn.functional.normalize(profile.vector[self._layer].double(), dim=0)
         sides = (side[:, self._layer].double() @ self._direction for side in (rows.positive, rows.negative))
@@ -69,10 +69,10 @@ class Axis:
         kept = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
         kept = kept or [(prompt[:-1], prompt[-1:]) for prompt in prompts]
         rows = residual_rows(
-            self._model,
+            self.model,
             [[*prompt, *answer] for prompt, answer in kept],
             reduce=answer_mean([len(prompt) for prompt, _ in kept], max_new_tokens),
-            pad_token_id=self._pad,
+            pad_token_id=pad_token(self.tokenizer),
         )
         return float((rows[:, self._layer].double() @ self._direction).mean())
 
@@ -81,26 +81,24 @@ class Frontier:
     """Measure strengths of a profile on the same prompts.
 
     Args:
-        profile: one that always adds, as `contrast_profile` makes it. axis: where shifts are measured.
+        axis: where shifts are measured. profile: one that always adds, as `contrast_profile` makes it.
         prompts: token ids. records: what is measured already, with the same axis.
         most: times the unsteered perplexity, see `recommend`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: Any,
-        profile: SteeringProfile,
         axis: Axis,
+        profile: SteeringProfile,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
         records: Records,
         most: float = MOST_PERPLEXITY,
     ) -> None:
-        self._model, self._tokenizer, self._profile, self._prompts = model, tokenizer, profile, prompts
+        self._axis, self._profile, self._prompts, self._records = axis, profile, prompts, records
         self._max_new_tokens, self._most = max_new_tokens, most
-        self._answers, self._records, self._axis = AnswerLog(records, model, tokenizer), records, axis
+        self._answers = AnswerLog(records, axis.model, axis.tokenizer)
         self._known = {record[_KEY]: record["figures"] for record in records.found if _KEY in record}
         self._start: float | None = None
 
@@ -127,8 +125,8 @@ class Frontier:
 
     def _figures(self, answers: Sequence[Sequence[int]], limits: FluencyLimits | None) -> dict[str, float]:
         """Return the figures of answers: those of `Point`, and ``place``, where they lie along the vector."""
-        judged = judge(self._model, self._tokenizer, self._prompts, answers, limits)
-        chance = float(len(self._tokenizer))  # for an answer without a token
+        judged = judge(self._axis.model, self._axis.tokenizer, self._prompts, answers, limits)
+        chance = float(len(self._axis.tokenizer))  # for an answer without a token
         perplexities = [chance if math.isnan(one.perplexity) else one.perplexity for one in judged]
         return {
             "place": self._axis.place(self._prompts, answers, self._max_new_tokens),

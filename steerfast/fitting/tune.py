@@ -49,10 +49,7 @@ class Setting:
         unsteered = profile.with_band([], 0.0)  # a learned vector has one layer
         banded = unsteered.with_vector(self.vector).with_band(range(self.first, self.last + 1), self.strength)
         placed = replace(banded, positions=self.positions, answer_tokens=self.answer_tokens)
-        if not self.ending:
-            return placed
-        assert ending is not None
-        return with_ending(placed, ending, self.ending)
+        return with_ending(placed, ending, self.ending) if ending is not None and self.ending else placed
 
 
 @dataclass(frozen=True)
