@@ -23,19 +23,14 @@ from steerfast.runtime.span import EditSpan, mean_rows
 Reduce = Callable[[Tensor, PromptBatch], Tensor]
 """Reduces the rows of a batch, [N, T, H], to the part that is kept of each sequence, [N, ..., H]."""
 
-_OF_ALL = Gate(pooling="mean")
-
 
 def last_token(hidden: Tensor, batch: PromptBatch) -> Tensor:
     """Return the row of each prompt's last valid token: [N, T, H] -> [N, H]."""
     return hidden[torch.arange(len(hidden), device=hidden.device), batch.last.to(hidden.device)]
 
 
-def prompt_mean(hidden: Tensor, batch: PromptBatch, *, unit: bool, gate: Gate = _OF_ALL) -> Tensor:
-    """Return the mean of the prompt rows that a gate takes it of, or of these at norm 1: [N, T, H] -> float64 [N, H].
-
-    Default: of all rows.
-    """
+def prompt_mean(hidden: Tensor, batch: PromptBatch, *, unit: bool, gate: Gate) -> Tensor:
+    """Return the mean of the rows that a gate takes it of, or of these at norm 1: [N, T, H] -> float64 [N, H]."""
     read = _mean_places(batch, gate).to(hidden.device)
     rows = _unit(hidden) if unit else hidden.float()
     # Padding rows may hold NaN, so they are replaced: weight 0 would not remove them.
@@ -129,8 +124,7 @@ def residual_rows(
         for part in track(work, description or "", show=description is not None):
             batch = replace(part, indices=[missing[i] for i in part.indices])
             with _captured(decoder.layers, reduce, batch) as captured:
-                extra: dict[str, Any] = {"position_ids": batch.positions.to(device)}
-                extra = {name: value for name, value in extra.items() if name in accepted}
+                extra = {"position_ids": batch.positions.to(device)} if "position_ids" in accepted else {}
                 decoder.backbone(
                     input_ids=batch.ids.to(device),
                     attention_mask=batch.mask.to(device),

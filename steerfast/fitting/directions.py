@@ -8,6 +8,7 @@ dimensions, so no H x H matrix is made.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -125,11 +126,10 @@ def _solve(harmful: Tensor, harmless: Tensor, method: str, shrinkage: float | No
     rows /= size
     row_norm = float(torch.linalg.vector_norm(rows)) / math.sqrt(len(rows))
     rows -= rows.mean(dim=0)
-    count, width = rows.shape
+    width = rows.shape[1]
     basis = None
-    if count < width and method != "mean":
-        basis, triangle = torch.linalg.qr(rows.T)
-        rows = triangle.T.contiguous()
+    if method != "mean":
+        rows, basis = _in_basis(rows)
     positive, negative = rows[: len(harmful)], rows[len(harmful) :]
     difference = _mean(positive, negative, weight, width, shrinkage)
     if float(torch.linalg.vector_norm(difference)) <= _ROUNDING * row_norm:
@@ -138,6 +138,14 @@ def _solve(harmful: Tensor, harmless: Tensor, method: str, shrinkage: float | No
     if float(solution @ difference) < 0.0:
         solution = -solution
     return unit(solution if basis is None else basis @ solution)
+
+
+def _in_basis(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return rows [n, H] in an orthonormal basis of a space that holds them, and the basis, if n is below H."""
+    if len(rows) >= rows.shape[1]:
+        return rows, None
+    basis, triangle = torch.linalg.qr(rows.T)
+    return triangle.T.contiguous(), basis
 
 
 def ledoit_wolf_shrinkage(centred: Tensor, width: int) -> float:
@@ -213,10 +221,10 @@ def _lda(positive: Tensor, negative: Tensor, weight: Tensor, width: int, shrinka
     difference = first - second
     centred = torch.cat([positive - first, negative - second]) * weight[:, None].sqrt()
     identity = ledoit_wolf_shrinkage(centred, width) if shrinkage is None else shrinkage
-    return solve_lda(centred.T @ centred / len(centred), difference, width, identity)
+    return _solve_lda(centred.T @ centred / len(centred), difference, width, identity)
 
 
-def solve_lda(covariance: Tensor, difference: Tensor, width: int, shrinkage: float) -> Tensor:
+def _solve_lda(covariance: Tensor, difference: Tensor, width: int, shrinkage: float) -> Tensor:
     """Return S^-1 d, float64 [r], of the covariance within the classes and the difference of their means.
 
     Args:
@@ -243,3 +251,40 @@ def solve_lda(covariance: Tensor, difference: Tensor, width: int, shrinkage: flo
 
 _SOLVERS = {"lda": _lda, "mean": _mean, "pca": _pca, "logistic": _logistic}
 DIRECTION_METHODS = tuple(_SOLVERS)
+
+
+def _sums(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of weights, of weighted rows [r], and of their outer products [r, r]."""
+    weighted = rows * weights[:, None]
+    return weights.sum(), weighted.sum(dim=0), weighted.T @ rows
+
+
+def lda_without(
+    rows: Tensor, harmful: Tensor, weights: Tensor, folds: Sequence[Tensor], shrinkage: float
+) -> list[Tensor]:
+    """Return for each fold the direction that `fit_direction` fits by LDA to the other rows: float64 [F], unit norm.
+
+    It costs one fit and a solution for each fold: the sums over the rows that stay are those over all less those over
+    the fold.
+
+    Args:
+        rows: float64 [n, F]. harmful: bool [n]. weights: float64 [n], positive; in every fold both classes count alike.
+        folds: masks, bool [n]; two rows of each class or more stay outside of each.
+
+    Raises:
+        PromptError: rows that do not vary.
+    """
+    width = rows.shape[1]
+    rows, basis = _in_basis(rows - rows.mean(dim=0))
+    whole = [(side, _sums(rows[side], weights[side])) for side in (harmful, ~harmful)]
+    found = []
+    for out in folds:
+        means, covariances = [], []
+        for side, sums in whole:
+            of_fold = _sums(rows[side & out], weights[side & out])
+            weight, first, second = (one - part for one, part in zip(sums, of_fold, strict=True))
+            means.append(first / weight)
+            covariances.append(second / weight - torch.outer(means[-1], means[-1]))
+        solution = _solve_lda((covariances[0] + covariances[1]) / 2, means[0] - means[1], width, shrinkage)
+        found.append(unit(solution if basis is None else basis @ solution))
+    return found

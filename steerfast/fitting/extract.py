@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from steerfast._options import read_options
 from steerfast.errors import ArchitectureError, ProfileError, PromptError
 from steerfast.fitting.activations import answer_mean, gate_reading, last_token, residual_rows
-from steerfast.fitting.directions import fit_direction, project
+from steerfast.fitting.directions import fit_direction, lda_without, project
 from steerfast.fitting.labelled import Given, Labelled, evenly
-from steerfast.fitting.lda_folds import lda_without
 from steerfast.fitting.left_out import auc_by_group, leave_sources_out
 from steerfast.fitting.refusals import refusals_of
 from steerfast.fitting.row_cache import RowCache

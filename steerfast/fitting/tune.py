@@ -291,13 +291,8 @@ def _judged(
     options: TuneOptions,
 ) -> Trial:
     judged = judge(model, tokenizer, prompts, answers, options.limits)
-    return Trial(
-        candidate=candidate,
-        n=len(prompts),
-        refusal=share([j.refusal for j in judged]),
-        refusal_strict=share([j.refusal_strict for j in judged]),
-        fluent=share([j.fluent for j in judged]),
-    )
+    shares = {name: share([getattr(one, name) for one in judged]) for name in ("refusal", "refusal_strict", "fluent")}
+    return Trial(candidate, len(prompts), **shares)
 
 
 def _unchanged(

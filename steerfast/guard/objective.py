@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,12 +67,9 @@ def best_first(value: Tensor, z: Tensor, p_safe: Tensor) -> Tensor:
     """
     within = z > 0
     safe = within & (p_safe > 0.5)
-    keys = (safe, torch.where(safe, value, -math.inf), within, p_safe, z)
-    order = torch.arange(len(z))
-    for key in reversed(keys):  # stable, so that the first key weighs most
-        rows = key[order].double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-        order = order[rows.argsort(descending=True, stable=True)]
-    return order
+    keys = torch.stack([key.double() for key in (z, p_safe, within, torch.where(safe, value, -math.inf), safe)])
+    known = keys.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    return torch.from_numpy(np.lexsort(-known.numpy()))  # stable; the last key weighs most
 
 
 @dataclass(frozen=True, eq=False)

@@ -155,7 +155,8 @@ def test_one_row_per_prompt_and_layer_is_kept(tiny_llama: Any) -> None:
 
 def test_several_rows_per_prompt_may_be_kept(tiny_llama: Any) -> None:
     def both(hidden: Tensor, batch: Any) -> Tensor:
-        return torch.stack([last_token(hidden, batch).double(), prompt_mean(hidden, batch, unit=True)], dim=1)
+        mean = prompt_mean(hidden, batch, unit=True, gate=Gate(pooling="mean"))
+        return torch.stack([last_token(hidden, batch).double(), mean], dim=1)
 
     rows = residual_rows(tiny_llama, SEQUENCES, reduce=both, batch_size=2)
     assert (rows.shape, rows.dtype) == ((5, 5, 2, 32), torch.float32)

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerfast.errors import PromptError
-from steerfast.fitting.directions import fit_direction
-from steerfast.fitting.lda_folds import lda_without
+from steerfast.fitting.directions import fit_direction, lda_without
 
 
 @settings(max_examples=40, deadline=None)
