@@ -191,10 +191,8 @@ def _sensor(
 ) -> tuple[int | Literal["own"], list[list[float]]]:
     """Return the sensor, and (layer, mean AUC) of the layers that ``auto`` compared, best first."""
     sensor, layers = options.sensor, profile.model.num_layers
-    if sensor == "keep":
-        return profile.sensor, []
-    if sensor == "own":
-        return "own", []
+    if sensor in ("own", "keep"):
+        return profile.sensor if sensor == "keep" else "own", []
     if isinstance(sensor, int):
         if not is_layer(sensor, profile.model):
             raise ProfileError(f"sensor: expected a layer in 0..{layers - 1}, got {sensor}")

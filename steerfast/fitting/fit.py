@@ -121,11 +121,7 @@ def fit(
         SteerfastError: a steered model, or one with activations that are not finite.
         TypeError: an unknown option.
     """
-    if (
-        not isinstance(behaviour, str)
-        or not behaviour.isprintable()
-        or not 1 <= len(behaviour.strip()) <= _LONGEST_NAME
-    ):
+    if not (isinstance(behaviour, str) and behaviour.isprintable() and 1 <= len(behaviour.strip()) <= _LONGEST_NAME):
         raise ProfileError(f"behaviour: expected a name of 1 to {_LONGEST_NAME} characters, got {behaviour!r}")
     if positive is None and negative is None:
         if behaviour != SAFETY:

@@ -337,8 +337,7 @@ def _added(layer: nn.Module, vector: Tensor, rows: Tensor) -> RemovableHandle:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Let no parameter collect a gradient while the context lasts, so that no activation is kept for it."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     try:
         yield
     finally:

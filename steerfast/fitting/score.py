@@ -87,24 +87,21 @@ def gate_rows(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    *,
-    batch_size: int = 16,
-    description: str | None = None,
     cache: str | os.PathLike[str] | None = None,
+    **reading: Any,
 ) -> Tensor:
     """Return what a profile's gates read of each prompt, as `row_scores` takes it.
 
     Args:
-        description: text of the progress bar; None: no bar. cache: a folder for the rows of prompts.
+        cache: a folder for the rows of prompts. reading: other options of `residual_rows`.
     """
     return residual_rows(
         model,
         encode(tokenizer, prompts, model),
         reduce=gate_reading(profile.gate)[0],
-        batch_size=batch_size,
         pad_token_id=pad_token(tokenizer),
-        description=description,
         cache=None if cache is None else RowCache(cache, model, profile.gate.header()),
+        **reading,
     )
 
 
