@@ -45,16 +45,14 @@ class Labelled:
             PromptError: a single string, an empty set, an entry that is no prompt, a label in the wrong set, or a
                 prompt that is in both.
         """
-        found = [*_labelled("harmful", harmful, ("harmful",)), *_labelled("harmless", harmless, _HARMLESS)]
-        sides: dict[bool, set[str]] = {True: set(), False: set()}
-        for one in found:
-            sides[one.label == "harmful"].add(unique_text(one.prompt))
-        if shared := sides[True] & sides[False]:
+        bad, good = _labelled("harmful", harmful, ("harmful",)), _labelled("harmless", harmless, _HARMLESS)
+        texts, others = ({unique_text(one.prompt) for one in side} for side in (bad, good))
+        if shared := texts & others:
             raise PromptError(
                 f"harmful and harmless: expected different prompts, got {len(shared)} in both, such as "
                 f"{min(shared)[:60]!r}"
             )
-        return cls(_once(found))
+        return cls(_once([*bad, *good]))
 
     @classmethod
     def of_one(cls, label: str, given: Sequence[Given]) -> Labelled:
@@ -134,17 +132,14 @@ class Labelled:
         Empty where no source can be left out: harmful or other prompts are of one source, or a fold would leave fewer
         than two of them.
         """
-        sources: dict[bool, list[str]] = {True: [], False: []}
-        for one in self.examples:
-            side = sources[one.label == "harmful"]
-            if one.source not in side:
-                side.append(one.source)
-        if min(len(side) for side in sources.values()) < 2:
+        bad = [one.source for one in self.examples if one.label == "harmful"]
+        good = [one.source for one in self.examples if one.label != "harmful"]
+        sources, shared = [list(dict.fromkeys(side)) for side in (bad, good)], {*bad} & {*good}
+        count = min(_FOLDS, *map(len, sources))
+        if count < 2:
             return []
-        count = min(_FOLDS, *(len(side) for side in sources.values()))
-        shared = set(sources[True]) & set(sources[False])
         fold: dict[str, int] = {}
-        for side in sources.values():  # shared ones first: else one fold might hold a whole side
+        for side in sources:  # shared ones first: else one fold might hold a whole side
             for number, source in enumerate(sorted(side, key=lambda one: one not in shared)):
                 fold.setdefault(source, number % count)
         places = torch.tensor([fold[one.source] for one in self.examples])

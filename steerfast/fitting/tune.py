@@ -30,6 +30,7 @@ Positions = Literal["all", "response"]
 _SCREEN_SHARE = 3  # a first look takes a third of the harmful prompts
 _FINALISTS = 6
 _KEY = "trial"
+_SHARES = ("refusal", "refusal_strict", "fluent")  # of the answers of a trial
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,7 @@ def _record(finals: Sequence[Trial], unchanged: float, candidates: int, options:
     best = finals[0]
     return {
         "candidate": asdict(best.candidate),
-        "refusal": best.refusal,
-        "refusal_strict": best.refusal_strict,
-        "fluent": best.fluent,
+        **{name: getattr(best, name) for name in _SHARES},
         "harmless_unchanged": unchanged,
         "tried": candidates,
         **_measure(options),
@@ -291,7 +290,7 @@ def _judged(
     options: TuneOptions,
 ) -> Trial:
     judged = judge(model, tokenizer, prompts, answers, options.limits)
-    shares = {name: share([getattr(one, name) for one in judged]) for name in ("refusal", "refusal_strict", "fluent")}
+    shares = {name: share([getattr(one, name) for one in judged]) for name in _SHARES}
     return Trial(candidate, len(prompts), **shares)
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,19 +161,13 @@ def packed(what: str, data: bytes, dtype: object, shape: object) -> Tensor:
     Args:
         dtype: float64, float32, float16 or bfloat16.
     """
-    sizes = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-    if not isinstance(dtype, str) or dtype not in sizes:
-        raise Malformed(f"{what}: expected dtype {', '.join(sizes)}, got {brief(dtype)}")
-    expected = checked_shape(what, shape)
-    if len(data) != math.prod(expected) * sizes[dtype]:
-        raise Malformed(
-            f"{what}: expected {math.prod(expected) * sizes[dtype]} bytes for {dtype} {expected}, got {len(data)}"
-        )
-    if dtype == "bfloat16":
-        raw = torch.from_numpy(np.frombuffer(data, "<i2").copy()).view(torch.bfloat16)
-    else:
-        raw = torch.from_numpy(np.frombuffer(data, f"<f{sizes[dtype]}").copy())
-    return vector(what, raw.reshape(expected), (1, 2, 3))
+    known = ("float64", "float32", "float16", "bfloat16")
+    if dtype not in known:
+        raise Malformed(f"{what}: expected dtype {', '.join(known)}, got {brief(dtype)}")
+    expected, kind = checked_shape(what, shape), getattr(torch, str(dtype))
+    if len(data) != (size := math.prod(expected) * kind.itemsize):
+        raise Malformed(f"{what}: expected {size} bytes for {dtype} {expected}, got {len(data)}")
+    return vector(what, torch.frombuffer(bytearray(data), dtype=kind).reshape(expected), (1, 2, 3))
 
 
 def checked_shape(what: str, shape: object) -> list[int]:

@@ -51,11 +51,9 @@ def _agreement(one: Sequence[float], other: Sequence[float]) -> float:
     """Return the cosine of two sketches of the same tokens; -1 where their lengths differ."""
     if len(one) != len(other) or not one:
         return -1.0
-    product, squares = (
-        sum(a * b for a, b in zip(one, other, strict=True)),
-        (sum(a * a for a in v) for v in (one, other)),
-    )
-    return product / (math.sqrt(math.prod(squares)) or 1.0)
+    product = sum(a * b for a, b in zip(one, other, strict=True))
+    norms = math.sqrt(math.prod(sum(a * a for a in each) for each in (one, other)))
+    return product / (norms or 1.0)
 
 
 def _same_tokens(one: Sequence[float], other: Sequence[float]) -> float:
