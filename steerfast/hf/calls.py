@@ -101,7 +101,7 @@ class SteeredCalls:
                 decided = [packed.steps.decision(name, plan.width) for name in names]
                 values, scores = torch.cat(decided, dim=2)
                 stepper.prompts, stepper.plan = len(names), plan
-                stepper.latch = Latch(values, scores, None, plan.owner, plan.width)
+                stepper.latch = Latch(values, scores, plan.owner, plan.width)
 
     def _generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model's own `generate`, knowing where the prompt ends."""

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast.runtime.step import Decisions
-
 
 @dataclass(eq=False)
-class Latch(Decisions):
+class Latch:
     """Hold the decisions of one steering for the N sequences of one cache, with K profiles each.
 
     Attributes:
+        values: float32 [layers, N·K], gate values. scores: float32 [layers, N·K], the scores behind them.
         owner: which steering decided; decisions of another steering do not count.
         stack: K.
         prompt: tokens of the cache before the answer.
@@ -34,6 +33,8 @@ class Latch(Decisions):
             None: edits wait for no thought. recent: int64 [N, n], the last tokens before the next step.
     """
 
+    values: Tensor
+    scores: Tensor
     owner: str = ""
     stack: int = 1
     prompt: int = 0
@@ -53,11 +54,6 @@ class Latch(Decisions):
         is_open = (values >= 0.5).any(dim=0).tolist()
         return f"open {is_open}, scores by layer { ({layer: scores[layer].tolist() for layer in read}) }"
 
-    def to(self, device: torch.device) -> Decisions:
-        """Return the decisions on a device: the same tensors where they are there."""
-        sums = None if self.sums is None else self.sums.to(device)
-        return Decisions(self.values.to(device), self.scores.to(device), sums)
-
     @property
     def sequences(self) -> int:
         """N."""
@@ -67,7 +63,7 @@ class Latch(Decisions):
         """Return a copy that shares no memory, on a device; None: where this one lies."""
         values, scores = (tensor.to(device or tensor.device, copy=True) for tensor in (self.values, self.scores))
         numbers = self.owner, self.stack, self.prompt, self.tokens
-        return Latch(values, scores, None, *numbers, answers=self.answers, recent=self.recent)
+        return Latch(values, scores, *numbers, answers=self.answers, recent=self.recent)
 
     def by_sequence(self, tensor: Tensor) -> Tensor:
         """Return a tensor [layers, N·K] as [layers, N, K]."""

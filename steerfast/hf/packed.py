@@ -52,7 +52,7 @@ class PackedSteps:
     @property
     def latch(self) -> Latch:
         """The decisions of all columns."""
-        return Latch(self.roster.values, self.roster.scores, self.roster.sums, "", self.roster.stack)
+        return Latch(self.roster.values, self.roster.scores, "", self.roster.stack)
 
     def decision(self, name: str, stack: int) -> Tensor:
         """Return values and scores of a request, float32 [2, layers, stack]; of an unknown request, shut gates."""

@@ -38,7 +38,7 @@ from steerfast.hf.thoughts import without_thoughts
 from steerfast.kernels.contract import Kinds
 from steerfast.runtime.batch import BatchRoster, Buffers, Plan
 from steerfast.runtime.span import NO_END, UNSTEERED
-from steerfast.runtime.step import Decisions, LayerEdit, Repeat, Step, StepMemory, TokenStep
+from steerfast.runtime.step import LayerEdit, Repeat, Step, StepMemory, TokenStep
 from steerfast.runtime.tables import RowTable, prompt_rows, response_rows
 
 _log = logging.getLogger("steerfast.step")
@@ -258,13 +258,13 @@ class Stepper:
         table = bank(device).table
         strength = self._tensor("strength", plan, lambda entry: entry.strength, torch.float32, device)
         if not plan.by_token:
-            memory = StepMemory.of(rows, strength, latch.to(device), table)
+            memory = StepMemory.of(rows, strength, latch.values.to(device), latch.scores.to(device), table)
             return Step(plan.reach, bank, memory, decides, loaded)
         strength = strength.repeat_interleave(len(rows.slots) // max(1, len(strength)), dim=0)
         rows = rows.each_for_itself()
         shut = torch.zeros(len(table), rows.deciders.numel(), device=device)
-        of_rows = Decisions(shut, torch.full_like(shut, float("-inf")))
-        return TokenStep(latch, plan.reach, bank, StepMemory.of(rows, strength, of_rows, table), decides, loaded)
+        memory = StepMemory.of(rows, strength, shut, torch.full_like(shut, float("-inf")), table)
+        return TokenStep(latch.values, latch.scores, plan.reach, bank, memory, decides, loaded)
 
     def read_again(self, module: nn.Module, output: Any) -> Any:
         """Return the output of a step, after a second pass where one is due."""
@@ -372,7 +372,7 @@ class Stepper:
             layers = self.roster.slots.identity.num_layers
             is_open = plan.tensor(lambda entry: float(entry.span.open and entry.slot >= 0), torch.float32, device)
             values = is_open.flatten().repeat(layers, 1)
-            return Latch(values, torch.full_like(values, float("-inf")), None, plan.owner, plan.width)
+            return Latch(values, torch.full_like(values, float("-inf")), plan.owner, plan.width)
 
         latch: Latch = self._buffers.get(("latch", plan.stacks, plan.owner, device), make)
         with torch.inference_mode(False):

@@ -23,20 +23,6 @@ from steerfast.runtime.span import NO_END
 from steerfast.runtime.tables import RowTable
 
 
-@dataclass(eq=False)
-class Decisions:
-    """Hold the latched decisions of n sequences with K profiles each.
-
-    Attributes:
-        values: float32 [layers, n·K], gate values. scores: float32 [layers, n·K], the scores behind them.
-        sums: float64 [layers, n·K], sums of scores from earlier steps for a mean; None: this is the first step.
-    """
-
-    values: Tensor
-    scores: Tensor
-    sums: Tensor | None = None
-
-
 class LayerEdit(NamedTuple):
     """Hold the arguments of the op that edits the rows of a layer.
 
@@ -50,11 +36,12 @@ class LayerEdit(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StepMemory:
-    """Hold the memory that the layers of a step share on one device.
+    """Hold the memory that the layers of a step of n sequences share on one device.
 
     Attributes:
         rows: the tables. strength: float32 [n·K].
-        values, scores, sums: as in `Decisions`.
+        values: float32 [layers, n·K], latched gate values. scores: float32 [layers, n·K], the scores behind them.
+        sums: float64 [layers, n·K], sums of scores from earlier steps for a mean.
         scales: float32 [layers, rows or more, K], the scale of each row's slots.
         row_scores, last_scores: scratch, see `steerfast.kernels.contract.GateOperands`.
     """
@@ -69,20 +56,19 @@ class StepMemory:
     last_scores: Tensor
 
     @classmethod
-    def of(cls, rows: RowTable, strength: Tensor, decisions: Decisions, table: Tensor) -> StepMemory:
-        """Return the memory of a step whose scales follow from the decisions so far.
+    def of(cls, rows: RowTable, strength: Tensor, values: Tensor, scores: Tensor, table: Tensor) -> StepMemory:
+        """Return the memory of a step whose scales follow from the decisions so far, and whose means begin in it.
 
         Args:
             strength: float32 [n, K]. table: float32 [layers, slots, TABLE_WIDTH].
         """
-        values, sums = decisions.values, decisions.sums
         strength = strength.flatten()
         return cls(
             rows,
             strength,
             values,
-            decisions.scores,
-            torch.zeros_like(values, dtype=torch.float64) if sums is None else sums,
+            scores,
+            torch.zeros_like(values, dtype=torch.float64),
             torch_scales(rows.slots, values, strength, rows.sequence, table),
             torch.zeros_like(rows.slots, dtype=torch.float32),
             torch.zeros_like(strength),
@@ -203,18 +189,18 @@ class TokenStep(Step):
     """Hold a step of token gates: each row decides for itself, in this step only.
 
     Args:
-        decisions: keeps the highest value of each sequence; the values of single rows are in the step.
+        values, scores: keep the highest of each sequence; those of single rows are in the step.
         The others as for `Step`; `memory` is of tables in which each row is a sequence (`RowTable.each_for_itself`).
     """
 
-    def __init__(self, decisions: Decisions, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, values: Tensor, scores: Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.decisions = decisions
+        self.values, self.scores = values, scores
 
     def _decide(self, operands: Operands, gates: GateOperands) -> LayerEdit:
         self._decide_now(operands.slots, gates)
         stack = operands.slots.shape[1]
-        for latch, new in ((self.decisions.scores, gates.scores), (self.decisions.values, gates.values)):
+        for latch, new in ((self.scores, gates.scores), (self.values, gates.values)):
             rows = new[gates.layer].view(-1, stack)
             highest = rows.view(latch.shape[1] // stack, -1, stack).amax(dim=1).flatten()
             latch[gates.layer] = torch.maximum(latch[gates.layer], highest.to(latch.device))

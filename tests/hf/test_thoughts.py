@@ -120,9 +120,7 @@ def test_beams_take_their_thoughts_along(plain: Any, make_profile: MakeProfile, 
 
 def test_a_latch_moves_its_thoughts() -> None:
     values = torch.zeros(2, 3)
-    latch = Latch(
-        values, values.clone(), None, answers=torch.tensor([4, NO_END, 7]), recent=torch.tensor([[1], [2], [3]])
-    )
+    latch = Latch(values, values.clone(), answers=torch.tensor([4, NO_END, 7]), recent=torch.tensor([[1], [2], [3]]))
     latch.repeat(2)
     latch.select(torch.tensor([4, 0, 3]))
     assert latch.answers is not None
