@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,25 +66,6 @@ class Request:
     def read_until(self) -> int:
         """The first row after all that a mean takes; 0 where no gate reads a mean."""
         return max((rows.until for rows in self.means), default=0)
-
-
-class _Columns(NamedTuple):
-    """Hold the requests of a step as arrays: prompt, answer, past and length [n], the entries of their stacks [n, K].
-
-    answer: the first row of the answer.
-    mean_first, mean_until: the first prompt row that the mean takes, and the first after the last.
-    """
-
-    prompt: NDArray[np.int64]
-    answer: NDArray[np.int64]
-    past: NDArray[np.int64]
-    length: NDArray[np.int64]
-    slot: NDArray[np.int64]
-    strength: NDArray[np.float64]
-    after_prompt: NDArray[np.bool_]
-    answer_rows: NDArray[np.int64]
-    mean_first: NDArray[np.int64]
-    mean_until: NDArray[np.int64]
 
 
 class Roster:
@@ -241,11 +222,10 @@ class Roster:
         """
         with self._lock:
             requests = [self._requests[name] for name in names]
-        rest = (NO_END,) * self.stack
-        rows = [(*(entry.span.answer_rows for entry in request.stack), *rest)[: self.stack] for request in requests]
         prompts = np.array([request.prompt_length for request in requests], dtype=np.int64)
         answers = np.array([request.answer_from for request in requests], dtype=np.int64)
-        return prompts, answers[:, None] + np.array(rows, dtype=np.int64).reshape(-1, self.stack)
+        stacks = [filled(request.stack, self.stack) for request in requests]
+        return prompts, answers[:, None] + self._each([[one.span.answer_rows for one in stack] for stack in stacks])
 
     def step(
         self,
@@ -273,28 +253,33 @@ class Roster:
         with self._lock:
             requests = [self._requests[name] for name in names]
             self._give_columns(names, requests)
-        arrays = self._arrays(requests, past, lengths)
-        last = arrays.prompt - 1 - arrays.past  # the row of this step that is the prompt's last
-        answer = arrays.answer - arrays.past  # the row of this step that is the answer's first
+        past, lengths = np.asarray(past, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
+        # The rows of this step that are the prompt's last, and the answer's first.
+        last = np.array([request.prompt_length - 1 for request in requests], dtype=np.int64) - past
+        answer = np.array([request.answer_from for request in requests], dtype=np.int64)[:, None] - past[:, None]
         undecided = np.array([not request.decided for request in requests], dtype=np.bool_)
-        decides = undecided & (arrays.slot >= 0).any(axis=1) & (last >= 0) & (last < arrays.length)
-        counted = self._count(names, requests, arrays)
+        stacks = [filled(request.stack, self.stack) for request in requests]
+        slot = self._each([[entry.slot for entry in stack] for stack in stacks])
+        after_prompt = self._each([[entry.span.after_prompt for entry in stack] for stack in stacks], np.bool_)
+        answer_rows = self._each([[entry.span.answer_rows for entry in stack] for stack in stacks])
+        decides = undecided & (slot >= 0).any(axis=1) & (last >= 0) & (last < lengths)
+        counted = self._count(names, requests, past, lengths)
         self.tables.write(
             PackedRows(
                 lengths,
-                arrays.slot,
-                arrays.strength,
+                slot,
+                self._each([[entry.strength for entry in stack] for stack in stacks], np.float64),
                 np.where(decides, last, -1),
-                edited_from=np.where(arrays.after_prompt, (answer - 1).clip(0)[:, None], 0),
-                edited_until=(answer[:, None] + arrays.answer_rows).clip(0, NO_END),
+                edited_from=np.where(after_prompt, (answer - 1).clip(0), 0),
+                edited_until=(answer + answer_rows).clip(0, NO_END),
                 counted=counted,
-                total=arrays.mean_until - arrays.mean_first,
+                total=self._each([[rows.until - rows.first for rows in self._means(request)] for request in requests]),
                 columns=[request.column for request in requests],  # type: ignore[misc]
                 padded_rows=padded_rows,
             )
         )
         self._deciding = [request for request, now in zip(requests, decides, strict=True) if now]
-        if (arrays.slot >= 0).any():  # no op reads the scale of a row without a slot
+        if (slot >= 0).any():  # no op reads the scale of a row without a slot
             self.write_scales(padded_rows)
         return bool(self._deciding) or counted is not None
 
@@ -331,35 +316,16 @@ class Roster:
             known = self._steps[width, deciding] = (reach, step)
         return known[1]
 
-    def _arrays(
-        self,
-        requests: Sequence[Request],
-        past: Sequence[int] | NDArray[np.integer],
-        lengths: Sequence[int] | NDArray[np.integer],
-    ) -> _Columns:
-        stacks = [filled(request.stack, self.stack) for request in requests]
+    def _means(self, request: Request) -> tuple[MeanRows, ...]:
+        """Return what the mean of each of K profiles reads."""
+        return (*request.means, *[MeanRows()] * (self.stack - len(request.means)))
 
-        def each(values: list[list[object]], dtype: type) -> NDArray[np.generic]:
-            return np.array(values, dtype=dtype).reshape(-1, self.stack)
-
-        spans = [[entry.span for entry in stack] for stack in stacks]
-        none = (MeanRows(),) * self.stack
-        means = [(*request.means, *none)[: self.stack] for request in requests]
-        return _Columns(
-            np.array([request.prompt_length for request in requests], dtype=np.int64),
-            np.array([request.answer_from for request in requests], dtype=np.int64),
-            np.asarray(past, dtype=np.int64),
-            np.asarray(lengths, dtype=np.int64),
-            each([[entry.slot for entry in stack] for stack in stacks], np.int64),  # type: ignore[arg-type]
-            each([[entry.strength for entry in stack] for stack in stacks], np.float64),  # type: ignore[arg-type]
-            each([[span.after_prompt for span in row] for row in spans], np.bool_),  # type: ignore[arg-type]
-            each([[span.answer_rows for span in row] for row in spans], np.int64),  # type: ignore[arg-type]
-            each([[rows.first for rows in row] for row in means], np.int64),  # type: ignore[arg-type]
-            each([[rows.until for rows in row] for row in means], np.int64),  # type: ignore[arg-type]
-        )
+    def _each(self, values: Sequence[Sequence[Any]], dtype: type = np.int64) -> NDArray[Any]:
+        """Return a value of each entry as an array [n, K]."""
+        return np.array(values, dtype=dtype).reshape(-1, self.stack)
 
     def _count(
-        self, names: Sequence[str], requests: Sequence[Request], arrays: _Columns
+        self, names: Sequence[str], requests: Sequence[Request], past: NDArray[np.integer], lengths: NDArray[np.integer]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """Return the first row of each request that its means count in this step, and the first after the last.
 
@@ -368,19 +334,19 @@ class Roster:
         self._counting = []
         if all(request.counted >= request.read_until for request in requests):
             return None
-        first, until = np.zeros_like(arrays.mean_first), np.zeros_like(arrays.mean_first)
+        first, until = np.zeros((2, len(requests), self.stack), dtype=np.int64)
         for i, (name, request) in enumerate(zip(names, requests, strict=True)):
             if request.counted >= request.read_until:
                 continue
-            past = int(arrays.past[i])
-            if past > max(request.counted, request.read_from):
+            begin, end = int(past[i]), int(past[i] + lengths[i])
+            if begin > max(request.counted, request.read_from):
                 raise SteerfastError(
                     f"request {name!r}: rows of its prompt, of which a gate reads the mean, came from a cache"
                 )
-            end = past + int(arrays.length[i])
-            begin = np.maximum(request.counted, arrays.mean_first[i]) - past
-            stop = np.minimum(arrays.mean_until[i], end) - past
-            first[i], until[i] = np.where(begin < stop, (begin, stop), 0)
+            for k, rows in enumerate(request.means):
+                reads = max(request.counted, rows.first), min(rows.until, end)
+                if reads[0] < reads[1]:
+                    first[i, k], until[i, k] = reads[0] - begin, reads[1] - begin
             self._counting.append((request, max(request.counted, end)))
         return (first, until) if (until > first).any() else None
 
@@ -450,8 +416,7 @@ class Roster:
 
     def _new_latch(self, request: Request) -> Tensor:
         """Return the latch of a request before its gates decide, float64 [3, layers, K]."""
-        is_open = [float(entry.span.open) for entry in request.stack]
-        is_open += [0.0] * (self.stack - len(is_open))
+        is_open = [float(entry.span.open) for entry in filled(request.stack, self.stack)]
         start = torch.tensor([is_open, [float("-inf")] * self.stack, [0.0] * self.stack], dtype=torch.float64)
         return start[:, None].expand(3, len(self.values), self.stack)
 
