@@ -83,6 +83,7 @@ class Roster:
         values: float32 [layers, max_requests·K], latched gate values. scores: the scores behind them.
         sums: float64 [layers, max_requests·K], scores added up by gates that read a mean.
         scales: float32 [layers, max_rows, K], the scales of the step's rows.
+        deciding: requests that decide in the step, until it was launched.
 
     Raises:
         ValueError: a size is out of bounds.
@@ -95,7 +96,7 @@ class Roster:
         self._free = list(range(max_requests))
         self._ended: dict[str, int] = {}  # columns of requests that ended
         self._host: dict[str, Tensor] = {}  # values, scores and sums without a column, float64 [3, layers, K]
-        self._deciding: list[Request] = []  # requests that decide in this step
+        self.deciding: dict[str, Request] = {}
         self._counting: list[
             tuple[Request, int]
         ] = []  # requests whose means read rows of this step, and their new `counted`
@@ -248,7 +249,7 @@ class Roster:
         Raises:
             KeyError: a request is unknown.
             ValueError: too many requests or rows.
-            SteerfastError: rows of a prompt whose mean a gate reads were never in a step.
+            SteerfastError: the deciding row of a request, or a row whose mean a gate reads, was never in a step.
         """
         with self._lock:
             requests = [self._requests[name] for name in names]
@@ -257,13 +258,18 @@ class Roster:
         # The rows of this step that are the prompt's last, and the answer's first.
         last = np.array([request.prompt_length - 1 for request in requests], dtype=np.int64) - past
         answer = np.array([request.answer_from for request in requests], dtype=np.int64)[:, None] - past[:, None]
-        undecided = np.array([not request.decided for request in requests], dtype=np.bool_)
         stacks = [filled(request.stack, self.stack) for request in requests]
         slot = self._each([[entry.slot for entry in stack] for stack in stacks])
         after_prompt = self._each([[entry.span.after_prompt for entry in stack] for stack in stacks], np.bool_)
         answer_rows = self._each([[entry.span.answer_rows for entry in stack] for stack in stacks])
-        decides = undecided & (slot >= 0).any(axis=1) & (last >= 0) & (last < lengths)
+        decided = np.array([request.decided for request in requests], dtype=np.bool_)
+        waits = (slot >= 0).any(axis=1) & ~decided
         counted = self._count(names, requests, past, lengths)
+        if (missed := waits & (last < 0)).any():
+            raise SteerfastError(
+                f"request {names[int(missed.argmax())]!r}: the last token of its prompt came from a cache"
+            )
+        decides = waits & (last < lengths)
         self.tables.write(
             PackedRows(
                 lengths,
@@ -278,10 +284,10 @@ class Roster:
                 padded_rows=padded_rows,
             )
         )
-        self._deciding = [request for request, now in zip(requests, decides, strict=True) if now]
+        self.deciding = {name: request for name, request, now in zip(names, requests, decides, strict=True) if now}
         if (slot >= 0).any():  # no op reads the scale of a row without a slot
             self.write_scales(padded_rows)
-        return bool(self._deciding) or counted is not None
+        return bool(self.deciding) or counted is not None
 
     def write_scales(self, width: int) -> None:
         """Write the scales of the first `width` rows of the step, from the decisions so far."""
@@ -355,11 +361,11 @@ class Roster:
         with self._lock:
             if self._launched is not None:
                 self._launched.record()
-            for request in self._deciding:
+            for request in self.deciding.values():
                 request.decided = True
             for request, counted in self._counting:
                 request.counted = counted
-            self._deciding, self._counting = [], []
+            self.deciding, self._counting = {}, []
 
     def _wait(self) -> None:
         if self._launched is not None:

@@ -75,8 +75,6 @@ class WorkerRuntime:
         self._gates: dict[int, list[int]] = {}  # slot -> the layers where its gate decides
         self._files: dict[int, str] = {}  # slot -> path
         self._mismatch: str | None = None  # why these weights are not those of a profile
-        self._undecided: dict[str, Request] = {}  # steered, and their prompt's last token has yet to come
-        self._deciding_now: list[tuple[str, Request]] = []  # requests whose decision falls in this step
         self._decisions: _PendingDecisions | None = None
         self._launch_gates = True  # until the first step, so that warm-ups launch gates
         self._empty = True  # the tables steer no row
@@ -150,12 +148,11 @@ class WorkerRuntime:
         Raises:
             SteerfastError: a request names a slot that holds no profile.
         """
-        self._deciding_now, self._decisions = [], None  # of a step that failed
+        self._decisions = None  # of a step that failed
         ended = scheduled.finished_req_ids
         self.roster.end(ended)
         for name in ended:
             self.roster.forget(name)
-            self._undecided.pop(name, None)
         for new in scheduled.scheduled_new_reqs:
             self._repeat = None
             if new.req_id not in self.roster:  # a preempted request is known
@@ -179,8 +176,6 @@ class WorkerRuntime:
                 f"request {name!r}: expected weights of the profiles' model, got others: {self._mismatch}"
             )
         self.roster.add(name, request)
-        if stack:
-            self._undecided[name] = request
 
     def step(
         self,
@@ -205,8 +200,6 @@ class WorkerRuntime:
         if self._repeat is not None and self._repeat.covers(key, before, count):
             self._launch_gates = False
             return
-        if self._undecided:
-            self._deciding_now = self._deciders(names, past, lengths)
         prompts, ends = self.roster.bounds(names)
         # Drafts in flight count as past. Where an end may have come, the device knows which rows lie after it.
         unsure = positions is not None and bool((ends < (before + count)[:, None]).any())
@@ -216,22 +209,10 @@ class WorkerRuntime:
             self.roster.end_edits(ends, count, positions)
         self._empty = False
         self._repeat = None if unsure else Repeat.of(key, before, prompts, ends)
-        if self._deciding_now and not self.shape.first:
+        if self.roster.deciding and not self.shape.first:
             self._receive(self.incoming.tensors.pop(KEY))
             self.roster.write_scales(padded_rows)
         self.incoming = None
-
-    def _deciders(self, names: Sequence[str], past: Iterable[int], lengths: Iterable[int]) -> list[tuple[str, Request]]:
-        """Return the requests whose prompt ends in this step, by name: stages may order their batches differently."""
-        deciding = []
-        for name, start, length in zip(names, past, lengths, strict=True):
-            request = self._undecided.get(name)
-            if request is None or request.prompt_length > start + length:
-                continue
-            if request.prompt_length <= start:
-                raise SteerfastError(f"request {name!r}: the last token of its prompt came from a cache")
-            deciding.append((name, request))
-        return sorted(deciding, key=lambda each: each[0])
 
     def rest(self) -> None:
         """Prepare for a forward pass without requests: it steers no row and changes no decision."""
@@ -267,16 +248,15 @@ class WorkerRuntime:
                 f"model: expected its forward pass to steer layers {sorted(self._expected)}, it did "
                 f"{sorted(self._served)}"
             )
+        deciding = self._deciding
         self.roster.launched()
-        if not self._deciding_now:
+        if not deciding:
             return output
-        deciding, self._deciding_now = self._deciding_now, []
-        for name, _ in deciding:
-            del self._undecided[name]
-        latches = self._latches(deciding)
+        columns = self.roster.columns(list(deciding.values()))
+        latches = torch.stack([t.index_select(1, columns) for t in (self.roster.values, self.roster.scores)])
         if not self.shape.last:
             return type(output)({**output.tensors, KEY: latches})
-        layers = {name: [self._gates[entry.slot] for entry in request.stack] for name, request in deciding}
+        layers = {name: [self._gates[entry.slot] for entry in request.stack] for name, request in deciding.items()}
         self._decisions = _PendingDecisions(layers, latches, self.roster.stack)
         return output
 
@@ -299,14 +279,14 @@ class WorkerRuntime:
         output.get_output = with_decisions
         return output
 
-    def _latches(self, deciding: list[tuple[str, Request]]) -> Tensor:
-        """Return values and scores, float32 [2, layers, n·K], on the device."""
-        columns = self.roster.columns([request for _, request in deciding])
-        return torch.stack([t.index_select(1, columns) for t in (self.roster.values, self.roster.scores)])
+    @property
+    def _deciding(self) -> dict[str, Request]:
+        """The requests that decide in this step, by name: stages may order their batches differently."""
+        return dict(sorted(self.roster.deciding.items()))
 
     def _receive(self, latches: Tensor) -> None:
-        """Take over the decisions of the stages before, as their `_latches`."""
-        columns = self.roster.columns([request for _, request in self._deciding_now])
+        """Take over the decisions of the stages before, values and scores, float32 [2, layers, n·K]."""
+        columns = self.roster.columns(list(self._deciding.values()))
         for own, sent in zip((self.roster.values, self.roster.scores), latches, strict=True):
             own.index_copy_(1, columns, sent)
 

@@ -412,7 +412,6 @@ def test_what_would_run_unsteered_stops(profiles, tmp_path) -> None:
     for name, past in (("mean", 1), ("recent", 3)):  # which reads the last 4 of 6
         with pytest.raises(SteerfastError, match=f"'{name}': rows of its prompt, of which a gate reads the mean, came"):
             engine.step([(name, past, 2)], {name: rows["one"]}, [asked(name, engine.extra(name), 6)])
-    runtime._undecided.clear()
     runtime._served.clear()
     runtime.step([], [], [], 2)
     serve_(torch.zeros(2, HIDDEN), None, runtime.config.layers[0])
