@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -192,24 +193,17 @@ class BatchRoster:
         entries: list[Any] = (
             list(steering) if isinstance(steering, list | tuple) and type(steering) is not ProfileStack else [steering]
         )
-        numbers = [strength] if strength is None or isinstance(strength, (int, float)) else list(strength)
         if not entries:
             raise SteerfastError("steering: expected one entry per sequence, got an empty list")
-        _check_lengths(entries, numbers)
         given = [_by_argument(f"steering[{i}]", entry) for i, entry in enumerate(entries)]
-        count = max(len(entries), len(numbers))
-        strengths = [self._strengths(i, entries[i % len(entries)], numbers[i % len(numbers)]) for i in range(count)]
+        named = [[label for label, profile in one.items() if profile is not None] for one in given]
+        strengths = self._strengths(named, strength)
         slots = self._take({label: profile for one in given for label, profile in one.items()})
-        stacks = []
-        for i in range(count):
-            labels = [label for label, profile in given[i % len(given)].items() if profile]
-            stacks.append(
-                tuple(
-                    Entry(slots[label], number, self._span(label, self.slots.at(slots[label])))
-                    for label, number in zip(labels, strengths[i], strict=True)
-                )
-            )
-        return tuple(stacks)
+        spans = {label: self._span(label, self.slots.at(slots[label])) for one in named for label in one}
+        return tuple(
+            tuple(Entry(slots[label], number, spans[label]) for label, number in zip(labels, numbers, strict=True))
+            for labels, numbers in zip(itertools.cycle(named), strengths, strict=False)
+        )
 
     def _span(self, label: str, profile: SteeringProfile) -> EditSpan:
         if self.thought is not None and (profile.positions != "response" or profile.second_pass):
@@ -222,19 +216,25 @@ class BatchRoster:
 
     def _with_strengths(self, stacks: Assignment, strength: Any) -> Assignment:
         """Return stacks with other strengths."""
-        numbers = list(strength) if isinstance(strength, (list, tuple)) else [strength]
-        _check_lengths(stacks, numbers)
-        count = max(len(stacks), len(numbers))
-        changed = []
-        for i in range(count):
-            stack = stacks[i % len(stacks)]
-            strengths = self._strengths(i, stack, numbers[i % len(numbers)])
-            changed.append(tuple(replace(entry, strength=one) for entry, one in zip(stack, strengths, strict=True)))
-        return tuple(changed)
+        return tuple(
+            tuple(replace(entry, strength=number) for entry, number in zip(stack, numbers, strict=True))
+            for stack, numbers in zip(itertools.cycle(stacks), self._strengths(stacks, strength), strict=False)
+        )
 
-    def _strengths(self, i: int, entry: Any, number: Any) -> list[float]:
-        """Return a strength for each profile of the i-th stack."""
-        count = len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None)
+    def _strengths(self, stacks: Sequence[Sequence[Any]], strength: Any) -> list[list[float]]:
+        """Return a strength for each profile of each stack; one stack, or one strength, is for all sequences."""
+        numbers = list(strength) if isinstance(strength, Sequence) and not isinstance(strength, str) else [strength]
+        if not numbers:
+            raise SteerfastError("steering_strength: expected one entry per sequence, got an empty list")
+        if len(stacks) != len(numbers) and 1 not in (len(stacks), len(numbers)):
+            raise SteerfastError(
+                f"steering_strength: expected {len(stacks)} numbers, one per profile, got {len(numbers)}"
+            )
+        count = max(len(stacks), len(numbers))
+        return [self._of_stack(i, len(stacks[i % len(stacks)]), numbers[i % len(numbers)]) for i in range(count)]
+
+    def _of_stack(self, i: int, count: int, number: Any) -> list[float]:
+        """Return a strength for each of the `count` profiles of the i-th stack."""
         number = number.tolist() if hasattr(number, "tolist") else number
         if isinstance(number, (list, tuple)):
             if len(number) != count:
@@ -303,13 +303,6 @@ def _by_argument(label: str, entry: Any) -> dict[str, Any]:
         if not isinstance(profile, SteeringProfile):
             raise SteerfastError(f"{label}[{k}]: expected a profile, got {kind_of(profile)}")
     return {f"{label}[{k}]": profile for k, profile in enumerate(entry)}
-
-
-def _check_lengths(entries: Sequence[Any], numbers: Sequence[Any]) -> None:
-    if not numbers:
-        raise SteerfastError("steering_strength: expected one entry per sequence, got an empty list")
-    if len(entries) != len(numbers) and 1 not in (len(entries), len(numbers)):
-        raise SteerfastError(f"steering_strength: expected {len(entries)} numbers, one per profile, got {len(numbers)}")
 
 
 def finite(name: str, strength: Any) -> float:
