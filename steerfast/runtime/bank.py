@@ -38,21 +38,15 @@ class Reach:
     @classmethod
     def of(cls, profiles: Iterable[SteeringProfile]) -> Reach:
         """Return where these profiles act."""
-        reach = cls()
-        for profile in profiles:
-            reach |= cls(
-                gates=frozenset(profile.gate_layers),
-                edits=frozenset(profile.steered_layers),
-                kinds=kinds_of(profile),
-            )
-        return reach
+        profiles = list(profiles)
+        return cls(
+            frozenset(layer for profile in profiles for layer in profile.gate_layers),
+            frozenset(layer for profile in profiles for layer in profile.steered_layers),
+            max(map(kinds_of, profiles), default=Kinds.LATCHED_ADD),
+        )
 
     def __or__(self, other: Reach) -> Reach:
-        return Reach(
-            self.gates | other.gates,
-            self.edits | other.edits,
-            max(self.kinds, other.kinds),
-        )
+        return Reach(self.gates | other.gates, self.edits | other.edits, max(self.kinds, other.kinds))
 
     @property
     def layers(self) -> frozenset[int]:

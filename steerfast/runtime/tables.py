@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,15 +167,15 @@ class PackedRows:
         if (beyond := deciding >= length).any():
             at = int(beyond.argmax())
             raise ValueError(f"deciding: expected a row of sequence {at}, below {length[at]}, got {deciding[at]}")
-        first, until = (
-            None if given is None else _integers(name, given, shape, 0, _INT32_MAX)
-            for name, given in (("edited_from", self.edited_from), ("edited_until", self.edited_until))
-        )
-        none = np.zeros((2, *shape), np.int64)
-        counted = none if self.counted is None else _integers("counted", self.counted, (2, *shape), 0, _INT32_MAX)
-        total = (
-            np.zeros(shape, np.int64) if self.total is None else _integers("total", self.total, shape, 0, _INT32_MAX)
-        )
+
+        def rows(name: str, default: int, *before: int) -> NDArray[np.int64]:
+            given, wanted = getattr(self, name), (*before, *shape)
+            if given is None:
+                return np.full(wanted, default, dtype=np.int64)
+            return _integers(name, given, wanted, 0, _INT32_MAX)
+
+        first, until = rows("edited_from", 0), rows("edited_until", _INT32_MAX)
+        counted, total = rows("counted", 0, 2), rows("total", 0)
         column = np.arange(count)
         if self.columns is not None:
             column = _integers("columns", self.columns, (count,), 0, max_sequences - 1)
@@ -195,8 +195,8 @@ class _StepArrays(NamedTuple):
     slot: NDArray[np.int64]
     strength: NDArray[np.float32]
     deciding: NDArray[np.int64]
-    first: NDArray[np.int64] | None
-    until: NDArray[np.int64] | None
+    first: NDArray[np.int64]
+    until: NDArray[np.int64]
     counted: NDArray[np.int64]
     total: NDArray[np.int64]
     column: NDArray[np.int64]
@@ -250,18 +250,21 @@ class StepTables:
         with torch.inference_mode(False):  # also serve callers outside inference mode
             self._device = torch.full((size,), -1, dtype=torch.int32, device=device)
             # Two buffers: the host may fill the next while the device still reads the last.
-            self._hosts = [
-                _Host(torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=pinned)) for _ in range(1 + pinned)
-            ]
+            hosts = [torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=pinned) for _ in range(1 + pinned)]
             on_device = self._regions(self._device)
         self.slots, self.sequence, self.deciding = (on_device[name] for name in ("slots", "sequence", "deciding"))
         self.deciders, self.counted = on_device["deciders"], on_device["counted"]
         self.strength = on_device["strength"].view(torch.float32)
         for tensor in (self.strength, self.counted):
             tensor.zero_()
-        for host in self._hosts:
-            host.regions = {name: region.numpy() for name, region in self._regions(host.buffer).items()}
-            host.copied = torch.cuda.Event() if pinned else None
+        self._hosts = [
+            _Host(
+                buffer,
+                {name: region.numpy() for name, region in self._regions(buffer).items()},
+                torch.cuda.Event() if pinned else None,
+            )
+            for buffer in hosts
+        ]
 
     @property
     def stack(self) -> int:
@@ -323,20 +326,16 @@ class StepTables:
         host.regions["sequence"][:used] = step.column[sequence]
         host.regions["sequence"][used:padded] = UNSTEERED
         slots[:used] = step.slot[sequence]
-        if step.first is not None:
-            slots[:used][place < step.first[sequence]] = UNSTEERED
-        if step.until is not None:
-            slots[:used][place >= step.until[sequence]] = UNSTEERED
+        slots[:used][(place < step.first[sequence]) | (place >= step.until[sequence])] = UNSTEERED
         slots[used:padded] = UNSTEERED
 
 
-@dataclass
-class _Host:
+class _Host(NamedTuple):
     """Hold a host buffer, its regions as arrays, and the event after which it may be written again."""
 
     buffer: Tensor
-    regions: dict[str, NDArray[np.int32]] = field(default_factory=dict)
-    copied: torch.cuda.Event | None = None
+    regions: dict[str, NDArray[np.int32]]
+    copied: torch.cuda.Event | None
 
 
 def _array(name: str, given: object, shape: tuple[int | None, ...]) -> NDArray[Any]:
