@@ -126,26 +126,15 @@ def _each_strength(fields: Mapping[str, Any], count: int, config: ServingConfig)
     """Return the strengths that a request gives to its `count` profiles."""
     if STRENGTH not in fields:
         return [1.0] * count
-    strengths = _strengths(fields[STRENGTH], config)
-    if not count:
-        raise ValueError(f"{STRENGTH}: expected {STEERING} to name a profile, got no profile to steer")
-    if len(strengths) not in (1, count):
-        raise ValueError(f"{STRENGTH}: expected one number, or {count}, one for each profile, got {len(strengths)}")
-    return strengths * (count // len(strengths))
-
-
-def _strengths(value: object, config: ServingConfig) -> list[float]:
-    """Return the strengths that a request gives, one or several."""
-    parts: list[Any] = value.split(",") if isinstance(value, str) else [value]
     strengths = []
-    for part in parts:
+    for part in _parts(fields[STRENGTH]):
         if isinstance(part, str) and _NUMBER.fullmatch(part):
             part = float(part)
         number = isinstance(part, (int, float)) and not isinstance(part, bool)
         if not (number and 0 <= part <= config.max_strength):
             raise ValueError(f"{STRENGTH}: expected a number from 0 to {config.max_strength:g}, got {_shown(part)}")
         strengths.append(float(part))
-    return strengths
+    return _for_each(STRENGTH, "number", strengths, count)
 
 
 def _each_threshold(
@@ -154,18 +143,26 @@ def _each_threshold(
     """Return the named threshold of each profile of a request; `stack` has the names that there are for each."""
     if THRESHOLD not in fields:
         return [default if default in points else None for points in stack.values()]
-    value = fields[THRESHOLD]
-    parts: list[Any] = value.split(",") if isinstance(value, str) else [value]
-    if not stack:
-        raise ValueError(f"{THRESHOLD}: expected {STEERING} to name a profile, got no profile to steer")
-    if len(parts) not in (1, len(stack)):
-        raise ValueError(f"{THRESHOLD}: expected one name, or {len(stack)}, one for each profile, got {len(parts)}")
-    parts *= len(stack) // len(parts)
+    parts = _for_each(THRESHOLD, "name", _parts(fields[THRESHOLD]), len(stack))
     for part, (name, points) in zip(parts, stack.items(), strict=True):
         if not isinstance(part, str) or part not in ("", *points):
             have = f"one of {', '.join(points)}" if points else "nothing, as the profile has one threshold"
             raise ValueError(f"{THRESHOLD}: expected for {name} {have}, got {_shown(part)}")
     return [part or None for part in parts]
+
+
+def _parts(value: object) -> list[Any]:
+    """Return the values of a field, several as "a,b"."""
+    return value.split(",") if isinstance(value, str) else [value]
+
+
+def _for_each(field: str, what: str, parts: list[Any], count: int) -> list[Any]:
+    """Return a value for each of `count` profiles: one for all of them, or several."""
+    if not count:
+        raise ValueError(f"{field}: expected {STEERING} to name a profile, got no profile to steer")
+    if len(parts) not in (1, count):
+        raise ValueError(f"{field}: expected one {what}, or {count}, one for each profile, got {len(parts)}")
+    return parts * (count // len(parts))
 
 
 def _check_locked(fields: Mapping[str, Any], default: str | None) -> None:
