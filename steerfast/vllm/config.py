@@ -38,18 +38,18 @@ DEFAULT_SLOTS = 32
 DEFAULT_MAX_STRENGTH = 10.0  # text falls apart well before this
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = installed_version("steerfast") or "unknown"
-_EXPECTED = {
-    "profiles": (Mapping, "an object of names and files"),
-    "default": (str, "a profile's name or null"),  # or names, with commas
-    "threshold": (str, "a threshold's name or null"),
-    "locked": (bool, "true or false"),
-    "max_strength": ((int, float), "a number"),
-    "slots": (int, "a whole number"),
-    "stack": (int, "a whole number"),
-    "layers": (list, "a list of layer numbers or null"),
-    "directory": (str, "a folder or null"),
-    "observe": (list, "a list of profiles' names"),
-    "thinking": (str, f"{COUNT!r} or {SKIP!r}"),
+_EXPECTED: dict[str, tuple[Any, str, Any]] = {  # the type of a value, its description, and what a missing key means
+    "profiles": (Mapping, "an object of names and files", {}),
+    "default": (str, "a profile's name or null", None),  # or names, with commas
+    "threshold": (str, "a threshold's name or null", None),
+    "locked": (bool, "true or false", False),
+    "max_strength": ((int, float), "a number", DEFAULT_MAX_STRENGTH),
+    "slots": (int, "a whole number", None),
+    "stack": (int, "a whole number", None),
+    "layers": (list, "a list of layer numbers or null", None),
+    "directory": (str, "a folder or null", None),
+    "observe": (list, "a list of profiles' names", []),
+    "thinking": (str, f"{COUNT!r} or {SKIP!r}", COUNT),
 }
 _NULLABLE = {"default", "threshold", "layers", "directory"}
 _REFUSED_VARIABLES = (  # of the environment: name, whether only a lock minds it, why
@@ -317,19 +317,16 @@ def _reading(profiles: Mapping[str, SteeringProfile], directory: str | None) -> 
 
 
 def _typed(raw: object) -> dict[str, Any]:
-    """Return all keys, each of its type; a missing key has its default, slots and stack None."""
+    """Return all keys, each of its type; a missing key has its default."""
     if not isinstance(raw, Mapping):
         raise ValueError(f"{KEY}: expected an object, got {raw!r}")
     unknown = [str(key) for key in raw if key not in _EXPECTED]
     if unknown:
         raise ValueError(f"{KEY}: expected the keys {', '.join(_EXPECTED)}, got {', '.join(unknown)}")
-    values: dict[str, Any] = {
-        "profiles": {}, "default": None, "locked": False, "max_strength": DEFAULT_MAX_STRENGTH, "slots": None,
-        "stack": None, "layers": None, "directory": None, "threshold": None, "observe": [], "thinking": COUNT,
-    }  # fmt: skip
+    values = {key: default for key, (_, _, default) in _EXPECTED.items()}
     for key, value in raw.items():
-        kind, expected = _EXPECTED[key]
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # type: ignore[arg-type]
+        kind, expected, _ = _EXPECTED[key]
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if not fits and not (value is None and key in _NULLABLE):
             raise ValueError(f"{KEY}.{key}: expected {expected}, got {value!r}")
         values[key] = value
