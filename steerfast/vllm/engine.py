@@ -30,7 +30,7 @@ import numpy as np
 
 from steerfast.errors import ProfileError
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.span import NO_END, NO_TURN, Entry, MeanRows, Stack
+from steerfast.runtime.span import NO_END, NO_TURN, Entry, Stack
 from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested, stack_to_extra
 from steerfast.vllm.compat import around
@@ -90,11 +90,6 @@ class HeldProfiles:
     def always_edits(self) -> bool:
         """Whether some profile edits without a gate."""
         return any(version.span.open for version in self.editing)
-
-    def means(self, length: int, ids: Sequence[int] | None) -> list[MeanRows]:
-        """Return the rows of a prompt that the mean of each profile takes, see `EditSpan.read`."""
-        tokens = None if ids is None else np.asarray(ids)
-        return [version.span.read(length, tokens) for version in self.versions]
 
     def edits(self, decided: Sequence[Decision]) -> bool:
         """Return whether some profile edits rows after these decisions."""
@@ -204,7 +199,8 @@ class EngineSteering:
     def own(self, request: Any, held: HeldProfiles) -> None:
         """Let a new `Request` hold its profiles, and take back the names of blocks that may be edited."""
         request.steerfast, held.hasher = held, request._block_hasher
-        means = held.means(request.num_prompt_tokens, request.prompt_token_ids)
+        ids = None if request.prompt_token_ids is None else np.asarray(request.prompt_token_ids)
+        means = [version.span.read(request.num_prompt_tokens, ids) for version in held.versions]
         if not self._warned and not all(rows.found for rows in means):
             self._warned = True
             _log.warning("request %r: %s", request.request_id, NO_TURN)

@@ -191,18 +191,11 @@ def install() -> None:
     for engine in ("AsyncLLM", "LLMEngine"):
         around(engine, "__init__")(init_engine)
 
-    @around("BeamSearchOnlineMixin", "beam_search")
-    def online(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        _refuse_beams(self.engine_client)
+    def beam_search(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = self.llm_engine if hasattr(self, "llm_engine") else self.engine_client
+        if (front := getattr(engine.input_processor, "steerfast", None)) is not None:
+            front.refuse_beam_search()
         return original(self, *args, **kwargs)
 
-    @around("BeamSearchOfflineMixin", "beam_search")
-    def offline(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        _refuse_beams(self.llm_engine)
-        return original(self, *args, **kwargs)
-
-
-def _refuse_beams(engine: Any) -> None:
-    front = getattr(engine.input_processor, "steerfast", None)
-    if front is not None:
-        front.refuse_beam_search()
+    for mixin in ("BeamSearchOnlineMixin", "BeamSearchOfflineMixin"):
+        around(mixin, "beam_search")(beam_search)
