@@ -1,33 +1,28 @@
 """The op that vLLM's compiled graphs hold at a steered layer.
 
-A graph knows only the number of the layer. Banks and tables belong to the `RowServer`, so a graph outlives every
+A graph knows only the number of the layer. Banks and tables belong to the `WorkerRuntime`, so a graph outlives every
 profile, and a graph that another process compiled works here.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from steerfast.kernels.contract import library
 
+if TYPE_CHECKING:
+    from steerfast.vllm.worker import WorkerRuntime
 
-class RowServer(Protocol):
-    """The object that edits rows, a `steerfast.vllm.worker.WorkerRuntime`."""
-
-    def serve(self, stream: Tensor, addend: Tensor | None, layer: int) -> None:
-        """Decide gates and edit `stream`, [n, H], in place. The rows are those of `stream`, or of stream + addend."""
+_active: WorkerRuntime | None = None
 
 
-_active: RowServer | None = None
-
-
-def activate(server: RowServer) -> None:
-    """Let `server` edit the rows of this process's next forward passes."""
+def activate(runtime: WorkerRuntime) -> None:
+    """Let `runtime` edit the rows of this process's next forward passes."""
     global _active
-    _active = server
+    _active = runtime
 
 
 def is_captured(stream: Tensor) -> bool:

@@ -223,7 +223,10 @@ class WorkerRuntime:
             self._empty = True
 
     def serve(self, stream: Tensor, addend: Tensor | None, layer: int) -> None:
-        """Decide this layer's gates and edit `stream` in place, for the op: see `RowServer`."""
+        """Decide this layer's gates and edit `stream`, [n, H], in place, for the op.
+
+        The rows are those of `stream`, or of stream + addend.
+        """
         self._served.add(layer)
         self.layout.check(layer, stream, addend)
         if len(stream) > (most := len(self.roster.tables.slots)):
