@@ -14,9 +14,9 @@ from steerfast.errors import SteerfastError
 from steerfast.hf.arguments import is_flat
 from steerfast.hf.hooks import StepHooks
 from steerfast.hf.latch import Latch
-from steerfast.hf.packed import PackedRuns, steered_manager
+from steerfast.hf.packed import steered_manager
 from steerfast.hf.step import GeneratedPrompt, Stepper
-from steerfast.runtime.batch import INHERIT, BatchRoster
+from steerfast.runtime.batch import INHERIT
 from steerfast.runtime.span import slots_of
 
 GENERATING = ("generate", "generate_batch", "init_continuous_batching")
@@ -30,6 +30,7 @@ class SteeredCalls:
         self._model = model
         self._stepper = stepper
         self._hooks = hooks
+        self._roster, self._packed = stepper.roster, stepper.packed
         self._lock = threading.RLock()  # a call of a model may be part of another one
 
     def __getstate__(self) -> dict[str, Any]:
@@ -38,14 +39,6 @@ class SteeredCalls:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.RLock())
-
-    @property
-    def _roster(self) -> BatchRoster:
-        return self._stepper.roster
-
-    @property
-    def _packed(self) -> PackedRuns:
-        return self._stepper.packed
 
     def wrap(self, undo: list[Callable[[], Any]]) -> None:
         """Put `call` before the methods of the model; `undo` gets what takes it away again."""

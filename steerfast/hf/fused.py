@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,8 @@ from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Operands
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
 from steerfast.runtime.step import LayerEdit, Step
 
-
-class Steps(Protocol):
-    """Hold the step of the forward pass that runs, and give its edits, see `steerfast.hf.step.Stepper`."""
-
-    step: Step | None
-
-    def edit(self, layer: int, x: Tensor, residual: Tensor | None) -> LayerEdit | None: ...
+if TYPE_CHECKING:
+    from steerfast.hf.step import Stepper
 
 
 class CompiledEdit(NamedTuple):
@@ -84,7 +79,7 @@ class FusedAdd:
         self.norm = norm
         self._eps = family.eps
         self._kind = int(family.norm or 0)
-        self.steps: Steps | None = None
+        self.steps: Stepper | None = None
         self._stream: Tensor | None = None
         self._normed: Tensor | None = None
         self._version: int | None = None
@@ -163,11 +158,7 @@ def patch(model: nn.Module) -> nn.Module:
     final = _final_norm(decoder, family)
     for index, layer in enumerate(decoder.layers):
         family.check(index, layer)
-    for name, module in _patch_targets(decoder, family, final):
-        if _is_replaced(module):
-            raise ArchitectureError(
-                f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first"
-            )
+    _refuse_replaced(_patch_targets(decoder, family, final), ArchitectureError)
     for index, layer in enumerate(decoder.layers):
         reader = getattr(layer, family.readers[1]) if family.readers[1] else None
         inner, outer = FusedAdd(index, reader, family), FusedAdd(index, None, family)
@@ -192,14 +183,10 @@ def unpatch(model: nn.Module) -> nn.Module:
     find_decoder(model).refuse_if_steered()
     if not is_patched(model):
         raise SteerfastError("model: expected a patched one, got one that is not")
-    for name, module in model.named_modules():
-        if _forward_maker(module) is not None and _is_replaced(module):
-            raise SteerfastError(
-                f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first"
-            )
-    for module in model.modules():
-        if _forward_maker(module) is not None:
-            _swap_back(module)
+    patched = [(name, module) for name, module in model.named_modules() if _forward_maker(module) is not None]
+    _refuse_replaced(patched, SteerfastError)
+    for _, module in patched:
+        _swap_back(module)
     return model
 
 
@@ -213,7 +200,7 @@ def is_fused(layer: nn.Module) -> bool:
     return _forward_maker(layer) in (_layer_forward, _steered_layer_forward)
 
 
-def steer_layer(layer: Any, steps: Steps | None) -> None:
+def steer_layer(layer: Any, steps: Stepper | None) -> None:
     """Let the steps edit at the outer seam of a fused layer; None: no edit."""
     layer.steerfast_outer.steps = steps
     _swap(layer, _layer_forward if steps is None else _steered_layer_forward)
@@ -401,10 +388,12 @@ def _rewire(module: Any) -> None:
         del module.forward
 
 
-def _is_replaced(module: Any) -> bool:
-    """Return whether the module has a forward that is not its class's, so that a new class would change nothing."""
-    own = vars(module).get("_old_forward", vars(module).get("forward"))
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+def _refuse_replaced(modules: Iterable[tuple[str, Any]], error: type[SteerfastError]) -> None:
+    """Raise `error` if a module has a forward that is not its class's, so that a new class would change nothing."""
+    for name, module in modules:
+        own = vars(module).get("_old_forward", vars(module).get("forward"))
+        if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+            raise error(f"model: the forward of {name} ({type(module).__name__}) was replaced; undo that first")
 
 
 def _patch_targets(decoder: Decoder, family: Family, final: nn.Module | None) -> list[tuple[str, nn.Module]]:

@@ -97,12 +97,6 @@ def attached(cache: Any) -> Latch | None:
     return getattr(cache, "steerfast_latch", None)
 
 
-def read(cache: Any, owner: str) -> Latch | None:
-    """Return the latch that `owner` left on `cache`, or None."""
-    latch = attached(cache)
-    return latch if latch is not None and latch.owner == owner else None
-
-
 def length(cache: Any) -> int:
     """Return how many tokens `cache` holds. Static caches count on the device; an unchanged count is not read again."""
     if not hasattr(cache, "get_seq_length"):

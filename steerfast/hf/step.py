@@ -128,7 +128,9 @@ class Stepper:
         call = Call(given, tokens, cache, latches.length(cache))
         self.prompts = None if self.prompt is None else self.prompt.count
         plan = self.roster.plan(call.count, self.prompts)
-        latch = latches.read(cache, plan.owner) if call.past else None
+        latch = latches.attached(cache) if call.past else None
+        if latch is not None and latch.owner != plan.owner:
+            latch = None
         if latch is not None and latch.sequences != call.count:
             raise SteerfastError(
                 f"past_key_values: its gates were decided for {latch.sequences} sequences, got {call.count}"
