@@ -93,16 +93,13 @@ def rewinds(cache: Any, width: int) -> bool:
     """Return whether a cache can undo a pass over `width` tokens: it has a fixed size and writes in place."""
     from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-    return all(
-        type(layer) is StaticLayer
-        or (type(layer) is StaticSlidingWindowLayer and _keeps(int(layer.get_seq_length()), width, layer.max_cache_len))
-        for layer in getattr(cache, "layers", [None])
-    )
+    def loses_nothing(layer: Any) -> bool:
+        if type(layer) is not StaticSlidingWindowLayer:
+            return type(layer) is StaticLayer
+        past = int(layer.get_seq_length())
+        return past == 0 or past + width <= layer.max_cache_len
 
-
-def _keeps(past: int, width: int, window: int) -> bool:
-    """Return whether a sliding window loses nothing when `width` tokens come."""
-    return past == 0 or past + width <= window
+    return all(map(loses_nothing, getattr(cache, "layers", [None])))
 
 
 def rewind(cache: Any, lengths: list[int]) -> None:

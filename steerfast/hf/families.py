@@ -189,19 +189,15 @@ MULTIMODAL_FAMILIES = (
 # fmt: on
 
 
-def family_of(layer: type) -> Family | None:
+def family_of(layer: Any) -> Family | None:
     """Return the family of a decoder layer's class; None: the layer cannot be fused."""
     for parent in layer.__mro__:
         for family in (*FAMILIES, *MULTIMODAL_FAMILIES):
             if family.owns(parent):
-                return family if is_own_forward(layer, parent) else None
+                forward = layer.forward  # a subclass may override it, and a program may replace it in the class
+                own = (forward.__module__, forward.__qualname__) == (
+                    parent.__module__,
+                    f"{parent.__qualname__}.forward",
+                )
+                return family if own else None
     return None
-
-
-def is_own_forward(kind: type, owner: type) -> bool:
-    """Return whether a module's class runs the forward that transformers defines in `owner`.
-
-    A subclass may override it, and a program may replace it in the class.
-    """
-    forward: Any = kind.forward  # type: ignore[attr-defined]
-    return (forward.__module__, forward.__qualname__) == (owner.__module__, f"{owner.__qualname__}.forward")
