@@ -221,6 +221,7 @@ class StepTables:
         slots: int32 [max_rows, K], sequence: int32 [max_rows], deciding: int32 [max_sequences], deciders: int32
             [max_sequences, K], counted: int32 [max_sequences·K, 3]: as in `RowTable`.
         strength: float32 [max_sequences, K].
+        stack: K.
 
     Raises:
         ValueError: a size is out of bounds.
@@ -232,6 +233,7 @@ class StepTables:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if not 1 <= stack <= MAX_STACK:
             raise ValueError(f"stack: expected 1 to {MAX_STACK} slots of a sequence, got {stack}")
+        self.stack = stack
         self._shapes = {
             "deciding": (max_sequences,),
             "deciders": (max_sequences, stack),
@@ -265,11 +267,6 @@ class StepTables:
             )
             for buffer in hosts
         ]
-
-    @property
-    def stack(self) -> int:
-        """K, the slots of a sequence."""
-        return self.deciders.shape[1]
 
     def of(self, width: int) -> RowTable:
         """Return the tables of a step of `width` rows, padding included: views that later steps change."""

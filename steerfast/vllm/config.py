@@ -111,9 +111,8 @@ class ServingConfig:
             )
         if raw["version"] != _VERSION:
             raise ValueError(f"additional_config.{KEY}: expected version {_VERSION}, got {raw['version']}")
-        reading = None if raw["reading"] is None else tuple(raw["reading"])
-        lists = {"layers": tuple(raw["layers"]), "reading": reading, "observe": tuple(raw["observe"])}
-        return cls(**{**raw, "profiles": dict(raw["profiles"]), **lists})
+        fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+        return cls(**fields)
 
     def __str__(self) -> str:
         """Return what a log says at the start."""
@@ -243,8 +242,7 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
     )
     for name, profile in profiles.items():
         config.check(name, profile, model, split=False)
-    reading = None if config.reading is None else list(config.reading)
-    return {**asdict(config), "layers": list(config.layers), "reading": reading, "observe": list(config.observe)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 
 def _directory(given: str | None) -> str | None:

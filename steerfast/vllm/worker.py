@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,9 @@ from steerfast.vllm.config import KEY, ServingConfig
 from steerfast.vllm.ops import activate, is_captured
 from steerfast.vllm.ranks import RowLayout
 from steerfast.vllm.registry import variants
+
+Decisions = dict[str, list[tuple[list[float], ...]]]
+"""Gate values and scores by request, for each profile those of its gate layers in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class WorkerRuntime:
         self._gates: dict[int, list[int]] = {}  # slot -> the layers where its gate decides
         self._files: dict[int, str] = {}  # slot -> path
         self._mismatch: str | None = None  # why these weights are not those of a profile
-        self._decisions: _PendingDecisions | None = None
+        self._decisions: Callable[[], Decisions] | None = None  # of the last step
         self._launch_gates = True  # until the first step, so that warm-ups launch gates
         self._empty = True  # the tables steer no row
         self._repeat: Repeat | None = None
@@ -260,7 +263,7 @@ class WorkerRuntime:
         if not self.shape.last:
             return type(output)({**output.tensors, KEY: latches})
         layers = {name: [self._gates[entry.slot] for entry in request.stack] for name, request in deciding.items()}
-        self._decisions = _PendingDecisions(layers, latches, self.roster.stack)
+        self._decisions = _pending(layers, latches, self.roster.stack)
         return output
 
     def report(self, output: Any) -> Any:
@@ -269,14 +272,14 @@ class WorkerRuntime:
         if decisions is None or output is None:  # None: the forward pass failed, and its error is on its way
             return output
         if not hasattr(output, "get_output"):
-            output.steerfast = decisions.read()
+            output.steerfast = decisions()
             return output
         get_output = output.get_output
 
         def with_decisions() -> Any:
             vars(output).pop("get_output", None)  # or the output, which holds tensors, waits for the garbage collector
             ready = get_output()
-            ready.steerfast = decisions.read()
+            ready.steerfast = decisions()
             return ready
 
         output.get_output = with_decisions
@@ -294,30 +297,27 @@ class WorkerRuntime:
             own.index_copy_(1, columns, sent)
 
 
-class _PendingDecisions:
-    """The decisions of a step, on their way to the host.
+def _pending(layers: dict[str, list[list[int]]], latches: Tensor, stack: int) -> Callable[[], Decisions]:
+    """Send the decisions of a step to the host, and return a function that waits for them.
 
     Args:
         layers: gate layers by request and profile.
         latches: float32 [2, layers, n·K], values and scores. stack: K.
     """
+    host = latches.unflatten(2, (-1, stack)).to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if latches.is_cuda else None
+    if copied is not None:
+        copied.record()
 
-    def __init__(self, layers: dict[str, list[list[int]]], latches: Tensor, stack: int) -> None:
-        self._layers = layers
-        self._latches = latches.unflatten(2, (-1, stack)).to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if latches.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
+    def read() -> Decisions:
+        if copied is not None:
+            copied.synchronize()
+        return {
+            name: [tuple(host[:, at, number, k].tolist()) for k, at in enumerate(of_stack)]
+            for number, (name, of_stack) in enumerate(layers.items())
+        }
 
-    def read(self) -> dict[str, list[tuple[list[float], list[float]]]]:
-        """Return gate values and scores by request, for each profile those of its gate layers in ascending order."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        decisions = {}
-        for number, (name, stack) in enumerate(self._layers.items()):
-            found = (self._latches[:, layers, number, k].tolist() for k, layers in enumerate(stack))
-            decisions[name] = [(values, scores) for values, scores in found]
-        return decisions
+    return read
 
 
 def _bank_name(slot: int) -> str:
