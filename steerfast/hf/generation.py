@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from steerfast._progress import track
 from steerfast.errors import ArchitectureError, PromptError
@@ -57,14 +58,9 @@ def batches(
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        width = len(sequences[indices[0]])
-        ids = torch.full((len(indices), width), pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(indices):
-            sequence = torch.tensor(sequences[index])
-            where = slice(width - len(sequence), width) if padding_side == "left" else slice(0, len(sequence))
-            ids[row, where] = sequence
-            mask[row, where] = 1
+        rows = [torch.tensor(sequences[index], dtype=torch.long) for index in indices]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=padding_side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
         yield PromptBatch(indices, ids.to(device), mask.to(device))
 
 

@@ -311,8 +311,7 @@ class Stepper:
         if isinstance(columns, Tensor) or valid is not self._all_valid(count, width, valid.device):
             return make()
         key = ("prompt", plan.stacks, plan.owner, waits, count, width, columns, valid.device)
-        tables: RowTable = self._buffers.get(key, make)
-        return tables
+        return self._buffers.get(key, make)
 
     def _mean_rows(self, call: Call, plan: Plan, valid: Tensor, columns: int | Tensor) -> Tensor:
         """Return the rows of this step that each mean takes, as `RowTable.counted`; the token ids come to the host.
@@ -346,8 +345,7 @@ class Stepper:
             each = torch.tensor(edited, dtype=torch.int32, device=device).view(slot.shape)
             return response_rows(slot, width, each)
 
-        tables: RowTable = self._buffers.get(("answer", plan.stacks, plan.owner, width, edited, device), make)
-        return tables
+        return self._buffers.get(("answer", plan.stacks, plan.owner, width, edited, device), make)
 
     def _compiled_edit(self, memory: StepMemory) -> CompiledEdit:
         """Write the edit of this step where compiled models read it.
@@ -383,8 +381,7 @@ class Stepper:
     def _tensor(self, name: str, plan: Plan, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a value of each entry as a tensor [N, K], made once."""
         key = (name, plan.stacks, plan.owner, dtype, device)
-        tensor: Tensor = self._buffers.get(key, lambda: plan.tensor(value, dtype, device))
-        return tensor
+        return self._buffers.get(key, lambda: plan.tensor(value, dtype, device))
 
     def _valid(self, call: Call) -> Tensor:
         """Return which tokens are not padding, bool [N, T]; without padding, the same tensor every time."""
@@ -396,11 +393,8 @@ class Stepper:
         return valid_tokens(mask, call)
 
     def _all_valid(self, count: int, width: int, device: torch.device) -> Tensor:
-        def make() -> Tensor:
-            return torch.ones(count, width, dtype=torch.bool, device=device)
-
-        tensor: Tensor = self._buffers.get(("valid", count, width, device), make)
-        return tensor
+        key = ("valid", count, width, device)
+        return self._buffers.get(key, lambda: torch.ones(count, width, dtype=torch.bool, device=device))
 
 
 def _refuse_parts(plan: Plan, columns: Tensor, width: int) -> None:

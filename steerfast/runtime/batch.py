@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ Assignment = tuple[Stack, ...]
 MOST_STRENGTH = 1e30
 """Times a profile's own strength it is still finite in float32."""
 
+T = TypeVar("T")
 _MOST_BUFFERS = 512  # each is cheap to make again
 
 
@@ -39,7 +40,7 @@ class Buffers:
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], Any] = {}
 
-    def get(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def get(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """Return the value of `key`, made once."""
         if key not in self._kept:
             if len(self._kept) > _MOST_BUFFERS:
@@ -274,8 +275,7 @@ class BatchRoster:
         if len(stacks) > 1 and (count % len(stacks) or (prompts or len(stacks)) != len(stacks)):
             raise SteerfastError(f"steering: expected {prompts or count} entries, one per sequence, got {len(stacks)}")
         names = ["+".join(self.slots.name(entry.slot) for entry in stack) or "-" for stack in stacks]
-        plan: Plan = self._plans.get((stacks, count, *names), lambda: self._make_plan(stacks, count, names))
-        return plan
+        return self._plans.get((stacks, count, *names), lambda: self._make_plan(stacks, count, names))
 
     def _make_plan(self, stacks: Assignment, count: int, names: list[str]) -> Plan:
         repeats = count // len(stacks)

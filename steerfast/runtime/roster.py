@@ -204,15 +204,9 @@ class Roster:
         """
         with self._lock:
             request = self._requests.get(name)
-            if request is not None and not request.decided:
-                return None
-            latch = self._host.get(name)
-            column = self._ended.get(name) if request is None else request.column
+            latch = self._latch(name) if request is None or request.decided else None
             if latch is None:
-                if column is None:
-                    return None
-                self._wait()
-                latch = self._latches([column])[0]
+                return None
             latch = latch[:2].float()
             return latch[..., 0] if self.stack == 1 else latch
 
@@ -373,20 +367,25 @@ class Roster:
 
     def _continue(self, name: str, request: Request, like: str) -> None:
         """Continue the means of another request's prompt, or take its decisions."""
-        other = self._requests.get(like)
-        column = self._ended.get(like) if other is None else other.column
-        if like in self._host:
-            latch = self._host[like]
-        elif column is not None:
-            self._wait()
-            latch = self._latches([column])[0]
-        else:
+        other, latch = self._requests.get(like), self._latch(like)
+        if latch is None:
             return
         self._host[name] = latch.clone()
         if other is None or other.decided:  # an ended request keeps only its decisions
             request.decided, request.counted = True, request.prompt_length
         else:
             request.counted = other.counted
+
+    def _latch(self, name: str) -> Tensor | None:
+        """Return values, scores and sums of a request, float64 [3, layers, K] on the CPU; None: they are nowhere."""
+        if name in self._host:
+            return self._host[name]
+        request = self._requests.get(name)
+        column = self._ended.get(name) if request is None else request.column
+        if column is None:
+            return None
+        self._wait()
+        return self._latches([column])[0]
 
     def columns(self, requests: Sequence[Request]) -> Tensor:
         """Return where the deciders of these requests lie in `values`, int64 [len(requests)·K] on the device."""

@@ -83,7 +83,7 @@ class Admin:
         if self._front is None:
             raise _Refused(404, "profiles: expected a server that steers, this one was started without any")
         if request.method == "GET":
-            return await self._profiles()
+            return await self._call("steerfast_profiles")
         if self._servers > 1:
             raise _Refused(409, f"profiles: expected one API server (--api-server-count 1), got {self._servers}")
         async with self._lock:
@@ -100,15 +100,13 @@ class Admin:
             return await self._change("steerfast_replace", name, (await _fields(request, "file"))["file"])
 
     async def _change(self, method: str, name: str, file: str | None = None) -> list[dict[str, Any]]:
-        if file is None:
-            await self._call(method, name)
-        else:
+        if file is not None:
             try:
                 await asyncio.to_thread(self._check, name, file)
             except ProfileError as error:
                 raise _Refused(400, str(error)) from None
-            await self._call(method, name, file)
-        profiles = await self._profiles()
+        await self._call(method, name, *([] if file is None else [file]))
+        profiles = await self._call("steerfast_profiles")
         points: dict[str, list[str]] = {}
         for each in profiles:
             if each["current"]:
@@ -119,10 +117,6 @@ class Admin:
     def _check(self, name: str, file: str) -> None:
         """Compare the profile's tokenizer with the server's; the engine has none."""
         self._front.check_tokenizer(name, SteeringProfile.load(inside(self._front.config.directory, file)))
-
-    async def _profiles(self) -> list[dict[str, Any]]:
-        profiles: list[dict[str, Any]] = await self._call("steerfast_profiles")
-        return profiles
 
     async def _call(self, method: str, *arguments: str) -> Any:
         try:

@@ -65,8 +65,7 @@ class ServerProcess:
     def get(self, path: str) -> str:
         """Return the text at a path of the server."""
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            text: str = answer.read().decode()
-        return text
+            return str(answer.read(), "utf-8")
 
     def stop(self) -> None:
         """End the server and all that it started."""
@@ -90,5 +89,4 @@ def run_load(arguments: Sequence[str], log: TextIO) -> dict[str, Any]:
     parser = compat.FlexibleArgumentParser()
     compat.add_load_options(parser)
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        found: dict[str, Any] = compat.run_load(parser.parse_args(list(arguments)))
-    return found
+        return compat.run_load(parser.parse_args(list(arguments)))
