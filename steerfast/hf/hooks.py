@@ -69,8 +69,7 @@ class StepHooks:
             guard_hooks()
         before, after = self._before, self._after
         if passes_through(model, backbone):
-            pre = model.register_forward_pre_hook(self.before_model, with_kwargs=True)
-            self.undo.append(pre.remove)
+            self.undo.append(model.register_forward_pre_hook(self.before_model, with_kwargs=True).remove)
             post = model.register_forward_hook(self.after_model, with_kwargs=True, always_call=True)
             self.undo.append(post.remove)
         else:  # so that a compiled backbone is one graph without them
@@ -80,20 +79,16 @@ class StepHooks:
 
     def attach_layers(self) -> None:
         """Steer the layers where profiles act that came since."""
-        for layer in sorted(self._stepper.roster.slots.reach.layers - self.layers):
-            self._attach_layer(layer)
-
-    def _attach_layer(self, layer: int) -> None:
-        self.layers.add(layer)
-        module = self._decoder.layers[layer]
-        if is_fused(module):
-            steer_layer(module, self._stepper)
-            self.undo.append(functools.partial(steer_layer, module, None))
-            return
-        # First of the layer's hooks, so that others see the edited residual stream.
-        hook = functools.partial(self._on_layer, layer)
-        handle = module.register_forward_hook(hook, prepend=True)
-        self.undo.append(handle.remove)
+        reach = self._stepper.roster.slots.reach
+        for layer in sorted((reach.gates | reach.edits) - self.layers):
+            self.layers.add(layer)
+            module = self._decoder.layers[layer]
+            if is_fused(module):
+                steer_layer(module, self._stepper)
+                self.undo.append(functools.partial(steer_layer, module, None))
+            else:  # first of the layer's hooks, so that others see the edited residual stream
+                hook = functools.partial(self._on_layer, layer)
+                self.undo.append(module.register_forward_hook(hook, prepend=True).remove)
 
     def forget_call(self) -> None:
         """Drop a step that was made for a call which is over, or was interrupted."""

@@ -28,17 +28,15 @@ class SecondPass:
         given: the arguments of the backbone, with the cache of before the step.
         lengths: how many tokens each layer of a cache held that is written in place; None: `given` has a copy.
         valid: bool [N, T], tokens that are not padding. columns: how many columns are prompt, or int32 [N].
-        ahead: which sequences are steered before the layer that decides.
     """
 
     given: dict[str, Any]
     lengths: list[int] | None
     valid: Tensor
     columns: int | Tensor
-    ahead: tuple[bool, ...]
 
     @classmethod
-    def of(cls, plan: Plan, given: dict[str, Any], cache: Any, valid: Tensor, columns: int | Tensor) -> SecondPass:
+    def of(cls, given: dict[str, Any], cache: Any, valid: Tensor, columns: int | Tensor) -> SecondPass:
         """Keep the arguments and the cache of a step that begins.
 
         Raises:
@@ -54,7 +52,7 @@ class SecondPass:
                 f"past_key_values: layers before the sensor are steered in a second pass over the prompt, which needs "
                 f"a DynamicCache, or a StaticCache whose windows do not slide on, got {type(cache).__name__}"
             )
-        return cls(given, lengths, valid, columns, plan.ahead)
+        return cls(given, lengths, valid, columns)
 
     def run(self, output: Any, plan: Plan, latch: Latch, reread: Callable[..., Any]) -> Any:
         """Pass the prompts that fired through the model once more, and return the output of all.
@@ -64,7 +62,7 @@ class SecondPass:
             reread: calls the model with (arguments, plan, latch, valid, columns).
         """
         fired = latch.by_sequence(latch.values != 0).any(dim=2).any(dim=0).tolist()
-        chosen = [n for n, waits in enumerate(self.ahead) if waits and fired[n]]
+        chosen = [n for n, waits in enumerate(plan.ahead) if waits and fired[n]]
         if not chosen:
             return output
         if self.lengths is not None:  # its sequences cannot be told apart: all again, and shut gates change nothing

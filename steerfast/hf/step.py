@@ -203,11 +203,11 @@ class Stepper:
                 "each has its own decision"
             )
         if plan.ahead:
-            self.second_pass = SecondPass.of(plan, call.given, call.cache, valid, columns)
+            self.second_pass = SecondPass.of(call.given, call.cache, valid, columns)
         rows = self.prompt_tables(plan, valid, columns, plan.ahead)
         if (thought := self.roster.thought) is not None:
             rows = without_thoughts(rows, thought, plan, latch, call, valid, columns)
-        if plan.reads_mean:
+        if any(entry.span.mean_rows for stack in plan.stacks for entry in stack):
             rows = replace(rows, counted=self._mean_rows(call, plan, valid, columns))
         self.step, self.latch = self.make(plan, latch, rows, decides=True), latch
 

@@ -48,11 +48,6 @@ class Reach:
     def __or__(self, other: Reach) -> Reach:
         return Reach(self.gates | other.gates, self.edits | other.edits, max(self.kinds, other.kinds))
 
-    @property
-    def layers(self) -> frozenset[int]:
-        """Layers with a gate or an edit."""
-        return self.gates | self.edits
-
 
 @dataclass(frozen=True)
 class LayerBank:

@@ -75,11 +75,6 @@ class Plan:
         """K, the most profiles on a sequence, at least 1."""
         return max(1, *(len(stack) for stack in self.stacks)) if self.stacks else 1
 
-    @property
-    def reads_mean(self) -> bool:
-        """Whether a gate reads a mean."""
-        return any(entry.span.mean_rows for stack in self.stacks for entry in stack)
-
     def each(self, value: Callable[[Entry], Any]) -> list[list[Any]]:
         """Return a value of each entry, [n][K]; short stacks are filled with empty entries."""
         width = self.width

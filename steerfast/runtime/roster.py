@@ -58,11 +58,6 @@ class Request:
         self.means = tuple(entry.span.read(self.prompt_length, ids) for entry in self.stack)
 
     @property
-    def read_from(self) -> int:
-        """The first row that a mean takes; 0 where no gate reads a mean."""
-        return min((rows.first for rows in self.means if rows.until), default=0)
-
-    @property
     def read_until(self) -> int:
         """The first row after all that a mean takes; 0 where no gate reads a mean."""
         return max((rows.until for rows in self.means), default=0)
@@ -339,7 +334,7 @@ class Roster:
             if request.counted >= request.read_until:
                 continue
             begin, end = int(past[i]), int(past[i] + lengths[i])
-            if begin > max(request.counted, request.read_from):
+            if begin > max(request.counted, min(rows.first for rows in request.means if rows.until)):
                 raise SteerfastError(
                     f"request {name!r}: rows of its prompt, of which a gate reads the mean, came from a cache"
                 )
