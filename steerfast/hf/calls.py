@@ -63,20 +63,17 @@ class SteeredCalls:
         to the profiles that steer the call without it.
         """
         with self._lock:
-            return self._steered(name, method, args, kwargs)
-
-    def _steered(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if "steering" in kwargs or "steering_strength" in kwargs:
-            if not self._hooks.undo:
-                raise SteerfastError("steering: it was detached; call steer() again")
-            steering = kwargs.pop("steering", INHERIT)
-            with self._roster.assigned(steering, kwargs.pop("steering_strength", None)):
-                return self._steered(name, method, args, kwargs)
-        if name == "generate":
-            return self._generate(method, args, kwargs)
-        if name == "generate_batch":
-            return self._generate_batch(method, args, kwargs)
-        return steered_manager(self._packed, method, *args, **kwargs)
+            if "steering" in kwargs or "steering_strength" in kwargs:
+                if not self._hooks.undo:
+                    raise SteerfastError("steering: it was detached; call steer() again")
+                steering = kwargs.pop("steering", INHERIT)
+                with self._roster.assigned(steering, kwargs.pop("steering_strength", None)):
+                    return self.call(name, method, args, kwargs)
+            if name == "generate":
+                return self._generate(method, args, kwargs)
+            if name == "generate_batch":
+                return self._generate_batch(method, args, kwargs)
+            return steered_manager(self._packed, method, *args, **kwargs)
 
     def _generate_batch(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model's own `generate_batch`; its requests are then the sequences of the last batch."""

@@ -87,21 +87,14 @@ class FrontEnd:
         try:
             stack = requested(extra_args, self.config, self.points)
         except ValueError as error:
-            raise self._refusal(str(error)) from None
+            raise self.refusal(str(error)) from None
         if resumable and stack:
-            raise self._refusal(
+            raise self.refusal(
                 "resumable: expected a request with its whole prompt, got a session, which is not steered"
             )
 
-    def refuse_beam_search(self) -> None:
-        """Refuse beams: each token of one is a request of its own, whose gate would decide anew.
-
-        Raises:
-            VLLMValidationError: always.
-        """
-        raise self._refusal("use_beam_search: expected false on a server that steers, got true")
-
-    def _refusal(self, message: str) -> Exception:
+    def refusal(self, message: str) -> Exception:
+        """Count a refused request, and return vLLM's error for it; the message begins with the field."""
         field = message.partition(":")[0]
         self._metrics.rejected(field if field in FIELDS else "other")
         return compat.VLLMValidationError(message, parameter=field)
@@ -191,10 +184,11 @@ def install() -> None:
     for engine in ("AsyncLLM", "LLMEngine"):
         around(engine, "__init__")(init_engine)
 
+    # Each token of a beam is a request of its own, whose gate would decide anew.
     def beam_search(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         engine = self.llm_engine if hasattr(self, "llm_engine") else self.engine_client
         if (front := getattr(engine.input_processor, "steerfast", None)) is not None:
-            front.refuse_beam_search()
+            raise front.refusal("use_beam_search: expected false on a server that steers, got true")
         return original(self, *args, **kwargs)
 
     for mixin in ("BeamSearchOnlineMixin", "BeamSearchOfflineMixin"):

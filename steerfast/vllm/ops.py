@@ -36,12 +36,8 @@ def _serve_(stream: Tensor, addend: Tensor | None, layer: int) -> None:
     _active.serve(stream, addend, layer)
 
 
-def _fake(stream: Tensor, addend: Tensor | None, layer: int) -> None:
-    return None
-
-
 library.define("serve_(Tensor(a!) stream, Tensor? addend, int layer) -> ()")
 library.impl("serve_", _serve_, "CompositeExplicitAutograd")
-torch.library.register_fake("steerfast::serve_", _fake, lib=library)
+torch.library.register_fake("steerfast::serve_", lambda stream, addend, layer: None, lib=library)
 
 serve_ = torch.ops.steerfast.serve_.default
