@@ -60,11 +60,8 @@ def check(seams: tuple[Seam, ...]) -> None:
         except (ImportError, AttributeError):
             difference = "found no such class"
         if difference is not None:
+            version = importlib.import_module("transformers").__version__
             raise ArchitectureError(
-                f"transformers {_version()}: expected {seam.owner.replace(':', '.')}.{seam.expected} ({seam.why}), "
+                f"transformers {version}: expected {seam.owner.replace(':', '.')}.{seam.expected} ({seam.why}), "
                 f"{difference}; install a release that pyproject.toml allows, or adapt steerfast/hf/compat.py"
             )
-
-
-def _version() -> str:
-    return str(importlib.import_module("transformers").__version__)

@@ -92,9 +92,8 @@ class Roster:
         self._ended: dict[str, int] = {}  # columns of requests that ended
         self._host: dict[str, Tensor] = {}  # values, scores and sums without a column, float64 [3, layers, K]
         self.deciding: dict[str, Request] = {}
-        self._counting: list[
-            tuple[Request, int]
-        ] = []  # requests whose means read rows of this step, and their new `counted`
+        # Requests whose means read rows of this step, and their new `counted`.
+        self._counting: list[tuple[Request, int]] = []
         self._launched = torch.cuda.Event() if bank.table.is_cuda else None
         self._lock = threading.RLock()
 

@@ -66,14 +66,13 @@ class ProfileSlots:
                 self.check(argument, profile)
         checksums = {argument: "" if profile is None else profile.checksum for argument, profile in profiles.items()}
         distinct = {checksums[argument]: profile for argument, profile in profiles.items() if profile is not None}
-        held = held - {UNSTEERED}
         most = min(_SLOTS - 1, _SLOTS - sum(self._names[slot] not in distinct for slot in held))
         if len(distinct) > most:
             others = "" if most == _SLOTS - 1 else " beside those of requests that still run"
             raise SteerfastError(f"steering: expected at most {most} profiles in a batch{others}, got {len(distinct)}")
         if len({profile.gate.kind == "token" for profile in distinct.values()}) > 1:
             raise SteerfastError("steering: expected token gates for all sequences of a batch or for none, got both")
-        held |= {slot for slot, name in enumerate(self._names) if name in distinct}
+        held = held | {slot for slot, name in enumerate(self._names) if name in distinct}
         slots = {"": UNSTEERED}
         with _CHANGES:
             for checksum, profile in distinct.items():

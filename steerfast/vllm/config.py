@@ -380,18 +380,10 @@ def check_engine(vllm_config: Any) -> None:
         return
     check_environment(config.locked)
     check_weights(vllm_config.model_config.model)
-    model, parallel, speculative = (
-        vllm_config.model_config,
-        vllm_config.parallel_config,
-        vllm_config.speculative_config,
-    )
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     for wrong, what, why in (
         (model.runner_type != "generate", f"runner {model.runner_type!r}", "nothing is generated"),
-        (
-            bool(getattr(model, "is_diffusion", False)),
-            "a diffusion model",
-            "it computes each row of an answer many times",
-        ),
+        (getattr(model, "is_diffusion", False), "a diffusion model", "it computes each row of an answer many times"),
         (vllm_config.kv_transfer_config is not None, "a KV connector", "its caches know no decisions"),
         (
             parallel.pipeline_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher",
@@ -399,7 +391,7 @@ def check_engine(vllm_config: Any) -> None:
             "its stages hand over no decisions",
         ),
         (
-            bool(getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False)),
+            getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False),
             "--kv-sharing-fast-prefill",
             "its last layers drop rows of a step",
         ),
@@ -410,7 +402,7 @@ def check_engine(vllm_config: Any) -> None:
             "it spreads the rows of a step",
         ),
         (
-            bool(getattr(speculative, "enable_adaptive_verification", False)),
+            getattr(vllm_config.speculative_config, "enable_adaptive_verification", False),
             "adaptive verification of drafts",
             "it moves the rows of a step on the device",
         ),
