@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -52,6 +52,7 @@ def _lines(items: Sequence[T], description: str) -> Iterator[T]:
     start = last = time.monotonic()
     for number, item in enumerate(items):
         if (now := time.monotonic()) - last >= _PAUSE:
-            print(f"{description}: {number} of {len(items)}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            with suppress(OSError):  # nobody reads the log
+                print(f"{description}: {number} of {len(items)}, {now - start:.0f} s", file=sys.stderr, flush=True)
             last = now
         yield item

@@ -19,6 +19,19 @@ def test_a_log_gets_a_line_each_half_minute(
     assert capsys.readouterr().err == "reading: 2 of 6, 31 s\nreading: 4 of 6, 62 s\n"
 
 
+def test_a_log_that_nobody_reads_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        def isatty(self) -> bool:
+            return False
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(_progress, "_PAUSE", 0.0)
+    monkeypatch.setattr(_progress.sys, "stderr", Closed())
+    assert list(_progress.track("abc", "reading")) == list("abc")
+
+
 def test_short_work_and_hidden_work_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for show in (True, False):
         assert list(_progress.track([1, 2, 3], "reading", show=show)) == [1, 2, 3]

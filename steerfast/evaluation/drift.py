@@ -231,10 +231,10 @@ def read_metrics(text: str, name: str | None = None) -> Live:
     if not 0 <= fired <= requests or not requests:
         raise PromptError(f"metrics: expected requests that the gate decided on, got {requests}, {fired} of them fired")
     buckets = one["buckets"]  # a Prometheus histogram, or none
+    if not (count := buckets.get(math.inf, 0)):
+        return Live(requests, fired, None)
     edges = np.array(sorted(edge for edge in buckets if math.isfinite(edge)))
-    below = np.array([buckets[edge] for edge in edges], dtype=np.int64)
-    count = buckets.get(math.inf, 0)
-    return Live(requests, fired, Cumulative(edges, below, count) if count else None)
+    return Live(requests, fired, Cumulative(edges, np.array([buckets[edge] for edge in edges], dtype=np.int64), count))
 
 
 def _edge(text: str | None) -> float:

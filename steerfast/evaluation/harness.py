@@ -175,7 +175,7 @@ def score_answers(
     Args:
         prompts: token ids, chat template included. answers: for each prompt the token ids of its answers.
         batch_size: answers per forward pass; all answers to a prompt share a pass.
-        description: of a progress bar; None: no bar.
+        description: of the progress; None: none is shown.
 
     Raises:
         PromptError: unequal numbers of prompts and entries in answers, an empty prompt or answer, a prompt and answer

@@ -45,7 +45,7 @@ class AnswerLog:
         """Return the greedy answers to `prompts` (token ids), steered by `profile` if there is one.
 
         Args:
-            description: text of the progress bar; None: no bar.
+            description: text of the progress; None: none is shown.
         """
         steered = None if profile is None else profile.checksum
         keys = [self.key(steered, max_new_tokens, ids) for ids in prompts]

@@ -81,7 +81,8 @@ class Frontier:
     """Measure strengths of a profile on the same prompts.
 
     Args:
-        axis: where shifts are measured. profile: one that always adds, as `contrast_profile` makes it.
+        axis: where shifts are measured, and the model that answers.
+        profile: one that always adds, as `contrast_profile` makes it.
         prompts: token ids. records: what is measured already, with the same axis.
         most: times the unsteered perplexity, see `recommend`.
     """

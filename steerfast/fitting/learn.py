@@ -322,7 +322,7 @@ def _loss(model: nn.Module, batch: PromptBatch, starts: Tensor) -> Tensor:
 
 
 def _added(layer: nn.Module, vector: Tensor, rows: Tensor) -> RemovableHandle:
-    """Return a context that adds `vector` [H] to the chosen `rows`, bool [N, T], of the layer's output."""
+    """Add `vector` [H] to the chosen `rows`, bool [N, T], of the layer's output, until the returned context ends."""
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output if isinstance(output, Tensor) else output[0]

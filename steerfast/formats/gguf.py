@@ -305,7 +305,7 @@ def _built(written: ExportRows, rows: dict[int, Tensor], more: dict[str, Any]) -
 
 
 def _has(mark: bytes) -> Callable[[Path, bytes], bool]:
-    """Return whether a file is a GGUF with a mark among its keys."""
+    """Return the test of a format: a GGUF with a mark in its first 64 KiB, where keys stand."""
     return lambda path, data: data.startswith(_MAGIC) and mark in data[: 1 << 16]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from steerfast.errors import PromptError
-from steerfast.hf.generation import batches, device_of
+from steerfast.hf.generation import device_of
 
 _NGRAM = 4
 
@@ -62,26 +62,33 @@ def answer_perplexity(
     """
     if len(prompts_ids) != len(answers_ids):
         raise PromptError(f"answers_ids: expected one per prompt ({len(prompts_ids)}), got {len(answers_ids)}")
+    if batch_size < 1:
+        raise PromptError(f"batch_size: expected at least 1, got {batch_size}")
     if empty := [i for i, prompt in enumerate(prompts_ids) if len(prompt) == 0]:
         raise PromptError(f"prompts_ids: expected at least one token each, got none in prompt {empty[0]}")
     device = device_of(model)
     perplexities = [math.nan] * len(prompts_ids)
     scored = [i for i, answer in enumerate(answers_ids) if len(answer)]
-    texts = [[*prompts_ids[i], *answers_ids[i]] for i in scored]
+    scored.sort(key=lambda i: len(prompts_ids[i]) + len(answers_ids[i]))
     with torch.inference_mode():
-        for batch in batches(texts, batch_size, "right", pad_token_id, device):
-            places = [scored[index] for index in batch.indices]
+        for start in range(0, len(scored), batch_size):
+            batch = scored[start : start + batch_size]
+            texts = [[*prompts_ids[i], *answers_ids[i]] for i in batch]
+            longest = max(map(len, texts))
+            ids = torch.tensor([[*text, *[pad_token_id] * (longest - len(text))] for text in texts], device=device)
+            mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)
             # The logits at a position score the next token; before the earliest answer none are needed.
-            first = min(len(prompts_ids[i]) for i in places) - 1
+            first = min(len(prompts_ids[i]) for i in batch) - 1
             logits = model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
+                input_ids=ids,
+                attention_mask=mask,
                 use_cache=False,
-                logits_to_keep=torch.arange(first, batch.ids.shape[1] - 1, device=device),
+                logits_to_keep=torch.arange(first, longest - 1, device=device),
             ).logits
-            for i, ids, row in zip(places, batch.ids, logits, strict=True):
-                begin, end = len(prompts_ids[i]), len(prompts_ids[i]) + len(answers_ids[i])
-                loss = F.cross_entropy(row[begin - 1 - first : end - 1 - first].float(), ids[begin:end])
+            for row, i in enumerate(batch):
+                begin, end = len(prompts_ids[i]), len(texts[row])
+                answer_logits = logits[row, begin - 1 - first : end - 1 - first].float()
+                loss = F.cross_entropy(answer_logits, ids[row, begin:end])
                 perplexities[i] = float(loss.double().exp())
     return perplexities
 

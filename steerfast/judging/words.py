@@ -42,8 +42,9 @@ class WordClassifier:
         """
         if len(set(harmful)) < 2:
             raise PromptError("words: expected harmful and other prompts, got one kind")
+        given = None if weights is None else np.asarray(weights, dtype=np.float64)
         try:
-            self._model.fit(list(map(text_of, prompts)), list(harmful), logisticregression__sample_weight=weights)
+            self._model.fit(list(map(text_of, prompts)), list(harmful), logisticregression__sample_weight=given)
         except ValueError as error:  # an empty vocabulary
             raise PromptError(f"words: expected words that several prompts share ({error})") from None
 

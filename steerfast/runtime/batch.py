@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -219,7 +219,8 @@ class BatchRoster:
 
     def _strengths(self, stacks: Sequence[Sequence[Any]], strength: Any) -> list[list[float]]:
         """Return a strength for each profile of each stack; one stack, or one strength, is for all sequences."""
-        numbers = list(strength) if isinstance(strength, Sequence) and not isinstance(strength, str) else [strength]
+        several = isinstance(strength, Iterable) and not isinstance(strength, str | bytes)
+        numbers = list(strength) if several else [strength]
         if not numbers:
             raise SteerfastError("steering_strength: expected one entry per sequence, got an empty list")
         if len(stacks) != len(numbers) and 1 not in (len(stacks), len(numbers)):

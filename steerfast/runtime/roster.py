@@ -242,7 +242,7 @@ class Roster:
         with self._lock:
             requests = [self._requests[name] for name in names]
             self._give_columns(names, requests)
-        past, lengths = np.asarray(past, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
+        past, count = np.asarray(past, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
         # The rows of this step that are the prompt's last, and the answer's first.
         last = np.array([request.prompt_length - 1 for request in requests], dtype=np.int64) - past
         answer = np.array([request.answer_from for request in requests], dtype=np.int64)[:, None] - past[:, None]
@@ -252,12 +252,12 @@ class Roster:
         answer_rows = self._each([[entry.span.answer_rows for entry in stack] for stack in stacks])
         decided = np.array([request.decided for request in requests], dtype=np.bool_)
         waits = (slot >= 0).any(axis=1) & ~decided
-        counted = self._count(names, requests, past, lengths)
-        if (missed := waits & (last < 0)).any():
+        counted = self._count(names, requests, past, count)
+        if (missed := waits & (last < 0) & (last + past >= 0)).any():  # an empty prompt has no last token
             raise SteerfastError(
                 f"request {names[int(missed.argmax())]!r}: the last token of its prompt came from a cache"
             )
-        decides = waits & (last < lengths)
+        decides = waits & (last >= 0) & (last < count)
         self.tables.write(
             PackedRows(
                 lengths,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from steerfast.errors import SteerfastError
 from steerfast.vllm import compat
 from steerfast.vllm.compat import around
 from steerfast.vllm.config import ServingConfig, identity_of, splits_prompts
@@ -126,6 +127,13 @@ def _adapt_v2(runner: Any, runtime: WorkerRuntime) -> None:
     state.preprocess_state = steered_preprocess_state
 
 
+def _runtime(worker: Any) -> WorkerRuntime:
+    runtime = getattr(worker.model_runner, "steerfast", None)
+    if runtime is None:
+        raise SteerfastError("worker: expected one that steers, got one that was not configured for it")
+    return runtime
+
+
 def steerfast_steers(worker: Any) -> bool:
     """Return whether a worker steers, so that the engine notices one that does not."""
     return getattr(worker.model_runner, "steerfast", None) is not None
@@ -134,7 +142,7 @@ def steerfast_steers(worker: Any) -> bool:
 def steerfast_write(worker: Any, slots: list[int], path: str, checksum: str) -> str | None:
     """See `WorkerRuntime.write`. Return the error as text: if a worker raises, vLLM drops the answers of others."""
     try:
-        worker.model_runner.steerfast.write(slots, path, checksum)
+        _runtime(worker).write(slots, path, checksum)
     except Exception as error:
         return str(error)
     return None
@@ -142,12 +150,12 @@ def steerfast_write(worker: Any, slots: list[int], path: str, checksum: str) -> 
 
 def steerfast_clear(worker: Any, slot: int) -> None:
     """See `WorkerRuntime.clear`."""
-    worker.model_runner.steerfast.clear(slot)
+    _runtime(worker).clear(slot)
 
 
 def steerfast_end_thoughts(worker: Any, answers: Mapping[str, int]) -> None:
     """See `WorkerRuntime.end_thoughts`."""
-    worker.model_runner.steerfast.end_thoughts(answers)
+    _runtime(worker).end_thoughts(answers)
 
 
 def install() -> None:

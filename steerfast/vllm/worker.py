@@ -151,7 +151,7 @@ class WorkerRuntime:
         Raises:
             SteerfastError: a request names a slot that holds no profile.
         """
-        self._decisions = None  # of a step that failed
+        self._decisions, self.roster.deciding = None, {}  # of a step that failed
         ended = scheduled.finished_req_ids
         self.roster.end(ended)
         for name in ended:

@@ -313,6 +313,8 @@ def test_counts_alone_are_compared_by_their_share() -> None:
     for fired, verdict in ((45, PASS), (200, STALE)):
         found = compare(PROFILE, read_metrics(counts.format(fired)))
         assert (found.verdict, found.distance) == (verdict, None)
+        unfinished = f'{counts.format(fired)}\nsteerfast_gate_score_bucket{{profile="safety",le="1.0"}} 1e30'
+        assert read_metrics(unfinished).scores is None
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,14 @@ def test_the_mean_of_a_prompt_in_pieces_and_whole(
         torch.testing.assert_close(steering.scores, torch.tensor([wanted]), rtol=1e-4, atol=1e-5)
 
 
+def test_an_empty_prompt_harms_no_other(llama: Any, truth: Truth, make_profile: MakeProfile) -> None:
+    first, second, *_ = prompts()
+    for profile in (make_profile(llama, seed=1, positions="response"), make_profile(llama, seed=2, kind="always")):
+        with steered(llama, profile):
+            got = answers(llama.generate_batch([first, [], second], **configured()))
+        assert (got[0], got[2]) == (truth(first, profile), truth(second, profile))
+
+
 def test_the_models_own_profile_and_contexts(llama: Any, truth: Truth, make_profile: MakeProfile) -> None:
     own, other = (make_profile(llama, seed=s, positions="response", threshold=-1.5) for s in (1, 2))
     some = prompts()[:5]

@@ -208,6 +208,8 @@ def test_one_entry_stands_for_all(llama: Any, make_profile: MakeProfile) -> None
         assert torch.equal(greedy(llama, batch, steering=[other])[0], expected)
         assert torch.equal(greedy(llama, batch, steering=[other] * 6, steering_strength=0.5)[0], expected)
         assert torch.equal(greedy(llama, batch, steering=other, steering_strength=[0.5] * 6)[0], expected)
+        of_keys = dict.fromkeys(range(6), 0.5).values()
+        assert torch.equal(greedy(llama, batch, steering=other, steering_strength=of_keys)[0], expected)
         assert torch.equal(greedy(llama, batch, steering=None)[0], plain)
         assert not steering.fired.any()
         assert torch.equal(greedy(llama, batch, steering_strength=0.8)[0], of_own)

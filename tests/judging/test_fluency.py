@@ -82,7 +82,7 @@ def test_answer_perplexity_refuses_bad_input(model: LlamaForCausalLM) -> None:
         answer_perplexity(model, [[1], [2]], [[3]])
     with pytest.raises(PromptError, match="prompts_ids: expected at least one token each, got none in prompt 1"):
         answer_perplexity(model, [[1], []], [[3], [4]])
-    with pytest.raises(PromptError, match="batch_size: expected a whole number of at least 1, got 0"):
+    with pytest.raises(PromptError, match="batch_size: expected at least 1, got 0"):
         answer_perplexity(model, [[1]], [[3]], batch_size=0)
 
 
