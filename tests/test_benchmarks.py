@@ -302,6 +302,31 @@ def test_the_judge_weighs_yes_against_no(behaviours: Any, tiny_llama: Any, tmp_p
     assert behaviours.YesNoJudge("tiny", "auto", Records(file, "verdicts"))("help ?", ["bake"], ["cake"]) == found[:1]
 
 
+def test_prompts_from_outside_are_even_and_none_of_the_corpus(neighbours: Any, tmp_path: Path) -> None:
+    outside = importlib.import_module("outside")
+    known = corpus("fit", labels=["harmless"])[0].prompt
+    for name in outside.SOURCES:
+        rows = [
+            {"prompt": f"{number} {name}: {label} zxq{number * 7919}", "label": label, "lang": lang}
+            for label in ("harmful", "harmless")
+            for lang in ("en", "fr")
+            for number in range(60)
+        ]
+        rows += [{"prompt": known, "label": "harmless", "lang": "en"}] if name == "spider" else []
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    made = {}
+    for most in ([], ["--most", "10"]):
+        result = CliRunner().invoke(outside.main, [str(tmp_path), str(tmp_path / "out.jsonl"), *most])
+        assert result.exit_code == 0, result.output
+        found = read_examples(tmp_path / "out.jsonl")
+        assert known not in [one.prompt for one in found]
+        made[bool(most)] = Counter((one.source, one.label) for one in found)
+    assert made[False]["agieval", "harmful"] == 100
+    assert made[False]["xquad_multilingual", "harmful"] == 66
+    assert made[True]["agieval", "harmless"] == 10
+    assert made[True]["xsafety_harmful", "harmful"] == 20
+
+
 def test_requests_in_ten_languages_are_none_of_the_corpus() -> None:
     """Eight of each label, new to every split."""
     given = read_examples(str(BENCHMARKS / "languages.jsonl"))
