@@ -105,7 +105,7 @@ def evaluate(
         those of a bootstrap over items.
 
     Raises:
-        PromptError: no system, set or judge, a repeated name, a set that made a profile.
+        PromptError: no system, set or judge, a repeated name, a set that made a profile, strengths without harmful sets.
         ProfileError: a profile of another model.
         JudgeError: an unreachable judge; the answers are kept.
         OutputError: `resume` cannot be written.
@@ -113,6 +113,8 @@ def evaluate(
     """
     given = EvaluateOptions(**options)
     seen = check(systems, sets, judges, given.force)
+    if given.strengths and not any(one.kind in ATTACKS for one in sets):
+        raise PromptError("strengths: expected a set of harmful prompts to answer at each strength, got none")
     find_decoder(model).refuse_if_steered()
     for system in systems:
         if system.profile is not None:

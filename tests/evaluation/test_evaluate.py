@@ -263,6 +263,14 @@ def test_gates_that_read_prompts_in_several_ways_share_a_run(
     assert len(read) == len(gates) * sum(-(-len(some.items) // OPTIONS["batch_size"]) for some in SETS[:4])
 
 
+def test_strengths_without_harmful_prompts_are_refused(
+    tiny_llama: Any, tiny_tokenizer: Any, systems: list[System]
+) -> None:
+    harmless = [one for one in SETS if one.kind == "harmless"]
+    with pytest.raises(PromptError, match="strengths: expected a set of harmful prompts"):
+        evaluate(tiny_llama, tiny_tokenizer, systems, harmless, JUDGES, strengths=[1.0])
+
+
 def test_strengths_make_a_frontier(tiny_llama: Any, tiny_tokenizer: Any, systems: list[System]) -> None:
     options = {**OPTIONS, "limits": FluencyLimits(max_repetition=0.5, max_perplexity=1e6)}
     result = evaluate(tiny_llama, tiny_tokenizer, systems, SETS[:4], JUDGES, strengths=[1.0, 0.0, 0.5], **options)
