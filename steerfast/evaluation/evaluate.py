@@ -105,7 +105,8 @@ def evaluate(
         those of a bootstrap over items.
 
     Raises:
-        PromptError: no system, set or judge, a repeated name, a set that made a profile, strengths without harmful sets.
+        PromptError: no system, set or judge, a repeated name, a set that made a profile,
+            strengths without harmful sets.
         ProfileError: a profile of another model.
         JudgeError: an unreachable judge; the answers are kept.
         OutputError: `resume` cannot be written.
