@@ -37,9 +37,10 @@ SHARE = 0.2  # rows in a context, over rows as they are
 SHORT = 600  # characters of a request that is set into a context
 MOST = 100  # rows of a source, if it names no other number
 LONGEST = 2500  # characters of a prompt, if its source names no other limit
+WHOLE = 24  # characters of a prompt that is found inside another one
 SPARE = 1.4  # rows drawn over those kept: near-duplicates leave
 REQUIRED = ("family", "split", "licence", "origin", "use")
-KEPT = (*REQUIRED, "set", "label", "context")  # of a source, in the file
+KEPT = (*REQUIRED, "set", "styles", "label", "context")  # of a source, in the file
 
 Table = Mapping[str, Mapping[str, Any]]
 
@@ -160,11 +161,17 @@ def distinct(drawn: Mapping[str, list[Example]], table: Table, evaluation: Seque
     for split in ("calibrate", "fit"):
         names = [name for name in drawn if table[name]["split"] == split]
         texts = [text_of(example.prompt) for name in names for example in drawn[name]]
-        mask = iter(near_duplicates(texts, against))
+        near = near_duplicates(texts, against)
+        mask = iter(alike or holds(text, validate) for alike, text in zip(near, texts, strict=True))
         for name in names:
             kept[name] = [example for example in drawn[name] if not next(mask)]
         against = validate + [text_of(e.prompt) for name in names for e in kept[name]]
     return kept
+
+
+def holds(text: str, others: Sequence[str]) -> bool:
+    """Return whether a text has another one of at least `WHOLE` characters inside it, as a wrapper does."""
+    return any(other in text for other in others if len(other) >= WHOLE)
 
 
 def as_row(example: Example) -> dict[str, Any]:

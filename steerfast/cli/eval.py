@@ -31,8 +31,8 @@ _TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
     "--system",
     "wanted",
     "NAME",
-    "unsteered, self-reminder, goal-priority, always-on, refusal, words, or a name given by --profile or --other; "
-    "without it all.",
+    "unsteered, self-reminder, goal-priority, always-on, refusal, template, words, or a name given by --profile or "
+    "--other; without it all.",
 )
 @common.repeated_option(
     "--set",

@@ -41,6 +41,7 @@ from steerfast.evaluation.systems import UNSTEERED, System, as_it_is
 from steerfast.evaluation.timing import compare, milliseconds_per_token
 from steerfast.evaluation.timing import milliseconds as milliseconds_of
 from steerfast.fitting.activations import gate_reading, residual_rows
+from steerfast.fitting.refusals import refusals_of
 from steerfast.fitting.score import check_model, row_scores
 from steerfast.hf.generation import PromptBatch, device_of, greedy_answers
 from steerfast.hf.loading import load_model
@@ -351,13 +352,14 @@ class _Evaluation:
             self.cells.setdefault(system.name, {})[name] = cell
 
     def _refuse(self, system: System, sets: Sequence[EvalSet]) -> None:
-        """Take the canned answer where the system fires, and elsewhere the unsteered one; nothing is generated."""
+        """Take a canned answer where the system fires, and elsewhere the unsteered one; nothing is generated."""
         above = self._margins(system, sets) or {}
-        canned = self.tokenizer(system.canned, add_special_tokens=False)["input_ids"]
         for one in sets:
             plain, fired = self.cells[UNSTEERED][one.name], (above[one.name] > 0).tolist()
-            tokens = [canned if fires else own for fires, own in zip(fired, plain.tokens, strict=True)]
-            texts = [system.canned if fires else own for fires, own in zip(fired, plain.texts, strict=True)]
+            canned = refusals_of([item.prompt for item in one.items], system.canned)
+            ids = self.tokenizer(canned, add_special_tokens=False)["input_ids"]
+            tokens = [said if fires else own for fires, said, own in zip(fired, ids, plain.tokens, strict=True)]
+            texts = [said if fires else own for fires, said, own in zip(fired, canned, plain.texts, strict=True)]
             self.cells.setdefault(system.name, {})[one.name] = SetAnswers(tokens, texts, fired)
 
     def _run_tasks(self, system: System, model: nn.Module, tokenizer: Any) -> None:

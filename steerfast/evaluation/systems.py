@@ -15,6 +15,7 @@ from steerfast.errors import PromptError
 from steerfast.evaluation.description import layer_ranges
 from steerfast.evaluation.gates import word_baseline
 from steerfast.evaluation.provenance import Record, records
+from steerfast.fitting.refusals import REFUSALS
 from steerfast.hf.steering import Steering, steer
 from steerfast.judging.words import WordClassifier
 from steerfast.profile import SteeringProfile
@@ -25,10 +26,10 @@ Defence = Callable[[Prompt], Conversation]
 """Turns a prompt into the messages that the model reads."""
 
 UNSTEERED, SELF_REMINDER, GOAL_PRIORITY, ALWAYS_ON = "unsteered", "self-reminder", "goal-priority", "always-on"
-REFUSAL, WORDS = "refusal", "words"
-BUILT_IN = (UNSTEERED, SELF_REMINDER, GOAL_PRIORITY, ALWAYS_ON, REFUSAL, WORDS)
+REFUSAL, TEMPLATE, WORDS = "refusal", "template", "words"
+BUILT_IN = (UNSTEERED, SELF_REMINDER, GOAL_PRIORITY, ALWAYS_ON, REFUSAL, TEMPLATE, WORDS)
 
-CANNED = "I'm sorry, but I can't help with that."
+CANNED = ("I'm sorry, but I can't help with that.",)
 """The answer of systems that refuse without a model."""
 
 
@@ -72,8 +73,9 @@ class System:
     """A row of the table.
 
     defence: words the prompts. profile, strength: steer the model; None: unsteered. model: other weights that answer
-    instead, a hub id, folder or .gguf file. canned: the answer where the profile's gate fires, or `words` do, in place
-    of steering; the unsteered model answers elsewhere. word_sets: chose the words' weights and threshold.
+    instead, a hub id, folder or .gguf file. canned: the answers where the profile's gate fires, or `words` do, in place
+    of steering: in turn, with the request's topic for ``{topic}``; the unsteered model answers elsewhere. word_sets:
+    chose the words' weights and threshold.
     """
 
     name: str
@@ -84,7 +86,7 @@ class System:
     model: str | None = None
     words: WordClassifier | None = None
     word_sets: tuple[Record, ...] = ()
-    canned: str = ""
+    canned: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that decides its answers, except weights."""
@@ -118,7 +120,8 @@ def systems_of(
 
     Args:
         profiles: by name; ``always-on`` is the first profile without its gate, ``refusal`` its gate with a canned
-            answer; ``words`` is a `word_baseline` with that answer. others: name -> other weights.
+            answer, ``template`` its gate with the refusals that vectors are taught; ``words`` is a `word_baseline` with
+            the canned answer. others: name -> other weights.
         wanted: names to make, in this order; default: all.
 
     Returns:
@@ -144,9 +147,8 @@ def systems_of(
     else:
         why, opened = "", first.without_gate()
         made.append(System(ALWAYS_ON, f"{name} without its gate: every prompt is steered", profile=opened))
-        made.append(
-            System(REFUSAL, f"the gate of {name}, and one sentence where it fires", profile=first, canned=CANNED)
-        )
+        for own, texts, what in ((REFUSAL, CANNED, "one sentence"), (TEMPLATE, REFUSALS, "a text with the topic")):
+            made.append(System(own, f"the gate of {name}, and {what} where it fires", profile=first, canned=texts))
     if not wanted or WORDS in wanted:
         classifier, sets, _ = word_baseline(first)
         says = "a classifier of the prompt's words, and one sentence where it fires"
@@ -157,7 +159,7 @@ def systems_of(
         if name not in names:
             raise PromptError(f"systems: expected some of {', '.join(names)}, got {name!r}")
     chosen = [by_name[name] for name in dict.fromkeys([UNSTEERED, *(wanted or by_name)]) if name in by_name]
-    return chosen, {name: why for name in (ALWAYS_ON, REFUSAL) if why and (not wanted or name in wanted)}
+    return chosen, {name: why for name in (ALWAYS_ON, REFUSAL, TEMPLATE) if why and (not wanted or name in wanted)}
 
 
 def _title(profile: SteeringProfile) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import PromptError
+from steerfast.text.corpus import corpus_sources
 from steerfast.text.encoding import check_list, is_conversation
 from steerfast.text.examples import Example, Prompt, grouped, unique_text
 from steerfast.text.prompts import describe_set
@@ -127,22 +129,24 @@ class Labelled:
         return Labelled(tuple(one for one, keep in zip(self.examples, chosen.tolist(), strict=True) if keep))
 
     def folds(self) -> list[Tensor]:
-        """Return masks bool [n] that part the examples by source: at most 8, none holds a source in part.
+        """Return masks bool [n] that part the examples by source: at most 8, none holds a family of sources in part.
 
-        Empty where no source can be left out: harmful or other prompts are of one source, or a fold would leave fewer
-        than two of them.
+        Sources of a family of the corpus may share prompts: one wraps those of another. Empty where no family can be
+        left out: harmful or other prompts are of one family, or a fold would leave fewer than two of them.
         """
-        bad = [one.source for one in self.examples if one.label == "harmful"]
-        good = [one.source for one in self.examples if one.label != "harmful"]
-        sources, shared = [list(dict.fromkeys(side)) for side in (bad, good)], {*bad} & {*good}
-        count = min(_FOLDS, *map(len, sources))
+        family = {name: source["family"] for name, source in corpus_sources().items()}
+        families = [family.get(one.source, one.source) for one in self.examples]
+        bad, good = (
+            list(dict.fromkeys(itertools.compress(families, side.tolist()))) for side in (self.harmful, ~self.harmful)
+        )
+        count = min(_FOLDS, len(bad), len(good))
         if count < 2:
             return []
         fold: dict[str, int] = {}
-        for side in sources:  # shared ones first: else one fold might hold a whole side
-            for number, source in enumerate(sorted(side, key=lambda one: one not in shared)):
-                fold.setdefault(source, number % count)
-        places = torch.tensor([fold[one.source] for one in self.examples])
+        for side in (bad, good):  # shared ones first: else one fold might hold a whole side
+            for number, one in enumerate(sorted(side, key=lambda one: not (one in bad and one in good))):
+                fold.setdefault(one, number % count)
+        places = torch.tensor([fold[one] for one in families])
         found = [places == number for number in range(count)]
         left = min(int((side & ~out).sum()) for out in found for side in (self.harmful, ~self.harmful))
         return found if left > 1 else []

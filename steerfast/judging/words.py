@@ -1,4 +1,4 @@
-"""A baseline for gates that reads no model: the words of a prompt, weighed by logistic regression."""
+"""A baseline for gates that reads no model: the letters of a prompt, weighed by logistic regression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from steerfast.text.examples import Prompt, text_of
 
 
 class WordClassifier:
-    """TF-IDF of words and pairs of words, and logistic regression, over the user's text of a prompt.
+    """TF-IDF of runs of 1 to 5 characters, and logistic regression, over the user's text of a prompt.
+
+    Such runs hold words and pieces of words. On the corpus' split ``calibrate`` they find more than whole words do, and
+    they part languages without spaces, too.
 
     Deterministic: the same prompts give the same scores.
 
@@ -28,7 +31,7 @@ class WordClassifier:
         from sklearn.pipeline import make_pipeline
 
         self.threshold = 0.0
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+        words = TfidfVectorizer(analyzer="char", ngram_range=(1, 5), sublinear_tf=True, min_df=2)
         self._model: Any = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
 
     def fit(self, prompts: Sequence[Prompt], harmful: Sequence[bool], weights: ArrayLike | None = None) -> None:

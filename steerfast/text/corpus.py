@@ -68,6 +68,7 @@ def _examples() -> tuple[Example, ...]:
         for name, source in sources.items()
         if "set" in source
         for record in shipped_records(source["set"])
+        if record.get("style") in source.get("styles", [record.get("style")])
     ]
     return tuple(examples)
 

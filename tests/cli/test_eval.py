@@ -62,7 +62,8 @@ def test_the_table_the_report_and_the_data(work: Path) -> None:
     more = ("--other", f"sibling={work / 'sibling'}", "--strengths", "0,0.5", "--no-latency", "--batch-size", 2)
     text = done(*quick(work, *outputs, *more)).stdout
     result = json.loads((work / "e.json").read_text())
-    systems = ["unsteered", "self-reminder", "goal-priority", "ours", "always-on", "refusal", "words", "sibling"]
+    built_in = ["unsteered", "self-reminder", "goal-priority"]
+    systems = [*built_in, "ours", "always-on", "refusal", "template", "words", "sibling"]
     assert list(result["systems"]) == systems
     for name in systems:
         assert name in text

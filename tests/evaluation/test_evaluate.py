@@ -23,6 +23,7 @@ from steerfast.evaluation.provenance import digest
 from steerfast.evaluation.sets import EvalSet, Item, load_set
 from steerfast.evaluation.systems import CANNED, System, self_reminder, systems_of
 from steerfast.fitting.activations import residual_rows
+from steerfast.fitting.refusals import REFUSALS, refusals_of
 from steerfast.fitting.score import score
 from steerfast.hf.generation import greedy_answers
 from steerfast.hf.steering import steer
@@ -86,7 +87,7 @@ def test_every_answer_is_the_systems_own_greedy_one(
 ) -> None:
     result = evaluate(tiny_llama, tiny_tokenizer, systems, SETS[:4], JUDGES, **OPTIONS)
     assert list(result["systems"]) == [
-        "unsteered", "self-reminder", "goal-priority", "ours", "always-on", "refusal", "words",
+        "unsteered", "self-reminder", "goal-priority", "ours", "always-on", "refusal", "template", "words",
     ]  # fmt: skip
 
     def alone(system: System, prompt: str) -> str:
@@ -127,7 +128,7 @@ def test_a_canned_refusal_stands_where_the_gate_fires_and_the_unsteered_answer_e
     monkeypatch.setattr("steerfast.evaluation.summary._EXAMPLES", 100)
     monkeypatch.setattr("steerfast.evaluation.evaluate._LATENCY_PAIRS", 2)
     monkeypatch.setattr("steerfast.evaluation.evaluate._LATENCY_TOKENS", 4)
-    chosen = [system for system in systems if system.name in ("unsteered", "ours", "refusal", "words")]
+    chosen = [system for system in systems if system.name in ("unsteered", "ours", "refusal", "template", "words")]
     result = evaluate(tiny_llama, tiny_tokenizer, chosen, SETS, JUDGES, **{**OPTIONS, "latency": True})
     words = next(system.words for system in systems if system.words is not None)
     told = {one.name: score(tiny_llama, tiny_tokenizer, profile, one.prompts, progress=False) for one in SETS}
@@ -143,12 +144,19 @@ def test_a_canned_refusal_stands_where_the_gate_fires_and_the_unsteered_answer_e
             for prompt, margin in zip(one.texts, words.margins(one.prompts), strict=True)
         },
     }
+    fires["template"] = fires["refusal"]
+    texts = {
+        (name, one.name, prompt): text
+        for name, canned in (("refusal", CANNED), ("template", REFUSALS), ("words", CANNED))
+        for one in SETS
+        for prompt, text in zip(one.texts, refusals_of(one.prompts, canned), strict=True)
+    }
     assert len(result["examples"]) == sum(len(one.items) for one in SETS)
     for example in result["examples"]:
-        answers = example["answers"]
+        answers, key = example["answers"], (example["set"], example["prompt"])
         for name, fired in fires.items():
             plain = answers["unsteered"]["text"]
-            assert answers[name]["text"] == (CANNED if fired[example["set"], example["prompt"]] else plain)
+            assert answers[name]["text"] == (texts[(name, *key)] if fired[key] else plain)
     rows = result["systems"]
     assert rows["refusal"]["fire_rate"] == rows["ours"]["fire_rate"]
     assert rows["refusal"]["gate_auc"] == rows["ours"]["gate_auc"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from steerfast.errors import PromptError
 from steerfast.fitting.labelled import Labelled, evenly
+from steerfast.text.corpus import corpus, corpus_sources
 from steerfast.text.examples import LABELS, Example
 
 CHAT = [{"role": "user", "content": "how to bake a cake"}]
@@ -143,6 +144,19 @@ def test_folds_part_the_sources_and_leave_both_sides_something(kinds: list[tuple
         assert not inside & {one.source for one in kept.examples}
         assert int(kept.harmful.sum()) > 1
         assert int((~kept.harmful).sum()) > 1
+
+
+def test_sources_of_a_family_are_left_out_together() -> None:
+    """One of them may wrap prompts of another one."""
+    examples = Labelled.of(corpus("fit", labels=["harmful"]), corpus("fit", labels=["harmless", "borderline"]))
+    family = {name: source["family"] for name, source in corpus_sources().items()}
+    folds = examples.at_most(4).folds()
+    assert len(folds) == 8
+    for out in folds:
+        inside, kept = (
+            {family[one.source] for one in examples.at_most(4).select(mask).examples} for mask in (out, ~out)
+        )
+        assert not inside & kept
 
 
 def test_sources_of_both_labels_do_not_take_a_whole_side_along() -> None:

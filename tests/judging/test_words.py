@@ -59,7 +59,7 @@ def test_a_chat_is_the_text_of_its_user() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "kinds", "says"),
-    [(["a b", "a c"], [True, True], "got one kind"), (["cake", "lock"], [True, False], "that several prompts share")],
+    [(["a b", "a c"], [True, True], "got one kind"), (["cake", "toll"], [True, False], "that several prompts share")],
 )
 def test_prompts_that_nothing_can_be_learnt_from(prompts: list[Prompt], kinds: list[bool], says: str) -> None:
     with pytest.raises(PromptError, match=f"words: expected .*{says}"):

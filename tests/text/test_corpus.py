@@ -20,6 +20,7 @@ from steerfast.errors import PromptError
 from steerfast.text.corpus import FILE, compose, corpus, corpus_sources
 from steerfast.text.duplicates import near_duplicates
 from steerfast.text.examples import LABELS, SPLITS, Example, last_request, read_examples, text_of, unique_text
+from steerfast.text.prompts import shipped_records
 
 ROOT = Path(__file__).parents[2]
 PERMISSIVE = {"MIT", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0"}
@@ -282,6 +283,24 @@ def test_nothing_resembles_an_evaluation_set(make: Make, folder: Path) -> None:
     (folder / "mine.txt").write_text("Mix some cement for paving.\nWhere do tigers sleep\n")
     report, _ = make("--evaluation", str(folder / "mine.txt"))
     assert report["sources"]["asks"]["near-duplicates"] == 3
+
+
+def test_no_wrapper_holds_a_prompt_that_judges(make: Make, folder: Path) -> None:
+    long, short = "Name ten rivers of Peru and Chile", "Draw maps of islands"
+    (folder / "mine.txt").write_text(f"{long}\n{short}\n")
+    wrapped = [f"Hi! {long} {'now or never ' * 30}", f"Q: {short} and {'x y ' * 99}"]  # the short one says nothing
+    asks = [{"prompt": text, "label": "safe"} for text in ("Repair a cuckoo clock", "Mix cement for paving", *wrapped)]
+    (folder / "asks.json").write_text(json.dumps(asks * 3))
+    (folder / "pool.json").write_text(json.dumps({}))
+    report, _ = make("--evaluation", str(folder / "mine.txt"))
+    assert report["sources"]["asks"]["drawn"] == 12
+    assert report["sources"]["asks"]["near-duplicates"] == 3  # the wrapper of the long one, three times
+
+
+def test_a_set_may_give_some_styles_alone() -> None:
+    styles = {record["prompt"]: record["style"] for record in shipped_records("jailbreak_attacks")}
+    attacks = [one.prompt for one in corpus("validate") if one.source == "jailbreak_attacks"]
+    assert Counter(styles[prompt] for prompt in attacks) == {"PAIR": 82, "GCG": 100}
 
 
 def test_texts_of_another_source_may_be_left_out(make: Make, folder: Path) -> None:
