@@ -28,7 +28,7 @@ from steerfast.profile.checks import is_layer
 POINTS = {"strict": 3.0, "balanced": 1.0, "permissive": 0.3}
 """Operating points: name -> how many times the named rates of harmless and borderline prompts may fire."""
 
-_CLOSE = 0.003  # AUC: layers that differ less are equally good
+_CLOSE = 0.0025  # AUC: layers that differ less are equally good
 _LOW_HIT_RATE = 0.5
 _BINS = 32  # of a histogram of scores
 _MOST_OF_ALLOWED = 3  # a source may fire so many times the rate before it is told
