@@ -61,7 +61,7 @@ _LATENCY_PAIRS, _LATENCY_TOKENS = 8, 16
 class EvaluateOptions:
     """Options of `evaluate`.
 
-    max_new_tokens: answer length. seed: of the bootstrap and of tasks' few-shot examples.
+    max_new_tokens: answer length. seed: of tasks' few-shot examples.
     resume: a JSON-lines file of finished pieces, written and read back; another setting, set, profile or model makes
         other pieces.
     latency: also time each system in turns with unsteered, one sequence.
@@ -103,7 +103,7 @@ def evaluate(
 
     Returns:
         JSON data, see docs/evaluation.md. Rates carry Wilson intervals, AUC DeLong's; differences to unsteered carry
-        those of a bootstrap over items.
+        Newcombe's of paired shares.
 
     Raises:
         PromptError: no system, set or judge, a repeated name, a set that made a profile,
@@ -292,7 +292,7 @@ class _Evaluation:
         """Return all figures of a system, JSON data."""
         name = system.name
         base = None if name == UNSTEERED else self.cells[UNSTEERED]
-        row = {"title": system.title, **figures(sets, self.cells[name], base, judges, self.options.seed)}
+        row = {"title": system.title, **figures(sets, self.cells[name], base, judges)}
         if (above := self._margins(system, sets)) is not None:
             found = gate_figures(sets, above, system.profile, self.scores.get(name, {}))
             row = {**row, **found, "intervals": {**row["intervals"], **found["intervals"]}}

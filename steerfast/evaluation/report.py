@@ -174,8 +174,8 @@ _DESIGNS = (
         "differences",
         "Differences from unsteered",
         {"asr": _ASR.replace("%", "points"), "over_refusal": _OVER_REFUSAL.replace("%", "points")},
-        "Percentage points above or below the unsteered model on the same prompts, with the 95 % interval of a paired "
-        "bootstrap; bold where zero lies outside.",
+        "Percentage points above or below the unsteered model on the same prompts, with Newcombe's 95 % interval of "
+        "paired shares; bold where zero lies outside.",
     ),
     _Design(
         "tasks",

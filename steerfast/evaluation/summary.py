@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from steerfast.evaluation.sets import EvalSet, by_style
-from steerfast.judging.estimates import Estimate, grouped_auc, mean, paired_bootstrap, rate
+from steerfast.judging.estimates import Estimate, grouped_auc, mean, paired_difference, rate
 from steerfast.judging.topicality import distinct, names_topic
 from steerfast.profile import SteeringProfile
 
@@ -50,15 +50,12 @@ GateScores = Mapping[str, Values]
 # -- a system ----------------------------------------------------------------------------------------
 
 
-def figures(
-    sets: Sequence[EvalSet], cells: Cells, base: Cells | None, judges: Sequence[str], seed: int
-) -> dict[str, Any]:
+def figures(sets: Sequence[EvalSet], cells: Cells, base: Cells | None, judges: Sequence[str]) -> dict[str, Any]:
     """Return all figures of one system, except its gate's.
 
     Args:
         cells: the system's. base: unsteered's, for the comparison; None: the system is unsteered.
         judges: names; the first judge makes ``asr`` and ``over_refusal``.
-        seed: of the bootstrap.
     """
     attacks, harmless = _of(sets, ATTACKS), _of(sets, HARMLESS)
     table = _Figures()
@@ -72,7 +69,7 @@ def figures(
             for style, places in _styles(one).items():
                 table.put((f"{key}_by_style", one.name, style), _rate([flags[0][place] for place in places]))
             if base is not None:
-                table.compare((key, one.name), flags[0], _counted(base[one.name].refused[judges[0]], key), seed)
+                table.compare((key, one.name), flags[0], _counted(base[one.name].refused[judges[0]], key))
     table.shares("fluent", {one.name: cells[one.name].fluent for one in attacks})
     refusals = {one.name: _refusals(one, cells[one.name], judges[0]) for one in attacks}
     table.shares("distinct_refusals", {name: distinct([text for _, text in said]) for name, said in refusals.items()})
@@ -113,12 +110,12 @@ class _Figures:
             self.put((key, "worst"), found[worst])
             _set(self.values, ("worst_set", key), worst)
 
-    def compare(self, path: Sequence[str], own: Sequence[Any], base: Sequence[Any], seed: int) -> None:
+    def compare(self, path: Sequence[str], own: Sequence[Any], base: Sequence[Any]) -> None:
         """Put the difference over the items with a value on both sides."""
         both = [(a, b) for a, b in zip(own, base, strict=True) if a is not None and b is not None]
         if both:
             first, second = zip(*both, strict=True)
-            _set(self.differences, path, paired_bootstrap(first, second, seed=seed).to_list())
+            _set(self.differences, path, paired_difference(first, second).to_list())
 
 
 def _set(into: dict[str, Any], path: Sequence[str], value: Any) -> None:

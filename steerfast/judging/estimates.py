@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit
-from scipy.stats import binomtest, bootstrap, norm, rankdata
+from scipy.stats import binomtest, norm, rankdata
 
 from steerfast.errors import ProfileError, PromptError
 
@@ -125,25 +124,44 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value, value - below, value + above)
 
 
-def paired_bootstrap(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Return the difference of the means of `first` and `second`, both on the same items, with a percentile interval.
+def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
+    """Return the share of `first` minus that of `second`, both of the same items, with Newcombe's score interval.
 
-    10 000 times the items are drawn with replacement (Efron and Tibshirani 1993, ch. 13); `seed` is of the draws.
+    Method 10 of Newcombe (1998, Statistics in Medicine 17:2635-2650): Wilson's intervals of both shares, joined by
+    their correlation. Where all pairs agree it still has a width: 0 of 24 says little.
+
+    Args:
+        first, second: 0 or 1 for each item, [n].
 
     Raises:
-        PromptError: empty, non-finite or unequally many values.
+        PromptError: empty or unequally many values, or others than 0 and 1.
     """
     pair = [_scores("first", first), _scores("second", second)]
     if len(pair[0]) != len(pair[1]):
         raise PromptError(f"second: expected as many values as in first, {len(pair[0])}, got {len(pair[1])}")
-    items = pair[0] - pair[1]
-    value = float(items.mean())
-    if len(items) == 1:
-        return Estimate(value, value, value)
-    draw = np.random.default_rng(seed)
-    how: Any = {"n_resamples": 10_000, "batch": 1000, "method": "percentile", "random_state": draw}
-    found = bootstrap((items,), np.mean, confidence_level=_CONFIDENCE, **how).confidence_interval
-    return Estimate(value, min(value, float(found.low)), max(value, float(found.high)))
+    for name, values in zip(("first", "second"), pair, strict=True):
+        if not np.isin(values, (0, 1)).all():
+            raise PromptError(f"{name}: expected 0 or 1 for each item, got {values[~np.isin(values, (0, 1))][0]:g}")
+    one, two = (rate(int(values.sum()), len(values)) for values in pair)
+    phi = _correlation(*pair)
+    value = one.value - two.value
+
+    def reach(down: float, up: float) -> float:
+        return math.sqrt(max(0.0, down**2 - 2 * phi * down * up + up**2))
+
+    low = value - reach(one.value - one.low, two.high - two.value)
+    high = value + reach(one.high - one.value, two.value - two.low)
+    return Estimate(value, max(-1.0, low), min(1.0, high))
+
+
+def _correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Return Newcombe's correlation of pairs of 0 and 1: corrected for continuity where positive, 0 where unknown."""
+    n, ones, twos = len(first), float(first.sum()), float(second.sum())
+    spread = ones * (n - ones) * twos * (n - twos)
+    if not spread:
+        return 0.0
+    joint = n * float(first @ second) - ones * twos  # ad - bc of the table of pairs
+    return (joint if joint < 0 else max(0.0, joint - n / 2)) / math.sqrt(spread)
 
 
 def threshold_midpoint(harmful: ArrayLike, harmless: ArrayLike) -> float:

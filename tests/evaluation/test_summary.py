@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from steerfast.evaluation.sets import EvalSet, Item
 from steerfast.evaluation.summary import SetAnswers, examples, figures, gate, gate_figures, margins, strength_figures
-from steerfast.judging.estimates import grouped_auc, mean, paired_bootstrap, rate
+from steerfast.judging.estimates import grouped_auc, mean, paired_difference, rate
 
 
 def made_set(name: str, kind: str, styles: list[str]) -> EvalSet:
@@ -52,7 +52,7 @@ OURS = {
 
 
 def test_rates_are_counts_with_wilson_intervals() -> None:
-    found = figures(SETS, OURS, BASE, ["first", "second"], 0)
+    found = figures(SETS, OURS, BASE, ["first", "second"])
     assert found["asr"] == {"bad": 1 / 4, "jail": 1 / 2}  # one answer has no verdict and is in no rate
     assert found["over_refusal"] == {"good": 1 / 3, "edge": 1.0}
     assert found["no_verdict"] == {"bad": 1, "jail": 0, "good": 0, "edge": 1}
@@ -80,16 +80,16 @@ def test_rates_are_counts_with_wilson_intervals() -> None:
 
 
 def test_differences_are_paired_over_items_with_both_verdicts() -> None:
-    against = figures(SETS, OURS, BASE, ["first"], 3)["against_unsteered"]
+    against = figures(SETS, OURS, BASE, ["first"])["against_unsteered"]
     ours, theirs = [0, 0, 0, 1], [1, 1, 0, 1]  # success of attacks, without the third item
-    assert against["asr"]["bad"] == paired_bootstrap(ours, theirs, seed=3).to_list()
+    assert against["asr"]["bad"] == paired_difference(ours, theirs).to_list()
     assert against["asr"]["bad"][0] == -1 / 2
-    assert against["over_refusal"]["good"] == [0, 0, 0]
-    assert against["over_refusal"]["edge"] == [1, 1, 1]
+    assert against["over_refusal"]["good"] == paired_difference([0, 0, 1], [0, 0, 1]).to_list()
+    assert against["over_refusal"]["edge"] == paired_difference([1], [0]).to_list()
 
 
 def test_unsteered_is_compared_with_nothing() -> None:
-    found = figures(SETS, BASE, None, ["first"], 0)
+    found = figures(SETS, BASE, None, ["first"])
     assert found["against_unsteered"] == {}
     assert "unchanged" not in found
     assert "fire_rate" not in found
@@ -98,7 +98,7 @@ def test_unsteered_is_compared_with_nothing() -> None:
 
 def test_no_verdict_at_all_is_no_rate() -> None:
     cells = {"good": cell([None, None, None])}
-    found = figures([GOOD], cells, cells, ["first"], 0)
+    found = figures([GOOD], cells, cells, ["first"])
     assert found["over_refusal"] == {}
     assert found["no_verdict"] == {"good": 3}
     assert found["against_unsteered"] == {}
@@ -109,12 +109,12 @@ def test_refusals_that_differ_and_name_the_topic() -> None:
     one = EvalSet("bad", "harmful", items, "here", "0" * 64, 0)
     said = ["I can't help with robbing banks.", "I can't help with that.", "I  can't help with that!"]
     answers = SetAnswers([[0]] * 3, said, refused={"first": [True, True, True]}, fluent=[True] * 3)
-    found = figures([one], {"bad": answers}, None, ["first"], 0)
+    found = figures([one], {"bad": answers}, None, ["first"])
     assert found["distinct_refusals_by_set"] == {"bad": 2 / 3}
     assert found["topic_named"] == {"mean": 1 / 3, "worst": 1 / 3}
     assert found["intervals"]["topic_named_by_set"] == {"bad": rate(1, 3).to_list()[1:]}
     answers.refused["first"] = [False, None, False]
-    assert "topic_named" not in figures([one], {"bad": answers}, None, ["first"], 0)
+    assert "topic_named" not in figures([one], {"bad": answers}, None, ["first"])
 
 
 def test_a_strength_has_means_over_the_sets() -> None:

@@ -15,7 +15,7 @@ from steerfast.judging.estimates import (
     exact_interval,
     grouped_auc,
     mean,
-    paired_bootstrap,
+    paired_difference,
     rate,
     threshold_at_false_positive_rate,
     threshold_midpoint,
@@ -238,40 +238,44 @@ def test_unusable_rate_is_refused(limit: float) -> None:
         threshold_at_false_positive_rate([0.0], limit)
 
 
-def test_paired_bootstrap_of_means_is_near_the_normal_interval() -> None:
-    generator = np.random.default_rng(5)
-    first, shared = generator.normal(size=(2, 400))
-    found = paired_bootstrap(first + 3 * shared + 0.5, 3 * shared, seed=1)
-    error = first.std(ddof=1) / 20  # what both share does not widen it
-    assert found.value == pytest.approx(first.mean() + 0.5)
-    assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.1 * error)
-    assert found.high == pytest.approx(found.value + 1.96 * error, abs=0.1 * error)
+@pytest.mark.parametrize(
+    ("counts", "expected"),  # both, the first alone, the second alone, neither
+    [((36, 12, 2, 0), (0.2, 0.0569, 0.3404)), ((0, 0, 0, 24), (0, -0.138, 0.138)), ((24, 0, 0, 0), (0, -0.138, 0.138))],
+)
+def test_paired_differences_of_known_tables(counts: tuple[int, ...], expected: tuple[float, ...]) -> None:
+    first, second = (np.repeat(values, counts) for values in ([1, 1, 0, 0], [1, 0, 1, 0]))
+    assert paired_difference(first, second).to_list() == pytest.approx(expected, abs=5e-4)
 
 
-def test_paired_bootstrap_equals_the_enumerated_one() -> None:
-    """Of three items there are 27 equally likely draws."""
-    first, second = np.array([1.0, 0.0, 1.0]), np.array([0.0, 0.0, 1.0])
-    draws = np.array(np.meshgrid(*[range(3)] * 3)).reshape(3, -1)
-    differences = (first - second)[draws].mean(axis=0)
-    found = paired_bootstrap(first, second)
-    assert found.value == 1 / 3
-    assert [found.low, found.high] == pytest.approx(np.quantile(differences, [0.025, 0.975], method="inverted_cdf"))
+flags = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
 
-def test_paired_bootstrap_is_seeded() -> None:
-    values = np.linspace(0.0, 3.0, 60)
-    found = paired_bootstrap(values, np.zeros(60), seed=3)
-    assert found.low < found.value < found.high
-    assert paired_bootstrap(values, np.zeros(60), seed=3) == found
-    assert paired_bootstrap(values, np.zeros(60), seed=4) != found
+@given(flags)
+def test_paired_differences_are_symmetric_and_never_certain(pairs: list[tuple[bool, bool]]) -> None:
+    first, second = zip(*pairs, strict=True)
+    found, turned = paired_difference(first, second), paired_difference(second, first)
+    assert found.value == np.mean(first) - np.mean(second)
+    assert -1 <= found.low <= found.value <= found.high <= 1
+    assert found.high - found.low > 0.05
+    assert [-turned.value, -turned.high, -turned.low] == pytest.approx(found.to_list())
 
 
-def test_bootstraps_of_constant_and_unusable_values() -> None:
-    assert paired_bootstrap([1, 1, 1], [0, 0, 0]).to_list() == [1, 1, 1]
-    assert paired_bootstrap([2.5], [0]).to_list() == [2.5, 2.5, 2.5]
+@pytest.mark.parametrize("share", [0.02, 0.04, 0.08, 0.3])
+def test_paired_differences_cover_the_truth(share: float) -> None:
+    """A percentile bootstrap covers 2 of 100 items that differ in 37 % of samples of 24."""
+    generator = np.random.default_rng(7)
+    second = generator.random((2000, 24)) < 0.5
+    first = second | (generator.random((2000, 24)) < 2 * share)  # half of the items can still change
+    found = [paired_difference(one, two) for one, two in zip(first, second, strict=True)]
+    assert np.mean([one.low <= share <= one.high for one in found]) > 0.91
+
+
+def test_unusable_pairs_are_refused() -> None:
     with pytest.raises(PromptError, match="second: expected as many values as in first, 2, got 1"):
-        paired_bootstrap([1, 2], [1])
+        paired_difference([1, 0], [1])
     with pytest.raises(PromptError, match="first: expected at least one score"):
-        paired_bootstrap([], [])
+        paired_difference([], [])
     with pytest.raises(PromptError, match="second: expected finite"):
-        paired_bootstrap([1.0], [math.nan])
+        paired_difference([1.0], [math.nan])
+    with pytest.raises(PromptError, match=r"first: expected 0 or 1 for each item, got 0\.5"):
+        paired_difference([1, 0.5], [0, 0])
