@@ -395,7 +395,7 @@ def torch_score(s: torch.Tensor, d: torch.Tensor, numbers: torch.Tensor) -> torc
 def torch_value(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Return the gate values [n] of float32 scores by table rows [n, TABLE_WIDTH]."""
     threshold, sharpness = numbers[:, THRESHOLD], numbers[:, SHARPNESS]
-    hard = torch.where(scores <= threshold, 0.0, 1.0)
+    hard = (~(scores <= threshold)).float()
     soft = torch.sigmoid(sharpness * (scores - threshold))
     values = torch.where(sharpness == 0, hard, soft)
     return torch.where(values.isnan(), 1.0, values)

@@ -84,14 +84,14 @@ def _launch(hidden_size: int, dtype: torch.dtype, device: torch.device, wanted: 
     x, residual = torch.zeros(2, 1, hidden_size, dtype=dtype, device=device).unbind()
     weight = torch.ones(hidden_size, dtype=wanted.weight_dtype or dtype, device=device)
     vectors, directions = torch.zeros(2, 1, hidden_size, dtype=wanted.bank_dtype, device=device).unbind()
-    tables = torch.zeros(wanted.layers, 1, TABLE_WIDTH, device=device)
+    tables = torch.zeros(wanted.layers, 1, TABLE_WIDTH, dtype=torch.float32, device=device)
     row, deciders, counted, slots = (
         torch.full(shape, -1, dtype=torch.int32, device=device) for shape in ((1,), (stack,), (stack, 3), (1, stack))
     )
-    strength, last_scores = torch.zeros(2, stack, device=device).unbind()
-    scores, values = torch.zeros(2, wanted.layers, stack, device=device).unbind()
+    strength, last_scores = torch.zeros(2, stack, dtype=torch.float32, device=device).unbind()
+    scores, values = torch.zeros(2, wanted.layers, stack, dtype=torch.float32, device=device).unbind()
     sums = torch.zeros(wanted.layers, stack, dtype=torch.float64, device=device)
-    scales = torch.zeros(wanted.layers, 1, stack, device=device)
+    scales = torch.zeros(wanted.layers, 1, stack, dtype=torch.float32, device=device)
     read = (row, row, counted, deciders, strength, directions, directions, tables, scales[0], last_scores)
     gates = GateOperands(*read, sums, scores, values, scales)
     each = [Operands(slots, scales[0], vectors, directions, tables[0], int(kinds)) for kinds in wanted.kinds]

@@ -70,7 +70,7 @@ def score(
         profile, model, tokenizer, prompts, batch_size=batch_size, description=description, cache=cache
     )
     margins = by_layer[:, gates] - profile.threshold[gates]
-    layer = torch.tensor(gates)[margins.argmax(dim=1)]
+    layer = torch.tensor(gates, device="cpu")[margins.argmax(dim=1)]
     scores = by_layer.gather(1, layer[:, None])[:, 0]
     return Scores(scores, layer, (margins > 0).any(dim=1), profile.undecided(by_layer), by_layer)
 

@@ -231,10 +231,11 @@ def _gate_fields(options: ImportOptions, model: ModelIdentity, notes: list[str])
     else:
         _check_fits("condition", source.direction, source.layer, model)
         notes += source.notes
-        direction = torch.zeros(model.num_layers, model.hidden_size)
+        direction = torch.zeros(model.num_layers, model.hidden_size, dtype=torch.float32, device="cpu")
         direction[source.layer] = torch.nn.functional.normalize(source.direction, dim=0)
-        threshold = torch.zeros(model.num_layers)
-        threshold[source.layer] = torch.tensor(source.threshold, dtype=torch.float64)  # may be inf in float32
+        threshold = torch.zeros(model.num_layers, dtype=torch.float32, device="cpu")
+        # May be infinite in float32.
+        threshold[source.layer] = torch.tensor(source.threshold, dtype=torch.float64, device="cpu")
         fields = {
             "gate": Gate("prompt", "cosine"),
             "direction": direction,

@@ -97,7 +97,7 @@ def _read_hotwire(path: Path, data: bytes) -> Imported:
 
 def _encode_hotwire(written: ExportRows) -> tuple[bytes, list[str]]:
     model = written.profile.model
-    rows = torch.zeros(model.num_layers, model.hidden_size)
+    rows = torch.zeros(model.num_layers, model.hidden_size, dtype=torch.float32, device="cpu")
     for layer, row in written.rows.items():
         rows[layer] = row
     request = json.dumps([{"id": "NAME", "layer": layer, "scale": 1.0} for layer in written.rows])

@@ -419,8 +419,8 @@ def _idle(device: torch.device, sequences: int, tokens: int, hidden_size: int) -
     """Return the edit of unsteered rows."""
     with torch.inference_mode(False):
         slots = torch.zeros(sequences * tokens, 0, dtype=torch.int32, device=device)
-        bank = torch.zeros(1, hidden_size, device=device)
-        table = torch.zeros(1, TABLE_WIDTH, device=device)
+        bank = torch.zeros(1, hidden_size, dtype=torch.float32, device=device)
+        table = torch.zeros(1, TABLE_WIDTH, dtype=torch.float32, device=device)
         return LayerEdit(Operands(slots, slots.float(), bank, bank, table, int(Kinds.LATCHED_ADD)))
 
 

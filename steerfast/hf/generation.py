@@ -58,7 +58,7 @@ def batches(
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        rows = [torch.tensor(sequences[index], dtype=torch.long) for index in indices]
+        rows = [torch.tensor(sequences[index], dtype=torch.long, device="cpu") for index in indices]
         ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=padding_side)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
         yield PromptBatch(indices, ids.to(device), mask.to(device))

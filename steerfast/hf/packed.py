@@ -57,7 +57,7 @@ class PackedSteps:
     def decision(self, name: str, stack: int) -> Tensor:
         """Return values and scores of a request, float32 [2, layers, stack]; of an unknown request, shut gates."""
         layers = len(self.roster.values)
-        closed = torch.tensor([[[0.0]], [[float("-inf")]]], device="cpu").repeat(1, layers, stack)
+        closed = torch.tensor([[[0.0]], [[float("-inf")]]], dtype=torch.float32, device="cpu").repeat(1, layers, stack)
         decided = self.roster.decision(name)
         if decided is not None:
             decided = decided.unsqueeze(2) if decided.dim() == 2 else decided

@@ -264,7 +264,7 @@ class Stepper:
             return Step(plan.reach, bank, memory, decides, loaded)
         strength = strength.repeat_interleave(len(rows.slots) // max(1, len(strength)), dim=0)
         rows = rows.each_for_itself()
-        shut = torch.zeros(len(table), rows.deciders.numel(), device=device)
+        shut = torch.zeros(len(table), rows.deciders.numel(), dtype=torch.float32, device=device)
         memory = StepMemory.of(rows, strength, shut, torch.full_like(shut, float("-inf")), table)
         return TokenStep(latch.values, latch.scores, plan.reach, bank, memory, decides, loaded)
 

@@ -23,11 +23,11 @@ def sketched_rows(vocabulary: int) -> Tensor:
 
     Fixed ones are the multiples of a power of two, 65 to 128 of them. They stay in place when tokens are added.
     """
-    even = torch.linspace(0, vocabulary - 1, _EVEN).long()
+    even = torch.linspace(0, vocabulary - 1, _EVEN, dtype=torch.float32, device="cpu").long()
     step = 1
     while vocabulary > 128 * step:
         step *= 2
-    return torch.cat([even, torch.arange(0, vocabulary, step)])
+    return torch.cat([even, torch.arange(0, vocabulary, step, device="cpu")])
 
 
 def embedding_sketch(rows: Tensor) -> tuple[float, ...] | None:
@@ -40,7 +40,7 @@ def embedding_sketch(rows: Tensor) -> tuple[float, ...] | None:
         None where the embeddings are all zero or not finite.
     """
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (rows.shape[1],), generator=generator).double() * 2 - 1
+    signs = torch.randint(0, 2, (rows.shape[1],), generator=generator, device="cpu").double() * 2 - 1
     values = rows.detach().double().cpu() @ signs
     parts = [part / part.norm() for part in (values[:_EVEN], values[_EVEN:]) if len(part)]
     whole = torch.cat(parts)

@@ -295,7 +295,7 @@ class SteeringProfile:
         kept = set(layers)
         for layer in kept:
             self._check_layer(layer)
-        chosen = torch.tensor([layer in kept for layer in range(self.model.num_layers)])
+        chosen = torch.tensor([layer in kept for layer in range(self.model.num_layers)], device="cpu")
         strength = self.strength.where(chosen, 0.0)
         if not bool(strength.any()):
             raise ProfileError(f"layers: expected some of {self.steered_layers}, which are steered, got {sorted(kept)}")
@@ -421,7 +421,8 @@ class SteeringProfile:
             value = strength.get(layer, 0.0) if isinstance(strength, Mapping) else strength
             if not is_real(value):
                 raise ProfileError(f"strength: expected a number of each layer, got {value!r}")
-            strengths[layer] = torch.tensor(value, dtype=torch.float64)  # infinite where float32 cannot hold it
+            # Infinite where float32 cannot hold it.
+            strengths[layer] = torch.tensor(value, dtype=torch.float64, device="cpu")
         plain: dict[str, Any] = {"direction": zeros, "threshold": zeros[:, 0].clone(), "norm": zeros[:, 0].clone()}
         plain |= {"gate": Gate("always"), "vector_kind": "given", **fields}
         return cls(model=model, vector=rows, strength=strengths, **plain)

@@ -387,7 +387,7 @@ class Roster:
 
     def _deciders_of(self, columns: Sequence[int]) -> Tensor:
         index = torch.tensor(columns, dtype=torch.int64, device="cpu")[:, None] * self.stack
-        return _to_device((index + torch.arange(self.stack)).flatten(), self.values.device)
+        return _to_device((index + torch.arange(self.stack, device="cpu")).flatten(), self.values.device)
 
     def _latches(self, columns: Sequence[int]) -> Tensor:
         """Return values, scores and sums in these columns, float64 [columns, 3, layers, K] on the CPU."""
@@ -416,8 +416,9 @@ class Roster:
     def _new_latch(self, request: Request) -> Tensor:
         """Return the latch of a request before its gates decide, float64 [3, layers, K]."""
         is_open = [float(entry.span.open) for entry in filled(request.stack, self.stack)]
-        start = torch.tensor([is_open, [float("-inf")] * self.stack, [0.0] * self.stack], dtype=torch.float64)
-        return start[:, None].expand(3, len(self.values), self.stack)
+        start = [is_open, [float("-inf")] * self.stack, [0.0] * self.stack]
+        latch = torch.tensor(start, dtype=torch.float64, device="cpu")
+        return latch[:, None].expand(3, len(self.values), self.stack)
 
     def _make_room(self, count: int, busy: set[str]) -> None:
         """Free at least `count` columns: move the decisions of ended requests, then of resting ones, to the host."""

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 STUB = """
-import itertools, json, time
+import itertools, json, os, time
 from types import SimpleNamespace
 import torch, triton
 from triton import knobs
@@ -114,7 +114,9 @@ def run_all(o, kinds=tuple(Kinds), norms=(Norm.LLAMA,), pairs=(False, True)):
 WARMUP = """
 real = torch.zeros, torch.ones, torch.full
 torch.zeros, torch.ones, torch.full = map(on_device, real)
+torch.set_default_dtype(getattr(torch, os.environ["DEFAULT_DTYPE"]))
 count = warmup.warmup(512, stacks=(1, 2), device="cuda")
+torch.set_default_dtype(torch.float32)
 torch.zeros, torch.ones, torch.full = real
 compiled = len(compilations)
 compilations.clear()
@@ -226,8 +228,10 @@ def run(script: str, **environment: str) -> Any:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_nothing_compiles_after_warmup() -> None:
-    count, compiled, later = run(WARMUP)
+@pytest.mark.parametrize("default", ["float32", "bfloat16"])
+def test_nothing_compiles_after_warmup(default: str) -> None:
+    """Scripts set torch's default dtype to load a model; requests have the dtypes of the contract."""
+    count, compiled, later = run(WARMUP, DEFAULT_DTYPE=default)
     # Per stack, of 2 kinds and 2 forms each: the fused op, and with and without a pair steer_; score_ with and without.
     assert count == compiled == 2 * (4 + 2 * (4 + 1))
     assert later == []
