@@ -27,6 +27,7 @@ from steerfast.hf.structure import Decoder, find_decoder, is_distributed
 from steerfast.kernels.add_steer_rms_norm import add_steer_rms_norm_unchecked, add_steer_torch
 from steerfast.kernels.contract import TABLE_WIDTH, Kinds, Operands
 from steerfast.kernels.steer import steer_torch_, steer_unchecked_
+from steerfast.runtime.buffers import Buffers
 from steerfast.runtime.step import LayerEdit, Step
 
 if TYPE_CHECKING:
@@ -414,14 +415,19 @@ def _changes_uncounted() -> bool:
     return torch.is_inference_mode_enabled()
 
 
-@functools.lru_cache(maxsize=64)
+_unsteered = Buffers()
+
+
 def _idle(device: torch.device, sequences: int, tokens: int, hidden_size: int) -> LayerEdit:
     """Return the edit of unsteered rows."""
-    with torch.inference_mode(False):
+
+    def make() -> LayerEdit:
         slots = torch.zeros(sequences * tokens, 0, dtype=torch.int32, device=device)
         bank = torch.zeros(1, hidden_size, dtype=torch.float32, device=device)
         table = torch.zeros(1, TABLE_WIDTH, dtype=torch.float32, device=device)
         return LayerEdit(Operands(slots, slots.float(), bank, bank, table, int(Kinds.LATCHED_ADD)))
+
+    return _unsteered.get((device, sequences, tokens, hidden_size), make)
 
 
 def _family(decoder: Decoder) -> Family:

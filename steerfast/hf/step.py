@@ -36,7 +36,8 @@ from steerfast.hf.second_pass import SecondPass
 from steerfast.hf.structure import Decoder
 from steerfast.hf.thoughts import without_thoughts
 from steerfast.kernels.contract import Kinds
-from steerfast.runtime.batch import BatchRoster, Buffers, Plan
+from steerfast.runtime.batch import BatchRoster, Plan
+from steerfast.runtime.buffers import Buffers
 from steerfast.runtime.span import NO_END, UNSTEERED
 from steerfast.runtime.step import LayerEdit, Repeat, Step, StepMemory, TokenStep
 from steerfast.runtime.tables import RowTable, prompt_rows, response_rows
@@ -89,7 +90,7 @@ class Stepper:
         self._repeat: Repeat | None = None
         self._repeated: Tensor | None = None  # decisions of the step that may repeat
         self._buffers = Buffers()
-        self._static: dict[tuple[int, int, torch.device], CompiledEdit] = {}
+        self._static = Buffers(most=math.inf)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out steps, whose tables may be another engine's, and the call that runs: a copy is in none."""
@@ -353,14 +354,15 @@ class Stepper:
         Not one of the buffers that may be dropped: a CUDA graph whose inputs moved is recorded again.
         """
         slots, scales = memory.rows.slots, memory.scales
-        key = (*slots.shape, slots.device)
-        if key not in self._static:
-            with torch.inference_mode(False):
-                own = torch.zeros_like(slots), torch.zeros_like(scales)
-            self._static[key] = edit = CompiledEdit(*own, self.roster.slots.bank(slots.device).vectors)
+
+        def make() -> CompiledEdit:
+            own = torch.zeros_like(slots), torch.zeros_like(scales)
+            edit = CompiledEdit(*own, self.roster.slots.bank(slots.device).vectors)
             for tensor in edit:
                 torch._dynamo.mark_static_address(tensor)
-        edit = self._static[key]
+            return edit
+
+        edit = self._static.get((*slots.shape, slots.device), make)
         edit.slots.copy_(slots)
         edit.scales.copy_(scales)
         return edit

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from steerfast.errors import ProfileError, SteerfastError
 from steerfast.kernels.contract import MAX_STACK
 from steerfast.profile import ProfileStack, SteeringProfile
 from steerfast.runtime.bank import Reach
+from steerfast.runtime.buffers import Buffers
 from steerfast.runtime.roster import check_packed
 from steerfast.runtime.slots import ProfileSlots, kind_of
 from steerfast.runtime.span import NO_TURN, EditSpan, Entry, Stack, Thought, TurnWarning, filled, slots_of
@@ -29,25 +30,6 @@ Assignment = tuple[Stack, ...]
 
 MOST_STRENGTH = 1e30
 """Times a profile's own strength it is still finite in float32."""
-
-T = TypeVar("T")
-_MOST_BUFFERS = 512  # each is cheap to make again
-
-
-class Buffers:
-    """Keep tensors that recur from step to step, such as the tables of a batch shape."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], Any] = {}
-
-    def get(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """Return the value of `key`, made once."""
-        if key not in self._kept:
-            if len(self._kept) > _MOST_BUFFERS:
-                self._kept.clear()
-            with torch.inference_mode(False):  # also serve callers outside inference mode
-                self._kept[key] = make()
-        return self._kept[key]
 
 
 @dataclass(frozen=True, eq=False)

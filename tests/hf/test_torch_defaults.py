@@ -14,6 +14,7 @@ import steerfast
 from steerfast.hf import fused
 from steerfast.profile import SteeringProfile, embedding_sketch, sketched_rows
 from steerfast.runtime.bank import Bank
+from steerfast.runtime.buffers import Buffers
 from steerfast.runtime.roster import Request, Roster
 from steerfast.runtime.span import EditSpan, Entry
 
@@ -40,7 +41,7 @@ def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
 
 def everything(model: Any, profile: SteeringProfile) -> list[torch.Tensor]:
     """Return what a pass without a profile, a steered pass, its answer rows and their decisions give."""
-    fused._idle.cache_clear()
+    fused._unsteered = Buffers()
     with torch.no_grad():
         found = [model(IDS).logits]
         with steerfast.steer(model, profile) as steering:
