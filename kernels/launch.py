@@ -250,6 +250,8 @@ class Launcher:
         self.plans: dict[tuple[int, ...], LaunchPlan] = {}
         self._met: set[tuple[int, ...]] = set()
         self.reusable = _reusable() and type(kernel).__name__ == "JITFunction"
+        # Numbers that Triton compiles nothing for; all count rows, layers or slots, and fit into 32 bits.
+        self._free = {i for i, p in enumerate(getattr(kernel, "params", ())) if p.do_not_specialize}
 
     def repeat(
         self,
@@ -311,8 +313,8 @@ class Launcher:
             site: that of `repeat`, which repeats this launch from the third call on. The tensors are x, residual,
                 outputs and weight as `repeat` takes them, then members of the site. Otherwise no plan is kept.
             tensors: None for a tensor that is not used; `constants` must show that.
-            numbers: strides and other scalars. Ints are part of the kernel's key: Triton compiles another kernel for a
-                number divisible by 16 or equal to 1.
+            numbers: strides and other scalars. They are part of the kernel's key, except those of `do_not_specialize`:
+                Triton compiles another kernel for an int divisible by 16 or equal to 1.
             constants: the constexpr arguments.
             address: the addresses of all tensors whose alignment the kernel is compiled for, or-ed together.
         """
@@ -328,7 +330,8 @@ class Launcher:
             self.plain(count, tensors, numbers, constants, shape)
             return
         rest = (*numbers, *constants)
-        key = (index, rest, *[None if tensor is None else tensor.dtype for tensor in tensors])
+        kept = tuple(number for i, number in enumerate(numbers, len(tensors)) if i not in self._free)
+        key = (index, kept, constants, *[None if tensor is None else tensor.dtype for tensor in tensors])
         call = self.compiled.get(key)
         if call is None:
             compiled = self.plain(count, tensors, numbers, constants, shape)

@@ -213,6 +213,25 @@ found["kept"] = [len(compilations) - before - 1, len(steer.launch.compiled)]
 print(json.dumps(found))
 """
 
+LENGTHS = """
+def step(rows):
+    '''What a step of other prompts, in another bank of a model with other layers, launches.'''
+    launches.clear(), slow.clear()
+    run_all(operands(rows, sequences=1 + rows % 7, slots_of_bank=1 + rows % 5, layers=17 + rows % 16, layer=rows % 17))
+    return [(l[0], l[1], [a for a in l[-1] if isinstance(a, (int, float)) and abs(a) < 1 << 20]) for l in launches]
+
+step(6)
+everything = [fused.launch, steer.launch, gate.launch]
+kept = [len(l.compiled) for l in everything]
+found = [(step(rows), len(slow)) for rows in range(7, 80)]
+fast = [launched for launched, _ in found]
+grown = [len(l.compiled) for l in everything]
+for launcher in everything:
+    launcher.reusable = False
+plain_ones = [step(rows) for rows in range(7, 80)]
+print(json.dumps([kept, grown, sum(n for _, n in found), fast == plain_ones, len(compilations)]))
+"""
+
 
 def run(script: str, **environment: str) -> Any:
     """What a script prints as JSON, run beside the stub and without Triton's interpreter."""
@@ -255,6 +274,15 @@ def test_fast_path_launches_what_triton_would() -> None:
     assert kept == [4, 8, 2]
     assert unkept == [0, 0, 0]
     assert compiled == all_compiled == sum(kept)
+
+
+def test_a_prompt_of_another_length_takes_the_fast_path() -> None:
+    """Numbers of a batch make no other kernel, so the keys of kernels do not grow with the prompts served."""
+    kept, grown, slow, same, compiled = run(LENGTHS)
+    assert grown == kept == [4, 8, 2]
+    assert compiled == sum(kept)
+    assert slow == 0
+    assert same, "the fast path passed other numbers than Triton"
 
 
 def test_fast_path_is_off_where_triton_is_untested_or_the_user_says_so() -> None:
