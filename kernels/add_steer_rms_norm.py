@@ -40,6 +40,7 @@ from .contract import (
     check_residual,
     check_rows,
     library,
+    needs_gradient,
     tensors,
 )
 from .edits import reference_rows, reference_stream, torch_displaced
@@ -260,7 +261,7 @@ def add_steer_rms_norm_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run :func:`add_steer_rms_norm` in plain torch, on any device, without a synchronisation and without checks.
 
-    Differentiable in x, residual and weight; gates carry no gradient.
+    Differentiable in x, residual, weight and operands, whose table is taken as given; gates carry no gradient.
     """
     y, _ = _displaced_sum(x, residual, decided_operands(operands, gates))
     new_residual = y.to(x.dtype)
@@ -373,7 +374,7 @@ def add_steer_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the residual, steer, and normalise for the next block; decide gates first where there are any.
 
-    Where autograd needs a gradient, the op runs as :func:`add_steer_rms_norm_torch`.
+    Where autograd needs a gradient, of an operand too, the op runs as :func:`add_steer_rms_norm_torch`.
     :func:`add_steer_rms_norm_unchecked` does the same without the checks, for callers that own their buffers.
 
     Args:
@@ -406,9 +407,8 @@ def add_steer_rms_norm(
         check_gates(x, gates, operands)
         if not torch.compiler.is_compiling():
             check_decisions({}, {"x": x, "residual": residual, "weight": weight, **tensors(operands)}, gates)
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad)
     operands = operands._replace(kinds=int(operands.kinds))
-    if wants_gradient or inductor_fuses(x, operands.kinds):
+    if needs_gradient(x, residual, weight, *operands) or inductor_fuses(x, operands.kinds):
         return add_steer_rms_norm_torch(x, residual, weight, operands, float(eps), int(norm), gates)
     return _op(x, residual, weight, operands, float(eps), int(norm), gates)
 

@@ -395,6 +395,11 @@ def check_tangent(name: str, value: object) -> None:
         )
 
 
+def needs_gradient(*arguments: object) -> bool:
+    """Say whether autograd records what is made of one of the tensors among `arguments`."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
 def check_choice(name: str, value: int, kind: type[IntEnum]) -> int:
     """Return `value` as an int; raise where it is no member of `kind`, whose numbers run from 0."""
     # As an int: Dynamo of torch 2.11 does not compare members of an enumeration.

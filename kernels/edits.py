@@ -450,8 +450,8 @@ def torch_coefficients(
 def torch_displaced(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float32 rows y [..., H] after all displacements, and which rows were displaced, bool [..., 1].
 
-    Runs on any device without a synchronisation. Differentiable in y and s; gates carry no gradient. y keeps its shape:
-    Inductor copies a flattened y before every matrix product that reads it.
+    Runs on any device without a synchronisation. Differentiable in y, s and operands; gates carry no gradient. y keeps
+    its shape: Inductor copies a flattened y before every matrix product that reads it.
     """
     slots, scales, vectors, directions, table, kinds = operands
     if kinds == int(Kinds.LATCHED_ADD):
@@ -463,7 +463,7 @@ def torch_displaced(y: torch.Tensor, s: torch.Tensor, operands: Operands) -> tup
         v, d = vectors.index_select(0, slot).float(), directions.index_select(0, slot).float()
         numbers = table.index_select(0, slot)
         flat = s.reshape(v.shape)
-        own = torch_value(torch_score(flat.detach(), d, numbers), numbers)
+        own = torch_value(torch_score(flat.detach(), d.detach(), numbers), numbers).detach()
         beta = torch_scaled(torch.where(numbers[:, GATE] == int(GateKind.TOKEN), own, 1.0), scales[:, k])
         a_less_1, b, c = torch_coefficients(flat, v, d, beta, numbers)
         moves = ((slots[:, k] >= 0) & (beta != 0) & ((a_less_1 != 0) | (b != 0) | (c != 0))).view(each)

@@ -27,6 +27,7 @@ from .contract import (
     check_residual,
     check_rows,
     library,
+    needs_gradient,
     tensors,
 )
 from .edits import reference_rows, reference_stream, torch_displaced, torch_stream
@@ -183,12 +184,12 @@ def steer_torch_(
 ) -> None:
     """Run :func:`steer_` in plain torch, on any device, without a synchronisation and without checks.
 
-    Differentiable in x and residual; gates carry no gradient.
+    Differentiable in x, residual and operands, whose table is taken as given; gates carry no gradient.
     """
     if not len(x):
         return
     operands = decided_operands(operands, gates)
-    before = x.clone() if torch.is_grad_enabled() and x.requires_grad else x  # the backward pass of sums needs it
+    before = x.clone() if needs_gradient(x, residual, *operands) else x  # the backward pass of sums needs it
     s = torch_stream(before, residual)
     y, changed = torch_displaced(before.float(), s, operands)
     x.copy_(torch.where(changed, y.to(x.dtype), before))
@@ -247,7 +248,8 @@ def steer_(
 ) -> None:
     """Steer the rows of ``x`` in place; decide gates first where there are any.
 
-    The op has no backward pass: gradients pass through it unchanged. :func:`steer_torch_` is differentiable.
+    The op has no backward pass: gradients of rows pass through it unchanged. :func:`steer_torch_` is differentiable;
+    where autograd needs the gradient of an operand, that runs.
     :func:`steer_unchecked_` does the same without the checks, for callers that own their buffers.
 
     Args:
@@ -269,11 +271,15 @@ def steer_(
     check_operands(x, operands)
     if gates is not None:
         check_gates(x, gates, operands)
+    differentiable = needs_gradient(*operands)
     if not torch.compiler.is_compiling():
         check_decisions({"x": x}, {"residual": residual, **tensors(operands)}, gates)
-        if x.requires_grad and torch.is_grad_enabled():
+        if not differentiable and needs_gradient(x):
             torch.autograd.graph.increment_version(x)  # a backward pass that saved the old x then raises
-    _op(x, residual, operands, gates)
+    if differentiable:
+        steer_torch_(x, residual, operands, gates)
+    else:
+        _op(x, residual, operands, gates)
 
 
 @reported

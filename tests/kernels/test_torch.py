@@ -216,6 +216,35 @@ def test_gradient_of_steer_torch(edit: EditId, pair: bool) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("gate", [GateKind.ALWAYS, GateKind.TOKEN])
+@pytest.mark.parametrize("edit", EditId)
+@pytest.mark.parametrize("name", ["vectors", "directions", "scales"])
+def test_gradient_of_an_operand_alone(name: str, edit: EditId, gate: GateKind) -> None:
+    """Rows and weight need none, as where a vector is learned in front of a frozen model."""
+    case = gradient_case(edit)
+    case.table[0, 8], case.table[0, 1] = gate, 2.0  # a soft gate, which carries no gradient
+    case.x[0], case.residual[0] = 0.0, 0.0  # a score of this row has no gradient
+    found: list[list[torch.Tensor]] = []
+    for rows_too in (False, True):
+        leaf = getattr(case.operands(), name).clone().requires_grad_()
+        operands = case.operands()._replace(**{name: leaf})
+        x = case.x.clone().requires_grad_(rows_too)
+        y = x * 1
+        steer = steer_torch_ if rows_too else steer_
+        steer(y, None, operands)
+        outputs = (y, *add_steer_rms_norm(x, case.residual, case.weight, operands, case.eps))
+        for output in outputs:
+            assert output.requires_grad
+            (gradient,) = torch.autograd.grad(output.square().sum(), leaf, retain_graph=True, materialize_grads=True)
+            assert gradient.isfinite().all()
+            assert gradient.any() or (name == "directions" and edit != EditId.ROTATE)
+            found.append(gradient)
+    for got, want in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        assert not add_steer_rms_norm(x, case.residual, case.weight, operands, case.eps)[0].requires_grad
+
+
 @pytest.mark.parametrize("edit", EditId)
 def test_gradient_is_finite_where_an_edit_is_undefined(edit: EditId) -> None:
     case = gradient_case(edit)
