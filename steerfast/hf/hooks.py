@@ -149,6 +149,8 @@ class StepHooks:
             made = caches.cache_in(output) if isinstance(output, dict) else None
             parts = output if isinstance(output, tuple) else (made,)
             cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
+        if self._stepper.step is not None:
+            self._stepper.step.finish()
         if _log.isEnabledFor(logging.DEBUG) and self._stepper.step is not None and self._stepper.step.decides:
             _log.debug("decided: %s", self._stepper.latch)
         if cache is not None:

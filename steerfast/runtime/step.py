@@ -142,6 +142,9 @@ class Step:
             self._edits[layer, device] = edit
         return edit
 
+    def finish(self) -> None:
+        """Take notice that the pass is over; an engine calls this where steps may be of token gates."""
+
     def _gates(self, layer: int, memory: StepMemory, bank: LayerBank, tables: Tensor) -> GateOperands:
         rows = memory.rows
         return GateOperands(
@@ -189,7 +192,7 @@ class TokenStep(Step):
     """Hold a step of token gates: each row decides for itself, in this step only.
 
     Args:
-        values, scores: keep the highest of each sequence; those of single rows are in the step.
+        values, scores: keep the highest of each sequence, after the pass; those of single rows are in the step.
         The others as for `Step`; `memory` is of tables in which each row is a sequence (`RowTable.each_for_itself`).
     """
 
@@ -197,14 +200,13 @@ class TokenStep(Step):
         super().__init__(*args, **kwargs)
         self.values, self.scores = values, scores
 
-    def _decide(self, operands: Operands, gates: GateOperands) -> LayerEdit:
-        self._decide_now(operands.slots, gates)
-        stack = operands.slots.shape[1]
-        for latch, new in ((self.scores, gates.scores), (self.values, gates.values)):
-            rows = new[gates.layer].view(-1, stack)
-            highest = rows.view(latch.shape[1] // stack, -1, stack).amax(dim=1).flatten()
-            latch[gates.layer] = torch.maximum(latch[gates.layer], highest.to(latch.device))
-        return LayerEdit(operands)
+    def finish(self) -> None:
+        """Keep the highest score and value of each sequence where a gate decided; once, not in each layer."""
+        memory, stack = self.memory, self.memory.rows.slots.shape[1]
+        decided = torch.where(memory.scores == float("-inf"), 0.0, memory.values)  # a sensor's value is in all layers
+        for latch, new in ((self.scores, memory.scores), (self.values, decided)):
+            rows = new.view(len(new), latch.shape[1] // stack, -1, stack)
+            latch.copy_(torch.maximum(latch, rows.amax(dim=2).flatten(1).to(latch.device)))
 
 
 @dataclass(frozen=True, eq=False)
