@@ -13,7 +13,8 @@ y rounded once. Then, in float32 and with ``w`` the weight of the norm,
     VLLM          float32               w          vLLM's CUDA kernel
 
 A row without a displacement has the bits of the same op without slots (K = 0): the new residual of such a row is
-x + residual rounded once.
+x + residual rounded once. Normalised rows of Triton have these bits with a bank at least as wide as the rows (float32
+beside float32 rows, any beside others): the order of the sum follows the narrowest numbers.
 
 The deciding form decides gates first, as :mod:`.gate` defines, from the scores that ``score_`` left.
 """

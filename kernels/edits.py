@@ -26,8 +26,8 @@ The displacement is zero where it is undefined: CLAMP by a zero vector, KEEP_NOR
 up in the order of the slots. So no gate sees the edit of another slot.
 
 A single slot that adds takes no sum over the row: its bits are the same in Triton, C++ and torch. Each implementation
-takes sums in an order that is the same for a row in every batch (Triton: where rows start at multiples of 16 bytes;
-plain torch does not promise it).
+takes sums in an order that is the same for a row in every batch. In Triton this holds where tensors start at multiples
+of 16 bytes, and rows have no gaps or row strides at multiples of 16 numbers; plain torch does not promise it.
 
 Sources. DOT at the last token of the prompt: InferAligner (Wang et al., EMNLP 2024, section 3), whose bias is the
 threshold with the other sign. COSINE with a threshold: CAST (Lee et al., ICLR 2025). Ablation: Arditi et al., NeurIPS
