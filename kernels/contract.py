@@ -120,7 +120,7 @@ READING = 12  # a Reading; not 0 where the slot decides
 TABLE_WIDTH = 16  # padded: the row of a slot is one 64-byte line
 
 MAX_STACK = 4  # slots that may edit one row
-MAX_HIDDEN_SIZE = 32768  # one GPU program holds a row; beyond 16384 (8192 in float32) sums make it spill
+MAX_HIDDEN_SIZE = 32768  # one GPU program holds a row; beyond 12288 (8192 in float32) sums make it spill
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

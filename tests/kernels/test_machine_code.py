@@ -61,9 +61,9 @@ class Kernel:
         return launch_shape(self.size, getattr(torch, self.dtype))
 
     def accesses(self, dtype: str = "") -> int:
-        """16-byte accesses of a thread per row that it reads or writes."""
+        """16-byte accesses of a thread per row that it reads or writes; those beyond the row are compiled away."""
         itemsize: int = getattr(torch, dtype or self.dtype).itemsize
-        return self.shape.block * itemsize // (16 * 32 * self.shape.num_warps)
+        return -(-self.size * itemsize // (16 * 32 * self.shape.num_warps))
 
     @property
     def least_loads(self) -> int:
@@ -102,6 +102,15 @@ KERNELS = [
     Kernel("steer_", dtype="float16"),
     Kernel("add_steer_rms_norm", stack=4),
     Kernel("add_steer_rms_norm", bank="float32"),
+    # The bank of engines, with all sums: the most registers. Beyond 12288 these spill.
+    Kernel("add_steer_rms_norm", kinds=ANY, bank="float32"),
+    *(
+        Kernel("add_steer_rms_norm", size=size, stack=4, kinds=ANY, decides=True, bank="float32")
+        for size in (4096, 8192, 12288)
+    ),
+    Kernel("steer_", kinds=ANY, pair=True, bank="float32"),
+    Kernel("steer_", size=12288, stack=4, kinds=ANY, pair=True, decides=True, bank="float32"),
+    Kernel("score_", size=12288, stack=4, pair=True, bank="float32"),
     Kernel("add_steer_rms_norm", size=16384, stack=4, bank="float32"),
     Kernel("add_steer_rms_norm", stack=4, kinds=ANY, norm=Norm.VLLM),
     Kernel("add_steer_rms_norm", stack=4, kinds=ANY, norm=Norm.GEMMA, decides=True),
