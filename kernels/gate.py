@@ -26,8 +26,9 @@ itself: T² loads a layer, of scores that lie in the cache.
 :mod:`.edits` defines score, value and scale. A sequence that does not decide keeps its scores, values and scales.
 
 A row has the same score in any batch and at any position: in C++, and in Triton where tensors start at multiples of 16
-bytes, and rows have no gaps or row strides at multiples of 16 numbers. Triton and C++ take the sum of a mean in an order that depends on ``until - first`` alone. A row whose <s, s>
-leaves the range of float32 (norms above 1.8e19) has no meaningful cosine.
+bytes, and rows have no gaps or row strides at multiples of 16 numbers. Triton and C++ take the sum of a mean in an
+order that depends on ``until - first`` alone. A row whose <s, s> leaves the range of float32 (norms above 1.8e19) has
+no meaningful cosine.
 """
 
 from __future__ import annotations
