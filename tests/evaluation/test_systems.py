@@ -94,7 +94,7 @@ def test_all_systems_that_can_be_made(tiny_llama: Any, make_profile: Callable[..
     first, second = make_profile(tiny_llama, layers=[2, 3]), make_profile(tiny_llama, seed=1, sensor=1, layers=[1])
     systems, left_out = systems_of({"ours": first, "theirs": second}, {"sibling": "a/b"})
     assert [system.name for system in systems] == [
-        "unsteered", "self-reminder", "goal-priority", "ours", "theirs", "always-on", "refusal", "words",
+        "unsteered", "self-reminder", "goal-priority", "ours", "theirs", "always-on", "refusal", "template", "words",
         "sibling",
     ]  # fmt: skip
     assert left_out == {}
@@ -110,8 +110,10 @@ def test_all_systems_that_can_be_made(tiny_llama: Any, make_profile: Callable[..
     assert opened is not None
     assert opened.gate.kind == "always"
     assert (opened.vector == first.vector).all()
-    assert [name for name, system in by_name.items() if system.gated] == ["ours", "theirs", "refusal"]
+    assert [name for name, system in by_name.items() if system.gated] == ["ours", "theirs", "refusal", "template"]
     assert by_name["refusal"].profile is first
+    assert by_name["template"].profile is first
+    assert all("{topic}" in text for text in by_name["template"].canned)
     assert by_name["refusal"].canned == by_name["words"].canned == CANNED
     assert by_name["words"].profile is None
     assert {record.role for record in by_name["words"].made_with} == {"fit", "calibrate"}
@@ -125,7 +127,7 @@ def test_wanted_systems_come_in_their_order_after_unsteered(tiny_llama: Any, mak
     assert left_out == {}
     with pytest.raises(
         PromptError,
-        match="some of unsteered, self-reminder, goal-priority, always-on, refusal, words, ours, got 'mine'",
+        match="some of unsteered, self-reminder, goal-priority, always-on, refusal, template, words, ours, got 'mine'",
     ):
         systems_of(profiles, {}, ["mine"])
 
