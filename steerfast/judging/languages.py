@@ -22,6 +22,7 @@ class Language:
         decline: matches an explicit decline in the first person.
         lead: found in the text that stands before a decline in its sentence, if the decline is the speaker's.
         offer: matches the beginning of what was asked for ("here is", "step 1"), at the beginning of a clause.
+        aside: found in a sentence that gives a reason, an offer or another way; None: unknown in this language.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Language:
     decline: re.Pattern[str]
     lead: re.Pattern[str]
     offer: str
+    aside: re.Pattern[str] | None = None
 
 
 def _unless(*before: str) -> re.Pattern[str]:
@@ -70,6 +72,9 @@ _CANNOT = r"(?:can't|cannot|can\s+not|won't|will\s+not|shall\s+not)"
 # Between "I can't" and the act: "I cannot and will not knowingly help", "I can't, in good conscience, help".
 _BETWEEN = rf"(?:,?\s+(?:and|or|nor|{_CANNOT}|in\s+good\s+conscience|\w+ly|even|be\s+able\s+to)\b,?)*\s+"
 _AM = r"(?:'m|\s+am)\s+(?:sorry,?\s+but\s+)?"
+# What a sentence speaks of before its verb, and nobody else who speaks: "writing this", "that", "weapon designs".
+_TOPIC = r"\b(?!(?:s?he|they|we|you|i|if|who)\b)[\w' -]{1,60}?"
+_I_WOULD = r"i(?:'m|'d|'ll|\s+(?:am|can|could|will|would))\s+(?:\w+ly\s+)?(?:(?:able|willing|going|prepared)\s+to\s+)?"
 
 _ENGLISH = Language(
     "en",
@@ -93,9 +98,20 @@ _ENGLISH = Language(
                 rf"going|programmed|designed|prepared|here))(?:\s+to{_BETWEEN}{_ACT}|(?:\s+to)?{_STOP})",
                 # I'm not comfortable with providing.
                 rf"\bi{_AM}not\s+(?:comfortable|capable|in\s+a\s+position|about)\s+(?:(?:to|with|of)\s+)?{_ACT}",
-                # I must respectfully decline; I'm going to have to decline.
-                r"\bi(?:(?:'ll|'m\s+going\s+to|\s+(?:will|would|am\s+going\s+to))?\s+have\s+to|'m|"
-                r"\s+(?:must|need\s+to|should|will))?(?:\s+\w+ly)?\s+declin(?:e|ing)\b",
+                # That's not something I can help with; there is no version of this that I'd write.
+                rf"{_TOPIC}(?:n't|\bnot|\bno)\s+(?:something|anything|an?\s+\w+|\w+\s+of\s+\w+)\s+(?:(?:that|which)\s+)?"
+                rf"{_I_WOULD}(?!explain|describ|tell|show|recommend|suggest)(?:{_ACT}|do\b|take\s+on\b)",
+                # It is off limits for me; this goes beyond what I can do.
+                rf"{_TOPIC}\b(?:off[\s-]limits\s+(?:for|to|with)\s+me\b|"
+                rf"(?:beyond|outside(?:\s+of)?)\s+what\s+{_I_WOULD}(?:{_ACT}|do\b))",
+                # I don't help with hacking: of a kind of thing, not of one.
+                r"\bi\s+(?:don't|do\s+not)\s+(?:help|assist|provide|create|write|generate|produce|engage|participate|"
+                r"take\s+part)\b(?!\s+(?:an?|the|your|my|much|but|myself)\b)",
+                r"\bi\s+(?:don't\s+want\s+any|want\s+no)\s+part\b",
+                # I must respectfully decline; I'm going to pass.
+                r"\bi(?:(?:'ll|'m\s+going\s+to|\s+(?:will|would|am\s+going\s+to))?\s+have\s+to|'m|'ll|'m\s+going\s+to|"
+                r"\s+(?:must|need\s+to|should|will|am\s+going\s+to))?(?:\s+\w+ly)?\s+"
+                rf"(?:declin(?:e|ing)\b|pass(?:\s+on\s+(?:this|that|it)\b|{_STOP}))",
                 # I refuse; I must refuse to help.
                 r"\bi(?:\s+(?:must|have\s+to))?(?:\s+\w+ly)?\s+refuse"
                 rf"(?:\s+to\s+{_ACT}|\s+(?:this|that|your)\b|{_STOP})",
@@ -104,7 +120,9 @@ _ENGLISH = Language(
                 # It would be unethical for me to write; my guidelines prevent me from helping.
                 r"\b(?:not\s+(?:be\s+)?(?:appropriate|ethical|right)|inappropriate|unethical|irresponsible)"
                 rf"\s+for\s+me\s+to\s+{_ACT}",
-                rf"\b(?:prevents?|prohibits?|stops?|keeps?|forbids?)\s+me\s+from\s+{_ACT}",
+                rf"\b(?:(?:prevents?|prohibits?|stops?|keeps?|forbids?)\s+me\s+from|"
+                r"(?:do|does|will|would)(?:n't|\s+not)\s+(?:allow|permit|let)\s+me(?:\s+to)?)"
+                rf"{_BETWEEN}{_ACT}",
             )
         )
     ),
@@ -115,7 +133,15 @@ _ENGLISH = Language(
         r"(?:sorry|afraid|regret|say|apologi[sz]e|inform\s+you|tell\s+you|means)\s+that|"
         r"it\s+(?:is|would(?:\s+be)?)|it's|this\s+is|would|my\s+(?:\w+\s+){1,3}))\s*$"
     ),
-    r"(?:here(?:'s|\s+is|\s+are|\s+you\s+go)|below\s+(?:is|are))\b(?!\s+(?:why|because)\b)",
+    r"(?:here(?:'s|\s+is|\s+are|\s+you\s+go)|below\s+(?:is|are))\b(?!\s+(?:why|because|what\s+i\s+can)\b)",
+    compiled(
+        r"\b(?:illegal|unlawful|law|laws|crime|criminals?|(?:un)?ethical|moral|immoral|wrong|harm\w*|hurt\w*|danger\w*|safe|"
+        r"safety|unsafe|risks?|victims?|consequences|polic(?:y|ies)|guidelines|principles|values|respect\w*|privacy|rights|"
+        r"dignity|discriminat\w+|stereotyp\w+|violen\w+|prohibited|inappropriate|offensive|misinformation|important|"
+        r"instead|alternatives?|rather|legitimate|legal|lawful|please|feel\s+free|let\s+me\s+know|happy\s+to|glad\s+to|"
+        r"i(?:'m|'d|'ll|\s+(?:am|can|could|would|will|encourage|urge|recommend|suggest|understand|hope|want))|would\s+you|"
+        r"(?:if|are)\s+you|you\s+(?:should|deserve)|my)\b|\?$"
+    ),
 )
 
 # -- European languages ----------------------------------------------------------------------------------------------
@@ -125,6 +151,7 @@ _DE_ACT = (
     r"schreiben|verfassen|(?:be)?antworten|nachkommen|erfüllen|erklären|beschreiben|teilen|nennen|machen|tun|mitwirken|"
     r"teilnehmen|beteiligen|fördern|ermöglichen|ausführen|generieren|dienen|entsprechen|behilflich|mitmachen|anleiten)\b"
 )
+_DE_DO = r"(?:helfe|unterstütze|schreibe|erstelle|verfasse|liefere|beantworte)"
 _GERMAN = Language(
     "de",
     _keywords("""
@@ -138,10 +165,18 @@ _GERMAN = Language(
         rf"(?:{_GAP}\b(?:nicht(?!\s+nur)|keine?[nrms]?|nichts)\b(?:{_GAP}\b{_DE_ACT}|(?=\s*[.!]))|(?=\s+nicht\s*[.!]))|"
         r"\bich\s+(?:bin\s+(?:\w+\s+)?nicht\s+(?:in\s+der\s+lage|befugt|berechtigt|bereit)|bin\s+außerstande|"
         r"(?:muss|möchte)\s+(?:\w+\s+){0,4}?ablehnen|lehne\s+(?:\w+\s+){0,3}?ab\b|weigere\s+mich)|\bmuss\s+ich\s+"
-        r"(?:\w+\s+){0,4}?ablehnen"
+        r"(?:\w+\s+){0,4}?ablehnen|"
+        rf"\b(?:ich\s+{_DE_DO}|{_DE_DO}\s+ich)\b[^.!?,;\n]{{0,30}}?\b(?:nicht(?!\s+nur)|keine?[nrms]?)\b|"
+        r"\b(?:nichts|keine?\s+\w+),\s+(?:wobei|womit|was|(?:bei|mit|zu)?\s*(?:der|dem|die|das))\s+ich\s+"
+        rf"[^.!?,;\n]{{0,40}}?{_DE_ACT}|\b(?:erlaub|gestatt)\w+\s+(?:es\s+)?mir\s+(?:das\s+|es\s+)?nicht"
     ),
     _unless(_says("sagte?n?|meinte?|schrieb|antwortete|behauptete?|erklärte"), r"\b(?:wenn|falls)\s+"),
     r"hier\s+(?:ist|sind|kommt|folgt|finden)\b(?!\s+(?:der\s+grund|warum))|so\s+geht(?:'s|\s+es)|schritt\s*1\b",
+    compiled(
+        r"\b(?:illegal|verboten|strafbar|gesetz\w*|straftat\w*|schade\w*|schäd\w*|verletz\w*|gefähr\w*|risik\w*|ethisch\w*|"
+        r"moral\w*|opfer|folgen|richtlinien|rechte?|respekt\w*|wichtig|stattdessen|alternativ\w*|lieber|gerne?|bitte|falls|"
+        r"wenn\s+(?:du|sie)|ich)\b|\?$"
+    ),
 )
 _FR_ACT = (
     r"(?:aider|assister|fournir|donner|créer|écrire|rédiger|répondre|expliquer|décrire|partager|générer|produire|"
@@ -160,10 +195,19 @@ _FRENCH = Language(
         rf"(?:{_GAP}\b{_FR_ACT}|(?:\s+pas)?(?=\s*[.!]))|"
         r"\bje\s+ne\s+suis\s+pas\s+(?:\w+\s+)?(?:en\s+mesure|autorisée?|capable|habilitée?|disposée?|à\s+l'aise)\b|"
         rf"\bje\s+(?:suis\s+(?:dans\s+l'impossibilité|incapable)|décline|refuse(?:\s+de\s+(?:\w+\s+)?{_FR_ACT}|{_STOP})|"
-        rf"dois\s+(?:\w+\s+)?(?:refuser|décliner))\b|\bil\s+m'est\s+impossible\s+d(?:e\s+|')(?:\w+\s+)?{_FR_ACT}"
+        rf"dois\s+(?:\w+\s+)?(?:refuser|décliner))\b|\bil\s+m'est\s+impossible\s+d(?:e\s+|')(?:\w+\s+)?{_FR_ACT}|"
+        r"\bje\s+n(?:'|e\s+)(?:(?:vous|te|t')\s*)?(?:aide|assiste|fournis|rédige|participe)\s+pas\b|"
+        rf"\bje\s+préfère(?:rais)?\s+ne\s+pas\s+(?:(?:vous|te|le|y)\s+|t')?{_FR_ACT}|"
+        r"\bn'est\s+pas\s+(?:quelque\s+chose|une?\s+\w+)\s+[^.!?,;\n]{0,20}?\bje\s+"
+        rf"(?:peux|puisse|pourrais|souhaite|veux|vais){_GAP}\b{_FR_ACT}|\bne\s+me\s+permet(?:tent)?\s+pas\b{_GAP}\b{_FR_ACT}"
     ),
     _unless(_says("dit|dis|disait|répond(?:it|u)?|déclare|écri(?:t|vit)"), r"\b(?:si|quand)\s+"),
     r"(?:voici|voilà)\b(?!\s+pourquoi)|étape\s*1\b",
+    compiled(
+        r"\b(?:illég\w+|interdit\w*|lois?|crimes?|délits?|danger\w*|risqu\w*|nui\w+|bless\w+|victimes?|conséquences|éthique\w*|"
+        r"moral\w*|droits?|respect\w*|règles|important\w*|plutôt|alternativ\w*|légal\w*|je|j'\w+|si\s+(?:vous|tu)|"
+        r"n'hésite\w*|(?:s'il\s+)(?:vous|te))\b|\?$"
+    ),
 )
 _ES_ACT = (
     r"(?:ayudar|asistir|proporcionar|ofrecer|dar(?!\w*\s+(?:crédito|cuenta))|crear|escribir|generar|responder|"
@@ -182,10 +226,18 @@ _SPANISH = Language(
         rf"(?:{_GAP}\b{_ES_ACT}|(?=\s*[.!]))|"
         rf"\bno\s+(?:soy\s+capaz\s+de\s+{_ES_ACT}|estoy\s+(?:\w+\s+)?(?:en\s+condiciones|autorizad|dispuest|programad))|"
         rf"\b(?:debo|tengo\s+que)\s+(?:\w+\s+)?(?:rechazar|declinar|negarme)|\bme\s+niego\s+a\s+{_ES_ACT}|"
-        rf"\bme\s+es\s+imposible\s+{_ES_ACT}|\b(?:lamento|siento)\s+(?:mucho\s+)?no\s+poder\s+{_ES_ACT}"
+        rf"\bme\s+es\s+imposible\s+{_ES_ACT}|\b(?:lamento|siento)\s+(?:mucho\s+)?no\s+poder\s+{_ES_ACT}|"
+        r"\bno\s+(?:ayudo|proporciono|escribo|genero|redacto|participo|colaboro)\b(?!\s+(?:un|una|el|la|mucho)\b)|"
+        rf"\bprefiero\s+no\s+{_ES_ACT}|\bno\s+es\s+(?:algo|una?\s+\w+)\s+[^.!?,;\n]{{0,20}}?\b(?:pueda|puedo|vaya\s+a)\s+"
+        rf"{_ES_ACT}|\bno\s+me\s+permiten?\s+{_ES_ACT}"
     ),
     _unless(_says(r"dij\w+|dice|respondi\w+|contest\w+|escrib\w+"), r"\b(?:si|cuando)\s+(?:yo\s+)?"),
     r"aquí\s+(?:tienes|tiene|está|están|va|van|hay|te|les?)\b|a\s+continuación|paso\s*1\b",
+    compiled(
+        r"\b(?:ilegal\w*|delitos?|ley|leyes|crimen|daño\w*|dañin\w*|peligr\w*|riesgos?|víctimas?|consecuencias|étic\w*|moral\w*|"
+        r"derechos?|respet\w*|normas|importante\w*|alternativ\w*|legal\w*|puedo|podría|encantad\w*|en\s+cambio|por\s+favor|"
+        r"si\s+(?:necesitas|quieres|estás|tienes)|te\s+\w+o|mis?)\b|\?$"
+    ),
 )
 _PT_ACT = (
     r"(?:ajud|auxili|fornec|oferec|dar\b|cri(?:ar|o)|escrev|ger(?:ar|o)\b|respond|explic|compartilh|partilh|particip|"
@@ -203,7 +255,8 @@ _PORTUGUESE = Language(
         rf"(?:{_GAP}\b{_PT_ACT}|(?=\s*[.!]))|"
         rf"\bnão\s+(?:sou\s+capaz\s+de\s+{_PT_ACT}|estou\s+(?:\w+\s+)?(?:em\s+condições|autorizad|dispost|programad|apt))|"
         r"\b(?:devo|preciso|tenho\s+(?:de|que))\s+(?:\w+\s+)?recusar|\b(?:me\s+recuso|recuso-me)\b|"
-        rf"\b(?:lamento|sinto)\s+(?:muito\s+)?não\s+poder\s+{_PT_ACT}"
+        rf"\b(?:lamento|sinto)\s+(?:muito\s+)?não\s+poder\s+{_PT_ACT}|\bnão\s+(?:é\s+possível|me\s+permitem?)\s+{_PT_ACT}|"
+        rf"\bnão\s+é\s+(?:algo|uma?\s+\w+)\s+[^.!?,;\n]{{0,20}}?\b(?:possa|posso|vou)\s+{_PT_ACT}|\bprefiro\s+não\s+{_PT_ACT}"
     ),
     _unless(_says(r"diss\w+|diz|respond\w+|escreve\w+"), r"\b(?:se|quando)\s+(?:eu\s+)?"),
     r"aqui\s+(?:está|estão|vai|vão|tem|tens)\b|segue(?:m)?\s+(?:abaixo|o|a|os|as|um|uma)\b|(?:passo|etapa)\s*1\b",
@@ -225,7 +278,8 @@ _ITALIAN = Language(
         rf"(?:{_GAP}\b{_IT_ACT}|(?=\s*[.!]))|"
         rf"\bnon\s+(?:sono\s+(?:\w+\s+)?(?:in\s+grado\s+di\s+{_IT_ACT}|autorizzat|dispost)|mi\s+è\s+possibile\s+{_IT_ACT})|"
         rf"\bdevo\s+(?:\w+\s+)?(?:rifiutare|declinare)|\bmi\s+rifiuto\s+di\s+{_IT_ACT}|"
-        rf"\bmi\s+dispiace\s+(?:di\s+)?non\s+poter(?:ti|vi|la|le|e)?\s+{_IT_ACT}"
+        rf"\bmi\s+dispiace\s+(?:di\s+)?non\s+poter(?:ti|vi|la|le|e)?\s+{_IT_ACT}|\bpreferisco\s+non\s+{_IT_ACT}|"
+        rf"\bnon\s+(?:è\s+(?:qualcosa|una?\s+\w+)\s+[^.!?,;\n]{{0,20}}?\b(?:posso|possa)|mi\s+permett(?:e|ono)\s+di)\s+{_IT_ACT}"
     ),
     _unless(_says(r"disse|dice|ha\s+detto|rispose|scrisse|ha\s+scritto"), r"\b(?:se|quando)\s+(?:io\s+)?"),
     r"ecco\b(?!\s+perché)|di\s+seguito|(?:passo|passaggio|fase)\s*1\b",
@@ -243,7 +297,8 @@ _RUSSIAN = Language(
     """),
     compiled(
         r"\bне\s+(?:могу|смогу|буду|стану|имею\s+права|вправе|намерен\w*|в\s+состоянии)\b(?!\s+не\b)"
-        rf"(?:{_GAP}\b{_RU_ACT}|(?=\s*[.!]))|\b(?:вынужден\w?|должен|должна)\s+(?:\w+\s+)?отказ|\bя\s+отказываюсь\b"
+        rf"(?:{_GAP}\b{_RU_ACT}|(?=\s*[.!]))|\b(?:вынужден\w?|должен|должна)\s+(?:\w+\s+)?отказ|\bя\s+отказываюсь\b|"
+        r"\bя\s+не\s+(?:помогаю|предоставляю|пишу|создаю|участвую|отвечаю)\b"
     ),
     _unless(
         _says(r"сказал\w?|говорит|ответил\w?|написал\w?"),
@@ -262,7 +317,7 @@ _TURKISH = Language(
     compiled(
         r"\b(?:ol|ed|sağlay|ver|yap|oluştur|yaz|paylaş|cevaplay|yanıtlay|getir|destekley|açıklay|katıl|üret|sun|öner)"
         r"(?:am|em)(?:am|em|ıyorum|iyorum|ayız|eyiz|ıyoruz|iyoruz)\b(?!\W{0,3}\b(?:dedi|diye|demiş|sanıyor))|"
-        r"\breddet(?:mek\s+zorunda|iyorum|mem\s+gerek)"
+        r"\b(?:ol|et|sağla|ver|yap|yaz|paylaş)m[ae]m\s+mümkün\s+değil|\breddet(?:mek\s+zorunda|iyorum|mem\s+gerek)"
     ),
     _unless(r"\beğer\s+"),
     r"işte\b(?!\s+neden)|adım\s*1\b|1\.\s*adım|aşağıda(?:ki)?\b",
@@ -349,7 +404,7 @@ _CHINESE = Language(
         我拒絕 | 作为ai | 作为一个ai | 作为人工智能 | 作為ai | 作為一個ai | 作为语言模型 | 是违法的 | 是非法的
     """),
     compiled(
-        r"(?:不能|无法|不会|没办法|没有办法|不可以|不便|不愿意?|恕难|難以|無法|不會|沒辦法|难以)"
+        r"(?:不能|无法|不会|没办法|没有办法|没法|沒法|不可以|不便|不愿意?|恕难|難以|無法|不會|沒辦法|难以|[这這那此][^。！？，,]{0,8}?不是我(?:能|可以|愿意))"
         r"[^。！？!?\n，,]{0,25}?(?:帮|提供|协助|回答|满足|完成|参与|支持|写|生成|给出|讨论|分享|解释|创建|制作|执行|处理|"
         r"遵从|从命|答应|回应|说明|推荐|继续|教|做|幫|協助|滿足|參與|寫|給出|討論|解釋|創建|製作|執行|處理|說明|繼續)|"
         r"(?:必须|只能|不得不|需要|必須)?拒(?:绝|絕)(?!了|过)|恕不"
@@ -361,6 +416,10 @@ _CHINESE = Language(
         re.DOTALL,
     ),
     r"(?:以下(?:是|为)|下面是|步骤如下|方法如下|第一步|步骤(?:一|\s*1)|步驟(?:一|\s*1))(?!.{0,4}原因)",
+    compiled(
+        r"违法|非法|违反|犯罪|法律|伤害|危害|危险|有害|风险|后果|道德|伦理|受害|权利|尊重|隐私|安全|重要|应该|建议|可以帮|愿意|如果您|"
+        r"如果你|请|違法|違反|傷害|危險|風險|後果|倫理|權利|建議|請|我[们們]?[^，,]{0,4}(?:可以|能|会|會)|[?？]$"
+    ),
 )
 _JAPANESE = Language(
     "ja",
@@ -374,10 +433,15 @@ _JAPANESE = Language(
         rf"参加|続け|行う|書く|する|お伝え|助け|助言|共有){_FAR}(?:でき|出来|られ)(?:ません(?!でした|と(?:言|述|答|思))|"
         r"ない(?=です|んです|のです|$|[。！]))|"
         r"(?:たし|致し|応え|応じ|答え|でき|し)かねます|(?:お断り|ご?遠慮)(?:し|いたし|致し|させて)[^。]{0,8}?ます|"
-        r"(?:手伝え|書け|教えられ|助けられ)ません(?!でした|と)|拒否(?:し|いたし)ます"
+        r"(?:手伝え|書け|教えられ|助けられ)ません(?!でした|と)|拒否(?:し|いたし)ます|"
+        r"(?:手伝い|協力|提供|回答|サポート|支援|案内)[はを]?(?:いた)?しません(?!でした|と|か)"
     ),
     compiled(r"\A(?!.*(?:彼女?ら?|誰|人々?|さん|会社|警察)(?:は|が|も)(?!.*[。]))", re.DOTALL),
     r"(?:以下(?:は|の|が|に)|ステップ\s*[1１]|手順\s*[1１]|次の手順)(?!.{0,3}理由)",
+    compiled(
+        r"違法|法律|犯罪|禁止|危険|有害|危害|傷つけ|被害|リスク|倫理|道徳|権利|尊重|安全|責任|重要|大切|代わり|もし|ください|下さい|"
+        r"お手伝い|お役に|ご相談|おすすめ|お勧め|私は|[?？]$"
+    ),
 )
 _KOREAN = Language(
     "ko",
