@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -245,6 +246,27 @@ def test_unusable_rate_is_refused(limit: float) -> None:
 def test_paired_differences_of_known_tables(counts: tuple[int, ...], expected: tuple[float, ...]) -> None:
     first, second = (np.repeat(values, counts) for values in ([1, 1, 0, 0], [1, 0, 1, 0]))
     assert paired_difference(first, second).to_list() == pytest.approx(expected, abs=5e-4)
+
+
+def test_paired_differences_of_all_small_tables() -> None:
+    """Newcombe's method 10, from the counts, as the paper writes it; the known tables have no positive correlation."""
+    z, n = 1.959963984540054, 9
+    for a, b, c in itertools.product(range(n + 1), repeat=3):
+        if (d := n - a - b - c) < 0:
+            continue
+        first, second = (np.repeat(values, (a, b, c, d)) for values in ([1, 1, 0, 0], [1, 0, 1, 0]))
+        (p1, l1, u1), (p2, l2, u2) = (
+            (
+                x / n,
+                *((2 * x + z**2 + s * z * math.sqrt(z**2 + 4 * x * (1 - x / n))) / (2 * (n + z**2)) for s in (-1, 1)),
+            )
+            for x in (a + b, a + c)
+        )
+        top, bottom = a * d - b * c, (a + b) * (c + d) * (a + c) * (b + d)
+        phi = (max(0, top - n / 2) if top > 0 else top) / math.sqrt(bottom) if bottom else 0
+        low = p1 - p2 - math.sqrt(abs((p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2))
+        high = p1 - p2 + math.sqrt(abs((u1 - p1) ** 2 - 2 * phi * (u1 - p1) * (p2 - l2) + (p2 - l2) ** 2))
+        assert paired_difference(first, second).to_list() == pytest.approx([p1 - p2, low, high], abs=1e-7)
 
 
 flags = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
