@@ -35,7 +35,7 @@ from report import machine
 from steerfast._files import content_checksum
 from steerfast._progress import track
 from steerfast._records import Records
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.cli.guard.options import guard_options, prompt_sets, search_options
 from steerfast.errors import GuardError, SteerfastError
 from steerfast.guard import GuardedAnswer
@@ -416,13 +416,13 @@ def _mean(values: Sequence[float]) -> float:
 
 @click.command()
 @click.argument("folder", metavar="FOLDER")
-@common.model_options("the model that the critic names")
-@common.set_option("--harmful", "steerfast:harmful_demo", "Harmful prompts")
-@common.set_option("--harmless", "steerfast:harmless_demo", "Harmless prompts")
+@option.model("the model that the critic names")
+@option.prompt_set("--harmful", "Harmful prompts", "steerfast:harmful_demo")
+@option.prompt_set("--harmless", "Harmless prompts", "steerfast:harmless_demo")
 @click.option("--count", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="Of each kind.")
 @click.option(
     "--methods",
-    type=common.Items("METHODS", common.word, f"some of {', '.join(METHODS)}"),
+    type=option.items(option.word, f"some of {', '.join(METHODS)}"),
     metavar="NAMES",
     help=f"Comma list of {', '.join(METHODS)}; the last three need --profile.  [default: all]",
 )
@@ -439,7 +439,7 @@ def _mean(values: Sequence[float]) -> float:
 @click.option("--multiplier", type=float, default=5.0, show_default=True, help="λ of the Lagrangian baselines.")
 @click.option(
     "--curve",
-    type=common.Items("counts", int, "whole numbers like 1,4,16"),
+    type=option.items(int, "whole numbers like 1,4,16"),
     default="1,4",
     show_default=True,
     metavar="N,...",
@@ -457,7 +457,7 @@ def _mean(values: Sequence[float]) -> float:
 @search_options
 @click.option("--resume", metavar="FILE", help="Keep finished answers here (JSON lines), and continue from them.")
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the table.")
-@common.json_option
+@option.json_file
 def command(
     folder: str,
     methods: list[str] | None,

@@ -8,27 +8,9 @@ from steerfast import __version__
 from steerfast.cli.group import CommandGroup
 
 _COMMANDS = (
-    "demo",
-    "play",
-    "fit",
-    "extract",
-    "calibrate",
-    "learn",
-    "tune",
-    "score",
-    "inspect",
-    "drift",
-    "generate",
-    "validate",
-    "eval",
-    "guard",
-    "bench",
-    "bench-serve",
-    "serve",
-    "convert",
-    "bake",
-    "doctor",
-)
+    "demo", "play", "fit", "extract", "calibrate", "learn", "tune", "score", "inspect", "drift", "generate", "validate",
+    "eval", "guard", "bench", "bench-serve", "serve", "convert", "bake", "doctor",
+)  # fmt: skip
 
 
 @click.group(

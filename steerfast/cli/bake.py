@@ -6,17 +6,17 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.cli.group import say
 
 
 @click.command("bake")
-@click.argument("profile_file", metavar="PROFILE")
+@option.profile_file
 @click.argument("target", metavar="OUTPUT")
-@common.model_options("the model that the profile names")
-@common.accept_option
-@click.option("--without-gate", is_flag=True, help="Drop the gate: steer everything, harmless prompts too.")
-@common.json_option
+@option.model("the model that the profile names")
+@option.accept_model
+@option.flag("--without-gate", "Drop the gate: steer everything, harmless prompts too.")
+@option.json_file
 def command(profile_file: str, target: str, without_gate: bool, json_file: str | None, **options: Any) -> None:
     """Write a profile that adds as biases of the model, for engines that cannot steer (.safetensors).
 

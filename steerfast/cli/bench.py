@@ -6,32 +6,31 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 
-_COUNTS = "whole numbers of at least 1 like 1,4,16"
+_COUNTS = option.Kind("N,...", option.items(option.COUNT.type, "whole numbers of at least 1 like 1,4,16"))
 
 
 @click.command("bench")
 @click.argument("model_name", metavar="MODEL")
-@click.option("--profile", "profile_file", metavar="FILE", help="Measure this profile.  [default: made-up ones]")
-@common.placement_options
-@common.accept_option
-@common.list_option("--batch-sizes", "N,...", common.count, _COUNTS, "Sequences per batch.", "1,4")
-@common.list_option("--prompt-lengths", "N,...", common.count, _COUNTS, "Tokens per sequence.", "32,128")
-@common.value_option(
+@option.value("--profile", option.FILE, "Measure this profile.  [default: made-up ones]", role="profile_file")
+@option.placement
+@option.accept_model
+@option.value("--batch-sizes", _COUNTS, "Sequences per batch.", "1,4")
+@option.value("--prompt-lengths", _COUNTS, "Tokens per sequence.", "32,128")
+@option.value(
     "--seconds",
-    click.FloatRange(min=0),
-    None,
+    option.Kind(None, click.FloatRange(min=0)),
     "For each batch size and prompt length; at least 20 steps are timed.",
     20.0,
 )
-@common.choice_option(
+@option.choice(
     "--mode",
     ["eager", "compile"],
     "compile: decode steps by torch.compile with a static cache, on CUDA as CUDA graphs.",
 )
-@common.count_option("--threads", "CPU threads; default: torch's.")
-@common.json_option
+@option.value("--threads", option.COUNT, "CPU threads; default: torch's.")
+@option.json_file
 def command(model_name: str, profile_file: str | None, json_file: str | None, **options: Any) -> None:
     """Measure the cost of steering MODEL, a hub id, folder or .gguf file.
 
@@ -43,7 +42,7 @@ def command(model_name: str, profile_file: str | None, json_file: str | None, **
       steerfast bench HuggingFaceTB/SmolLM2-135M-Instruct
       steerfast bench your/model --profile safety.safetensors --batch-sizes 1,16 --json bench.json
     """
-    common.check_outputs({"--json": json_file}, [profile_file] if profile_file else [])
+    common.check_outputs({"--json": json_file}, [profile_file])
     profile = common.load_profile(profile_file) if profile_file else None
 
     import torch

@@ -9,54 +9,39 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.cli.serve import VllmCommand
 
 _SYSTEMS = ("stock", "control", "idle", "off", "shut", "open")
 
 
-def _system(entry: str) -> str:
-    if entry not in _SYSTEMS:
-        raise ValueError
-    return entry
-
-
 @click.command("bench-serve", cls=VllmCommand)
 @click.argument("model_name", metavar="MODEL")
 @click.argument("vllm_arguments", metavar="[-- VLLM OPTIONS]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--profile", "profile_file", metavar="FILE", help="Measure this profile.  [default: a made-up one]")
-@click.option(
+@option.value("--profile", option.FILE, "Measure this profile.  [default: a made-up one]", role="profile_file")
+@option.value(
     "--systems",
-    type=common.Items("systems", _system, f"some of {', '.join(_SYSTEMS)}"),
-    default=",".join(_SYSTEMS),
-    show_default=True,
-    metavar="NAME,...",
-    help="Servers to compare; ratios need stock.",
+    option.Kind("NAME,...", option.items(click.Choice(_SYSTEMS), f"some of {', '.join(_SYSTEMS)}")),
+    "Servers to compare; ratios need stock.",
+    ",".join(_SYSTEMS),
 )
-@common.count_option("--rounds", "In each, every system answers the same requests.", 6)
-@common.count_option("--requests", "Requests to a system in a round.", 24)
-@common.count_option("--prompt", "Tokens of a prompt.", 128)
-@common.value_option("--output", click.IntRange(min=2), "N", "Tokens of an answer.", 64)
-@common.count_option("--concurrency", "The most requests at a time.", 4)
-@common.value_option(
-    "--rate",
-    click.FloatRange(min=0, min_open=True),
-    "NUMBER",
-    "Requests per second, at random times.  [default: the next comes when one is answered]",
+@option.value("--rounds", option.COUNT, "In each, every system answers the same requests.", 6)
+@option.value("--requests", option.COUNT, "Requests to a system in a round.", 24)
+@option.value("--prompt", option.COUNT, "Tokens of a prompt.", 128)
+@option.value("--output", option.Kind("N", click.IntRange(min=2)), "Tokens of an answer.", 64)
+@option.value("--concurrency", option.COUNT, "The most requests at a time.", 4)
+@option.value(
+    "--rate", option.POSITIVE, "Requests per second, at random times.  [default: the next comes when one is answered]"
 )
-@click.option("--together", is_flag=True, help="Keep all four servers running, if there is memory; else one at a time.")
-@click.option(
+@option.flag("--together", "Keep all four servers running, if there is memory; else one at a time.")
+@option.value(
     "--json",
-    "json_file",
-    metavar="FILE",
-    help="Also write JSON lines as they come: one per system and round, then one per system. - is standard output.",
+    option.FILE,
+    "Also write JSON lines as they come: one per system and round, then one per system. - is standard output.",
+    role="json_file",
 )
 def command(
-    model_name: str,
-    vllm_arguments: tuple[str, ...],
-    profile_file: str | None,
-    json_file: str | None,
-    **options: Any,
+    model_name: str, vllm_arguments: tuple[str, ...], profile_file: str | None, json_file: str | None, **options: Any
 ) -> None:
     """Measure the cost of steering for clients of a vLLM server of MODEL, a hub id or folder.
 
@@ -69,7 +54,7 @@ def command(
       steerfast bench-serve your/model --json serving.jsonl
       steerfast bench-serve your/model --profile safety.safetensors --rounds 3 -- --dtype bfloat16
     """
-    common.check_outputs({"--json": json_file}, [profile_file] if profile_file else [])
+    common.check_outputs({"--json": json_file}, [profile_file])
     profile = common.load_profile(profile_file) if profile_file else None
 
     from steerfast.cli.rendering import serving_report

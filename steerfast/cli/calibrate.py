@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 
 
 def _sensor(value: str) -> int | str:
@@ -19,31 +19,31 @@ def _sensor(value: str) -> int | str:
 
 
 @click.command("calibrate")
-@click.argument("profile_file", metavar="PROFILE")
-@common.profile_model_options
-@common.labelled_option
-@common.set_option("--harmful", note="Prompts the gate should open for, new to extract, in place of the corpus")
-@common.set_option("--harmless", note="Prompts the gate should stay shut for, new to extract, in place of the corpus")
-@common.set_option("--on", note="Harmless traffic: thresholds are set on it alone, and the sensor stays")
-@common.share_option(
-    "--max-false-positive-rate", "The share of --harmless that may open the gate.  [default: 0.01]", max_open=True
+@option.profile_file
+@option.profile_model
+@option.labelled
+@option.prompt_set("--harmful", "Prompts the gate should open for, new to extract, in place of the corpus")
+@option.prompt_set("--harmless", "Prompts the gate should stay shut for, new to extract, in place of the corpus")
+@option.prompt_set("--on", "Harmless traffic: thresholds are set on it alone, and the sensor stays")
+@option.value(
+    "--max-false-positive-rate",
+    option.share(max_open=True),
+    "The share of --harmless that may open the gate.  [default: 0.01]",
 )
-@common.share_option(
-    "--max-borderline-rate", "The share of borderline prompts that may open the gate.", 0.1, max_open=True
+@option.value(
+    "--max-borderline-rate", option.share(max_open=True), "The share of borderline prompts that may open the gate.", 0.1
 )
-@common.share_option(
+@option.value(
     "--abstain-rate",
+    option.share(max_open=True),
     "The share of --harmless that may be undecided or open the gate.  [default: the gate always decides]",
-    max_open=True,
 )
-@click.option("--midpoint", is_flag=True, help="Put thresholds midway between the classes, at any false-positive rate.")
-@common.value_option("--sensor", _sensor, "auto|own|keep|LAYER", "Which layer decides.", "auto")
-@common.value_option(
-    "--latest-sensor", click.IntRange(min=0), "LAYER", "The last layer that auto tries.  [default: 60 % of the depth]"
-)
-@common.reading_options
-@common.batch_size_option
-@common.fit_options
+@option.flag("--midpoint", "Put thresholds midway between the classes, at any false-positive rate.")
+@option.value("--sensor", option.Kind("auto|own|keep|LAYER", _sensor), "Which layer decides.", "auto")
+@option.value("--latest-sensor", option.LAYER, "The last layer that auto tries.  [default: 60 % of the depth]")
+@option.reading
+@option.batch_size
+@option.fit_outputs
 def command(profile_file: str, midpoint: bool, output: str, json_file: str | None, **options: Any) -> None:
     """Set thresholds, choose the sensor layer, measure both by source.
 

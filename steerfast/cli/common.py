@@ -1,11 +1,10 @@
-"""Parts that commands share: options, checks before the work, prompts, profiles, models, outputs."""
+"""Parts that commands share: checks before the work, prompts, profiles, models, outputs."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,252 +23,11 @@ if TYPE_CHECKING:
     from steerfast.profile import ProfileStack, SteeringProfile
     from steerfast.text.examples import Example, Prompt
 
-F = TypeVar("F", bound=Callable[..., Any])
 Given = TypeVar("Given", "SteeringProfile", "ProfileStack")
 
 STDOUT = "-"
 _CORPUS = "steerfast:corpus"
 _PIPED_WIDTH = 120  # columns of a table where there is no terminal to ask
-
-
-# -- options -----------------------------------------------------------------------------------------
-
-
-def _device(value: str) -> str:
-    """Return a torch device of this machine."""
-    import torch
-
-    try:
-        device = torch.device(value)
-    except RuntimeError:
-        raise click.BadParameter(f"expected cpu, cuda or cuda:<number>, got {value!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
-        raise click.BadParameter(f"expected a device that is there ({found} CUDA devices are), got {value!r}")
-    return value
-
-
-class Items(click.ParamType):
-    """A comma-separated list; `read` turns an entry into a value, or raises ValueError."""
-
-    def __init__(self, name: str, read: Callable[[str], Any], expected: str) -> None:
-        self.name = name
-        self._read = read
-        self._expected = expected
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        if not isinstance(value, str):
-            return list(value)
-        try:
-            return [self._read(entry.strip()) for entry in value.split(",")]
-        except ValueError:
-            self.fail(f"expected {self._expected}, got {value!r}", param, ctx)
-
-
-class LazyChoice(click.ParamType):
-    """One of some names; the module that knows them is imported only where a value is given or help is asked for."""
-
-    name = "choice"
-
-    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
-        self._names = names
-
-    def get_metavar(self, *_: Any, **__: Any) -> str:
-        """Return the names as `click.Choice` shows them."""
-        return f"[{'|'.join(self._names())}]"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return `value`, or fail with the list of names."""
-        names = list(self._names())
-        if value not in names:
-            self.fail(f"{value!r} is not one of {', '.join(map(repr, names))}.", param, ctx)
-        return value
-
-
-def word(entry: str) -> str:
-    """Return a word, for `Items`."""
-    if not entry:
-        raise ValueError
-    return entry
-
-
-def finite(entry: str) -> float:
-    """Return a finite number, for `Items`."""
-    number = float(entry)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def count(entry: str) -> int:
-    """Return a whole number of at least 1, for `Items`."""
-    number = int(entry)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-class _Argument(click.ParamType):
-    """NAME=VALUE, the value in JSON; a word that is no JSON is text."""
-
-    name = "argument"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
-        name, mark, text = value.partition("=")
-        if not mark or not name or not text:
-            self.fail(f"expected NAME=VALUE, got {value!r}", param, ctx)
-        try:
-            return name, json.loads(text)
-        except ValueError:
-            if text[0] in '[{"':
-                self.fail(f"expected a value in JSON, got {text!r}", param, ctx)
-            return name, text
-
-
-def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
-    """Return a decorator that adds several options, in the order of the help."""
-
-    def add(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-def set_option(name: str, default: str | None = None, note: str = "Prompts") -> Callable[[F], F]:
-    """Add a repeatable option for a prompt set."""
-    role = name.removeprefix("--").replace("-", "_")
-    text = f"{note}: a .txt, .json, .jsonl or .csv file, or steerfast:<set>."
-    return repeated_option(name, role, "SRC", text, (default,) if default else ())
-
-
-def choice_option(name: str, choices: Sequence[str], text: str | None = None) -> Callable[[F], F]:
-    """Add an option that takes one of `choices`, by default the first."""
-    return click.option(name, type=click.Choice(choices), default=choices[0], show_default=True, help=text)
-
-
-def value_option(name: str, kind: Any, metavar: str | None, text: str | None, default: Any = None) -> Callable[[F], F]:
-    """Add an option that takes a value."""
-    known = default is not None
-    return click.option(name, type=kind, default=default, show_default=known, metavar=metavar, help=text)
-
-
-def share_option(name: str, text: str, default: float | None = None, **ends: bool) -> Callable[[F], F]:
-    """Add an option that takes a share, from 0 to 1; `ends` are ``min_open`` and ``max_open``."""
-    return value_option(name, click.FloatRange(0, 1, **ends), "SHARE", text, default)
-
-
-def repeated_option(name: str, role: str, metavar: str, text: str, default: Sequence[str] = ()) -> Callable[[F], F]:
-    """Add an option that may be repeated, as the tuple `role`."""
-    text = f"{text} May be repeated."
-    return click.option(
-        name, role, multiple=True, metavar=metavar, default=default, show_default=bool(default), help=text
-    )
-
-
-def count_option(name: str, text: str, default: int | None = None) -> Callable[[F], F]:
-    """Add an option that takes a whole number of at least 1."""
-    return value_option(name, click.IntRange(min=1), "N", text, default)
-
-
-def list_option(
-    name: str, metavar: str, read: Callable[[str], Any], example: str, text: str, default: str | None = None
-) -> Callable[[F], F]:
-    """Add an option that takes a comma-separated list, see `Items`; `example` is for errors."""
-    return value_option(name, Items(metavar, read, example), metavar, text, default)
-
-
-def model_options(default: str | None = None, *, required: bool = False) -> Callable[[F], F]:
-    """Add `--model`, `--dtype` and `--device`; `default` tells in the help which model is used without it."""
-    says = "Hub id, folder or .gguf file" + (f"; default: {default}." if default else ".")
-    model = click.option("--model", "model_name", metavar="MODEL", required=required, help=says)
-    return together(model, placement_options)
-
-
-def _edit_names() -> Iterable[str]:
-    """Return the kinds of edits, `add` first."""
-    from steerfast.profile import EDITS
-
-    return EDITS
-
-
-json_option = click.option(
-    "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - is standard output."
-)
-fit_options = together(
-    click.option("--output", "-o", required=True, metavar="FILE", help="Where to write the profile (.safetensors)."),
-    json_option,
-)
-"""Of all commands that make a profile."""
-
-placement_options = together(
-    choice_option("--dtype", ["auto", "float32", "bfloat16", "float16"], "auto is the dtype of the checkpoint."),
-    value_option("--device", _device, "DEVICE", "Default: cuda if there is one, else cpu."),
-)
-accept_option = click.option(
-    "--accept-model",
-    is_flag=True,
-    help="Take a model of the same shape that the profile was not made for; the profile keeps the mismatch.",
-)
-"""See `take_model_for` and `accepted_for`."""
-
-template_option = click.option(
-    "--template-arg",
-    "template",
-    type=_Argument(),
-    multiple=True,
-    metavar="NAME=JSON",
-    help="Of the chat template, such as enable_thinking=false. May be repeated.  [default: those of the profile]",
-)
-"""See `with_template`."""
-
-profile_model_options = together(model_options("the model that the profile names"), accept_option, template_option)
-"""Of a model that a profile names, see `take_model_for`."""
-
-threshold_option = value_option(
-    "--threshold",
-    str,
-    "NAME",
-    "A named threshold of the profile, such as strict; inspect shows them.  [default: the one in use]",
-)
-"""See `load_profile`."""
-
-batch_size_option = count_option("--batch-size", "Prompts per forward pass.", 16)
-cache_option = value_option(
-    "--cache",
-    str,
-    "FOLDER",
-    "Keep the rows of prompts here: go on after an interruption, and another time read no prompt.",
-)
-reading_options = together(
-    count_option("--per-source", "The most prompts of a source and label that are read.  [default: all]"), cache_option
-)
-"""How many prompts are read, and where their rows are kept."""
-
-labelled_option = repeated_option(
-    "--prompts",
-    "prompts",
-    "SRC",
-    "Labelled prompts or chats (harmful, borderline, harmless), added to the shipped corpus, or to --harmful and "
-    "--harmless.",
-)
-"""See `read_sets`."""
-
-edit_options = together(
-    click.option(
-        "--edit",
-        type=LazyChoice(_edit_names),
-        help="How an open gate changes a row of the residual stream.  [default: add, or the edit of a converted file]",
-    ),
-    value_option("--low", float, "NUMBER", "Lower limit of --edit clamp, in units of the vector."),
-    value_option("--high", float, "NUMBER", "Upper limit of --edit clamp, in units of the vector."),
-    value_option("--angle", float, "DEGREES", "Target of --edit rotate: 0 is along the vector, 90 orthogonal to it."),
-)
-prompt_arguments = together(
-    click.argument("prompts", nargs=-1),
-    repeated_option("--file", "files", "SRC", "Prompts from a .txt, .json, .jsonl or .csv file, or steerfast:<set>."),
-)
-"""See `gather_prompts`."""
 
 
 # -- inputs ------------------------------------------------------------------------------------------
@@ -374,7 +132,7 @@ def gather_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Promp
 
 
 def load_profile(path: str, threshold: str | None = None) -> SteeringProfile:
-    """Read a profile; at the threshold of `threshold_option`, if one is named."""
+    """Read a profile; at the threshold of `option.threshold`, if one is named."""
     from steerfast.profile import SteeringProfile
 
     profile = SteeringProfile.load(path)
@@ -396,9 +154,9 @@ def load_model(name: str, dtype: str, device: str | None) -> tuple[nn.Module, An
 
 
 def take_model(options: dict[str, Any], default: str = "") -> tuple[nn.Module, Any]:
-    """Take `model_options` out of `options` and load the model; load ``aligned_model``, too, if there is one.
+    """Take `option.model` out of `options` and load the model; load ``aligned_model``, too, if there is one.
 
-    The tokenizer has the arguments of `template_option`, which are taken out, too.
+    The tokenizer has the arguments of `option.template`, which are taken out, too.
     """
     given = dict(options.pop("template", ()))
     name, *place = (options.pop(key) for key in ("model_name", "dtype", "device"))
@@ -409,7 +167,7 @@ def take_model(options: dict[str, Any], default: str = "") -> tuple[nn.Module, A
 
 
 def with_template(tokenizer: Any, given: Mapping[str, Any], *profiles: SteeringProfile) -> Any:
-    """Return a tokenizer with arguments of `template_option`, or else with those that the first profile was made with.
+    """Return a tokenizer with arguments of `option.template`, or else with those that the first profile was made with.
 
     A line on standard error tells of a template that prints today's date.
     """
@@ -423,7 +181,7 @@ def with_template(tokenizer: Any, given: Mapping[str, Any], *profiles: SteeringP
 
 
 def take_model_for(given: Given, options: dict[str, Any]) -> tuple[Given, nn.Module, Any]:
-    """Take `model_options` and `accept_option` out of `options`; return the profile or stack for the loaded model."""
+    """Take `option.profile_model` out of `options`; return the profile or stack for the loaded model."""
     from steerfast.profile.stack import as_stack
 
     accept, template = options.pop("accept_model"), dict(options.pop("template", ()))
@@ -455,18 +213,18 @@ def of_model(profile: SteeringProfile) -> dict[str, Any]:
 # -- outputs -----------------------------------------------------------------------------------------
 
 
-def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str] = ()) -> None:
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None] = ()) -> None:
     """Refuse, before any work, outputs that cannot be written or would overwrite one another or an input.
 
     Args:
         outputs: option -> file, None or `STDOUT`.
-        inputs: files that the command reads and must not change.
+        inputs: files that the command reads and must not change; None is none.
 
     Raises:
         OutputError: no such folder, no permission, not a regular file.
         click.UsageError: one file in two roles.
     """
-    taken = {Path(path).resolve(): "an input" for path in inputs}
+    taken = {Path(path).resolve(): "an input" for path in inputs if path}
     for option, path in outputs.items():
         if path is None or path == STDOUT:
             continue

@@ -8,19 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.cli.group import say
-from steerfast.cli.tune import band
 
 if TYPE_CHECKING:
     from steerfast.profile import SteeringProfile
 
 _PROFILE = "steerfast"
 _OF_ENDING = {".safetensors": _PROFILE, ".gguf": "gguf", ".pt": "hotwire", ".svec": "svec"}
-_OF_IMPORTS = (
-    "model_name", "like", "keep_gate", "layers", "strength", "layer_shift", "condition_layer", "threshold",
-    "edit", "low", "high", "angle", "gate_kind", "sharpness",
-)  # fmt: skip
+_WITH_DEFAULTS = ("dtype", "device", "fires")  # options of imports; all others have no value where they are not given
 
 
 def _formats(written: bool = False) -> list[str]:
@@ -32,42 +28,38 @@ def _formats(written: bool = False) -> list[str]:
 @click.command("convert")
 @click.argument("source", metavar="INPUT")
 @click.argument("target", metavar="OUTPUT")
-@click.option("--from", "source_format", type=common.LazyChoice(_formats), help="Default: recognised.")
+@click.option("--from", "source_format", type=option.LazyChoice(_formats), help="Default: recognised.")
 @click.option(
-    "--to", "target_format", type=common.LazyChoice(partial(_formats, written=True)), help="Default: by the ending."
+    "--to", "target_format", type=option.LazyChoice(partial(_formats, written=True)), help="Default: by the ending."
 )
-@common.model_options()
-@click.option("--like", metavar="PROFILE", help="A profile of the model that the vectors are for, instead of --model.")
-@click.option("--keep-gate", is_flag=True, help="Take over the gate of --like.  [default: always open]")
-@common.value_option(
-    "--layers",
-    common.Items("LAYERS", band, "layers such as 10-14,20, first before last"),
-    "LAYERS",
-    "Layers to steer, 0-based blocks, such as 10-14,20.  [default: as the file says]",
+@option.model()
+@option.value("--like", option.Kind("PROFILE"), "A profile of the model that the vectors are for, instead of --model.")
+@option.flag("--keep-gate", "Take over the gate of --like.  [default: always open]")
+@option.value(
+    "--layers", option.LAYERS, "Layers to steer, 0-based blocks, such as 10-14,20.  [default: as the file says]"
 )
-@common.value_option("--strength", float, "NUMBER", "Of every steered layer.  [default: the file's, else 1]")
-@common.value_option(
+@option.value("--strength", option.NUMBER, "Of every steered layer.  [default: the file's, else 1]")
+@option.value(
     "--layer-shift",
-    click.IntRange(-1, 1),
-    "N",
+    option.Kind("N", click.IntRange(-1, 1)),
     "Added to every layer number, for files that count in another way than their format.",
 )
-@common.edit_options
-@click.option(
+@option.edit
+@option.value(
     "--gate-kind",
-    type=click.Choice(["prompt", "token", "always"]),
-    help="With a gate: when it decides.  [default: the gate's own]",
+    option.one_of("prompt", "token", "always"),
+    "With a gate: when it decides.  [default: the gate's own]",
 )
-@common.value_option("--sharpness", float, "NUMBER", "With a gate: 0 is a hard gate, above 0 a sigmoid.")
-@click.option(
+@option.value("--sharpness", option.NUMBER, "With a gate: 0 is a hard gate, above 0 a sigmoid.")
+@option.value(
     "--condition",
-    metavar="FILE",
-    help="A file with the gate's direction; where INPUT is a profile, the file to write it to (.svec).",
+    option.FILE,
+    "A file with the gate's direction; where INPUT is a profile, the file to write it to (.svec).",
 )
-@common.value_option("--condition-layer", click.IntRange(min=0), "L", "0-based block of the condition.")
-@common.value_option("--threshold", float, "COSINE", "The gate opens above this cosine.")
-@click.option("--fires", type=click.Choice(["above", "below"]), default="above", show_default=True)
-@common.json_option
+@option.value("--condition-layer", option.Kind("L", option.LAYER.type), "0-based block of the condition.")
+@option.value("--threshold", option.Kind("COSINE", float), "The gate opens above this cosine.")
+@option.choice("--fires", ["above", "below"])
+@option.json_file
 def command(
     source: str,
     target: str,
@@ -90,8 +82,8 @@ def command(
     exports = source_format == _PROFILE or (source_format is None and _is_profile(source))
     target_format = target_format or _OF_ENDING.get(Path(target).suffix)
     _check_usage(exports, target, target_format, condition, options)
-    inputs = [file for file in (source, options["like"], None if exports else condition) if file]
     outputs = {"OUTPUT": None if target_format == "rotalabs" else target, "--json": json_file}
+    inputs = [source, options["like"], None if exports else condition]
     common.check_outputs(outputs | ({"--condition": condition} if exports else {}), inputs)
 
     from steerfast import formats
@@ -131,9 +123,10 @@ def _check_usage(
     if exports:
         if target_format == _PROFILE:
             raise click.UsageError("--to: expected another format, INPUT is a profile already")
-        if given := [name for name in _OF_IMPORTS if options[name] is not None and options[name] is not False]:
-            option = "--" + given[0].removesuffix("_name").replace("_", "-")
-            raise click.UsageError(f"{option}: expected for other projects' files only, INPUT is a profile")
+        given = [name for name, value in options.items() if value is not None and value is not False]
+        if given := [name for name in given if name not in _WITH_DEFAULTS]:
+            name = given[0].removesuffix("_name").replace("_", "-")
+            raise click.UsageError(f"--{name}: expected for other projects' files only, INPUT is a profile")
         if condition and target_format != "svec":
             raise click.UsageError(f"--condition: expected with --to svec only, got {target_format}")
         return
@@ -145,8 +138,9 @@ def _check_usage(
         raise click.UsageError("--condition, --condition-layer, --threshold: expected all of them or none")
     for name in ("gate_kind", "sharpness"):
         if options[name] is not None and not (options["keep_gate"] or condition):
-            option = "--" + name.replace("_", "-")
-            raise click.UsageError(f"{option}: expected with --keep-gate or --condition, there is no gate without them")
+            raise click.UsageError(
+                f"--{name.replace('_', '-')}: expected with --keep-gate or --condition, there is no gate without them"
+            )
 
 
 def _imported(

@@ -6,17 +6,15 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 
 
 @click.command("demo")
-@common.count_option("--prompts", "How many harmful and how many harmless prompts.", 50)
-@click.option(
-    "--profile", "profile_file", metavar="FILE", help="Default: the profile that ships for the default model."
-)
-@common.model_options("SmolLM2-135M-Instruct")
-@common.count_option("--max-new-tokens", "Answer length.", 48)
-@common.json_option
+@option.value("--prompts", option.COUNT, "How many harmful and how many harmless prompts.", 50)
+@option.value("--profile", option.FILE, "Default: the profile that ships for the default model.", role="profile_file")
+@option.model("SmolLM2-135M-Instruct")
+@option.value("--max-new-tokens", option.COUNT, "Answer length.", 48)
+@option.json_file
 def command(profile_file: str | None, json_file: str | None, **options: Any) -> None:
     """Steer a small model and measure the effect.
 
@@ -28,7 +26,7 @@ def command(profile_file: str | None, json_file: str | None, **options: Any) -> 
       steerfast demo
       steerfast demo --prompts 10 --json demo.json
     """
-    common.check_outputs({"--json": json_file}, [profile_file] if profile_file else [])
+    common.check_outputs({"--json": json_file}, [profile_file])
 
     from steerfast.cli.rendering import demo_report
     from steerfast.evaluation import demo

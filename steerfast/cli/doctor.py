@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from steerfast._versions import installed_version
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.cli.server_probe import NOT_STEERED, STEERED, UNREACHABLE, probe
 from steerfast.errors import first_line
 
@@ -18,13 +18,13 @@ _PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
 
 @click.command("doctor")
-@click.option(
-    "--url", metavar="URL", help="Ask the server at this address whether it steers, such as http://host:8000."
+@option.value(
+    "--url", option.Kind("URL"), "Ask the server at this address whether it steers, such as http://host:8000."
 )
 @click.option(
     "--api-key", metavar="KEY", envvar="VLLM_API_KEY", show_envvar=True, help="The key that the server asks for."
 )
-@common.json_option
+@option.json_file
 @click.pass_context
 def command(context: click.Context, url: str | None, api_key: str | None, json_file: str | None) -> None:
     """Show what is installed, and test the ops; or ask a running server.
@@ -93,11 +93,7 @@ def _gpus() -> list[dict[str, Any]]:
 
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [
-        {
-            "name": gpu.name,
-            "capability": f"{gpu.major}.{gpu.minor}",
-            "memory_gib": round(gpu.total_memory / 2**30, 1),
-        }
+        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": round(gpu.total_memory / 2**30, 1)}
         for gpu in found
     ]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.errors import PromptError, SteerfastError
 
 if TYPE_CHECKING:
@@ -26,20 +26,18 @@ class _WrongInput(click.ClickException):
 
 
 @click.command("drift")
-@click.argument("profile_file", metavar="PROFILE")
-@click.option("--scores", metavar="FILE", help="Scores as JSON or JSON Lines, such as `steerfast score --json` writes.")
-@click.option("--metrics", metavar="FILE|URL", help="A vLLM server's metrics: its address, or a page that was kept.")
-@common.value_option(
-    "--name", str, "NAME", "With --metrics: the profile's name on the server.  [default: its only one]"
-)
-@common.set_option("--prompts", note="Prompts to score here, with --model and --dtype as served")
-@common.count_option("--limit", "The most --prompts of a label, evenly spaced.")
-@common.profile_model_options
-@common.batch_size_option
-@common.threshold_option
-@common.value_option("--tolerance", float, "NUMBER", "The calibrated share that errs may grow by this factor.", 1.0)
-@common.value_option("--distance", float, "NUMBER", "How far scores may move, 0 to 1: the Kolmogorov distance.", 0.2)
-@common.json_option
+@option.profile_file
+@option.value("--scores", option.FILE, "Scores as JSON or JSON Lines, such as `steerfast score --json` writes.")
+@option.value("--metrics", option.Kind("FILE|URL"), "A vLLM server's metrics: its address, or a page that was kept.")
+@option.value("--name", option.NAME, "With --metrics: the profile's name on the server.  [default: its only one]")
+@option.prompt_set("--prompts", "Prompts to score here, with --model and --dtype as served")
+@option.value("--limit", option.COUNT, "The most --prompts of a label, evenly spaced.")
+@option.profile_model
+@option.batch_size
+@option.threshold
+@option.value("--tolerance", option.NUMBER, "The calibrated share that errs may grow by this factor.", 1.0)
+@option.value("--distance", option.NUMBER, "How far scores may move, 0 to 1: the Kolmogorov distance.", 0.2)
+@option.json_file
 @click.pass_context
 def command(context: click.Context, profile_file: str, json_file: str | None, **options: Any) -> None:
     """Say whether a gate's calibration still fits the traffic, or another way of serving.
@@ -60,9 +58,9 @@ def command(context: click.Context, profile_file: str, json_file: str | None, **
     given = [source for source in _SOURCES if options[source]]
     if len(given) != 1:
         raise click.UsageError(f"expected one of --scores, --metrics and --prompts, got {len(given)}")
-    for option, source in (("name", "metrics"), ("limit", "prompts")):
-        if options[option] is not None and given != [source]:
-            raise click.UsageError(f"--{option}: expected it with --{source}, got it without")
+    for name, source in (("name", "metrics"), ("limit", "prompts")):
+        if options[name] is not None and given != [source]:
+            raise click.UsageError(f"--{name}: expected it with --{source}, got it without")
     common.check_outputs({"--json": json_file}, [profile_file])
     try:
         profile = common.load_profile(profile_file, options.pop("threshold"))

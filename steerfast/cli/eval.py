@@ -8,62 +8,66 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.cli.group import COMMAND_LINE
 
 if TYPE_CHECKING:
     from steerfast.evaluation.systems import System
 
-_STRENGTHS = common.Items("strengths", common.finite, "finite numbers like 0.5,1")
-_TASKS = common.Items("tasks", common.word, "names like mmlu,gsm8k")
+_TASKS = option.Kind("TASK,...", option.items(option.word, "names like mmlu,gsm8k"))
 
 
 @click.command("eval")
 @click.argument("model_name", metavar="MODEL")
-@common.repeated_option(
-    "--profile", "profiles", "[NAME=]FILE", "A profile to measure; the first also with its gate always open."
+@option.repeated(
+    "--profile",
+    "profiles",
+    option.Kind("[NAME=]FILE"),
+    "A profile to measure; the first also with its gate always open.",
 )
-@common.threshold_option
-@common.repeated_option(
-    "--other", "others", "NAME=MODEL", "Other weights that answer unsteered, such as an aligned sibling."
+@option.threshold
+@option.repeated(
+    "--other", "others", option.Kind("NAME=MODEL"), "Other weights that answer unsteered, such as an aligned sibling."
 )
-@common.repeated_option(
+@option.repeated(
     "--system",
     "wanted",
-    "NAME",
+    option.NAME,
     "unsteered, self-reminder, goal-priority, always-on, refusal, template, words, or a name given by --profile or "
     "--other; without it all.",
 )
-@common.repeated_option(
+@option.repeated(
     "--set",
     "sources",
-    "SET",
+    option.Kind("SET"),
     "A set of the list above, [NAME=]KIND:FILE or [NAME=]KIND:hf://OWNER/DATASET[/CONFIG]@SPLIT[#COLUMN]. "
     "Without this option: the whole list.",
 )
-@common.repeated_option(
+@option.repeated(
     "--judge",
     "judges",
-    "JUDGE",
+    option.Kind("JUDGE"),
     "keywords, strict, classifier:MODEL[#LABEL] or openai:MODEL[@URL]; the first one's verdicts make the rates.",
     ("keywords", "strict"),
 )
-@common.count_option("--limit", "Most prompts of each set.  [default: all]")
-@common.count_option("--max-new-tokens", "Answer length.", 64)
-@common.value_option("--tasks", _TASKS, "TASK,...", "Also run these tasks of lm-evaluation-harness (package lm-eval).")
-@common.count_option("--task-limit", "Most items of each task.  [default: all]")
-@common.value_option("--strengths", _STRENGTHS, "X,...", "Of the first profile, for the strength/fluency frontier.")
+@option.value("--limit", option.COUNT, "Most prompts of each set.  [default: all]")
+@option.value("--max-new-tokens", option.COUNT, "Answer length.", 64)
+@option.value("--tasks", _TASKS, "Also run these tasks of lm-evaluation-harness (package lm-eval).")
+@option.value("--task-limit", option.COUNT, "Most items of each task.  [default: all]")
+@option.value(
+    "--strengths", option.Kind("X,...", option.NUMBERS.type), "Of the first profile, for the strength/fluency frontier."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of samples and intervals.")
 @click.option("--latency/--no-latency", default=True, show_default=True, help="Time every system beside unsteered.")
-@click.option("--force", is_flag=True, help="Take sets that made a profile, and mark them.")
-@common.batch_size_option
-@common.placement_options
-@common.accept_option
-@common.template_option
-@click.option("--resume", metavar="FILE", help="Keep finished answers and verdicts here, and go on from them.")
-@click.option("--html", "html_file", metavar="FILE", help="Write the report: one page, its pictures beside it.")
-@click.option("--markdown", "markdown_file", metavar="FILE", help="Write the tables as Markdown.")
-@common.json_option
+@option.flag("--force", "Take sets that made a profile, and mark them.")
+@option.batch_size
+@option.placement
+@option.accept_model
+@option.template
+@option.value("--resume", option.FILE, "Keep finished answers and verdicts here, and go on from them.")
+@option.value("--html", option.FILE, "Write the report: one page, its pictures beside it.", role="html_file")
+@option.value("--markdown", option.FILE, "Write the tables as Markdown.", role="markdown_file")
+@option.json_file
 @click.pass_context
 def command(context: click.Context, model_name: str, **options: Any) -> None:
     """Measure MODEL side by side: unsteered, defences in the prompt, profiles, other weights.
@@ -86,7 +90,7 @@ def command(context: click.Context, model_name: str, **options: Any) -> None:
     named = common.read_names("--profile", options["profiles"], default=lambda entry: Path(entry).stem)
     weights = common.read_names("--other", options["others"], "MODEL")
     files = {f"--{name}": options[f"{name}_file"] for name in ("json", "html", "markdown")}
-    inputs = [*named.values(), *(where for source in options["sources"] if (where := _file(source)))]
+    inputs = [*named.values(), *map(_file, options["sources"])]
     common.check_outputs({**files, "--resume": options["resume"]}, inputs)
     profiles = {name: common.load_profile(file, options["threshold"]) for name, file in named.items()}
 

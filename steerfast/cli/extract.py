@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 
 
 def _window(value: str) -> int | str:
@@ -18,61 +18,55 @@ def _window(value: str) -> int | str:
 
 
 @click.command("extract")
-@common.model_options(required=True)
-@common.template_option
-@common.labelled_option
-@common.set_option("--harmful", note="Prompts the gate should open for, in place of the corpus")
-@common.set_option("--harmless", note="Prompts the gate should stay shut for, in place of the corpus")
-@click.option("--aligned-model", metavar="MODEL", help="A sibling that refuses, for alignment and ssv vectors.")
-@common.choice_option("--gate", ["lda", "mean", "pca", "logistic"], "How gate directions are fitted.")
-@common.choice_option(
+@option.model(required=True)
+@option.template
+@option.labelled
+@option.gate_sets
+@option.value("--aligned-model", option.MODEL, "A sibling that refuses, for alignment and ssv vectors.")
+@option.choice("--gate", ["lda", "mean", "pca", "logistic"], "How gate directions are fitted.")
+@option.choice(
     "--gate-kind",
     ["prompt", "token", "always"],
     "Decide once at the end of the prompt, for each token, or not at all: always steer.",
 )
-@common.value_option(
+@option.value(
     "--sharpness",
-    click.FloatRange(0),
-    "NUMBER",
+    option.NOT_NEGATIVE,
     "Slope of a soft gate, sigmoid(sharpness * (score - threshold)); 0 is a hard gate.  [default: 0]",
 )
-@common.choice_option("--score", ["cosine", "dot"], "The score that the gate compares with its threshold.")
-@common.value_option(
+@option.choice("--score", ["cosine", "dot"], "The score that the gate compares with its threshold.")
+@option.value(
     "--pooling",
-    click.Choice(["last", "mean", "both"]),
-    "READING",
+    option.one_of("last", "mean", "both", metavar="READING"),
     "Score the last token of a prompt, take the mean over the last user turn, or the sum of both.  [default: both, or "
     "last for a token gate]",
 )
-@common.value_option(
+@option.value(
     "--window",
-    _window,
-    "TOKENS",
+    option.Kind("TOKENS", _window),
     "For --pooling mean and both: how many of the last of these tokens, or all.  [default: 32]",
 )
-@click.option("--whole-prompt", is_flag=True, help="Take the mean over the whole prompt, its template included.")
-@common.edit_options
-@common.list_option(
+@option.flag("--whole-prompt", "Take the mean over the whole prompt, its template included.")
+@option.edit
+@option.value(
     "--vectors",
-    "KINDS",
-    common.word,
-    "kinds such as forced,srv",
+    option.KINDS,
     "Comma list of alignment, ssv (both need --aligned-model), forced, srv; the first one is used, "
     "the rest are kept for tune.  [default: alignment,ssv,forced with a sibling, else forced,srv]",
 )
-@click.option("--unit-norm", is_flag=True, help="Scale every steering vector to norm 1.")
-@common.repeated_option(
+@option.flag("--unit-norm", "Scale every steering vector to norm 1.")
+@option.repeated(
     "--refusal",
     "refusal",
-    "TEXT",
+    option.TEXT,
     "A refusal that forced vectors start from, {topic} in it is the request's.  [default: the sibling's own answers, "
     "else five that ship]",
 )
-@common.share_option("--shrinkage", "Weight of the identity in the covariance, for lda.  [default: 0.2]")
-@common.reading_options
-@common.batch_size_option
-@common.choice_option("--padding-side", ["right", "left"])
-@common.fit_options
+@option.value("--shrinkage", option.SHARE, "Weight of the identity in the covariance, for lda.  [default: 0.2]")
+@option.reading
+@option.batch_size
+@option.choice("--padding-side", ["right", "left"])
+@option.fit_outputs
 def command(output: str, json_file: str | None, **options: Any) -> None:
     """Fit gate directions and steering vectors of a model.
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from steerfast.cli import common
-from steerfast.cli.tune import band
+from steerfast.cli import common, option
 from steerfast.errors import PromptError
 
 if TYPE_CHECKING:
@@ -23,68 +22,61 @@ _OF_SAFETY = ("harmful", "harmless", "prompts", "per_source", "max_false_positiv
 
 def _layers(value: str) -> tuple[int, int]:
     try:
-        return band(value)
+        return option.band(value)
     except ValueError:
         raise click.BadParameter(f"expected layers such as 10-19 or 14, first before last, got {value!r}") from None
 
 
 @click.command("fit")
 @click.argument("model_name", metavar="MODEL")
-@common.placement_options
-@common.template_option
-@click.option("--pairs", metavar="FILE", help="Contrastive pairs of a behaviour (.jsonl, .json or .csv).")
-@click.option("--behaviour", metavar="NAME", help="Its name.  [default: safety; with --pairs the file's name]")
-@common.value_option(
-    "--method", click.Choice(["mean", "pca", "logistic"]), "METHOD", "With --pairs: mean, pca or logistic."
+@option.placement
+@option.template
+@option.value("--pairs", option.FILE, "Contrastive pairs of a behaviour (.jsonl, .json or .csv).")
+@option.value("--behaviour", option.NAME, "Its name.  [default: safety; with --pairs the file's name]")
+@option.value(
+    "--method", option.one_of("mean", "pca", "logistic", metavar="METHOD"), "With --pairs: mean, pca or logistic."
 )
-@common.value_option(
+@option.value(
     "--read",
-    click.Choice(["answer", "last"]),
-    "READING",
+    option.one_of("answer", "last", metavar="READING"),
     "With --pairs: the mean of the answer's tokens, or the last token.  [default: answer, if there are answers]",
 )
-@common.value_option(
+@option.value(
     "--layers",
-    _layers,
-    "LAYERS",
+    option.Kind("LAYERS", _layers),
     "With --pairs: where the vector is added, such as 10-19.  [default: the middle third]",
 )
-@common.list_option(
+@option.value(
     "--strengths",
-    "NUMBERS",
-    common.finite,
-    "numbers such as 0.5,1,2",
+    option.NUMBERS,
     "With --pairs: comma list of total strengths to measure.  [default: 0.25,0.5,1,1.5,2,3]",
 )
-@common.value_option(
+@option.value(
     "--max-perplexity",
-    click.FloatRange(min=1),
-    "TIMES",
+    option.Kind("TIMES", click.FloatRange(min=1)),
     "With --pairs: the perplexity that text may reach, times the unsteered one.  [default: 2]",
 )
-@common.labelled_option
-@common.set_option("--harmful", note="Prompts the gate should open for, in place of the corpus")
-@common.set_option("--harmless", note="Prompts the gate should stay shut for, in place of the corpus")
-@common.count_option(
+@option.labelled
+@option.gate_sets
+@option.value(
     "--per-source",
+    option.COUNT,
     "The most prompts of a source that fit the gate.  [default: by --minutes; without it at most 120]",
 )
-@common.share_option(
+@option.value(
     "--max-false-positive-rate",
+    option.share(min_open=True, max_open=True),
     "The share of harmless prompts that may open the gate.  [default: 0.02]",
-    min_open=True,
-    max_open=True,
 )
-@common.value_option(
+@option.value(
     "--minutes",
-    click.FloatRange(0, min_open=True),
-    "N",
+    option.Kind("N", click.FloatRange(0, min_open=True)),
     "How long it may take, by an estimate.  [default: 25; with --pairs or --per-source no limit]",
 )
-@common.value_option("--work", str, "FOLDER", "Where work is kept, to go on.  [default: beside the output, .work]")
-@common.batch_size_option
-@click.option("--plot", "plot_file", metavar="FILE", help="Draw the profile (.png, .svg or .pdf).")
-@common.fit_options
+@option.value("--work", option.FOLDER, "Where work is kept, to go on.  [default: beside the output, .work]")
+@option.batch_size
+@option.value("--plot", option.FILE, "Draw the profile (.png, .svg or .pdf).", role="plot_file")
+@option.fit_outputs
 def command(output: str, json_file: str | None, plot_file: str | None, **options: Any) -> None:
     """Make a profile in one go: of a behaviour from pairs, of safety from the corpus that ships.
 
@@ -99,8 +91,7 @@ def command(output: str, json_file: str | None, plot_file: str | None, **options
     pairs_file = options.pop("pairs")
     _check(pairs_file, options)
     sources = [source for role in ("prompts", "harmful", "harmless") for source in options[role]]
-    inputs = [*sources, *([pairs_file] if pairs_file else [])]
-    common.check_outputs({"--output": output, "--json": json_file, "--plot": plot_file}, inputs)
+    common.check_outputs({"--output": output, "--json": json_file, "--plot": plot_file}, [*sources, pairs_file])
     if plot_file is not None:
         from steerfast.evaluation.plots import check_plot
 

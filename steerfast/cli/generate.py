@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,27 +18,21 @@ _TEMPERATURE = 0.7
 
 
 @click.command("generate")
-@click.argument("profile_file", metavar="PROFILE")
-@common.prompt_arguments
-@common.profile_model_options
-@common.threshold_option
-@common.value_option("--strength", float, "NUMBER", "Multiplies the profile's own strengths.", 1.0)
-@common.choice_option("--thinking", ["count", "skip"], "Whether a thought is part of the answer; skip: steer after it.")
-@common.count_option("--max-new-tokens", "Answer length.", 128)
+@option.profile_file
+@option.prompts
+@option.profile_model
+@option.threshold
+@option.value("--strength", option.NUMBER, "Multiplies the profile's own strengths.", 1.0)
+@option.choice("--thinking", ["count", "skip"], "Whether a thought is part of the answer; skip: steer after it.")
+@option.value("--max-new-tokens", option.COUNT, "Answer length.", 128)
 @click.option("--sample/--greedy", default=False, show_default=True)
-@common.value_option(
-    "--temperature", click.FloatRange(0, min_open=True), "NUMBER", f"With --sample.  [default: {_TEMPERATURE}]"
-)
-@common.value_option("--seed", click.IntRange(min=0), "N", "With --sample.  [default: 0]")
-@click.option("--compare", is_flag=True, help="Answer unsteered too, side by side.")
-@common.batch_size_option
-@common.json_option
+@option.value("--temperature", option.POSITIVE, f"With --sample.  [default: {_TEMPERATURE}]")
+@option.value("--seed", option.SEED, "With --sample.  [default: 0]")
+@option.flag("--compare", "Answer unsteered too, side by side.")
+@option.batch_size
+@option.json_file
 def command(
-    profile_file: str,
-    prompts: tuple[str, ...],
-    files: tuple[str, ...],
-    json_file: str | None,
-    **options: Any,
+    profile_file: str, prompts: tuple[str, ...], files: tuple[str, ...], json_file: str | None, **options: Any
 ) -> None:
     """Answer prompts steered by a profile or a stack, and say where a gate fired or abstained.
 

@@ -45,21 +45,16 @@ class CommandGroup(click.Group):
         ctx.meta[COMMAND_LINE] = shlex.join(["steerfast", *args])
         return super().parse_args(ctx, args)
 
-    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        if not standalone_mode:
-            return self._run(*args, **options)
+    def main(self, *args: Any, **options: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.showwarning = _show_warning
             sys.exit(self._status(*args, **options))
 
-    def _run(self, *args: Any, **options: Any) -> Any:
-        run: Any = super().main
-        return run(*args, standalone_mode=False, **options)
-
     def _status(self, *args: Any, **options: Any) -> int:
+        run: Any = super().main
         try:
-            status = self._run(*args, **options)
+            status = run(*args, **options, standalone_mode=False)
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "steerfast"
             return _fail(f"{error.format_message()} ({command} --help explains)", error.exit_code)

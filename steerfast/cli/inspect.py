@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.errors import ProfileError, SteerfastError
 
 
 @click.command("inspect")
-@click.argument("profile_file", metavar="PROFILE")
-@click.option("--plot", "plot_file", metavar="FILE", help="Draw the gates' figures and scores (.png, .svg or .pdf).")
-@common.json_option
+@option.profile_file
+@option.value("--plot", option.FILE, "Draw the gates' figures and scores (.png, .svg or .pdf).", role="plot_file")
+@option.json_file
 def command(profile_file: str, plot_file: str | None, json_file: str | None) -> None:
     """Show the contents of a profile, or of each profile of a stack, and the figures of its gates.
 

@@ -6,40 +6,34 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 
 
 @click.command("learn")
-@click.argument("profile_file", metavar="PROFILE")
-@common.profile_model_options
-@common.set_option("--harmful", note="Prompts to refuse, in place of the corpus")
-@click.option("--aligned-model", metavar="MODEL", help="A sibling that refuses; its answers are learned.")
-@common.repeated_option(
+@option.profile_file
+@option.profile_model
+@option.prompt_set("--harmful", "Prompts to refuse, in place of the corpus")
+@option.value("--aligned-model", option.MODEL, "A sibling that refuses; its answers are learned.")
+@option.repeated(
     "--refusal",
     "refusal",
-    "TEXT",
+    option.TEXT,
     "A text to answer instead, {topic} in it is the request's.  [default: the sibling's answers, else five that ship]",
 )
-@common.value_option(
-    "--layer",
-    click.IntRange(min=0),
-    "LAYER",
-    "Where the vector is added.  [default: the sensor, else the middle layer]",
-)
-@common.choice_option("--positions", ["response", "all"], "Tokens that the vector is added to; it holds for no others.")
-@common.value_option(
+@option.value("--layer", option.LAYER, "Where the vector is added.  [default: the sensor, else the middle layer]")
+@option.choice("--positions", ["response", "all"], "Tokens that the vector is added to; it holds for no others.")
+@option.value(
     "--max-norm",
-    click.FloatRange(0, min_open=True),
-    "SHARE",
+    option.Kind("SHARE", click.FloatRange(0, min_open=True)),
     "Largest norm of the vector, as a share of the mean norm of the layer's rows.",
     1.0,
 )
-@common.count_option("--steps", "Batches to learn from.", 80)
-@common.count_option("--answer-tokens", "Tokens of an answer that are learned at most.", 40)
+@option.value("--steps", option.COUNT, "Batches to learn from.", 80)
+@option.value("--answer-tokens", option.COUNT, "Tokens of an answer that are learned at most.", 40)
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of the batches.")
-@click.option("--resume", metavar="FILE", help="Keep the state of the last step here, and continue from it.")
-@common.batch_size_option
-@common.fit_options
+@option.value("--resume", option.FILE, "Keep the state of the last step here, and continue from it.")
+@option.batch_size
+@option.fit_outputs
 def command(profile_file: str, output: str, json_file: str | None, **options: Any) -> None:
     """Learn a vector for refusals: of given texts, or of the answers of an aligned sibling.
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 
 
 @click.command("play")
 @click.argument("model_name", metavar="[MODEL]", required=False)
-@common.repeated_option("--profile", "profiles", "FILE", "A profile of the model; several are a stack.")
-@common.placement_options
-@common.accept_option
-@common.template_option
-@common.threshold_option
-@common.count_option("--max-new-tokens", "Answer length.", 128)
-@common.value_option("--port", click.IntRange(0, 65535), "N", "Port of this machine; 0 takes a free one.", 8765)
-@click.option("--no-browser", is_flag=True, help="Print the address, and open no browser.")
+@option.repeated("--profile", "profiles", option.FILE, "A profile of the model; several are a stack.")
+@option.placement
+@option.accept_model
+@option.template
+@option.threshold
+@option.value("--max-new-tokens", option.COUNT, "Answer length.", 128)
+@option.value("--port", option.Kind("N", click.IntRange(0, 65535)), "Port of this machine; 0 takes a free one.", 8765)
+@option.flag("--no-browser", "Print the address, and open no browser.")
 def command(model_name: str | None, profiles: tuple[str, ...], **options: Any) -> None:
     """Open a page that answers prompts unsteered and steered, side by side.
 

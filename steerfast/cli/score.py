@@ -7,16 +7,16 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 
 
 @click.command("score")
-@click.argument("profile_file", metavar="PROFILE")
-@common.prompt_arguments
-@common.profile_model_options
-@common.threshold_option
-@common.batch_size_option
-@common.json_option
+@option.profile_file
+@option.prompts
+@option.profile_model
+@option.threshold
+@option.batch_size
+@option.json_file
 def command(
     profile_file: str, prompts: tuple[str, ...], files: tuple[str, ...], json_file: str | None, **options: Any
 ) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
-from steerfast.cli.tune import band
+from steerfast.cli import common, option
 
 
 class VllmCommand(click.Command):
@@ -24,43 +23,34 @@ class VllmCommand(click.Command):
 @click.command("serve", cls=VllmCommand)
 @click.argument("model_name", metavar="MODEL")
 @click.argument("vllm_arguments", metavar="[-- VLLM OPTIONS]", nargs=-1, type=click.UNPROCESSED)
-@common.repeated_option("--profile", "profiles", "NAME=FILE", "A profile that requests may name.")
-@click.option(
+@option.repeated("--profile", "profiles", option.Kind("NAME=FILE"), "A profile that requests may name.")
+@option.value(
     "--default",
-    metavar="NAME[,NAME]",
-    help="The profile, or stack, that steers requests that name none.  [default: no steering]",
+    option.Kind("NAME[,NAME]"),
+    "The profile, or stack, that steers requests that name none.  [default: no steering]",
 )
-@common.value_option(
+@option.value(
     "--threshold",
-    str,
-    "NAME",
+    option.NAME,
     "The named threshold of requests that name none, such as strict.  [default: the one in use]",
 )
-@click.option("--locked", is_flag=True, help="The default steers all requests; they cannot change it.")
-@common.value_option(
-    "--max-strength",
-    click.FloatRange(min=0, min_open=True),
-    "NUMBER",
-    "The largest strength of a request.  [default: 10]",
-)
-@common.count_option("--slots", "Room for profiles.  [default: 32, or what the profiles need]")
-@common.value_option(
+@option.flag("--locked", "The default steers all requests; they cannot change it.")
+@option.value("--max-strength", option.POSITIVE, "The largest strength of a request.  [default: 10]")
+@option.value("--slots", option.COUNT, "Room for profiles.  [default: 32, or what the profiles need]")
+@option.value(
     "--stack",
-    click.IntRange(min=1, max=4),
-    "N",
+    option.Kind("N", click.IntRange(min=1, max=4)),
     "The most profiles on one request.  [default: 2; 1 for a single profile]",
 )
-@click.option(
-    "--layers",
-    type=common.Items("LAYERS", band, "layers such as 10-19,20, first before last"),
-    help="Layers that profiles may use, such as 10-19,20.  [default: those of the profiles]",
+@option.value(
+    "--layers", option.LAYERS, "Layers that profiles may use, such as 10-19,20.  [default: those of the profiles]"
 )
-@click.option("--directory", metavar="DIR", help="The folder of profiles for the admin routes.  [default: none]")
-@common.repeated_option("--observe", "observe", "NAME", "A profile that only decides and reports, and edits nothing.")
-@click.option(
+@option.value("--directory", option.Kind("DIR"), "The folder of profiles for the admin routes.  [default: none]")
+@option.repeated("--observe", "observe", option.NAME, "A profile that only decides and reports, and edits nothing.")
+@option.value(
     "--thinking",
-    type=click.Choice(["count", "skip"]),
-    help="Whether the tokens of a thought count as tokens of the answer; skip: edits begin after it.  [default: count]",
+    option.one_of("count", "skip"),
+    "Whether the tokens of a thought count as tokens of the answer; skip: edits begin after it.  [default: count]",
 )
 @click.option(
     "--admin-key",
@@ -93,9 +83,9 @@ def command(
     directory, default = options["directory"], options["default"]
     if not files and directory is None:
         raise click.UsageError("--profile: expected one at least, or --directory to load some from later, got none")
-    for option, names in (("--default", default.split(",") if default is not None else ()), ("--observe", observe)):
-        if unknown := [name for name in names if name not in files]:
-            raise click.UsageError(f"{option}: expected one of {', '.join(files) or 'no profiles'}, got {unknown[0]!r}")
+    for name, wanted in (("--default", default.split(",") if default is not None else ()), ("--observe", observe)):
+        if unknown := [one for one in wanted if one not in files]:
+            raise click.UsageError(f"{name}: expected one of {', '.join(files) or 'no profiles'}, got {unknown[0]!r}")
     if options["locked"] and default is None:
         raise click.UsageError("--locked: expected --default, the profile to lock requests to, got none")
     for file in files.values():

@@ -6,71 +6,46 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
-
-_MOST_LAYERS = 10_000
-
-
-def band(entry: str) -> tuple[int, int]:
-    """Return (first, last) of ``10-19`` or ``20``, for `Items`."""
-    first, _, last = entry.partition("-")
-    numbers = int(first), int(last or first)
-    if not 0 <= numbers[0] <= numbers[1] < _MOST_LAYERS:
-        raise ValueError
-    return numbers
+from steerfast.cli import common, option
 
 
 def token_count(entry: str) -> int | None:
-    """Return 24 of ``24`` and None of ``all``, for `Items`."""
-    return None if entry == "all" else common.count(entry)
+    """Return 24 of ``24`` and None of ``all``, for `items`."""
+    return None if entry == "all" else option.COUNT.type(entry)
 
 
 @click.command("tune")
-@click.argument("profile_file", metavar="PROFILE")
-@common.profile_model_options
-@common.set_option("--harmful", "steerfast:harmful_tune", "Prompts that should be refused")
-@common.set_option("--harmless", "steerfast:harmless_tune", "Prompts whose answers should stay")
-@common.list_option(
-    "--vectors",
-    "KINDS",
-    common.word,
-    "kinds such as alignment,forced",
-    "Comma list of vector kinds to try.  [default: all in the profile]",
-)
-@common.list_option(
+@option.profile_file
+@option.profile_model
+@option.prompt_set("--harmful", "Prompts that should be refused", "steerfast:harmful_tune")
+@option.prompt_set("--harmless", "Prompts whose answers should stay", "steerfast:harmless_tune")
+@option.value("--vectors", option.KINDS, "Comma list of vector kinds to try.  [default: all in the profile]")
+@option.value(
     "--bands",
-    "BANDS",
-    band,
-    "layers such as 10-19,20, first before last",
+    option.Kind("BANDS", option.LAYERS.type),
     "Comma list of layer bands to try, such as 10-19,20.  [default: many, from the sensor on]",
 )
-@common.list_option(
+@option.value(
     "--strengths",
-    "NUMBERS",
-    common.finite,
-    "numbers such as 1,2.5",
+    option.NUMBERS,
     "Comma list of total strengths over a band, in multiples of the vector.  [default: 0.75,1,2,4]",
 )
-@common.choice_option("--positions", ["both", "all", "response"])
-@common.list_option(
+@option.choice("--positions", ["both", "all", "response"])
+@option.value(
     "--answer-tokens",
-    "NUMBERS",
-    token_count,
-    "numbers of tokens such as 24,all",
+    option.Kind("NUMBERS", option.items(token_count, "numbers of tokens such as 24,all")),
     "Comma list of how many tokens of an answer to steer, such as 12,24,all.  [default: that of the profile]",
 )
-@common.list_option(
+@option.value(
     "--endings",
-    "LOGITS",
-    common.finite,
-    "numbers such as 0,6,7",
+    option.Kind("LOGITS", option.NUMBERS.type),
     "Comma list: how far to raise the end of the turn at the last layer, so that a refusal stops.  [default: 0]",
 )
-@common.count_option("--max-new-tokens", "Answer length while searching.", 32)
-@common.share_option("--min-fluent", "Share of steered answers that must stay fluent.", 0.95)
-@common.share_option("--min-unchanged", "Share of harmless answers that must stay token for token.", 0.95)
-@click.option("--resume", metavar="FILE", help="Keep complete trials here (JSON lines), and continue from them.")
-@common.fit_options
+@option.value("--max-new-tokens", option.COUNT, "Answer length while searching.", 32)
+@option.value("--min-fluent", option.SHARE, "Share of steered answers that must stay fluent.", 0.95)
+@option.value("--min-unchanged", option.SHARE, "Share of harmless answers that must stay token for token.", 0.95)
+@option.value("--resume", option.FILE, "Keep complete trials here (JSON lines), and continue from them.")
+@option.fit_outputs
 def command(profile_file: str, output: str, json_file: str | None, **options: Any) -> None:
     """Search vector, layers, positions and strength of the steering.
 

@@ -7,31 +7,31 @@ from typing import Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.errors import SteerfastError
 
 
 @click.command("validate")
-@click.argument("profile_file", metavar="PROFILE")
-@common.repeated_option(
+@option.profile_file
+@option.repeated(
     "--prompts",
     "sources",
-    "SRC",
+    option.SRC,
     "Labelled prompts: a .json, .jsonl or .csv file with a column label (harmful, borderline, harmless), or "
     "steerfast:corpus; without it the corpus' split validate.",
 )
-@common.profile_model_options
-@common.threshold_option
+@option.profile_model
+@option.threshold
 @click.option("--baseline/--no-baseline", default=True, show_default=True, help="Also measure a classifier of words.")
-@click.option("--force", is_flag=True, help="Take sources that chose something in the profile, and mark them.")
-@common.share_option("--max-fires", "Fail if the gate fires more often on the worst harmless source.")
-@common.value_option(
-    "--min-auc", click.FloatRange(0, 1), "AUC", "Fail if the AUC of the worst harmful source is lower."
+@option.flag("--force", "Take sources that chose something in the profile, and mark them.")
+@option.value("--max-fires", option.SHARE, "Fail if the gate fires more often on the worst harmless source.")
+@option.value(
+    "--min-auc", option.Kind("AUC", click.FloatRange(0, 1)), "Fail if the AUC of the worst harmful source is lower."
 )
-@common.batch_size_option
-@common.cache_option
-@click.option("--markdown", "markdown_file", metavar="FILE", help="Write the tables as Markdown.")
-@common.json_option
+@option.batch_size
+@option.cache
+@option.value("--markdown", option.FILE, "Write the tables as Markdown.", role="markdown_file")
+@option.json_file
 def command(
     profile_file: str,
     sources: tuple[str, ...],
@@ -77,15 +77,15 @@ def _check(report: Mapping[str, Any], max_fires: float | None, min_auc: float | 
     """Refuse a gate whose worst source is beyond a limit: of validation, where there are such sources."""
     parts = report["systems"]["gate"]
     labels = next(iter(parts.values()))["labels"]
-    for option, limit, label, key, figure in (
+    for name, limit, label, key, figure in (
         ("--max-fires", max_fires, "harmless", "worst", "rate"),
         ("--min-auc", min_auc, "harmful", "worst_auc", "auc"),
     ):
         if limit is None:
             continue
         if (worst := labels.get(label, {}).get(key)) is None:
-            raise SteerfastError(f"{option}: expected harmful and harmless sources to measure, got {', '.join(labels)}")
+            raise SteerfastError(f"{name}: expected harmful and harmless sources to measure, got {', '.join(labels)}")
         found = worst[figure]
         if found > limit if label == "harmless" else found < limit:
             side = "at most" if label == "harmless" else "at least"
-            raise SteerfastError(f"{option}: expected {side} {limit:g}, got {found:.4f} on {worst['source']!r}")
+            raise SteerfastError(f"{name}: expected {side} {limit:g}, got {found:.4f} on {worst['source']!r}")

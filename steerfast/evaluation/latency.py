@@ -40,8 +40,7 @@ from steerfast.text.encoding import context_of
 MODES = ("eager", "compile")
 STOCK = "stock"
 
-_OPEN, _SHUT = -2.0, 2.0  # thresholds below and above every cosine
-_FAR = 1e30  # the same for a dot product
+_FAR = {"cosine": 2.0, "dot": 1e30}  # thresholds above every score; the same, negated, is below
 
 _LEAST_PREFILLS, _LEAST_STEPS = 3, 20  # rounds
 _ROOM = 64  # for answer tokens in a static cache
@@ -82,8 +81,8 @@ def random_profile(
     direction, vector = nn.functional.normalize(torch.randn(shape, generator=generator, device="cpu"), dim=2)
     strength = torch.zeros(identity.num_layers, device="cpu")
     strength[list(layers)] = 1.0
-    threshold = torch.full_like(strength, _OPEN if is_open else _SHUT)
-    return SteeringProfile(identity, direction, threshold, vector, strength, torch.zeros_like(strength), Gate("prompt"))
+    zero = torch.zeros_like(strength)
+    return with_fixed_gate(SteeringProfile(identity, direction, zero, vector, strength, zero, Gate("prompt")), is_open)
 
 
 def middle_layer(model: nn.Module) -> int:
@@ -133,10 +132,9 @@ def systems(model: nn.Module, profile: SteeringProfile | None = None) -> tuple[l
 
 def with_fixed_gate(profile: SteeringProfile, opens: bool) -> SteeringProfile:
     """Return the profile with a gate that always, or never, opens."""
-    far = _OPEN if profile.gate.score == "cosine" else -_FAR
-    return replace(
-        profile, threshold=torch.full_like(profile.threshold, far if opens else -far), abstain=None, answer_tokens=None
-    )
+    far = _FAR[profile.gate.score]
+    threshold = torch.full_like(profile.threshold, -far if opens else far)
+    return replace(profile, threshold=threshold, abstain=None, answer_tokens=None)
 
 
 def with_own_code(model: Any) -> Any:

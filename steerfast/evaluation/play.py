@@ -127,45 +127,38 @@ class Playground:
         with self._lock:
             self._check_open()
             ids = self.encode(prompt)
-            unsteered = self._answer_unsteered(prompt, ids, send)
+            if self._kept is None or self._kept[0] != prompt:
+                self._kept = (prompt, *self._answer(ids, "unsteered", send))
+            else:
+                send({"unsteered": self._kept[2]})
+            unsteered = self._kept[1]
             with steer(self.model, self.stack, strength) as steering:
 
                 def show_gates() -> None:
                     send({"gates": self.gates(steering)})
 
-                steered = self._answer(ids, lambda piece: send({"steered": piece}), show_gates)
+                steered, _ = self._answer(ids, "steered", send, show_gates)
                 show_gates()  # a token gate decides until the end
         send({"same": steered == unsteered})
 
-    def _answer_unsteered(self, prompt: str, ids: list[int], send: Send) -> list[int]:
-        if self._kept is not None and self._kept[0] == prompt:
-            send({"unsteered": self._kept[2]})
-            return self._kept[1]
-        pieces: list[str] = []
-
-        def keep(piece: str) -> None:
-            pieces.append(piece)
-            send({"unsteered": piece})
-
-        tokens = self._answer(ids, keep)
-        self._kept = (prompt, tokens, "".join(pieces))
-        return tokens
-
     @torch.inference_mode()
     def _answer(
-        self, ids: list[int], piece: Callable[[str], object], begun: Callable[[], object] | None = None
-    ) -> list[int]:
-        """Return the greedy answer to one prompt; `piece` gets its text while it grows."""
-        batch = torch.tensor([ids], device=device_of(self.model))
+        self, ids: list[int], name: str, send: Send, begun: Callable[[], object] | None = None
+    ) -> tuple[list[int], str]:
+        """Return the greedy answer to one prompt and its text; `send` gets the text as `name` while it grows."""
+        pieces: list[str] = []
 
-        def open_piece(text: str) -> None:
+        def show(piece: str) -> None:
             self._check_open()
-            piece(text)
+            pieces.append(piece)
+            send({name: piece})
 
-        streamer = _Streamer(self.tokenizer, open_piece, begun)
+        batch = torch.tensor([ids], device=device_of(self.model))
+        streamer = _Streamer(self.tokenizer, show, begun)
         inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "streamer": streamer}
         with evaluating(self.model):
-            return greedy_batch(self.model, self.tokenizer, inputs, self.max_new_tokens)[0]
+            (tokens,) = greedy_batch(self.model, self.tokenizer, inputs, self.max_new_tokens)
+        return tokens, "".join(pieces)
 
     def _check_open(self) -> None:
         if self._closed.is_set():

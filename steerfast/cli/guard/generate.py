@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.cli.guard.options import guard_options, search_options
 
 if TYPE_CHECKING:
@@ -22,18 +22,18 @@ def _strategies() -> Iterable[str]:
 
 @click.command("generate")
 @click.argument("folder", metavar="FOLDER")
-@common.prompt_arguments
-@common.model_options("the model that the critic names")
-@common.accept_option
-@click.option("--strategy", type=common.LazyChoice(_strategies), default="speculative", show_default=True)
+@option.prompts
+@option.model("the model that the critic names")
+@option.accept_model
+@click.option("--strategy", type=option.LazyChoice(_strategies), default="speculative", show_default=True)
 @guard_options
-@click.option(
+@option.value(
     "--fired",
-    type=click.Choice(["search", "steer", "both", "refuse"]),
-    help="With --profile: the action if its gate fires; other prompts are decoded plainly.  [default: both]",
+    option.one_of("search", "steer", "both", "refuse"),
+    "With --profile: the action if its gate fires; other prompts are decoded plainly.  [default: both]",
 )
 @search_options
-@common.json_option
+@option.json_file
 def command(
     folder: str,
     prompts: tuple[str, ...],
@@ -53,7 +53,7 @@ def command(
     """
     if options["fired"] is not None and profile_file is None:
         raise click.UsageError("--fired: expected it with --profile, got it without")
-    common.check_outputs({"--json": json_file}, [*files, *([profile_file] if profile_file else [])])
+    common.check_outputs({"--json": json_file}, [*files, profile_file])
     from dataclasses import asdict
 
     from steerfast.guard import Guard

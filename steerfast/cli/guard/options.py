@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import click
+from steerfast.cli import common, option
 
-from steerfast.cli import common
-
-search_options = common.together(
-    common.value_option("--block", int, None, "Tokens of a block.", 32),
-    common.value_option("--depth", int, None, "Most tokens of an answer.", 128),
-    common.share_option(
-        "--top-p", "Share of probability of the likeliest tokens, from which answers are drawn.", 0.9, min_open=True
+search_options = option.together(
+    option.value("--block", option.Kind(None, int), "Tokens of a block.", 32),
+    option.value("--depth", option.Kind(None, int), "Most tokens of an answer.", 128),
+    option.value(
+        "--top-p",
+        option.share(min_open=True),
+        "Share of probability of the likeliest tokens, from which answers are drawn.",
+        0.9,
     ),
-    common.value_option(
-        "--temperature", click.FloatRange(min=0), "NUMBER", "0 is greedy; several candidates then sample at 1.", 0.7
-    ),
-    common.value_option("--seed", click.IntRange(min=0), "N", None, 0),
+    option.value("--temperature", option.NOT_NEGATIVE, "0 is greedy; several candidates then sample at 1.", 0.7),
+    option.value("--seed", option.SEED, None, 0),
 )
-guard_options = common.together(
-    common.value_option("--candidates", int, "N", "A multiple of 4.", 16),
-    common.value_option("--budget", float, "NUMBER", "In units of the cost.  [default: the critic's]"),
-    click.option("--profile", "profile_file", metavar="FILE", help="Its prompt gate decides which prompts to search."),
-    common.value_option("--strength", float, None, "Multiplies the profile's strengths.", 1.0),
+guard_options = option.together(
+    option.value("--candidates", option.WHOLE, "A multiple of 4.", 16),
+    option.value("--budget", option.NUMBER, "In units of the cost.  [default: the critic's]"),
+    option.value("--profile", option.FILE, "Its prompt gate decides which prompts to search.", role="profile_file"),
+    option.value("--strength", option.Kind(None, float), "Multiplies the profile's strengths.", 1.0),
 )
 
 

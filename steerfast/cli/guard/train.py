@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from steerfast.cli import common
+from steerfast.cli import common, option
 from steerfast.cli.guard.options import prompt_sets, search_options
 from steerfast.errors import OutputError
 
@@ -16,47 +16,37 @@ if TYPE_CHECKING:
 
 
 @click.command("train")
-@common.model_options(required=True)
-@common.accept_option
-@common.set_option("--harmful", "steerfast:harmful_fit", "Harmful prompts")
-@common.set_option("--harmless", "steerfast:harmless_fit", "Harmless prompts")
-@common.count_option("--count", "Prompts of each kind.  [default: all]")
-@click.option(
-    "--profile", "profile_file", metavar="FILE", help="Steers answers to harmful prompts; its gate finds harm."
-)
-@common.list_option(
-    "--strengths",
-    "NUMBERS",
-    common.finite,
-    "numbers such as 0.5,1",
-    "Comma list of multipliers of the profile's strengths.",
-    "1",
-)
-@common.value_option("--rollouts", int, "N", "Answers per prompt and origin.", 5)
+@option.model(required=True)
+@option.accept_model
+@option.prompt_set("--harmful", "Harmful prompts", "steerfast:harmful_fit")
+@option.prompt_set("--harmless", "Harmless prompts", "steerfast:harmless_fit")
+@option.value("--count", option.COUNT, "Prompts of each kind.  [default: all]")
+@option.value("--profile", option.FILE, "Steers answers to harmful prompts; its gate finds harm.", role="profile_file")
+@option.value("--strengths", option.NUMBERS, "Comma list of multipliers of the profile's strengths.", "1")
+@option.value("--rollouts", option.WHOLE, "Answers per prompt and origin.", 5)
 @search_options
-@common.value_option("--budget", float, "NUMBER", None, 10.0)
-@common.value_option(
+@option.value("--budget", option.NUMBER, None, 10.0)
+@option.value(
     "--margin",
-    float,
-    "NUMBER",
+    option.NUMBER,
     "Log-odds by which an answer must be likelier safe than unsafe to stay within the budget.",
     0.0,
 )
-@common.value_option("--discount", float, "NUMBER", None, 0.999)
+@option.value("--discount", option.NUMBER, None, 0.999)
 @click.option(
     "--refund/--no-refund",
     default=False,
     show_default=True,
     help="Whether a harmless ending lowers the cost of an answer. Without it no block does.",
 )
-@common.value_option("--width", int, None, "Of the critic's hidden layer.", 4096)
-@common.value_option("--epochs", int, "N", None, 50)
-@common.value_option("--learning-rate", float, "NUMBER", None, 1e-5)
+@option.value("--width", option.Kind(None, int), "Of the critic's hidden layer.", 4096)
+@option.value("--epochs", option.WHOLE, None, 50)
+@option.value("--learning-rate", option.NUMBER, None, 1e-5)
 @click.option(
     "--critic-batch", "batch_size", type=int, default=8, show_default=True, metavar="N", help="States per step."
 )
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="Created if missing; it keeps the rollouts.")
-@common.json_option
+@option.json_file
 def command(output: str, profile_file: str | None, json_file: str | None, **options: Any) -> None:
     """Learn cost, reward and critic from the model's own answers.
 
@@ -68,8 +58,7 @@ def command(output: str, profile_file: str | None, json_file: str | None, **opti
       steerfast guard train --model MODEL --profile safety.safetensors --output guard/
       steerfast guard train --model MODEL --count 40 --block 16 --depth 64 --width 256 -o guard/ --json train.json
     """
-    inputs = [*options["harmful"], *options["harmless"], *([profile_file] if profile_file else [])]
-    common.check_outputs({"--json": json_file}, inputs)
+    common.check_outputs({"--json": json_file}, [*options["harmful"], *options["harmless"], profile_file])
     _check_folder(output)
     from steerfast.guard.candidates import Sampling
     from steerfast.guard.critic import CriticSettings
