@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import GuardError
+from steerfast.guard.parts import expect
 from steerfast.hf.generation import device_of, evaluating
 
 
@@ -88,8 +89,7 @@ class CallableScorer:
         self, function: Callable[[Any], Any], *, takes: Literal["pairs", "answers", "blocks"] = "pairs",
         cumulative: bool = True,
     ) -> None:  # fmt: skip
-        if takes not in ("pairs", "answers", "blocks"):
-            raise GuardError(f"takes: expected 'pairs', 'answers' or 'blocks', got {takes!r}")
+        expect(takes in ("pairs", "answers", "blocks"), "takes", "'pairs', 'answers' or 'blocks'", takes)
         self._function = function
         self._takes = takes
         self.cumulative = cumulative
@@ -122,10 +122,8 @@ class SequenceClassifier:
         self, model: nn.Module, tokenizer: Any, *, label: str | int | None = None, sign: int = 1, batch_size: int = 16
     ) -> None:
         config: Any = model.config
-        if batch_size < 1:
-            raise GuardError(f"batch_size: expected at least 1, got {batch_size}")
-        if sign not in (1, -1):
-            raise GuardError(f"sign: expected 1 or -1, got {sign!r}")
+        expect(batch_size >= 1, "batch_size", "at least 1", batch_size)
+        expect(sign in (1, -1), "sign", "1 or -1", sign)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.model, self.tokenizer, self.sign = model, tokenizer, sign
@@ -134,8 +132,7 @@ class SequenceClassifier:
         names: dict[int, str] = dict(config.id2label)
         alone = 0 if label is None and len(names) == 1 else label
         self.label = next((number for number, name in names.items() if alone in (number, name)), None)
-        if self.label is None:
-            raise GuardError(f"label: expected one of {', '.join(names.values())}, got {label!r}")
+        expect(self.label is not None, "label", f"one of {', '.join(names.values())}", label)
         context = getattr(config, "max_position_embeddings", None) or 2**31
         self.limit = min(context, tokenizer.model_max_length)
 
