@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -34,13 +35,14 @@ class _RoomyLayer(DynamicLayer):
 
     keys: Tensor
     values: Tensor
-    room: tuple[Tensor, Tensor] | None = None
+    room: tuple[Tensor, ...] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         held = self.keys.shape[-2]
         end = held + key_states.shape[-2]
         if self.room is None or end > self.room[0].shape[-2]:
-            self.room = _with_room(self.keys, end), _with_room(self.values, end)
+            more = -(-end // _ROOM) * _ROOM - held
+            self.room = tuple(F.pad(one, (0, 0, 0, more)) for one in (self.keys, self.values))
         for room, new in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, held:end] = new
         self.keys, self.values = (room[:, :, :end] for room in self.room)
@@ -55,12 +57,6 @@ class _RoomyLayer(DynamicLayer):
         other = copy.copy(self)
         other.room = None
         return other
-
-
-def _with_room(held: Tensor, tokens: int) -> Tensor:
-    room = held.new_empty(*held.shape[:2], -(-tokens // _ROOM) * _ROOM, held.shape[3])
-    room[:, :, : held.shape[2]] = held
-    return room
 
 
 def _fork(cache: DynamicCache) -> DynamicCache:

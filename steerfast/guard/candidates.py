@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerfast.errors import GuardError
 from steerfast.guard.objective import ScoredAnswer
 from steerfast.guard.parts import expect
 
@@ -37,8 +36,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         expect(0 <= self.temperature < math.inf, "temperature", "a number of at least 0", self.temperature)
-        whole = isinstance(self.top_k, int) and self.top_k >= 0
-        expect(whole, "top_k", "a whole number of at least 0", self.top_k)
+        expect(isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "a whole number of at least 0", self.top_k)
         expect(0 < self.top_p <= 1, "top_p", "a number above 0, at most 1", self.top_p)
 
 
@@ -66,8 +64,7 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 def _mix(x: np.ndarray, number: Any) -> np.ndarray:
     """Return pseudo-random uint64 numbers that follow from two (SplitMix64)."""
     numbers = np.atleast_1d(np.asarray(number, dtype=np.uint64))  # arrays wrap around silently
-    x = x + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    return _scramble(x)
+    return _scramble(x + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:
@@ -137,8 +134,7 @@ class Backend:
 
     def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
         """Return `n` empty answers to a prompt; GuardError if it is empty or leaves no room in the context."""
-        if not 0 < len(prompt_ids) < self.context:
-            raise GuardError(f"prompt: expected 1 to {self.context - 1} tokens, got {len(prompt_ids)}")
+        expect(0 < len(prompt_ids) < self.context, "prompt", f"1 to {self.context - 1} tokens", len(prompt_ids))
         prompt = [int(token) for token in prompt_ids]
         root = Candidates(prompt, [[]], torch.zeros(1, dtype=torch.bool), None, root_stream(seed))
         self.prefill(root)

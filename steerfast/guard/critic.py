@@ -49,8 +49,7 @@ class CriticSettings(SafetyBudget):
         super().__post_init__()
         for name in ("width", "depth", "epochs", "batch_size"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and value >= 1
-            parts.expect(whole, name, "a whole number of at least 1", value)
+            parts.expect(isinstance(value, int) and value >= 1, name, "a whole number of at least 1", value)
         parts.expect(0 < self.learning_rate < float("inf"), "learning_rate", "a number above 0", self.learning_rate)
         parts.expect(0 <= self.validation < 1, "validation", "a share from 0 to below 1", self.validation)
 
@@ -134,9 +133,9 @@ class Critic(nn.Module):
     def load(cls, path: parts.AnyPath) -> Critic:
         """Read a critic; GuardError if the file is missing, damaged or no critic."""
         tensors, header, identity = parts.read_file(path, _KIND)
-        known, settings = set(vars(CriticSettings())), header["settings"]
-        if set(settings) != known:
-            named = ", ".join(sorted(known.symmetric_difference(settings)))
+        settings = header["settings"]
+        if different := set(vars(CriticSettings())) ^ set(settings):
+            named = ", ".join(sorted(different))
             raise GuardError(
                 f"{str(path)!r}: a critic of another version, whose settings differ in {named}; train again"
             )

@@ -255,10 +255,8 @@ def with_end(tokenizer: Any, tokens: list[int]) -> list[int]:
 
 def _unpadded(processors: Any) -> Any:
     """Return transformers' processors for prompts without padding: drop the padded lengths that some of them hold."""
-    if not processors:
-        return None
-    processors = copy.deepcopy(processors)
-    for processor in processors:
+    processors = copy.deepcopy(processors) or None
+    for processor in processors or ():
         if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
             processor.prompt_ignore_length = None
     return processors

@@ -209,8 +209,7 @@ def load_trained(folder: AnyPath) -> Trained:
 
 def pick(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
     """Return `count` of the prompts (None: all), shuffled by the seed; a larger count begins with the same prompts."""
-    fits = count is None or 1 <= count <= len(prompts)
-    expect(fits, "count", f"1 to {len(prompts)}, the prompts of a kind", count)
+    expect(count is None or 1 <= count <= len(prompts), "count", f"1 to {len(prompts)}, the prompts of a kind", count)
     shuffled = list(prompts)
     random.Random(seed).shuffle(shuffled)
     return shuffled[:count]

@@ -92,8 +92,7 @@ class RolloutOptions:
 
     def __post_init__(self) -> None:
         for name in ("rollouts", "block", "depth"):
-            value = getattr(self, name)
-            expect(value >= 1, name, "at least 1", value)
+            expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
 def collect(
@@ -144,22 +143,17 @@ def _roll_out(backend: Backend, job: tuple[Sequence[int], str, str], options: Ro
     if candidates.hidden is None:
         raise GuardError(f"backend: expected hidden states with the tokens, got none from {type(backend).__name__}")
     states: list[tuple[int, int, Tensor]] = []  # answer, its tokens, latent state
-
-    def keep(rows: Sequence[int]) -> None:
-        assert candidates.hidden is not None
-        hidden = candidates.hidden.to("cpu", torch.float32, copy=True)
-        states.extend((row, len(candidates.answers[row]), hidden[row]) for row in rows)
-
-    block, depth = min(options.block, options.depth), options.depth
+    block, depth, growing = min(options.block, options.depth), options.depth, list(range(len(candidates)))
     backend.append(candidates, options.opening[: None if options.whole else block - 1])
-    if options.whole:
-        candidates.finished = torch.ones_like(candidates.finished)
-        keep(range(len(candidates)))
-    while candidates.length < depth and not bool(candidates.finished.all()):
-        growing = (~candidates.finished).nonzero().flatten().tolist()
-        step = min(block - candidates.length % block, depth - candidates.length)
-        backend.extend(candidates, step, options.sampling)
-        keep(growing)
+    while growing:
+        if options.whole:
+            candidates.finished = torch.ones_like(candidates.finished)
+        else:
+            step = min(block - candidates.length % block, depth - candidates.length)
+            backend.extend(candidates, step, options.sampling)
+        hidden = candidates.hidden.to("cpu", torch.float32, copy=True)
+        states += [(row, len(candidates.answers[row]), hidden[row]) for row in growing]
+        growing = (~candidates.finished).nonzero().flatten().tolist() if candidates.length < depth else []
     states.sort(key=lambda state: state[:2])
     owner, ends, rows = zip(*states, strict=True)
     return Rollouts(

@@ -90,9 +90,7 @@ class CallableScorer:
         cumulative: bool = True,
     ) -> None:  # fmt: skip
         expect(takes in ("pairs", "answers", "blocks"), "takes", "'pairs', 'answers' or 'blocks'", takes)
-        self._function = function
-        self._takes = takes
-        self.cumulative = cumulative
+        self._function, self._takes, self.cumulative = function, takes, cumulative
 
     def __call__(self, blocks: Blocks) -> Tensor:
         given: Any = blocks if self._takes == "blocks" else blocks.pairs()
@@ -116,8 +114,6 @@ class SequenceClassifier:
         GuardError: an unknown label, a missing one of several, another sign, a batch_size below 1.
     """
 
-    cumulative = True
-
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, label: str | int | None = None, sign: int = 1, batch_size: int = 16
     ) -> None:
@@ -133,8 +129,7 @@ class SequenceClassifier:
         alone = 0 if label is None and len(names) == 1 else label
         self.label = next((number for number, name in names.items() if alone in (number, name)), None)
         expect(self.label is not None, "label", f"one of {', '.join(names.values())}", label)
-        context = getattr(config, "max_position_embeddings", None) or 2**31
-        self.limit = min(context, tokenizer.model_max_length)
+        self.limit = min(getattr(config, "max_position_embeddings", None) or 2**31, tokenizer.model_max_length)
 
     @torch.inference_mode()
     def __call__(self, blocks: Blocks) -> Tensor:

@@ -60,21 +60,17 @@ class Strategy:
     def __post_init__(self) -> None:
         for name, least in (("candidates", 1), ("block", 1), ("depth", 1), ("retries", 0)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and value >= least
-            expect(whole, name, f"a whole number of at least {least}", value)
+            expect(isinstance(value, int) and value >= least, name, f"a whole number of at least {least}", value)
         count, widths = self.candidates, list(self.widths)
-        divides = self.keep is not None or count % 4 == 0
-        expect(divides, "candidates", "a multiple of 4, since a quarter is kept", count)
+        expect(self.keep is not None or count % 4 == 0, "candidates", "a multiple of 4, since a quarter is kept", count)
         expect(1 <= self.kept <= count, "keep", f"1 to {count}, the number of candidates", self.keep)
         rising = [*sorted({width for width in widths if 1 <= width < count}), count]
         expect(widths in ([], rising), "widths", f"numbers that grow from 1 to {count}", self.widths)
         for name in ("penalty", "multiplier"):
-            value = getattr(self, name)
-            expect(0 <= value < float("inf"), name, "a number of at least 0", value)
+            expect(0 <= getattr(self, name) < float("inf"), name, "a number of at least 0", getattr(self, name))
         expect(0 < self.temperature < float("inf"), "temperature", "a number above 0", self.temperature)
         for name, known in (("safety", _SUFFIX), ("fallback", ("refusal", "least unsafe"))):
-            value = getattr(self, name)
-            expect(value in known, name, f"one of {', '.join(known)}", value)
+            expect(getattr(self, name) in known, name, f"one of {', '.join(known)}", getattr(self, name))
 
     @property
     def kept(self) -> int:
@@ -107,16 +103,15 @@ class Strategy:
         return cls.beam(candidates, "augmented", **{"name": name, **guarded, **options})
 
     @classmethod
-    def speculative(cls, widths: Sequence[int] = (1, 4, 16), critic: bool = True, **options: Any) -> Strategy:
-        """Return InferenceGuard that takes the first safe block, and samples more blocks only if none is safe."""
+    def speculative(cls, widths: Sequence[int] | int = 16, critic: bool = True, **options: Any) -> Strategy:
+        """Return InferenceGuard that takes the first safe block, and samples more blocks only if none is safe.
+
+        A number of widths, N, means 1, 4, 16, ... up to N.
+        """
+        if isinstance(widths, int):
+            widths = (*(4**n for n in range(widths) if 4**n < widths), widths)
         name = "speculative" + " + critic" * critic
         return cls.inference_guard(widths[-1], critic, **{"name": name, "keep": 1, "widths": tuple(widths), **options})
-
-
-def _speculative(candidates: int, **options: Any) -> Strategy:
-    """Return speculation by 1, 4, 16, ... up to N candidates."""
-    powers = [4**n for n in range(candidates) if 4**n < candidates]
-    return Strategy.speculative((*powers, candidates), **options)
 
 
 # Name on the command line -> strategy at N candidates; other options are the strategy's.
@@ -130,7 +125,7 @@ STRATEGIES: Mapping[str, Callable[..., Strategy]] = {
     "beam-augmented": partial(Strategy.beam, safety="augmented"),
     "inference-guard": partial(Strategy.inference_guard, critic=False),
     "inference-guard-critic": Strategy.inference_guard,
-    "speculative": _speculative,
+    "speculative": Strategy.speculative,
 }
 
 
