@@ -121,6 +121,29 @@ class ServingConfig:
         locked = ", locked" if self.locked else ""
         return f"steerfast {self.version} steers {len(self.profiles)} profiles ({names}): {default}{locked}"
 
+    @property
+    def defaults(self) -> list[str]:
+        """The profiles of the default by name."""
+        return [] if self.default is None else self.default.split(",")
+
+    def check_environment(self) -> None:
+        """Raise ValueError where a variable of this process's environment opens a way around steering."""
+        for name, if_locked, why in _REFUSED_VARIABLES:
+            value = os.environ.get(name, "")
+            if (self.locked or not if_locked) and value.strip().lower() not in ("", "0", "false"):
+                what = f"{KEY}.locked" if if_locked else KEY
+                raise ValueError(f"{what}: expected {name} unset, got {value!r}: {why}")
+
+    def warn_of_thoughts(self, name: str, profile: SteeringProfile, vllm_config: Any) -> None:
+        """Warn of a profile that edits the beginning of an answer, where that may be a thought."""
+        parser = vllm_config.structured_outputs_config.reasoning_parser
+        if parser and self.thinking == COUNT and profile.answer_tokens is not None:
+            _log.warning(
+                "Profile %r edits the first %d tokens of an answer; with --reasoning-parser %s the tokens of a thought "
+                "are among them. %s.thinking: %r lets edits begin after it.",
+                name, profile.answer_tokens, parser, KEY, SKIP,
+            )  # fmt: skip
+
     def check(self, name: str, profile: SteeringProfile, model: ModelIdentity, *, split: bool) -> None:
         """Raise ProfileError where this engine cannot serve `profile`.
 
@@ -180,11 +203,6 @@ def identity_of(text_config: Any) -> ModelIdentity:
     )
 
 
-def split_names(stack: str | None) -> list[str]:
-    """Return the profiles of a stack "a,b" by name; None: no profile."""
-    return [] if stack is None else stack.split(",")
-
-
 def check_name(name: object) -> str:
     """Return a profile's name.
 
@@ -241,7 +259,8 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
 
 def _check_choices(given: Mapping[str, Any], profiles: Mapping[str, SteeringProfile]) -> None:
     """Raise ValueError at the first value that is out of range, or does not go with the profiles."""
-    default, folder, stack = split_names(given["default"]), given["directory"], given["stack"]
+    default = [] if given["default"] is None else given["default"].split(",")
+    folder, stack = given["directory"], given["stack"]
     known, points = ", ".join(profiles) or "no profiles", any(profile.points for profile in profiles.values())
     unknown, unseen = ([name for name in names if name not in [*profiles]] for names in (default, given["observe"]))
     unnamed = given["threshold"] is not None and folder is None and not points
@@ -323,19 +342,6 @@ def splits_prompts(vllm_config: Any) -> bool:
     return scheduler.enable_chunked_prefill or scheduler.long_prefill_token_threshold > 0 or aligned
 
 
-def check_environment(locked: bool) -> None:
-    """Raise ValueError where a variable of this process's environment opens a way around steering.
-
-    Args:
-        locked: whether the engine is.
-    """
-    for name, if_locked, why in _REFUSED_VARIABLES:
-        value = os.environ.get(name, "")
-        if (locked or not if_locked) and value.strip().lower() not in ("", "0", "false"):
-            what = f"{KEY}.locked" if if_locked else KEY
-            raise ValueError(f"{what}: expected {name} unset, got {value!r}: {why}")
-
-
 def check_weights(folder: str) -> None:
     """Raise ValueError where vLLM would read a profile in the model's folder as weights."""
     if Path(folder, "model.safetensors.index.json").is_file():  # vLLM reads only the files that it names
@@ -353,7 +359,7 @@ def check_engine(vllm_config: Any) -> None:
     config = ServingConfig.of(vllm_config)
     if config is None:
         return
-    check_environment(config.locked)
+    config.check_environment()
     check_weights(vllm_config.model_config.model)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, drafts = vllm_config.cache_config, vllm_config.speculative_config
@@ -379,7 +385,7 @@ def check_engine(vllm_config: Any) -> None:
     for name, path in config.profiles.items():
         profile = SteeringProfile.load(path)
         config.check(name, profile, identity, split=split)
-        warn_of_thoughts(config, name, profile, vllm_config)
+        config.warn_of_thoughts(name, profile, vllm_config)
 
 
 def check_thoughts(config: ServingConfig, vllm_config: Any) -> None:
@@ -400,17 +406,6 @@ def check_thoughts(config: ServingConfig, vllm_config: Any) -> None:
             f"{KEY}.thinking: expected --no-async-scheduling with {SKIP!r}, as the next step begins before a thought "
             "is known to have ended"
         )
-
-
-def warn_of_thoughts(config: ServingConfig, name: str, profile: SteeringProfile, vllm_config: Any) -> None:
-    """Warn of a profile that edits the beginning of an answer, where that may be a thought."""
-    parser = vllm_config.structured_outputs_config.reasoning_parser
-    if parser and config.thinking == COUNT and profile.answer_tokens is not None:
-        _log.warning(
-            "Profile %r edits the first %d tokens of an answer; with --reasoning-parser %s the tokens of a thought are "
-            "among them. %s.thinking: %r lets edits begin after it.",
-            name, profile.answer_tokens, parser, KEY, SKIP,
-        )  # fmt: skip
 
 
 def install() -> None:
