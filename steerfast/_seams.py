@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,22 @@ class Seam:
     def expected(self) -> str:
         """The name with its parameters."""
         return self.name if self.parameters is None else f"{self.name}({', '.join(self.parameters)})"
+
+
+def seams(table: Mapping[str, str], since: str = "") -> tuple[Seam, ...]:
+    """Return the seams of a table: what is relied on, and why.
+
+    Args:
+        table: "owner.method(self, first, *)", or "owner.attribute", or several, as "owner.one, other" -> why.
+        since: of all of them.
+    """
+    made: list[Seam] = []
+    for text, why in table.items():
+        path, method, parameters = text.removesuffix(")").partition("(")
+        owner, _, names = path.rpartition(".")
+        taken = tuple(parameters.split(", ")) if method else None
+        made += [Seam(owner, name, taken, why, since) for name in names.split(", ")]
+    return tuple(made)
 
 
 def _has_attribute(owner: Any, name: str) -> bool:

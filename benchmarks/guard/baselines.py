@@ -7,7 +7,7 @@ hidden state that enters the language-model head by gradient ascent on a value o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,12 +97,11 @@ class ArgsSearch(Search):
         super().__init__(*parts, **options)
         _check_backend(self)
 
-    def _block(self, beams: Any, step: int, last: bool, sampling: Sampling, counts: Any, question: str | None) -> Any:
+    def _block(self, found: Any, step: int, last: bool, sampling: Sampling, counts: Any, question: str | None) -> Any:
         strategy, backend = self.strategy, self.backend
         assert isinstance(strategy, Args)
         assert isinstance(backend, HFBackend)
-        beams = beams.take(backend, [0])
-        grown, length = beams.candidates, beams.candidates.length
+        grown, length = backend.branch(found, [0]), found.length
         for position in range(length, length + step):
             options, logits = likeliest(backend, grown, strategy.top)
             counts["sampled"] += len(options)
@@ -110,14 +109,15 @@ class ArgsSearch(Search):
             cost = torch.zeros(len(options))
             if strategy.safety in ("lagrangian", "cost"):
                 now = scores_of(self.cost, blocks, "cost")
-                cost = beams.column("cost") + block_costs(self.cost, now, beams.column("score"))
+                cost = found.column("cost") + block_costs(self.cost, now, found.column("score"))
             worth = self._worth(scores_of(self.reward, blocks, "reward"), cost).clamp(-_LARGEST, _LARGEST)
             drawn = torch.from_numpy(uniforms(grown.streams, position, 1)[:, 0])
             pick = int(sample((logits.cpu() + strategy.weight * worth)[None], drawn, sampling))
             grown = backend.branch(options, [pick])
             if bool(grown.finished.all()):
                 break
-        return self._charge(replace(beams, candidates=grown), [grown.length - length], last, question)
+        self._charge(grown, [grown.length - length], last, question)
+        return grown
 
 
 class ReControlSearch(Search):

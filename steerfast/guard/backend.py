@@ -9,15 +9,16 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from steerfast.errors import ArchitectureError, GuardError
+from steerfast.errors import ArchitectureError
 from steerfast.guard import parts
 from steerfast.guard.candidates import Backend, Candidates, Sampling, sample, uniforms
 from steerfast.hf import caches
@@ -34,13 +35,14 @@ class _RoomyLayer(DynamicLayer):
 
     keys: Tensor
     values: Tensor
-    room: tuple[Tensor, Tensor] | None = None
+    room: tuple[Tensor, ...] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         held = self.keys.shape[-2]
         end = held + key_states.shape[-2]
         if self.room is None or end > self.room[0].shape[-2]:
-            self.room = _with_room(self.keys, end), _with_room(self.values, end)
+            more = -(-end // _ROOM) * _ROOM - held
+            self.room = tuple(F.pad(one, (0, 0, 0, more)) for one in (self.keys, self.values))
         for room, new in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, held:end] = new
         self.keys, self.values = (room[:, :, :end] for room in self.room)
@@ -55,12 +57,6 @@ class _RoomyLayer(DynamicLayer):
         other = copy.copy(self)
         other.room = None
         return other
-
-
-def _with_room(held: Tensor, tokens: int) -> Tensor:
-    room = held.new_empty(*held.shape[:2], -(-tokens // _ROOM) * _ROOM, held.shape[3])
-    room[:, :, : held.shape[2]] = held
-    return room
 
 
 def _fork(cache: DynamicCache) -> DynamicCache:
@@ -106,8 +102,8 @@ class HFBackend(Backend):
 
     def __init__(self, model: nn.Module, tokenizer: Any, prompt_layer: int | None = None) -> None:
         layers = find_decoder(model).layers
-        if prompt_layer is not None and not 0 <= prompt_layer < len(layers):
-            raise GuardError(f"prompt_layer: expected None or a layer in 0..{len(layers) - 1}, got {prompt_layer!r}")
+        known = prompt_layer in (None, *range(len(layers)))
+        parts.expect(known, "prompt_layer", f"None or a layer in 0..{len(layers) - 1}", prompt_layer)
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise ArchitectureError(f"model: expected a language-model head, got {type(model).__name__} without one")
@@ -136,10 +132,9 @@ class HFBackend(Backend):
         cache = caches.cache_in(output)
         if not caches.splits(cache):
             raise ArchitectureError(f"model: expected keys and values that grow by a token, got {type(cache).__name__}")
-        for number, layer in enumerate(cache.layers):
+        for layer in cache.layers:
             if type(layer) is DynamicLayer:
-                cache.layers[number] = roomy = _RoomyLayer()
-                roomy.__dict__.update(layer.__dict__)
+                layer.__class__ = _RoomyLayer
         root.hidden = torch.cat([last, last, prompt[-1].to(last.device)], dim=1) if prompt else last
         root.state = OpenRows(cache, output.logits[:, -1])
 
@@ -149,8 +144,7 @@ class HFBackend(Backend):
     ) -> list[list[int]]:
         """Extend as `Backend.extend`; GuardError for a block below 1 or past the model's context."""
         room = self.context - len(candidates.prompt) - candidates.length
-        if not 1 <= block <= room:
-            raise GuardError(f"block: expected 1 to {room} tokens, which the model's context has room for, got {block}")
+        parts.expect(1 <= block <= room, "block", f"1 to {room} tokens, which the model's context has room for", block)
         sampling = sampling or Sampling()
         device, rows = device_of(self.model), candidates.state
         alive = (~candidates.finished).nonzero()[:, 0]
@@ -243,9 +237,10 @@ class HFBackend(Backend):
             last = values[-1] if isinstance(values[-1], Tensor) else values[-1][0]
             rows.append(last[:, -1].to(torch.float32, copy=True))
 
-        with ExitStack() as hooks:
-            if module is self._head:
-                hooks.enter_context(module.register_forward_pre_hook(keep, prepend=True))
-            elif module is not None:
-                hooks.enter_context(module.register_forward_hook(keep))
+        hook: Any = nullcontext()
+        if module is self._head:
+            hook = module.register_forward_pre_hook(keep, prepend=True)
+        elif module is not None:
+            hook = module.register_forward_hook(keep)
+        with hook:
             yield rows

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steerfast.errors import GuardError
+from steerfast.guard.objective import ScoredAnswer
+from steerfast.guard.parts import expect
 
 _NUCLEUS = 1024  # tokens in which top_p is looked for before the whole vocabulary is sorted
 
@@ -34,12 +35,9 @@ class Sampling:
     processors: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise GuardError(f"temperature: expected a number of at least 0, got {self.temperature!r}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise GuardError(f"top_k: expected a whole number of at least 0, got {self.top_k!r}")
-        if not 0 < self.top_p <= 1:
-            raise GuardError(f"top_p: expected a number above 0, at most 1, got {self.top_p!r}")
+        expect(0 <= self.temperature < math.inf, "temperature", "a number of at least 0", self.temperature)
+        expect(isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "a whole number of at least 0", self.top_k)
+        expect(0 < self.top_p <= 1, "top_p", "a number above 0, at most 1", self.top_p)
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
@@ -66,8 +64,7 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 def _mix(x: np.ndarray, number: Any) -> np.ndarray:
     """Return pseudo-random uint64 numbers that follow from two (SplitMix64)."""
     numbers = np.atleast_1d(np.asarray(number, dtype=np.uint64))  # arrays wrap around silently
-    x = x + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    return _scramble(x)
+    return _scramble(x + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:
@@ -98,7 +95,7 @@ class Candidates:
 
     answers: token ids, n of them; all unfinished ones have the same length. finished: bool [n], on the CPU.
     hidden: latent states float32 [n, S], see `steerfast.guard.parts`; None if the backend does not have them.
-    streams: uint64 [n]. state: the backend's private state of the unfinished ones.
+    streams: uint64 [n]. state: the backend's private state of the unfinished ones. scores: n, set by a search.
     """
 
     prompt: list[int]
@@ -107,6 +104,7 @@ class Candidates:
     hidden: Tensor | None
     streams: np.ndarray
     state: Any = None
+    scores: list[ScoredAnswer] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -115,6 +113,10 @@ class Candidates:
     def length(self) -> int:
         """Return the tokens of the longest answer: of every unfinished one."""
         return max(map(len, self.answers), default=0)
+
+    def column(self, name: str) -> Tensor:
+        """Return one of the scores of all answers: float32 [n]."""
+        return torch.tensor([getattr(one, name) for one in self.scores])
 
 
 class Backend:
@@ -132,8 +134,7 @@ class Backend:
 
     def start(self, prompt_ids: Sequence[int], n: int = 1, seed: int = 0) -> Candidates:
         """Return `n` empty answers to a prompt; GuardError if it is empty or leaves no room in the context."""
-        if not 0 < len(prompt_ids) < self.context:
-            raise GuardError(f"prompt: expected 1 to {self.context - 1} tokens, got {len(prompt_ids)}")
+        expect(0 < len(prompt_ids) < self.context, "prompt", f"1 to {self.context - 1} tokens", len(prompt_ids))
         prompt = [int(token) for token in prompt_ids]
         root = Candidates(prompt, [[]], torch.zeros(1, dtype=torch.bool), None, root_stream(seed))
         self.prefill(root)
@@ -171,6 +172,7 @@ class Backend:
             hidden=None if hidden is None else hidden[at.to(hidden.device)],
             streams=child_streams(candidates.streams[at.numpy()], candidates.length, numbers),
             state=None,
+            scores=[candidates.scores[i] for i in index if candidates.scores],
         )
 
     def join(self, groups: Sequence[Candidates]) -> Candidates:
@@ -182,4 +184,5 @@ class Backend:
             finished=torch.cat([group.finished for group in groups]),
             hidden=torch.cat(known) if len(known) == len(groups) else None,
             streams=np.concatenate([group.streams for group in groups]),
+            scores=[score for group in groups for score in group.scores],
         )

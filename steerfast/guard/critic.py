@@ -30,35 +30,28 @@ _KIND = "critic"
 
 
 @dataclass(frozen=True)
-class CriticSettings:
+class CriticSettings(SafetyBudget):
     """Hyper-parameters; the defaults are the paper's (its table 3), except `depth` and `validation`.
 
-    width, depth: of the hidden layers (GELU). batch_size: states per step. discount, budget, refund: see
-    `SafetyBudget`.
-    validation: share of the prompts that only the calibration curve sees.
+    width, depth: of the hidden layers (GELU). batch_size: states per step. validation: share of the prompts that only
+    the calibration curve sees. The rest: see `SafetyBudget`.
     """
 
     width: int = 4096
     depth: int = 1
     learning_rate: float = 1e-5
     epochs: int = 50
-    discount: float = 0.999
     batch_size: int = 8
-    budget: float = 10.0
-    refund: bool = False
     validation: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("width", "depth", "epochs", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise GuardError(f"{name}: expected a whole number of at least 1, got {value!r}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise GuardError(f"learning_rate: expected a number above 0, got {self.learning_rate!r}")
-        if not 0 <= self.validation < 1:
-            raise GuardError(f"validation: expected a share from 0 to below 1, got {self.validation!r}")
-        _ = self.safety  # refuses numbers out of range
+            parts.expect(isinstance(value, int) and value >= 1, name, "a whole number of at least 1", value)
+        parts.expect(0 < self.learning_rate < float("inf"), "learning_rate", "a number above 0", self.learning_rate)
+        parts.expect(0 <= self.validation < 1, "validation", "a share from 0 to below 1", self.validation)
 
     @property
     def safety(self) -> SafetyBudget:
@@ -73,11 +66,6 @@ class Critic(nn.Module):
     held out from training, JSON data.
     """
 
-    mean: Tensor
-    scale: Tensor
-    value_mean: Tensor
-    value_scale: Tensor
-
     def __init__(
         self, model: ModelIdentity, settings: CriticSettings | None = None, prompt_layer: int | None = None
     ) -> None:
@@ -90,9 +78,8 @@ class Critic(nn.Module):
             torch.manual_seed(self.settings.seed)
             self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
             self.heads = nn.Linear(sizes[-1], 2)
-        for name, size in (("", (inputs,)), ("value_", ())):
-            self.register_buffer(f"{name}mean", torch.zeros(size))
-            self.register_buffer(f"{name}scale", torch.ones(size))
+        self.mean, self.scale = nn.Buffer(torch.zeros(inputs)), nn.Buffer(torch.ones(inputs))
+        self.value_mean, self.value_scale = nn.Buffer(torch.zeros(())), nn.Buffer(torch.ones(()))
 
     def forward(self, hidden: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return p_safe (f1) and value (f2) of answers with latent states [n, S] and safety states z [n]: float32 [n].
@@ -146,9 +133,9 @@ class Critic(nn.Module):
     def load(cls, path: parts.AnyPath) -> Critic:
         """Read a critic; GuardError if the file is missing, damaged or no critic."""
         tensors, header, identity = parts.read_file(path, _KIND)
-        known, settings = set(vars(CriticSettings())), header["settings"]
-        if set(settings) != known:
-            named = ", ".join(sorted(known.symmetric_difference(settings)))
+        settings = header["settings"]
+        if different := set(vars(CriticSettings())) ^ set(settings):
+            named = ", ".join(sorted(different))
             raise GuardError(
                 f"{str(path)!r}: a critic of another version, whose settings differ in {named}; train again"
             )
@@ -281,7 +268,10 @@ def train_critic(
             parts.write_file(checkpoint, f"{_KIND} checkpoint", tensors, {**about, "losses": losses}, model)
     critic.cpu().eval().requires_grad_(False)
     counts = {"prompts": prompts, "states": len(train.z), "safe": float(train.safe.double().mean()), "dropped": dropped}
-    critic.calibration = {**_calibrate(critic, test), "losses": losses, **counts}
+    p_safe, value = critic(test.hidden, test.z)
+    rest, spread = (value - test.value).square().sum(), (test.value - test.value.mean()).square().sum()
+    explained = float(1 - rest / spread) if spread > 0 else None  # the share of the value's variance
+    critic.calibration = {**calibration(p_safe, test.safe), "value_r2": explained, "losses": losses, **counts}
     return critic
 
 
@@ -301,14 +291,6 @@ def _epoch(critic: Critic, optimiser: torch.optim.Optimizer, data: tuple[Tensor,
     if not mean < float("inf"):
         raise GuardError(f"critic: expected a finite loss, got {mean} in epoch {epoch}; lower the learning rate")
     return mean
-
-
-@torch.no_grad()
-def _calibrate(critic: Critic, test: States) -> dict[str, Any]:
-    """Return the calibration on held-out states, and the share of the value's variance that f2 explains there."""
-    p_safe, value = critic(test.hidden, test.z)
-    rest, spread = (value - test.value).square().sum(), (test.value - test.value.mean()).square().sum()
-    return calibration(p_safe, test.safe) | {"value_r2": float(1 - rest / spread) if spread > 0 else None}
 
 
 def _resume(path: parts.AnyPath | None, critic: Critic, optimiser: Any, about: dict[str, Any]) -> list[float]:

@@ -18,7 +18,7 @@ from steerfast.guard.backend import HFBackend
 from steerfast.guard.candidates import Backend, Sampling
 from steerfast.guard.critic import Critic
 from steerfast.guard.objective import Certificate, SafetyBudget
-from steerfast.guard.parts import common_layer
+from steerfast.guard.parts import common_layer, expect
 from steerfast.guard.scores import NO_SCORE, Scorer
 from steerfast.guard.search import Search, Strategy
 from steerfast.hf.generation import evaluating
@@ -80,8 +80,7 @@ class GuardOptions:
     certify: bool = True
 
     def __post_init__(self) -> None:
-        if self.fired not in _PATHS:
-            raise GuardError(f"fired: expected one of {', '.join(_PATHS)}, got {self.fired!r}")
+        expect(self.fired in _PATHS, "fired", f"one of {', '.join(_PATHS)}", self.fired)
 
 
 class Guard:
@@ -100,8 +99,7 @@ class Guard:
         self, model: nn.Module | None, tokenizer: Any, *, cost: Scorer, backend: Backend | None = None, **options: Any
     ) -> None:
         self.options = chosen = GuardOptions(**options)
-        if not callable(cost):
-            raise GuardError(f"cost: expected a scorer, got {cost!r}")
+        expect(callable(cost), "cost", "a scorer", cost)
         if (model is None) == (backend is None):
             raise GuardError("model: expected either a model or a backend")
         if chosen.profile is not None and model is None:
@@ -226,12 +224,10 @@ class Guard:
         root = self.backend.start(ids, 1, seed)
         fired = None if steering is None else bool(steering.fired.any())
         undecided = steering is not None and bool(steering.undecided.any())
-        action, path = self.options.fired, "plain"
-        searching = action in ("search", "both")
+        searching = self.options.fired in ("search", "both")
+        path = _PATHS[self.options.fired] if fired else "plain"
         if fired is None or (undecided and searching):
             path = "searched"
-        elif fired:
-            path = _PATHS[action]
         search, searched = searches[path], searches["searched"]
         run: dict[str, Any] = {"sampling": sampling, "question": question, "refusal": self.refusal}
         refuses = path == "refused"
@@ -259,10 +255,8 @@ def with_end(tokenizer: Any, tokens: list[int]) -> list[int]:
 
 def _unpadded(processors: Any) -> Any:
     """Return transformers' processors for prompts without padding: drop the padded lengths that some of them hold."""
-    if not processors:
-        return None
-    processors = copy.deepcopy(processors)
-    for processor in processors:
+    processors = copy.deepcopy(processors) or None
+    for processor in processors or ():
         if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
             processor.prompt_ignore_length = None
     return processors

@@ -45,8 +45,6 @@ class HiddenHead:
     fitted: Mapping[str, Any] = field(default_factory=dict)
     prompt_layer: int | None = None
 
-    cumulative = True
-
     def __call__(self, blocks: Blocks) -> Tensor:
         if blocks.hidden is None:
             raise GuardError(f"{self.kind} head: expected hidden states with the answers, got none")
@@ -218,7 +216,7 @@ def _two_classes(name: str, labels: Tensor, expected: str) -> Tensor:
 
 def _forward(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     if _FACTORED not in tensors:
-        return _out(tensors, _standardise(tensors, hidden))
+        return F.linear(_standardise(tensors, hidden), tensors["out.weight"], tensors["out.bias"])[:, 0]
     prompt = F.normalize(hidden.float().chunk(3, dim=1)[2], dim=1)
     a = prompt @ tensors["harm.direction"] * tensors["harm.scale"] + tensors["harm.offset"]
     b = _comply_odds(tensors, hidden)
@@ -227,7 +225,8 @@ def _forward(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
 
 def _comply_odds(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     """Return b, the log-odds that the answer complies."""
-    return _out(tensors, _standardise(tensors, hidden).chunk(3, dim=1)[1], "comply.")
+    mean = _standardise(tensors, hidden).chunk(3, dim=1)[1]
+    return F.linear(mean, tensors["comply.out.weight"], tensors["comply.out.bias"])[:, 0]
 
 
 def _standard(x: Tensor) -> dict[str, Tensor]:
@@ -236,10 +235,6 @@ def _standard(x: Tensor) -> dict[str, Tensor]:
 
 def _standardise(tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     return (hidden.float() - tensors["mean"]) / tensors["scale"]
-
-
-def _out(tensors: Mapping[str, Tensor], x: Tensor, prefix: str = "") -> Tensor:
-    return F.linear(x, tensors[f"{prefix}out.weight"], tensors[f"{prefix}out.bias"])[:, 0]
 
 
 def _fit_linear(rows: Tensor, labels: Tensor, kind: str, regularisation: float) -> dict[str, Tensor]:

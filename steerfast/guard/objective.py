@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerfast.errors import GuardError
+from steerfast.guard.parts import expect
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,8 @@ class SafetyBudget:
     refund: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget < math.inf:
-            raise GuardError(f"budget: expected a number above 0, got {self.budget!r}")
-        if not 0 < self.discount <= 1:
-            raise GuardError(f"discount: expected a number above 0, at most 1, got {self.discount!r}")
+        expect(0 < self.budget < math.inf, "budget", "a number above 0", self.budget)
+        expect(0 < self.discount <= 1, "discount", "a number above 0, at most 1", self.discount)
 
     def block(self, z: Tensor, cost: Tensor, length: Tensor) -> Tensor:
         """Return z after blocks of `length` tokens whose cost is charged at their last token: z·γ^-L − c/γ.

@@ -31,6 +31,12 @@ AnyPath = str | os.PathLike[str]
 _FORMAT = 2
 
 
+def expect(fits: bool, name: str, expected: str, got: object) -> None:
+    """Raise GuardError, with the value's name and what is expected of it, unless it fits."""
+    if not fits:
+        raise GuardError(f"{name}: expected {expected}, got {got!r}")
+
+
 def state_size(hidden_size: int, prompt_layer: int | None) -> int:
     """Return S."""
     return hidden_size if prompt_layer is None else 3 * hidden_size

@@ -24,7 +24,7 @@ from steerfast.guard.backend import HFBackend
 from steerfast.guard.critic import Critic, CriticSettings, train_critic
 from steerfast.guard.guard import REFUSAL, with_end
 from steerfast.guard.heads import HiddenHead, fit_factored_cost, fit_head
-from steerfast.guard.parts import AnyPath, common_layer
+from steerfast.guard.parts import AnyPath, common_layer, expect
 from steerfast.guard.rollouts import RolloutOptions, Rollouts, collect, prompt_numbers
 from steerfast.hf.generation import evaluating
 from steerfast.hf.steering import steer
@@ -54,8 +54,7 @@ def label_answer(kind: Literal["harmful", "harmless"], answer: str) -> Label:
     The cost is 1 if the answer complies with a harmful prompt, else -1. The reward is minus the share of repeated
     4-grams of words; a harmless prompt adds 1 if it is answered, -1 if it is refused (by keywords) or the answer empty.
     """
-    if kind not in ("harmful", "harmless"):
-        raise GuardError(f"kind: expected 'harmful' or 'harmless', got {kind!r}")
+    expect(kind in ("harmful", "harmless"), "kind", "'harmful' or 'harmless'", kind)
     fluency, complied = -repetition(answer.split()), complies(answer)  # type: ignore[arg-type]
     if kind == "harmful":
         return Label(1.0 if complied else -1.0, fluency, complied)
@@ -111,19 +110,6 @@ def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
     return max(min(used) - 1, 0) if used else layers // 2
 
 
-@dataclass(frozen=True)
-class GatherOptions(RolloutOptions):
-    """Options of `gather`, beside those of `RolloutOptions` (answers are per prompt and origin).
-
-    profile: steers the answers to harmful prompts at each of `strengths`, and chooses the row of the prompt
-        (`prompt_layer_for`); None: no answer is steered. refusal: the guard's fallback.
-    """
-
-    profile: SteeringProfile | None = None
-    strengths: Sequence[float] = (1.0,)
-    refusal: str = REFUSAL
-
-
 def gather(
     model: nn.Module,
     tokenizer: Any,
@@ -131,41 +117,47 @@ def gather(
     *,
     harmful: Sequence[str],
     harmless: Sequence[str],
+    profile: SteeringProfile | None = None,
+    strengths: Sequence[float] = (1.0,),
+    refusal: str = REFUSAL,
     **options: Any,
 ) -> list[Rollouts]:
     """Roll out the prompts in `folder`, without scores; the same call continues where it was stopped.
+
+    Args:
+        profile: steers the answers to harmful prompts at each of `strengths`, and chooses the row of the prompt
+            (`prompt_layer_for`); None: no answer is steered.
+        refusal: the guard's fallback. options: see `RolloutOptions`; answers are per prompt and origin.
 
     Raises:
         GuardError, OutputError: see `collect`; no prompts of a kind.
         ProfileError: the profile belongs to another model.
     """
-    chosen = GatherOptions(**options)
+    chosen = RolloutOptions(**options)
     prompts = alternate(harmful, harmless)
     identity = identify(model, tokenizer)
-    words = tokenizer(chosen.refusal, add_special_tokens=False)["input_ids"]
-    refusal, once = with_end(tokenizer, words), replace(chosen, rollouts=1)
-    # Name -> harmful prompts alone, strength of the steering, first tokens of the answers.
-    origins: dict[str, tuple[bool, float | None, list[int]]] = {
-        "plain": (False, None, []),
-        "plain-opened": (True, None, words),
-        "plain-refused": (False, None, refusal),
+    words = tokenizer(refusal, add_special_tokens=False)["input_ids"]
+    refused = replace(chosen, rollouts=1, opening=with_end(tokenizer, words), whole=True)
+    # Name -> harmful prompts alone, strength of the steering, settings.
+    origins: dict[str, tuple[bool, float | None, RolloutOptions]] = {
+        "plain": (False, None, chosen),
+        "plain-opened": (True, None, replace(chosen, opening=words)),
+        "plain-refused": (False, None, refused),
     }
-    if chosen.profile is not None:
-        steer(model, chosen.profile, tokenizer=tokenizer).detach()  # refuse another model's before any work
-        for strength in chosen.strengths:
+    if profile is not None:
+        steer(model, profile, tokenizer=tokenizer).detach()  # refuse another model's before any work
+        for strength in strengths:
             name = f"steered-{strength:g}"
-            origins |= {name: (True, strength, []), f"{name}-refused": (True, strength, refusal)}
-    backend = HFBackend(model, tokenizer, prompt_layer_for(chosen.profile, identity.num_layers))
+            origins |= {name: (True, strength, chosen), f"{name}-refused": (True, strength, refused)}
+    backend = HFBackend(model, tokenizer, prompt_layer_for(profile, identity.num_layers))
     ids = encode(tokenizer, [question for question, _ in prompts], model, room=chosen.depth)
     asked = [(tokens, *prompt) for tokens, prompt in zip(ids, prompts, strict=True)]
     found: list[Rollouts] = []
-    for name, (harmful_alone, steered_by, opening) in origins.items():
+    for name, (harmful_alone, steered_by, settings) in origins.items():
         jobs = [job for job in asked if job[2] == "harmful" or not harmful_alone]
-        whole = opening is refusal
-        steered = nullcontext() if steered_by is None else steer(model, chosen.profile, steered_by)
+        steered = nullcontext() if steered_by is None else steer(model, profile, steered_by)
         with steered, evaluating(model):
-            settings = once if whole else chosen
-            found += collect(backend, jobs, Path(folder) / name, identity, settings, opening, whole)
+            found += collect(backend, jobs, Path(folder) / name, identity, settings)
     return found
 
 
@@ -217,8 +209,7 @@ def load_trained(folder: AnyPath) -> Trained:
 
 def pick(prompts: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
     """Return `count` of the prompts (None: all), shuffled by the seed; a larger count begins with the same prompts."""
-    if count is not None and not 1 <= count <= len(prompts):
-        raise GuardError(f"count: expected 1 to {len(prompts)}, the prompts of a kind, got {count}")
+    expect(count is None or 1 <= count <= len(prompts), "count", f"1 to {len(prompts)}, the prompts of a kind", count)
     shuffled = list(prompts)
     random.Random(seed).shuffle(shuffled)
     return shuffled[:count]

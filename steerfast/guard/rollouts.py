@@ -19,7 +19,7 @@ from steerfast._files import make_folder, write_atomically
 from steerfast._progress import track
 from steerfast.errors import GuardError
 from steerfast.guard.candidates import Backend, Sampling
-from steerfast.guard.parts import AnyPath, check_model, read_file, write_file
+from steerfast.guard.parts import AnyPath, check_model, expect, read_file, write_file
 from steerfast.guard.scores import Blocks, Scorer, block_costs, scores_of
 from steerfast.profile import ModelIdentity
 
@@ -76,7 +76,10 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """rollouts: answers per prompt. block, depth: tokens of a block, and most tokens of an answer."""
+    """rollouts: answers per prompt. block, depth: tokens of a block, and most tokens of an answer.
+
+    opening: first tokens of every answer, cut to less than a block. whole: they are all of the answer.
+    """
 
     rollouts: int = 5
     block: int = 32
@@ -84,11 +87,12 @@ class RolloutOptions:
     sampling: Sampling | None = None
     seed: int = 0
     progress: bool = True
+    opening: Sequence[int] = ()
+    whole: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rollouts", "block", "depth"):
-            if getattr(self, name) < 1:
-                raise GuardError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
 def collect(
@@ -97,15 +101,12 @@ def collect(
     folder: AnyPath,
     model: ModelIdentity,
     options: RolloutOptions,
-    opening: Sequence[int] = (),
-    whole: bool = False,
 ) -> list[Rollouts]:
     """Roll out every prompt that `folder` does not have yet, and return all rollouts.
 
     Args:
         asked: token ids of the templated prompt, question and label of each.
         folder: created if missing. It alone records which prompts are done: repeat the same call after a kill.
-        opening: first tokens of every answer, cut to less than a block. whole: they are all of the answer.
 
     Raises:
         GuardError: a folder with rollouts of other settings, prompts or models, a backend without hidden states.
@@ -122,7 +123,7 @@ def collect(
                 raise GuardError(f"folder: expected prompt {index} of this call in {str(file)!r}, found another one")
         else:
             seed = (options.seed << 32) + index
-            done = _roll_out(backend, (prompt, question, label), options, seed, opening, whole)
+            done = _roll_out(backend, (prompt, question, label), options, seed)
             header = {name: getattr(done, name) for name in _DATA}
             write_file(file, _KIND, {name: getattr(done, name) for name in _TENSORS}, header, model)
         found.append(done)
@@ -137,30 +138,22 @@ def load_rollouts(folder: AnyPath) -> list[Rollouts]:
     return [_read(file) for file in files]
 
 
-def _roll_out(
-    backend: Backend, job: tuple[Sequence[int], str, str], options: RolloutOptions, seed: int, opening: Sequence[int],
-    whole: bool,
-) -> Rollouts:  # fmt: skip
+def _roll_out(backend: Backend, job: tuple[Sequence[int], str, str], options: RolloutOptions, seed: int) -> Rollouts:
     candidates = backend.start(job[0], options.rollouts, seed)
     if candidates.hidden is None:
         raise GuardError(f"backend: expected hidden states with the tokens, got none from {type(backend).__name__}")
     states: list[tuple[int, int, Tensor]] = []  # answer, its tokens, latent state
-
-    def keep(rows: Sequence[int]) -> None:
-        assert candidates.hidden is not None
+    block, depth, growing = min(options.block, options.depth), options.depth, list(range(len(candidates)))
+    backend.append(candidates, options.opening[: None if options.whole else block - 1])
+    while growing:
+        if options.whole:
+            candidates.finished = torch.ones_like(candidates.finished)
+        else:
+            step = min(block - candidates.length % block, depth - candidates.length)
+            backend.extend(candidates, step, options.sampling)
         hidden = candidates.hidden.to("cpu", torch.float32, copy=True)
-        states.extend((row, len(candidates.answers[row]), hidden[row]) for row in rows)
-
-    block, depth = min(options.block, options.depth), options.depth
-    backend.append(candidates, opening if whole else opening[: block - 1])
-    if whole:
-        candidates.finished = torch.ones_like(candidates.finished)
-        keep(range(len(candidates)))
-    while candidates.length < depth and not bool(candidates.finished.all()):
-        growing = (~candidates.finished).nonzero().flatten().tolist()
-        step = min(block - candidates.length % block, depth - candidates.length)
-        backend.extend(candidates, step, options.sampling)
-        keep(growing)
+        states += [(row, len(candidates.answers[row]), hidden[row]) for row in growing]
+        growing = (~candidates.finished).nonzero().flatten().tolist() if candidates.length < depth else []
     states.sort(key=lambda state: state[:2])
     owner, ends, rows = zip(*states, strict=True)
     return Rollouts(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.errors import GuardError
+from steerfast.guard.parts import expect
 from steerfast.hf.generation import device_of, evaluating
 
 
@@ -88,11 +89,8 @@ class CallableScorer:
         self, function: Callable[[Any], Any], *, takes: Literal["pairs", "answers", "blocks"] = "pairs",
         cumulative: bool = True,
     ) -> None:  # fmt: skip
-        if takes not in ("pairs", "answers", "blocks"):
-            raise GuardError(f"takes: expected 'pairs', 'answers' or 'blocks', got {takes!r}")
-        self._function = function
-        self._takes = takes
-        self.cumulative = cumulative
+        expect(takes in ("pairs", "answers", "blocks"), "takes", "'pairs', 'answers' or 'blocks'", takes)
+        self._function, self._takes, self.cumulative = function, takes, cumulative
 
     def __call__(self, blocks: Blocks) -> Tensor:
         given: Any = blocks if self._takes == "blocks" else blocks.pairs()
@@ -116,16 +114,12 @@ class SequenceClassifier:
         GuardError: an unknown label, a missing one of several, another sign, a batch_size below 1.
     """
 
-    cumulative = True
-
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, label: str | int | None = None, sign: int = 1, batch_size: int = 16
     ) -> None:
         config: Any = model.config
-        if batch_size < 1:
-            raise GuardError(f"batch_size: expected at least 1, got {batch_size}")
-        if sign not in (1, -1):
-            raise GuardError(f"sign: expected 1 or -1, got {sign!r}")
+        expect(batch_size >= 1, "batch_size", "at least 1", batch_size)
+        expect(sign in (1, -1), "sign", "1 or -1", sign)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.model, self.tokenizer, self.sign = model, tokenizer, sign
@@ -134,10 +128,8 @@ class SequenceClassifier:
         names: dict[int, str] = dict(config.id2label)
         alone = 0 if label is None and len(names) == 1 else label
         self.label = next((number for number, name in names.items() if alone in (number, name)), None)
-        if self.label is None:
-            raise GuardError(f"label: expected one of {', '.join(names.values())}, got {label!r}")
-        context = getattr(config, "max_position_embeddings", None) or 2**31
-        self.limit = min(context, tokenizer.model_max_length)
+        expect(self.label is not None, "label", f"one of {', '.join(names.values())}", label)
+        self.limit = min(getattr(config, "max_position_embeddings", None) or 2**31, tokenizer.model_max_length)
 
     @torch.inference_mode()
     def __call__(self, blocks: Blocks) -> Tensor:

@@ -19,7 +19,7 @@ from steerfast.errors import GuardError
 from steerfast.guard.candidates import Backend, Candidates, Sampling
 from steerfast.guard.critic import Critic
 from steerfast.guard.objective import SafetyBudget, ScoredAnswer, best_first
-from steerfast.guard.parts import common_layer
+from steerfast.guard.parts import common_layer, expect
 from steerfast.guard.scores import NO_SCORE, Blocks, Scorer, block_costs, scores_of
 
 Safety = Literal["none", "lagrangian", "augmented", "cost"]
@@ -60,23 +60,17 @@ class Strategy:
     def __post_init__(self) -> None:
         for name, least in (("candidates", 1), ("block", 1), ("depth", 1), ("retries", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise GuardError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-        if self.keep is None and self.candidates % 4:
-            raise GuardError(f"candidates: expected a multiple of 4, since a quarter is kept, got {self.candidates}")
-        if not 1 <= self.kept <= self.candidates:
-            raise GuardError(f"keep: expected 1 to {self.candidates}, the number of candidates, got {self.keep}")
-        rising = [*sorted({width for width in self.widths if 1 <= width < self.candidates}), self.candidates]
-        if self.widths and list(self.widths) != rising:
-            raise GuardError(f"widths: expected numbers that grow from 1 to {self.candidates}, got {self.widths}")
+            expect(isinstance(value, int) and value >= least, name, f"a whole number of at least {least}", value)
+        count, widths = self.candidates, list(self.widths)
+        expect(self.keep is not None or count % 4 == 0, "candidates", "a multiple of 4, since a quarter is kept", count)
+        expect(1 <= self.kept <= count, "keep", f"1 to {count}, the number of candidates", self.keep)
+        rising = [*sorted({width for width in widths if 1 <= width < count}), count]
+        expect(widths in ([], rising), "widths", f"numbers that grow from 1 to {count}", self.widths)
         for name in ("penalty", "multiplier"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise GuardError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")
-        if not 0 < self.temperature < float("inf"):
-            raise GuardError(f"temperature: expected a number above 0, got {self.temperature!r}")
-        for name, known in (("safety", tuple(_SUFFIX)), ("fallback", ("refusal", "least unsafe"))):
-            if getattr(self, name) not in known:
-                raise GuardError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+            expect(0 <= getattr(self, name) < float("inf"), name, "a number of at least 0", getattr(self, name))
+        expect(0 < self.temperature < float("inf"), "temperature", "a number above 0", self.temperature)
+        for name, known in (("safety", _SUFFIX), ("fallback", ("refusal", "least unsafe"))):
+            expect(getattr(self, name) in known, name, f"one of {', '.join(known)}", getattr(self, name))
 
     @property
     def kept(self) -> int:
@@ -109,16 +103,15 @@ class Strategy:
         return cls.beam(candidates, "augmented", **{"name": name, **guarded, **options})
 
     @classmethod
-    def speculative(cls, widths: Sequence[int] = (1, 4, 16), critic: bool = True, **options: Any) -> Strategy:
-        """Return InferenceGuard that takes the first safe block, and samples more blocks only if none is safe."""
+    def speculative(cls, widths: Sequence[int] | int = 16, critic: bool = True, **options: Any) -> Strategy:
+        """Return InferenceGuard that takes the first safe block, and samples more blocks only if none is safe.
+
+        A number of widths, N, means 1, 4, 16, ... up to N.
+        """
+        if isinstance(widths, int):
+            widths = (*(4**n for n in range(widths) if 4**n < widths), widths)
         name = "speculative" + " + critic" * critic
         return cls.inference_guard(widths[-1], critic, **{"name": name, "keep": 1, "widths": tuple(widths), **options})
-
-
-def _speculative(candidates: int, **options: Any) -> Strategy:
-    """Return speculation by 1, 4, 16, ... up to N candidates."""
-    powers = [4**n for n in range(candidates) if 4**n < candidates]
-    return Strategy.speculative((*powers, candidates), **options)
 
 
 # Name on the command line -> strategy at N candidates; other options are the strategy's.
@@ -132,7 +125,7 @@ STRATEGIES: Mapping[str, Callable[..., Strategy]] = {
     "beam-augmented": partial(Strategy.beam, safety="augmented"),
     "inference-guard": partial(Strategy.inference_guard, critic=False),
     "inference-guard-critic": Strategy.inference_guard,
-    "speculative": _speculative,
+    "speculative": Strategy.speculative,
 }
 
 
@@ -146,29 +139,10 @@ class SearchResult:
     fallback: Fallback | None
 
 
-@dataclass(frozen=True, eq=False)
-class _Beams:
-    """Candidates, each with its scores."""
-
-    candidates: Candidates
-    scores: list[ScoredAnswer]
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def column(self, name: str) -> Tensor:
-        """Return one of the scores of all candidates: float32 [n]."""
-        return torch.tensor([getattr(one, name) for one in self.scores])
-
-    def take(self, backend: Backend, index: Sequence[int], ordinals: Sequence[int] | None = None) -> _Beams:
-        return _Beams(backend.branch(self.candidates, index, ordinals), [self.scores[i] for i in index])
-
-
-def _answer(beams: _Beams, row: int) -> ScoredAnswer:
+def _answer(found: Candidates, row: int) -> ScoredAnswer:
     """Return a candidate as an answer."""
-    found, hidden = beams.candidates, beams.candidates.hidden
-    state = None if hidden is None else hidden[row].clone()
-    return replace(beams.scores[row], tokens=found.answers[row], finished=bool(found.finished[row]), hidden=state)
+    state = None if found.hidden is None else found.hidden[row].clone()
+    return replace(found.scores[row], tokens=found.answers[row], finished=bool(found.finished[row]), hidden=state)
 
 
 class Search:
@@ -212,37 +186,37 @@ class Search:
         """
         sampling, strategy = sampling or Sampling(), self.strategy
         root = prompt if isinstance(prompt, Candidates) else self.backend.start(prompt, 1, seed)
-        beams, counts = _Beams(root, [ScoredAnswer(self.budget.budget)]), Counter[str]()
+        found, counts = replace(root, scores=[ScoredAnswer(self.budget.budget)]), Counter[str]()
         length, lost = 0, False
-        while length < strategy.depth and not bool(beams.candidates.finished.all()):
+        while length < strategy.depth and not bool(found.finished.all()):
             step = min(strategy.block, strategy.depth - length)
             length += step
-            beams = self._block(beams, step, length == strategy.depth, sampling, counts, question)
-            lost |= strategy.safety == "augmented" and not any(one.safe for one in beams.scores)
+            found = self._block(found, step, length == strategy.depth, sampling, counts, question)
+            lost |= strategy.safety == "augmented" and not any(one.safe for one in found.scores)
             if lost and strategy.fallback == "refusal":
                 break
-        row, fallback = int(self._order([beams])[0]), None
-        if lost or not beams.scores[row].z > 0:
+        row, fallback = int(self._order([found])[0]), None
+        if lost or not found.scores[row].z > 0:
             if strategy.fallback == "refusal":
-                return replace(
-                    self.refuse(root, refusal, question), sampled=counts["sampled"], retries=counts["retries"]
-                )
+                refused = self.refuse(root, refusal, question)
+                return replace(refused, sampled=counts["sampled"], retries=counts["retries"])
             fallback = strategy.fallback if strategy.safety == "augmented" else None
-        return SearchResult(_answer(beams, row), counts["sampled"], counts["retries"], fallback)
+        return SearchResult(_answer(found, row), counts["sampled"], counts["retries"], fallback)
 
     def refuse(self, root: Candidates, refusal: Sequence[int], question: str | None = None) -> SearchResult:
         """Return the fallback, charged like any other answer; arguments as for `run`."""
-        beams = _Beams(self.backend.branch(root, [0]), [ScoredAnswer(self.budget.budget)])
-        self.backend.append(beams.candidates, refusal)
-        beams.candidates.finished = torch.ones(1, dtype=torch.bool)
-        return SearchResult(_answer(self._charge(beams, [len(refusal)], True, question), 0), 0, 0, "refusal")
+        found = self.backend.branch(replace(root, scores=[ScoredAnswer(self.budget.budget)]), [0])
+        self.backend.append(found, refusal)
+        found.finished = torch.ones(1, dtype=torch.bool)
+        self._charge(found, [len(refusal)], True, question)
+        return SearchResult(_answer(found, 0), 0, 0, "refusal")
 
     def _block(
-        self, beams: _Beams, step: int, last: bool, sampling: Sampling, counts: Counter[str], question: str | None
-    ) -> _Beams:
+        self, found: Candidates, step: int, last: bool, sampling: Sampling, counts: Counter[str], question: str | None
+    ) -> Candidates:
         """Return the K best candidates one block later; finished ones compete unchanged."""
-        strategy, finished = self.strategy, beams.candidates.finished
-        parents, pool = (beams.take(self.backend, mask.nonzero()[:, 0].tolist()) for mask in (~finished, finished))
+        strategy, branch = self.strategy, self.backend.branch
+        parents, pool = (branch(found, mask.nonzero()[:, 0].tolist()) for mask in (~found.finished, found.finished))
         room = strategy.candidates - len(pool)
         rounds = [(min(width, room), False) for width in strategy.widths or (room,)]
         rounds += [(room, True)] * (strategy.retries if strategy.safety == "augmented" else 0)
@@ -253,12 +227,12 @@ class Search:
             if count <= 0:
                 continue
             places = range(grown, grown + count)
-            fresh = parents.take(self.backend, [n % len(parents) for n in places], [n // len(parents) for n in places])
+            fresh = branch(parents, [n % len(parents) for n in places], [n // len(parents) for n in places])
             penalty = self._penalty(unsafe) if retry else None
             greedy = sampling.temperature == 0 and count > 1
             chosen = replace(sampling, temperature=strategy.temperature) if greedy else sampling
-            new = self.backend.extend(fresh.candidates, step, chosen, penalty)
-            fresh = self._charge(fresh, [len(tokens) for tokens in new], last, question)
+            new = self.backend.extend(fresh, step, chosen, penalty)
+            self._charge(fresh, [len(tokens) for tokens in new], last, question)
             grown += count
             counts["sampled"] += count
             counts["retries"] += retry
@@ -274,13 +248,13 @@ class Search:
         counted = torch.bincount(torch.tensor(seen, dtype=torch.long), minlength=self.backend.vocabulary)
         return self.strategy.penalty * counted.float() / len(blocks)
 
-    def _charge(self, beams: _Beams, lengths: list[int], last: bool, question: str | None) -> _Beams:
+    def _charge(self, found: Candidates, lengths: list[int], last: bool, question: str | None) -> None:
         """Charge the new blocks, `lengths` tokens each, to the budgets. `last`: no candidate goes on after them."""
-        blocks = self._blocks(beams.candidates, question)
+        blocks = self._blocks(found, question)
         now = scores_of(self.cost, blocks, "cost")
         refund = self.budget.refund
-        cost = block_costs(self.cost, now, beams.column("score" if refund else "cost"), refund)
-        z = self.budget.block(beams.column("z"), cost, torch.tensor(lengths))
+        cost = block_costs(self.cost, now, found.column("score" if refund else "cost"), refund)
+        z = self.budget.block(found.column("z"), cost, torch.tensor(lengths))
         reward = scores_of(self.reward, blocks, "reward")
         p_safe, value = (z > 0).float(), reward
         if self.strategy.critic and not last:
@@ -294,13 +268,12 @@ class Search:
         # All values as they are worth to the empty answer, so that answers of different lengths compare.
         passed = torch.tensor([len(answer) for answer in blocks.answers], dtype=torch.float64)
         value = (value * self.budget.discount**passed).float()
-        columns = (z, beams.column("cost") + cost, reward, p_safe, value, now)
-        new = zip(beams.scores, lengths, cost.tolist(), *(column.tolist() for column in columns), strict=True)
-        scores = [
+        columns = (z, found.column("cost") + cost, reward, p_safe, value, now)
+        new = zip(found.scores, lengths, cost.tolist(), *(column.tolist() for column in columns), strict=True)
+        found.scores = [
             ScoredAnswer(*numbers, (*old.blocks, (length, spent)))  # type: ignore[call-arg]
             for old, length, spent, *numbers in new
         ]
-        return _Beams(beams.candidates, scores)
 
     def _blocks(self, candidates: Candidates, question: str | None) -> Blocks:
         questions = None if question is None else [question] * len(candidates)
@@ -313,7 +286,7 @@ class Search:
             return reward - self.strategy.multiplier * cost
         return -cost if self.strategy.safety == "cost" else reward
 
-    def _order(self, parts: Sequence[_Beams]) -> Tensor:
+    def _order(self, parts: Sequence[Candidates]) -> Tensor:
         """Return the places of the candidates of all parts, best first."""
         of = {name: torch.cat([part.column(name) for part in parts]) for name in ("value", "z", "p_safe", "cost")}
         if self.strategy.safety == "augmented":
@@ -321,17 +294,14 @@ class Search:
         worth = self._worth(of["value"], of["cost"]).nan_to_num(nan=-float("inf"), neginf=-float("inf"))
         return worth.argsort(descending=True, stable=True)
 
-    def _best(self, *parts: _Beams) -> _Beams:
+    def _best(self, *parts: Candidates) -> Candidates:
         """Return the K best of all parts, in their old order if none is dropped. Dropped ones are never copied."""
         if sum(map(len, parts)) > self.strategy.kept:
             best, start, kept = self._order(parts)[: self.strategy.kept].tolist(), 0, []
             for part in parts:
-                kept.append(part.take(self.backend, [at - start for at in best if start <= at < start + len(part)]))
+                index = [at - start for at in best if start <= at < start + len(part)]
+                kept.append(self.backend.branch(part, index))
                 start += len(part)
             parts = tuple(kept)
         full = [part for part in parts if len(part)]
-        if len(full) == 1:
-            return full[0]
-        return _Beams(
-            self.backend.join([part.candidates for part in full]), [one for part in full for one in part.scores]
-        )
+        return full[0] if len(full) == 1 else self.backend.join(full)

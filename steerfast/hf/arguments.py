@@ -38,16 +38,68 @@ class Call:
     def device(self) -> torch.device:
         return self.tokens.device
 
+    def on_host(self, valid: Tensor) -> NDArray[np.int64]:
+        """Return token ids, int64 [N, T], on the host: `NO_TOKEN` where `valid` is False, 0 where they are unknown."""
+        ids = self.given.get("input_ids")
+        return torch.where(valid, 0 if ids is None else ids.long(), NO_TOKEN).cpu().numpy()
+
+    def is_packed(self, valid: Tensor) -> bool:
+        """Return whether a row holds several sequences: its positions begin anew, or the call gives their lengths."""
+        if self.given.get("cu_seq_lens_q") is not None:
+            return True
+        positions = self.given.get("position_ids")
+        if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != self.width:
+            return False
+        falls = (positions.diff(dim=1) < 0).to(valid.device)
+        return bool((falls & valid[:, 1:] & valid[:, :-1]).any())
+
+    def columns(self, lengths: tuple[int, ...]) -> Tensor:
+        """Return for each sequence how many columns its prompt has from the call's first one on, int32 [N].
+
+        Raises:
+            SteerfastError: another number of lengths, or a mask that does not show where cached tokens are padding.
+        """
+        count, past, mask = self.count, self.past, self.given.get("attention_mask")
+        shape = list(getattr(mask, "shape", ()))
+        if len(lengths) not in (1, count):
+            raise SteerfastError(f"prompt_length: expected {count} numbers, one per sequence, got {len(lengths)}")
+        if isinstance(mask, Tensor) and shape[1:] == [past + self.width]:
+            valid = (mask != 0).expand(count, -1).to(self.device)
+        elif mask is None or not past:
+            valid = torch.cat([self.tokens.new_ones(count, past, dtype=torch.bool), self.valid(mask)], dim=1)
+        else:
+            raise SteerfastError(
+                f"attention_mask: expected [{count}, {past + self.width}] where prompt_length is given, got {shape}"
+            )
+        ends = torch.tensor(lengths, device=self.device)[:, None]
+        return ((valid.cumsum(dim=1) < ends).sum(dim=1) + 1 - past).to(torch.int32)
+
+    def valid(self, mask: Any) -> Tensor:
+        """Return the tokens that are not padding, bool [N, T], from any form of mask that models take."""
+        if isinstance(mask, dict):  # one mask per attention kind; padding is the same in all of them
+            mask = next(iter(mask.values()), None)
+        count, width, past = self.count, self.width, self.past
+        if mask is None:
+            return torch.ones(count, width, dtype=torch.bool, device=self.device)
+        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+            raise ArchitectureError(f"attention_mask: expected a 2-d or 4-d tensor, got {type(mask).__name__}")
+        if mask.dim() == 2:
+            window = mask[:, past : past + width] if mask.shape[1] >= past + width else mask[:, -width:]
+            return (window != 0).expand(count, width).to(self.device)
+        # 4-d [N, 1, T, keys], boolean or added to the logits: a token is valid where it may attend to itself.
+        own = mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :width]
+        return (own if own.dtype == torch.bool else own == 0).expand(count, width).to(self.device)
+
+    def grown(self, mask: Tensor) -> Tensor:
+        """Return a prompt's 2-d mask for all sequences (beams repeat it) and all tokens (answers are valid)."""
+        mask = mask.repeat_interleave(self.count // len(mask), dim=0)
+        return torch.nn.functional.pad(mask, (0, max(0, self.past + self.width - mask.shape[1])), value=1)
+
 
 def tokens_of(given: dict[str, Any]) -> Any:
     """Return the tokens, or their embeddings, among a model's arguments."""
     ids = given.get("input_ids")
     return ids if ids is not None else given.get("inputs_embeds")
-
-
-def on_host(ids: Tensor | None, valid: Tensor) -> NDArray[np.int64]:
-    """Return token ids, int64 [N, T], on the host: `NO_TOKEN` where `valid` is False, 0 where they are unknown."""
-    return torch.where(valid, 0 if ids is None else ids.long(), NO_TOKEN).cpu().numpy()
 
 
 def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -61,62 +113,6 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _parameters(kind: Any) -> list[str]:
     """Return the names of the arguments of a module class's forward."""
     return list(inspect.signature(kind.forward).parameters)[1:]
-
-
-def is_packed(call: Call, valid: Tensor) -> bool:
-    """Return whether a row holds several sequences: its positions begin anew, or the call gives their lengths."""
-    if call.given.get("cu_seq_lens_q") is not None:
-        return True
-    positions = call.given.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != call.width:
-        return False
-    falls = (positions.diff(dim=1) < 0).to(valid.device)
-    return bool((falls & valid[:, 1:] & valid[:, :-1]).any())
-
-
-def columns_of(lengths: tuple[int, ...], call: Call) -> Tensor:
-    """Return for each sequence how many columns its prompt has from the call's first one on, int32 [N].
-
-    Raises:
-        SteerfastError: another number of lengths, or a mask that does not show where cached tokens are padding.
-    """
-    count, mask = call.count, call.given.get("attention_mask")
-    shape = list(getattr(mask, "shape", ()))
-    if len(lengths) not in (1, count):
-        raise SteerfastError(f"prompt_length: expected {count} numbers, one per sequence, got {len(lengths)}")
-    if isinstance(mask, Tensor) and shape[1:] == [call.past + call.width]:
-        valid = (mask != 0).expand(count, -1).to(call.device)
-    elif mask is None or not call.past:
-        valid = torch.cat([call.tokens.new_ones(count, call.past, dtype=torch.bool), valid_tokens(mask, call)], dim=1)
-    else:
-        raise SteerfastError(
-            f"attention_mask: expected [{count}, {call.past + call.width}] where prompt_length is given, got {shape}"
-        )
-    ends = torch.tensor(lengths, device=call.device)[:, None]
-    return ((valid.cumsum(dim=1) < ends).sum(dim=1) + 1 - call.past).to(torch.int32)
-
-
-def valid_tokens(mask: Any, call: Call) -> Tensor:
-    """Return the tokens that are not padding, bool [N, T], from any form of mask that models take."""
-    if isinstance(mask, dict):  # one mask per attention kind; padding is the same in all of them
-        mask = next(iter(mask.values()), None)
-    count, width, past = call.count, call.width, call.past
-    if mask is None:
-        return torch.ones(count, width, dtype=torch.bool, device=call.device)
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        raise ArchitectureError(f"attention_mask: expected a 2-d or 4-d tensor, got {type(mask).__name__}")
-    if mask.dim() == 2:
-        window = mask[:, past : past + width] if mask.shape[1] >= past + width else mask[:, -width:]
-        return (window != 0).expand(count, width).to(call.device)
-    # 4-d [N, 1, T, keys], boolean or added to the logits: a token is valid where it may attend to itself.
-    own = mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :width]
-    return (own if own.dtype == torch.bool else own == 0).expand(count, width).to(call.device)
-
-
-def grown(mask: Tensor, count: int, length: int) -> Tensor:
-    """Return a prompt's 2-d mask for `count` sequences (beams repeat it) and `length` tokens (answers are valid)."""
-    mask = mask.repeat_interleave(count // len(mask), dim=0)
-    return torch.nn.functional.pad(mask, (0, max(0, length - mask.shape[1])), value=1)
 
 
 def is_flat(mask: Any) -> bool:

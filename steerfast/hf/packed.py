@@ -60,7 +60,6 @@ class PackedSteps:
         closed = torch.tensor([[[0.0]], [[float("-inf")]]], dtype=torch.float32, device="cpu").repeat(1, layers, stack)
         decided = self.roster.decision(name)
         if decided is not None:
-            decided = decided.unsqueeze(2) if decided.dim() == 2 else decided
             width = min(stack, decided.shape[2])
             closed[..., :width] = decided[..., :width]
         return closed

@@ -22,7 +22,7 @@ from steerfast.hf.hooks import StepHooks
 from steerfast.hf.latch import Latch
 from steerfast.hf.packed import PackedRuns, forget_manager
 from steerfast.hf.step import Stepper
-from steerfast.hf.structure import find_decoder, identify
+from steerfast.hf.structure import Decoder, find_decoder, identify
 from steerfast.profile import ProfileStack, SteeringProfile
 from steerfast.profile.checks import is_count
 from steerfast.profile.stack import Given, accepted, as_stack, chosen
@@ -69,43 +69,34 @@ def steer(
         ArchitectureError: no decoder layers found, or a model in float64.
         SteerfastError: the model is steered already, or the action or thinking is another.
     """
-    return Steering(
-        model, profile, strength, tokenizer=tokenizer, action=action, accept_model=accept_model, thinking=thinking
-    )
+    if action not in ("steer", "observe"):
+        raise SteerfastError(f"action: expected 'steer' or 'observe', got {action!r}")
+    thought = _thought(thinking, tokenizer)
+    decoder, identity = find_decoder(model), identify(model, tokenizer)
+    slots = ProfileSlots(identity, next(decoder.backbone.parameters()).device)
+    given = chosen(profile)
+    if given is not None and accept_model:
+        given = accepted(given, identity)
+    roster = BatchRoster(slots, strength, observe=action == "observe", thought=thought)
+    for one in as_stack(given):
+        slots.check("profile", one)
+    return Steering(model, decoder, roster, given)
 
 
 class Steering:
     """Profiles attached to a model. Made by `steer`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        profile: Given | None,
-        strength: float = 1.0,
-        *,
-        tokenizer: Any = None,
-        action: str = "steer",
-        accept_model: bool = False,
-        thinking: str = "count",
+        self, model: nn.Module, decoder: Decoder, roster: BatchRoster, given: SteeringProfile | ProfileStack | None
     ) -> None:
-        if action not in ("steer", "observe"):
-            raise SteerfastError(f"action: expected 'steer' or 'observe', got {action!r}")
-        thought = _thought(thinking, tokenizer)
-        decoder, identity = find_decoder(model), identify(model, tokenizer)
-        slots = ProfileSlots(identity, next(decoder.backbone.parameters()).device)
         self.model = model
-        given = chosen(profile)
-        if given is not None and accept_model:
-            given = accepted(given, identity)
         self._given = given  # its band is lowered only at thresholds below it
-        self._roster = BatchRoster(slots, strength, observe=action == "observe", thought=thought)
-        self._packed = PackedRuns(model, self._roster)
-        self._stepper = Stepper(decoder, self._roster, self._packed)
+        self._roster = roster
+        self._packed = PackedRuns(model, roster)
+        self._stepper = Stepper(decoder, roster, self._packed)
         self._hooks = StepHooks(decoder, self._stepper)
         self._calls = SteeredCalls(model, self._stepper, self._hooks)
-        self._roster.attach, self._roster.held = self._hooks.attach_layers, self._packed.held
-        for one in as_stack(given):
-            slots.check("profile", one)
+        roster.attach, roster.held = self._hooks.attach_layers, self._packed.held
         decoder.refuse_if_steered()
         if getattr(model, "dtype", None) == torch.float64:
             raise ArchitectureError("model: expected float32, bfloat16 or float16, got float64 (model.float())")
@@ -114,7 +105,7 @@ class Steering:
         try:
             self._hooks.attach(model)
             if given is not None:
-                self._roster.adopt(given)
+                roster.adopt(given)
             if hasattr(model, "generate") and not hasattr(type(model), "steerfast_generates"):
                 self._calls.wrap(self._hooks.undo)
         except BaseException:

@@ -18,17 +18,7 @@ from torch import Tensor, nn
 from steerfast.errors import ArchitectureError, SteerfastError
 from steerfast.hf import caches
 from steerfast.hf import latch as latches
-from steerfast.hf.arguments import (
-    NO_TOKEN,
-    Call,
-    columns_of,
-    grown,
-    is_flat,
-    is_packed,
-    on_host,
-    tokens_of,
-    valid_tokens,
-)
+from steerfast.hf.arguments import NO_TOKEN, Call, is_flat, tokens_of
 from steerfast.hf.fused import CompiledEdit, is_fused
 from steerfast.hf.latch import Latch
 from steerfast.hf.packed import PackedRuns, is_paged
@@ -176,7 +166,7 @@ class Stepper:
         """Return how many of the call's columns are prompt, of all sequences or of each as `prompt_rows` takes it."""
         prompt, past, width = self.prompt, call.past, call.width
         if prompt is None and self.lengths is not None:
-            return columns_of(self.lengths, call)
+            return call.columns(self.lengths)
         if prompt is not None and past < prompt.length:
             return min(width, prompt.length - past)
         if latch is None:  # a new prompt, or a cache filled without this steering: decide at this step's last token
@@ -198,7 +188,7 @@ class Stepper:
         else:
             latch.prompt = call.past + columns
         valid = self._valid(call)
-        if any(p.reads_end for stack in plan.profiles for p in stack) and is_packed(call, valid):
+        if any(p.reads_end for stack in plan.profiles for p in stack) and call.is_packed(valid):
             raise SteerfastError(
                 "position_ids: expected one sequence per row, got several packed into one; pad them into rows, so that "
                 "each has its own decision"
@@ -322,7 +312,7 @@ class Stepper:
         ids = call.given.get("input_ids")
         until = columns[:, None] if isinstance(columns, Tensor) else columns
         prompt = valid & (torch.arange(call.width, device=valid.device) < until)
-        known = on_host(ids, prompt)
+        known = call.on_host(prompt)
         counted = []
         for start, (row, stack) in enumerate(zip(known, plan.each(lambda entry: entry.span), strict=True)):
             (places,) = (row != NO_TOKEN).nonzero()
@@ -389,10 +379,10 @@ class Stepper:
         """Return which tokens are not padding, bool [N, T]; without padding, the same tensor every time."""
         mask = call.given.get("attention_mask")
         if self.prompt is not None and self.prompt.mask is not None and not is_flat(mask):
-            mask = grown(self.prompt.mask, call.count, call.past + call.width)
+            mask = call.grown(self.prompt.mask)
         if mask is None or (is_flat(mask) and bool(mask.all())):
             return self._all_valid(call.count, call.width, call.device)
-        return valid_tokens(mask, call)
+        return call.valid(mask)
 
     def _all_valid(self, count: int, width: int, device: torch.device) -> Tensor:
         key = ("valid", count, width, device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steerfast.errors import SteerfastError
-from steerfast.hf.arguments import NO_TOKEN, Call, on_host
+from steerfast.hf.arguments import NO_TOKEN, Call
 from steerfast.hf.latch import Latch
 from steerfast.runtime.batch import Plan
 from steerfast.runtime.span import NO_END, UNSTEERED, Thought
@@ -46,10 +46,9 @@ def without_thoughts(
 
 def _follow(thought: Thought, latch: Latch, call: Call, valid: Tensor, columns: int | Tensor) -> None:
     """Note in `latch` which thoughts end in a call; its token ids come to the host."""
-    ids = call.given.get("input_ids")
-    if ids is None:
+    if call.given.get("input_ids") is None:
         raise SteerfastError("thinking: expected input_ids, in which a thought ends, got a call without them")
-    tokens = on_host(ids, valid)
+    tokens = call.on_host(valid)
     prompts = columns.tolist() if isinstance(columns, Tensor) else [columns] * len(tokens)
     if max(prompts) > call.width:
         raise SteerfastError("thinking: expected the whole prompt in one call, got a part of it")

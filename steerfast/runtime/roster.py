@@ -192,17 +192,14 @@ class Roster:
                 self._free.append(self._ended.pop(name))
 
     def decision(self, name: str) -> Tensor | None:
-        """Return gate values and scores, float32 [2, layers] on the CPU, or [2, layers, K] if K is not 1.
+        """Return gate values and scores, float32 [2, layers, K] on the CPU.
 
         None: the request is unknown, or has not decided.
         """
         with self._lock:
             request = self._requests.get(name)
             latch = self._latch(name) if request is None or request.decided else None
-            if latch is None:
-                return None
-            latch = latch[:2].float()
-            return latch[..., 0] if self.stack == 1 else latch
+            return None if latch is None else latch[:2].float()
 
     def bounds(self, names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the prompt's length of these requests, [n], and the first row that each profile edits no more, [n, K].

@@ -23,14 +23,6 @@ class TurnWarning(UserWarning):
     """A prompt has no user turn for a mean, which is then taken over the whole prompt."""
 
 
-def answer_rows(answer_tokens: int | None) -> int:
-    """Return how many rows of an answer are edited if `answer_tokens` of its tokens are chosen under steering.
-
-    The prompt's last row predicts the first of these tokens. None: no limit.
-    """
-    return NO_END if answer_tokens is None else min(NO_END, answer_tokens - 1)
-
-
 def mean_rows(gate: Gate) -> int:
     """Return the most rows of a prompt that the gate takes the mean of; 0: it reads only the last row."""
     if gate.pooling == "last":
@@ -120,10 +112,11 @@ class EditSpan:
     @classmethod
     def of(cls, profile: SteeringProfile, after_thought: bool = False) -> EditSpan:
         """Return the span of a profile."""
+        tokens = profile.answer_tokens  # the prompt's last row predicts the first of them
         return cls(
             after_prompt=profile.positions == "response",
             open=profile.gate.kind == "always",
-            answer_rows=answer_rows(profile.answer_tokens),
+            answer_rows=NO_END if tokens is None else min(NO_END, tokens - 1),
             mean_rows=mean_rows(profile.gate),
             turn=profile.gate.turn,
             tail=profile.gate.tail,

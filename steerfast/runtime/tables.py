@@ -146,8 +146,8 @@ class PackedRows:
     columns: Integers | None = None
     padded_rows: int | None = None
 
-    def arrays(self, max_rows: int, max_sequences: int, stack: int) -> _StepArrays:
-        """Return the step as arrays.
+    def arrays(self, max_rows: int, max_sequences: int, stack: int) -> tuple[dict[str, NDArray[Any]], int]:
+        """Return the fields as arrays, int64 and float32 for the strengths, and the rows of the launch.
 
         Raises:
             ValueError: a shape or number is out of bounds.
@@ -161,47 +161,32 @@ class PackedRows:
         padded = used if self.padded_rows is None else self.padded_rows
         if not used <= padded <= max_rows:
             raise ValueError(f"padded_rows: expected {used} to {max_rows}, got {padded}")
-        shape = (count, stack)
-        slot = _integers("slots", self.slots, shape, UNSTEERED, _INT32_MAX)
-        deciding = _integers("deciding", self.deciding, (count,), -1, _INT32_MAX)
-        if (beyond := deciding >= length).any():
+        one, each = (count,), (count, stack)
+        found: dict[str, NDArray[Any]] = {"lengths": length}
+        for name, shape, least, most, default in (
+            ("slots", each, UNSTEERED, _INT32_MAX, UNSTEERED),
+            ("deciding", one, -1, _INT32_MAX, -1),
+            ("edited_from", each, 0, _INT32_MAX, 0),
+            ("edited_until", each, 0, _INT32_MAX, _INT32_MAX),
+            ("counted", (2, *each), 0, _INT32_MAX, 0),
+            ("total", each, 0, _INT32_MAX, 0),
+            ("columns", one, 0, max_sequences - 1, range(count)),
+        ):
+            if (given := getattr(self, name)) is None:
+                found[name] = np.full(shape, default, dtype=np.int64)
+            else:
+                found[name] = _integers(name, given, shape, least, most)
+        if (beyond := found["deciding"] >= length).any():
             at = int(beyond.argmax())
-            raise ValueError(f"deciding: expected a row of sequence {at}, below {length[at]}, got {deciding[at]}")
-
-        def rows(name: str, default: int, *before: int) -> NDArray[np.int64]:
-            given, wanted = getattr(self, name), (*before, *shape)
-            if given is None:
-                return np.full(wanted, default, dtype=np.int64)
-            return _integers(name, given, wanted, 0, _INT32_MAX)
-
-        first, until = rows("edited_from", 0), rows("edited_until", _INT32_MAX)
-        counted, total = rows("counted", 0, 2), rows("total", 0)
-        column = np.arange(count)
-        if self.columns is not None:
-            column = _integers("columns", self.columns, (count,), 0, max_sequences - 1)
-            if len(np.unique(column)) < count:
-                raise ValueError(f"columns: expected distinct ones, got {column.tolist()}")
+            got = found["deciding"][at]
+            raise ValueError(f"deciding: expected a row of sequence {at}, below {length[at]}, got {got}")
+        if len(np.unique(found["columns"])) < count:
+            raise ValueError(f"columns: expected distinct ones, got {found['columns'].tolist()}")
         with np.errstate(over="ignore"):
-            strength = _array("strengths", self.strengths, shape).astype(np.float32)
+            found["strengths"] = strength = _array("strengths", self.strengths, each).astype(np.float32)
         if not np.isfinite(strength).all():
             raise ValueError(f"strengths: expected finite numbers, got {strength[~np.isfinite(strength)][0]}")
-        return _StepArrays(length, slot, strength, deciding, first, until, counted, total, column, used, padded)
-
-
-class _StepArrays(NamedTuple):
-    """Hold a `PackedRows` as arrays; used, padded: rows without and with padding."""
-
-    length: NDArray[np.int64]
-    slot: NDArray[np.int64]
-    strength: NDArray[np.float32]
-    deciding: NDArray[np.int64]
-    first: NDArray[np.int64]
-    until: NDArray[np.int64]
-    counted: NDArray[np.int64]
-    total: NDArray[np.int64]
-    column: NDArray[np.int64]
-    used: int
-    padded: int
+        return found, padded
 
 
 class StepTables:
@@ -288,43 +273,20 @@ class StepTables:
         Raises:
             ValueError: a shape or number is out of bounds; the tables do not change.
         """
-        arrays = step.arrays(len(self.slots), len(self.deciders), self.stack)
+        arrays, padded = step.arrays(len(self.slots), len(self.deciders), self.stack)
         host = self._hosts[0]
         if host.copied is not None:
             host.copied.synchronize()
-        start = np.cumsum(arrays.length) - arrays.length
-        sequence = np.repeat(np.arange(len(arrays.length)), arrays.length)
-        place = (np.arange(arrays.used) - start[sequence])[:, None]
-        self._fill_sequences(host, arrays, start)
-        self._fill_rows(host, arrays, sequence, place)
+        start = np.cumsum(arrays["lengths"]) - arrays["lengths"]
+        _fill_sequences(host.regions, arrays, start)
+        _fill_rows(host.regions, arrays, start, padded)
         # Two copies: between the rows' sequences and their slots lies the room for more rows.
-        begin, rows = self._start["slots"], arrays.padded
-        for part in (slice(self._start["sequence"] + rows), slice(begin, begin + rows * self.stack)):
+        begin = self._start["slots"]
+        for part in (slice(self._start["sequence"] + padded), slice(begin, begin + padded * self.stack)):
             self._device[part].copy_(host.buffer[part], non_blocking=True)
         if host.copied is not None:
             host.copied.record(torch.cuda.current_stream(self._device.device))
         self._hosts.append(self._hosts.pop(0))
-
-    def _fill_sequences(self, host: _Host, step: _StepArrays, start: NDArray[np.int64]) -> None:
-        first, until = start[:, None] + np.minimum(step.counted, step.length[:, None])
-        counted = np.stack([first, until, step.total], axis=2)
-        for name, content, unused in (
-            ("deciding", np.where(step.deciding < 0, -1, start + step.deciding), -1),
-            ("deciders", step.slot, UNSTEERED),
-            ("strength", step.strength.view(np.int32), 0),
-            ("counted", counted, 0),
-        ):
-            region = host.regions[name]
-            region[:] = unused
-            region.reshape(-1, *content.shape[1:])[step.column] = content
-
-    def _fill_rows(self, host: _Host, step: _StepArrays, sequence: NDArray[np.int64], place: NDArray[np.int64]) -> None:
-        used, padded, slots = step.used, step.padded, host.regions["slots"]
-        host.regions["sequence"][:used] = step.column[sequence]
-        host.regions["sequence"][used:padded] = UNSTEERED
-        slots[:used] = step.slot[sequence]
-        slots[:used][(place < step.first[sequence]) | (place >= step.until[sequence])] = UNSTEERED
-        slots[used:padded] = UNSTEERED
 
 
 class _Host(NamedTuple):
@@ -333,6 +295,34 @@ class _Host(NamedTuple):
     buffer: Tensor
     regions: dict[str, NDArray[np.int32]]
     copied: torch.cuda.Event | None
+
+
+def _fill_sequences(regions: dict[str, NDArray[np.int32]], step: dict[str, NDArray[Any]], start: NDArray[Any]) -> None:
+    """Write what tables say of sequences; start: int64 [n], the first row of each."""
+    first, until = start[:, None] + np.minimum(step["counted"], step["lengths"][:, None])
+    for name, content, unused in (
+        ("deciding", np.where(step["deciding"] < 0, -1, start + step["deciding"]), -1),
+        ("deciders", step["slots"], UNSTEERED),
+        ("strength", step["strengths"].view(np.int32), 0),
+        ("counted", np.stack([first, until, step["total"]], axis=2), 0),
+    ):
+        region = regions[name]
+        region[:] = unused
+        region.reshape(-1, *content.shape[1:])[step["columns"]] = content
+
+
+def _fill_rows(
+    regions: dict[str, NDArray[np.int32]], step: dict[str, NDArray[Any]], start: NDArray[Any], padded: int
+) -> None:
+    """Write what tables say of rows, `padded` ones with those of no sequence."""
+    sequence = np.repeat(np.arange(len(start)), step["lengths"])
+    used, slots = len(sequence), regions["slots"]
+    place = (np.arange(used) - start[sequence])[:, None]
+    regions["sequence"][:used] = step["columns"][sequence]
+    regions["sequence"][used:padded] = UNSTEERED
+    slots[:used] = step["slots"][sequence]
+    slots[:used][(place < step["edited_from"][sequence]) | (place >= step["edited_until"][sequence])] = UNSTEERED
+    slots[used:padded] = UNSTEERED
 
 
 def _array(name: str, given: object, shape: tuple[int | None, ...]) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from steerfast.runtime.span import EditSpan, Entry, Stack
-from steerfast.vllm.config import KEY, OBSERVE, OFF, ServingConfig, split_names
+from steerfast.vllm.config import KEY, OBSERVE, OFF, ServingConfig
 
 STEERING = "steering"
 STRENGTH = "steering_strength"
@@ -66,7 +66,7 @@ def requested(extra_args: object, config: ServingConfig, points: Mapping[str, Se
     fields = _steering_fields(extra_args)
     if config.locked:
         _check_locked(fields, config.default)
-        stack = dict.fromkeys(split_names(config.default), 1.0)
+        stack = dict.fromkeys(config.defaults, 1.0)
     else:
         stack = _stack(fields, config, list(points))
         strengths = _each_strength(fields, len(stack), config)
@@ -99,13 +99,13 @@ def _stack(fields: Mapping[str, Any], config: ServingConfig, names: Sequence[str
     value = fields.get(STEERING, config.default)
     if value is None and STEERING not in fields:
         return {}
-    parts = split_names(value) if isinstance(value, str) else []
+    parts = value.split(",") if isinstance(value, str) else []
     if parts == [OFF]:
         return {}
     if parts == [OBSERVE]:
         if config.default is None:
             raise ValueError(f"{STEERING}: expected NAME:{OBSERVE}, as this server has no default, got {value!r}")
-        return dict.fromkeys(split_names(config.default), 0.0)
+        return dict.fromkeys(config.defaults, 0.0)
     known = {name: (name, 1.0) for name in names} | {f"{name}:{OBSERVE}": (name, 0.0) for name in names}
     for part in parts or [value]:
         if not isinstance(part, str) or part not in (*known, OFF, OBSERVE):

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from steerfast._seams import Seam
+from steerfast._seams import Seam, seams
 
 F = TypeVar("F", bound=Callable[..., Any])
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
@@ -130,142 +130,102 @@ def _unsupported(expected: str, got: str, why: str = "imported") -> AttributeErr
 
 
 SEAMS = (
-    # config
-    Seam("EngineArgs", "create_engine_config", ("self", "*"), "wrapped: checks and completes what a user configured"),
-    Seam("SchedulerConfig", "get_scheduler_cls", ("self",), "called: a scheduler of another class is refused"),
-    # engine core: requests in, requests out
-    Seam("EngineCore", "_initialize_kv_caches", ("self", "vllm_config"), "wrapped: all workers have to steer"),
-    Seam("EngineCore", "preprocess_add_request", ("self", "request"), "wrapped: a request takes its profiles"),
-    Seam("EngineCore", "add_request", ("self", "request", "*"), "wrapped: a request enters the scheduler"),
-    Seam(
-        "EngineCoreProc",
-        "_handle_client_request",
-        ("self", "request_type", "request"),
-        "wrapped: an engine that is paused or ends refuses a request",
-    ),
-    Seam("EngineCore", "post_step", ("self", "*"), "wrapped: workers empty slots between two steps"),
-    Seam("EngineCore", "scheduler", None, "read"),
-    Seam("EngineCore", "model_executor", None, "read: calls workers"),
-    Seam("EngineCoreRequest", "sampling_params", None, "set: workers read the assignment there"),
-    Seam("EngineCoreRequest", "cache_salt", None, "set: requests whose whole prompt is edited"),
-    Seam("EngineCoreRequest", "resumable", None, "read: sessions are refused"),
-    Seam("EngineCoreRequest", "mm_features", None, "read: images under whole-prompt edits are refused"),
-    Seam("EngineCoreOutput", "trace_headers", None, "set: carries decisions to the front end"),
-    Seam("Scheduler", "__init__", ("self", "vllm_config", "*"), "wrapped: makes the engine's steering"),
-    Seam("Scheduler", "_free_request", ("self", "request", "*"), "wrapped: a request ended"),
-    Seam(
-        "Scheduler",
-        "update_from_output",
-        ("self", "scheduler_output", "model_runner_output"),
-        "wrapped: decisions come before the tokens of their step",
-    ),
-    Seam("Scheduler", "requests", None, "read"),
-    Seam("Scheduler", "hash_block_size", None, "read: tokens of a named block"),
-    Seam("Scheduler", "kv_cache_manager", None, "read"),
-    Seam(
-        "Scheduler", "num_hash_lookahead_tokens", None, "read: tokens after a block that its name covers", since="0.33"
-    ),
-    Seam("Scheduler", "structured_output_manager", None, "read: its reasoning parser"),
-    # engine core: names of cache blocks
-    Seam("KVCacheManager", "coordinator", None, "read"),
-    Seam("KVCacheManager", "cache_blocks", ("self", "request", "num_computed_tokens"), "called: names given late"),
-    Seam("KVCacheManager", "take_events", ("self",), "wrapped: edited blocks are not published"),
-    Seam(
-        "KVCacheCoordinator",
-        "cache_blocks",
-        ("self", "request", "num_computed_tokens"),
-        "wrapped: blocks without a name",
-    ),
-    Seam("Request", "_block_hasher", None, "set: names of edited blocks are random"),
-    Seam("Request", "block_hashes", None, "cut: names of blocks that wait for a decision"),
-    Seam("Request", "update_block_hashes", ("self",), "called: names after a decision"),
-    Seam("Request", "all_token_ids", None, "read: the end of a thought"),
-    Seam("Request", "num_tokens", None, "read"),
-    Seam("Request", "num_prompt_tokens", None, "read"),
-    Seam("Request", "num_computed_tokens", None, "read"),
-    # front end
-    Seam("InputProcessor", "__init__", ("self", "vllm_config", "*"), "wrapped: makes the front end"),
-    Seam("InputProcessor", "process_inputs", ("self", "request_id", "prompt", "params", "*"), "wrapped: refusals"),
-    Seam("InputProcessor", "tokenizer", None, "read: compared with the profiles'"),
-    Seam("OutputProcessor", "process_outputs", ("self", "engine_core_outputs", "*"), "wrapped: decisions are reported"),
-    Seam("OutputProcessor", "request_states", None, "read"),
-    Seam("OutputProcessor", "tracing_enabled", None, "read"),
-    Seam("OutputProcessor", "do_tracing", ("self", "engine_core_output", "req_state", "*"), "wrapped: request spans"),
-    Seam("RequestState", "make_request_output", ("self", "*"), "wrapped: outputs carry the decision"),
-    Seam("AsyncLLM", "__init__", ("self", "vllm_config", "*"), "wrapped: its output processor"),
-    Seam("AsyncLLM", "input_processor", None, "read"),
-    Seam("AsyncLLM", "output_processor", None, "read"),
-    Seam("AsyncLLM", "engine_core", None, "read: admin calls"),
-    Seam("LLMEngine", "__init__", ("self", "vllm_config", "*"), "wrapped: its output processor"),
-    Seam("LLMEngine", "input_processor", None, "read"),
-    Seam("LLMEngine", "output_processor", None, "read"),
-    Seam("BeamSearchOnlineMixin", "beam_search", ("self", "*"), "wrapped: refuses beams"),
-    Seam("BeamSearchOfflineMixin", "beam_search", ("self", "*"), "wrapped: refuses beams"),
-    # workers
-    Seam("WorkerWrapperBase", "init_device", ("self", "*"), "wrapped: the runner is steered when its model is loaded"),
-    Seam("WorkerWrapperBase", "worker", None, "read"),
-    Seam("WorkerBase", "load_model", ("self", "*"), "wrapped, each worker's"),
-    Seam("WorkerBase", "model_runner", None, "read"),
-    Seam("SchedulerOutput", "finished_req_ids", None, "read"),
-    Seam("SchedulerOutput", "scheduled_new_reqs", None, "read"),
-    Seam("SchedulerOutput", "num_scheduled_tokens", None, "read: V1's rows"),
-    Seam("SchedulerOutput", "total_num_scheduled_tokens", None, "read"),
-    Seam("NewRequestData", "req_id", None, "read"),
-    Seam("NewRequestData", "sampling_params", None, "read: the assignment"),
-    Seam("NewRequestData", "prompt_token_ids", None, "read: the prompt's length"),
-    Seam("NewRequestData", "prompt_embeds", None, "read: the prompt's length"),
-)
+    *seams({
+        # config
+        "EngineArgs.create_engine_config(self, *)": "wrapped: checks and completes what a user configured",
+        "SchedulerConfig.get_scheduler_cls(self)": "called: a scheduler of another class is refused",
+        # engine core: requests in, requests out
+        "EngineCore._initialize_kv_caches(self, vllm_config)": "wrapped: all workers have to steer",
+        "EngineCore.preprocess_add_request(self, request)": "wrapped: a request takes its profiles",
+        "EngineCore.add_request(self, request, *)": "wrapped: a request enters the scheduler",
+        "EngineCoreProc._handle_client_request(self, request_type, request)":
+            "wrapped: an engine that is paused or ends refuses a request",
+        "EngineCore.post_step(self, *)": "wrapped: workers empty slots between two steps",
+        "EngineCore.scheduler": "read",
+        "EngineCore.model_executor": "read: calls workers",
+        "EngineCoreRequest.sampling_params": "set: workers read the assignment there",
+        "EngineCoreRequest.cache_salt": "set: requests whose whole prompt is edited",
+        "EngineCoreRequest.resumable": "read: sessions are refused",
+        "EngineCoreRequest.mm_features": "read: images under whole-prompt edits are refused",
+        "EngineCoreOutput.trace_headers": "set: carries decisions to the front end",
+        "Scheduler.__init__(self, vllm_config, *)": "wrapped: makes the engine's steering",
+        "Scheduler._free_request(self, request, *)": "wrapped: a request ended",
+        "Scheduler.update_from_output(self, scheduler_output, model_runner_output)":
+            "wrapped: decisions come before the tokens of their step",
+        "Scheduler.requests, kv_cache_manager": "read",
+        "Scheduler.hash_block_size": "read: tokens of a named block",
+        "Scheduler.structured_output_manager": "read: its reasoning parser",
+        # engine core: names of cache blocks
+        "KVCacheManager.coordinator": "read",
+        "KVCacheManager.cache_blocks(self, request, num_computed_tokens)": "called: names given late",
+        "KVCacheManager.take_events(self)": "wrapped: edited blocks are not published",
+        "KVCacheCoordinator.cache_blocks(self, request, num_computed_tokens)": "wrapped: blocks without a name",
+        "Request._block_hasher": "set: names of edited blocks are random",
+        "Request.block_hashes": "cut: names of blocks that wait for a decision",
+        "Request.update_block_hashes(self)": "called: names after a decision",
+        "Request.all_token_ids": "read: the end of a thought",
+        "Request.num_tokens, num_prompt_tokens, num_computed_tokens": "read",
+        # front end
+        "InputProcessor.__init__(self, vllm_config, *)": "wrapped: makes the front end",
+        "InputProcessor.process_inputs(self, request_id, prompt, params, *)": "wrapped: refusals",
+        "InputProcessor.tokenizer": "read: compared with the profiles'",
+        "OutputProcessor.process_outputs(self, engine_core_outputs, *)": "wrapped: decisions are reported",
+        "OutputProcessor.request_states, tracing_enabled": "read",
+        "OutputProcessor.do_tracing(self, engine_core_output, req_state, *)": "wrapped: request spans",
+        "RequestState.make_request_output(self, *)": "wrapped: outputs carry the decision",
+        "AsyncLLM.__init__(self, vllm_config, *)": "wrapped: its output processor",
+        "AsyncLLM.input_processor, output_processor": "read",
+        "AsyncLLM.engine_core": "read: admin calls",
+        "LLMEngine.__init__(self, vllm_config, *)": "wrapped: its output processor",
+        "LLMEngine.input_processor, output_processor": "read",
+        "BeamSearchOnlineMixin.beam_search(self, *)": "wrapped: refuses beams",
+        "BeamSearchOfflineMixin.beam_search(self, *)": "wrapped: refuses beams",
+        # workers
+        "WorkerWrapperBase.init_device(self, *)": "wrapped: the runner is steered when its model is loaded",
+        "WorkerWrapperBase.worker": "read",
+        "WorkerBase.load_model(self, *)": "wrapped, each worker's",
+        "WorkerBase.model_runner": "read",
+        "SchedulerOutput.finished_req_ids, scheduled_new_reqs, total_num_scheduled_tokens": "read",
+        "SchedulerOutput.num_scheduled_tokens": "read: V1's rows",
+        "NewRequestData.req_id": "read",
+        "NewRequestData.sampling_params": "read: the assignment",
+        "NewRequestData.prompt_token_ids, prompt_embeds": "read: the prompt's length",
+    }),
+    *seams({"Scheduler.num_hash_lookahead_tokens": "read: tokens after a block that its name covers"}, since="0.33"),
+)  # fmt: skip
 """What is checked in each process when the plugin starts."""
 
-RUNNER_SEAMS = (
-    Seam(
-        "RunnerV1",
-        "execute_model",
-        ("self", "scheduler_output", "intermediate_tensors"),
+RUNNER_SEAMS = seams({
+    "RunnerV1.execute_model(self, scheduler_output, intermediate_tensors)":
         "wrapped, V1: a step begins, a forward pass was launched",
-    ),
-    Seam(
-        "RunnerV1",
-        "_preprocess",
-        ("self", "scheduler_output", "num_input_tokens", "intermediate_tensors", "*"),
+    "RunnerV1._preprocess(self, scheduler_output, num_input_tokens, intermediate_tensors, *)":
         "wrapped, V1: the rows of a step are known",
-    ),
-    Seam(
-        "RunnerV1", "_dummy_run", ("self", "num_tokens", "*"), "wrapped, V1: a pass without requests; called at start"
-    ),
-    Seam("RunnerV1", "sample_tokens", ("self", "grammar_output"), "wrapped, V1: decisions go with the tokens"),
-    Seam("RunnerV1", "get_model", ("self",), "called, V1"),
-    Seam("RunnerV1", "input_batch", None, "read, V1: req_ids and num_computed_tokens_cpu"),
-    Seam("RunnerV1", "positions", None, "read, V1: rows of drafts"),
-    Seam(
-        "RunnerV2",
-        "execute_model",
-        ("self", "scheduler_output", "intermediate_tensors", "dummy_run", "*"),
+    "RunnerV1._dummy_run(self, num_tokens, *)": "wrapped, V1: a pass without requests; called at start",
+    "RunnerV1.sample_tokens(self, grammar_output)": "wrapped, V1: decisions go with the tokens",
+    "RunnerV1.get_model(self)": "called, V1",
+    "RunnerV1.input_batch": "read, V1: req_ids and num_computed_tokens_cpu",
+    "RunnerV1.positions": "read, V1: rows of drafts",
+    "RunnerV2.execute_model(self, scheduler_output, intermediate_tensors, dummy_run, *)":
         "wrapped, V2: a step begins, a forward pass was launched or has no requests",
-    ),
-    Seam("RunnerV2", "_dummy_run", ("self", "num_tokens", "*"), "called, V2: a pass without requests"),
-    Seam("RunnerV2", "sample_tokens", ("self", "grammar_output"), "wrapped, V2: decisions go with the tokens"),
-    Seam("RunnerV2", "get_model", ("self",), "called, V2"),
-    Seam(
-        "ModelState",
-        "preprocess_state",
-        ("self", "input_batch", "block_tables", "kv_cache_config", "*"),
+    "RunnerV2._dummy_run(self, num_tokens, *)": "called, V2: a pass without requests",
+    "RunnerV2.sample_tokens(self, grammar_output)": "wrapped, V2: decisions go with the tokens",
+    "RunnerV2.get_model(self)": "called, V2",
+    "ModelState.preprocess_state(self, input_batch, block_tables, kv_cache_config, *)":
         "wrapped, V2: the rows of a step are known",
-    ),
-)
+})  # fmt: skip
 """What is checked in a worker, of the runner that it has."""
 
-WEIGHT_SEAMS = (
-    Seam("Worker", "reload_weights", ("self", "*"), "wrapped: weights changed"),
-    Seam("Worker", "finish_weight_update", ("self",), "wrapped: weights changed"),
-    Seam("Worker", "_weight_update_active", None, "read"),
-)
+WEIGHT_SEAMS = seams({
+    "Worker.reload_weights(self, *)": "wrapped: weights changed",
+    "Worker.finish_weight_update(self)": "wrapped: weights changed",
+    "Worker._weight_update_active": "read",
+})  # fmt: skip
 """What is checked of the worker itself."""
 
 
-def check(seams: Iterable[Seam] = SEAMS) -> None:
+def check(expected: Iterable[Seam] = SEAMS) -> None:
     """Raise AttributeError at the first seam that the installed vLLM does not have as expected."""
-    for seam in seams:
+    for seam in expected:
         check_seam(seam)
 
 

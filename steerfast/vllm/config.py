@@ -121,6 +121,29 @@ class ServingConfig:
         locked = ", locked" if self.locked else ""
         return f"steerfast {self.version} steers {len(self.profiles)} profiles ({names}): {default}{locked}"
 
+    @property
+    def defaults(self) -> list[str]:
+        """The profiles of the default by name."""
+        return [] if self.default is None else self.default.split(",")
+
+    def check_environment(self) -> None:
+        """Raise ValueError where a variable of this process's environment opens a way around steering."""
+        for name, if_locked, why in _REFUSED_VARIABLES:
+            value = os.environ.get(name, "")
+            if (self.locked or not if_locked) and value.strip().lower() not in ("", "0", "false"):
+                what = f"{KEY}.locked" if if_locked else KEY
+                raise ValueError(f"{what}: expected {name} unset, got {value!r}: {why}")
+
+    def warn_of_thoughts(self, name: str, profile: SteeringProfile, vllm_config: Any) -> None:
+        """Warn of a profile that edits the beginning of an answer, where that may be a thought."""
+        parser = vllm_config.structured_outputs_config.reasoning_parser
+        if parser and self.thinking == COUNT and profile.answer_tokens is not None:
+            _log.warning(
+                "Profile %r edits the first %d tokens of an answer; with --reasoning-parser %s the tokens of a thought "
+                "are among them. %s.thinking: %r lets edits begin after it.",
+                name, profile.answer_tokens, parser, KEY, SKIP,
+            )  # fmt: skip
+
     def check(self, name: str, profile: SteeringProfile, model: ModelIdentity, *, split: bool) -> None:
         """Raise ProfileError where this engine cannot serve `profile`.
 
@@ -180,11 +203,6 @@ def identity_of(text_config: Any) -> ModelIdentity:
     )
 
 
-def split_names(stack: str | None) -> list[str]:
-    """Return the profiles of a stack "a,b" by name; None: no profile."""
-    return [] if stack is None else stack.split(",")
-
-
 def check_name(name: object) -> str:
     """Return a profile's name.
 
@@ -213,31 +231,25 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
     model = identity_of(text_config)
     paths = {check_name(name): _absolute(f"profiles.{name}", path) for name, path in given["profiles"].items()}
     profiles = {name: SteeringProfile.load(path) for name, path in paths.items()}
-    directory = _directory(given["directory"])
-    if directory is None and not profiles:
-        raise ValueError(f"{KEY}.profiles: expected a profile at least, or a directory to load some from, got none")
-    stack = _stack_size(given["stack"], len(profiles), directory)
-    default = _default(given["default"], given["locked"], list(profiles), stack)
-    if given["thinking"] not in (COUNT, SKIP):
-        raise ValueError(f"{KEY}.thinking: expected {COUNT!r} or {SKIP!r}, got {given['thinking']!r}")
-    most = float(given["max_strength"])
-    if not 0 < most < math.inf:
-        raise ValueError(f"{KEY}.max_strength: expected a finite number above 0, got {given['max_strength']!r}")
+    directory = None if given["directory"] is None else _absolute("directory", given["directory"])
+    if given["stack"] is None:
+        given["stack"] = 2 if len(profiles) > 1 or directory is not None else 1
+    _check_choices(given, profiles)
     kinds = Kinds.ANY if directory is not None else max(map(kinds_of, profiles.values()))
     config = ServingConfig(
         profiles=paths,
-        default=default,
+        default=given["default"],
         locked=given["locked"],
-        max_strength=most,
+        max_strength=float(given["max_strength"]),
         slots=_slots(given["slots"], profiles.values()),
-        stack=stack,
+        stack=given["stack"],
         layers=_layers(given["layers"], profiles, model.num_layers),
         kinds=int(kinds),
         directory=directory,
         version=_VERSION,
         reading=_reading(profiles, directory),
-        observe=_observe(given["observe"], list(profiles)),
-        threshold=_threshold(given["threshold"], profiles.values(), directory),
+        observe=tuple(given["observe"]),
+        threshold=given["threshold"],
         thinking=given["thinking"],
     )
     for name, profile in profiles.items():
@@ -245,46 +257,28 @@ def normalise(raw: object, text_config: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 
-def _directory(given: str | None) -> str | None:
-    if given is None:
-        return None
-    directory = _absolute("directory", given)
-    if not Path(directory).is_dir():
-        raise ValueError(f"{KEY}.directory: expected a folder, got {given!r}, which is none")
-    return directory
-
-
-def _stack_size(given: int | None, profiles: int, directory: str | None) -> int:
-    if given is None:
-        return 2 if profiles > 1 or directory is not None else 1
-    if not 1 <= given <= MAX_STACK:
-        raise ValueError(f"{KEY}.stack: expected 1 to {MAX_STACK} profiles on a request, got {given}")
-    return given
-
-
-def _default(given: str | None, locked: bool, names: list[str], stack: int) -> str | None:
-    default = split_names(given)
-    if unknown := [name for name in default if name not in names]:
-        raise ValueError(f"{KEY}.default: expected one of {', '.join(names) or 'no profiles'}, got {unknown[0]!r}")
-    if len({*default}) < len(default):
-        raise ValueError(f"{KEY}.default: expected each profile once, got {given!r}")
-    if len(default) > stack:
-        raise ValueError(f"{KEY}.default: expected at most {stack} profiles ({KEY}.stack), got {given!r}")
-    if locked and given is None:
-        raise ValueError(f"{KEY}.locked: expected a default to lock requests to, got none")
-    return given
-
-
-def _observe(given: list[Any], names: list[str]) -> tuple[str, ...]:
-    if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"{KEY}.observe: expected names among {', '.join(names) or 'no profiles'}, got {unknown[0]!r}")
-    return tuple(given)
-
-
-def _threshold(given: str | None, profiles: Iterable[SteeringProfile], directory: str | None) -> str | None:
-    if given is not None and directory is None and not any(profile.points for profile in profiles):
-        raise ValueError(f"{KEY}.threshold: expected a profile that has named thresholds, got {given!r} and none")
-    return given
+def _check_choices(given: Mapping[str, Any], profiles: Mapping[str, SteeringProfile]) -> None:
+    """Raise ValueError at the first value that is out of range, or does not go with the profiles."""
+    default = [] if given["default"] is None else given["default"].split(",")
+    folder, stack = given["directory"], given["stack"]
+    known, points = ", ".join(profiles) or "no profiles", any(profile.points for profile in profiles.values())
+    unknown, unseen = ([name for name in names if name not in [*profiles]] for names in (default, given["observe"]))
+    unnamed = given["threshold"] is not None and folder is None and not points
+    for wrong, key, expected, got in (
+        (folder is not None and not Path(folder).expanduser().is_dir(), "directory", "a folder", folder),
+        (folder is None and not profiles, "profiles", "a profile at least, or a directory to load some from", None),
+        (not 1 <= stack <= MAX_STACK, "stack", f"1 to {MAX_STACK} profiles on a request", stack),
+        (unknown, "default", f"one of {known}", next(iter(unknown), None)),
+        (len({*default}) < len(default), "default", "each profile once", given["default"]),
+        (len(default) > stack, "default", f"at most {stack} profiles ({KEY}.stack)", given["default"]),
+        (given["locked"] and not default, "locked", "a default to lock requests to", None),
+        (given["thinking"] not in (COUNT, SKIP), "thinking", f"{COUNT!r} or {SKIP!r}", given["thinking"]),
+        (not 0 < given["max_strength"] < math.inf, "max_strength", "a finite number above 0", given["max_strength"]),
+        (unseen, "observe", f"names among {known}", next(iter(unseen), None)),
+        (unnamed, "threshold", "a profile that has named thresholds", given["threshold"]),
+    ):
+        if wrong:
+            raise ValueError(f"{KEY}.{key}: expected {expected}, got {got!r}")
 
 
 def _slots(given: int | None, profiles: Iterable[SteeringProfile]) -> int:
@@ -348,19 +342,6 @@ def splits_prompts(vllm_config: Any) -> bool:
     return scheduler.enable_chunked_prefill or scheduler.long_prefill_token_threshold > 0 or aligned
 
 
-def check_environment(locked: bool) -> None:
-    """Raise ValueError where a variable of this process's environment opens a way around steering.
-
-    Args:
-        locked: whether the engine is.
-    """
-    for name, if_locked, why in _REFUSED_VARIABLES:
-        value = os.environ.get(name, "")
-        if (locked or not if_locked) and value.strip().lower() not in ("", "0", "false"):
-            what = f"{KEY}.locked" if if_locked else KEY
-            raise ValueError(f"{what}: expected {name} unset, got {value!r}: {why}")
-
-
 def check_weights(folder: str) -> None:
     """Raise ValueError where vLLM would read a profile in the model's folder as weights."""
     if Path(folder, "model.safetensors.index.json").is_file():  # vLLM reads only the files that it names
@@ -378,34 +359,23 @@ def check_engine(vllm_config: Any) -> None:
     config = ServingConfig.of(vllm_config)
     if config is None:
         return
-    check_environment(config.locked)
+    config.check_environment()
     check_weights(vllm_config.model_config.model)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache, drafts = vllm_config.cache_config, vllm_config.speculative_config
+    launched = parallel.distributed_executor_backend == "external_launcher" and parallel.pipeline_parallel_size > 1
+    spread = getattr(parallel, "prefill_context_parallel_size", 1) > 1
+    dropped = getattr(cache, "kv_sharing_fast_prefill", False)
+    moved = getattr(drafts, "enable_adaptive_verification", False)
     for wrong, what, why in (
         (model.runner_type != "generate", f"runner {model.runner_type!r}", "nothing is generated"),
         (getattr(model, "is_diffusion", False), "a diffusion model", "it computes each row of an answer many times"),
         (vllm_config.kv_transfer_config is not None, "a KV connector", "its caches know no decisions"),
-        (
-            parallel.pipeline_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher",
-            "pipeline parallelism under an external launcher",
-            "its stages hand over no decisions",
-        ),
-        (
-            getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False),
-            "--kv-sharing-fast-prefill",
-            "its last layers drop rows of a step",
-        ),
+        (launched, "pipeline parallelism under an external launcher", "its stages hand over no decisions"),
+        (dropped, "--kv-sharing-fast-prefill", "its last layers drop rows of a step"),
         (getattr(parallel, "use_ubatching", False), "micro-batches (DBO)", "they split the rows of a step"),
-        (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-            "prefill context parallelism",
-            "it spreads the rows of a step",
-        ),
-        (
-            getattr(vllm_config.speculative_config, "enable_adaptive_verification", False),
-            "adaptive verification of drafts",
-            "it moves the rows of a step on the device",
-        ),
+        (spread, "prefill context parallelism", "it spreads the rows of a step"),
+        (moved, "adaptive verification of drafts", "it moves the rows of a step on the device"),
     ):
         if wrong:
             raise ValueError(f"{KEY}: steering and {what} do not go together: {why}")
@@ -415,7 +385,7 @@ def check_engine(vllm_config: Any) -> None:
     for name, path in config.profiles.items():
         profile = SteeringProfile.load(path)
         config.check(name, profile, identity, split=split)
-        warn_of_thoughts(config, name, profile, vllm_config)
+        config.warn_of_thoughts(name, profile, vllm_config)
 
 
 def check_thoughts(config: ServingConfig, vllm_config: Any) -> None:
@@ -436,17 +406,6 @@ def check_thoughts(config: ServingConfig, vllm_config: Any) -> None:
             f"{KEY}.thinking: expected --no-async-scheduling with {SKIP!r}, as the next step begins before a thought "
             "is known to have ended"
         )
-
-
-def warn_of_thoughts(config: ServingConfig, name: str, profile: SteeringProfile, vllm_config: Any) -> None:
-    """Warn of a profile that edits the beginning of an answer, where that may be a thought."""
-    parser = vllm_config.structured_outputs_config.reasoning_parser
-    if parser and config.thinking == COUNT and profile.answer_tokens is not None:
-        _log.warning(
-            "Profile %r edits the first %d tokens of an answer; with --reasoning-parser %s the tokens of a thought are "
-            "among them. %s.thinking: %r lets edits begin after it.",
-            name, profile.answer_tokens, parser, KEY, SKIP,
-        )  # fmt: skip
 
 
 def install() -> None:

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
@@ -34,19 +35,7 @@ from steerfast.runtime.span import NO_END, NO_TURN, Entry, Stack
 from steerfast.vllm import compat
 from steerfast.vllm.assignment import requested, stack_to_extra
 from steerfast.vllm.compat import around
-from steerfast.vllm.config import (
-    COUNT,
-    KEY,
-    OBSERVE,
-    SKIP,
-    ServingConfig,
-    check_environment,
-    check_name,
-    identity_of,
-    split_names,
-    splits_prompts,
-    warn_of_thoughts,
-)
+from steerfast.vllm.config import COUNT, KEY, OBSERVE, SKIP, ServingConfig, check_name, identity_of, splits_prompts
 from steerfast.vllm.grammar import bounded
 from steerfast.vllm.registry import Registry, Version, variants
 
@@ -55,6 +44,7 @@ Decision = tuple[Sequence[float], Sequence[float]]  # gate values and scores of 
 _log = logging.getLogger("vllm.steerfast")  # a child of vLLM's logger, which has the handlers
 _RANDOM_BYTES = 24  # of the name of an edited block
 _EDITED = b"-edited-"  # its end, which is all that events show of a name where they show numbers
+_FILE = re.compile(r"[^./\\:][^/\\:]*\.safetensors")  # no path, not hidden
 
 
 @dataclass(eq=False)
@@ -298,7 +288,7 @@ class EngineSteering:
                 "checksum": version.checksum,
                 "requests": version.requests,
                 "current": version.current,
-                "default": version.current and version.name in split_names(self.config.default),
+                "default": version.current and version.name in self.config.defaults,
             }
             for version in self.registry.versions()
         ]
@@ -328,7 +318,7 @@ class EngineSteering:
         Raises:
             ValueError: there is no such name, or it is the default.
         """
-        if name in split_names(self.config.default):
+        if name in self.config.defaults:
             raise ProfileError(f"name: expected another than the default, which can only be replaced, got {name!r}")
         self.registry.retire(name)
         self.sweep(executor)
@@ -354,7 +344,7 @@ class EngineSteering:
             self.registry.spoil(slots)
             raise
         self.registry.put(name, slots, path, at)
-        warn_of_thoughts(self.config, name, profile, self._vllm_config)
+        self.config.warn_of_thoughts(name, profile, self._vllm_config)
         self.sweep(executor)
 
 
@@ -397,14 +387,7 @@ def inside(directory: str | None, file: object) -> str:
     """
     if directory is None:
         raise ProfileError(f"file: expected {KEY}.directory to be configured, from which files are loaded, got none")
-    plain = (
-        isinstance(file, str)
-        and file.isprintable()
-        and file.endswith(".safetensors")
-        and not file.startswith(".")
-        and not {"/", "\\", ":"} & {*file}
-    )
-    if not plain:
+    if not (isinstance(file, str) and file.isprintable() and _FILE.fullmatch(file)):
         raise ProfileError(f"file: expected the name of a .safetensors file in {directory}, got {str(file)[:80]!r}")
     path = os.path.join(directory, str(file))
     if os.path.dirname(os.path.realpath(path)) != os.path.realpath(directory) or not os.path.isfile(path):
@@ -460,7 +443,7 @@ def _wrap_start() -> None:
         config = ServingConfig.of(vllm_config)
         if config is None:
             return original(self, vllm_config)
-        check_environment(config.locked)
+        config.check_environment()
         scheduler = vllm_config.scheduler_config.get_scheduler_cls()
         wrapped = ("update_from_output", "_free_request")
         own = issubclass(scheduler, compat.Scheduler)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from steerfast.vllm.layers import check_scale, find_layers, sketch_of, steer_lay
 from steerfast.vllm.ops import activate
 from steerfast.vllm.probe import LayerProbe, uncompiled, zeroed
 from steerfast.vllm.ranks import RowLayout
-from steerfast.vllm.weights import watch_weights
 from steerfast.vllm.worker import WorkerRuntime, WorkerShape
 
 PROBED_ROWS = 16  # of the passes that show what layers return
@@ -125,6 +124,45 @@ def _adapt_v2(runner: Any, runtime: WorkerRuntime) -> None:
         return preprocess_state(input_batch, *args, **kwargs)
 
     state.preprocess_state = steered_preprocess_state
+
+
+def watch_weights(worker: Any, runtime: WorkerRuntime) -> None:
+    """Compare a worker's model with its profiles whenever its weights have changed.
+
+    Trainers send weights by `reload_weights`, by vLLM's weight transfer, or straight to `load_weights` of the model.
+    Trained weights keep the embedding's direction; another model's do not. Sleep needs no care: profiles and tables lie
+    outside the memory that vLLM's allocator frees.
+
+    Whoever changes them gets the ProfileError. The worker refuses steered requests from then on, until weights come
+    that agree with all profiles.
+    """
+    for seam in compat.WEIGHT_SEAMS:
+        compat.check_seam(seam, type(worker))
+    runner = worker.model_runner
+    model, vocabulary = runner.get_model(), runner.vllm_config.model_config.hf_text_config.vocab_size
+
+    running: list[str] = []  # reload_weights calls load_weights
+
+    def watch(owner: Any, name: str) -> None:
+        method = getattr(owner, name)
+
+        @wraps(method)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            running.append(name)
+            try:
+                result = method(*args, **kwargs)
+            finally:
+                running.pop()
+            # Before finish_weight_update, ranks may load different parts, and weights may lie nowhere.
+            absent = any(parameter.is_meta for parameter in model.parameters())
+            if not (running or absent or worker._weight_update_active):
+                runtime.identify(sketch_of(model, vocabulary))
+            return result
+
+        setattr(owner, name, wrapper)
+
+    for owner, name in ((worker, "reload_weights"), (worker, "finish_weight_update"), (model, "load_weights")):
+        watch(owner, name)
 
 
 def _runtime(worker: Any) -> WorkerRuntime:

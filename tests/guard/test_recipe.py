@@ -127,7 +127,7 @@ def test_training_writes_what_loads_and_ends_the_same_after_a_stop(
     def stop(*_: Any) -> None:
         raise Stop
 
-    monkeypatch.setattr("steerfast.guard.critic._calibrate", stop)  # all epochs done, nothing written yet
+    monkeypatch.setattr("steerfast.guard.critic.calibration", stop)  # all epochs done, nothing written yet
     with pytest.raises(Stop):
         train(found, tiny_llama, tiny_tokenizer, tmp_path / "stopped", SETTINGS)
     monkeypatch.undo()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerfast.profile import Gate, last_turn
-from steerfast.runtime.span import NO_END, UNSTEERED, EditSpan, answer_rows, mean_rows
+from steerfast.runtime.span import NO_END, UNSTEERED, EditSpan, mean_rows
 from steerfast.runtime.tables import PackedRows, RowTable, StepTables, prompt_rows, response_rows
 
 MASKS = st.integers(1, 5).flatmap(
@@ -81,8 +82,12 @@ def test_response_rows_end() -> None:
 
 
 def test_answer_rows() -> None:
-    assert [answer_rows(tokens) for tokens in (1, 24)] == [0, 23]
-    assert answer_rows(None) == NO_END
+    def rows(tokens: int | None) -> int:
+        profile: Any = SimpleNamespace(positions="response", gate=Gate("always"), answer_tokens=tokens)
+        return EditSpan.of(profile).answer_rows
+
+    assert [rows(tokens) for tokens in (1, 24)] == [0, 23]
+    assert rows(None) == NO_END
 
 
 def test_mean_rows() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerfast.kernels.contract import Kinds
 from steerfast.profile import SteeringProfile
-from steerfast.runtime.span import EditSpan, Entry, answer_rows
+from steerfast.runtime.span import EditSpan, Entry
 from steerfast.vllm.assignment import stack_to_extra
 from steerfast.vllm.config import KEY, ServingConfig, layers_of
 from steerfast.vllm.ops import serve_
@@ -131,7 +131,7 @@ class Engine:
                 if profile.gate.kind != "always":
                     gate = latch.get(layer if profile.sensor == "own" else profile.sensor, (0.0,))[0]
                 first = prompt - 1 if profile.positions == "response" else 0
-                edits[first : prompt + answer_rows(profile.answer_tokens)] += (
+                edits[first : prompt + EditSpan.of(profile).answer_rows] += (
                     gate * strength * float(profile.strength[layer]) * profile.vector[layer].double()
                 )
             x = x + edits

@@ -71,7 +71,7 @@ def command(output: str, profile_file: str | None, json_file: str | None, **opti
         **given("width", "epochs", "learning_rate", "batch_size", "budget", "discount", "refund", "seed")
     )
     profile = common.load_profile(profile_file) if profile_file else None
-    prompts = prompt_sets(**given("harmful", "harmless", "count", "seed"))
+    prompts: Any = prompt_sets(**given("harmful", "harmless", "count", "seed"))
     model, tokenizer = common.load_model(options["model_name"], options["dtype"], options["device"])
     profile = common.accepted_for(profile, model, tokenizer) if profile and options["accept_model"] else profile
     sampling = Sampling(options["temperature"], top_p=options["top_p"])
