@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -157,3 +158,21 @@ def _profile(
         own, of_mean = (1.0, 1.0) if weights is True else weights
         values["direction"], fields["mean_direction"] = own * values["direction"], of_mean * means
     return SteeringProfile(**{**values, **fields})
+
+
+@pytest.fixture(params=[(torch.bfloat16, "cpu"), (torch.float32, "meta"), (torch.float64, "meta")], ids=str)
+def other_defaults(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
+    """Return a context with another default dtype or device of torch; "meta" stands in for "cuda"."""
+    dtype, device = request.param
+
+    @contextmanager
+    def other() -> Iterator[None]:
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                yield
+            assert torch.get_default_dtype() == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return other

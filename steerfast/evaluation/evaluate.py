@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steerfast._defaults import own_defaults
 from steerfast._progress import track
 from steerfast._versions import installed_version
 from steerfast.errors import PromptError
@@ -85,6 +86,7 @@ class EvaluateOptions:
     task_limit: int | None = None
 
 
+@own_defaults
 def evaluate(
     model: nn.Module,
     tokenizer: Any,

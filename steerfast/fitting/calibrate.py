@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from steerfast._defaults import own_defaults
 from steerfast._options import read_options
 from steerfast.errors import ProfileError, PromptError
 from steerfast.fitting.labelled import Given, Labelled
@@ -70,6 +71,7 @@ class CalibrateOptions:
     progress: bool = True
 
 
+@own_defaults
 def calibrate(
     profile: SteeringProfile,
     model: nn.Module,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from steerfast._defaults import own_defaults
 from steerfast._options import read_options
 from steerfast.errors import ArchitectureError, ProfileError, PromptError
 from steerfast.fitting.activations import answer_mean, gate_reading, last_token, residual_rows
@@ -94,6 +95,7 @@ class ExtractOptions:
     progress: bool = True
 
 
+@own_defaults
 def extract(
     model: nn.Module, tokenizer: Any, *, harmful: Sequence[Given], harmless: Sequence[Given], **options: Any
 ) -> SteeringProfile:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from steerfast._defaults import own_defaults
 from steerfast._options import read_options
 from steerfast._progress import stage
 from steerfast._records import Records
@@ -88,6 +89,7 @@ class ContrastOptions:
             raise PromptError("prompts: expected at least one to answer, got none")
 
 
+@own_defaults
 def fit(
     model: nn.Module,
     tokenizer: Any,

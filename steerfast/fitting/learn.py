@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steerfast._defaults import own_defaults
 from steerfast._files import read_checked, write_checked
 from steerfast._options import read_options
 from steerfast._progress import track
@@ -94,6 +95,7 @@ class LearnOptions:
             raise ProfileError("refusal: expected none beside an aligned model, whose answers are learned")
 
 
+@own_defaults
 def learn(
     profile: SteeringProfile, model: nn.Module, tokenizer: Any, *, harmful: Sequence[Given], **options: Any
 ) -> SteeringProfile:

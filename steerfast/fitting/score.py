@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerfast._defaults import own_defaults
 from steerfast.errors import ProfileError
 from steerfast.fitting.activations import gate_reading, residual_rows
 from steerfast.fitting.directions import project
@@ -38,6 +39,7 @@ class Scores:
     by_layer: Tensor
 
 
+@own_defaults
 def score(
     model: nn.Module,
     tokenizer: Any,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from steerfast._defaults import own_defaults
 from steerfast._options import read_options
 from steerfast._progress import track
 from steerfast._records import Records
@@ -106,6 +107,7 @@ class TuneOptions:
     progress: bool = True
 
 
+@own_defaults
 def tune(
     profile: SteeringProfile,
     model: nn.Module,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from steerfast._defaults import own_defaults
 from steerfast._progress import track
 from steerfast.errors import GuardError
 from steerfast.guard.backend import HFBackend
@@ -192,6 +193,7 @@ class Guard:
         """Return the class that searches by a strategy."""
         return Search
 
+    @own_defaults
     def _run(
         self, jobs: Sequence[_Job], sampling: Sampling, strategy: Strategy, depth: int | None, progress: bool = False
     ) -> list[GuardedAnswer]:

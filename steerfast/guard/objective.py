@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steerfast._defaults import own_defaults
 from steerfast.guard.parts import expect
 
 
@@ -129,6 +130,7 @@ class Certificate:
         """Return True if the answer ended within the budget."""
         return self.decision == "within"
 
+    @own_defaults
     def recount(self) -> float:
         """Return z_T, computed from the blocks alone."""
         budget = SafetyBudget(self.budget, self.discount)

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steerfast._defaults import own_defaults
 from steerfast.errors import GuardError
 from steerfast.guard.backend import HFBackend
 from steerfast.guard.critic import Critic, CriticSettings, train_critic
@@ -110,6 +111,7 @@ def prompt_layer_for(profile: SteeringProfile | None, layers: int) -> int:
     return max(min(used) - 1, 0) if used else layers // 2
 
 
+@own_defaults
 def gather(
     model: nn.Module,
     tokenizer: Any,
@@ -161,6 +163,7 @@ def gather(
     return found
 
 
+@own_defaults
 def train(
     rollouts: Sequence[Rollouts],
     model: nn.Module,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from steerfast._defaults import own_defaults
 from steerfast.errors import ArchitectureError, ProfileError
 from steerfast.hf.steering import steer
 from steerfast.hf.structure import find_decoder, identify
@@ -40,6 +41,7 @@ class BakedBiases:
     readable: bool
 
 
+@own_defaults
 def bake(model: nn.Module, profile: SteeringProfile) -> BakedBiases:
     """Return the biases with which `model` answers as it does under `profile`; the model is not changed.
 

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from steerfast.fitting.budget import EFFORTS, RECIPE, Effort, Speed, largest, sp
 from steerfast.fitting.contrast import SHARE, Contrast, common_prompts
 from steerfast.fitting.frontier import Point, recommend
 from steerfast.fitting.labelled import evenly
+from steerfast.hf.bake import bake
 from steerfast.hf.structure import find_decoder
 from steerfast.judging.fluency import FluencyLimits
 from steerfast.text import splits
@@ -381,6 +383,23 @@ def test_safety_is_the_four_steps(fit_safety: Any, tiny_llama: Any, tokenizer: A
     asked = {side: [Example(one, side, tuned[side]) for one in prompts] for side, prompts in asked.items()}
     profile = steerfast.tune(profile, *given, **asked, **TUNE, strengths=[1.0], names=tuned, **quiet)
     assert fit_safety().checksum == profile.checksum
+
+
+@pytest.mark.filterwarnings("ignore::steerfast.fitting.calibrate.GateWarning")
+def test_other_defaults_of_torch(
+    fit_safety: Any, fit: Any, tiny_llama: Any, tokenizer: Any, other_defaults: Any
+) -> None:
+    """All steps, pairs, scores and a bake give the same bits."""
+
+    def everything() -> list[Any]:
+        safe, polite = fit_safety(), fit(*PROMPTS, strengths=[1.0])
+        baked = bake(tiny_llama, replace(polite, positions="all")).tensors
+        scores = steerfast.score(tiny_llama, tokenizer, safe, HARMFUL, progress=False).scores
+        return [safe.checksum, polite.checksum, scores.tolist(), {name: one.tolist() for name, one in baked.items()}]
+
+    expected = everything()
+    with other_defaults():
+        assert everything() == expected
 
 
 @pytest.mark.filterwarnings("ignore::steerfast.fitting.calibrate.GateWarning")

@@ -81,6 +81,16 @@ def test_an_answer_depends_on_its_prompt_and_the_seed_alone(model: Any, tiny_tok
     assert [answer.tokens for answer in guard.generate(PROMPTS, seed=2)] != tokens
 
 
+def test_other_defaults_of_torch(model: Any, tiny_tokenizer: Any, other_defaults: Any) -> None:
+    def everything() -> list[Any]:
+        guard = Guard(model, tiny_tokenizer, cost=COST, reward=REWARD, strategy=NARROW)
+        return [(one.tokens, one.certificate.z, one.certificate.recount()) for one in guard.generate(PROMPTS, seed=1)]
+
+    expected = everything()
+    with other_defaults():
+        assert everything() == expected
+
+
 def test_greedy_speculation_on_safe_prompts_is_plain_decoding(model: Any, tiny_tokenizer: Any) -> None:
     guard = Guard(model, tiny_tokenizer, cost=FREE)
     assert guard.default.widths == (1, 4, 16)
