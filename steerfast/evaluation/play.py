@@ -269,7 +269,7 @@ class PageServer(ThreadingHTTPServer):
         super().server_close()
         self.playground.close()
         for thread in list(self.asking):  # a process that exits amid an answer is aborted
-            thread.join(_PATIENCE)
+            thread.join()  # it ends at its next token
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print an error, except where a connection is closed: by a browser, or as the server ends."""

@@ -125,7 +125,7 @@ def calibrate(
     record = {**_record(examples, scores, profile, chosen), "auc": by_group, "sensors": tried}
     messages = gate_warnings(record)
     for message in messages:
-        warnings.warn(message, GateWarning, stacklevel=2)
+        warnings.warn(message, GateWarning, stacklevel=3)  # of the caller of calibrate, behind its decorator
     return replace(profile, calibration={**record, "warnings": messages})
 
 
