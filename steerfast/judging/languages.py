@@ -131,7 +131,8 @@ _ENGLISH = Language(
         r"(?:^[^\w\"]*|[,;:\u2013\u2014-]|\b(?:but|and|so|yet|however|therefore|because|since|sorry|apologi[sz]e|apologies|"
         r"afraid|regret|unfortunately|model|assistant|ai|chatbot|no|"
         r"(?:sorry|afraid|regret|say|apologi[sz]e|inform\s+you|tell\s+you|means)\s+that|"
-        r"it\s+(?:is|would(?:\s+be)?)|it's|this\s+is|would|my\s+(?:\w+\s+){1,3}))\s*$"
+        r"it\s+(?:is|would(?:\s+be)?)|it's|this\s+is|would|my\s+(?:\w+\s+){1,3}|"
+        r"(?:the|our)\s+(?:law|rules|polic(?:y|ies)|guidelines|terms)))\s*$"
     ),
     r"(?:here(?:'s|\s+is|\s+are|\s+you\s+go)|below\s+(?:is|are))\b(?!\s+(?:why|because|what\s+i\s+can)\b)",
     compiled(
