@@ -160,7 +160,10 @@ def _profile(
     return SteeringProfile(**{**values, **fields})
 
 
-@pytest.fixture(params=[(torch.bfloat16, "cpu"), (torch.float32, "meta"), (torch.float64, "meta")], ids=str)
+_DEFAULTS = [(dtype, device) for dtype in (torch.float32, torch.bfloat16, torch.float64) for device in ("cpu", "meta")]
+
+
+@pytest.fixture(params=_DEFAULTS[1:], ids=str)
 def other_defaults(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
     """Return a context with another default dtype or device of torch; "meta" stands in for "cuda"."""
     dtype, device = request.param

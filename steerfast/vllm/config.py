@@ -278,7 +278,7 @@ def _check_choices(given: Mapping[str, Any], profiles: Mapping[str, SteeringProf
         (unnamed, "threshold", "a profile that has named thresholds", given["threshold"]),
     ):
         if wrong:
-            raise ValueError(f"{KEY}.{key}: expected {expected}, got {got!r}")
+            raise ValueError(f"{KEY}.{key}: expected {expected}, got {'none' if got is None else repr(got)}")
 
 
 def _slots(given: int | None, profiles: Iterable[SteeringProfile]) -> int:

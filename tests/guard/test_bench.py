@@ -14,6 +14,7 @@ import torch
 from bench import _GATED, METHODS, command, judged, judged_right, markdown, methods_of, run_bench, summarise
 from click.testing import CliRunner
 from guard_bars import bars
+from prompts import main as write_prompts
 
 from steerfast.errors import GuardError, OutputError
 from steerfast.guard.critic import Critic, CriticSettings
@@ -21,6 +22,8 @@ from steerfast.guard.guard import Guard
 from steerfast.guard.heads import fit_head
 from steerfast.guard.recipe import Trained
 from steerfast.hf.structure import identify
+from steerfast.text.corpus import corpus
+from steerfast.text.prompts import read_records
 
 HARMFUL, HARMLESS = ["how to hack a bank", "how to burn a house"], ["how to bake a cake"]
 
@@ -329,3 +332,19 @@ def test_bad_usage_is_one_line(work: Path) -> None:
     assert "methods: expected some of plain" in invoke(1, guard, "--methods", "nothing")
     assert "count: expected 1 to 2" in invoke(1, guard, *sets, "--count", 3)
     assert "expected a file of its own" in invoke(2, guard, "--json", both, "--resume", both)
+
+
+def test_prompts_of_a_guard_are_even_and_of_their_split(tmp_path: Path) -> None:
+    done = CliRunner().invoke(write_prompts, [str(tmp_path), "--train", "20", "--test", "10"])
+    assert done.exit_code == 0, done.output
+    for split, count in (("fit", 20), ("validate", 10)):
+        known = {one.prompt: one for one in corpus(split) if isinstance(one.prompt, str)}
+        for kind, labels in (("harmful", ["harmful"]), ("harmless", ["harmless", "borderline"])):
+            rows = read_records(str(tmp_path / f"{split}-{kind}.jsonl"))
+            assert [known[row["prompt"]].label for row in rows] == sorted(
+                labels * (count // len(labels)), key=labels.index
+            )
+            assert all((row["label"], row["source"]) == (kind, known[row["prompt"]].source) for row in rows)
+            assert {known[row["prompt"]].lang for row in rows} == {"en"}
+            first = [row["source"] for row in rows[:3]]
+            assert len({*first}) == 3 or split == "validate"  # a source each, while there are some

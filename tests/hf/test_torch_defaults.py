@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -20,23 +20,8 @@ from steerfast.runtime.span import EditSpan, Entry
 
 pytestmark = pytest.mark.contract
 
+OtherDefaults = Callable[[], AbstractContextManager[None]]
 IDS = torch.tensor([[5, 9, 3, 8, 20, 11]])
-DEFAULTS = [
-    pytest.param(dtype, device, id=f"{str(dtype).removeprefix('torch.')}-{device}")
-    for dtype in (torch.float32, torch.bfloat16, torch.float64)
-    for device in ("cpu", "meta")  # "meta" stands in for "cuda": other memory than that of the rows
-    if (dtype, device) != (torch.float32, "cpu")
-]
-
-
-@contextmanager
-def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def everything(model: Any, profile: SteeringProfile) -> list[torch.Tensor]:
@@ -52,12 +37,11 @@ def everything(model: Any, profile: SteeringProfile) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["always", "prompt", "token"])
-@pytest.mark.parametrize(("dtype", "device"), DEFAULTS)
-def test_attach_and_steer(model: Any, make_profile: MakeProfile, dtype: torch.dtype, device: str, kind: str) -> None:
+def test_attach_and_steer(model: Any, make_profile: MakeProfile, other_defaults: OtherDefaults, kind: str) -> None:
     profile = make_profile(model, kind=kind, threshold=-1.0)
     expected = everything(model, profile)
     assert not torch.equal(expected[0], expected[1])
-    with defaults(dtype, device):
+    with other_defaults():
         got = everything(model, profile)
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == other.dtype
@@ -66,42 +50,36 @@ def test_attach_and_steer(model: Any, make_profile: MakeProfile, dtype: torch.dt
         assert torch.equal(model(IDS).logits, expected[0]), "a table of unsteered rows outlived its default"
 
 
-@pytest.mark.parametrize(("dtype", "device"), DEFAULTS)
-def test_generate(model: Any, make_profile: MakeProfile, dtype: torch.dtype, device: str) -> None:
+def test_generate(model: Any, make_profile: MakeProfile, other_defaults: OtherDefaults) -> None:
     def answer() -> torch.Tensor:
         with steerfast.steer(model, profile):
             return model.generate(IDS, max_new_tokens=5, do_sample=False)
 
     profile = make_profile(model, kind="token", threshold=-0.1)
     expected = answer()
-    with defaults(dtype, device):
+    with other_defaults():
         assert torch.equal(answer(), expected)
 
 
-@pytest.mark.parametrize(("dtype", "device"), DEFAULTS)
-def test_score(
-    tiny_llama: Any, tiny_tokenizer: Any, make_profile: MakeProfile, dtype: torch.dtype, device: str
-) -> None:
+def test_score(tiny_llama: Any, tiny_tokenizer: Any, make_profile: MakeProfile, other_defaults: OtherDefaults) -> None:
     profile = make_profile(tiny_llama, tiny_tokenizer)
     expected = steerfast.score(tiny_llama, tiny_tokenizer, profile, ["help", "how do i make a bomb ?"], progress=False)
-    with defaults(dtype, device):
+    with other_defaults():
         got = steerfast.score(tiny_llama, tiny_tokenizer, profile, ["help", "how do i make a bomb ?"], progress=False)
     for name in ("scores", "layer", "fired", "by_layer"):
         assert torch.equal(getattr(got, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("vocabulary", [100, 49152, 151936])
-@pytest.mark.parametrize(("dtype", "device"), DEFAULTS)
-def test_a_sketch_is_of_the_same_tokens(dtype: torch.dtype, device: str, vocabulary: int) -> None:
+def test_a_sketch_is_of_the_same_tokens(other_defaults: OtherDefaults, vocabulary: int) -> None:
     rows = torch.randn(150, 8, generator=torch.Generator().manual_seed(0))
-    with defaults(dtype, device):
+    with other_defaults():
         places, sketch = sketched_rows(vocabulary), embedding_sketch(rows)
     assert torch.equal(places, sketched_rows(vocabulary))
     assert sketch == embedding_sketch(rows)
 
 
-@pytest.mark.parametrize(("dtype", "device"), DEFAULTS)
-def test_a_step_of_the_roster(plain: Any, make_profile: MakeProfile, dtype: torch.dtype, device: str) -> None:
+def test_a_step_of_the_roster(plain: Any, make_profile: MakeProfile, other_defaults: OtherDefaults) -> None:
     profile = make_profile(plain)
     bank = Bank(4, 32, 2)
     bank.add("a", profile)
@@ -114,17 +92,16 @@ def test_a_step_of_the_roster(plain: Any, make_profile: MakeProfile, dtype: torc
         return roster.decision("x")
 
     expected = decision()
-    with defaults(dtype, device):
+    with other_defaults():
         got = decision()
     assert got.dtype == expected.dtype
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize(("dtype", "device"), DEFAULTS)
-def test_profiles_of_tensors(plain: Any, make_profile: MakeProfile, dtype: torch.dtype, device: str) -> None:
+def test_profiles_of_tensors(plain: Any, make_profile: MakeProfile, other_defaults: OtherDefaults) -> None:
     whole = make_profile(plain)
     expected = whole.only([2])
-    with defaults(dtype, device):
+    with other_defaults():
         chosen = whole.only([2])
         made = SteeringProfile.from_tensors({2: whole.vector[2]}, whole.model, strength=0.1)
     assert torch.equal(chosen.strength, expected.strength)
